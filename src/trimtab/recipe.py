@@ -1,0 +1,142 @@
+"""The recipe: what is done to one model, in order, how it is served, and what it must still be able to do."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from trimtab.schema import Document
+
+Ratio = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+#: Formats of weights and activations, by the names of the recipe.
+Format = Literal["bf16", "int8_wo", "int8_sq", "fp8", "int4_rtn", "int4_awq", "mixed"]
+
+
+class Calibration(Document):
+    """The data that activations are measured on: `samples` windows of `length` tokens."""
+
+    samples: Count = 8
+    length: Annotated[int, Field(ge=8)] = 512
+    text: str = "builtin"
+    seed: int = 0
+
+
+class MagnitudePruning(Document):
+    """Zeroes the smallest weights of every linear layer (unstructured: smaller on disk, not faster)."""
+
+    method: Literal["magnitude"]
+    sparsity: Ratio
+
+
+class DepthPruning(Document):
+    """Removes whole transformer blocks, those that change their input least (smaller and faster)."""
+
+    method: Literal["depth"]
+    blocks: Count
+
+
+class Distillation(Document):
+    """Trains the pruned model on the logits of the unpruned one."""
+
+    tokens: Count
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    label_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    batch_size: Count = 4
+    length: Annotated[int, Field(ge=8)] = 256
+    text: str = "builtin"
+    seed: int = 0
+
+
+class Quantization(Document):
+    """The precision of weights, activations and KV cache.
+
+    `group_size` counts the weights of one row that share a scale (INT4 formats). `effective_bits` is the
+    mean over the weights that are quantized, for `mixed`, which gives each layer one of `int4_rtn` and
+    `int8_wo`. `exclude` names modules, with shell wildcards, that stay in 16 bits.
+    """
+
+    format: Format
+    group_size: Literal[32, 64, 128] = 64
+    effective_bits: Annotated[float, Field(ge=4, le=8)] | None = None
+    kv_cache: Literal["none", "fp8"] = "none"
+    exclude: tuple[str, ...] = ("lm_head",)
+
+    @model_validator(mode="after")
+    def _bits_belong_to_mixed(self) -> Quantization:
+        if (self.format == "mixed") != (self.effective_bits is not None):
+            raise ValueError("needs effective_bits (4 to 8) with format 'mixed', and only with it")
+        return self
+
+
+class Engine(Document):
+    """How the artifact is served; lengths in tokens."""
+
+    backend: Literal["torch", "trtllm", "trtllm-legacy", "vllm"] = "torch"
+    tensor_parallel_size: Count = 1
+    pipeline_parallel_size: Count = 1
+    max_batch_size: Count = 8
+    max_seq_len: Count = 2048
+    max_num_tokens: Count = 8192
+    kv_cache_fraction: Ratio = 0.9
+    enable_chunked_prefill: bool = False
+
+
+class Acceptance(Document):
+    """What the artifact must keep of the baseline, and how sure one must be of it.
+
+    `min_recovery` is a share of the baseline's accuracy above chance; `max_perplexity_ratio` is candidate
+    over baseline on the same windows; `confidence` is one minus the probability of a false acceptance;
+    `min_gain` is the relative improvement at the goal below which the artifact is useless.
+    """
+
+    min_recovery: Annotated[float, Field(gt=0, le=1)] = 0.95
+    max_perplexity_ratio: Annotated[float, Field(gt=1)] = 1.10
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    min_gain: Annotated[float, Field(ge=0)] = 0.02
+
+
+class Recipe(Document):
+    """What is done to one model; an absent step is not done.
+
+    Example::
+
+        name: mixed 6 bits
+        quantize: {format: mixed, effective_bits: 6}
+        accept: {min_recovery: 0.95}
+    """
+
+    name: str = ""
+    calibrate: Calibration = Calibration()
+    prune: Annotated[MagnitudePruning | DepthPruning, Field(discriminator="method")] | None = None
+    distill: Distillation | None = None
+    quantize: Quantization | None = None
+    engine: Engine = Engine()
+    accept: Acceptance = Acceptance()
+
+    @property
+    def title(self) -> str:
+        """A short name for tables: the recipe's own, or one made of its steps."""
+        return self.name or " + ".join(self._steps()) or "unchanged (bf16)"
+
+    def work(self) -> dict:
+        """What makes the artifact: the recipe without its name and its acceptance; two equal ones are one."""
+        return self.model_dump(mode="json", exclude={"name", "accept"})
+
+    def _steps(self) -> list[str]:
+        steps = []
+        if isinstance(self.prune, DepthPruning):
+            steps.append(f"-{self.prune.blocks} blocks")
+        elif self.prune:
+            steps.append(f"magnitude {self.prune.sparsity:.0%}")
+        if self.distill:
+            steps.append(f"distill {self.distill.tokens:,} tokens")
+        if self.quantize:
+            bits = self.quantize.effective_bits
+            steps.append(self.quantize.format + (f" {bits:g} bits" if bits else ""))
+            if self.quantize.kv_cache != "none":
+                steps.append(f"{self.quantize.kv_cache} KV")
+        return steps

@@ -1,0 +1,84 @@
+"""What flows round the loop: one JSON string under 16 kB. Anything larger is a tree in the store."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from trimtab.errors import TrimtabError
+from trimtab.recipe import Recipe
+from trimtab.schema import Document
+from trimtab.verdict import FailureClass, Verdict
+
+#: KFP carries the state as a parameter; the limit keeps it far from every size limit on the way.
+MAX_STATE_BYTES = 16_000
+
+Goal = Literal["lower_latency", "higher_throughput", "fit_larger_model", "long_context", "lower_cost"]
+GOALS: tuple[str, ...] = Goal.__args__
+
+
+class Tree(Document):
+    """A folder in the store: its URI, the digest that the URI ends in, and its size in bytes."""
+
+    uri: str
+    digest: str
+    bytes: int = 0
+
+
+class Evaluation(Document):
+    """What is measured: lm-eval tasks, and how many items and text windows each of three looks adds.
+
+    `confirm_items` and `confirm_windows` are drawn after acceptance and are disjoint from those of the looks.
+    """
+
+    tasks: tuple[str, ...] = ("trimtab_suite",)
+    task_path: str = ""
+    items: tuple[int, int, int] = (360, 480, 960)
+    windows: tuple[int, int, int] = (16, 16, 16)
+    confirm_items: Annotated[int, Field(ge=0)] = 480
+    confirm_windows: Annotated[int, Field(ge=0)] = 12
+    window_tokens: Annotated[int, Field(ge=16)] = 256
+    heldout: str = "builtin"
+
+
+class Brief(Document):
+    """One finished attempt, in brief: what adjust and the summary read."""
+
+    recipe: Recipe
+    why: str = ""
+    verdict: Verdict
+    seconds: dict[str, float] = {}
+    evaluation: Tree | None = None
+    engine: Tree | None = None
+
+
+class State(Document):
+    """Where a run stands. `attempt` 0 is the baseline: the model unchanged.
+
+    `trees` names what the stages of the current attempt have made: `checkpoint` (the model, then its pruned
+    and distilled successors), `calibration`, `export`, `engine`, `evaluation`. `ladder` is the tree that
+    holds the recipes to try. `verdict` is set when the current attempt is over; every later stage of that
+    attempt then passes the state on untouched.
+    """
+
+    store: str
+    goal: Goal
+    target: str
+    evaluation: Evaluation = Evaluation()
+    model: Tree
+    ladder: Tree | None = None
+    attempt: int = 0
+    recipe: Recipe = Recipe()
+    why: str = ""
+    trees: dict[str, Tree] = {}
+    baseline: Brief | None = None
+    verdict: Verdict | None = None
+    history: tuple[Brief, ...] = ()
+    seconds: dict[str, float] = {}
+
+    def to_json(self) -> str:
+        text = super().to_json()
+        if len(text.encode()) > MAX_STATE_BYTES:
+            raise TrimtabError(f"the state has {len(text.encode())} bytes, more than {MAX_STATE_BYTES}")
+        return text
