@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from trimtab.schema import Document
+from trimtab.schema import Document, digest
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -122,9 +122,13 @@ class Recipe(Document):
         """A short name for tables: the recipe's own, or one made of its steps."""
         return self.name or " + ".join(self._steps()) or "unchanged (bf16)"
 
-    def work(self) -> dict:
-        """What makes the artifact: the recipe without its name and its acceptance; two equal ones are one."""
-        return self.model_dump(mode="json", exclude={"name", "accept"})
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of what makes the artifact: not of the name, nor of what it is accepted for.
+
+        Defaults are included, so a changed default changes the digest.
+        """
+        return digest(self.model_dump(mode="json", exclude={"name", "accept"}))
 
     def _steps(self) -> list[str]:
         steps = []

@@ -59,10 +59,6 @@ class Document(BaseModel):
         """Returns the document as YAML for people."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
-    def digest(self) -> str:
-        """Returns the SHA-256 of the whole document, defaults included, so a changed default changes it."""
-        return digest(self.model_dump(mode="json"))
-
 
 def _explain(cls: type[BaseModel], item: Mapping[str, Any]) -> str:
     """Turns one pydantic error into a sentence: where, what was written, what to write instead."""

@@ -9,6 +9,7 @@ from pydantic import Field
 from trimtab.errors import TrimtabError
 from trimtab.recipe import Recipe
 from trimtab.schema import Document
+from trimtab.store.tree import Tree
 from trimtab.verdict import FailureClass, Verdict
 
 #: KFP carries the state as a parameter; the limit keeps it far from every size limit on the way.
@@ -16,14 +17,6 @@ MAX_STATE_BYTES = 16_000
 
 Goal = Literal["lower_latency", "higher_throughput", "fit_larger_model", "long_context", "lower_cost"]
 GOALS: tuple[str, ...] = Goal.__args__
-
-
-class Tree(Document):
-    """A folder in the store: its URI, the digest that the URI ends in, and its size in bytes."""
-
-    uri: str
-    digest: str
-    bytes: int = 0
 
 
 class Evaluation(Document):
