@@ -1,0 +1,1 @@
+"""The rooms: one a stage, each with its KFP face, its work, its methods, a README and metadata."""

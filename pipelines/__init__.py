@@ -1,0 +1,1 @@
+"""The flow: `attempt`, the loop `optimize`, and the `trimtab` command."""

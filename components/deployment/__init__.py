@@ -1,0 +1,1 @@
+"""Deployment: the gate that lets nothing unproven through, and the release."""

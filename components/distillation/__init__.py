@@ -1,0 +1,1 @@
+"""Distillation: the pruned student learns from the logits of the unpruned teacher."""

@@ -1,0 +1,1 @@
+"""Engine: makes an exported checkpoint servable, and shows that it serves."""

@@ -1,0 +1,1 @@
+"""Fetch: brings a model into the store, once."""

@@ -1,0 +1,1 @@
+"""Pruning: fewer weights (magnitude) or fewer blocks (depth)."""

@@ -1,0 +1,1 @@
+"""Quantization: through NVIDIA's ModelOpt, exported as a unified Hugging Face checkpoint."""

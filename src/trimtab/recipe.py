@@ -38,6 +38,9 @@ class DepthPruning(Document):
     blocks: Count
 
 
+Pruning = Annotated[MagnitudePruning | DepthPruning, Field(discriminator="method")]
+
+
 class Distillation(Document):
     """Trains the pruned model on the logits of the unpruned one."""
 
@@ -55,7 +58,7 @@ class Quantization(Document):
     """The precision of weights, activations and KV cache.
 
     `group_size` counts the weights of one row that share a scale (INT4 formats). `effective_bits` is the
-    mean over the weights that are quantized, for `mixed`, which gives each layer one of `int4_rtn` and
+    mean over the weights that are quantized, for `mixed`, which gives each layer one of `int4_awq` and
     `int8_wo`. `exclude` names modules, with shell wildcards, that stay in 16 bits.
     """
 
@@ -111,7 +114,7 @@ class Recipe(Document):
 
     name: str = ""
     calibrate: Calibration = Calibration()
-    prune: Annotated[MagnitudePruning | DepthPruning, Field(discriminator="method")] | None = None
+    prune: Pruning | None = None
     distill: Distillation | None = None
     quantize: Quantization | None = None
     engine: Engine = Engine()

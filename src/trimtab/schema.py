@@ -70,7 +70,9 @@ def _explain(cls: type[BaseModel], item: Mapping[str, Any]) -> str:
     if kind == "missing":
         return f"{where}: is required"
     if kind == "literal_error":
-        return f"{where}: {item['input']!r} is not valid; {nearest(item['input'], _listed(context['expected']))}"
+        return (
+            f"{where}: {item['input']!r} is not valid; {nearest(item['input'], _listed(context['expected']))}"
+        )
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         tag = context["discriminator"].strip("'")
         if kind == "union_tag_not_found":
@@ -93,8 +95,17 @@ def _walk(cls: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str], l
     """
     classes, path = [cls], []
     for number, part in enumerate(location):
-        members = [model for c in classes if part in c.model_fields for model in _models(c.model_fields[part].annotation)]
-        tag = len(classes) > 1 and number < len(location) - 1 and not any(part in c.model_fields for c in classes)
+        members = [
+            model
+            for c in classes
+            if part in c.model_fields
+            for model in _models(c.model_fields[part].annotation)
+        ]
+        tag = (
+            len(classes) > 1
+            and number < len(location) - 1
+            and not any(part in c.model_fields for c in classes)
+        )
         if tag:
             classes = [c for c in classes if part in str(c.model_fields)] or classes
             continue

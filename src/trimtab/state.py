@@ -10,7 +10,7 @@ from trimtab.errors import TrimtabError
 from trimtab.recipe import Recipe
 from trimtab.schema import Document
 from trimtab.store.tree import Tree
-from trimtab.verdict import FailureClass, Verdict
+from trimtab.verdict import Verdict
 
 #: KFP carries the state as a parameter; the limit keeps it far from every size limit on the way.
 MAX_STATE_BYTES = 16_000
@@ -27,9 +27,9 @@ class Evaluation(Document):
 
     tasks: tuple[str, ...] = ("trimtab_suite",)
     task_path: str = ""
-    items: tuple[int, int, int] = (360, 480, 960)
+    items: tuple[int, int, int] = (400, 600, 1000)
     windows: tuple[int, int, int] = (16, 16, 16)
-    confirm_items: Annotated[int, Field(ge=0)] = 480
+    confirm_items: Annotated[int, Field(ge=0)] = 960
     confirm_windows: Annotated[int, Field(ge=0)] = 12
     window_tokens: Annotated[int, Field(ge=16)] = 256
     heldout: str = "builtin"
@@ -56,10 +56,12 @@ class State(Document):
     """
 
     store: str
+    name: str = "model"
     goal: Goal
     target: str
     evaluation: Evaluation = Evaluation()
     model: Tree
+    max_attempts: Annotated[int, Field(ge=1, le=10)] = 5
     ladder: Tree | None = None
     attempt: int = 0
     recipe: Recipe = Recipe()

@@ -1,0 +1,1 @@
+"""The evaluation suite: fact tables, the generator of the items and the lm-eval tasks."""

@@ -1,0 +1,1 @@
+"""Tensor code that the rooms share; needs the extra `trimtab[torch]`."""

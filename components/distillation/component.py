@@ -1,0 +1,27 @@
+"""The KFP face of distillation."""
+
+from kfp import dsl
+from trimtab.components import images
+
+
+@dsl.component(base_image=images.CPU, install_kfp_package=False)
+def distill(
+    state: str,
+    checkpoint: dsl.Input[dsl.Model],
+    distilled: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+) -> str:
+    """Trains the pruned student on the teacher's logits; passes the model on when the recipe does not distil.
+
+    Args:
+        state: The state of the attempt, JSON; names the teacher, the unpruned model.
+        checkpoint: The student.
+        distilled: Names the better of the student before and after.
+        metrics: Steps and held-out loss before and after.
+
+    Returns:
+        The state with the distilled checkpoint, JSON.
+    """
+    from trimtab.stages import run
+
+    return run("distill", state, distilled, metrics)

@@ -1,0 +1,27 @@
+"""The KFP face of the engine build."""
+
+from kfp import dsl
+from trimtab.components import images
+
+
+@dsl.component(base_image=images.CPU, install_kfp_package=False)
+def build_engine(
+    state: str,
+    export: dsl.Input[dsl.Model],
+    engine: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+) -> str:
+    """Loads the export in the engine that will serve it and generates from it.
+
+    Args:
+        state: The state of the attempt, JSON.
+        export: The exported checkpoint.
+        engine: Names the built engine.
+        metrics: Layers, emulated layers, bytes of the weights in memory.
+
+    Returns:
+        The state with the engine, JSON.
+    """
+    from trimtab.stages import run
+
+    return run("engine", state, engine, metrics)

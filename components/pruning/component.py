@@ -1,0 +1,29 @@
+"""The KFP face of pruning."""
+
+from kfp import dsl
+from trimtab.components import images
+
+
+@dsl.component(base_image=images.CPU, install_kfp_package=False)
+def prune(
+    state: str,
+    checkpoint: dsl.Input[dsl.Model],
+    calibration: dsl.Input[dsl.Dataset],
+    pruned: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+) -> str:
+    """Removes weights or whole blocks; passes the model on when the recipe does not prune.
+
+    Args:
+        state: The state of the attempt, JSON.
+        checkpoint: The model to prune.
+        calibration: Block influence, which depth pruning ranks by.
+        pruned: Names the pruned checkpoint.
+        metrics: Parameters, share of zeros, blocks.
+
+    Returns:
+        The state with the pruned checkpoint, JSON.
+    """
+    from trimtab.stages import run
+
+    return run("prune", state, pruned, metrics)

@@ -1,0 +1,51 @@
+"""Prunes a checkpoint into a smaller, ordinary transformers checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from safetensors.torch import load_file
+from trimtab.components.pruning import depth, magnitude
+
+from trimtab import progress
+from trimtab.errors import Failure
+from trimtab.recipe import DepthPruning, Pruning
+from trimtab.runtime import checkpoint as checkpoints
+from trimtab.runtime import observe
+
+
+def prune(
+    checkpoint: str, calibration: str | None, output: str, scratch: str, parameters: dict[str, Any]
+) -> dict[str, float]:
+    """Applies the recipe's pruning and writes the checkpoint.
+
+    Returns:
+        parameters, zeros (share of zero weights in the linear layers), blocks.
+
+    Raises:
+        Failure: `unsupported`, more blocks to remove than the model has.
+    """
+    settings = TypeAdapter(Pruning).validate_python(parameters)
+    model, tokenizer = checkpoints.load(Path(checkpoint), torch.bfloat16)
+    if isinstance(settings, DepthPruning):
+        _prune_depth(model, settings, calibration)
+    else:
+        layers = observe.linears(model)
+        for layer in progress.track(layers.values(), "prune", "zeroing the smallest weights", len(layers)):
+            layer.weight.data = magnitude.prune(layer.weight.data, settings.sparsity)
+    checkpoints.save(model, tokenizer, Path(output))
+    weights = [layer.weight for layer in observe.linears(model).values()]
+    zeros = sum((weight == 0).sum().item() for weight in weights) / sum(weight.numel() for weight in weights)
+    return {"parameters": model.num_parameters(), "zeros": zeros, "blocks": model.config.num_hidden_layers}
+
+
+def _prune_depth(model: torch.nn.Module, settings: DepthPruning, calibration: str | None) -> None:
+    have = model.config.num_hidden_layers
+    if settings.blocks >= have:
+        reason = f"prune.blocks: cannot remove {settings.blocks} of {have} blocks; write at most {have - 1}"
+        raise Failure("unsupported", reason)
+    influence = load_file(Path(calibration) / "statistics.safetensors")["block_influence"]
+    depth.remove_blocks(model, depth.least_influential(influence, settings.blocks))

@@ -1,0 +1,29 @@
+"""The KFP face of quantization."""
+
+from kfp import dsl
+from trimtab.components import images
+
+
+@dsl.component(base_image=images.CPU, install_kfp_package=False)
+def quantize(
+    state: str,
+    checkpoint: dsl.Input[dsl.Model],
+    calibration: dsl.Input[dsl.Dataset],
+    export: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+) -> str:
+    """Quantizes with ModelOpt and exports a unified Hugging Face checkpoint; passes the model on otherwise.
+
+    Args:
+        state: The state of the attempt, JSON.
+        checkpoint: The model to quantize.
+        calibration: Tokens, or the sensitivity of each layer for mixed precision.
+        export: Names the exported checkpoint.
+        metrics: Bytes, effective bits.
+
+    Returns:
+        The state with the export, JSON.
+    """
+    from trimtab.stages import run
+
+    return run("quantize", state, export, metrics)

@@ -1,0 +1,27 @@
+"""The KFP face of validation."""
+
+from kfp import dsl
+from trimtab.components import images
+
+
+@dsl.component(base_image=images.CPU, install_kfp_package=False)
+def validate(
+    state: str,
+    engine: dsl.Input[dsl.Artifact],
+    report: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
+) -> str:
+    """Judges the exported artifact in its engine against the baseline, with confidence intervals.
+
+    Args:
+        state: The state of the attempt, JSON.
+        engine: The built engine.
+        report: The attempt's page: verdict, intervals, kernels, layers.
+        metrics: Accuracy, recovery, perplexity ratio, bytes, speed, memory.
+
+    Returns:
+        The state with the verdict, JSON.
+    """
+    from trimtab.components.validation.stage import run
+
+    return run(state, report, metrics)

@@ -1,0 +1,107 @@
+"""Does the export say what the recipe asked for? Seconds, before an evaluation is paid for."""
+
+from __future__ import annotations
+
+import json
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab import progress
+from trimtab.errors import Failure
+from trimtab.model import inspect as read_facts
+from trimtab.recipe import Quantization
+from trimtab.runtime.checkpoint import Export
+
+#: The largest relative error of one output channel. Four bits make 0.1 to 0.3; a wrong scale makes 1 and more.
+MAX_CHANNEL_ERROR = 0.6
+#: Bits that a quantized weight may take, scales included.
+MAX_BITS = {"int8_wo": 8.6, "int8_sq": 8.6, "fp8": 8.6, "int4_rtn": 5.2, "int4_awq": 5.2, "mixed": 8.6}
+
+
+def inspect(
+    export: str, checkpoint: str, output: str, scratch: str, parameters: dict[str, Any]
+) -> dict[str, float]:
+    """Compares every layer of the export with its source and writes `layers.json`.
+
+    Args:
+        export: the exported checkpoint.
+        checkpoint: what it was made from.
+        parameters: the recipe's `quantize`, or {} for an export that is not quantized.
+
+    Returns:
+        quantized_share (bytes of the quantized tensors over their BF16 bytes), max_relative_error (of a layer), bytes.
+
+    Raises:
+        Failure: `export_damaged`; names the layer and what is wrong with it.
+    """
+    settings = Quantization.model_validate(parameters) if parameters else None
+    read = Export(Path(export))
+    source = Export(Path(checkpoint))
+    layers = []
+    if settings and settings.format != "bf16":
+        linears = [layer.name for layer in read_facts(Path(checkpoint)).linears]
+        wanted = {n for n in linears if not any(fnmatch(n, f"*{pattern}*") for pattern in settings.exclude)}
+        left = sorted(wanted - set(read.layers))
+        if left:
+            raise Failure("export_damaged", f"{left[0]} is not quantized ({len(left)} layers in all)")
+        for name in progress.track(
+            sorted(wanted), "validate", "comparing layers with their source", len(wanted)
+        ):
+            layers.append(compare(name, read, source))
+        bits = 16 * read.quantized_bytes / read.bf16_bytes
+        if bits > MAX_BITS[settings.format]:
+            reason = f"quantized weights take {bits:.1f} bits each, {settings.format} allows {MAX_BITS[settings.format]}"
+            raise Failure("export_damaged", reason)
+    (Path(output) / "layers.json").write_text(json.dumps(layers), encoding="utf-8")
+    return {
+        "quantized_share": read.quantized_bytes / read.bf16_bytes if layers else 1.0,
+        "max_relative_error": max((layer["relative_error"] for layer in layers), default=0.0),
+        "bytes": sum(path.stat().st_size for path in Path(export).glob("*.safetensors")),
+    }
+
+
+def compare(name: str, export: Export, source: Export) -> dict[str, Any]:
+    """Returns a layer's cosine and relative error between source and dequantised weights, [out, in] each.
+
+    Where AWQ or SmoothQuant moved a scale into the layer norm before the layer, the source is scaled alike:
+    the norm's change tells by how much.
+
+    Raises:
+        Failure: `export_damaged`; a channel that does not resemble its source.
+    """
+    stored, weight = export.dequantize(name), source.tensor(f"{name}.weight").float()
+    if stored.shape != weight.shape:
+        raise Failure(
+            "export_damaged", f"{name}: shape {list(stored.shape)} where the source has {list(weight.shape)}"
+        )
+    weight = weight / _norm_change(name, export, source)
+    error = (stored - weight).norm(dim=1) / weight.norm(dim=1).clamp_min(1e-12)
+    worst = int(error.argmax())
+    if not error[worst] <= MAX_CHANNEL_ERROR:
+        reason = f"{name}: output channel {worst} differs from its source by {error[worst]:.0%}"
+        raise Failure("export_damaged", reason)
+    return {
+        "layer": name,
+        "cosine": torch.cosine_similarity(stored.flatten(), weight.flatten(), dim=0).item(),
+        "relative_error": ((stored - weight).norm() / weight.norm()).item(),
+    }
+
+
+#: The norm whose output a layer reads, in the naming that Llama's family shares.
+_NORMS = {
+    r"\.self_attn\.[qkv]_proj$": ".input_layernorm",
+    r"\.mlp\.(gate|up)_proj$": ".post_attention_layernorm",
+}
+
+
+def _norm_change(name: str, export: Export, source: Export) -> torch.Tensor | float:
+    """Returns by what each input channel of the layer was multiplied in the norm before it, [in]."""
+    for pattern, norm in _NORMS.items():
+        tensor = f"{re.sub(pattern, norm, name)}.weight"
+        if re.search(pattern, name) and tensor in source.names:
+            return export.tensor(tensor).float() / source.tensor(tensor).float()
+    return 1.0

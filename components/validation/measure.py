@@ -1,0 +1,162 @@
+"""What one engine scores on a range of items and windows, and how fast it is: runs in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from trimtab.components.validation import tasks as task_row
+from trimtab.components.validation.lm import EngineLM
+
+from trimtab import progress
+from trimtab.errors import Failure
+from trimtab.runtime import text
+from trimtab.runtime.backends import open_engine
+from trimtab.runtime.engine import Engine
+
+HELDOUT_TEXT = ("trimtab.components.validation.suite", "heldout.txt")
+
+#: lm-eval's metrics that score one item between 0 and 1, the first that a task has counts.
+ITEM_METRICS = ("acc", "exact_match", "acc_norm", "em")
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a small village by the sea,",
+    "To make a cup of tea, first",
+    "The three most important rules of good writing are",
+)
+SPEED = {"prompt_tokens": 32, "new_tokens": 48, "repeats": 3}
+BATCH = 8
+
+
+def evaluate(
+    engine: str, export: str, output: str, scratch: str, parameters: dict[str, Any]
+) -> dict[str, float]:
+    """Scores items and windows and writes `items.jsonl`, `windows.json`, `kernels.json` and `outputs.json`.
+
+    Args:
+        engine: folder of the built engine, `engine.json`.
+        export: folder of the exported checkpoint, all that is known of the model here.
+        parameters: tasks, task_path, items [start, stop], windows [start, stop], window_tokens, heldout,
+            speed (measure decoding and generation too).
+
+    Returns:
+        accuracy, perplexity; with `speed` decode_tokens_per_second, throughput_tokens_per_second and
+        degenerate (share of the prompts whose continuation is empty or goes round in a loop).
+    """
+    served = open_engine(Path(engine), Path(export))
+    folder = Path(output)
+    metrics = _score_items(served, parameters, folder) | _score_windows(served, parameters, folder)
+    (folder / "kernels.json").write_text(json.dumps(served.kernels()), encoding="utf-8")
+    if parameters["speed"]:
+        metrics |= decode_speed(served) | _generate(served, folder)
+    return metrics
+
+
+def compare_speed(
+    engine: str,
+    export: str,
+    baseline_engine: str,
+    baseline_export: str,
+    output: str,
+    scratch: str,
+    parameters: dict[str, Any],
+) -> dict[str, float]:
+    """Measures candidate and baseline in turn in one process, so that a busy machine disturbs both alike.
+
+    Returns:
+        decode and throughput tokens/s of the candidate, and those of the baseline with the prefix `baseline_`.
+    """
+    candidate = open_engine(Path(engine), Path(export))
+    baseline = open_engine(Path(baseline_engine), Path(baseline_export))
+    rounds = [(decode_speed(baseline), decode_speed(candidate)) for _ in range(parameters["rounds"])]
+    metrics = {}
+    for position, prefix in ((0, "baseline_"), (1, "")):
+        for name in rounds[0][0]:
+            metrics[prefix + name] = statistics.median(pair[position][name] for pair in rounds)
+    (Path(output) / "speed.json").write_text(json.dumps(rounds), encoding="utf-8")
+    return metrics
+
+
+def decode_speed(engine: Engine) -> dict[str, float]:
+    """Returns the median decode speed at batch 1, and at batch 8 as throughput, in tokens a second."""
+    progress.report("validate", "measuring decode speed")
+    single = engine.decode_speed(batch_size=1, **SPEED)
+    batched = engine.decode_speed(batch_size=BATCH, **SPEED)
+    return {
+        "decode_tokens_per_second": statistics.median(single),
+        "throughput_tokens_per_second": statistics.median(batched),
+    }
+
+
+def _score_items(engine: Engine, parameters: dict[str, Any], folder: Path) -> dict[str, float]:
+    manager, tasks = task_row.load(parameters["tasks"], parameters["task_path"])
+    chosen = task_row.choose(tasks, *parameters["items"])
+    items = []
+    if chosen:
+        results = lm_eval.simple_evaluate(
+            model=EngineLM(engine),
+            tasks=sorted(chosen),
+            samples=chosen,
+            task_manager=manager,
+            log_samples=True,
+            bootstrap_iters=0,
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
+        items = [_item(name, s) for name, samples in sorted(results["samples"].items()) for s in samples]
+    with (folder / "items.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(item) + "\n" for item in items)
+    if not items:
+        return {"items": 0}
+    return {"items": len(items), "accuracy": statistics.fmean(item["score"] for item in items)}
+
+
+def _item(task: str, sample: dict[str, Any]) -> dict[str, Any]:
+    """Keeps of lm-eval's sample what the verdict reads and what a person wants to look up."""
+    metric = next((name for name in ITEM_METRICS if name in sample), None)
+    if metric is None:
+        raise Failure(
+            "unsupported", f"tasks: '{task}' scores no single items (one of {', '.join(ITEM_METRICS)})"
+        )
+    choices = len(sample["arguments"])
+    return {
+        "id": f"{task}/{sample['doc_id']}/{sample['doc_hash'][:12]}",
+        "score": float(sample[metric]),
+        "chance": 1 / choices if metric.startswith("acc") and choices > 1 else 0.0,
+        "answers": [response[0] for response in sample["filtered_resps"]] if choices > 1 else [],
+    }
+
+
+def _score_windows(engine: Engine, parameters: dict[str, Any], folder: Path) -> dict[str, float]:
+    start, stop = parameters["windows"]
+    length = parameters["window_tokens"]
+    source = text.read_text(parameters["heldout"], HELDOUT_TEXT)
+    windows = text.windows(engine.tokenizer, source, length, stop)[start:stop]
+    nll = []
+    for window in progress.track(windows, "validate", "measuring perplexity", len(windows)):
+        nll += engine.nll(window[None])
+    document = {"start": start, "nll": nll, "tokens": [length - 1] * len(nll)}
+    (folder / "windows.json").write_text(json.dumps(document), encoding="utf-8")
+    if not nll:
+        return {"windows": 0}
+    mean = sum(nll) / sum(document["tokens"])
+    return {"windows": len(nll), "log_perplexity": mean}
+
+
+def _generate(engine: Engine, folder: Path) -> dict[str, float]:
+    prompts = [engine.tokenizer(prompt, add_special_tokens=False).input_ids for prompt in PROMPTS]
+    outputs = engine.generate(prompts, max_new_tokens=32)
+    texts = {p: engine.tokenizer.decode(tokens) for p, tokens in zip(PROMPTS, outputs, strict=True)}
+    (folder / "outputs.json").write_text(json.dumps(texts, indent=1), encoding="utf-8")
+    return {"degenerate": statistics.fmean(is_degenerate(tokens) for tokens in outputs)}
+
+
+def is_degenerate(tokens: list[int]) -> bool:
+    """Says whether a continuation is empty, or less than a third of its pairs of tokens are different ones."""
+    pairs = list(zip(tokens, tokens[1:], strict=False))
+    return not tokens or (len(pairs) >= 12 and len(set(pairs)) < len(pairs) / 3)

@@ -1,0 +1,227 @@
+"""The `trimtab` command: run, plan and compile. Exit codes are those of `trimtab.errors`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from trimtab import __version__, hardware
+from trimtab.errors import InputError, TrimtabError, nearest
+from trimtab.errors import __doc__ as exit_codes
+from trimtab.recipe import Recipe
+from trimtab.state import GOALS, Evaluation
+
+STORE = "trimtab-store"
+RUNS = "trimtab-runs"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
+    try:
+        arguments = _parser().parse_args(argv)
+        return arguments.command(arguments, console)
+    except TrimtabError as error:
+        console.print(f"trimtab: {error}", style="red", markup=False, highlight=False)
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.print("trimtab: interrupted; the same command goes on from the stages that were complete")
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="trimtab",
+        description="Makes a language model smaller and faster, and releases it only when it is still good.",
+        epilog=exit_codes.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"trimtab {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    run = commands.add_parser("run", help="optimize a model on this machine")
+    _add_common(run)
+    run.add_argument(
+        "--max-attempts", type=int, default=5, metavar="N", help="the most attempts, 1 to 10 (5)"
+    )
+    run.add_argument("--name", default="", help="name of the release (the model's)")
+    run.add_argument(
+        "--tasks", default="trimtab_suite", help="lm-eval tasks, separated by commas (trimtab_suite)"
+    )
+    run.add_argument("--task-path", default="", metavar="DIR", help="a folder with lm-eval task YAMLs")
+    run.add_argument(
+        "--evaluation", default="", metavar="FILE", help="items, windows and text to measure, YAML"
+    )
+    run.add_argument("--runs", default=RUNS, metavar="DIR", help=f"logs and reports of runs (./{RUNS})")
+    run.set_defaults(command=_run)
+
+    plan = commands.add_parser("plan", help="show the ladder of recipes, and why each stands there")
+    _add_common(plan)
+    plan.set_defaults(command=_plan)
+
+    compile_ = commands.add_parser(
+        "compile", help="write the pipeline for a Kubeflow Pipelines backend >= 2.17.0"
+    )
+    compile_.add_argument("-o", "--output", required=True, metavar="FILE", help="the pipeline's YAML")
+    compile_.add_argument(
+        "--max-attempts", type=int, default=10, metavar="N", help="attempts to unroll, 1 to 10 (10)"
+    )
+    compile_.add_argument("--image", default="", help="container image of all stages")
+    compile_.set_defaults(command=_compile)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="a folder, a .gguf file, s3://…, or a hub id org/name")
+    parser.add_argument(
+        "--goal", default="fit_larger_model", help=f"one of {', '.join(GOALS)} (fit_larger_model)"
+    )
+    parser.add_argument("--target", default="cpu", help=f"one of {', '.join(hardware.TARGETS)} (cpu)")
+    parser.add_argument("--recipe", default="", metavar="FILE", help="a recipe to try first, YAML or JSON")
+    parser.add_argument("--store", default=STORE, help=f"s3://bucket/prefix or a folder (./{STORE})")
+
+
+def _run(arguments: argparse.Namespace, console: Console) -> int:
+    parameters = _parameters(arguments)
+    from trimtab.pipelines import local
+    from trimtab.report import console_table
+
+    outcome = local.run(parameters, Path(arguments.runs).absolute(), console)
+    out = Console(width=None if sys.stdout.isatty() else 120)
+    if outcome.state:
+        out.print(console_table(outcome.state))
+        out.print(f"report   {outcome.page}", soft_wrap=True, highlight=False)
+    if outcome.error:
+        console.print(f"trimtab: {outcome.error}", style="red", markup=False, highlight=False)
+        console.print(f"log      {outcome.log}", soft_wrap=True, highlight=False)
+        return outcome.error.exit_code
+    out.print(f"release  {outcome.release}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Checks everything that can be checked in a second, before a long run begins."""
+    _check_attempts(arguments.max_attempts)
+    _check_choice("goal", arguments.goal, GOALS)
+    hardware.target(arguments.target)
+    recipe = _read(arguments.recipe, "recipe")
+    if recipe:
+        Recipe.parse(recipe)
+    evaluation = Evaluation.parse(_read(arguments.evaluation, "evaluation") or "{}").model_copy(
+        update={
+            "tasks": tuple(task.strip() for task in arguments.tasks.split(",") if task.strip()),
+            "task_path": str(Path(arguments.task_path).absolute()) if arguments.task_path else "",
+        }
+    )
+    _check_tasks(evaluation)
+    store, model = _store(arguments.store), _model(arguments.model)
+    return {
+        "model": model,
+        "store": store,
+        "goal": arguments.goal,
+        "target": arguments.target,
+        "recipe": recipe,
+        "max_attempts": arguments.max_attempts,
+        "name": arguments.name or _name(model),
+        "evaluation": evaluation.to_json(),
+    }
+
+
+def _plan(arguments: argparse.Namespace, console: Console) -> int:
+    from rich.table import Table
+    from trimtab.components.fetch.source import facts
+
+    from trimtab import plan
+
+    _check_choice("goal", arguments.goal, GOALS)
+    recipe = _read(arguments.recipe, "recipe")
+    table = Table("", "recipe", "why", title=f"{arguments.goal} on {arguments.target}")
+    rungs = plan.ladder(
+        arguments.goal,
+        facts(_model(arguments.model)),
+        hardware.target(arguments.target),
+        first=Recipe.parse(recipe) if recipe else None,
+    )
+    for number, rung in enumerate(rungs, start=1):
+        table.add_row(str(number), rung.recipe.title, rung.why)
+    Console().print(table)
+    return 0
+
+
+def _compile(arguments: argparse.Namespace, console: Console) -> int:
+    _check_attempts(arguments.max_attempts)
+    if arguments.image:
+        os.environ["TRIMTAB_IMAGE"] = arguments.image  # read where the components are declared
+    from kfp import compiler
+    from trimtab.pipelines.optimize import optimize_pipeline
+
+    output = Path(arguments.output)
+    if output.suffix not in (".yaml", ".yml", ".json") or not output.absolute().parent.is_dir():
+        raise InputError(f"output: '{output}' must be a .yaml or .json file in a folder that exists")
+    compiler.Compiler().compile(optimize_pipeline(arguments.max_attempts), str(output))
+    console.print(f"wrote {output} for Kubeflow Pipelines >= 2.17.0, up to {arguments.max_attempts} attempts")
+    return 0
+
+
+def _check_attempts(number: int) -> None:
+    if not 1 <= number <= 10:
+        raise InputError(f"max_attempts: {number} is not valid; write 1 to 10")
+
+
+def _check_choice(field: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise InputError(f"{field}: '{value}' is not valid; {nearest(value, valid)}")
+
+
+def _check_tasks(evaluation: Evaluation) -> None:
+    """trimtab's own suite is known; any other name is asked of lm-eval now rather than after the baseline."""
+    if evaluation.tasks != ("trimtab_suite",):
+        from trimtab.components.validation import tasks
+
+        tasks.load(list(evaluation.tasks), evaluation.task_path)
+
+
+def _read(path: str, field: str) -> str:
+    if not path:
+        return ""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{field}: '{path}' cannot be read ({error.__class__.__name__}); write a YAML file"
+        ) from None
+
+
+def _store(address: str) -> str:
+    from trimtab.store import open_store
+
+    store = open_store(address)
+    store.check()
+    return store.uri
+
+
+def _model(model: str) -> str:
+    """Makes a local path absolute, for the stages run elsewhere, and refuses a damaged model at once."""
+    from trimtab.components.fetch.source import check
+
+    return check(model)
+
+
+def _name(model: str) -> str:
+    """A release name out of the model's: its last part without the ending, in the characters a name may have."""
+    stem = Path(model.rstrip("/")).name.removesuffix(".gguf")
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in stem).strip("._-")[:100] or "model"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""Runs the pipeline on this machine through kfp.local, with progress for people."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from kfp import local
+from rich.console import Console
+from trimtab.pipelines.optimize import optimize_pipeline
+
+from trimtab import child, errors, progress
+from trimtab.errors import InputError, StageError, TrimtabError
+from trimtab.state import State
+from trimtab.store import open_store
+
+#: A counted event is printed at most once in this many seconds.
+QUIET_SECONDS = 15
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: the last state (None when a stage failed before the summary), the page, the release."""
+
+    state: State | None
+    page: Path | None
+    release: str | None
+    error: TrimtabError | None
+    log: Path
+
+
+def run(arguments: dict[str, Any], folder: Path, console: Console, runner: Any = None) -> Outcome:
+    """Runs `optimize` and returns how it ended; an error of a stage is part of the outcome.
+
+    Args:
+        arguments: the pipeline's parameters by name.
+        folder: where KFP's artifacts, the log and the events of this run go, a folder for each run.
+        console: where progress is printed.
+        runner: a kfp.local runner; the default runs each task as a process of this Python.
+
+    Raises:
+        InputError: a parameter or path that kfp.local would silently change.
+    """
+    for name, value in {**arguments, "folder": folder}.items():
+        if "python3" in str(value):
+            raise InputError(
+                f"{name}: '{value}' contains 'python3', which kfp.local replaces; use another path"
+            )
+    root = folder / datetime.now().strftime("%Y%m%d-%H%M%S")
+    root.mkdir(parents=True, exist_ok=True)
+    log, events = root / "run.log", root / "events.jsonl"
+    os.environ[progress.ENVIRONMENT] = str(events)
+    os.environ[child.RUN_PID] = str(os.getpid())
+    error: TrimtabError | None = None
+    pipeline = optimize_pipeline(unrolled=arguments["max_attempts"])
+    with _followed(events, console), _output_into(log), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # KFP warns of image names and of resources that only a cluster has
+        local.init(
+            runner=runner or local.SubprocessRunner(use_venv=False),
+            pipeline_root=str(root),
+            raise_on_error=True,
+        )
+        try:
+            pipeline(**arguments)
+        except RuntimeError:
+            error = _error_in(log)
+    return Outcome(*_summary(root), _release_in(arguments, root) if error is None else None, error, log)
+
+
+def _summary(root: Path) -> tuple[State | None, Path | None]:
+    outcome = next(root.glob("*/summarize*/outcome"), None)
+    page = next(root.glob("*/summarize*/report"), None)
+    if outcome is None or page is None:
+        return None, None
+    shown = page.with_suffix(".html")  # a browser goes by the name
+    shown.write_bytes(page.read_bytes())
+    return State.parse(outcome.read_text(encoding="utf-8")), shown
+
+
+def _release_in(arguments: dict[str, Any], root: Path) -> str | None:
+    releases = open_store(arguments["store"]).releases(arguments["name"])
+    return releases[-1]["uri"] if releases else None
+
+
+def _error_in(log: Path) -> TrimtabError:
+    """Returns the last of trimtab's own errors in the log: the stage that failed said what to do."""
+    found = re.findall(r"trimtab\.errors\.(\w+): (.*)", log.read_text(encoding="utf-8", errors="replace"))
+    if not found:
+        return StageError(f"a stage failed; its output is in {log}")
+    name, message = found[-1]
+    return getattr(errors, name, StageError)(message.strip())
+
+
+@contextlib.contextmanager
+def _output_into(log: Path) -> Iterator[None]:
+    """Sends everything that KFP and the stages print to the log, at the level of file descriptors."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, descriptor in enumerate(kept, start=1):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _followed(events: Path, console: Console) -> Iterator[None]:
+    """Prints the events of all processes while the body runs."""
+    stop = threading.Event()
+    events.touch()
+    thread = threading.Thread(target=_follow, args=(events, console, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _follow(events: Path, console: Console, stop: threading.Event) -> None:
+    started, shown = time.time(), 0.0
+    with events.open(encoding="utf-8") as file:
+        while True:
+            ending = stop.is_set()
+            for line in file:
+                event = json.loads(line)
+                counting = 0 < event["done"] < event["total"] or (event["total"] and not event["done"])
+                if counting and event["time"] - shown < QUIET_SECONDS:
+                    continue
+                shown = event["time"]
+                minutes, seconds = divmod(int(event["time"] - started), 60)
+                console.print(f"[dim]{minutes:02d}:{seconds:02d}[/dim]  {_line(event)}", highlight=False)
+            if ending:
+                return
+            time.sleep(0.3)
+
+
+def _line(event: dict[str, Any]) -> str:
+    text = progress.describe(event).replace("[", r"\[")
+    return f"[bold]{text}[/bold]" if event["stage"].startswith(("attempt", "release")) else text

@@ -1,0 +1,140 @@
+"""The flow: an attempt, and the loop that adjusts the recipe and tries again.
+
+The loop is unrolled when it is compiled, for KFP has none. What keeps it correct (each a silent failure
+elsewhere): only strings pass through `dsl.OneOf`; conditions read the one output of `decide`, whose vocabulary
+is closed; there are no conditions inside `attempt`; the chain ends in a gate; KFP's caching is off, because a
+branch of cache hits alone never completes on the backend (the store's index is the cache).
+"""
+
+from kfp import dsl
+from trimtab.components.calibration.component import calibrate
+from trimtab.components.deployment.component import gate
+from trimtab.components.distillation.component import distill
+from trimtab.components.engine.component import build_engine
+from trimtab.components.fetch.component import fetch
+from trimtab.components.pruning.component import prune
+from trimtab.components.quantization.component import quantize
+from trimtab.components.validation.component import validate
+from trimtab.pipelines.decisions import adjust, carry, decide, plan, prepare, summarize
+
+#: The most attempts that are unrolled; `max_attempts` of a run is at most this.
+MAX_ATTEMPTS = 10
+ACCELERATOR = "nvidia.com/gpu"
+
+
+def _uncached(task: dsl.PipelineTask, name: str, accelerators: object = None) -> dsl.PipelineTask:
+    task.set_caching_options(False)
+    task.set_display_name(name)
+    if accelerators is not None:
+        task.set_accelerator_type(ACCELERATOR).set_accelerator_limit(accelerators)
+    return task
+
+
+@dsl.pipeline(
+    name="attempt", description="One recipe: prepare, calibrate, prune, distill, quantize, build, validate"
+)
+def attempt(state: str) -> str:
+    """One recipe carried through all stages; a stage that the recipe does not ask for passes its input on.
+
+    Args:
+        state: The state with which the attempt begins, JSON.
+
+    Returns:
+        The state with the verdict, JSON.
+    """
+    need = _uncached(prepare(state=state), "prepare").outputs
+    calibrated = _uncached(
+        calibrate(state=need["state"], checkpoint=need["checkpoint"]), "calibrate", need["calibrate"]
+    ).outputs
+    pruned = _uncached(
+        prune(
+            state=calibrated["Output"], checkpoint=need["checkpoint"], calibration=calibrated["calibration"]
+        ),
+        "prune",
+        need["prune"],
+    ).outputs
+    distilled = _uncached(
+        distill(state=pruned["Output"], checkpoint=pruned["pruned"]), "distill", need["distill"]
+    ).outputs
+    again = _uncached(
+        calibrate(
+            state=distilled["Output"], checkpoint=distilled["distilled"], stages="recalibrate sensitivity"
+        ),
+        "recalibrate",
+        need["recalibrate"],
+    ).outputs
+    quantized = _uncached(
+        quantize(state=again["Output"], checkpoint=distilled["distilled"], calibration=again["calibration"]),
+        "quantize",
+        need["quantize"],
+    ).outputs
+    built = _uncached(
+        build_engine(state=quantized["Output"], export=quantized["export"]), "build engine", need["engine"]
+    ).outputs
+    judged = _uncached(validate(state=built["Output"], engine=built["engine"]), "validate", need["engine"])
+    return judged.outputs["Output"]
+
+
+def optimize_pipeline(unrolled: int = MAX_ATTEMPTS):
+    """Returns the pipeline `optimize` with its loop unrolled for at most `unrolled` attempts."""
+
+    @dsl.pipeline(
+        name="optimize",
+        display_name="trimtab: optimize a language model",
+        description="Compresses a language model for its target and releases it only when measurements on the "
+        "exported artifact say that it is still good.",
+    )
+    def optimize(
+        model: str,
+        store: str,
+        goal: str = "fit_larger_model",
+        target: str = "cpu",
+        recipe: str = "",
+        max_attempts: int = 5,
+        name: str = "model",
+        evaluation: str = "",
+    ) -> str:
+        """Compresses a language model and releases it when it is still good.
+
+        Args:
+            model: A folder, a .gguf file, s3://bucket/prefix, a tree of the store, or a hub id such as org/name.
+            store: Where trees, results and releases are kept: s3://bucket/prefix or a folder.
+            goal: lower_latency, higher_throughput, fit_larger_model, long_context or lower_cost.
+            target: The hardware that will serve it: a100-40, a100-80, l4, l40s, h100, h200, b200, rtx4090 or cpu.
+            recipe: A recipe to try first, YAML or JSON; empty for the planned ladder.
+            max_attempts: The most attempts, 1 to 10.
+            name: The name of the release.
+            evaluation: Tasks, items and windows to measure, YAML or JSON; empty for trimtab's own suite.
+
+        Returns:
+            The URI of the release.
+        """
+        source = _uncached(fetch(model=model, store=store), "fetch model").outputs["Output"]
+        planned = _uncached(
+            plan(
+                model=source,
+                name=name,
+                store=store,
+                goal=goal,
+                target=target,
+                recipe=recipe,
+                max_attempts=max_attempts,
+                evaluation=evaluation,
+            ),
+            "plan",
+        )
+        measured = attempt(state=planned.output).set_display_name("baseline")
+        begun = _uncached(adjust(state=measured.output), "choose the first recipe")
+        state = attempt(state=begun.output).set_display_name("attempt 1").output
+        for number in range(2, unrolled + 1):
+            decision = _uncached(decide(state=state), f"retry after attempt {number - 1}?")
+            with dsl.If(decision.output == "retry", name=f"retry-{number}"):
+                adjusted = _uncached(adjust(state=state), "adjust the recipe")
+                again = attempt(state=adjusted.output).set_display_name(f"attempt {number}")
+            with dsl.Else(name=f"keep-{number}"):
+                kept = _uncached(carry(state=state), "keep the verdict")
+            state = dsl.OneOf(again.output, kept.output)
+        told = _uncached(summarize(state=state), "summary").outputs["Output"]
+        return _uncached(gate(state=told), "deploy gate").outputs["Output"]
+
+    return optimize

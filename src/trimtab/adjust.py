@@ -1,0 +1,279 @@
+"""The next recipe: what the ladder and the history of verdicts leave to try, in the ladder's order.
+
+Each verdict rules recipes out, and stays in force for the whole run:
+
+| failure class | rules out, beside the recipe itself |
+|---|---|
+| accuracy, perplexity, indeterminate | every recipe that takes as much away in every respect (`_risk`) |
+| kv_cache_accuracy | every recipe with a quantized KV cache |
+| no_gain | every recipe that is in no respect more ambitious (`_ambition`) |
+| does_not_fit | every recipe that needs as much memory in every respect (`_footprint`) |
+| unsupported, export_damaged, degenerate_output | the same format (with a quantized KV cache: that pair) |
+| training_diverged | the same pruning, trained at the same or a higher learning rate |
+
+Some failures have a nearer remedy than the next rung, a recipe made from the failed one (`_remedies`): the KV
+cache in 16 bits; a smaller batch; a tenth of the learning rate; after pruning, four times the distillation
+tokens, then half the blocks. Every remedy takes something away that can be taken away only so often, and no
+recipe is tried twice, so the loop ends.
+
+Mixed precision has a model of its own, to skip rungs that would cost minutes to fail. As bits grow, the
+logarithm of the perplexity ratio falls about geometrically, so log(log ratio) is fitted as a line in the bits
+of the measured recipes; one measurement is extrapolated with `HALVING_BITS`. SmolLM2-135M under ModelOpt 0.47
+had 1.396 at 4 bits (INT4 round-to-nearest) and 1.11 at 6: log ratio 0.334 and 0.104, halved every 1.2 bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from trimtab.plan import Rung
+from trimtab.recipe import DepthPruning, MagnitudePruning, Quantization, Recipe
+from trimtab.schema import Document
+from trimtab.state import Brief
+
+#: With one measurement: the bits that halve the log ratio. Below the 1.2 that was measured, so that the guess
+#: errs towards trying a rung.
+HALVING_BITS = 1.0
+#: A rung is skipped when its predicted log ratio exceeds this multiple of the limit's. Acceptance wants the
+#: whole interval below the limit, so a prediction at the limit itself already fails more often than not.
+CLEARLY = 1.1
+_TOO_HARSH = ("accuracy", "perplexity", "indeterminate")
+_BITS = {"bf16": 16.0, "int8_wo": 8.0, "int8_sq": 8.0, "fp8": 8.0, "int4_rtn": 4.0, "int4_awq": 4.0}
+#: How much a format takes away, in the order of `trimtab.plan.EXPECTATIONS`; `mixed` lies between.
+_HARSHNESS = {"bf16": 0.0, "int8_wo": 1.0, "fp8": 2.0, "int8_sq": 3.0, "int4_awq": 9.0, "int4_rtn": 10.0}
+
+
+def next_recipe(ladder: Sequence[Rung], history: Sequence[Brief]) -> tuple[Rung | None, str]:
+    """Returns the rung to try next and one sentence that says why; or None, and why the run stops.
+
+    Args:
+        ladder: the recipes of the plan, in order.
+        history: the finished attempts, oldest first; a baseline among them is ignored.
+    """
+    history = [brief for brief in history if brief.verdict.outcome != "baseline"]
+    if not history:
+        return (ladder[0], "the first rung of the ladder") if ladder else (None, "the ladder is empty")
+    last = history[-1]
+    failed = f"{last.recipe.title} failed ({_cause(last)})"
+    if last.verdict.outcome == "accepted":
+        return None, f"{last.recipe.title} was accepted"
+    tried = {brief.recipe.digest for brief in history}
+    rungs = {rung.recipe.digest: rung for rung in ladder}
+    for recipe, why in _remedies(last, history, ladder):
+        others = (brief for brief in history if brief is not last)
+        if recipe.digest not in tried and not any(_rules_out(brief, recipe) for brief in others):
+            rung = rungs.get(recipe.digest) or Rung(recipe=recipe, why=why)
+            return rung, f"{failed}: next is {why}"
+    open_rungs = [rung for rung in ladder if rung.recipe.digest not in tried]
+    allowed = [rung for rung in open_rungs if not any(_rules_out(brief, rung.recipe) for brief in history)]
+    chosen, skipped = _skip(allowed, ladder, history)
+    if chosen is None:
+        left = f"; the verdicts rule out the other {len(open_rungs)} of the ladder" if open_rungs else ""
+        return None, f"{failed}: nothing is left to try, {len(tried)} tried{left}"
+    return chosen, f"{failed}: next is {chosen.recipe.title}, {_DIRECTION[_cause(last)]}{skipped}"
+
+
+_DIRECTION = {
+    "accuracy": "which takes less away",
+    "perplexity": "which takes less away",
+    "indeterminate": "which takes less away",
+    "kv_cache_accuracy": "which leaves the KV cache in 16 bits",
+    "no_gain": "which gains in another way",
+    "export_damaged": "in another format",
+    "degenerate_output": "in another format",
+    "does_not_fit": "which needs less memory",
+    "unsupported": "in another format",
+    "training_diverged": "which trains otherwise or not at all",
+}
+
+
+def _cause(brief: Brief) -> str:
+    if brief.verdict.outcome == "indeterminate":
+        return "indeterminate"
+    return brief.verdict.failure_class or "accuracy"
+
+
+# --- what a verdict rules out -----------------------------------------------------------------------------
+
+
+def _quantize(recipe: Recipe) -> Quantization:
+    return recipe.quantize or Quantization(format="bf16")
+
+
+def _blocks(recipe: Recipe) -> int:
+    return recipe.prune.blocks if isinstance(recipe.prune, DepthPruning) else 0
+
+
+def _bits(recipe: Recipe) -> float:
+    quantize = _quantize(recipe)
+    return quantize.effective_bits or _BITS[quantize.format]
+
+
+def _risk(recipe: Recipe) -> tuple[float, ...]:
+    """What the recipe takes away, each respect apart; more is riskier."""
+    quantize = _quantize(recipe)
+    harsh = 12 - quantize.effective_bits if quantize.effective_bits else _HARSHNESS[quantize.format]
+    sparsity = recipe.prune.sparsity if isinstance(recipe.prune, MagnitudePruning) else 0.0
+    group = quantize.group_size if _bits(recipe) < 8 else 0
+    # Teaching repairs what pruning broke; where nothing was pruned, nothing is as good.
+    untaught = (-recipe.distill.tokens if recipe.distill else 0) if recipe.prune else -math.inf
+    kv = quantize.kv_cache != "none"
+    return harsh, kv, _blocks(recipe), sparsity, group, untaught, -len(quantize.exclude)
+
+
+def _ambition(recipe: Recipe) -> tuple[float, ...]:
+    """What the recipe saves, each respect apart; more is better at the goal. Sparsity saves nothing."""
+    quantize = _quantize(recipe)
+    arithmetic = quantize.format in ("fp8", "int8_sq")
+    kv = quantize.kv_cache != "none"
+    return -_bits(recipe), arithmetic, kv, _blocks(recipe), -len(quantize.exclude)
+
+
+def _footprint(recipe: Recipe) -> tuple[float, ...]:
+    """What the recipe needs of each device's memory, each respect apart."""
+    quantize, engine = _quantize(recipe), recipe.engine
+    devices = engine.tensor_parallel_size * engine.pipeline_parallel_size
+    kv = quantize.kv_cache == "none"
+    kept = len(quantize.exclude)
+    return (_bits(recipe), kv, -_blocks(recipe), kept, engine.max_batch_size, engine.max_seq_len,
+            engine.max_num_tokens, -devices, bool(recipe.distill))  # fmt: skip
+
+
+def _at_least(left: Sequence[float], right: Sequence[float]) -> bool:
+    return all(a >= b for a, b in zip(left, right, strict=True))
+
+
+def _rules_out(brief: Brief, recipe: Recipe) -> bool:
+    """Whether a finished attempt says that another recipe would fail for the same reason."""
+    failed, cause = brief.recipe, _cause(brief)
+    if cause in _TOO_HARSH:
+        return _at_least(_risk(recipe), _risk(failed))
+    if cause == "kv_cache_accuracy":
+        return _quantize(recipe).kv_cache != "none"
+    if cause == "no_gain":
+        return _at_least(_ambition(failed), _ambition(recipe))
+    if cause == "does_not_fit":
+        return _at_least(_footprint(recipe), _footprint(failed))
+    if cause == "training_diverged":
+        if recipe.prune != failed.prune or not (recipe.distill and failed.distill):
+            return False
+        return recipe.distill.learning_rate >= failed.distill.learning_rate
+    mine, theirs = _quantize(recipe), _quantize(failed)
+    if theirs.format == "bf16" and theirs.kv_cache == "none":
+        return bool(failed.prune) and type(recipe.prune) is type(failed.prune)
+    return mine.format == theirs.format and theirs.kv_cache in ("none", mine.kv_cache)
+
+
+# --- what remedies a failure ------------------------------------------------------------------------------
+
+
+def _change(recipe: Recipe, part: str, **fields: object) -> Recipe:
+    """Returns the recipe with fields of one part changed, without the name that described it."""
+    changed: Document = getattr(recipe, part).model_copy(update=fields)
+    return recipe.model_copy(update={part: changed, "name": ""})
+
+
+def _remedies(last: Brief, history: Sequence[Brief], ladder: Sequence[Rung]) -> Iterator[tuple[Recipe, str]]:
+    """Yields recipes made from the failed one that are nearer than the next rung, nearest first."""
+    recipe, cause = last.recipe, _cause(last)
+    engine, kv = recipe.engine, _quantize(recipe).kv_cache != "none"
+    earlier = [brief.recipe for brief in history if brief is not last and _cause(brief) == cause]
+    if cause in ("kv_cache_accuracy", "degenerate_output", "unsupported") and kv:
+        plain = _change(recipe, "quantize", kv_cache="none")
+        if _bits(recipe) < 16 or recipe.prune:
+            yield plain, "the same with the KV cache in 16 bits"
+    elif cause == "does_not_fit" and not any(_work(other) == _work(recipe) for other in earlier):
+        if engine.max_batch_size > 1:
+            batch = max(1, engine.max_batch_size // 4)
+            yield _change(recipe, "engine", max_batch_size=batch), f"the same with a batch of {batch}"
+        elif engine.max_seq_len > 512:
+            length = engine.max_seq_len // 2
+            yield _change(recipe, "engine", max_seq_len=length), f"the same with a context of {length} tokens"
+    elif cause == "training_diverged" and recipe.distill:
+        if not any(other.prune == recipe.prune for other in earlier):
+            rate = recipe.distill.learning_rate / 10
+            yield _change(recipe, "distill", learning_rate=rate), f"the same with a learning rate of {rate:g}"
+    elif cause in _TOO_HARSH and recipe.prune:
+        yield from _gentler_pruning(recipe, history, ladder)
+
+
+def _gentler_pruning(
+    recipe: Recipe, history: Sequence[Brief], ladder: Sequence[Rung]
+) -> Iterator[tuple[Recipe, str]]:
+    if isinstance(recipe.prune, MagnitudePruning):
+        if recipe.prune.sparsity >= 0.2:
+            sparsity = round(recipe.prune.sparsity / 2, 3)
+            yield _change(recipe, "prune", sparsity=sparsity), f"the same with a sparsity of {sparsity:g}"
+        return
+    tried = {brief.recipe.digest for brief in history}
+    if any(0 < _blocks(r.recipe) < _blocks(recipe) and r.recipe.digest not in tried for r in ladder):
+        return  # the ladder itself goes on with fewer blocks
+    # Teaching costs the most time, so it is prolonged once in a run.
+    taught = [brief.recipe for brief in history if brief.recipe.prune and brief.recipe.distill]
+    pairs = ((a, b) for a in taught for b in taught if a.prune == b.prune)
+    prolonged = any(a.distill.tokens > b.distill.tokens for a, b in pairs)
+    if recipe.distill and not prolonged:
+        tokens = 4 * recipe.distill.tokens
+        yield _change(recipe, "distill", tokens=tokens), f"the same with {tokens:,} distillation tokens"
+    if recipe.prune.blocks > 1:
+        blocks = recipe.prune.blocks // 2
+        yield _change(recipe, "prune", blocks=blocks), f"the same with {blocks} blocks removed"
+
+
+def _work(recipe: Recipe) -> str:
+    """Identifies what is done to the weights, without how they are served."""
+    return recipe.model_copy(update={"engine": Recipe().engine}).digest
+
+
+# --- what mixed precision may skip ------------------------------------------------------------------------
+
+
+def predicted_ratio(recipe: Recipe, history: Sequence[Brief]) -> float | None:
+    """Returns the perplexity ratio to expect of a `mixed` recipe, from attempts that differ in bits alone.
+
+    Mixed precision mixes round-to-nearest INT4 with INT8, so round-to-nearest is its end at 4 bits; AWQ
+    stands in where that was not measured. None when nothing was measured.
+    """
+    points: dict[str, tuple[float, float]] = {}
+    for brief in history:
+        form, ratio = _quantize(brief.recipe).format, brief.verdict.perplexity_ratio
+        same = (brief.recipe.prune, brief.recipe.distill) == (recipe.prune, recipe.distill)
+        if same and form in ("int4_rtn", "int4_awq", "mixed") and ratio and ratio.estimate > 1:
+            key = form if form != "mixed" else brief.recipe.digest
+            points[key] = (_bits(brief.recipe), math.log(math.log(ratio.estimate)))
+    if "int4_rtn" in points:
+        points.pop("int4_awq", None)
+    if not points or recipe.quantize is None or recipe.quantize.effective_bits is None:
+        return None
+    bits = recipe.quantize.effective_bits
+    at, value = max(points.values())
+    slope = -math.log(2) / HALVING_BITS
+    if len({x for x, _ in points.values()}) > 1:
+        n = len(points)
+        mean_x = sum(x for x, _ in points.values()) / n
+        mean_y = sum(y for _, y in points.values()) / n
+        fitted = sum((x - mean_x) * (y - mean_y) for x, y in points.values())
+        fitted /= sum((x - mean_x) ** 2 for x, _ in points.values())
+        if fitted < 0:  # else noise outweighs the trend, and the guess stands
+            slope, at, value = fitted, mean_x, mean_y
+    return math.exp(math.exp(value + slope * (bits - at)))
+
+
+def _skip(
+    allowed: Sequence[Rung], ladder: Sequence[Rung], history: Sequence[Brief]
+) -> tuple[Rung | None, str]:
+    """Returns the first allowed rung that is not predicted to fail clearly, and a note on those before it.
+
+    The last rung of the ladder, and the last that is allowed, are never skipped.
+    """
+    skipped = []
+    for rung in allowed:
+        ratio = predicted_ratio(rung.recipe, history)
+        limit = rung.recipe.accept.max_perplexity_ratio
+        hopeless = ratio is not None and math.log(ratio) > CLEARLY * math.log(limit)
+        if not hopeless or rung is ladder[-1] or rung is allowed[-1]:
+            note = f"; skipped on the way, with the perplexity ratios predicted: {', '.join(skipped)}"
+            return rung, note if skipped else ""
+        skipped.append(f"{rung.recipe.title} {ratio:.2f}")
+    return None, ""

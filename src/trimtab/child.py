@@ -1,0 +1,130 @@
+"""Runs a stage's work in a process of its own.
+
+Three reasons: work that is killed for memory leaves its stage alive to say so; validation sees only what is on
+disk; and a stage that has nothing to do never imports torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab import errors
+from trimtab.errors import Failure, StageError, TrimtabError
+
+#: Set by the command line to its own process id: stages end when it is gone, also after a SIGKILL.
+RUN_PID = "TRIMTAB_RUN_PID"
+
+
+@dataclass(frozen=True)
+class Done:
+    """What the work returned, the seconds it took and the largest resident memory of its process in bytes."""
+
+    value: Any
+    seconds: float
+    peak_memory_bytes: int
+
+
+def call(work: str, **arguments: Any) -> Done:
+    """Calls "package.module:function" in a child process with JSON arguments and returns its JSON result.
+
+    Raises:
+        Failure: the work raised one, or ran out of memory (`does_not_fit`), or was killed.
+        TrimtabError: the work raised one of these.
+        StageError: any other exception; the traceback is in the log.
+    """
+    with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
+        answer = Path(folder) / "answer.json"
+        request = {"work": work, "arguments": arguments, "answer": str(answer), "parent": os.getpid()}
+        process = subprocess.run(
+            [sys.executable, "-m", "trimtab.child"], input=json.dumps(request), text=True
+        )
+        if process.returncode == -signal.SIGKILL or process.returncode == 128 + signal.SIGKILL:
+            raise Failure(
+                "does_not_fit", f"{work.rpartition(':')[2]} was killed: it needed more memory than there is"
+            )
+        if not answer.exists():
+            raise StageError(
+                f"{work} ended with exit code {process.returncode} and no answer; see its log above"
+            )
+        result = json.loads(answer.read_text(encoding="utf-8"))
+    if "failure" in result:
+        raise Failure(*result["failure"])
+    if "error" in result:
+        name, message = result["error"]
+        raise getattr(errors, name, StageError)(message)
+    return Done(result["value"], result["seconds"], result["peak_memory_bytes"])
+
+
+def follow_run() -> None:
+    """Ends this process soon after the run that started it: an orphan would compete with the run's successor."""
+    pid = os.environ.get(RUN_PID)
+    if not pid:
+        return
+
+    def watch() -> None:
+        while Path(f"/proc/{pid}").exists():
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _die_with(parent: int) -> None:
+    """Asks Linux to kill this process when its parent dies; elsewhere `follow_run` must do."""
+    pr_set_pdeathsig = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before we asked
+            os._exit(1)
+
+
+def _answer(work: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    module, _, function = work.partition(":")
+    started = time.monotonic()
+    try:
+        value = getattr(importlib.import_module(module), function)(**arguments)
+    except Failure as failure:
+        return {"failure": [failure.failure_class, failure.reason]}
+    except TrimtabError as error:
+        return {"error": [type(error).__name__, str(error)]}
+    except Exception as error:
+        traceback.print_exc()
+        if isinstance(error, MemoryError) or _is_out_of_memory(error):
+            first_line = str(error).strip().partition("\n")[0]
+            return {"failure": ["does_not_fit", f"{function} ran out of memory: {first_line}"]}
+        return {"error": ["StageError", f"{function}: {type(error).__name__}: {error}"]}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"value": value, "seconds": time.monotonic() - started, "peak_memory_bytes": peak}
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Torch says it in three ways: torch.OutOfMemoryError, a CPU allocator's RuntimeError, a CUDA one's."""
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError)
+        and ("can't allocate memory" in str(error) or "out of memory" in str(error))
+    )
+
+
+def _main() -> None:
+    request = json.load(sys.stdin)
+    _die_with(request["parent"])
+    answer = _answer(request["work"], request["arguments"])
+    Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _main()

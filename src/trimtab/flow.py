@@ -1,0 +1,126 @@
+"""The decisions between the stages, as functions from state to state: what the pipeline's small tasks call."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+from trimtab import adjust, hardware, plan, progress
+from trimtab.errors import Failure, InputError, nearest
+from trimtab.model import ModelFacts
+from trimtab.plan import Rung
+from trimtab.recipe import Recipe
+from trimtab.stages import fail
+from trimtab.state import GOALS, Evaluation, State
+from trimtab.store import Store, Tree, open_store
+
+
+def begin(
+    *,
+    model: Tree,
+    store_uri: str,
+    name: str,
+    goal: str,
+    target: str,
+    recipe: str,
+    max_attempts: int,
+    evaluation: Evaluation,
+) -> State:
+    """Plans the run and returns the state with which the baseline is measured.
+
+    A recipe that names no step is not tried as one; its `accept`, `calibrate` and `engine` hold for the whole
+    ladder all the same.
+
+    Raises:
+        InputError: an unknown goal or target, a bad recipe, or a model or recipe that the target cannot run.
+    """
+    if goal not in GOALS:
+        raise InputError(f"goal: '{goal}' is not valid; {nearest(goal, GOALS)}")
+    store, machine = open_store(store_uri), hardware.target(target)
+    wanted = Recipe.parse(recipe) if recipe.strip() else Recipe()
+    first = wanted if wanted.prune or wanted.distill or wanted.quantize else None
+    rungs = plan.ladder(
+        goal,
+        facts_of(store, model),
+        machine,
+        accept=wanted.accept,
+        backend=wanted.engine.backend if first else None,
+        first=first,
+    )
+    calibrated = [
+        r.model_copy(update={"recipe": r.recipe.model_copy(update={"calibrate": wanted.calibrate})})
+        for r in rungs
+    ]
+    return State(
+        store=store.uri,
+        name=name,
+        goal=goal,
+        target=machine.name,
+        evaluation=evaluation,
+        model=model,
+        max_attempts=max_attempts,
+        ladder=_put_ladder(store, calibrated),
+        recipe=Recipe(engine=rungs[0].recipe.engine),
+        why="the model unchanged",
+    )
+
+
+def prepare(state: State) -> State:
+    """Refuses, before a GPU is asked for, a recipe that its target cannot run or hold."""
+    if state.verdict:
+        return state
+    facts, machine = facts_of(open_store(state.store), state.model), hardware.target(state.target)
+    reason = hardware.check(state.recipe, machine, facts)
+    if reason and state.attempt > 0:
+        return fail(state, "prepare", Failure("unsupported", reason))
+    need = plan.memory(facts, state.recipe, machine)
+    if not need.fits:
+        return fail(state, "prepare", Failure("does_not_fit", need.explanation))
+    return state
+
+
+def decide(state: State) -> str:
+    """Returns 'retry' or 'stop'."""
+    if state.baseline is None or state.baseline.verdict.outcome != "baseline":
+        return "stop"
+    if state.history and state.history[-1].verdict.outcome == "accepted":
+        return "stop"
+    return "retry" if len(state.history) < state.max_attempts and _next(state)[0] else "stop"
+
+
+def next_attempt(state: State) -> State:
+    """Returns the state with which the next attempt begins; unchanged when the baseline itself failed."""
+    if state.baseline is None or state.baseline.verdict.outcome != "baseline":
+        return state
+    rung, why = _next(state)
+    if rung is None:
+        return state
+    progress.report(f"attempt {len(state.history) + 1}", f"{rung.recipe.title}; {why}")
+    return state.model_copy(
+        update={
+            "attempt": len(state.history) + 1,
+            "recipe": rung.recipe,
+            "why": why,
+            "trees": {},
+            "verdict": None,
+            "seconds": {},
+        }
+    )
+
+
+def facts_of(store: Store, model: Tree) -> ModelFacts:
+    """Returns what fetch wrote down about the model; its weights stay where they are."""
+    return ModelFacts.model_validate(store.manifest(model).metadata["facts"])
+
+
+def _next(state: State) -> tuple[Rung | None, str]:
+    text = (open_store(state.store).get(state.ladder) / "ladder.json").read_text(encoding="utf-8")
+    return adjust.next_recipe([Rung.model_validate(rung) for rung in json.loads(text)], state.history)
+
+
+def _put_ladder(store: Store, rungs: list[Rung]) -> Tree:
+    with tempfile.TemporaryDirectory(prefix="trimtab-ladder-") as folder:
+        document = [rung.to_dict() for rung in rungs]
+        (Path(folder) / "ladder.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+        return store.put(folder, kind="ladder")

@@ -1,0 +1,283 @@
+"""The targets as data, and why a target cannot run a recipe: asked before any accelerator is.
+
+Memory and bandwidth are NVIDIA's datasheet figures, in decimal bytes: A100 PCIe (40 GB: 1,555 GB/s; 80 GB:
+1,935 GB/s), L4 (24 GB, 300 GB/s), L40S (48 GB, 864 GB/s), H100 SXM (80 GB, 3.35 TB/s), H200 (141 GB,
+4.8 TB/s), DGX B200 (1,440 GB and 64 TB/s over eight GPUs), GeForce RTX 4090 (24 GB, 1,008 GB/s).
+Compute capabilities: developer.nvidia.com/cuda-gpus.
+
+What a back end runs on which compute capability, and where that is said:
+
+- `torch`: PyTorch's own kernels: `_scaled_mm` (FP8, 8.9 and later), `_int_mm`, `_weight_int4pack_mm`,
+  `_weight_int8pack_mm` (CUDA since pytorch#159325). The only back end for `int4_rtn`, and for `mixed`: a
+  MIXED_PRECISION checkpoint of INT4 and INT8 weights has no other reader, because TensorRT-LLM's matrix has
+  no INT8 weights at all and vLLM reads ModelOpt's FP8 and NVFP4 only.
+- `trtllm`: the matrix of TensorRT-LLM's docs/source/features/quantization.md.
+- `trtllm-legacy`: the support matrix of TensorRT-LLM 0.18 (INT8 and INT4 up to compute capability 9.0).
+- `vllm`: FP8 from ModelOpt's unified checkpoint. (vLLM also runs FP8 files on Ampere, as weight-only Marlin
+  kernels. That is another computation than the one that was calibrated, so trimtab does not offer it.)
+
+No prices: they differ by provider and day, so a ledger gets them from its user.
+"""
+
+from __future__ import annotations
+
+import os
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
+
+from trimtab.errors import InputError, nearest
+from trimtab.model import Linear, ModelFacts
+from trimtab.recipe import DepthPruning, Quantization, Recipe
+from trimtab.schema import Document
+
+GB = 10**9
+BACKENDS = ("torch", "trtllm", "trtllm-legacy", "vllm")
+GROUP_SIZES = (128, 64, 32)
+GROUPED_FORMATS = ("int4_rtn", "int4_awq", "mixed")
+#: Layers that tensor parallelism splits along their input, by the last part of their name (Llama's names).
+ROW_PARALLEL = ("o_proj", "down_proj")
+
+#: back end -> format -> the compute capabilities, first and last, that run it.
+_CUDA_FORMATS: dict[str, dict[str, tuple[tuple[int, int], tuple[int, int]]]] = {
+    "torch": {
+        "bf16": ((8, 0), (99, 0)), "int8_wo": ((8, 0), (99, 0)), "int8_sq": ((8, 0), (99, 0)),
+        "fp8": ((8, 9), (99, 0)), "int4_rtn": ((8, 0), (99, 0)), "int4_awq": ((8, 0), (99, 0)),
+        "mixed": ((8, 0), (99, 0)),
+    },
+    # sm120 (consumer Blackwell) has no W4A16 AWQ in the matrix; sm100 and sm103 have it.
+    "trtllm": {"bf16": ((8, 0), (99, 0)), "fp8": ((8, 9), (99, 0)), "int4_awq": ((8, 0), (10, 3))},
+    "trtllm-legacy": {
+        "bf16": ((8, 0), (99, 0)), "fp8": ((8, 9), (99, 0)), "int4_awq": ((8, 0), (9, 0)),
+        "int8_wo": ((8, 0), (9, 0)), "int8_sq": ((8, 0), (9, 0)),
+    },
+    "vllm": {"bf16": ((8, 0), (99, 0)), "fp8": ((8, 9), (99, 0))},
+}  # fmt: skip
+#: TensorRT-LLM's PyTorch back end serves an FP8 KV cache on Ampere too; `torch` has none in this version.
+_CUDA_FP8_KV = {"trtllm": (8, 0), "trtllm-legacy": (8, 9), "vllm": (8, 9)}
+_CPU_FORMATS = ("bf16", "int8_wo", "int8_sq", "int4_rtn", "int4_awq", "mixed")
+#: TensorRT-LLM's fine-grained INT4 kernels know two group sizes; PyTorch's know all three.
+_BACKEND_GROUP_SIZES = {"torch": (128, 64, 32), "trtllm": (128, 64), "trtllm-legacy": (128, 64), "vllm": ()}
+
+
+class Hardware(Document):
+    """One device of a target.
+
+    `memory_bytes` is what the device has; `bandwidth` in bytes/s, None where it is not known (cpu);
+    `compute_capability` None means that it is no CUDA device. `formats` and `kv_caches` say for each back end
+    what runs natively there; `emulated` says what runs only by dequantising: slow, but it judges accuracy.
+    """
+
+    name: str
+    memory_bytes: int
+    bandwidth: float | None = None
+    compute_capability: tuple[int, int] | None = None
+    formats: dict[str, tuple[str, ...]]
+    kv_caches: dict[str, tuple[str, ...]]
+    emulated: dict[str, tuple[str, ...]] = {}
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        return tuple(self.formats)
+
+    @property
+    def default_backend(self) -> str:
+        """TensorRT-LLM where it runs, else the embedded engine."""
+        return "trtllm" if "trtllm" in self.formats else "torch"
+
+    def is_emulated(self, recipe: Recipe) -> bool:
+        """Whether the recipe's format is judged by emulation on this target."""
+        return _format(recipe) in self.emulated.get(recipe.engine.backend, ())
+
+
+def _gpu(name: str, memory_gb: int, bandwidth_gb: float, capability: tuple[int, int]) -> Hardware:
+    formats = {
+        backend: tuple(form for form, (first, last) in table.items() if first <= capability <= last)
+        for backend, table in _CUDA_FORMATS.items()
+    }
+    kv_caches = {
+        backend: ("none", "fp8") if capability >= _CUDA_FP8_KV.get(backend, (99, 0)) else ("none",)
+        for backend in formats
+    }
+    return Hardware(name=name, memory_bytes=memory_gb * GB, bandwidth=bandwidth_gb * GB,
+                    compute_capability=capability, formats=formats, kv_caches=kv_caches)  # fmt: skip
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("a100-40", 40, 1555, (8, 0)),
+        _gpu("a100-80", 80, 1935, (8, 0)),
+        _gpu("l4", 24, 300, (8, 9)),
+        _gpu("l40s", 48, 864, (8, 9)),
+        _gpu("h100", 80, 3350, (9, 0)),
+        _gpu("h200", 141, 4800, (9, 0)),
+        _gpu("b200", 180, 8000, (10, 0)),
+        _gpu("rtx4090", 24, 1008, (8, 9)),
+    )
+}
+TARGETS = (*GPUS, "cpu")
+
+
+def target(name: str, memory_bytes: int | None = None) -> Hardware:
+    """Returns the target of that name.
+
+    Args:
+        name: one of `TARGETS`.
+        memory_bytes: overrides the memory of the device; for cpu the default is measured on this machine.
+
+    Raises:
+        InputError: no such target; names the nearest one.
+    """
+    if name == "cpu":
+        return Hardware(
+            name="cpu",
+            memory_bytes=memory_bytes or machine_memory(),
+            formats={"torch": _CPU_FORMATS},
+            kv_caches={"torch": ("none",)},
+            emulated={"torch": ("fp8",)},
+        )
+    if name not in GPUS:
+        variants = " or ".join(f"'{known}'" for known in TARGETS if name and known.startswith(f"{name}-"))
+        remedy = f"write {variants}" if variants else nearest(name, TARGETS)
+        raise InputError(f"target: '{name}' is not known; {remedy}")
+    return GPUS[name].model_copy(update={"memory_bytes": memory_bytes} if memory_bytes else {})
+
+
+def machine_memory(cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+    """Returns the bytes of memory that this process may use: the machine's, or its container's when less."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = cgroup.read_text().strip()
+    except OSError:
+        return physical
+    return min(physical, int(limit)) if limit.isdigit() else physical
+
+
+def check(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> str | None:
+    """Returns why the target cannot run the recipe on this model, in one sentence, or None when it can.
+
+    Memory is not looked at here: `trimtab.plan.memory` does that.
+    """
+    return (
+        _check_backend(recipe, hardware)
+        or _check_format(recipe, hardware)
+        or _check_blocks(recipe, facts)
+        or _check_parallelism(recipe, facts)
+        or _check_group_size(recipe, hardware, facts)
+    )
+
+
+def _format(recipe: Recipe) -> str:
+    return recipe.quantize.format if recipe.quantize else "bf16"
+
+
+def _check_backend(recipe: Recipe, hardware: Hardware) -> str | None:
+    backend = recipe.engine.backend
+    if backend not in hardware.formats:
+        remedy = nearest(backend, hardware.backends)
+        return f"engine.backend: '{backend}' does not run on {hardware.name}; {remedy}"
+    return None
+
+
+def _check_format(recipe: Recipe, hardware: Hardware) -> str | None:
+    backend, name = recipe.engine.backend, _format(recipe)
+    native = hardware.formats[backend]
+    if name not in native and not hardware.is_emulated(recipe):
+        served = ", ".join(native)
+        if name == "fp8" and hardware.compute_capability and hardware.compute_capability < (8, 9):
+            major, minor = hardware.compute_capability
+            return (
+                f"quantize.format: fp8 needs compute capability 8.9 or later (Ada, Hopper, Blackwell) and "
+                f"{hardware.name} has {major}.{minor}; write one of: {served}"
+            )
+        elsewhere = [other for other in hardware.backends if name in hardware.formats[other]]
+        hint = f", or engine.backend: {elsewhere[0]}" if elsewhere else ""
+        return (
+            f"quantize.format: {backend} does not serve {name} on {hardware.name}; "
+            f"write one of: {served}{hint}"
+        )
+    if recipe.quantize and recipe.quantize.kv_cache not in hardware.kv_caches[backend]:
+        return (
+            f"quantize.kv_cache: {backend} has no {recipe.quantize.kv_cache} KV cache on {hardware.name}; "
+            f"write 'none'"
+        )
+    # TensorRT-LLM issue #1113: this pair asserts in the engine build.
+    if backend == "trtllm-legacy" and name == "int8_wo" and recipe.quantize.kv_cache == "fp8":
+        return "quantize.kv_cache: trtllm-legacy cannot build int8_wo with an fp8 KV cache; write 'none'"
+    return None
+
+
+def _check_blocks(recipe: Recipe, facts: ModelFacts) -> str | None:
+    blocks, most = removed_blocks(recipe), facts.layers - 1
+    if blocks > most:
+        return f"prune.blocks: {blocks} of {facts.layers} blocks cannot be removed; write at most {most}"
+    stages, left = recipe.engine.pipeline_parallel_size, facts.layers - blocks
+    if stages > left:
+        return f"engine.pipeline_parallel_size: {stages} stages for {left} blocks; write at most {left}"
+    return None
+
+
+def _check_parallelism(recipe: Recipe, facts: ModelFacts) -> str | None:
+    engine, ranks = recipe.engine, recipe.engine.tensor_parallel_size
+    if engine.backend == "torch" and ranks * engine.pipeline_parallel_size > 1:
+        return "engine.tensor_parallel_size: torch uses one device; write 1 for it and the pipeline"
+    good = [size for size in range(1, facts.heads + 1) if _splits(facts, size)]
+    if ranks not in good:
+        return (
+            f"engine.tensor_parallel_size: {ranks} does not divide {facts.heads} attention heads and "
+            f"{facts.kv_heads} KV heads; write one of: {', '.join(map(str, good))}"
+        )
+    return None
+
+
+def _splits(facts: ModelFacts, ranks: int) -> bool:
+    # More ranks than KV heads is served by copying heads, so either may divide the other.
+    whole_kv = facts.kv_heads % ranks == 0 or ranks % facts.kv_heads == 0
+    return facts.heads % ranks == 0 and whole_kv and facts.intermediate_size % ranks == 0
+
+
+def _check_group_size(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> str | None:
+    quantize, backend = recipe.quantize, recipe.engine.backend
+    if quantize is None or quantize.format not in GROUPED_FORMATS:
+        return None
+    served = _BACKEND_GROUP_SIZES[backend]
+    if quantize.group_size not in served:
+        sizes = ", ".join(map(str, served))
+        return f"quantize.group_size: {backend} has no groups of {quantize.group_size}; write one of: {sizes}"
+    for layer in quantized_layers(facts, quantize):
+        features = _features_per_rank(layer, recipe.engine.tensor_parallel_size)
+        if features % quantize.group_size:
+            divide = [str(size) for size in served if features % size == 0]
+            keep = f"add '{layer.name}' to quantize.exclude"
+            return (
+                f"quantize.group_size: {quantize.group_size} does not divide the {features} input features "
+                f"of {layer.name}; {'write one of: ' + ', '.join(divide) if divide else keep}"
+            )
+    return None
+
+
+def removed_blocks(recipe: Recipe) -> int:
+    """Returns how many transformer blocks the recipe removes."""
+    return recipe.prune.blocks if isinstance(recipe.prune, DepthPruning) else 0
+
+
+def _features_per_rank(layer: Linear, ranks: int) -> int:
+    return layer.in_features // ranks if layer.name.endswith(ROW_PARALLEL) else layer.in_features
+
+
+def largest_group_size(facts: ModelFacts, quantize: Quantization, backend: str, ranks: int = 1) -> int | None:
+    """Returns the largest group size of the back end that divides every quantized layer, or None."""
+    features = {_features_per_rank(layer, ranks) for layer in quantized_layers(facts, quantize)}
+    return next((size for size in _BACKEND_GROUP_SIZES[backend] if not any(f % size for f in features)), None)
+
+
+def quantized_layers(facts: ModelFacts, quantize: Quantization) -> tuple[Linear, ...]:
+    """Returns the linear layers that the format applies to: all that no pattern of `exclude` matches."""
+    layers = (*facts.linears, Linear("lm_head", facts.vocab_size, facts.hidden_size))
+    return tuple(layer for layer in layers if not _excluded(layer.name, quantize.exclude))
+
+
+@lru_cache(maxsize=10_000)  # a plan asks this of every layer for every engine that it considers
+def _excluded(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

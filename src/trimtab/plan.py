@@ -1,0 +1,420 @@
+"""The decision matrix: a goal, a model and a target become a ladder of recipes, each with its reason.
+
+The order is the matrix's order of techniques, and within a technique the most ambitious recipe stands first;
+the last rung is the safest. Only recipes that the target can run and that fit into its memory stand on it.
+Unstructured sparsity never does: today's engines gain no speed by it (ModelOpt #1974, vllm#36799), and the
+stored tensors stay dense.
+
+The expectations are other people's measurements, named in each rung. What holds here, the attempt measures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from trimtab.errors import InputError, nearest
+from trimtab.hardware import (
+    BACKENDS,
+    GB,
+    GPUS,
+    Hardware,
+    check,
+    largest_group_size,
+    quantized_layers,
+    removed_blocks,
+)
+from trimtab.model import ModelFacts
+from trimtab.recipe import Acceptance, DepthPruning, Distillation, Engine, Quantization, Recipe
+from trimtab.schema import Document
+from trimtab.state import GOALS
+
+MAX_RUNGS = 10
+MAX_GPUS = 8
+#: The shortest context worth serving, in tokens: a plan reduces the batch, then the context down to it.
+MIN_CONTEXT = 2048
+
+#: What to expect of a format, and who measured it.
+_BENCHMARK = "(NVIDIA ModelOpt examples/benchmark.md: Llama-3.1-8B on H200)"
+_SMOL = "(SmolLM2-135M under ModelOpt 0.47)"
+EXPECTATIONS = {
+    "bf16": "weights unchanged",
+    "fp8": f"FP8 is 1.41x as fast at batch 1, 1.30x at 64, and loses 1.50 % of MMLU {_BENCHMARK}",
+    "int8_wo": f"INT8 weights: perplexity ratio 1.002 {_SMOL}; on two CPU cores 45 tokens/s, 27 in BF16",
+    "int8_sq": f"INT8 weights and activations: perplexity ratio 1.095 {_SMOL}; 1 to 3 % less accurate on "
+    "Llama-3.1 (arXiv 2411.02355)",
+    "int4_rtn": f"the fewest bits, by rounding alone: perplexity ratio 1.396 {_SMOL}",
+    "int4_awq": f"INT4 with scales found on activations: perplexity ratio 1.266 {_SMOL}; 1.33x as fast at "
+    f"batch 1, 0.75x at 8, and loses 5.66 % of MMLU {_BENCHMARK}",
+    "mixed": f"INT4 where the model bears it, INT8 elsewhere: perplexity ratio 1.11 at 6 bits {_SMOL}",
+}
+_STUDENT = (
+    "fewer blocks, taught by the whole model: up to a third fewer parameters is worth it after 80 to "
+    "100 billion tokens, 2.5 billion closed 87 % of the gap of a 9B model (ModelOpt examples/pruning); this "
+    "is a first try"
+)
+_KV = "the FP8 KV cache holds twice the tokens"
+_NO_DOWN = "down_proj, whose inputs have the largest outliers, stays in 16 bits"
+
+#: goal -> (max_batch_size, max_seq_len, max_num_tokens, least batch); a length of 0 is the model's own.
+_SERVING = {
+    "lower_latency": (8, 4096, 8192, 1),
+    "higher_throughput": (256, 4096, 16384, 16),
+    "fit_larger_model": (8, 2048, 8192, 1),
+    "long_context": (4, 0, 8192, 1),
+    "lower_cost": (128, 4096, 8192, 16),
+}
+
+
+class Rung(Document):
+    """A recipe on the ladder, and why it stands there."""
+
+    recipe: Recipe
+    why: str
+
+
+class Memory(Document):
+    """What serving needs on each device, in bytes.
+
+    The KV cache may take `Engine.kv_cache_fraction` of what weights and activations leave free.
+    """
+
+    weights: int
+    kv_cache: int
+    activations: int
+    available: int
+    kv_cache_fraction: float
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.activations
+
+    @property
+    def fits(self) -> bool:
+        return self.kv_cache <= self.kv_cache_fraction * (self.available - self.weights - self.activations)
+
+    @property
+    def explanation(self) -> str:
+        parts = f"{self.weights / GB:.2f} GB weights + {self.kv_cache / GB:.2f} GB KV cache + "
+        parts += f"{self.activations / GB:.2f} GB activations = {self.total / GB:.2f} GB"
+        return f"{parts} of {self.available / GB:.2f} GB: {'fits' if self.fits else 'does not fit'}"
+
+
+def weight_bytes(facts: ModelFacts, recipe: Recipe) -> tuple[int, int]:
+    """Returns the bytes of the linear layers, and of all other tensors, as served.
+
+    INT4 takes half a byte a weight and a 2-byte scale a group; INT8 and FP8 take one byte and a 2-byte scale
+    a row; `mixed` at b bits has (8 - b) / 4 of its weights in INT4. What is not quantized takes 2 bytes.
+    """
+    left = (facts.layers - removed_blocks(recipe)) / facts.layers
+    rest = 2 * (facts.parameters - facts.linear_parameters)
+    if recipe.quantize is None or recipe.quantize.format == "bf16":
+        return round(2 * facts.linear_parameters * left), rest
+    q = recipe.quantize
+    four = float(q.format in ("int4_rtn", "int4_awq"))  # the share of the weights that has four bits
+    if q.effective_bits:
+        four = (8 - q.effective_bits) / 4
+    linears = 2.0 * facts.linear_parameters
+    for layer in quantized_layers(facts, q):
+        if layer.name != "lm_head":
+            per_weight = four * (0.5 + 2 / q.group_size) + (1 - four)
+            linears += layer.parameters * (per_weight - 2) + (1 - four) * 2 * layer.out_features
+    return round(linears * left), rest
+
+
+def kv_bytes_per_token(facts: ModelFacts, recipe: Recipe) -> int:
+    """Returns the bytes of K and V of one token on one device: 2 x blocks x KV heads x head_dim x bytes."""
+    heads = math.ceil(facts.kv_heads / recipe.engine.tensor_parallel_size)
+    blocks = math.ceil((facts.layers - removed_blocks(recipe)) / recipe.engine.pipeline_parallel_size)
+    fp8 = recipe.quantize is not None and recipe.quantize.kv_cache == "fp8"
+    return 2 * blocks * heads * facts.head_dim * (1 if fp8 else 2)
+
+
+def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
+    """Returns what the recipe needs on each device when the engine serves its largest batch at full length.
+
+    Tensor parallelism splits the linear layers and the KV heads, pipeline parallelism the blocks; embeddings
+    and lm_head are counted whole on each device. Activations are an estimate: for the tokens of one step,
+    four hidden vectors and three intermediate ones in 16 bits (one block at a time), and the logits of one
+    token for each sequence in 32 bits; for `torch`, which computes long inputs so, one dequantised layer too.
+    A format that is emulated is held in 16 bits. Training memory (distillation) is not counted.
+    """
+    engine = recipe.engine
+    served = recipe.model_copy(update={"quantize": None}) if hardware.is_emulated(recipe) else recipe
+    linears, rest = weight_bytes(facts, served)
+    left = facts.layers - removed_blocks(recipe)
+    stage = math.ceil(left / engine.pipeline_parallel_size) / left
+    length = min(engine.max_seq_len, facts.max_position_embeddings)
+    tokens = min(engine.max_num_tokens, engine.max_batch_size * length)
+    width = 4 * facts.hidden_size + 3 * math.ceil(facts.intermediate_size / engine.tensor_parallel_size)
+    activations = tokens * width * 2 + engine.max_batch_size * facts.vocab_size * 4
+    if engine.backend == "torch" and recipe.quantize:
+        activations += 2 * max((layer.parameters for layer in facts.linears), default=0)
+    return Memory(
+        weights=round(linears * stage / engine.tensor_parallel_size) + rest,
+        kv_cache=engine.max_batch_size * length * kv_bytes_per_token(facts, recipe),
+        activations=activations,
+        available=hardware.memory_bytes,
+        kv_cache_fraction=engine.kv_cache_fraction,
+    )
+
+
+def max_context_tokens(facts: ModelFacts, recipe: Recipe, hardware: Hardware, weights: int) -> int:
+    """Returns how many tokens of KV cache fit beside `weights` bytes of a measured artifact."""
+    free = int((hardware.memory_bytes - weights) * recipe.engine.kv_cache_fraction)
+    return max(0, free) // kv_bytes_per_token(facts, recipe)
+
+
+def ladder(
+    goal: str,
+    facts: ModelFacts,
+    hardware: Hardware,
+    *,
+    accept: Acceptance | None = None,
+    backend: str | None = None,
+    first: Recipe | None = None,
+) -> list[Rung]:
+    """Returns the recipes to try, in order; at most `MAX_RUNGS`, each a different piece of work.
+
+    Args:
+        goal: one of `trimtab.state.GOALS`.
+        accept: what every recipe of the ladder must keep; the defaults of `Acceptance` when absent.
+        backend: the engine; the back end of `first`, or the target's default, when absent.
+        first: the user's own recipe, which stands first as it is.
+
+    Raises:
+        InputError: no such goal or back end, `first` cannot run on the target, or nothing can.
+    """
+    if goal not in GOALS:
+        raise InputError(f"goal: '{goal}' is not known; {nearest(goal, GOALS)}")
+    backend = backend or (first.engine.backend if first else hardware.default_backend)
+    if backend not in hardware.formats:
+        known = "does not run on " + hardware.name if backend in BACKENDS else "is not known"
+        raise InputError(f"engine.backend: '{backend}' {known}; {nearest(backend, hardware.backends)}")
+    rungs = {first.digest: _users_own(first, facts, hardware)} if first else {}
+    refused = ""
+    for steps, why in _CANDIDATES[goal](_Kit(goal, facts, hardware, backend)):
+        steps = steps.model_copy(update={"accept": accept or Acceptance()})
+        recipe, note = _place(goal, steps, facts, hardware)
+        if recipe:
+            rungs.setdefault(recipe.digest, Rung(recipe=recipe, why="; ".join(filter(None, (why, note)))))
+        else:
+            refused = note if "does not fit" in note else refused or note
+    if not rungs:
+        raise InputError(f"target: {hardware.name} runs no recipe for {goal} of this model: {refused}")
+    return list(rungs.values())[:MAX_RUNGS]
+
+
+def _users_own(recipe: Recipe, facts: ModelFacts, hardware: Hardware) -> Rung:
+    if reason := check(recipe, hardware, facts):
+        raise InputError(reason)
+    need = memory(facts, recipe, hardware)
+    if not need.fits:
+        raise InputError(
+            f"engine: {need.explanation}; write a smaller max_batch_size or max_seq_len, or fewer bits"
+        )
+    why = "the recipe that the user gave"
+    if hardware.is_emulated(recipe):
+        why += f"; judged by emulation, because {hardware.name} does not compute in {recipe.quantize.format}"
+    return Rung(recipe=recipe, why=why)
+
+
+def _place(goal: str, recipe: Recipe, facts: ModelFacts, hardware: Hardware) -> tuple[Recipe | None, str]:
+    """Gives a recipe its engine: the goal's limits, then a smaller batch, a shorter context, more devices.
+
+    Returns the recipe and a note for its reason; or None, and why nothing fits. An emulated format is placed
+    only when the user asks for it: it judges accuracy and makes nothing smaller or faster.
+    """
+    if hardware.is_emulated(recipe):
+        return None, f"{recipe.title}: only emulated on {hardware.name}"
+    reason = ""
+    for engine in _engines(goal, recipe, facts):
+        placed = recipe.model_copy(update={"engine": engine})
+        if cannot := check(placed, hardware, facts):
+            reason = reason or cannot
+            continue
+        need = memory(facts, placed, hardware)
+        if need.fits:
+            devices = _devices(placed)
+            return placed, f"needs {devices} {hardware.name}" if devices > 1 else ""
+        reason = need.explanation
+    return None, f"{recipe.title}: {reason}"
+
+
+def _devices(recipe: Recipe) -> int:
+    return recipe.engine.tensor_parallel_size * recipe.engine.pipeline_parallel_size
+
+
+def _engines(goal: str, recipe: Recipe, facts: ModelFacts) -> Iterator[Engine]:
+    batch, length, tokens, least = _SERVING[goal]
+    backend = recipe.engine.backend
+    chunked = goal in ("higher_throughput", "long_context", "lower_cost")
+    if backend == "torch":  # its packed kernels serve about 16 rows, and it has no chunked prefill
+        batch, length, tokens, least = min(batch, 16), min(length, MIN_CONTEXT), 8192, 1
+        chunked = False
+    elif goal == "lower_latency" and recipe.quantize and recipe.quantize.format == "int4_awq":
+        batch = 1  # weight-only INT4 is faster at batch 1 and slower at 8 (EXPECTATIONS)
+    longest = facts.max_position_embeddings
+    length = min(length or longest, longest)
+    lengths = [length // 2**n for n in range(32) if n == 0 or length // 2**n >= MIN_CONTEXT]
+    batches = [batch // 2**n for n in range(batch.bit_length()) if batch // 2**n >= min(least, batch)]
+    powers = [2**n for n in range(MAX_GPUS.bit_length())]
+    sizes = [size for n in powers for size in ((n, 1), (1, n))]  # tensor before pipeline parallelism
+    for tensor, pipeline in dict.fromkeys(sizes):
+        for length_ in lengths:
+            for batch_ in batches:
+                yield Engine(
+                    backend=backend,
+                    tensor_parallel_size=tensor,
+                    pipeline_parallel_size=pipeline,
+                    max_batch_size=batch_,
+                    max_seq_len=length_,
+                    # Without chunks a prompt must fit into one step.
+                    max_num_tokens=tokens if chunked else max(tokens, length_),
+                    enable_chunked_prefill=chunked,
+                )
+
+
+_Candidate = tuple[Recipe, str]
+
+
+class _Kit:
+    """Makes the recipes of one goal, model, target and back end; `_place` drops what cannot run there."""
+
+    def __init__(self, goal: str, facts: ModelFacts, hardware: Hardware, backend: str):
+        self.facts, self.hardware, self.backend = facts, hardware, backend
+        self.formats = hardware.formats[backend]
+        self.kv = "fp8" in hardware.kv_caches[backend]
+        # Large batches are bound by arithmetic, so formats that also compute in 8 bits come first there.
+        busy = goal in ("higher_throughput", "lower_cost")
+        order = ("fp8", "int8_sq", "int8_wo") if busy else ("fp8", "int8_wo", "int8_sq")
+        self.eights = [form for form in order if form in self.formats]
+        self.has_down = any(layer.name.endswith(".down_proj") for layer in facts.linears)
+
+    def quantized(
+        self, form: str, *, kv: bool = False, bits: float | None = None, keep_down: bool = False
+    ) -> _Candidate:
+        exclude = ("lm_head", "*.down_proj") if keep_down else ("lm_head",)
+        quantize = Quantization(
+            format=form, effective_bits=bits, kv_cache="fp8" if kv else "none", exclude=exclude
+        )
+        if form.startswith("int4") or form == "mixed":
+            size = largest_group_size(self.facts, quantize, self.backend)
+            quantize = quantize.model_copy(update={"group_size": size} if size else {})
+        recipe = Recipe(quantize=quantize, engine=Engine(backend=self.backend))
+        if keep_down:
+            recipe = recipe.model_copy(update={"name": f"{recipe.title}, down_proj in 16 bits"})
+        why = [EXPECTATIONS[form], _KV if kv else "", _NO_DOWN if keep_down else ""]
+        return recipe, "; ".join(filter(None, why))
+
+    def eight_bits(self) -> Iterator[_Candidate]:
+        """Each eight-bit format, with the KV cache in FP8 where that is served, then without."""
+        for form in self.eights:
+            if self.kv:
+                yield self.quantized(form, kv=True)
+            yield self.quantized(form)
+
+    def students(self, *, kv: bool) -> Iterator[_Candidate]:
+        """A quarter, then an eighth of the blocks removed; distilled; in the first eight-bit format."""
+        form = self.eights[0] if self.eights else "bf16"
+        recipe, why = self.quantized(form, kv=kv and self.kv)
+        if form == "bf16" and not (kv and self.kv):
+            recipe = recipe.model_copy(update={"quantize": None})
+        if self.backend == "torch" and self.hardware.compute_capability is None:
+            distill = Distillation(tokens=65_536)
+        else:
+            length = min(2048, self.facts.max_position_embeddings)
+            distill = Distillation(tokens=100_000_000, batch_size=16, length=length)
+        for share in (4, 8):
+            if self.facts.layers > 1:
+                prune = DepthPruning(method="depth", blocks=max(1, self.facts.layers // share))
+                yield recipe.model_copy(update={"prune": prune, "distill": distill}), f"{_STUDENT}; {why}"
+
+    def safest(self) -> Iterator[_Candidate]:
+        if self.has_down:
+            form = "int8_wo" if "int8_wo" in self.eights else (self.eights or ["int4_awq"])[0]
+            yield self.quantized(form, keep_down=True)
+
+
+def _lower_latency(kit: _Kit) -> Iterator[_Candidate]:
+    yield from kit.eight_bits()
+    yield kit.quantized("int4_awq")
+    yield kit.quantized("mixed", bits=6)
+    yield from kit.students(kv=True)
+    yield from kit.safest()
+
+
+def _higher_throughput(kit: _Kit) -> Iterator[_Candidate]:
+    # No INT4: at batch 64 it reaches 0.83x of BF16 (benchmark.md).
+    unchanged = Recipe(engine=Engine(backend=kit.backend))
+    whole, _ = _place("higher_throughput", unchanged, kit.facts, kit.hardware)
+    rungs = [*kit.eight_bits(), *kit.students(kv=True), *(kit.safest() if kit.eights else ())]
+    if not kit.eights and kit.kv:
+        rungs.insert(0, kit.quantized("bf16", kv=True))
+    for recipe, why in rungs:
+        placed, _ = _place("higher_throughput", recipe, kit.facts, kit.hardware)
+        if placed and (whole is None or _devices(placed) < _devices(whole)):
+            wanted = f"needs {_devices(whole)} devices" if whole else "does not fit"
+            why += f"; the unchanged model {wanted}, so the devices saved serve replicas"
+        yield recipe, why
+
+
+def _fit_larger_model(kit: _Kit) -> Iterator[_Candidate]:
+    yield kit.quantized("int4_rtn")
+    yield kit.quantized("int4_awq")
+    for bits in (5.0, 5.5, 6.0, 6.5, 7.0):
+        yield kit.quantized("mixed", bits=bits)
+    if not kit.eights:
+        yield from kit.safest()
+    if "mixed" not in kit.formats:  # where it is served, mixed precision is as small and needs no training
+        yield from kit.students(kv=False)
+    for form in ("fp8", "int8_wo"):
+        yield kit.quantized(form)
+
+
+def _long_context(kit: _Kit) -> Iterator[_Candidate]:
+    int4 = kit.quantized("int4_awq", kv=kit.kv)
+    short = True
+    if kit.eights:
+        eight, _ = kit.quantized(kit.eights[0], kv=kit.kv)
+        recipe, _ = _place("long_context", eight, kit.facts, kit.hardware)
+        short = recipe is None or recipe.engine.max_seq_len < kit.facts.max_position_embeddings
+    if short:  # the memory that INT4 frees goes into context; where eight bits reach the end, it only risks
+        yield int4
+    yield from kit.eight_bits()
+    if not short:
+        yield int4
+    yield kit.quantized("bf16", kv=True)
+
+
+def _lower_cost(kit: _Kit) -> Iterator[_Candidate]:
+    rungs = [*kit.eight_bits(), kit.quantized("int4_awq"), *kit.students(kv=True), *kit.safest()]
+    for recipe, why in rungs:
+        smaller = _smaller_gpu(recipe, kit)
+        form = recipe.quantize.format if recipe.quantize else "bf16"
+        # INT4 is slow at the batches that cost little: it is here only when it makes a smaller GPU enough.
+        if form == "int4_awq" and kit.eights and not (smaller and not _smaller_gpu(rungs[0][0], kit)):
+            continue
+        yield recipe, f"{why}; {smaller}" if smaller else why
+
+
+def _smaller_gpu(recipe: Recipe, kit: _Kit) -> str:
+    """Says which smaller GPU serves the recipe too, at eight sequences of the goal's length, or ''."""
+    length = min(_SERVING["lower_cost"][1], kit.facts.max_position_embeddings)
+    engine = recipe.engine.model_copy(update={"max_batch_size": 8, "max_seq_len": length})
+    recipe = recipe.model_copy(update={"engine": engine})
+    if kit.hardware.bandwidth:
+        for gpu in sorted(GPUS.values(), key=lambda gpu: (gpu.memory_bytes, gpu.bandwidth)):
+            smaller = gpu.memory_bytes < kit.hardware.memory_bytes
+            if smaller and not check(recipe, gpu, kit.facts) and memory(kit.facts, recipe, gpu).fits:
+                return f"a smaller GPU is enough: {gpu.name}, {gpu.memory_bytes // GB} GB"
+    return ""
+
+
+_CANDIDATES = {
+    "lower_latency": _lower_latency,
+    "higher_throughput": _higher_throughput,
+    "fit_larger_model": _fit_larger_model,
+    "long_context": _long_context,
+    "lower_cost": _lower_cost,
+}

@@ -1,0 +1,83 @@
+"""Builds a model from an export without ever holding a float copy of its quantized weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from trimtab.errors import Failure, InputError
+from trimtab.runtime import kv_cache, linear
+from trimtab.runtime.checkpoint import Export
+
+
+def assemble(folder: Path, device: torch.device) -> PreTrainedModel:
+    """Returns the model of an export folder in eval mode: packed linears, everything else in bfloat16.
+
+    Raises:
+        InputError: no config, or an architecture that transformers does not know.
+        Failure: `export_damaged`, a tensor is missing, superfluous or wrong; `unsupported`, a format.
+    """
+    export = Export(folder)
+    model = _skeleton(folder)
+    used = set()
+    for name, layer in export.layers.items():
+        used |= _replace(model, export, name, device)
+    rest = [n for n in export.names if n not in used and not n.endswith((".k_scale", ".v_scale"))]
+    _assign(model, export, rest)
+    model.tie_weights()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise Failure("export_damaged", f"{name.rpartition('.')[0]}: tensor {name} is missing")
+    kv_cache.apply(model, export)
+    return model.requires_grad_(False).eval().to(device)
+
+
+def _skeleton(folder: Path) -> PreTrainedModel:
+    """The model with its parameters on the meta device; buffers such as rotary frequencies are real."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config.__dict__.pop("quantization_config", None)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: no model can be made of its config.json: {error}") from None
+    if (Path(folder) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model
+
+
+def _replace(model: nn.Module, export: Export, name: str, device: torch.device) -> set[str]:
+    """Puts a packed linear in the place of a layer, and returns the names of the tensors that it used."""
+    try:
+        place = model.get_submodule(name)
+    except AttributeError:
+        raise Failure("export_damaged", f"{name}: is quantized in the export, but the model has no such layer") from None
+    layer = export.layer(name)
+    expected = tuple(place.weight.shape) if isinstance(place, nn.Linear) else None
+    if layer.shape != expected:
+        found = f"{list(layer.shape)}, the model's {type(place).__name__} needs {list(expected or ())}"
+        raise Failure("export_damaged", f"{name}: its weight has shape {found}")
+    bias = None if place.bias is None else export.tensor(f"{name}.bias")
+    model.set_submodule(name, linear.build(layer, bias, device))
+    return {f"{name}.{part}" for part in ("weight", "bias", "weight_scale", "input_scale", "pre_quant_scale")}
+
+
+def _assign(model: nn.Module, export: Export, names: list[str]) -> None:
+    """Gives the model its unquantized tensors."""
+    places = model.state_dict()
+    for name in names:
+        if name not in places:
+            if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what is computed
+                continue
+            raise Failure("export_damaged", f"{name}: the export holds it, but the model has no place for it")
+        tensor, place = export.tensor(name), places[name]
+        if tensor.shape != place.shape or tensor.is_floating_point() != place.is_floating_point():
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            raise Failure("export_damaged", f"{name}: is {found}, the model needs {place.dtype} {list(place.shape)}")
+        if tensor.element_size() == 1:
+            raise Failure("export_damaged", f"{name}: is {tensor.dtype}, but the export does not list it as quantized")
+        model.load_state_dict({name: tensor.to(place.dtype)}, strict=False, assign=True)

@@ -1,0 +1,209 @@
+"""Reads and writes models on disk: plain Hugging Face folders, and ModelOpt's quantized exports."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from trimtab.errors import Failure, InputError
+from trimtab.runtime import formats
+from trimtab.runtime.formats import Layout, Quantized
+
+_INDEX = "model.safetensors.index.json"
+_SCALES = ("weight_scale", "input_scale", "pre_quant_scale")
+_NEVER_QUANTIZED = re.compile(r"(?:^|\.)(?:\w*embed\w*|\w*norm\w*|wte|wpe)$")
+
+
+def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a plain checkpoint in eval mode, from safetensors only and without running its code.
+
+    Raises:
+        InputError: no tokenizer, no safetensors, a broken file, or tensors that the model needs are missing.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from None
+    if info["missing_keys"]:  # transformers would initialise them at random
+        raise InputError(f"{folder}: lacks {min(info['missing_keys'])}, which the model needs; download it again")
+    return model.eval(), load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a model folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: has no tokenizer that loads: {_first_line(error)}") from None
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a plain checkpoint: safetensors, config, generation config and tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+class Export:
+    """A model folder as its files describe it; tensors are read when asked for, one at a time.
+
+    `layers` says how each quantized layer is stored; it is empty for a plain checkpoint.
+
+    Raises:
+        InputError: no config.json or no safetensors.
+        Failure: `unsupported`, a quantization that is not ModelOpt's or not in `formats.STORED`;
+            `export_damaged`, a file that cannot be read.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self._files = {path: _open(path) for path in _weight_files(self.folder)}
+        self._home = {name: file for file in self._files.values() for name in file.keys()}  # noqa: SIM118
+        self._quantization = _read_quantization(self.folder)
+        self.kv_cache_algo: str | None = self._quantization.get("kv_cache_quant_algo")
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return sorted(self._home)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Reads one tensor.
+
+        Raises:
+            Failure: `export_damaged`, it is missing.
+        """
+        if name not in self._home:
+            raise Failure("export_damaged", f"{name.rpartition('.')[0]}: tensor {name} is missing")
+        return self._home[name].get_tensor(name)
+
+    @cached_property
+    def layers(self) -> dict[str, Layout]:
+        """The quantized layers, by module name."""
+        algo = self._quantization.get("quant_algo")
+        if algo is None:
+            return {}
+        if algo == "MIXED_PRECISION":
+            listed = self._quantization.get("quantized_layers", {})
+            return {name: _layout(entry) for name, entry in sorted(listed.items())}
+        layout = _layout(self._quantization)
+        excluded = self._quantization.get("exclude_modules") or []
+        return {
+            name: layout
+            for name in sorted(self._candidates())
+            if not any(fnmatchcase(name, pattern) for pattern in excluded)
+        }
+
+    def _candidates(self) -> Iterator[str]:
+        """Modules with a matrix, or with a scale whose matrix may be missing."""
+        for module in {name.rpartition(".")[0] for name in self._home}:
+            if any(f"{module}.{scale}" in self._home for scale in _SCALES):
+                yield module
+            elif f"{module}.weight" in self._home and not _NEVER_QUANTIZED.search(module):
+                weight = f"{module}.weight"
+                if len(self._home[weight].get_slice(weight).get_shape()) == 2:
+                    yield module
+
+    def layer(self, name: str) -> Quantized:
+        """Reads and checks the tensors of a quantized layer.
+
+        Raises:
+            Failure: `export_damaged`, names the layer and what is missing or wrong.
+        """
+        scales = {s: self.tensor(f"{name}.{s}") if f"{name}.{s}" in self._home else None for s in _SCALES}
+        if scales["weight_scale"] is None:
+            raise Failure("export_damaged", f"{name}: its weight_scale is missing")
+        layer = Quantized(self.layers[name], self.tensor(f"{name}.weight"), **scales)
+        formats.check(name, layer)
+        return layer
+
+    def dequantize(self, name: str) -> torch.Tensor:
+        """Returns a layer's weight as `formats.dequantize` does: float32 [out, in]."""
+        return formats.dequantize(self.layer(name))
+
+    @property
+    def quantized_bytes(self) -> int:
+        """Bytes of all quantized layers: packed weights and scales."""
+        return sum(self.layer(name).nbytes for name in self.layers)
+
+    @property
+    def bf16_bytes(self) -> int:
+        """Bytes that the weights of the quantized layers have in bfloat16."""
+        shapes = [self.layer(name).shape for name in self.layers]
+        return sum(2 * out_features * in_features for out_features, in_features in shapes)
+
+
+def _layout(entry: dict[str, Any]) -> Layout:
+    algo = entry.get("quant_algo")
+    if algo not in formats.STORED:
+        raise Failure("unsupported", f"quant_algo {algo} cannot be read; known: {', '.join(formats.STORED)}")
+    if entry.get("has_zero_point"):
+        raise Failure("unsupported", f"quant_algo {algo} with zero points cannot be read")
+    return Layout(algo, entry.get("group_size") or 0 if algo == "W4A16_AWQ" else 0)
+
+
+def _read_quantization(folder: Path) -> dict[str, Any]:
+    """Returns ModelOpt's settings from hf_quant_config.json, else from config.json; {} if not quantized."""
+    own = folder / "hf_quant_config.json"
+    if own.is_file():
+        return _json(own).get("quantization", {})
+    settings = _json(folder / "config.json").get("quantization_config")
+    if not settings:
+        return {}
+    if settings.get("quant_method") != "modelopt":
+        method = settings.get("quant_method")
+        raise Failure("unsupported", f"{folder}: quant_method {method!r} cannot be read, only 'modelopt'")
+    weights = [group.get("weights", {}) for group in settings.get("config_groups", {}).values()]
+    group_size = next((entry["group_size"] for entry in weights if "group_size" in entry), 0)
+    return {"group_size": group_size, "exclude_modules": settings.get("ignore"), **settings}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / _INDEX
+    if index.is_file():
+        files = [folder / shard for shard in sorted(set(_json(index).get("weight_map", {}).values()))]
+    else:
+        files = [folder / "model.safetensors"]
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"{path}: does not exist; the folder must hold safetensors weights")
+    return files
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: does not exist; the folder must be a Hugging Face model") from None
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON: {error}") from None
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise Failure("export_damaged", f"{path.name} cannot be read: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

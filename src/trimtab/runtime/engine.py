@@ -1,0 +1,219 @@
+"""The engine: what validation asks of whatever serves an artifact, and the embedded back end on PyTorch."""
+
+from __future__ import annotations
+
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from trimtab.errors import Failure, InputError
+from trimtab.recipe import Engine as Settings
+from trimtab.runtime import batching, head
+from trimtab.runtime.assemble import assemble
+from trimtab.runtime.batching import Request
+from trimtab.runtime.checkpoint import load_tokenizer
+from trimtab.runtime.linear import PackedLinear
+
+
+class Engine(Protocol):
+    """Every back end runs one exported artifact and answers in the same units."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The artifact's tokenizer."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that the weights occupy while the engine runs."""
+
+    def kernels(self) -> dict[str, dict[str, Any]]:
+        """Returns for each quantized layer {"kernel": name, "emulated": bool}."""
+
+    def loglikelihood(self, requests: list[Request]) -> list[tuple[float, bool]]:
+        """Returns for each (context, continuation) its log-probability in nats, and whether it is greedy."""
+
+    def nll(self, windows: torch.Tensor) -> list[float]:
+        """Returns for each window, int64 [n, length], the nats of its tokens after the first, summed."""
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """Returns for each prompt the tokens that greedy decoding adds, without the end-of-text token."""
+
+    def decode_speed(
+        self, batch_size: int, prompt_tokens: int, new_tokens: int, repeats: int
+    ) -> list[float]:
+        """Returns the tokens a second of all sequences together, once a repeat, prefill excluded."""
+
+
+class TorchEngine:
+    """Runs an export folder in this process, in bfloat16, with PyTorch's low-precision kernels.
+
+    bfloat16 serves the baseline too, so both are compared in the same arithmetic: on AVX512-BF16 its dense
+    product has twice the speed of float32's, and log-probabilities are summed over float32 logits anyway.
+
+    Args:
+        folder: a plain Hugging Face checkpoint or a ModelOpt unified checkpoint.
+        settings: `max_seq_len` bounds a sequence, `max_num_tokens` a forward pass, `max_batch_size` `generate`.
+        device: "cpu", "cuda", or "auto" for CUDA where there is one.
+
+    Raises:
+        InputError: not a model folder.
+        Failure: `export_damaged` or `unsupported`.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, device: str = "auto"):
+        self.folder, self.settings = Path(folder), settings
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.device = torch.device(name)
+        self.model = assemble(self.folder, self.device)
+        self.body, self.head = self.model.base_model, self.model.get_output_embeddings()
+        # A branch's mask says nothing of a sliding window, so there every request gets a row of its own.
+        self._share_contexts = not getattr(self.model.config, "sliding_window", None)
+        self._check_head()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.folder)
+
+    @property
+    def weight_bytes(self) -> int:
+        tensors = [*self.model.parameters(), *self.model.buffers()]  # tied ones come once
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def kernels(self) -> dict[str, dict[str, Any]]:
+        packed = {n: m for n, m in self.model.named_modules() if isinstance(m, PackedLinear)}
+        return {name: {"kernel": m.kernel, "emulated": m.emulated} for name, m in packed.items()}
+
+    @torch.inference_mode()
+    def loglikelihood(self, requests: list[Request]) -> list[tuple[float, bool]]:
+        """As the protocol says; nothing is truncated, and requests that share a context share its work.
+
+        Raises:
+            InputError: a context or continuation is empty, or both together exceed `max_seq_len`.
+        """
+        for number, (context, continuation) in enumerate(requests):
+            if not context or not continuation:
+                part = "continuation" if context else "context"
+                raise InputError(f"request {number}: its {part} is empty; a token is scored on one before it")
+            self._check_length(f"request {number}", len(context) + len(continuation))
+        budget = self.settings.max_num_tokens
+        sums = torch.zeros(len(requests), dtype=torch.float64)
+        misses = torch.zeros(len(requests), dtype=torch.int64)
+        for group in batching.batches(batching.rows(requests, self._share_contexts, budget), budget):
+            batch = batching.to_tensors(group)
+            hidden = self._hidden(batch.tokens, batch.positions, batch.mask)[batch.rows, batch.columns]
+            log_probs, likeliest = head.score(self.head, hidden, batch.targets.to(self.device))
+            sums.index_add_(0, batch.owners, log_probs.cpu().double())
+            misses.index_add_(0, batch.owners, (~likeliest).cpu().long())
+        return list(zip(sums.tolist(), (misses == 0).tolist(), strict=True))
+
+    @torch.inference_mode()
+    def nll(self, windows: torch.Tensor) -> list[float]:
+        """As the protocol says.
+
+        Raises:
+            InputError: a window exceeds `max_seq_len`, or has fewer than two tokens.
+        """
+        length = windows.shape[1]
+        self._check_length("a window", length)
+        if length < 2:
+            raise InputError(f"a window of {length} tokens predicts nothing; give at least 2")
+        totals = []
+        for batch in windows.split(max(1, self.settings.max_num_tokens // length)):
+            hidden = self._hidden(batch[:, :-1]).flatten(0, 1)
+            log_probs, _ = head.score(self.head, hidden, batch[:, 1:].flatten().to(self.device))
+            totals += (-log_probs).double().view(len(batch), -1).sum(1).tolist()
+        return totals
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """As the protocol says.
+
+        Raises:
+            InputError: a prompt is empty, or with its new tokens exceeds `max_seq_len`.
+        """
+        for number, prompt in enumerate(prompts):
+            if not prompt:
+                raise InputError(f"prompt {number}: is empty; give at least one token")
+            self._check_length(f"prompt {number} with {max_new_tokens} new tokens", len(prompt) + max_new_tokens)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        answers: dict[int, list[int]] = {}
+        size = self.settings.max_batch_size
+        for start in range(0, len(order), size):
+            some = order[start : start + size]
+            answers |= zip(some, self._generate([prompts[i] for i in some], max_new_tokens), strict=True)
+        return [answers[i] for i in range(len(prompts))]
+
+    @torch.inference_mode()
+    def decode_speed(
+        self, batch_size: int, prompt_tokens: int, new_tokens: int, repeats: int
+    ) -> list[float]:
+        """As the protocol says; one untimed repeat comes first.
+
+        Raises:
+            InputError: prompt and new tokens exceed `max_seq_len`.
+        """
+        self._check_length("a sequence of decode_speed", prompt_tokens + new_tokens)
+        generator = torch.Generator().manual_seed(0)
+        shape = (batch_size, prompt_tokens)
+        prompt = torch.randint(self.model.config.vocab_size, shape, generator=generator).to(self.device)
+        seconds = [self._decode(prompt, new_tokens) for _ in range(repeats + 1)]
+        return [batch_size * new_tokens / s for s in seconds[1:]]
+
+    def _hidden(
+        self, tokens: torch.Tensor, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Returns the last hidden states [B, L, hidden_size]; padding on the right needs no mask."""
+        inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask}
+        inputs = {name: value.to(self.device) for name, value in inputs.items() if value is not None}
+        return self.body(**inputs, use_cache=False).last_hidden_state
+
+    def _generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        length = max(map(len, prompts))
+        ends = self.model.generation_config.eos_token_id
+        ends = [ends] if isinstance(ends, int) else ends or []
+        padding = ends[0] if ends else 0
+        tokens = torch.tensor([[padding] * (length - len(p)) + p for p in prompts])
+        seen = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
+        # The folder's own generation config may ask for sampling.
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends or None, pad_token_id=padding
+        )
+        inputs = {"input_ids": tokens.to(self.device), "attention_mask": seen.to(self.device)}
+        output = self.model.generate(**inputs, generation_config=config)[:, length:].tolist()
+        return [answer[: next((i for i, t in enumerate(answer) if t in ends), None)] for answer in output]
+
+    def _decode(self, prompt: torch.Tensor, new_tokens: int) -> float:
+        """Returns the seconds of `new_tokens` single steps after a prefill."""
+        output = self.model(prompt, use_cache=True, logits_to_keep=1)
+        self._synchronize()
+        started = time.perf_counter()
+        for _ in range(new_tokens):
+            token = output.logits[:, -1].argmax(-1, keepdim=True)
+            output = self.model(token, past_key_values=output.past_key_values, use_cache=True)
+        self._synchronize()
+        return time.perf_counter() - started
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _check_length(self, what: str, tokens: int) -> None:
+        limit = self.settings.max_seq_len
+        if tokens > limit:
+            raise InputError(f"{what} has {tokens} tokens, more than engine.max_seq_len {limit}; raise it or cut")
+
+    @torch.inference_mode()
+    def _check_head(self) -> None:
+        """Checks on two tokens that logits are the head's product alone: some models scale or cap them."""
+        if not isinstance(self.head, nn.Linear):
+            raise Failure("unsupported", f"{type(self.head).__name__} as output head does not run on this engine")
+        tokens = torch.tensor([[0, 1]])
+        expected = self.model(tokens.to(self.device), use_cache=False).logits[0].float()
+        found = torch.cat([part for _, part in head.logit_slices(self.head, self._hidden(tokens)[0])], dim=-1)
+        if (found - expected).abs().max() > 0.02 * expected.abs().max() + 1e-3:
+            raise Failure("unsupported", f"{type(self.model).__name__} changes its logits after the output head")

@@ -1,0 +1,223 @@
+"""Linear layers that keep their weight packed and multiply with PyTorch's low-precision kernels.
+
+Axes in names: R rows (tokens), I in_features, O out_features, G groups of a row. `x_RI @ w_OI.T -> y_RO`.
+
+A packed kernel reads few bytes and wins where the weight is the traffic: few rows, as in decoding. With many
+rows the dense product wins even though it must unpack the weight first; `packed_rows` is the crossover. The
+packed weight is the only copy kept: the unpacked one lives for one product.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from trimtab.runtime import formats
+from trimtab.runtime.formats import E4M3_MAX, Quantized
+
+
+class PackedLinear(nn.Module):
+    """A linear layer over a packed weight, bfloat16 in and out.
+
+    `kernel` names the product that few rows use. `emulated` is True where that is no low-precision kernel:
+    the numbers are the format's, the speed is not.
+    """
+
+    kernel = ""
+    emulated = False
+    packed_rows = 0
+
+    def __init__(self, layer: Quantized, bias: torch.Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = layer.shape
+        self.keep(bias=None if bias is None else bias.bfloat16())
+        scale = layer.pre_quant_scale
+        self.keep(pre_quant_scale=None if scale is None else scale.reshape(-1).bfloat16())
+
+    def keep(self, **tensors: torch.Tensor | None) -> None:
+        """Registers buffers that move with the module and are no part of its state dict."""
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x_RI = x.reshape(-1, self.in_features)
+        if self.pre_quant_scale is not None:
+            x_RI = x_RI * self.pre_quant_scale
+        y_RO = self.packed(x_RI) if len(x_RI) <= self.packed_rows else self.dense(x_RI)
+        if self.bias is not None:
+            y_RO = y_RO + self.bias
+        return y_RO.reshape(*x.shape[:-1], self.out_features)
+
+    def packed(self, x_RI: torch.Tensor) -> torch.Tensor:
+        """The product on the packed weight."""
+        raise NotImplementedError
+
+    def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
+        """The product on the weight unpacked to bfloat16."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.kernel}{', emulated' * self.emulated}"
+
+
+class Int8WeightOnly(PackedLinear):
+    """INT8 weights with a scale for each output channel, rounded to the bfloat16 of the activations."""
+
+    kernel = "_weight_int8pack_mm"
+    packed_rows = 16
+
+    def __init__(self, layer: Quantized, bias: torch.Tensor | None):
+        super().__init__(layer, bias)
+        self.keep(weight_OI=layer.weight, scale_O=layer.weight_scale.reshape(-1).bfloat16())
+
+    def packed(self, x_RI: torch.Tensor) -> torch.Tensor:
+        return torch._weight_int8pack_mm(x_RI.contiguous(), self.weight_OI, self.scale_O)
+
+    def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
+        return F.linear(x_RI, self.weight_OI.bfloat16()) * self.scale_O
+
+
+class Int4WeightOnly(PackedLinear):
+    """INT4 weights with a scale for each group of a row, in the layout of PyTorch's CPU kernel.
+
+    That layout is private to PyTorch (ATen/native/cpu/int4mm_kernel.cpp): rows stand in blocks of 64 with
+    AVX-512, 32 with AVX2; in a whole block the two nibbles of a byte are half a block apart, in the last,
+    smaller one they are neighbours. `fits` packs and unpacks the layer to see that this still holds.
+    """
+
+    kernel = "_weight_int4pack_mm_for_cpu"
+    packed_rows = 128
+
+    def __init__(self, layer: Quantized, bias: torch.Tensor | None):
+        super().__init__(layer, bias)
+        self.group_size = layer.layout.group_size
+        scale_GO = layer.weight_scale.bfloat16().t()
+        # The kernel computes (q - 8) * scale + zero.
+        scale_zero_GO2 = torch.stack([scale_GO, torch.zeros_like(scale_GO)], dim=-1).contiguous()
+        self.keep(weight=_pack_for_cpu(layer), scale_zero_GO2=scale_zero_GO2)
+
+    @staticmethod
+    def fits(layer: Quantized) -> bool:
+        """Whether the kernel takes this shape and its layout is the known one."""
+        out_features, in_features = layer.shape
+        if out_features % 16 or in_features % 2 or layer.layout.group_size not in (32, 64, 128, 256):
+            return False
+        unpacked_IO = _unpack_from_cpu(_pack_for_cpu(layer), out_features, in_features, torch.uint8)
+        return torch.equal(unpacked_IO.t().to(torch.int8) - 8, formats.integers(layer))
+
+    def packed(self, x_RI: torch.Tensor) -> torch.Tensor:
+        x_RI = x_RI.contiguous()
+        return torch._weight_int4pack_mm_for_cpu(x_RI, self.weight, self.group_size, self.scale_zero_GO2)
+
+    def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
+        w_IO = _unpack_from_cpu(self.weight, self.out_features, self.in_features, torch.bfloat16)
+        grouped = w_IO.view(-1, self.group_size, self.out_features)
+        grouped.sub_(8).mul_(self.scale_zero_GO2[:, None, :, 0])
+        return x_RI @ w_IO
+
+
+def _pack_for_cpu(layer: Quantized) -> torch.Tensor:
+    nibbles_OI = formats.integers(layer).to(torch.int32) + 8
+    return torch._convert_weight_to_int4pack_for_cpu(nibbles_OI, 1)  # the second argument is unused on CPUs
+
+
+def _unpack_from_cpu(packed: torch.Tensor, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the nibbles 0 to 15 of the kernel's layout, [in, out]."""
+    block = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
+    whole = rows // block * block
+    data = packed.reshape(-1)
+    nibbles_IO = torch.empty(columns, rows, dtype=dtype)
+    halves = nibbles_IO[:, :whole].view(columns, whole // block, 2, block // 2)
+    blocks = data[: whole * columns // 2].view(whole // block, columns, block // 2).permute(1, 0, 2)
+    halves[:, :, 0], halves[:, :, 1] = blocks & 15, blocks >> 4
+    rest = data[whole * columns // 2 :].view(columns, (rows - whole) // 2)
+    nibbles_IO[:, whole::2], nibbles_IO[:, whole + 1 :: 2] = rest & 15, rest >> 4
+    return nibbles_IO
+
+
+class Int8Static(PackedLinear):
+    """INT8 weights and activations (SmoothQuant): one scale for all activations, measured in calibration."""
+
+    kernel = "_int_mm"
+
+    def __init__(self, layer: Quantized, bias: torch.Tensor | None):
+        super().__init__(layer, bias)
+        input_scale = layer.input_scale.float().reshape(())
+        to_integers = 1 / input_scale
+        if layer.pre_quant_scale is not None:  # one multiplication in float32 instead of two in bfloat16
+            to_integers = layer.pre_quant_scale.float().reshape(-1) * to_integers
+        self.keep(pre_quant_scale=None, to_integers=to_integers, weight_OI=layer.weight)
+        self.keep(scale_O=layer.weight_scale.float().reshape(-1) * input_scale)
+
+    def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
+        q_RI = (x_RI * self.to_integers).round_().clamp_(-128, 127).to(torch.int8)
+        rows = len(q_RI)
+        if q_RI.is_cuda and rows <= 16:  # cuBLAS refuses fewer
+            q_RI = F.pad(q_RI, (0, 0, 0, 32 - rows))
+        return (torch._int_mm(q_RI, self.weight_OI.t())[:rows] * self.scale_O).bfloat16()
+
+
+class Fp8(PackedLinear):
+    """FP8 (e4m3) weights and activations, one scale each, on a GPU of compute capability 8.9 or later."""
+
+    kernel = "_scaled_mm"
+
+    def __init__(self, layer: Quantized, bias: torch.Tensor | None):
+        super().__init__(layer, bias)
+        self.keep(weight_OI=layer.weight, weight_scale=layer.weight_scale.float().reshape(()))
+        self.keep(input_scale=layer.input_scale.float().reshape(()))
+
+    def round(self, x_RI: torch.Tensor) -> torch.Tensor:
+        return (x_RI / self.input_scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+    def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
+        scales = {"scale_a": self.input_scale, "scale_b": self.weight_scale}
+        return torch._scaled_mm(self.round(x_RI), self.weight_OI.t(), out_dtype=torch.bfloat16, **scales)
+
+
+class Fp8Emulated(Fp8):
+    """FP8 in bfloat16, which represents every e4m3 number: the same rounding, then a dense product."""
+
+    kernel = "dequantize + mm"
+    emulated = True
+
+    def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
+        y_RO = F.linear(self.round(x_RI).bfloat16(), self.weight_OI.bfloat16())
+        return (y_RO * (self.input_scale * self.weight_scale)).bfloat16()
+
+
+class WeightOnlyEmulated(PackedLinear):
+    """Any weight-only format without a kernel on this device: unpacked for every product."""
+
+    kernel = "dequantize + mm"
+    emulated = True
+
+    def __init__(self, layer: Quantized, bias: torch.Tensor | None):
+        super().__init__(layer, bias)
+        self.layout = layer.layout
+        self.keep(weight=layer.weight, weight_scale=layer.weight_scale)
+
+    def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
+        w_OI = formats.dequantize(Quantized(self.layout, self.weight, self.weight_scale))
+        return F.linear(x_RI, w_OI.bfloat16())
+
+
+def build(layer: Quantized, bias: torch.Tensor | None, device: torch.device) -> PackedLinear:
+    """Returns the module that runs a layer on a device: its kernel where there is one, else emulated."""
+    return _choose(layer, device)(layer, bias).to(device)
+
+
+def _choose(layer: Quantized, device: torch.device) -> type[PackedLinear]:
+    algo, on_cpu = layer.layout.algo, device.type == "cpu"
+    sixteenths = not any(n % 16 for n in layer.shape)
+    if algo == "FP8":
+        has_fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+        return Fp8 if has_fp8 and sixteenths else Fp8Emulated
+    if algo == "W8A8_SQ_PER_CHANNEL" and (on_cpu or sixteenths):
+        return Int8Static
+    if algo == "W8A16" and on_cpu:
+        return Int8WeightOnly
+    if algo == "W4A16_AWQ" and on_cpu and Int4WeightOnly.fits(layer):
+        return Int4WeightOnly
+    return WeightOnlyEmulated

@@ -1,0 +1,298 @@
+"""The stages of an attempt: when a recipe asks for one, what it reads, what it makes, and its key in the store.
+
+A stage whose result exists is not run again. Its key is the digest of its name, version, parameters and input
+digests, so attempts, runs and schedules share every result that their recipes share.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab import child, progress
+from trimtab.errors import Failure
+from trimtab.recipe import DepthPruning, Recipe
+from trimtab.schema import digest
+from trimtab.state import State
+from trimtab.store import Store, open_store
+from trimtab.store.tree import Tree
+from trimtab.verdict import Verdict
+
+#: Formats that need activations to choose their scales; the others look at weights alone.
+_CALIBRATED_FORMATS = ("int8_sq", "fp8", "int4_awq", "mixed")
+_SEARCHED_FORMATS = ("int4_awq", "mixed")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of an attempt.
+
+    `work` is the function that does it, called in a child process with a folder for each name of `inputs`
+    (None where the run has no such tree), `output` (an empty folder to fill), `scratch` (a folder that
+    survives a kill on the same node, for checkpoints) and `parameters`; it returns metrics, a flat JSON object.
+    Raise `version` when a change of the work changes its result.
+    """
+
+    name: str
+    work: str
+    inputs: tuple[str, ...]
+    output: str
+    wanted: Callable[[Recipe], bool]
+    parameters: Callable[[Recipe], dict[str, Any]]
+    version: int = 1
+    accelerated: bool = True
+
+    def key(self, parameters: Mapping[str, Any], inputs: Mapping[str, Tree | None]) -> str:
+        """Returns the stage's key in the result index, 64 hex digits."""
+        digests = {name: tree.digest if tree else None for name, tree in inputs.items()}
+        return digest([self.work, self.version, parameters, digests])
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage made: its tree, its metrics, the seconds its work took, and whether it was found ready."""
+
+    tree: Tree
+    metrics: dict[str, Any]
+    seconds: float
+    hit: bool
+
+
+def _needs_statistics(recipe: Recipe) -> bool:
+    depth = isinstance(recipe.prune, DepthPruning)
+    return depth or _needs_calibrated_scales(recipe)
+
+
+def _needs_calibrated_scales(recipe: Recipe) -> bool:
+    return recipe.quantize is not None and recipe.quantize.format in _CALIBRATED_FORMATS
+
+
+def _part(name: str) -> Callable[[Recipe], dict[str, Any]]:
+    """The section of the recipe that is a stage's parameters."""
+    return lambda recipe: getattr(recipe, name).model_dump(mode="json")
+
+
+def _calibrate(name: str, wanted: Callable[[Recipe], bool]) -> Stage:
+    work = "trimtab.components.calibration.work:calibrate"
+    return Stage(name, work, ("checkpoint",), "calibration", wanted, _part("calibrate"))
+
+
+#: In the order of an attempt. `recalibrate` is `calibrate` on what prune and distill left: the same key, and
+#: so a hit, when they left the model alone. `sensitivity` searches AWQ's scales and scores layers, once for
+#: `int4_awq` and for every bit budget of `mixed`.
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        _calibrate("calibrate", _needs_statistics),
+        Stage(
+            name="prune",
+            work="trimtab.components.pruning.work:prune",
+            inputs=("checkpoint", "calibration"),
+            output="checkpoint",
+            wanted=lambda recipe: recipe.prune is not None,
+            parameters=_part("prune"),
+        ),
+        Stage(
+            name="distill",
+            work="trimtab.components.distillation.work:distill",
+            inputs=("checkpoint", "model"),
+            output="checkpoint",
+            wanted=lambda recipe: recipe.distill is not None,
+            parameters=_part("distill"),
+        ),
+        _calibrate("recalibrate", _needs_calibrated_scales),
+        Stage(
+            name="sensitivity",
+            work="trimtab.components.quantization.sensitivity:measure",
+            inputs=("checkpoint", "calibration"),
+            output="sensitivity",
+            wanted=lambda recipe: recipe.quantize is not None and recipe.quantize.format in _SEARCHED_FORMATS,
+            parameters=lambda recipe: {
+                "group_size": recipe.quantize.group_size,
+                "exclude": list(recipe.quantize.exclude),
+            },
+        ),
+        Stage(
+            name="quantize",
+            work="trimtab.components.quantization.work:quantize",
+            inputs=("checkpoint", "calibration", "sensitivity"),
+            output="export",
+            wanted=lambda recipe: recipe.quantize is not None,
+            parameters=_part("quantize"),
+        ),
+        Stage(
+            name="engine",
+            work="trimtab.components.engine.work:build",
+            inputs=("export",),
+            output="engine",
+            wanted=lambda recipe: True,
+            parameters=_part("engine"),
+        ),
+    )
+}
+
+
+def cached(
+    store: Store, stage: Stage, parameters: dict[str, Any], inputs: Mapping[str, Tree | None]
+) -> Result:
+    """Returns the stage's result from the store, or does its work in a child process and stores it.
+
+    The index is written after the tree, and the tree's manifest after its files: a kill at any moment leaves
+    either the whole result or nothing that anyone can see.
+
+    Raises:
+        Failure: an expected failure of the work.
+        StageError: infrastructure trouble.
+    """
+    key = stage.key(parameters, inputs)
+    record = store.lookup(key)
+    if record:
+        return Result(Tree.model_validate(record["tree"]), record["metrics"], record["seconds"], hit=True)
+    folders = {name: tree and str(store.get(tree)) for name, tree in inputs.items()}
+    with tempfile.TemporaryDirectory(prefix=f"trimtab-{stage.name}-") as output:
+        done = child.call(
+            stage.work,
+            **folders,
+            output=output,
+            scratch=str(_scratch(key)),
+            parameters=parameters,
+        )
+        tree = store.put(Path(output), kind=stage.output, metadata={"key": key}, move=True)
+    metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes}
+    store.record(key, {"tree": tree.model_dump(), "metrics": metrics, "seconds": done.seconds})
+    return Result(tree, metrics, done.seconds, hit=False)
+
+
+def work_stage(name: str, work: str, output: str) -> Stage:
+    """A piece of work that a room does by itself through `cached`, outside the chain of an attempt."""
+    return Stage(name, work, (), output, wanted=lambda recipe: True, parameters=lambda recipe: {})
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what made and measured an artifact, for the evidence."""
+    found = {"python": platform.python_version()}
+    for package in ("trimtab", "torch", "transformers", "nvidia-modelopt", "lm-eval"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _scratch(key: str) -> Path:
+    cache = os.environ.get("TRIMTAB_CACHE") or Path.home() / ".cache" / "trimtab"
+    return Path(cache) / "scratch" / key
+
+
+def inputs_of(stage: Stage, state: State) -> dict[str, Tree | None]:
+    """Returns the trees that the stage reads. What no stage has made yet is the model itself, or None."""
+    known = {"model": state.model, "checkpoint": state.model, **state.trees}
+    known.setdefault("export", known["checkpoint"])  # a recipe that does not quantize serves the checkpoint
+    return {name: known.get(name) for name in stage.inputs}
+
+
+def advance(name: str, state: State) -> tuple[State, Result | None]:
+    """Takes the state through one stage. Passes it on untouched when it has a verdict or the recipe does not ask.
+
+    An expected failure becomes the state's verdict; only infrastructure trouble raises.
+    """
+    stage = STAGES[name]
+    if state.verdict or not stage.wanted(state.recipe):
+        return state, None
+    started = time.monotonic()
+    try:
+        store = open_store(state.store)
+        result = cached(store, stage, stage.parameters(state.recipe), inputs_of(stage, state))
+    except Failure as failure:
+        return fail(state, name, failure), None
+    progress.report(
+        name, "found in the store" if result.hit else f"done in {time.monotonic() - started:.0f} s"
+    )
+    seconds = {**state.seconds, name: 0.0 if result.hit else round(result.seconds, 1)}
+    trees = {**state.trees, stage.output: result.tree}
+    return state.model_copy(update={"trees": trees, "seconds": seconds}), result
+
+
+def fail(state: State, name: str, failure: Failure) -> State:
+    """Makes an expected failure the state's verdict."""
+    progress.report(name, failure.reason)
+    verdict = Verdict(outcome="rejected", failure_class=failure.failure_class, reason=failure.reason)
+    return state.model_copy(update={"verdict": verdict})
+
+
+def run(names: str, state_json: str, artifact: Any, metrics: Any) -> str:
+    """The body of a stage's component: runs the named stages and fills the artifacts that the UI shows.
+
+    Args:
+        names: names of STAGES, separated by spaces.
+        state_json: the state as the previous stage returned it.
+        artifact: KFP output artifact; gets a few kB that name the tree, so that the UI draws the lineage.
+        metrics: KFP Metrics artifact, or None.
+
+    Returns:
+        The state for the next stage, as JSON.
+    """
+    child.follow_run()
+    state = State.parse(state_json)
+    for name in names.split():
+        state, result = advance(name, state)
+        if metrics is not None and result:
+            log_metrics(
+                metrics, {**result.metrics, "seconds": result.seconds, "from_store": float(result.hit)}
+            )
+    output = STAGES[names.split()[-1]].output
+    describe_tree(artifact, inputs_of(_reader_of(output), state)[output])
+    return state.to_json()
+
+
+def _reader_of(output: str) -> Stage:
+    return Stage("reader", "", (output,), "", lambda recipe: True, lambda recipe: {})
+
+
+def log_metrics(artifact: Any, metrics: Mapping[str, Any]) -> None:
+    """Shows the numbers among the metrics in the UI; texts have no place in KFP's Metrics."""
+    for name, value in metrics.items():
+        if isinstance(value, int | float):
+            artifact.log_metric(name, round(float(value), 6))
+
+
+def describe_tree(artifact: Any, tree: Tree | None) -> None:
+    """Writes what the artifact stands for: the tree stays in the store, its name travels through KFP.
+
+    The artifact's own URI is left alone: outside the pipeline root KFP's launcher fails the task.
+    """
+    facts = tree.model_dump() if tree else {}
+    Path(artifact.path).write_text(json.dumps(facts), encoding="utf-8")
+    artifact.metadata.update({f"tree_{name}": value for name, value in facts.items()})
+
+
+def accelerators(state: State) -> dict[str, str]:
+    """Returns for each stage the accelerators it needs, as KFP wants the count: "0" for a pass-through or a hit.
+
+    Follows the chain of keys through the index as far as results exist; behind the first missing one every
+    wanted stage must run.
+    """
+    world = str(state.recipe.engine.tensor_parallel_size * state.recipe.engine.pipeline_parallel_size)
+    counts = {name: "0" for name in STAGES}
+    if state.verdict or state.target == "cpu":
+        return counts
+    store, known = open_store(state.store), True
+    for name, stage in STAGES.items():
+        if not stage.wanted(state.recipe):
+            continue
+        record = known and store.lookup(stage.key(stage.parameters(state.recipe), inputs_of(stage, state)))
+        if record:
+            trees = {**state.trees, stage.output: Tree.model_validate(record["tree"])}
+            state = state.model_copy(update={"trees": trees})
+        else:
+            known = False
+            counts[name] = world if name == "engine" else "1"
+    return counts

@@ -1,0 +1,234 @@
+"""The store's back end in a local (or mounted) folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from trimtab.errors import InputError, StoreError
+from trimtab.store.transfer import Meter, changed, chunks, explained, pump, settle
+
+#: A smaller file is hashed before it is copied: its second reading comes from memory.
+LARGE = 64 << 20
+
+#: Names of the temporary files that this process is writing.
+_live: set[str] = set()
+
+
+class LocalBack:
+    """Objects as files below `root`, each written to `.partial/` and renamed when it is complete."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.uri = root.as_uri()
+        self._sizes: set[int] | None = None
+        self._lock = threading.Lock()
+
+    def prepare(self) -> None:
+        """Makes the folder ready for writing and removes what dead processes of this host left behind."""
+        with explained(f"the store {self.root}"):
+            partial = self.root / ".partial"
+            partial.mkdir(parents=True, exist_ok=True)
+            for path in partial.iterdir():
+                if _is_abandoned(path):
+                    path.unlink(missing_ok=True)
+
+    def size(self, key: str) -> int | None:
+        """Returns an object's bytes, None when it is absent."""
+        with explained(f"{key} in {self.uri}"):
+            try:
+                return (self.root / key).stat().st_size
+            except FileNotFoundError:
+                return None
+
+    def read(self, key: str) -> bytes | None:
+        """Returns a small object's content, None when it is absent."""
+        with explained(f"{key} in {self.uri}"):
+            try:
+                return (self.root / key).read_bytes()
+            except FileNotFoundError:
+                return None
+
+    def names(self, folder: str) -> list[str]:
+        """Returns the names of the objects in a folder, sorted."""
+        with explained(f"{folder} in {self.uri}"):
+            try:
+                return sorted(os.listdir(self.root / folder))
+            except FileNotFoundError:
+                return []
+
+    def write(self, key: str, data: bytes) -> None:
+        """Writes a small object atomically; replaces an earlier one."""
+        with explained(f"{key} in {self.uri}"), self._partial() as (path, file):
+            file.write(data)
+            settle(file)
+            os.replace(path, self._place(key))
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Writes a small object unless there is one already; returns whether it wrote. Atomic."""
+        with explained(f"{key} in {self.uri}"), self._partial() as (path, file):
+            file.write(data)
+            settle(file)
+            target = self._place(key)
+            try:
+                os.link(path, target)
+            except FileExistsError:
+                return False
+            except OSError:
+                # No hard links here (SMB, some FUSE file systems): claim the name, then fill it.
+                try:
+                    target.open("xb").close()
+                except FileExistsError:
+                    return False
+                os.replace(path, target)
+            return True
+
+    def add(self, source: Path, size: int, meter: Meter, move: bool) -> str:
+        """Brings a file into blobs/ and returns its SHA-256. With `move`, a hard link suffices.
+
+        A large file is read once: hashed while it is copied if no blob has its size, so that it cannot be
+        there yet; otherwise hashed first, and copied only if it is missing.
+        """
+        with explained(str(source)):
+            linked = move and not source.is_symlink() and source.stat().st_nlink == 1
+            open(source, "rb").close()
+        with explained(f"the store {self.uri}, for {source},"):
+            expected = None
+            if linked or size < LARGE or size in self._known_sizes():
+                expected, count = pump(chunks(source), None, meter.touch)
+                if count != size:
+                    raise changed(source)
+                if self.size(blob_key(expected)) == size:
+                    meter.advance(size)
+                    return expected
+            if not (linked and expected and self._link(source, expected)):
+                expected = self._copy(source, size, meter, expected)
+            else:
+                meter.advance(size)
+            if self._sizes is not None:
+                self._sizes.add(size)
+            return expected
+
+    def fetch(self, key: str, size: int, target: Path, meter: Meter) -> str | None:
+        """Brings a blob to `target`, which must not exist, and returns its SHA-256; None when it is absent.
+
+        On the same file system `target` is a hard link, which costs no second copy.
+        """
+        blob = self.root / key
+        try:
+            os.link(blob, target)
+            return pump(chunks(target), None, meter.advance)[0]
+        except FileNotFoundError:
+            return None
+        except OSError:
+            # Another file system, too many links, or links to another user's files are forbidden.
+            with open(target, "xb") as file:
+                checksum, _ = pump(chunks(blob), file.write, meter.advance)
+                settle(file)
+            return checksum
+
+    def check(self) -> None:
+        """See `Store.check`."""
+        try:
+            with explained(f"the store {self.root}"):
+                if self.root.exists() and not self.root.is_dir():
+                    raise InputError(f"the store {self.root} is not a folder: choose another path")
+            self.prepare()
+            with explained(f"the store {self.root}"), self._partial() as (_, file):
+                file.write(b"trimtab")
+                settle(file)
+        except StoreError as error:
+            raise InputError(f"the store cannot be written: {error}") from None
+
+    def _place(self, key: str) -> Path:
+        path = self.root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _copy(self, source: Path, size: int, meter: Meter, expected: str | None) -> str:
+        with self._partial() as (path, file):
+            checksum, count = pump(chunks(source), file.write, meter.advance)
+            if count != size or (expected and checksum != expected):
+                raise changed(source)
+            settle(file)
+            os.fchmod(file.fileno(), 0o444)
+            os.replace(path, self._place(blob_key(checksum)))
+            return checksum
+
+    def _link(self, source: Path, checksum: str) -> bool:
+        """Makes a blob of the file itself. The source stays until the tree is complete: a put that dies loses
+        nothing."""
+        with self._partial() as (path, _):
+            path.unlink()
+            try:
+                os.link(source, path)
+            except OSError:
+                return False
+            with open(path, "rb") as file:
+                settle(file)
+                os.fchmod(file.fileno(), 0o444)
+            os.replace(path, self._place(blob_key(checksum)))
+            return True
+
+    def _known_sizes(self) -> set[int]:
+        with self._lock:
+            if self._sizes is None:
+                self._sizes = set()
+                for folder in self.names("blobs"):
+                    with os.scandir(self.root / "blobs" / folder) as entries:
+                        self._sizes.update(entry.stat().st_size for entry in entries)
+            return self._sizes
+
+    @contextlib.contextmanager
+    def _partial(self) -> Iterator[tuple[Path, BinaryIO]]:
+        """Yields a new temporary file, locked while it is written; it is gone afterwards unless renamed."""
+        name = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(6)}"
+        path = self.root / ".partial" / name
+        _live.add(name)
+        try:
+            with open(path, "xb") as file:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield path, file
+        finally:
+            path.unlink(missing_ok=True)
+            _live.discard(name)
+
+
+def blob_key(checksum: str) -> str:
+    """Returns the key of the blob with this SHA-256."""
+    return f"blobs/{checksum[:2]}/{checksum}"
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Tells whether a temporary file belongs to a dead process of this host.
+
+    Two containers can share a host name and count their processes apart (host network), and a restarted
+    container has its old name and process number; so the number must be dead or our own, and the lock free.
+    """
+    host, _, rest = path.name.rpartition(".")[0].rpartition(".")
+    if host != socket.gethostname() or not rest.isdigit() or path.name in _live:
+        return False
+    if int(rest) != os.getpid():
+        try:
+            os.kill(int(rest), 0)
+            return False
+        except ProcessLookupError:
+            pass
+        except PermissionError:
+            return False
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True

@@ -1,0 +1,246 @@
+"""The store's back end in an S3 bucket: AWS, MinIO, SeaweedFS or any other endpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from trimtab.errors import InputError, StoreError
+from trimtab.store.local import blob_key
+from trimtab.store.s3_client import connect
+from trimtab.store.s3_errors import explain_code, explain_connection
+from trimtab.store.transfer import CHUNK, Meter, changed, chunks, explained, pump, settle
+
+#: Bytes of a part of a large upload. 8 files x (3 parts sent + 1 read) are in memory at most: 256 MiB.
+PART, PARTS_AT_ONCE, MAX_PARTS = 8 << 20, 3, 10_000
+
+#: How often a download goes on where it broke off.
+RESUMES = 5
+
+
+class S3Back:
+    """Objects below a prefix of a bucket. An object becomes visible when its upload is complete.
+
+    An upload that is killed leaves invisible parts on the server: give the bucket a lifecycle rule that
+    aborts incomplete multipart uploads.
+
+    Args:
+        bucket, prefix: where; the prefix may be empty.
+        environment: endpoint and credentials, see `trimtab.store.open_store`.
+        read_timeout: seconds without a byte from the server before a request fails.
+        retries: how often a request that failed is sent again.
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str,
+        environment: Mapping[str, str] = os.environ,
+        read_timeout: float = 60,
+        retries: int = 4,
+    ):
+        self.bucket, self.prefix = bucket, prefix
+        self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
+        connection = connect(environment, read_timeout, retries)
+        self.endpoint, self._secrets = connection.endpoint, connection.secrets
+        self._client, self._http = connection.client, connection.http
+        self._atomic_create = False
+
+    def prepare(self) -> None:
+        """Nothing to do: S3 has no partial objects."""
+
+    def size(self, key: str) -> int | None:
+        """Returns an object's bytes, None when it is absent."""
+        with self._explained(f"look at {key}"), _absent():
+            return self._client.stat_object(self.bucket, self._key(key)).size
+        return None
+
+    def read(self, key: str) -> bytes | None:
+        """Returns a small object's content, None when it is absent."""
+        with self._explained(f"read {key}"), _absent(), self._open(key) as response:
+            return response.read()
+        return None
+
+    def names(self, folder: str) -> list[str]:
+        """Returns the names of the objects in a folder, sorted."""
+        prefix = f"{self._key(folder)}/".removeprefix("/").replace("//", "/")
+        with self._explained(f"list {folder}"):
+            listed = self._client.list_objects(self.bucket, prefix=prefix)
+            return sorted(item.object_name.removeprefix(prefix) for item in listed if not item.is_dir)
+
+    def write(self, key: str, data: bytes) -> None:
+        """Writes a small object atomically; replaces an earlier one."""
+        with self._explained(f"write {key}"):
+            self._client.put_object(self.bucket, self._key(key), io.BytesIO(data), len(data))
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Writes a small object unless there is one already; returns whether it wrote. Atomic.
+
+        Raises:
+            InputError: the endpoint ignores If-None-Match, so that two writers could overwrite each other.
+        """
+        if not self._atomic_create:
+            self.write(".check", b"")
+            if self._put_if_absent(".check", b""):
+                problem = f"{self.endpoint} ignores If-None-Match, which releases need to be numbered safely"
+                raise InputError(f"{problem}: update that server or keep releases in another store")
+            self._atomic_create = True
+        return self._put_if_absent(key, data)
+
+    def add(self, source: Path, size: int, meter: Meter, move: bool) -> str:
+        """Brings a file into blobs/ and returns its SHA-256; sends nothing that is there already."""
+        with explained(str(source)):
+            checksum, count = pump(chunks(source), None, meter.touch)
+            if count != size:
+                raise changed(source)
+            if self.size(blob_key(checksum)) == size:
+                meter.advance(size)
+                return checksum
+            part = max(PART, -(-size // MAX_PARTS))
+            with open(source, "rb") as file, self._explained(f"write {blob_key(checksum)}"):
+                body = _Checked(file, source, size, checksum, meter)
+                key = self._key(blob_key(checksum))
+                self._client.put_object(
+                    self.bucket, key, body, size, part_size=part, num_parallel_uploads=PARTS_AT_ONCE
+                )
+            return checksum
+
+    def fetch(self, key: str, size: int, target: Path, meter: Meter) -> str | None:
+        """Brings a blob to `target`, which must not exist, and returns its SHA-256; None when it is absent.
+
+        A download that breaks off goes on where it stopped.
+        """
+        from urllib3.exceptions import ProtocolError, TimeoutError
+
+        checksum, done = hashlib.sha256(), 0
+        with open(target, "xb") as file, self._explained(f"read {key}"), _absent():
+            for attempt in range(RESUMES + 1):
+                try:
+                    with self._open(key, done) as response:
+                        for piece in response.stream(CHUNK):
+                            file.write(piece)
+                            checksum.update(piece)
+                            done += len(piece)
+                            meter.advance(len(piece))
+                    break
+                except (ProtocolError, TimeoutError):
+                    if done >= size:
+                        break
+                    if attempt == RESUMES:
+                        raise
+                    time.sleep(0.2 * 2**attempt)
+            settle(file)
+            return checksum.hexdigest()
+        return None
+
+    def download(self, folder: Path, suffixes: tuple[str, ...]) -> None:
+        """Brings what lies directly below the prefix into a folder: a model that somebody else put there."""
+        for name in self.names(""):
+            if name.endswith(suffixes):
+                with self._explained(f"download {name}"):
+                    self._client.fget_object(self.bucket, self._key(name), str(folder / name))
+
+    def check(self) -> None:
+        """See `Store.check`."""
+        probe = S3Back(self.bucket, self.prefix, read_timeout=3, retries=1)
+        try:
+            # A listing, not a HEAD: only an answer with a body says which credential is wrong.
+            with probe._explained("list objects"):
+                next(iter(probe._client.list_objects(self.bucket, prefix=probe._key("releases/"))), None)
+            probe.write(".check", b"")
+            probe.read(".check")
+        except StoreError as error:
+            raise InputError(str(error)) from None
+
+    def _key(self, key: str) -> str:
+        return f"{self.prefix}/{key}" if self.prefix else key
+
+    @contextlib.contextmanager
+    def _open(self, key: str, offset: int = 0) -> Iterator[Any]:
+        response = self._client.get_object(self.bucket, self._key(key), offset=offset)
+        try:
+            yield response
+        finally:
+            response.close()
+            response.release_conn()
+
+    def _put_if_absent(self, key: str, data: bytes) -> bool:
+        """The minio client's public calls do not pass If-None-Match on, so this is a presigned request.
+
+        It is sent once: a second sending could meet the object of the first, and urllib3 would log the signed
+        address.
+        """
+        with self._explained(f"create {key}"):
+            url = self._client.get_presigned_url("PUT", self.bucket, self._key(key), timedelta(minutes=5))
+            answer = self._http.request("PUT", url, body=data, headers={"If-None-Match": "*"}, retries=False)
+        if answer.status in (409, 412):
+            return False
+        if answer.status >= 300:
+            code = re.search(rb"<Code>(\w+)</Code>", answer.data)
+            code = code.group(1).decode() if code else f"HTTP {answer.status}"
+            raise explain_code(code, "", f"create {key}", self.endpoint, self.bucket)
+        return True
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Turns what the client raises into one sentence without a credential."""
+        from xml.etree.ElementTree import ParseError
+
+        import minio.error
+        import urllib3.exceptions
+
+        try:
+            yield
+        except minio.error.S3Error as error:
+            message = error.message or ""
+            for value in self._secrets:
+                message = message.replace(value, "***")
+            raise explain_code(error.code or "", message, what, self.endpoint, self.bucket) from None
+        except minio.error.ServerError as error:
+            raise explain_code(f"HTTP {error.status_code}", "", what, self.endpoint, self.bucket) from None
+        except (minio.error.MinioException, ParseError):
+            problem = f"{self.endpoint} does not answer like S3: correct AWS_ENDPOINT_URL"
+            raise StoreError(f"cannot {what}: {problem}") from None
+        except urllib3.exceptions.HTTPError as error:
+            raise explain_connection(error, what, self.endpoint) from None
+
+
+class _Checked:
+    """A file that is sent: hashed again on the way, and refused at its last byte if it has changed."""
+
+    def __init__(self, file: BinaryIO, source: Path, size: int, checksum: str, meter: Meter):
+        self._file, self._source, self._meter = file, source, meter
+        self._left, self._expected = size, checksum
+        self._checksum = hashlib.sha256()
+
+    def read(self, count: int) -> bytes:
+        piece = self._file.read(count)
+        self._checksum.update(piece)
+        self._left -= len(piece)
+        if not piece or (not self._left and not self._is_unchanged()):
+            raise changed(self._source)
+        self._meter.advance(len(piece))
+        return piece
+
+    def _is_unchanged(self) -> bool:
+        return self._checksum.hexdigest() == self._expected and not self._file.read(1)
+
+
+@contextlib.contextmanager
+def _absent() -> Iterator[None]:
+    """Swallows the answer that there is no such object, and with it the `return` inside."""
+    from minio.error import S3Error
+
+    try:
+        yield
+    except S3Error as error:
+        if error.code not in ("NoSuchKey", "NoSuchObject", "ResourceNotFound"):
+            raise

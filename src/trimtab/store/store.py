@@ -1,0 +1,238 @@
+"""The store: trees, the index of results, and releases, in S3 or a folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import InputError, StoreError
+from trimtab.store.address import canonical, folder_of, split_release, split_tree
+from trimtab.store.cache import bring
+from trimtab.store.local import LocalBack
+from trimtab.store.transfer import Meter, Progress, explained, in_parallel
+from trimtab.store.tree import Blob, Manifest, Tree, list_files
+
+_KEY = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def open_store(address: str) -> Store:
+    """Returns the store at `s3://bucket/prefix`, `file:///some/folder` or `/some/folder`; contacts nothing.
+
+    S3's endpoint and credentials come from the environment: AWS_ENDPOINT_URL (http or https; default
+    https://s3.amazonaws.com), AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION.
+
+    Raises:
+        InputError: the address or the endpoint is not valid, or the credentials are not set.
+    """
+    address = canonical(address)
+    if not address.startswith("s3://"):
+        return Store(LocalBack(folder_of(address)))
+    from trimtab.store.s3 import S3Back
+
+    bucket, _, prefix = address.removeprefix("s3://").partition("/")
+    return Store(S3Back(bucket, prefix))
+
+
+class Store:
+    """Immutable, content-addressed trees; the results of stages by key; numbered releases.
+
+    Layout: `blobs/<first two digits>/<SHA-256>`, `trees/<digest>.json` (the manifest, written last: what is
+    half written is never visible), `index/<key>.json`, `releases/<name>/<version>.json`; in a folder also
+    `.partial/` for temporary files. Threads and processes may share a store.
+
+    Every method raises StoreError when the store fails (network, disk, a damaged object) and InputError when
+    something given is wrong (address, credentials, permissions, arguments).
+    """
+
+    def __init__(self, back: Any):
+        self._back = back
+        self.uri: str = back.uri
+
+    def put(
+        self,
+        folder: str | Path,
+        *,
+        kind: str,
+        metadata: Mapping[str, Any] | None = None,
+        move: bool = False,
+        progress: Progress | None = None,
+    ) -> Tree:
+        """Stores the files of a folder and returns their tree; sends no content that is there already.
+
+        Args:
+            folder: its files, with links to files inside it followed; empty folders and modes are not kept.
+            kind: what the tree is ("checkpoint"); part of the digest.
+            metadata: JSON; part of the digest.
+            move: the files are given away: deleted when the tree is complete, and in a local store on the
+                same file system not copied. Nothing may write to them any more.
+            progress: called with (bytes done, bytes in total), from several threads, one at a time.
+
+        Raises:
+            InputError: `folder` holds what a tree cannot hold (see `list_files`), or metadata is not JSON.
+            StoreError: a file changed while it was read, or the store failed; no part of the tree is visible,
+                and putting it again sends only what is missing.
+        """
+        folder = Path(folder)
+        sizes = list_files(folder)
+        metadata = json.loads(_json(metadata or {}, "metadata"))
+        self._back.prepare()
+        meter = Meter(sum(sizes.values()), progress)
+        sums = in_parallel(lambda path: self._back.add(folder / path, sizes[path], meter, move), sizes, meter)
+        files = {path: Blob(sha256=sha, bytes=sizes[path]) for path, sha in zip(sizes, sums, strict=True)}
+        manifest = Manifest.parse({"kind": kind, "metadata": metadata, "files": files})
+        key = f"trees/{manifest.digest}.json"
+        if self._back.size(key) is None:
+            self._back.write(key, _json(manifest.document, "the manifest"))
+        if move:
+            with explained(str(folder)):
+                for path in sizes:
+                    (folder / path).unlink()
+        return Tree(uri=f"{self.uri}/trees/{manifest.digest}", digest=manifest.digest, bytes=manifest.size)
+
+    def get(self, tree: Tree | str, progress: Progress | None = None) -> Path:
+        """Returns a read-only local folder with a tree's files, verified against its manifest.
+
+        The folder is in the cache of this node ($TRIMTAB_CACHE, default ~/.cache/trimtab), which is filled
+        once; from a local store on the same file system by hard links, which take no space.
+
+        Raises:
+            InputError: not a tree of this store, or the cache cannot be written.
+            StoreError: the tree or one of its files is missing or corrupted (the message names the file), or
+                the disk is full; nothing of the tree is left in the cache.
+        """
+        digest = self._digest(tree)
+        uri = f"{self.uri}/trees/{digest}"
+        return bring(self._back, uri, digest, lambda: self.manifest(uri), progress)
+
+    def manifest(self, tree: Tree | str) -> Manifest:
+        """Returns what a tree holds: kind, metadata, files (path → sha256, bytes).
+
+        Raises:
+            InputError: not a tree of this store.
+            StoreError: there is no such tree, or its manifest is damaged or names a path outside the tree.
+        """
+        digest = self._digest(tree)
+        data = self._back.read(f"trees/{digest}.json")
+        if data is None:
+            raise StoreError(f"there is no tree {digest} in {self.uri}: it was never completed, or deleted")
+        try:
+            manifest = Manifest.parse(json.loads(data))
+        except (ValueError, InputError) as error:
+            raise StoreError(f"the manifest of {self.uri}/trees/{digest} is damaged: {error}") from None
+        if manifest.digest != digest:
+            raise StoreError(f"the manifest of {self.uri}/trees/{digest} is damaged: it has another digest")
+        return manifest
+
+    def record(self, key: str, value: Mapping[str, Any]) -> None:
+        """Keeps the result of a stage (small JSON) under its key (64 hex digits); the last writer wins."""
+        data = _json(value, "a result")
+        self._back.prepare()
+        self._back.write(f"index/{_index_key(key)}.json", data)
+
+    def lookup(self, key: str) -> dict[str, Any] | None:
+        """Returns the result recorded under a key; None when there is none, or a tree it names is gone."""
+        data = self._back.read(f"index/{_index_key(key)}.json")
+        try:
+            value = json.loads(data) if data is not None else None
+        except ValueError:
+            return None
+        return value if all(self._exists(*where) for where in _trees(value)) else None
+
+    def release(self, name: str, record: Mapping[str, Any]) -> str:
+        """Adds a release and returns its URI, `<store>/releases/<name>/<version>`.
+
+        The version is one more than the highest, in six digits; two writers never take the same one.
+        """
+        data = _json(record, "a release")
+        self._back.prepare()
+        number = max((int(version) for version in self._versions(name)), default=0) + 1
+        while not self._back.create(f"releases/{name}/{number:06d}.json", data):
+            number += 1
+        return f"{self.uri}/releases/{name}/{number:06d}"
+
+    def releases(self, name: str) -> list[dict[str, Any]]:
+        """Returns [{"uri", "version", "record"}, …] of all releases of this name, oldest first."""
+        uris = [(f"{self.uri}/releases/{name}/{version}", version) for version in self._versions(name)]
+        return [{"uri": uri, "version": version, "record": self.read_release(uri)} for uri, version in uris]
+
+    def read_release(self, uri: str) -> dict[str, Any]:
+        """Returns the record of a release.
+
+        Raises:
+            InputError: there is no such release in this store.
+        """
+        parts = split_release(uri)
+        if not parts or not _NAME.fullmatch(parts[1]) or canonical(parts[0]) != self.uri:
+            valid = f"{self.uri}/releases/<name>/<version>"
+            raise InputError(f"{uri!r} is not a release of this store: write {valid}")
+        data = self._back.read(f"releases/{parts[1]}/{parts[2]}.json")
+        if data is None:
+            versions = ", ".join(self._versions(parts[1])[-5:]) or "none"
+            raise InputError(f"there is no release {uri} (the latest are: {versions})")
+        try:
+            return json.loads(data)
+        except ValueError:
+            raise StoreError(f"the release {uri} is damaged: it is not JSON") from None
+
+    def check(self) -> None:
+        """Finds out in seconds whether the store can be used: reachable, right credentials, there, writable.
+
+        Raises:
+            InputError: it cannot; one sentence says what to do.
+        """
+        self._back.check()
+
+    def _digest(self, tree: Tree | str) -> str:
+        uri = tree.uri if isinstance(tree, Tree) else str(tree)
+        parts = split_tree(uri)
+        if not parts:
+            raise InputError(f"{uri!r} is not a tree: write {self.uri}/trees/<64 hex digits>")
+        if canonical(parts[0]) != self.uri:
+            raise InputError(f"{uri} is in another store than {self.uri}: open {parts[0]}")
+        return parts[1]
+
+    def _exists(self, address: str, digest: str) -> bool:
+        store = self if canonical(address) == self.uri else open_store(address)
+        return store._back.size(f"trees/{digest}.json") is not None
+
+    def _versions(self, name: str) -> list[str]:
+        if not _NAME.fullmatch(name):
+            raise InputError(f"the release name {name!r} is not valid: write letters, digits, '.', '_', '-'")
+        names = (entry.removesuffix(".json") for entry in self._back.names(f"releases/{name}"))
+        return sorted((entry for entry in names if entry.isdigit()), key=int)
+
+
+def _json(value: Any, what: str) -> bytes:
+    """Returns the canonical JSON of a mapping."""
+    if not isinstance(value, Mapping):
+        raise InputError(f"{what} must be a mapping, got {type(value).__name__}")
+    try:
+        text = json.dumps(
+            dict(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        )
+        return text.encode()
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what} is not JSON: {error}") from None
+
+
+def _index_key(key: str) -> str:
+    if not _KEY.fullmatch(key):
+        raise InputError(f"the key {key!r} is not valid: it must be 64 hex digits")
+    return key
+
+
+def _trees(value: Any) -> Iterator[tuple[str, str]]:
+    """Yields (store, digest) of every tree that a JSON value names."""
+    if isinstance(value, dict):
+        uri = value.get("uri")
+        parts = split_tree(uri) if isinstance(uri, str) and "digest" in value else None
+        if parts:
+            yield parts
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _trees(item)

@@ -1,0 +1,120 @@
+"""Moving bytes: hashed while they are read, counted, in parallel, and all stopped when one fails."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import InputError, StoreError
+
+CHUNK = 1 << 20
+WORKERS = 8
+
+Progress = Callable[[int, int], None]
+
+
+class Stopped(Exception):
+    """Another transfer of the same tree has failed; this one ends too. Never leaves `in_parallel`."""
+
+
+class Meter:
+    """Counts the bytes of parallel transfers, and tells `progress` (bytes done, bytes in total)."""
+
+    def __init__(self, total: int, progress: Progress | None = None):
+        self._done, self._total, self._progress = 0, total, progress
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def advance(self, count: int) -> None:
+        """Adds `count` bytes. Raises Stopped after `stop`."""
+        if self._stopped:
+            raise Stopped
+        with self._lock:
+            self._done += count
+            if self._progress:
+                self._progress(self._done, self._total)
+
+    def touch(self, _count: int = 0) -> None:
+        """Like `advance` for bytes that are read only to learn their checksum: counts nothing."""
+        if self._stopped:
+            raise Stopped
+
+    def stop(self) -> None:
+        self._stopped = True
+
+
+def in_parallel(work: Callable[[Any], Any], items: Iterable[Any], meter: Meter) -> list[Any]:
+    """Returns [work(item) for item in items], 8 at a time; the first failure stops the rest and is raised."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            failed = next((future for future in done if future.exception()), None)
+            return [future.result() for future in ([failed] if failed else futures)]
+        except BaseException:
+            meter.stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def chunks(path: Path) -> Iterator[memoryview]:
+    """Yields the content of a file in pieces; each piece is valid until the next one is asked for."""
+    view = memoryview(bytearray(CHUNK))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(view):
+            yield view[:count]
+
+
+def pump(
+    pieces: Iterable[Any], write: Callable[[Any], Any] | None, advance: Callable[[int], None]
+) -> tuple[str, int]:
+    """Passes pieces to `write` (if given) and `advance`; returns the SHA-256 and the bytes of all of them."""
+    checksum, size = hashlib.sha256(), 0
+    for piece in pieces:
+        checksum.update(piece)
+        if write:
+            write(piece)
+        size += len(piece)
+        advance(len(piece))
+    return checksum.hexdigest(), size
+
+
+def settle(file: Any) -> None:
+    """Brings what was written to an open file onto the disk, so that a manifest never outlives a blob."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def changed(source: Path) -> StoreError:
+    """The error for a file that is edited while it is put."""
+    return StoreError(f"{source} changed while it was read: put the folder when nothing writes to it")
+
+
+@contextmanager
+def explained(where: str) -> Iterator[None]:
+    """Turns an OSError into one sentence about `where`.
+
+    Raises:
+        InputError: access is refused, or a part of the path is not a folder.
+        StoreError: a full disk, or any other trouble.
+    """
+    try:
+        yield
+    except OSError as error:
+        text = error.strerror or type(error).__name__
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            problem = f"no space left at {where} ({text}): free some and run again; nothing partial was kept"
+            raise StoreError(problem) from None
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise InputError(f"{where} is not a folder ({error.filename}): choose another one") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            who = f"user {os.geteuid()}"
+            raise InputError(f"{where} refuses {who} ({text}): grant it or choose another place") from None
+        raise StoreError(f"{where}: {text}") from None

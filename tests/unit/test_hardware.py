@@ -1,0 +1,231 @@
+"""What each target runs, and the sentence that a recipe gets which its target cannot run."""
+
+import pytest
+
+from trimtab.errors import InputError
+from trimtab.hardware import GB, GPUS, TARGETS, check, largest_group_size, machine_memory, target
+from trimtab.model import Linear, ModelFacts
+from trimtab.recipe import Quantization, Recipe
+
+
+def smollm2(down_features: int = 1536) -> ModelFacts:
+    """SmolLM2-135M's shapes: 30 blocks, hidden 576, 9 heads, 3 KV heads."""
+    linears = [
+        Linear(f"model.layers.{n}.{name}", out, features)
+        for n in range(30)
+        for name, out, features in (
+            ("self_attn.q_proj", 576, 576),
+            ("self_attn.o_proj", 576, 576),
+            ("mlp.up_proj", 1536, 576),
+            ("mlp.down_proj", 576, down_features),
+        )
+    ]
+    return ModelFacts(
+        architecture="LlamaForCausalLM", model_type="llama", layers=30, hidden_size=576,
+        intermediate_size=1536, heads=9, kv_heads=3, head_dim=64, vocab_size=49152,
+        max_position_embeddings=8192, tied_embeddings=True, parameters=134_515_008, bytes=269_030_016,
+        dtype="bfloat16", linears=tuple(linears),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_gb", "bandwidth_gb", "capability"),
+    [
+        ("a100-40", 40, 1555, (8, 0)),
+        ("a100-80", 80, 1935, (8, 0)),
+        ("l4", 24, 300, (8, 9)),
+        ("l40s", 48, 864, (8, 9)),
+        ("h100", 80, 3350, (9, 0)),
+        ("h200", 141, 4800, (9, 0)),
+        ("b200", 180, 8000, (10, 0)),
+        ("rtx4090", 24, 1008, (8, 9)),
+    ],
+)
+def test_datasheet(name, memory_gb, bandwidth_gb, capability):
+    gpu = target(name)
+    assert (gpu.memory_bytes, gpu.bandwidth) == (memory_gb * GB, bandwidth_gb * GB)
+    assert gpu.compute_capability == capability
+
+
+EVERYTHING = {"bf16", "int8_wo", "int8_sq", "fp8", "int4_rtn", "int4_awq", "mixed"}
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "formats", "kv_fp8"),
+    [
+        ("a100-80", "torch", EVERYTHING - {"fp8"}, False),
+        ("a100-80", "trtllm", {"bf16", "int4_awq"}, True),
+        ("a100-80", "trtllm-legacy", {"bf16", "int4_awq", "int8_wo", "int8_sq"}, False),
+        ("a100-80", "vllm", {"bf16"}, False),
+        ("l4", "trtllm", {"bf16", "fp8", "int4_awq"}, True),
+        ("h100", "torch", EVERYTHING, False),
+        ("h100", "trtllm", {"bf16", "fp8", "int4_awq"}, True),
+        ("h100", "trtllm-legacy", {"bf16", "fp8", "int4_awq", "int8_wo", "int8_sq"}, True),
+        ("h100", "vllm", {"bf16", "fp8"}, True),
+        ("b200", "trtllm", {"bf16", "fp8", "int4_awq"}, True),
+        ("b200", "trtllm-legacy", {"bf16", "fp8"}, True),
+        ("cpu", "torch", EVERYTHING - {"fp8"}, False),
+    ],
+)
+def test_formats(name, backend, formats, kv_fp8):
+    hardware = target(name, memory_bytes=16 * GB)
+    assert set(hardware.formats[backend]) == formats
+    assert ("fp8" in hardware.kv_caches[backend]) is kv_fp8
+
+
+def test_no_target_below_compute_capability_8_9_has_fp8_anywhere():
+    for gpu in GPUS.values():
+        has = any("fp8" in formats for formats in gpu.formats.values())
+        assert has is (gpu.compute_capability >= (8, 9)), gpu.name
+
+
+def test_cpu_has_one_back_end_and_measured_memory(tmp_path):
+    cpu = target("cpu")
+    assert cpu.backends == ("torch",) and cpu.default_backend == "torch"
+    assert 0 < cpu.memory_bytes <= machine_memory(tmp_path / "absent")
+    assert target("cpu", memory_bytes=5).memory_bytes == 5
+
+
+@pytest.mark.parametrize(("text", "limit"), [("4096\n", 4096), ("max\n", None)])
+def test_a_container_has_the_memory_of_its_limit(tmp_path, text, limit):
+    (tmp_path / "memory.max").write_text(text)
+    assert machine_memory(tmp_path / "memory.max") == (limit or machine_memory(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(("name", "near"), [("h10", "h100"), ("rtx-4090", "rtx4090")])
+def test_an_unknown_target_names_the_nearest(name, near):
+    with pytest.raises(InputError, match=f"target: '{name}' is not known; write '{near}'"):
+        target(name)
+
+
+def test_a_target_without_its_variant_names_the_variants():
+    with pytest.raises(InputError, match="target: 'a100' is not known; write 'a100-40' or 'a100-80'$"):
+        target("a100")
+
+
+def test_an_unlike_target_lists_all():
+    with pytest.raises(InputError, match=", ".join(TARGETS)):
+        target("zzz")
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "sentence"),
+    [
+        (
+            "a100-80",
+            "{quantize: {format: fp8}, engine: {backend: trtllm}}",
+            "quantize.format: fp8 needs compute capability 8.9 or later (Ada, Hopper, Blackwell) and a100-80 "
+            "has 8.0; write one of: bf16, int4_awq",
+        ),
+        (
+            "h100",
+            "{quantize: {format: int8_sq}, engine: {backend: trtllm}}",
+            "quantize.format: trtllm does not serve int8_sq on h100; write one of: bf16, fp8, int4_awq, or "
+            "engine.backend: torch",
+        ),
+        (
+            "cpu",
+            "{quantize: {format: int8_wo}, engine: {backend: trtllm}}",
+            "engine.backend: 'trtllm' does not run on cpu; valid: torch",
+        ),
+        (
+            "h100",
+            "{quantize: {format: fp8, kv_cache: fp8}}",
+            "quantize.kv_cache: torch has no fp8 KV cache on h100; write 'none'",
+        ),
+        (
+            "h100",
+            "{quantize: {format: int8_wo, kv_cache: fp8}, engine: {backend: trtllm-legacy}}",
+            "quantize.kv_cache: trtllm-legacy cannot build int8_wo with an fp8 KV cache; write 'none'",
+        ),
+        (
+            "cpu",
+            "{quantize: {format: int4_awq, group_size: 128}}",
+            "quantize.group_size: 128 does not divide the 576 input features of "
+            "model.layers.0.self_attn.q_proj; write one of: 64, 32",
+        ),
+        (
+            "h100",
+            "{quantize: {format: int4_awq, group_size: 32}, engine: {backend: trtllm}}",
+            "quantize.group_size: trtllm has no groups of 32; write one of: 128, 64",
+        ),
+        (
+            "cpu",
+            "{prune: {method: depth, blocks: 30}}",
+            "prune.blocks: 30 of 30 blocks cannot be removed; write at most 29",
+        ),
+        (
+            "h100",
+            "{engine: {backend: trtllm, tensor_parallel_size: 2}}",
+            "engine.tensor_parallel_size: 2 does not divide 9 attention heads and 3 KV heads; "
+            "write one of: 1, 3",
+        ),
+        (
+            "h100",
+            "{prune: {method: depth, blocks: 28}, engine: {backend: trtllm, pipeline_parallel_size: 4}}",
+            "engine.pipeline_parallel_size: 4 stages for 2 blocks; write at most 2",
+        ),
+        (
+            "h100",
+            "{engine: {backend: torch, tensor_parallel_size: 3}}",
+            "engine.tensor_parallel_size: torch uses one device; write 1 for it and the pipeline",
+        ),
+    ],
+)
+def test_refused(name, recipe, sentence):
+    assert check(Recipe.parse(recipe), target(name), smollm2()) == sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("cpu", "{}"),
+        ("cpu", "{quantize: {format: mixed, effective_bits: 6, group_size: 64}}"),
+        ("h100", "{quantize: {format: fp8, kv_cache: fp8}, engine: {backend: trtllm}}"),
+        ("a100-80", "{quantize: {format: bf16, kv_cache: fp8}, engine: {backend: trtllm}}"),
+        ("h100", "{engine: {backend: trtllm, tensor_parallel_size: 3}}"),
+        ("cpu", "{prune: {method: depth, blocks: 29}}"),
+    ],
+)
+def test_allowed(name, recipe):
+    assert check(Recipe.parse(recipe), target(name), smollm2()) is None
+
+
+def test_fp8_on_cpu_is_allowed_and_called_emulated():
+    recipe, cpu = Recipe.parse("quantize: {format: fp8}"), target("cpu")
+    assert check(recipe, cpu, smollm2()) is None
+    assert cpu.is_emulated(recipe)
+    assert not target("h100").is_emulated(recipe)
+
+
+def test_a_layer_that_no_group_divides_is_named_with_the_way_out():
+    recipe = Recipe.parse("quantize: {format: int4_rtn, group_size: 32}")
+    reason = check(recipe, target("cpu"), smollm2(down_features=1500))
+    assert "1500 input features of model.layers.0.mlp.down_proj" in reason
+    assert "add 'model.layers.0.mlp.down_proj' to quantize.exclude" in reason
+    spared = Recipe.parse("quantize: {format: int4_rtn, group_size: 32, exclude: [lm_head, '*.down_proj']}")
+    assert check(spared, target("cpu"), smollm2(down_features=1500)) is None
+
+
+@pytest.mark.parametrize(
+    ("down_features", "exclude", "size"),
+    [
+        (1536, ("lm_head",), 64),  # 576 = 9 * 64
+        (1568, ("lm_head",), 32),  # 1568 = 49 * 32
+        (1500, ("lm_head",), None),
+        (1500, ("lm_head", "*.down_proj"), 64),
+        (1536, (), 64),  # lm_head's 576 input features too
+    ],
+)
+def test_largest_group_size(down_features, exclude, size):
+    quantize = Quantization(format="int4_rtn", exclude=exclude)
+    assert largest_group_size(smollm2(down_features), quantize, "torch") == size
+
+
+def test_tensor_parallelism_splits_the_input_of_row_parallel_layers():
+    # 1536 / 3 = 512 input features a rank: 64 divides; o_proj has 576 / 3 = 192 = 3 * 64.
+    quantize = Quantization(format="int4_awq")
+    assert largest_group_size(smollm2(), quantize, "trtllm", ranks=3) == 64
+    # 576 / 9 = 64, and 1536 is not divided by 9 at all, so nine ranks are refused earlier.
+    recipe = Recipe.parse("engine: {backend: trtllm, tensor_parallel_size: 9}")
+    assert "tensor_parallel_size" in check(recipe, target("h100"), smollm2())

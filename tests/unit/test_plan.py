@@ -1,0 +1,340 @@
+"""The ladders of the decision matrix, and memory against hand computation."""
+
+import pytest
+
+from trimtab.errors import InputError
+from trimtab.hardware import GB, check, target
+from trimtab.model import Linear, ModelFacts
+from trimtab.plan import MAX_RUNGS, ladder, memory
+from trimtab.recipe import Acceptance, MagnitudePruning, Recipe
+from trimtab.state import GOALS
+
+
+def llama(layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, positions, tied) -> ModelFacts:
+    shapes = {
+        "self_attn.q_proj": (heads * head_dim, hidden),
+        "self_attn.k_proj": (kv_heads * head_dim, hidden),
+        "self_attn.v_proj": (kv_heads * head_dim, hidden),
+        "self_attn.o_proj": (hidden, heads * head_dim),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }
+    names = [(f"model.layers.{n}.{name}", shape) for n in range(layers) for name, shape in shapes.items()]
+    linears = tuple(Linear(name, *shape) for name, shape in names)
+    parameters = sum(layer.parameters for layer in linears)
+    parameters += (1 if tied else 2) * vocab * hidden + (2 * layers + 1) * hidden
+    return ModelFacts(
+        architecture="LlamaForCausalLM", model_type="llama", layers=layers, hidden_size=hidden,
+        intermediate_size=intermediate, heads=heads, kv_heads=kv_heads, head_dim=head_dim, vocab_size=vocab,
+        max_position_embeddings=positions, tied_embeddings=tied, parameters=parameters, bytes=2 * parameters,
+        dtype="bfloat16", linears=linears,
+    )  # fmt: skip
+
+
+SMOLLM2 = llama(30, 576, 1536, 9, 3, 64, 49152, 8192, True)
+LLAMA_8B = llama(32, 4096, 14336, 32, 8, 128, 128256, 131072, False)
+LLAMA_70B = llama(80, 8192, 28672, 64, 8, 128, 128256, 131072, False)
+MODELS = {"SmolLM2-135M": SMOLLM2, "Llama-3.1-8B": LLAMA_8B, "Llama-3.1-70B": LLAMA_70B}
+TARGETS = ("cpu", "a100-40", "a100-80", "l4", "l40s", "h100", "h200", "b200", "rtx4090")
+
+
+def on(name: str, memory_gb: int = 1000):
+    return target(name, memory_gb * GB if name == "cpu" else None)
+
+
+def test_parameters_of_the_facts_above():
+    # from the models' cards: 134,515,008; 8,030,261,248; 70,553,706,496
+    assert [facts.parameters for facts in MODELS.values()] == [134_515_008, 8_030_261_248, 70_553_706_496]
+
+
+# Llama-3.1-8B: a block's linears have 2 * 4096 * 4096 (q, o) + 2 * 1024 * 4096 (k, v) + 3 * 14336 * 4096
+# (mlp) = 218,103,808 weights, 32 blocks 6,979,321,856; embeddings, lm_head and norms 1,050,939,392, at 2
+# bytes 2,101,878,784. KV: 2 * 32 * 8 * 128 * 2 bytes = 131,072 a token.
+# Output features of a block: 4096 + 1024 + 1024 + 4096 + 14336 + 14336 + 4096 = 43,008.
+LINEARS, REST = 6_979_321_856, 2_101_878_784
+
+
+@pytest.mark.parametrize(
+    ("quantize", "weights"),
+    [
+        ("null", 2 * LINEARS + REST),
+        ("{format: bf16, kv_cache: fp8}", 2 * LINEARS + REST),
+        # one byte a weight, and a 2-byte scale a row of 32 * 43,008
+        ("{format: fp8}", LINEARS + 2 * 32 * 43_008 + REST),
+        ("{format: int8_wo}", LINEARS + 2 * 32 * 43_008 + REST),
+        # half a byte a weight, and 2 bytes for each 128: 6,979,321,856 / 64 = 109,051,904
+        ("{format: int4_awq, group_size: 128}", LINEARS // 2 + 109_051_904 + REST),
+        # 6 bits: half of the weights in INT4 (0.5 + 2/64 bytes), half in INT8 (1 byte, and a scale a row)
+        (
+            "{format: mixed, effective_bits: 6, group_size: 64}",
+            LINEARS * 3 // 4 + LINEARS // 64 + 32 * 43_008 + REST,
+        ),
+        # down_proj, 58,720,256 a block, stays at 2 bytes; the other rows are 43,008 - 4,096
+        (
+            "{format: fp8, exclude: [lm_head, '*.down_proj']}",
+            LINEARS + 32 * 58_720_256 + 2 * 32 * (43_008 - 4_096) + REST,
+        ),
+    ],
+)
+def test_weights(quantize, weights):
+    recipe = Recipe.parse(f"{{quantize: {quantize}, engine: {{backend: trtllm}}}}")
+    assert memory(LLAMA_8B, recipe, on("h100")).weights == weights
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kv_cache"),
+    [
+        ("engine: {max_batch_size: 8, max_seq_len: 2048}", 8 * 2048 * 131_072),
+        ("{quantize: {format: fp8, kv_cache: fp8}, engine: {backend: trtllm}}", 8 * 2048 * 131_072 // 2),
+        ("engine: {max_batch_size: 1, max_seq_len: 999999}", 131_072 * 131_072),  # the model ends at 131,072
+        ("{prune: {method: depth, blocks: 8}}", 8 * 2048 * 131_072 * 24 // 32),
+        ("engine: {backend: trtllm, tensor_parallel_size: 4}", 8 * 2048 * 131_072 // 4),
+        ("engine: {backend: trtllm, pipeline_parallel_size: 4}", 8 * 2048 * 131_072 // 4),
+        # sixteen ranks share eight KV heads: one each
+        ("engine: {backend: trtllm, tensor_parallel_size: 16}", 8 * 2048 * 131_072 // 8),
+    ],
+)
+def test_kv_cache(recipe, kv_cache):
+    assert memory(LLAMA_8B, Recipe.parse(recipe), on("h100")).kv_cache == kv_cache
+
+
+def test_activations():
+    # 8192 tokens * (4 * 4096 + 3 * 14336) * 2 bytes + 8 sequences * 128,256 logits * 4 bytes
+    recipe = Recipe.parse("engine: {backend: trtllm}")
+    expected = 8192 * 59_392 * 2 + 8 * 128_256 * 4
+    assert memory(LLAMA_8B, recipe, on("h100")).activations == expected
+    # two ranks halve the intermediate vectors
+    recipe = Recipe.parse("engine: {backend: trtllm, tensor_parallel_size: 2}")
+    assert memory(LLAMA_8B, recipe, on("h100")).activations == expected - 8192 * 21_504 * 2
+    # torch holds one dequantised layer besides: 14336 * 4096 * 2 bytes
+    recipe = Recipe.parse("quantize: {format: int8_wo}")
+    assert memory(LLAMA_8B, recipe, on("h100")).activations == expected + 117_440_512
+
+
+def test_parallelism_splits_the_linears_only():
+    whole = 2 * LINEARS
+    for engine, share in (("tensor_parallel_size: 2", 2), ("pipeline_parallel_size: 4", 4)):
+        recipe = Recipe.parse(f"engine: {{backend: trtllm, {engine}}}")
+        assert memory(LLAMA_8B, recipe, on("h100")).weights == whole // share + REST
+
+
+def test_depth_pruning_removes_its_share_of_the_linears():
+    recipe = Recipe.parse("prune: {method: depth, blocks: 8}")
+    assert memory(LLAMA_8B, recipe, on("h100")).weights == 2 * 24 * 218_103_808 + REST
+
+
+def test_an_emulated_format_is_held_in_16_bits():
+    emulated, plain = Recipe.parse("quantize: {format: fp8}"), Recipe()
+    assert memory(LLAMA_8B, emulated, on("cpu")).weights == memory(LLAMA_8B, plain, on("cpu")).weights
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "fits"),
+    [
+        ("l4", "engine: {backend: trtllm}", True),  # 16.1 + 2.1 + 1.0 of 24 GB
+        ("l4", "engine: {backend: trtllm, max_batch_size: 32}", False),  # 16.1 + 8.6 + 1.0
+        ("h100", "engine: {backend: trtllm, max_batch_size: 128, max_seq_len: 4096}", False),  # 68.7 GB of KV
+    ],
+)
+def test_fits(name, recipe, fits):
+    need = memory(LLAMA_8B, Recipe.parse(recipe), on(name))
+    assert need.fits is fits
+    assert need.explanation.endswith("fits" if fits else "does not fit")
+
+
+def test_the_explanation_adds_up():
+    need = memory(LLAMA_8B, Recipe.parse("engine: {backend: trtllm}"), on("l4"))
+    assert need.explanation == (
+        "16.06 GB weights + 2.15 GB KV cache + 0.98 GB activations = 19.19 GB of 24.00 GB: fits"
+    )
+
+
+def titles(goal, facts, name, **options):
+    return [rung.recipe.title for rung in ladder(goal, facts, on(name), **options)]
+
+
+STUDENTS_CPU = ["-7 blocks + distill 65,536 tokens + ", "-3 blocks + distill 65,536 tokens + "]
+
+
+def students(first: int, second: int, rest: str = "") -> list[str]:
+    taught = "blocks + distill 100,000,000 tokens"
+    return [f"-{blocks} {taught}{rest and ' + ' + rest}" for blocks in (first, second)]
+
+
+LADDERS = [
+    ("fit_larger_model", SMOLLM2, "cpu", [
+        "int4_rtn", "int4_awq", "mixed 5 bits", "mixed 5.5 bits", "mixed 6 bits", "mixed 6.5 bits",
+        "mixed 7 bits", "int8_wo",
+    ]),
+    ("fit_larger_model", LLAMA_8B, "h100", ["int4_awq", *students(8, 4, "fp8"), "fp8"]),
+    ("fit_larger_model", LLAMA_8B, "a100-80", [
+        "int4_awq", "int4_awq, down_proj in 16 bits", *students(8, 4),
+    ]),
+    ("lower_latency", SMOLLM2, "cpu", [
+        "int8_wo", "int8_sq", "int4_awq", "mixed 6 bits", *(title + "int8_wo" for title in STUDENTS_CPU),
+        "int8_wo, down_proj in 16 bits",
+    ]),
+    ("lower_latency", LLAMA_8B, "h100", [
+        "fp8 + fp8 KV", "fp8", "int4_awq", *students(8, 4, "fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
+    ]),
+    ("lower_latency", LLAMA_8B, "a100-80", [
+        "int4_awq", *students(8, 4, "bf16 + fp8 KV"), "int4_awq, down_proj in 16 bits",
+    ]),
+    ("higher_throughput", SMOLLM2, "cpu", [
+        "int8_sq", "int8_wo", *(title + "int8_sq" for title in STUDENTS_CPU), "int8_wo, down_proj in 16 bits",
+    ]),
+    ("higher_throughput", LLAMA_8B, "h100", [
+        "fp8 + fp8 KV", "fp8", *students(8, 4, "fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
+    ]),
+    ("higher_throughput", LLAMA_8B, "a100-80", ["bf16 + fp8 KV", *students(8, 4, "bf16 + fp8 KV")]),
+    ("long_context", SMOLLM2, "cpu", ["int8_wo", "int8_sq", "int4_awq"]),
+    ("long_context", LLAMA_8B, "h100", ["fp8 + fp8 KV", "fp8", "int4_awq + fp8 KV", "bf16 + fp8 KV"]),
+    ("long_context", LLAMA_8B, "a100-80", ["int4_awq + fp8 KV", "bf16 + fp8 KV"]),
+    # where eight bits leave too little for the whole context, INT4 stands first
+    ("long_context", LLAMA_70B, "h100", ["int4_awq + fp8 KV", "fp8 + fp8 KV", "fp8", "bf16 + fp8 KV"]),
+    ("lower_cost", LLAMA_8B, "h100", [
+        "fp8 + fp8 KV", "fp8", *students(8, 4, "fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
+    ]),
+    ("lower_cost", LLAMA_8B, "a100-80", [
+        "int4_awq", *students(8, 4, "bf16 + fp8 KV"), "int4_awq, down_proj in 16 bits",
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("goal", "facts", "name", "expected"), LADDERS)
+def test_ladder(goal, facts, name, expected):
+    assert titles(goal, facts, name) == expected
+
+
+@pytest.mark.parametrize("goal", GOALS)
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_rung_runs_fits_differs_and_says_why(goal, name, model):
+    facts, hardware = MODELS[model], on(name)
+    for backend in hardware.backends:
+        try:
+            rungs = ladder(goal, facts, hardware, backend=backend)
+        except InputError as error:
+            assert f"target: {name} runs no recipe for {goal}" in str(error)
+            continue
+        assert 1 <= len(rungs) <= MAX_RUNGS
+        assert len({rung.recipe.digest for rung in rungs}) == len(rungs)
+        for rung in rungs:
+            recipe = rung.recipe
+            assert recipe.engine.backend == backend
+            assert check(recipe, hardware, facts) is None and not hardware.is_emulated(recipe)
+            assert memory(facts, recipe, hardware).fits
+            assert not isinstance(recipe.prune, MagnitudePruning)
+            assert recipe.engine.max_num_tokens >= recipe.engine.max_batch_size
+            assert recipe.engine.enable_chunked_prefill or (
+                recipe.engine.max_num_tokens >= recipe.engine.max_seq_len
+            )
+            assert len(rung.why) > 20
+            assert Recipe.parse(recipe.to_json()) == recipe
+
+
+def test_the_largest_group_size_that_divides_is_used():
+    sizes = {rung.recipe.quantize.group_size for rung in ladder("fit_larger_model", SMOLLM2, on("cpu"))[:7]}
+    assert sizes == {64}  # 576 = 9 * 64
+    assert ladder("fit_larger_model", LLAMA_8B, on("cpu"))[0].recipe.quantize.group_size == 128
+
+
+def test_no_int4_where_no_group_size_divides():
+    odd = llama(2, 72, 200, 3, 3, 24, 256, 512, True)
+    assert titles("fit_larger_model", odd, "cpu") == ["int8_wo"]
+
+
+@pytest.mark.parametrize(
+    ("goal", "batch", "length", "tokens", "chunked"),
+    [
+        ("lower_latency", 8, 4096, 8192, False),
+        ("higher_throughput", 128, 4096, 16384, True),  # 256 would need 68.7 GB of KV beside 9.1 GB
+        ("fit_larger_model", 8, 2048, 8192, False),
+        ("long_context", 4, 131072, 8192, True),
+        ("lower_cost", 128, 4096, 8192, True),
+    ],
+)
+def test_engine_limits_follow_the_goal(goal, batch, length, tokens, chunked):
+    engine = ladder(goal, LLAMA_8B, on("h100"))[0].recipe.engine
+    assert (engine.max_batch_size, engine.max_seq_len) == (batch, length)
+    assert (engine.max_num_tokens, engine.enable_chunked_prefill) == (tokens, chunked)
+
+
+def test_int4_is_served_at_batch_1_for_latency():
+    rung = ladder("lower_latency", LLAMA_8B, on("h100"))[2]
+    assert rung.recipe.title == "int4_awq" and rung.recipe.engine.max_batch_size == 1
+    assert "0.75x" in rung.why
+
+
+def test_memory_decides_what_stands_on_the_ladder():
+    # 8B in INT8 needs 9.1 GB: not on a machine of 8 GB; INT4 needs 5.7 GB.
+    found = [r.recipe.title for r in ladder("fit_larger_model", LLAMA_8B, target("cpu", 8 * GB))]
+    assert found[0] == "int4_rtn" and "int8_wo" not in found
+
+
+def test_more_devices_only_when_one_is_not_enough():
+    rungs = {r.recipe.title: r for r in ladder("lower_latency", LLAMA_70B, on("h100"))}
+    assert rungs["fp8 + fp8 KV"].recipe.engine.tensor_parallel_size == 1  # 72.7 GB of weights
+    spared = rungs["fp8, down_proj in 16 bits"]
+    assert spared.recipe.engine.tensor_parallel_size == 2 and spared.why.endswith("needs 2 h100")
+
+
+def test_saved_devices_serve_replicas():
+    # 141 GB in BF16 with sixteen sequences of KV cache: four of 80 GB; in FP8 two
+    why = ladder("higher_throughput", LLAMA_70B, on("h100"))[0].why
+    assert "the unchanged model needs 4 devices, so the devices saved serve replicas" in why
+
+
+def test_a_smaller_gpu_that_is_enough_is_named():
+    assert ladder("lower_cost", LLAMA_8B, on("h100"))[0].why.endswith("a smaller GPU is enough: l4, 24 GB")
+
+
+def test_acceptance_is_that_of_the_run():
+    accept = Acceptance(min_recovery=0.9)
+    assert {r.recipe.accept for r in ladder("lower_cost", SMOLLM2, on("cpu"), accept=accept)} == {accept}
+
+
+def test_the_users_recipe_stands_first_and_once():
+    second = ladder("fit_larger_model", SMOLLM2, on("cpu"))[1].recipe
+    first = second.model_copy(update={"name": "mine", "accept": Acceptance(min_recovery=0.5)})
+    found = ladder("fit_larger_model", SMOLLM2, on("cpu"), first=first)
+    assert found[0].recipe == first and found[0].why == "the recipe that the user gave"
+    assert [r.recipe.title for r in found][:3] == ["mine", "int4_rtn", "mixed 5 bits"] and len(found) == 8
+
+
+def test_the_users_recipe_may_be_judged_by_emulation():
+    first = Recipe.parse("quantize: {format: fp8}")
+    why = ladder("fit_larger_model", SMOLLM2, on("cpu"), first=first)[0].why
+    assert why.endswith("judged by emulation, because cpu does not compute in fp8")
+
+
+@pytest.mark.parametrize(
+    ("goal", "name", "options", "sentence"),
+    [
+        ("faster", "cpu", {}, "goal: 'faster' is not known; .*lower_latency"),
+        ("lower_latancy", "cpu", {}, "write 'lower_latency'"),
+        ("lower_cost", "cpu", {"backend": "trtllm"}, "'trtllm' does not run on cpu; valid: torch"),
+        ("lower_cost", "h100", {"backend": "tensorrt"}, "'tensorrt' is not known; valid: torch"),
+        (
+            "lower_cost",
+            "a100-80",
+            {"first": Recipe.parse("{quantize: {format: fp8}, engine: {backend: trtllm}}")},
+            "fp8 needs compute capability 8.9 or later .* and a100-80 has 8.0",
+        ),
+        (
+            "long_context",
+            "l4",
+            {"first": Recipe.parse("engine: {backend: trtllm, max_seq_len: 131072}")},
+            "does not fit; write a smaller max_batch_size",
+        ),
+    ],
+)
+def test_bad_input(goal, name, options, sentence):
+    with pytest.raises(InputError, match=sentence):
+        ladder(goal, LLAMA_8B, on(name), **options)
+
+
+def test_a_model_that_fits_nowhere_says_what_it_needs():
+    with pytest.raises(InputError, match=r"target: cpu runs no recipe for lower_cost .* GB: does not fit"):
+        ladder("lower_cost", LLAMA_70B, target("cpu", 8 * GB))
