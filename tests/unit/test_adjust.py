@@ -197,7 +197,7 @@ def test_the_sentence_at_the_end_counts():
 
 
 # SmolLM2-135M under ModelOpt 0.47 (issue 2): dense 25.63, INT4 round-to-nearest 35.77, INT4 AWQ 32.44, and a
-# ratio of 1.11 at 6.0 bits.
+# ratio of 1.11 in mixed precision (taken as 6 bits here, for round numbers).
 RTN, AWQ, MIXED_6 = 35.77 / 25.63, 32.44 / 25.63, 1.11
 
 
@@ -207,11 +207,11 @@ RTN, AWQ, MIXED_6 = 35.77 / 25.63, 32.44 / 25.63, 1.11
         # one point, halved each bit: ln 1.3956 = 0.3333; at 6 bits a quarter of it
         ({0: RTN}, 6, math.exp(0.33334 / 4)),
         ({1: AWQ}, 5, math.exp(0.23562 / 2)),
-        # round-to-nearest is the end of the line of mixed precision, so AWQ is left out beside it
-        ({0: RTN, 1: AWQ}, 6, math.exp(0.33334 / 4)),
-        # two points: 0.33334 at 4 bits and 0.10436 at 6, so sqrt(0.10436 / 0.33334) = 0.5595 a bit
-        ({0: RTN, 4: MIXED_6}, 5, math.exp(0.33334 * 0.55953)),
-        ({0: RTN, 4: MIXED_6}, 7, math.exp(0.10436 * 0.55953)),
+        # AWQ is the end of the line of mixed precision, so round-to-nearest is left out beside it
+        ({0: RTN, 1: AWQ}, 6, math.exp(0.23562 / 4)),
+        # two points: 0.23562 at 4 bits and 0.10436 at 6, so sqrt(0.10436 / 0.23562) = 0.66552 a bit
+        ({1: AWQ, 4: MIXED_6}, 5, math.exp(0.23562 * 0.66552)),
+        ({0: RTN, 1: AWQ, 4: MIXED_6}, 7, math.exp(0.10436 * 0.66552)),
         # noise that rises with the bits: the guess stands, from the most bits measured
         ({2: 1.05, 4: 1.06}, 7, math.exp(math.log(1.06) / 2)),
         ({0: 0.99}, 6, None),  # no loss was measured: nothing to extrapolate
@@ -233,13 +233,15 @@ def test_prediction_ignores_other_models():
 def test_rungs_that_would_clearly_fail_are_skipped_and_named():
     history = [failed(DEMO[0], "perplexity", RTN), failed(DEMO[1], "perplexity", AWQ)]
     found, sentence = next_recipe(DEMO, history)
-    assert found is DEMO[4]  # predicted 1.18 at 5 bits, 1.13 at 5.5, 1.09 at 6
+    assert found is DEMO[3]  # predicted 1.125 at 5 bits, 1.09 at 5.5
     assert sentence == (
-        "int4_awq failed (perplexity): next is mixed 6 bits, which takes less away; skipped on the way, with "
-        "the perplexity ratios predicted: mixed 5 bits 1.18, mixed 5.5 bits 1.13"
+        "int4_awq failed (perplexity): next is mixed 5.5 bits, which takes less away; skipped on the way, with "
+        "the perplexity ratios predicted: mixed 5 bits 1.13"
     )
-    history.append(failed(found, "perplexity", MIXED_6))
-    assert next_recipe(DEMO, history)[0] is DEMO[5]  # predicted 1.08 at 6.5 bits
+    history.append(failed(found, "perplexity", 1.15))
+    # ln 1.15 = 0.1398 at 5.5 bits, a factor 0.7060 a bit: 1.125 at 6 bits, 1.10 at 6.5
+    found, sentence = next_recipe(DEMO, history)
+    assert found is DEMO[5] and "mixed 6 bits 1.12" in sentence
 
 
 def test_nothing_is_skipped_that_is_not_predicted_to_fail():

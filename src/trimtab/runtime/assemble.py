@@ -24,7 +24,7 @@ def assemble(folder: Path, device: torch.device) -> PreTrainedModel:
     export = Export(folder)
     model = _skeleton(folder)
     used = set()
-    for name, layer in export.layers.items():
+    for name in export.layers:
         used |= _replace(model, export, name, device)
     rest = [n for n in export.names if n not in used and not n.endswith((".k_scale", ".v_scale"))]
     _assign(model, export, rest)
@@ -55,7 +55,9 @@ def _replace(model: nn.Module, export: Export, name: str, device: torch.device) 
     try:
         place = model.get_submodule(name)
     except AttributeError:
-        raise Failure("export_damaged", f"{name}: is quantized in the export, but the model has no such layer") from None
+        raise Failure(
+            "export_damaged", f"{name}: is quantized in the export, but the model has no such layer"
+        ) from None
     layer = export.layer(name)
     expected = tuple(place.weight.shape) if isinstance(place, nn.Linear) else None
     if layer.shape != expected:
@@ -77,7 +79,11 @@ def _assign(model: nn.Module, export: Export, names: list[str]) -> None:
         tensor, place = export.tensor(name), places[name]
         if tensor.shape != place.shape or tensor.is_floating_point() != place.is_floating_point():
             found = f"{tensor.dtype} {list(tensor.shape)}"
-            raise Failure("export_damaged", f"{name}: is {found}, the model needs {place.dtype} {list(place.shape)}")
+            raise Failure(
+                "export_damaged", f"{name}: is {found}, the model needs {place.dtype} {list(place.shape)}"
+            )
         if tensor.element_size() == 1:
-            raise Failure("export_damaged", f"{name}: is {tensor.dtype}, but the export does not list it as quantized")
+            raise Failure(
+                "export_damaged", f"{name}: is {tensor.dtype}, but the export does not list it as quantized"
+            )
         model.load_state_dict({name: tensor.to(place.dtype)}, strict=False, assign=True)

@@ -53,9 +53,7 @@ def rows(requests: Iterable[Request], share: bool, max_tokens: int) -> list[Row]
     for index, (context, continuation) in enumerate(requests):
         key = tuple(context) if share else index
         row = open_rows.get(key)
-        full = row and (
-            len(row.branches) == MAX_BRANCHES or len(row) + len(continuation) - 1 > max_tokens
-        )
+        full = row and (len(row.branches) == MAX_BRANCHES or len(row) + len(continuation) - 1 > max_tokens)
         if row is None or full:
             row = open_rows[key] = Row(context)
             finished.append(row)

@@ -41,7 +41,9 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedT
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from None
     if info["missing_keys"]:  # transformers would initialise them at random
-        raise InputError(f"{folder}: lacks {min(info['missing_keys'])}, which the model needs; download it again")
+        raise InputError(
+            f"{folder}: lacks {min(info['missing_keys'])}, which the model needs; download it again"
+        )
     return model.eval(), load_tokenizer(folder)
 
 
@@ -87,14 +89,15 @@ class Export:
         return sorted(self._home)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Reads one tensor.
+        """Reads one tensor into memory of its own.
 
         Raises:
             Failure: `export_damaged`, it is missing.
         """
         if name not in self._home:
             raise Failure("export_damaged", f"{name.rpartition('.')[0]}: tensor {name} is missing")
-        return self._home[name].get_tensor(name)
+        # A view of the file begins at any byte, and `_weight_int8pack_mm` crashes on such an address.
+        return self._home[name].get_tensor(name).clone()
 
     @cached_property
     def layers(self) -> dict[str, Layout]:

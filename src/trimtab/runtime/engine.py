@@ -43,9 +43,7 @@ class Engine(Protocol):
     def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Returns for each prompt the tokens that greedy decoding adds, without the end-of-text token."""
 
-    def decode_speed(
-        self, batch_size: int, prompt_tokens: int, new_tokens: int, repeats: int
-    ) -> list[float]:
+    def decode_speed(self, batch_size: int, prompt_tokens: int, new_tokens: int, repeats: int) -> list[float]:
         """Returns the tokens a second of all sequences together, once a repeat, prefill excluded."""
 
 
@@ -139,7 +137,9 @@ class TorchEngine:
         for number, prompt in enumerate(prompts):
             if not prompt:
                 raise InputError(f"prompt {number}: is empty; give at least one token")
-            self._check_length(f"prompt {number} with {max_new_tokens} new tokens", len(prompt) + max_new_tokens)
+            self._check_length(
+                f"prompt {number} with {max_new_tokens} new tokens", len(prompt) + max_new_tokens
+            )
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         answers: dict[int, list[int]] = {}
         size = self.settings.max_batch_size
@@ -149,9 +149,7 @@ class TorchEngine:
         return [answers[i] for i in range(len(prompts))]
 
     @torch.inference_mode()
-    def decode_speed(
-        self, batch_size: int, prompt_tokens: int, new_tokens: int, repeats: int
-    ) -> list[float]:
+    def decode_speed(self, batch_size: int, prompt_tokens: int, new_tokens: int, repeats: int) -> list[float]:
         """As the protocol says; one untimed repeat comes first.
 
         Raises:
@@ -205,15 +203,21 @@ class TorchEngine:
     def _check_length(self, what: str, tokens: int) -> None:
         limit = self.settings.max_seq_len
         if tokens > limit:
-            raise InputError(f"{what} has {tokens} tokens, more than engine.max_seq_len {limit}; raise it or cut")
+            raise InputError(
+                f"{what} has {tokens} tokens, more than engine.max_seq_len {limit}; raise it or cut"
+            )
 
     @torch.inference_mode()
     def _check_head(self) -> None:
         """Checks on two tokens that logits are the head's product alone: some models scale or cap them."""
         if not isinstance(self.head, nn.Linear):
-            raise Failure("unsupported", f"{type(self.head).__name__} as output head does not run on this engine")
+            raise Failure(
+                "unsupported", f"{type(self.head).__name__} as output head does not run on this engine"
+            )
         tokens = torch.tensor([[0, 1]])
         expected = self.model(tokens.to(self.device), use_cache=False).logits[0].float()
         found = torch.cat([part for _, part in head.logit_slices(self.head, self._hidden(tokens)[0])], dim=-1)
         if (found - expected).abs().max() > 0.02 * expected.abs().max() + 1e-3:
-            raise Failure("unsupported", f"{type(self.model).__name__} changes its logits after the output head")
+            raise Failure(
+                "unsupported", f"{type(self.model).__name__} changes its logits after the output head"
+            )

@@ -48,7 +48,9 @@ def _scale(export: Export, stored: set[str], name: str) -> float:
     return scale
 
 
-def _attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any):
+def _attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+):
     key, value = rounded(key, module.k_scale), rounded(value, module.v_scale)
     return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 

@@ -1,0 +1,100 @@
+"""The run in sentences."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from trimtab.report.rows import interval_text, one_line
+from trimtab.state import Brief, State
+from trimtab.verdict import Verdict
+
+#: What `Verdict.gain` counts, for each goal.
+GAINED = {
+    "lower_latency": "faster decoding",
+    "higher_throughput": "more throughput",
+    "fit_larger_model": "fewer bytes",
+    "long_context": "longer context",
+    "lower_cost": "more throughput",
+}
+
+
+def accepted(state: State) -> tuple[int, Brief] | None:
+    """Returns the accepted attempt and its number, or None."""
+    numbered = enumerate(state.history, start=1)
+    return next((pair for pair in numbered if pair[1].verdict.outcome == "accepted"), None)
+
+
+def headline(state: State) -> str:
+    """Returns the outcome of the run in one sentence."""
+    found = accepted(state)
+    if found:
+        number, brief = found
+        gain = gain_text(brief.verdict, state.goal)
+        return f"{one_line(brief.recipe.title)} is accepted on attempt {number}{f': {gain}' if gain else ''}."
+    if state.baseline and state.baseline.verdict.outcome != "baseline":
+        return "Nothing is accepted: the baseline itself could not be measured."
+    if not state.history:
+        return "Nothing is accepted: no recipe was tried."
+    count = len(state.history)
+    none = "the one recipe tried was not" if count == 1 else f"none of the {count} recipes tried was"
+    return f"Nothing is accepted: {none} shown to be good enough."
+
+
+def explanation(state: State) -> list[str]:
+    """Returns, in a few sentences, why the accepted attempt was accepted or why none was."""
+    found = accepted(state)
+    if found:
+        return [sentence(found[1].verdict.reason), confirmation_text(found[1].verdict)]
+    if state.baseline and state.baseline.verdict.outcome != "baseline":
+        return [sentence(state.baseline.verdict.reason)]
+    if not state.history:
+        return ["The run ended before its first attempt." if state.baseline else "Nothing was measured yet."]
+    causes = Counter(_cause(brief.verdict) for brief in state.history)
+    tally = ", ".join(f"{count} × {cause}" for cause, count in causes.most_common())
+    last = state.history[-1]
+    return [
+        f"{len(state.history)} of at most {state.max_attempts} attempts were made; they ended in: {tally}.",
+        sentence(f"The last, {one_line(last.recipe.title)}: {last.verdict.reason}"),
+        "The deploy gate releases nothing.",
+    ]
+
+
+def attempt_headline(state: State) -> str:
+    """Returns the verdict on the current attempt in one sentence."""
+    title, verdict = one_line(state.recipe.title), state.verdict
+    if verdict is None:
+        return f"{title} is not judged yet."
+    if verdict.outcome == "baseline":
+        return "The baseline: the model unchanged, which every attempt is compared with."
+    cause = f" for {verdict.failure_class}" if verdict.failure_class else ""
+    who = title if state.attempt else "The baseline"
+    gain = gain_text(verdict, state.goal) if verdict.outcome == "accepted" else ""
+    return f"{who} is {verdict.outcome}{cause}{f': {gain}' if gain else ''}."
+
+
+def gain_text(verdict: Verdict, goal: str) -> str:
+    """Returns '41 % fewer bytes', or '' when the gain is unknown."""
+    return "" if verdict.gain is None else f"{verdict.gain:.1%} {GAINED[goal]}".replace("%", " %")
+
+
+def confirmation_text(verdict: Verdict) -> str:
+    """Returns what fresh items said, in one sentence."""
+    fresh = verdict.confirmation
+    if fresh is None:
+        return "It was confirmed on fresh items." if verdict.confirmed else "It was not tried on fresh items."
+    told = "confirmed" if verdict.confirmed else "not confirmed"
+    return (
+        f"It was {told} on {fresh.items:,} fresh items (recovery {interval_text(fresh.recovery)}) and "
+        f"{fresh.windows:,} fresh windows (perplexity ratio {interval_text(fresh.perplexity_ratio)})."
+    )
+
+
+def _cause(verdict: Verdict) -> str:
+    undecided = "undecided " if verdict.outcome == "indeterminate" else ""
+    return f"{undecided}{verdict.failure_class}" if verdict.failure_class else verdict.outcome
+
+
+def sentence(text: str) -> str:
+    """Returns the text on one line, with a capital and a full stop."""
+    text = one_line(text)
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")

@@ -1,0 +1,92 @@
+"""Every packed linear against the float product it stands for, with few rows and with many."""
+
+import pytest
+import torch
+
+from trimtab.runtime import linear
+from trimtab.runtime.formats import Layout, Quantized, dequantize
+
+CPU = torch.device("cpu")
+# relative to the largest output; bfloat16 has 8 bits (2^-8 = 0.4 %), rounded at most twice
+TOLERANCE = 0.01
+
+
+def quantized(
+    algo: str, out_features: int, in_features: int, group_size: int = 0, scaled: bool = False
+) -> Quantized:
+    generator = torch.Generator().manual_seed(out_features + in_features)
+
+    def scales(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator) * 0.02 + 0.01
+
+    before = torch.rand(in_features, generator=generator) + 0.5 if scaled else None
+    if algo == "W4A16_AWQ":
+        weight = torch.randint(256, (out_features // 2, in_features), generator=generator, dtype=torch.uint8)
+        scale = scales(out_features, in_features // group_size)
+        return Quantized(Layout(algo, group_size), weight, scale, pre_quant_scale=before)
+    if algo == "FP8":
+        weight = torch.randn(out_features, in_features, generator=generator).to(torch.float8_e4m3fn)
+        return Quantized(Layout(algo), weight, scales(), scales(), before)
+    weight = torch.randint(-128, 128, (out_features, in_features), generator=generator, dtype=torch.int8)
+    input_scale = torch.tensor(0.03) if algo == "W8A8_SQ_PER_CHANNEL" else None
+    return Quantized(Layout(algo), weight, scales(out_features), input_scale, before)
+
+
+#: algo, out, in, group_size, pre_quant_scale -> the kernel that must run it.
+CASES = [
+    ("W8A16", 48, 64, 0, False, "_weight_int8pack_mm"),
+    ("W8A16", 37, 24, 0, True, "_weight_int8pack_mm"),
+    ("W8A8_SQ_PER_CHANNEL", 48, 64, 0, True, "_int_mm"),
+    ("W8A8_SQ_PER_CHANNEL", 48, 64, 0, False, "_int_mm"),
+    ("W4A16_AWQ", 64, 64, 64, False, "_weight_int4pack_mm_for_cpu"),
+    ("W4A16_AWQ", 208, 128, 32, True, "_weight_int4pack_mm_for_cpu"),  # three blocks of 64 and one of 16
+    ("W4A16_AWQ", 192, 256, 128, False, "_weight_int4pack_mm_for_cpu"),
+    ("W4A16_AWQ", 40, 64, 32, True, "dequantize + mm"),  # the kernel wants sixteenths of rows
+    ("W4A16_AWQ", 32, 64, 16, False, "dequantize + mm"),  # and groups of 32 or more
+    ("FP8", 48, 64, 0, False, "dequantize + mm"),
+]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 200])
+@pytest.mark.parametrize(("algo", "out_features", "in_features", "group_size", "scaled", "kernel"), CASES)
+def test_product(
+    algo: str, out_features: int, in_features: int, group_size: int, scaled: bool, kernel: str, rows: int
+) -> None:
+    layer = quantized(algo, out_features, in_features, group_size, scaled)
+    bias = torch.randn(out_features)
+    module = linear.build(layer, bias, CPU)
+    assert (module.kernel, module.emulated) == (kernel, kernel == "dequantize + mm")
+    x = torch.randn(2, rows, in_features).bfloat16()
+    y = module(x)
+    assert y.shape == (2, rows, out_features)
+    assert y.dtype == torch.bfloat16
+    expected = rounded(x.float(), layer) @ dequantize(layer).t() + bias
+    assert (y.float() - expected).abs().max() < TOLERANCE * expected.abs().max()
+
+
+def rounded(x: torch.Tensor, layer: Quantized) -> torch.Tensor:
+    """The activations as the format sees them, in float32, before `pre_quant_scale`."""
+    if layer.input_scale is None:
+        return x
+    before = torch.ones(x.shape[-1]) if layer.pre_quant_scale is None else layer.pre_quant_scale
+    scaled = x * before / layer.input_scale
+    if layer.layout.algo == "FP8":
+        scaled = scaled.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    else:
+        scaled = scaled.round().clamp(-128, 127)
+    return scaled * layer.input_scale / before
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "pack_mm" in c[5]])
+def test_packed_and_dense_paths_agree(case: tuple) -> None:
+    module = linear.build(quantized(*case[:5]), None, CPU)
+    x = torch.randn(16, case[2]).bfloat16()
+    packed, dense = module.packed(x).float(), module.dense(x).float()
+    assert (packed - dense).abs().max() < TOLERANCE * dense.abs().max()
+
+
+def test_the_packed_weight_is_the_only_copy() -> None:
+    module = linear.build(quantized("W4A16_AWQ", 128, 256, 64), None, CPU)
+    assert sum(b.nbytes for b in module.buffers()) == 128 * 256 // 2 + 128 * (256 // 64) * 2 * 2
+    assert not list(module.parameters())
+    assert not module.state_dict()
