@@ -8,7 +8,7 @@ from typing import Any
 
 import modelopt.torch.quantization as mtq
 import torch
-from modelopt.torch.quantization.model_calib import apply_pre_quant_scale_and_smooth, max_calibrate
+from modelopt.torch.quantization.model_calib import apply_pre_quant_scale_and_smooth
 from torch import nn
 
 from trimtab.recipe import Quantization
@@ -54,9 +54,9 @@ def mixed_configuration(assignment: Mapping[str, str], settings: Quantization) -
 def apply_awq_scales(model: nn.Module, scales: Mapping[str, torch.Tensor]) -> None:
     """Moves the found scales between input and weights of the layers in INT4, and sets the weights' ranges anew."""
     for name, module in model.named_modules():
-        if name in scales and module.weight_quantizer.is_enabled and module.weight_quantizer.num_bits == 4:
+        quantizer = getattr(module, "weight_quantizer", None)
+        if quantizer is not None and quantizer.is_enabled and quantizer.num_bits == 4:
             apply_pre_quant_scale_and_smooth(module, scales[name])
-            max_calibrate(module, lambda m: m.weight_quantizer(m.weight), distributed_sync=False)
 
 
 def _set_group_size(entry: dict[str, Any], group_size: int) -> None:

@@ -71,16 +71,20 @@ def measure(
         for stats in search["candidate_stats"].values()
         if len(stats["scores"]) > len(names)  # an excluded layer has one choice, to stay as it is
     ]
-    awq_state = next(s for recipe, s in search["quantizer_states"].items() if recipe.num_bits == 4)[
-        "state_dict"
-    ]
-    suffix = ".input_quantizer._pre_quant_scale"
-    scales = {
-        n.removesuffix(suffix): t.float().contiguous() for n, t in awq_state.items() if n.endswith(suffix)
-    }
-    save_file(scales, Path(output) / "awq.safetensors")
+    save_file(_awq_scales(search["quantizer_states"]), Path(output) / "awq.safetensors")
     (Path(output) / "sensitivity.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     return {"groups": len(document), "layers": sum(len(g["layers"]) for g in document)}
+
+
+def _awq_scales(states: dict[Any, dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Returns the scale that AWQ found for each layer's input, from the states that the search kept a format."""
+    (state,) = (kept["state_dict"] for recipe, kept in states.items() if recipe.num_bits == BITS["int4_awq"])
+    suffix = ".input_quantizer"
+    return {
+        name.removesuffix(suffix): tensors["_pre_quant_scale"].float().contiguous()
+        for name, tensors in state.items()
+        if name.endswith(suffix) and "_pre_quant_scale" in tensors
+    }
 
 
 def read(folder: Path) -> list[Group]:

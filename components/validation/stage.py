@@ -12,7 +12,7 @@ import numpy as np
 from trimtab import child, evidence, flow, hardware, plan, progress, report, stages, verdict
 from trimtab.errors import Failure
 from trimtab.evidence import CONFIRMATION, LOOKS, look_name
-from trimtab.state import Brief, State
+from trimtab.state import Brief, Evaluation, State
 from trimtab.statistics import wilson
 from trimtab.store import Store, open_store
 from trimtab.store.tree import Tree
@@ -58,7 +58,7 @@ def run(state_json: str, page: Any, metrics: Any) -> str:
         verdict=result,
         seconds=seconds,
         evaluation=filed_evidence,
-        engine=state.trees.get("engine"),
+        engine=state.trees.get("engine") if result.outcome in ("baseline", "accepted") else None,
     )
     filed = {"baseline": brief} if state.attempt == 0 else {"history": (*state.history, brief)}
     state = state.model_copy(update={"verdict": result, "seconds": seconds, **filed})
@@ -68,7 +68,14 @@ def run(state_json: str, page: Any, metrics: Any) -> str:
     )
     stages.log_metrics(metrics, _numbers(result))
     progress.report("validate", f"{result.outcome}: {result.reason}")
-    return state.to_json()
+    return _filed(state, result).to_json()
+
+
+def _filed(state: State, result: Verdict) -> State:
+    """Drops what is in the attempt's brief and in its evidence: the state must stay small."""
+    verdict = Verdict(outcome=result.outcome, failure_class=result.failure_class, reason=result.reason)
+    artifact = {name: tree for name, tree in state.trees.items() if name in ("checkpoint", "export")}
+    return state.model_copy(update={"trees": artifact, "seconds": {}, "verdict": verdict})
 
 
 class _Judge:
@@ -94,7 +101,7 @@ class _Judge:
             },
         )
         recipe = self.state.recipe
-        for look, (items, windows) in enumerate(_ranges(self.state), start=1):
+        for look, (items, windows) in enumerate(ranges(self.state.evaluation), start=1):
             baseline, candidate = self._look(look, items, windows)
             if look == 1:
                 measured = self._measurements(integrity.metrics, candidate.metrics)
@@ -109,7 +116,7 @@ class _Judge:
         return self._confirm(result) if result.outcome == "accepted" else result
 
     def _baseline(self) -> Verdict:
-        items, windows = next(iter(_ranges(self.state)))
+        items, windows = next(ranges(self.state.evaluation))
         result = self._evaluate(look_name(1), self.engine, self.export, items, windows, speed=True)
         scores = evidence.read_scores(self.store, [result.tree])
         integrity = self._cached(
@@ -138,16 +145,7 @@ class _Judge:
     def _evaluate(
         self, name: str, engine: Tree, export: Tree, items: list[int], windows: list[int], speed: bool
     ) -> stages.Result:
-        settings = self.state.evaluation
-        parameters = {
-            "tasks": list(settings.tasks),
-            "task_path": settings.task_path,
-            "items": items,
-            "windows": windows,
-            "window_tokens": settings.window_tokens,
-            "heldout": settings.heldout,
-            "speed": speed,
-        }
+        parameters = evaluation_parameters(self.state.evaluation, items, windows, speed)
         return self._cached(name, EVALUATE, parameters, {"engine": engine, "export": export})
 
     def _cached(
@@ -197,12 +195,7 @@ class _Judge:
         settings = self.state.evaluation
         if not settings.confirm_items:
             return result
-        items, windows = sum(settings.items), sum(settings.windows)
-        self._look(
-            CONFIRMATION,
-            [items, items + settings.confirm_items],
-            [windows, windows + settings.confirm_windows],
-        )
+        self._look(CONFIRMATION, *fresh_range(settings))
         return evidence.confirm(self.store, self.trees, self.state.recipe, result, self.state.max_attempts)
 
     def read(self, name: str) -> Any:
@@ -214,12 +207,33 @@ class _Judge:
         return None
 
 
-def _ranges(state: State) -> Iterator[tuple[list[int], list[int]]]:
+def evaluation_parameters(
+    settings: Evaluation, items: list[int], windows: list[int], speed: bool
+) -> dict[str, Any]:
+    """Returns the parameters of `EVALUATE`, which are part of its key in the store."""
+    return {
+        "tasks": list(settings.tasks),
+        "task_path": settings.task_path,
+        "items": items,
+        "windows": windows,
+        "window_tokens": settings.window_tokens,
+        "heldout": settings.heldout,
+        "speed": speed,
+    }
+
+
+def ranges(settings: Evaluation) -> Iterator[tuple[list[int], list[int]]]:
     """Yields for each look the items and windows that it adds, as [start, stop]."""
     item = window = 0
-    for items, windows in zip(state.evaluation.items, state.evaluation.windows, strict=True):
+    for items, windows in zip(settings.items, settings.windows, strict=True):
         yield [item, item + items], [window, window + windows]
         item, window = item + items, window + windows
+
+
+def fresh_range(settings: Evaluation) -> tuple[list[int], list[int]]:
+    """Returns the items and windows of the confirmation: those behind the last look's."""
+    items, windows = sum(settings.items), sum(settings.windows)
+    return [items, items + settings.confirm_items], [windows, windows + settings.confirm_windows]
 
 
 def _with_speed(measured: Measurements, speed: dict[str, float], prefix: str) -> Measurements:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import textwrap
 from pathlib import Path
 
 from trimtab import adjust, hardware, plan, progress
@@ -11,7 +12,7 @@ from trimtab.errors import Failure, InputError, nearest
 from trimtab.model import ModelFacts
 from trimtab.plan import Rung
 from trimtab.recipe import Recipe
-from trimtab.stages import fail
+from trimtab.stages import MAX_REASON, fail
 from trimtab.state import GOALS, Evaluation, State
 from trimtab.store import Store, Tree, open_store
 
@@ -101,7 +102,7 @@ def next_attempt(state: State) -> State:
         update={
             "attempt": len(state.history) + 1,
             "recipe": rung.recipe,
-            "why": why,
+            "why": textwrap.shorten(why, MAX_REASON, placeholder=" …"),
             "trees": {},
             "verdict": None,
             "seconds": {},

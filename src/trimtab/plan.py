@@ -362,7 +362,7 @@ def _higher_throughput(kit: _Kit) -> Iterator[_Candidate]:
 def _fit_larger_model(kit: _Kit) -> Iterator[_Candidate]:
     yield kit.quantized("int4_rtn")
     yield kit.quantized("int4_awq")
-    for bits in (5.0, 5.5, 6.0, 6.5, 7.0):
+    for bits in (4.5, 5.0, 5.5, 6.0, 7.0):
         yield kit.quantized("mixed", bits=bits)
     if not kit.eights:
         yield from kit.safest()

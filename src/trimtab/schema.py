@@ -39,7 +39,8 @@ class Document(BaseModel):
             try:
                 source = yaml.safe_load(source)
             except yaml.YAMLError as error:
-                raise InputError(f"the {what} is not valid YAML or JSON: {error}") from None
+                where = " ".join(str(error).split())
+                raise InputError(f"the {what} is not valid YAML or JSON: {where}") from None
         if not isinstance(source, Mapping):
             raise InputError(f"the {what} must be a mapping of fields, got {type(source).__name__}")
         try:
@@ -78,6 +79,8 @@ def _explain(cls: type[BaseModel], item: Mapping[str, Any]) -> str:
         if kind == "union_tag_not_found":
             return f"{where}.{tag}: is required"
         return f"{where}.{tag}: {context['tag']!r} is not valid; {nearest(context['tag'], _listed(context['expected_tags']))}"
+    if kind == "tuple_type":
+        return f"{where}: {item['input']!r} is not a list; write [{item['input']}]"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{where}: {item['input']!r} {message}"
 

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from trimtab.store import Store, open_store
 from trimtab.store.tree import Tree
 from trimtab.verdict import Verdict
 
+#: The state holds a reason for every attempt, and must stay small.
+MAX_REASON = 300
 #: Formats that need activations to choose their scales; the others look at weights alone.
 _CALIBRATED_FORMATS = ("int8_sq", "fp8", "int4_awq", "mixed")
 _SEARCHED_FORMATS = ("int4_awq", "mixed")
@@ -224,7 +227,8 @@ def advance(name: str, state: State) -> tuple[State, Result | None]:
 def fail(state: State, name: str, failure: Failure) -> State:
     """Makes an expected failure the state's verdict."""
     progress.report(name, failure.reason)
-    verdict = Verdict(outcome="rejected", failure_class=failure.failure_class, reason=failure.reason)
+    reason = textwrap.shorten(failure.reason, MAX_REASON, placeholder=" …")
+    verdict = Verdict(outcome="rejected", failure_class=failure.failure_class, reason=reason)
     return state.model_copy(update={"verdict": verdict})
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, WrapSerializer
 
 from trimtab.errors import TrimtabError
 from trimtab.recipe import Recipe
@@ -17,6 +17,7 @@ MAX_STATE_BYTES = 16_000
 
 Goal = Literal["lower_latency", "higher_throughput", "fit_larger_model", "long_context", "lower_cost"]
 GOALS: tuple[str, ...] = Goal.__args__
+Count = Annotated[int, Field(ge=0)]
 
 
 class Evaluation(Document):
@@ -27,20 +28,33 @@ class Evaluation(Document):
 
     tasks: tuple[str, ...] = ("trimtab_suite",)
     task_path: str = ""
-    items: tuple[int, int, int] = (400, 600, 1000)
-    windows: tuple[int, int, int] = (16, 16, 16)
-    confirm_items: Annotated[int, Field(ge=0)] = 960
-    confirm_windows: Annotated[int, Field(ge=0)] = 12
+    items: tuple[Count, Count, Count] = (400, 600, 1000)
+    windows: tuple[Count, Count, Count] = (16, 16, 16)
+    confirm_items: Count = 960
+    confirm_windows: Count = 12
     window_tokens: Annotated[int, Field(ge=16)] = 256
     heldout: str = "builtin"
 
 
+def _in_brief(value: Any) -> Any:
+    """Rounds the numbers of a verdict to five digits, more than its intervals are worth."""
+    if isinstance(value, dict):
+        return {name: _in_brief(part) for name, part in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+BriefVerdict = Annotated[Verdict, WrapSerializer(lambda value, handler: _in_brief(handler(value)), when_used="json")]
+
+
 class Brief(Document):
-    """One finished attempt, in brief: what adjust and the summary read."""
+    """One finished attempt, in brief: what adjust and the summary read.
+
+    `engine` is kept of the baseline, which later looks measure again, and of an accepted attempt.
+    """
 
     recipe: Recipe
     why: str = ""
-    verdict: Verdict
+    verdict: BriefVerdict
     seconds: dict[str, float] = {}
     evaluation: Tree | None = None
     engine: Tree | None = None
@@ -52,7 +66,8 @@ class State(Document):
     `trees` names what the stages of the current attempt have made: `checkpoint` (the model, then its pruned
     and distilled successors), `calibration`, `export`, `engine`, `evaluation`. `ladder` is the tree that
     holds the recipes to try. `verdict` is set when the current attempt is over; every later stage of that
-    attempt then passes the state on untouched.
+    attempt then passes the state on untouched. Once the attempt is filed in `baseline` or `history`, that has
+    its numbers, and of `trees` only the artifact is left.
     """
 
     store: str
@@ -68,7 +83,7 @@ class State(Document):
     why: str = ""
     trees: dict[str, Tree] = {}
     baseline: Brief | None = None
-    verdict: Verdict | None = None
+    verdict: BriefVerdict | None = None
     history: tuple[Brief, ...] = ()
     seconds: dict[str, float] = {}
 

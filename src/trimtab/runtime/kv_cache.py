@@ -57,4 +57,5 @@ def _attention(
 
 def rounded(x: torch.Tensor, scale: float) -> torch.Tensor:
     """Returns x as an FP8 cache would give it back."""
-    return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(x.dtype) * scale
+    codes = (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return (codes.float() * scale).to(x.dtype)

@@ -67,6 +67,11 @@ class Int8WeightOnly(PackedLinear):
     kernel = "_weight_int8pack_mm"
     packed_rows = 16
 
+    @staticmethod
+    def fits(layer: Quantized) -> bool:
+        """Whether every row begins at a multiple of 16 bytes: the kernel crashes the process on others."""
+        return layer.shape[1] % 16 == 0 and layer.weight.data_ptr() % 16 == 0
+
     def __init__(self, layer: Quantized, bias: torch.Tensor | None):
         super().__init__(layer, bias)
         self.keep(weight_OI=layer.weight, scale_O=layer.weight_scale.reshape(-1).bfloat16())
@@ -151,7 +156,7 @@ class Int8Static(PackedLinear):
         self.keep(scale_O=layer.weight_scale.float().reshape(-1) * input_scale)
 
     def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
-        q_RI = (x_RI * self.to_integers).round_().clamp_(-128, 127).to(torch.int8)
+        q_RI = (x_RI.float() * self.to_integers).round_().clamp_(-128, 127).to(torch.int8)
         rows = len(q_RI)
         if q_RI.is_cuda and rows <= 16:  # cuBLAS refuses fewer
             q_RI = F.pad(q_RI, (0, 0, 0, 32 - rows))
@@ -169,7 +174,7 @@ class Fp8(PackedLinear):
         self.keep(input_scale=layer.input_scale.float().reshape(()))
 
     def round(self, x_RI: torch.Tensor) -> torch.Tensor:
-        return (x_RI / self.input_scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        return (x_RI.float() / self.input_scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
     def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
         scales = {"scale_a": self.input_scale, "scale_b": self.weight_scale}
@@ -216,7 +221,7 @@ def _choose(layer: Quantized, device: torch.device) -> type[PackedLinear]:
         return Fp8 if has_fp8 and sixteenths else Fp8Emulated
     if algo == "W8A8_SQ_PER_CHANNEL" and (on_cpu or sixteenths):
         return Int8Static
-    if algo == "W8A16" and on_cpu:
+    if algo == "W8A16" and on_cpu and Int8WeightOnly.fits(layer):
         return Int8WeightOnly
     if algo == "W4A16_AWQ" and on_cpu and Int4WeightOnly.fits(layer):
         return Int4WeightOnly

