@@ -64,7 +64,7 @@ def run(arguments: dict[str, Any], folder: Path, console: Console, runner: Any =
     os.environ[child.RUN_PID] = str(os.getpid())
     error: TrimtabError | None = None
     pipeline = optimize_pipeline(unrolled=arguments["max_attempts"])
-    with _followed(events, console), _output_into(log), warnings.catch_warnings():
+    with _followed(events, _apart(console)), _output_into(log), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # KFP warns of image names and of resources that only a cluster has
         local.init(
             runner=runner or local.SubprocessRunner(use_venv=False),
@@ -104,35 +104,61 @@ def _error_in(log: Path) -> TrimtabError:
 
 @contextlib.contextmanager
 def _output_into(log: Path) -> Iterator[None]:
-    """Sends everything that KFP and the stages print to the log, at the level of file descriptors."""
+    """Sends everything that KFP and the stages print to the log: Python's streams, and the file descriptors that
+    child processes inherit."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
-    with log.open("ab") as file:
+    with log.open("a", buffering=1, encoding="utf-8") as file:  # line by line: the log is read before it is closed
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
-            yield
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                yield
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
             for number, descriptor in enumerate(kept, start=1):
                 os.dup2(descriptor, number)
                 os.close(descriptor)
 
 
+def _apart(console: Console) -> Console:
+    """A console on the terminal stays on it while descriptor 2 goes into the log."""
+    if console.file is not sys.stderr:
+        return console
+    return Console(file=os.fdopen(os.dup(2), "w", buffering=1), width=console.width)
+
+
 @contextlib.contextmanager
 def _followed(events: Path, console: Console) -> Iterator[None]:
-    """Prints the events of all processes while the body runs."""
+    """Prints the events of all processes while the body runs, where the console prints before it."""
     stop = threading.Event()
     events.touch()
-    thread = threading.Thread(target=_follow, args=(events, console, stop), daemon=True)
-    thread.start()
+    with _fixed(console):
+        thread = threading.Thread(target=_follow, args=(events, console, stop), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+@contextlib.contextmanager
+def _fixed(console: Console) -> Iterator[None]:
+    """Keeps a console on its stream while `_output_into` sends that stream's descriptor elsewhere."""
+    before = console.file
     try:
+        own = os.dup(before.fileno())
+    except (OSError, ValueError):  # not a file of the system
+        console.file = before
         yield
-    finally:
-        stop.set()
-        thread.join()
+        return
+    with os.fdopen(own, "w", encoding="utf-8") as file:
+        console.file = file
+        try:
+            yield
+        finally:
+            console.file = before
 
 
 def _follow(events: Path, console: Console, stop: threading.Event) -> None:
