@@ -64,7 +64,7 @@ def run(arguments: dict[str, Any], folder: Path, console: Console, runner: Any =
     os.environ[child.RUN_PID] = str(os.getpid())
     error: TrimtabError | None = None
     pipeline = optimize_pipeline(unrolled=arguments["max_attempts"])
-    with _followed(events, _apart(console)), _output_into(log), warnings.catch_warnings():
+    with _followed(events, console), _output_into(log), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # KFP warns of image names and of resources that only a cluster has
         local.init(
             runner=runner or local.SubprocessRunner(use_venv=False),
@@ -119,13 +119,6 @@ def _output_into(log: Path) -> Iterator[None]:
             for number, descriptor in enumerate(kept, start=1):
                 os.dup2(descriptor, number)
                 os.close(descriptor)
-
-
-def _apart(console: Console) -> Console:
-    """A console on the terminal stays on it while descriptor 2 goes into the log."""
-    if console.file is not sys.stderr:
-        return console
-    return Console(file=os.fdopen(os.dup(2), "w", buffering=1), width=console.width)
 
 
 @contextlib.contextmanager
