@@ -12,13 +12,14 @@ import torch
 
 from trimtab import progress
 from trimtab.errors import Failure
+from trimtab.model import Linear
 from trimtab.model import inspect as read_facts
 from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint import Export
 
 #: The largest relative error of one output channel. Four bits make 0.1 to 0.3; a wrong scale makes 1 and more.
 MAX_CHANNEL_ERROR = 0.6
-#: Bits that a quantized weight may take, scales included.
+#: Bits that a quantized weight may take, with the scales of groups; those of rows and columns come on top.
 MAX_BITS = {"int8_wo": 8.6, "int8_sq": 8.6, "fp8": 8.6, "int4_rtn": 5.2, "int4_awq": 5.2, "mixed": 8.6}
 
 
@@ -43,7 +44,7 @@ def inspect(
     source = Export(Path(checkpoint))
     layers = []
     if settings and settings.format != "bf16":
-        linears = [layer.name for layer in read_facts(Path(checkpoint)).linears]
+        linears = {layer.name: layer for layer in read_facts(Path(checkpoint)).linears}
         wanted = {n for n in linears if not any(fnmatch(n, f"*{pattern}*") for pattern in settings.exclude)}
         left = sorted(wanted - set(read.layers))
         if left:
@@ -53,8 +54,9 @@ def inspect(
         ):
             layers.append(compare(name, read, source))
         bits = 16 * read.quantized_bytes / read.bf16_bytes
-        if bits > MAX_BITS[settings.format]:
-            reason = f"quantized weights take {bits:.1f} bits each, {settings.format} allows {MAX_BITS[settings.format]}"
+        most = MAX_BITS[settings.format] + _scale_bits([linears[name] for name in wanted])
+        if bits > most:
+            reason = f"quantized weights take {bits:.1f} bits each, {settings.format} allows {most:.1f}"
             raise Failure("export_damaged", reason)
     (Path(output) / "layers.json").write_text(json.dumps(layers), encoding="utf-8")
     return {
@@ -62,6 +64,12 @@ def inspect(
         "max_relative_error": max((layer["relative_error"] for layer in layers), default=0.0),
         "bytes": sum(path.stat().st_size for path in Path(export).glob("*.safetensors")),
     }
+
+
+def _scale_bits(layers: list[Linear]) -> float:
+    """Returns the bits a weight that one float32 a row and one a column take: much in small layers only."""
+    scales = sum(layer.out_features + layer.in_features for layer in layers)
+    return 32 * scales / sum(layer.parameters for layer in layers)
 
 
 def compare(name: str, export: Export, source: Export) -> dict[str, Any]:

@@ -78,7 +78,8 @@ def _explain(cls: type[BaseModel], item: Mapping[str, Any]) -> str:
         tag = context["discriminator"].strip("'")
         if kind == "union_tag_not_found":
             return f"{where}.{tag}: is required"
-        return f"{where}.{tag}: {context['tag']!r} is not valid; {nearest(context['tag'], _listed(context['expected_tags']))}"
+        remedy = nearest(context["tag"], _listed(context["expected_tags"]))
+        return f"{where}.{tag}: {context['tag']!r} is not valid; {remedy}"
     if kind == "tuple_type":
         return f"{where}: {item['input']!r} is not a list; write [{item['input']}]"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")

@@ -164,7 +164,7 @@ def students(first: int, second: int, rest: str = "") -> list[str]:
 
 LADDERS = [
     ("fit_larger_model", SMOLLM2, "cpu", [
-        "int4_rtn", "int4_awq", "mixed 5 bits", "mixed 5.5 bits", "mixed 6 bits", "mixed 6.5 bits",
+        "int4_rtn", "int4_awq", "mixed 4.5 bits", "mixed 5 bits", "mixed 5.5 bits", "mixed 6 bits",
         "mixed 7 bits", "int8_wo",
     ]),
     ("fit_larger_model", LLAMA_8B, "h100", ["int4_awq", *students(8, 4, "fp8"), "fp8"]),
@@ -300,7 +300,7 @@ def test_the_users_recipe_stands_first_and_once():
     first = second.model_copy(update={"name": "mine", "accept": Acceptance(min_recovery=0.5)})
     found = ladder("fit_larger_model", SMOLLM2, on("cpu"), first=first)
     assert found[0].recipe == first and found[0].why == "the recipe that the user gave"
-    assert [r.recipe.title for r in found][:3] == ["mine", "int4_rtn", "mixed 5 bits"] and len(found) == 8
+    assert [r.recipe.title for r in found][:3] == ["mine", "int4_rtn", "mixed 4.5 bits"] and len(found) == 8
 
 
 def test_the_users_recipe_may_be_judged_by_emulation():

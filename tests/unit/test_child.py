@@ -1,0 +1,151 @@
+"""Work in a process of its own: what comes back from it, and what a death of it means."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trimtab import child
+from trimtab.errors import Failure, InputError, StageError, StoreError
+
+WORK = '''
+import os, signal
+from trimtab.errors import Failure, InputError, StoreError
+
+def answer(**arguments):
+    return {"pid": os.getpid(), **arguments}
+
+def expected():
+    raise Failure("training_diverged", "the loss is nan at step 7")
+
+def bad_input():
+    raise InputError("text: 'x' is not a file; write another")
+
+def bad_store():
+    raise StoreError("no space left")
+
+def defect():
+    return {}["missing"]
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def leaves():
+    os._exit(7)
+
+def memory():
+    raise MemoryError()
+
+def torch_cpu_memory():
+    raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes\\nsecond line")
+
+def torch_cuda_memory():
+    raise type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory.")
+
+def other_runtime_error():
+    raise RuntimeError("shapes differ")
+
+def slow(started):
+    open(started, "w").write(str(os.getpid()))
+    import time; time.sleep(60)
+
+def hungry():
+    return len(bytearray(b"x" * (64 << 20)))
+'''
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module that a child process can import."""
+    (tmp_path / "work_for_the_test.py").write_text(WORK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return "work_for_the_test"
+
+
+def test_answer(work):
+    done = child.call(f"{work}:answer", text="ä", number=0.1, nothing=None, many=[1, 2])
+    assert done.value.pop("pid") != os.getpid()
+    assert done.value == {"text": "ä", "number": 0.1, "nothing": None, "many": [1, 2]}
+    assert 0 <= done.seconds < 10
+
+
+def test_peak_memory_is_the_childs(work):
+    assert child.call(f"{work}:hungry").peak_memory_bytes > 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        ("expected", Failure, "the loss is nan at step 7"),
+        ("bad_input", InputError, "text: 'x' is not a file; write another"),
+        ("bad_store", StoreError, "no space left"),
+        ("defect", StageError, "defect: KeyError: 'missing'"),
+        ("leaves", StageError, "leaves ended with exit code 7 and no answer; see its log above"),
+        ("other_runtime_error", StageError, "other_runtime_error: RuntimeError: shapes differ"),
+        ("no_such_function", StageError, "no_such_function: AttributeError"),
+        ("killed", Failure, "killed was killed: it needed more memory than there is"),
+        ("memory", Failure, "memory ran out of memory"),
+        ("torch_cpu_memory", Failure, "DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+        ("torch_cuda_memory", Failure, "torch_cuda_memory ran out of memory: CUDA out of memory."),
+    ],
+)
+def test_failures(work, function, error, message):
+    with pytest.raises(error) as caught:
+        child.call(f"{work}:{function}")
+    assert type(caught.value) is error and message in str(caught.value) and "second line" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("function", "failure_class"),
+    [("expected", "training_diverged"), ("killed", "does_not_fit"), ("memory", "does_not_fit"),
+     ("torch_cpu_memory", "does_not_fit"), ("torch_cuda_memory", "does_not_fit")],
+)  # fmt: skip
+def test_failure_classes(work, function, failure_class):
+    with pytest.raises(Failure) as caught:
+        child.call(f"{work}:{function}")
+    assert caught.value.failure_class == failure_class
+
+
+def test_no_such_module():
+    with pytest.raises(StageError, match="ModuleNotFoundError"):
+        child.call("trimtab.nothing_here:work")
+
+
+def gone(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def wait_for(condition, seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a stage must follow its run")
+def test_a_child_dies_with_its_stage(work, tmp_path):
+    started = tmp_path / "started"
+    code = f"from trimtab import child; child.call('{work}:slow', started='{started}')"
+    stage = subprocess.Popen([sys.executable, "-c", code])
+    assert wait_for(lambda: started.exists() and started.read_text())
+    stage.send_signal(signal.SIGKILL)
+    stage.wait()
+    assert wait_for(lambda: gone(int(started.read_text())))
+
+
+def test_a_stage_ends_when_its_run_is_gone(tmp_path):
+    run = subprocess.Popen(["sleep", "60"])
+    code = "import time; from trimtab import child; child.follow_run(); time.sleep(60)"
+    stage = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, child.RUN_PID: str(run.pid)})
+    time.sleep(0.5)
+    assert stage.poll() is None
+    run.kill()
+    run.wait()
+    assert stage.wait(timeout=10) == 1

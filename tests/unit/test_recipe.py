@@ -1,0 +1,102 @@
+"""Recipes: what a bad one is told, and what makes two the same piece of work."""
+
+from __future__ import annotations
+
+import pytest
+
+from trimtab.errors import InputError
+from trimtab.recipe import Recipe
+
+BAD = [
+    # an unknown key names the nearest valid one
+    ("quantise: {format: fp8}", "quantise: unknown key 'quantise'; write 'quantize' (valid: accept, calibrate,"),
+    ("quantize: {fromat: fp8}", "quantize.fromat: unknown key 'fromat'; write 'format'"),
+    ("distill: {tokens: 9, temprature: 2}", "distill.temprature: unknown key 'temprature'; write 'temperature'"),
+    (
+        "prune: {method: depth, blocks: 2, sparsity: 0.5}",
+        "prune.sparsity: unknown key 'sparsity'; valid: blocks, method",
+    ),
+    (
+        "engine: {tensor_parallel: 2}",
+        "engine.tensor_parallel: unknown key 'tensor_parallel'; write 'tensor_parallel_size'",
+    ),
+    # a bad value names itself and what is valid
+    ("quantize: {format: int8}", "quantize.format: 'int8' is not valid; write 'int8_wo' (valid: bf16, int8_wo,"),
+    (
+        "quantize: {format: int4_awq, group_size: 48}",
+        "quantize.group_size: 48 is not valid; write '64' (valid: 32, 64, 128)",
+    ),
+    ("quantize: {format: fp8, kv_cache: int8}", "quantize.kv_cache: 'int8' is not valid; valid: none, fp8"),
+    ("quantize: {format: fp8, exclude: lm_head}", "quantize.exclude: 'lm_head' is not a list; write [lm_head]"),
+    ("quantize: {format: null}", "quantize.format: None is not valid; valid: bf16, int8_wo"),
+    (
+        "prune: {method: depht, blocks: 2}",
+        "prune.method: 'depht' is not valid; write 'depth' (valid: magnitude, depth)",
+    ),
+    ("prune: {method: magnitude, sparsity: 1.5}", "prune.sparsity: 1.5 should be less than 1"),
+    ("prune: {method: depth, blocks: 0}", "prune.blocks: 0 should be greater than or equal to 1"),
+    ("distill: {tokens: many}", "distill.tokens: 'many' should be a valid integer"),
+    ("calibrate: {samples: 1.5}", "calibrate.samples: 1.5 should be a valid integer"),
+    ("accept: {min_recovery: 95}", "accept.min_recovery: 95 should be less than or equal to 1"),
+    ("accept: {min_recovery: .nan}", "accept.min_recovery: nan should be a finite number"),
+    ("engine: {backend: tensorrt}", "engine.backend: 'tensorrt' is not valid; valid: torch, trtllm,"),
+    # what belongs together
+    ("quantize: {format: mixed}", "needs effective_bits (4 to 8) with format 'mixed', and only with it"),
+    (
+        "quantize: {format: fp8, effective_bits: 6}",
+        "needs effective_bits (4 to 8) with format 'mixed', and only with it",
+    ),
+    # what is missing
+    ("quantize: {group_size: 64}", "quantize.format: is required"),
+    ("prune: {blocks: 2}", "prune.method: is required"),
+    ("prune: {method: depth}", "prune.blocks: is required"),
+    # not a recipe at all
+    ("- quantize", "the recipe must be a mapping of fields, got list"),
+    ("fp8", "the recipe must be a mapping of fields, got str"),
+    ("quantize: {", "the recipe is not valid YAML or JSON: while parsing a flow"),
+    ("quantize: 8", "quantize: 8 should be a valid dictionary"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), BAD, ids=[text for text, _ in BAD])
+def test_bad_recipe(text, message):
+    with pytest.raises(InputError) as caught:
+        Recipe.parse(text)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value), "one sentence, which a log keeps on one line"
+
+
+def test_every_fault_is_named():
+    with pytest.raises(InputError) as caught:
+        Recipe.parse("{quantize: {format: fp9}, prune: {method: depth, blocks: -1}, extra: 1}")
+    assert all(field in str(caught.value) for field in ("quantize.format", "prune.blocks", "extra"))
+
+
+@pytest.mark.parametrize(
+    ("text", "title"),
+    [
+        ("{}", "unchanged (bf16)"),
+        ("{name: mine, quantize: {format: fp8}}", "mine"),
+        ("quantize: {format: fp8, kv_cache: fp8}", "fp8 + fp8 KV"),
+        ("quantize: {format: mixed, effective_bits: 5.5}", "mixed 5.5 bits"),
+        ("prune: {method: magnitude, sparsity: 0.5}", "magnitude 50%"),
+        ("{prune: {method: depth, blocks: 4}, distill: {tokens: 65536}}", "-4 blocks + distill 65,536 tokens"),
+    ],
+)
+def test_title(text, title):
+    assert Recipe.parse(text).title == title
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("quantize: {format: fp8}", "quantize: {format: fp8, group_size: 64}", True),  # a default, written out
+        ("quantize: {format: fp8}", "{name: mine, quantize: {format: fp8}}", True),
+        ("quantize: {format: fp8}", "{quantize: {format: fp8}, accept: {min_recovery: 0.5}}", True),
+        ("quantize: {format: fp8}", "quantize: {format: fp8, kv_cache: fp8}", False),
+        ("quantize: {format: fp8}", "{quantize: {format: fp8}, engine: {max_batch_size: 1}}", False),
+        ("quantize: {format: fp8}", "{quantize: {format: fp8}, calibrate: {samples: 16}}", False),
+    ],
+)
+def test_digest(first, second, same):
+    assert (Recipe.parse(first).digest == Recipe.parse(second).digest) == same

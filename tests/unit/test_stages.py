@@ -1,0 +1,202 @@
+"""The stages of an attempt: what a recipe asks for, what makes a key, what passes through, who needs a GPU."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from trimtab import child, stages
+from trimtab.errors import Failure, StoreError
+from trimtab.recipe import Recipe
+from trimtab.stages import STAGES, Stage
+from trimtab.state import State
+from trimtab.store import open_store
+
+FULL = "{prune: {method: depth, blocks: 1}, distill: {tokens: 99}, quantize: {format: mixed, effective_bits: 6}}"
+ALL = ["calibrate", "prune", "distill", "recalibrate", "sensitivity", "quantize", "engine"]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return open_store(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def state(store, tmp_path):
+    """A function: a state with a recipe on a target."""
+
+    def make(recipe: str, target: str = "h100") -> State:
+        return State(
+            store=store.uri, goal="lower_latency", target=target, model=put(store, tmp_path, "model"),
+            recipe=Recipe.parse(recipe), attempt=1,
+        )  # fmt: skip
+
+    return make
+
+
+def put(store, folder, content: str):
+    place = folder / "put" / content
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "file").write_text(content)
+    return store.put(place, kind="checkpoint")
+
+
+@pytest.fixture
+def worked(monkeypatch):
+    """Replaces the child process: every work writes its name, and the calls are kept."""
+    calls = []
+
+    def call(work, *, output, scratch, parameters, **inputs):
+        calls.append(work.rpartition(":")[2])
+        with open(f"{output}/made", "w") as file:
+            json.dump([work, parameters], file)
+        return child.Done({"loss": 1.5}, 2.0, 1000)
+
+    monkeypatch.setattr(child, "call", call)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("recipe", "wanted"),
+    [
+        ("{}", ["engine"]),
+        ("quantize: {format: bf16}", ["quantize", "engine"]),
+        ("quantize: {format: int8_wo}", ["quantize", "engine"]),
+        ("quantize: {format: int4_rtn}", ["quantize", "engine"]),
+        ("quantize: {format: fp8}", ["calibrate", "recalibrate", "quantize", "engine"]),
+        ("quantize: {format: int8_sq}", ["calibrate", "recalibrate", "quantize", "engine"]),
+        ("quantize: {format: int4_awq}", ["calibrate", "recalibrate", "sensitivity", "quantize", "engine"]),
+        ("prune: {method: magnitude, sparsity: 0.5}", ["prune", "engine"]),
+        ("prune: {method: depth, blocks: 1}", ["calibrate", "prune", "engine"]),
+        ("distill: {tokens: 99}", ["distill", "engine"]),
+        (FULL, ALL),
+    ],
+)
+def test_wanted(recipe, wanted):
+    parsed = Recipe.parse(recipe)
+    assert [name for name, stage in STAGES.items() if stage.wanted(parsed)] == wanted
+    for name in wanted:
+        json.dumps(STAGES[name].parameters(parsed))
+
+
+def test_what_a_key_depends_on(store, tmp_path):
+    def key(version=1, work="a:b", parameters=None, model="model"):
+        stage = Stage("s", work, ("checkpoint",), "out", lambda r: True, lambda r: {}, version=version)
+        return stage.key(parameters or {}, {"checkpoint": put(store, tmp_path, model)})
+
+    keys = [key(), key(version=2), key(work="a:c"), key(parameters={"x": 1}), key(model="other")]
+    assert len(set(keys)) == 5 and key() == keys[0]
+
+
+def test_the_name_of_a_stage_is_not_part_of_its_key(store, tmp_path):
+    inputs = {"checkpoint": put(store, tmp_path, "model")}
+    assert STAGES["calibrate"].key({}, inputs) == STAGES["recalibrate"].key({}, inputs)
+
+
+def test_a_stage_runs_once(state, worked, store):
+    first, result = stages.advance("quantize", state("quantize: {format: int8_wo}"))
+    assert not result.hit and result.metrics == {"loss": 1.5, "peak_memory_bytes": 1000}
+    again, hit = stages.advance("quantize", state("{name: same, quantize: {format: int8_wo}}"))
+    assert hit.hit and hit.tree == result.tree == first.trees["export"] == again.trees["export"]
+    assert (first.seconds, again.seconds) == ({"quantize": 2.0}, {"quantize": 0.0})
+    assert worked == ["quantize"]
+    assert store.manifest(result.tree).metadata["key"]
+
+
+def test_a_stage_that_is_not_asked_for_passes_its_input_on(state, worked):
+    before = state("quantize: {format: int8_wo}")
+    assert stages.advance("prune", before) == (before, None)
+    assert stages.inputs_of(STAGES["quantize"], before)["checkpoint"] == before.model
+    assert stages.inputs_of(STAGES["engine"], state("{}"))["export"] == before.model
+    assert worked == []
+
+
+def test_a_verdict_passes_through_every_stage(state, worked):
+    failed = stages.fail(state(FULL), "prepare", Failure("unsupported", "no"))
+    for name in STAGES:
+        assert stages.advance(name, failed) == (failed, None)
+    assert worked == []
+
+
+def test_a_failure_becomes_the_verdict_and_leaves_nothing(state, monkeypatch, store):
+    def call(*_, output, **__):
+        open(f"{output}/half", "w").close()
+        raise Failure("training_diverged", "the loss is nan at step 3 " + "x" * 1000)
+
+    monkeypatch.setattr(child, "call", call)
+    before = state("distill: {tokens: 99}")
+    after, result = stages.advance("distill", before)
+    assert result is None and after.trees == {} and after.verdict.failure_class == "training_diverged"
+    assert len(after.verdict.reason) <= stages.MAX_REASON
+    assert not list((store._back.root / "index").glob("*")) if (store._back.root / "index").exists() else True
+
+
+def test_trouble_of_the_infrastructure_raises(state, monkeypatch):
+    def call(*_, **__):
+        raise StoreError("no space left")
+
+    monkeypatch.setattr(child, "call", call)
+    with pytest.raises(StoreError):
+        stages.advance("quantize", state("quantize: {format: int8_wo}"))
+
+
+def test_a_result_whose_tree_is_gone_is_made_again(state, worked, store):
+    _, result = stages.advance("quantize", state("quantize: {format: int8_wo}"))
+    (store._back.root / "trees" / f"{result.tree.digest}.json").unlink()
+    _, again = stages.advance("quantize", state("quantize: {format: int8_wo}"))
+    assert not again.hit and again.tree == result.tree
+
+
+def counts(recipe: Recipe, wanted: dict[str, str]) -> dict[str, str]:
+    return {name: wanted.get(name, "0") for name in STAGES}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "target", "expected"),
+    [
+        (FULL, "h100", dict.fromkeys(ALL, "1")),
+        (FULL, "cpu", {}),
+        ("quantize: {format: int8_wo}", "h100", {"quantize": "1", "engine": "1"}),
+        ("{quantize: {format: fp8}, engine: {tensor_parallel_size: 4}}", "h100",
+         {"calibrate": "1", "recalibrate": "1", "quantize": "1", "engine": "4"}),
+        ("engine: {tensor_parallel_size: 2, pipeline_parallel_size: 2}", "h100", {"engine": "4"}),
+    ],
+)  # fmt: skip
+def test_accelerators(recipe, target, expected, state):
+    begun = state(recipe, target)
+    assert stages.accelerators(begun) == counts(begun.recipe, expected)
+
+
+def test_what_exists_needs_no_accelerator(state, worked):
+    """Results are followed from stage to stage; behind the first that is missing, every wanted stage must run."""
+    begun = state(FULL)
+    seen = []
+    current = begun
+    for name in ALL:
+        current, _ = stages.advance(name, current)
+        seen.append([stage for stage, count in stages.accelerators(begun).items() if count != "0"])
+    assert seen == [ALL[1:], ALL[2:], ALL[3:], ALL[4:], ALL[5:], ALL[6:], []]
+
+
+def test_a_verdict_needs_no_accelerator(state):
+    failed = stages.fail(state(FULL), "prepare", Failure("unsupported", "no"))
+    assert set(stages.accelerators(failed).values()) == {"0"}
+
+
+def test_run_describes_what_travels(state, worked, tmp_path):
+    logged = {}
+    artifact = SimpleNamespace(path=str(tmp_path / "artifact"), metadata={})
+    metrics = SimpleNamespace(log_metric=logged.__setitem__)
+    after = State.parse(stages.run("quantize", state("quantize: {format: int8_wo}").to_json(), artifact, metrics))
+    assert json.loads((tmp_path / "artifact").read_text()) == after.trees["export"].model_dump()
+    assert artifact.metadata["tree_digest"] == after.trees["export"].digest
+    assert logged == {"loss": 1.5, "peak_memory_bytes": 1000.0, "seconds": 2.0, "from_store": 0.0}
+
+
+def test_run_of_a_pass_through_names_its_input(state, tmp_path):
+    artifact = SimpleNamespace(path=str(tmp_path / "artifact"), metadata={})
+    before = state("{}")
+    stages.run("prune", before.to_json(), artifact, None)
+    assert json.loads((tmp_path / "artifact").read_text())["digest"] == before.model.digest
