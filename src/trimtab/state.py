@@ -29,9 +29,9 @@ class Evaluation(Document):
     tasks: tuple[str, ...] = ("trimtab_suite",)
     task_path: str = ""
     items: tuple[Count, Count, Count] = (400, 600, 1000)
-    windows: tuple[Count, Count, Count] = (16, 16, 16)
+    windows: tuple[Count, Count, Count] = (20, 20, 20)
     confirm_items: Count = 960
-    confirm_windows: Count = 12
+    confirm_windows: Count = 16
     window_tokens: Annotated[int, Field(ge=16)] = 256
     heldout: str = "builtin"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,20 @@ def plain(plain_folder: Path) -> tuple[TorchEngine, Any]:
 @pytest.mark.parametrize("name", [*KERNELS, "mixed"])
 @torch.inference_mode()
 def test_an_export_computes_what_modelopt_simulated(exported: Any, windows: torch.Tensor, name: str) -> None:
+    """At least as close to ModelOpt's simulation in float32 as the same simulation in bfloat16.
+
+    Activations near a boundary round to the other side in bfloat16, so no fixed bound serves all formats.
+    """
     made = exported(name)
     expected = made.reference(windows).logits
+    simulated = copy.deepcopy(made.reference).bfloat16()(windows).logits.float()
     loaded = engine(made.folder)
-    for tokens in (windows, windows[:1, :9]):  # the dense paths, then the packed ones
-        found = loaded.model(tokens).logits.float()
-        error = (found - expected[: len(tokens), : tokens.shape[1]]).square().mean().sqrt()
-        assert error < 0.03 * expected.std(), name  # bfloat16 alone gives 0.01
+    for count, length in ((6, 24), (1, 9)):  # the dense paths, then the packed ones
+        truth = expected[:count, :length]
+        found = loaded.model(windows[:count, :length]).logits.float()
+        error = (found - truth).square().mean().sqrt()
+        bfloat16_error = (simulated[:count, :length] - truth).square().mean().sqrt()
+        assert error < 1.2 * bfloat16_error
     kernels = loaded.kernels()
     assert len(kernels) == 14  # 2 blocks of 7 layers
     if name == "mixed":
@@ -199,9 +207,10 @@ def test_a_corrupted_scale_moves_the_score(
 ) -> None:
     folder = exported(name).folder
     broken = damaged(folder, tmp_path, lambda tensors: tensors[f"{LAYER}.weight_scale"].mul_(3))
-    before, after = torch.tensor(engine(folder).nll(windows)), torch.tensor(engine(broken).nll(windows))
-    assert ((after - before).abs() / before).min() > 0.002  # every window, by far more than rounding
-    assert engine(folder).nll(windows) == before.tolist()
+    before, after = engine(folder).nll(windows), engine(broken).nll(windows)
+    change = sum(abs(b - a) for a, b in zip(before, after, strict=True))
+    assert change > 0.005 * sum(before)
+    assert engine(folder).nll(windows) == pytest.approx(before, rel=1e-6)
 
 
 DAMAGE = {

@@ -35,7 +35,8 @@ def quantized(
 #: algo, out, in, group_size, pre_quant_scale -> the kernel that must run it.
 CASES = [
     ("W8A16", 48, 64, 0, False, "_weight_int8pack_mm"),
-    ("W8A16", 37, 24, 0, True, "_weight_int8pack_mm"),
+    ("W8A16", 37, 32, 0, True, "_weight_int8pack_mm"),
+    ("W8A16", 37, 24, 0, True, "dequantize + mm"),  # the kernel wants sixteenths of columns
     ("W8A8_SQ_PER_CHANNEL", 48, 64, 0, True, "_int_mm"),
     ("W8A8_SQ_PER_CHANNEL", 48, 64, 0, False, "_int_mm"),
     ("W4A16_AWQ", 64, 64, 64, False, "_weight_int4pack_mm_for_cpu"),
