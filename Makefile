@@ -16,7 +16,7 @@ demo: $(VENV)/installed $(MODEL)
 	    --store $(BUILD)/store --runs $(BUILD)/runs
 
 test: $(VENV)/installed lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -m "not containers"
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from trimtab.pipelines.optimize import optimize_pipeline
 from trimtab import child, errors, progress
 from trimtab.errors import InputError, StageError, TrimtabError
 from trimtab.state import State
-from trimtab.store import open_store
 
 #: A counted event is printed at most once in this many seconds.
 QUIET_SECONDS = 15
@@ -73,9 +73,13 @@ def run(arguments: dict[str, Any], folder: Path, console: Console, runner: Any =
         )
         try:
             pipeline(**arguments)
-        except RuntimeError:
+        except Exception:  # kfp.local's own RuntimeError, and whatever a container engine raises
+            traceback.print_exc()
             error = _error_in(log)
-    return Outcome(*_summary(root), _release_in(arguments, root) if error is None else None, error, log)
+    release = _release(root)
+    if error is None and release is None:  # a container engine can lose an exit code: a failure that looks like none
+        error = _error_in(log)
+    return Outcome(*_summary(root), release if error is None else None, error, log)
 
 
 def _summary(root: Path) -> tuple[State | None, Path | None]:
@@ -88,9 +92,10 @@ def _summary(root: Path) -> tuple[State | None, Path | None]:
     return State.parse(outcome.read_text(encoding="utf-8")), shown
 
 
-def _release_in(arguments: dict[str, Any], root: Path) -> str | None:
-    releases = open_store(arguments["store"]).releases(arguments["name"])
-    return releases[-1]["uri"] if releases else None
+def _release(root: Path) -> str | None:
+    """Returns what the gate of this run released."""
+    output = next(root.glob("*/gate/executor_output.json"), None)
+    return json.loads(output.read_text(encoding="utf-8"))["parameterValues"]["Output"] if output else None
 
 
 def _error_in(log: Path) -> TrimtabError:

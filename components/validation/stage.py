@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trimtab import child, evidence, flow, hardware, plan, progress, report, stages, verdict
+from trimtab import child, evidence, flow, hardware, memory, progress, report, stages, verdict
 from trimtab.errors import Failure
 from trimtab.evidence import CONFIRMATION, LOOKS, look_name
 from trimtab.state import Brief, Evaluation, State
@@ -164,7 +164,7 @@ class _Judge:
             decode_tokens_per_second=round(measured["decode_tokens_per_second"], 2),
             throughput_tokens_per_second=round(measured["throughput_tokens_per_second"], 2),
             peak_memory_bytes=measured["peak_memory_bytes"],
-            max_context_tokens=plan.max_context_tokens(facts, self.state.recipe, machine, integrity["bytes"]),
+            max_context_tokens=memory.max_context_tokens(facts, self.state.recipe, machine, integrity["bytes"]),
         )
 
     def _refuse_degenerate(self, baseline: dict[str, Any], candidate: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import tempfile
 import textwrap
 from pathlib import Path
 
-from trimtab import adjust, hardware, plan, progress
+from trimtab import adjust, hardware, memory, plan, progress
 from trimtab.errors import Failure, InputError, nearest
 from trimtab.model import ModelFacts
 from trimtab.plan import Rung
@@ -75,7 +75,7 @@ def prepare(state: State) -> State:
     reason = hardware.check(state.recipe, machine, facts)
     if reason and state.attempt > 0:
         return fail(state, "prepare", Failure("unsupported", reason))
-    need = plan.memory(facts, state.recipe, machine)
+    need = memory.memory(facts, state.recipe, machine)
     if not need.fits:
         return fail(state, "prepare", Failure("does_not_fit", need.explanation))
     return state

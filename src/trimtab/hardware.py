@@ -157,7 +157,7 @@ def machine_memory(cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
 def check(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> str | None:
     """Returns why the target cannot run the recipe on this model, in one sentence, or None when it can.
 
-    Memory is not looked at here: `trimtab.plan.memory` does that.
+    Memory is not looked at here: `trimtab.memory` does that.
     """
     return (
         _check_backend(recipe, hardware)

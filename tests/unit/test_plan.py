@@ -4,8 +4,9 @@ import pytest
 
 from trimtab.errors import InputError
 from trimtab.hardware import GB, check, target
+from trimtab.memory import memory
 from trimtab.model import Linear, ModelFacts
-from trimtab.plan import MAX_RUNGS, ladder, memory
+from trimtab.plan import MAX_RUNGS, ladder
 from trimtab.recipe import Acceptance, MagnitudePruning, Recipe
 from trimtab.state import GOALS
 

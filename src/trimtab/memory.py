@@ -1,0 +1,102 @@
+"""What serving a recipe needs in memory on each device: weights, KV cache, activations."""
+
+from __future__ import annotations
+
+import math
+
+from trimtab.hardware import GB, Hardware, quantized_layers, removed_blocks
+from trimtab.model import ModelFacts
+from trimtab.recipe import Recipe
+from trimtab.schema import Document
+
+
+class Memory(Document):
+    """What serving needs on each device, in bytes.
+
+    The KV cache may take `Engine.kv_cache_fraction` of what weights and activations leave free.
+    """
+
+    weights: int
+    kv_cache: int
+    activations: int
+    available: int
+    kv_cache_fraction: float
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.activations
+
+    @property
+    def fits(self) -> bool:
+        return self.kv_cache <= self.kv_cache_fraction * (self.available - self.weights - self.activations)
+
+    @property
+    def explanation(self) -> str:
+        parts = f"{self.weights / GB:.2f} GB weights + {self.kv_cache / GB:.2f} GB KV cache + "
+        parts += f"{self.activations / GB:.2f} GB activations = {self.total / GB:.2f} GB"
+        return f"{parts} of {self.available / GB:.2f} GB: {'fits' if self.fits else 'does not fit'}"
+
+
+def weight_bytes(facts: ModelFacts, recipe: Recipe) -> tuple[int, int]:
+    """Returns the bytes of the linear layers, and of all other tensors, as served.
+
+    INT4 takes half a byte a weight and a 2-byte scale a group; INT8 and FP8 take one byte and a 2-byte scale
+    a row; `mixed` at b bits has (8 - b) / 4 of its weights in INT4. What is not quantized takes 2 bytes.
+    """
+    left = (facts.layers - removed_blocks(recipe)) / facts.layers
+    rest = 2 * (facts.parameters - facts.linear_parameters)
+    if recipe.quantize is None or recipe.quantize.format == "bf16":
+        return round(2 * facts.linear_parameters * left), rest
+    q = recipe.quantize
+    four = float(q.format in ("int4_rtn", "int4_awq"))  # the share of the weights that has four bits
+    if q.effective_bits:
+        four = (8 - q.effective_bits) / 4
+    linears = 2.0 * facts.linear_parameters
+    for layer in quantized_layers(facts, q):
+        if layer.name != "lm_head":
+            per_weight = four * (0.5 + 2 / q.group_size) + (1 - four)
+            linears += layer.parameters * (per_weight - 2) + (1 - four) * 2 * layer.out_features
+    return round(linears * left), rest
+
+
+def kv_bytes_per_token(facts: ModelFacts, recipe: Recipe) -> int:
+    """Returns the bytes of K and V of one token on one device: 2 x blocks x KV heads x head_dim x bytes."""
+    heads = math.ceil(facts.kv_heads / recipe.engine.tensor_parallel_size)
+    blocks = math.ceil((facts.layers - removed_blocks(recipe)) / recipe.engine.pipeline_parallel_size)
+    fp8 = recipe.quantize is not None and recipe.quantize.kv_cache == "fp8"
+    return 2 * blocks * heads * facts.head_dim * (1 if fp8 else 2)
+
+
+def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
+    """Returns what the recipe needs on each device when the engine serves its largest batch at full length.
+
+    Tensor parallelism splits the linear layers and the KV heads, pipeline parallelism the blocks; embeddings
+    and lm_head are counted whole on each device. Activations are an estimate: for the tokens of one step,
+    four hidden vectors and three intermediate ones in 16 bits (one block at a time), and the logits of one
+    token for each sequence in 32 bits; for `torch`, which computes long inputs so, one dequantised layer too.
+    A format that is emulated is held in 16 bits. Training memory (distillation) is not counted.
+    """
+    engine = recipe.engine
+    served = recipe.model_copy(update={"quantize": None}) if hardware.is_emulated(recipe) else recipe
+    linears, rest = weight_bytes(facts, served)
+    left = facts.layers - removed_blocks(recipe)
+    stage = math.ceil(left / engine.pipeline_parallel_size) / left
+    length = min(engine.max_seq_len, facts.max_position_embeddings)
+    tokens = min(engine.max_num_tokens, engine.max_batch_size * length)
+    width = 4 * facts.hidden_size + 3 * math.ceil(facts.intermediate_size / engine.tensor_parallel_size)
+    activations = tokens * width * 2 + engine.max_batch_size * facts.vocab_size * 4
+    if engine.backend == "torch" and recipe.quantize:
+        activations += 2 * max((layer.parameters for layer in facts.linears), default=0)
+    return Memory(
+        weights=round(linears * stage / engine.tensor_parallel_size) + rest,
+        kv_cache=engine.max_batch_size * length * kv_bytes_per_token(facts, recipe),
+        activations=activations,
+        available=hardware.memory_bytes,
+        kv_cache_fraction=engine.kv_cache_fraction,
+    )
+
+
+def max_context_tokens(facts: ModelFacts, recipe: Recipe, hardware: Hardware, weights: int) -> int:
+    """Returns how many tokens of KV cache fit beside `weights` bytes of a measured artifact."""
+    free = int((hardware.memory_bytes - weights) * recipe.engine.kv_cache_fraction)
+    return max(0, free) // kv_bytes_per_token(facts, recipe)

@@ -1,0 +1,106 @@
+"""Calibration: the statistics against a direct computation, and texts that share nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from trimtab.components.calibration.work import calibrate
+from trimtab.components.validation import measure
+from trimtab.components.validation.suite import loading
+
+from trimtab.errors import InputError
+from trimtab.runtime import checkpoint, text
+
+
+@pytest.fixture(scope="module")
+def statistics(calibration: Path) -> dict[str, torch.Tensor]:
+    return load_file(calibration / "statistics.safetensors")
+
+
+@pytest.fixture(scope="module")
+def tokens(calibration: Path) -> torch.Tensor:
+    return load_file(calibration / "tokens.safetensors")["tokens"].long()
+
+
+@torch.inference_mode()
+def test_statistics_of_the_first_layer(model, statistics, tokens):
+    """The input of block 0 is the normed embedding, which can be computed by hand."""
+    loaded, _ = checkpoint.load(model, torch.float32)
+    hidden = loaded.model.layers[0].input_layernorm(loaded.model.embed_tokens(tokens)).flatten(0, 1)
+    name = "model.layers.0.self_attn.q_proj"
+    torch.testing.assert_close(statistics[f"{name}.amax"], hidden.abs().amax(0))
+    torch.testing.assert_close(statistics[f"{name}.second_moment"], hidden.square().mean(0))
+
+
+@torch.inference_mode()
+def test_block_influence(model, statistics, tokens):
+    """One minus the mean cosine between what enters a block and what leaves it."""
+    loaded, _ = checkpoint.load(model, torch.float32)
+    before = loaded.model.embed_tokens(tokens)
+    after = loaded(tokens, output_hidden_states=True).hidden_states[1]
+    expected = 1 - torch.cosine_similarity(before, after, dim=-1).mean()
+    torch.testing.assert_close(statistics["block_influence"][0], expected, rtol=1e-4, atol=1e-5)
+    assert len(statistics["block_influence"]) == 4
+
+
+def test_every_linear_layer_is_measured(model, statistics):
+    from trimtab.model import inspect
+
+    for layer in inspect(model).linears:
+        assert statistics[f"{layer.name}.amax"].shape == (layer.in_features,)
+        assert (statistics[f"{layer.name}.second_moment"] >= 0).all()
+
+
+def test_what_is_written_down(calibration, tokens):
+    metrics = json.loads((calibration / "calibration.json").read_text())
+    assert tokens.shape == (4, 32) and metrics["samples"] == 4 and metrics["tokens"] == 128
+    assert metrics["vocabulary_coverage"] == pytest.approx(len(tokens.unique()) / 300, rel=0.1)
+
+
+@pytest.mark.parametrize(("seed", "same"), [(0, True), (1, False)])
+def test_the_seed_chooses_the_windows(seed, same, model, tokens, tmp_path):
+    calibrate(str(model), str(tmp_path), "", {"samples": 4, "length": 32, "seed": seed})
+    assert torch.equal(load_file(tmp_path / "tokens.safetensors")["tokens"].long(), tokens) == same
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("short.txt", "Too short.", "give more text, fewer samples or a shorter length"),
+        ("empty.txt", " ", "is empty"),
+        ("bad.jsonl", '{"txt": "x"}', 'must be a JSON object with a field "text"'),
+        ("missing.txt", None, "is not a file; write 'builtin' or the path"),
+    ],
+)
+def test_bad_text(name, content, message, model, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        calibrate(str(model), str(tmp_path), "", {"samples": 4, "length": 32, "text": str(tmp_path / name)})
+
+
+# --- calibration text is not what is measured later (GPT-3's measure: 13 words in a row) ---------------------
+
+CALIBRATION = text.read_text("builtin", text.CALIBRATION_TEXT)
+
+
+def test_no_overlap_with_the_heldout_text():
+    assert text.shared_sequences(CALIBRATION, text.read_text("builtin", measure.HELDOUT_TEXT)) == []
+
+
+@pytest.mark.parametrize("words", [13, 8])
+def test_no_overlap_with_the_items(words):
+    for path in sorted(loading.DATA.glob("*.jsonl")):
+        items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        texts = [f"{item['context']}{choice}" for item in items for choice in item["choices"]]
+        assert text.shared_sequences(CALIBRATION, "\n".join(texts), words) == [], path.name
+
+
+def test_overlap_is_found():
+    words = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    assert text.shared_sequences(f"Before: {words.upper()}!", f"{words}, after") == [words]
+    assert text.shared_sequences(words, words.replace("seven", "7")) == []

@@ -1,0 +1,77 @@
+"""Magnitude and depth pruning: on tensors of four by eight, and to a smaller ordinary checkpoint."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from trimtab.components.pruning import depth, magnitude
+from trimtab.components.pruning.work import prune
+
+from trimtab.errors import Failure
+from trimtab.model import inspect
+
+#: 1 to 32 with changing signs, four by eight.
+WEIGHT = (torch.arange(1.0, 33) * torch.tensor([1.0, -1.0]).repeat(16)).reshape(4, 8)
+
+
+@pytest.mark.parametrize(("sparsity", "zeros"), [(0.25, 8), (0.5, 16), (0.9, 29), (0.01, 0)])
+def test_magnitude_zeroes_the_smallest(sparsity, zeros):
+    pruned = magnitude.prune(WEIGHT, sparsity)
+    assert (pruned == 0).flatten().tolist() == [n < zeros for n in range(32)]
+    assert torch.equal(pruned[pruned != 0], WEIGHT.flatten()[zeros:])
+
+
+def test_magnitude_leaves_its_argument_alone():
+    before = WEIGHT.clone()
+    magnitude.prune(WEIGHT, 0.5)
+    magnitude.prune(WEIGHT, 0.0).zero_()
+    assert torch.equal(WEIGHT, before)
+
+
+def test_magnitude_is_exact_among_equals():
+    assert (magnitude.prune(torch.ones(4, 8), 0.5) == 0).sum() == 16
+
+
+@pytest.mark.parametrize(
+    ("influence", "count", "removed"),
+    [
+        ([0.9, 0.1, 0.2, 0.8], 1, [1]),
+        ([0.9, 0.1, 0.2, 0.8], 2, [1, 2]),
+        ([0.9, 0.3, 0.2, 0.1], 3, [1, 2, 3]),
+        ([0.5, 0.5, 0.5, 0.5], 2, [0, 1]),  # the first among equals
+        ([-0.1, 0.5, 0.2, 0.1], 1, [0]),  # opposite directions give an influence above 1, the same below 0
+    ],
+)
+def test_the_least_influential_blocks(influence, count, removed):
+    assert depth.least_influential(torch.tensor(influence), count) == removed
+
+
+def test_depth_pruning_leaves_an_ordinary_checkpoint(model, calibration, tmp_path):
+    metrics = prune(str(model), str(calibration), str(tmp_path), "", {"method": "depth", "blocks": 1})
+    assert metrics["blocks"] == 3 and inspect(tmp_path).layers == 3
+    influence = load_file(calibration / "statistics.safetensors")["block_influence"]
+    gone = int(influence.argmin())
+    before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    kept = [n for n in range(4) if n != gone]
+    for place, origin in enumerate(kept):
+        name = "self_attn.q_proj.weight"
+        assert torch.equal(after[f"model.layers.{place}.{name}"], before[f"model.layers.{origin}.{name}"])
+
+
+@pytest.mark.parametrize("parameters", [{"method": "depth", "blocks": 2}, {"method": "magnitude", "sparsity": 0.5}])
+def test_what_is_left_generates(parameters, model, calibration, tmp_path):
+    metrics = prune(str(model), str(calibration), str(tmp_path), "", parameters)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    cached = reloaded.generate(tokens, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    plain = reloaded.generate(tokens, max_new_tokens=8, min_new_tokens=8, do_sample=False, use_cache=False)
+    assert torch.equal(cached, plain), "the blocks' places in the KV cache are right"
+    assert metrics["zeros"] == pytest.approx(0.5 if parameters["method"] == "magnitude" else 0, abs=0.001)
+
+
+def test_no_more_blocks_than_there_are(model, calibration, tmp_path):
+    with pytest.raises(Failure, match="cannot remove 4 of 4 blocks; write at most 3") as caught:
+        prune(str(model), str(calibration), str(tmp_path), "", {"method": "depth", "blocks": 4})
+    assert caught.value.failure_class == "unsupported" and list(tmp_path.iterdir()) == []

@@ -1,0 +1,81 @@
+"""The row of items, the looks' ranges, and what counts as degenerate."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from trimtab.components.validation import stage
+from trimtab.components.validation.measure import is_degenerate
+from trimtab.components.validation.tasks import choose
+
+from trimtab.state import Evaluation
+
+
+@pytest.mark.parametrize(
+    ("tokens", "degenerate"),
+    [
+        ([], True),
+        ([1], False),
+        ([1, 1, 1, 1], False),  # too short to tell
+        ([1] * 32, True),
+        ([1, 2] * 16, True),
+        ([1, 2, 3, 4, 5, 6, 7] * 5, True),  # seven pairs of 34
+        (list(range(32)), False),
+        ([*range(16), *range(16)], False),  # one repetition is no loop
+        (random.Random(0).choices(range(100), k=32), False),
+    ],
+)
+def test_is_degenerate(tokens, degenerate):
+    assert is_degenerate(tokens) == degenerate
+
+
+def tasks(**sizes: int) -> dict[str, SimpleNamespace]:
+    return {name: SimpleNamespace(eval_docs=range(size)) for name, size in sizes.items()}
+
+
+def pairs(chosen: dict[str, list[int]]) -> set[tuple[str, int]]:
+    return {(name, document) for name, documents in chosen.items() for document in documents}
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=4), st.lists(st.integers(0, 30), min_size=1, max_size=5))
+def test_ranges_never_overlap_and_leave_nothing_out(sizes, steps):
+    row = tasks(**{f"task{n}": size for n, size in enumerate(sizes)})
+    start, seen = 0, set()
+    for step in steps:
+        found = pairs(choose(row, start, start + step))
+        assert not found & seen
+        assert len(found) == max(0, min(step, sum(sizes) - start))
+        seen |= found
+        start += step
+
+
+def test_tasks_take_turns():
+    chosen = choose(tasks(a=100, b=100, c=2), 0, 30)
+    assert {name: len(documents) for name, documents in chosen.items()} == {"a": 14, "b": 14, "c": 2}
+
+
+def test_a_prefix_is_a_random_sample_and_always_the_same():
+    chosen = choose(tasks(a=1000), 0, 100)["a"]
+    assert chosen == choose(tasks(a=1000), 0, 100)["a"]
+    assert max(chosen) > 900 and 400 < sum(chosen) / 100 < 600
+
+
+@given(
+    st.tuples(*[st.integers(0, 1000)] * 3),
+    st.tuples(*[st.integers(0, 100)] * 3),
+    st.integers(0, 1000),
+    st.integers(0, 50),
+)
+def test_looks_and_fresh_items_follow_each_other(items, windows, confirm_items, confirm_windows):
+    settings = Evaluation(
+        items=items, windows=windows, confirm_items=confirm_items, confirm_windows=confirm_windows
+    )
+    drawn = [*stage.ranges(settings), stage.fresh_range(settings)]
+    for kind, total in ((0, sum(items) + confirm_items), (1, sum(windows) + confirm_windows)):
+        spans = [span[kind] for span in drawn]
+        assert spans[0][0] == 0 and spans[-1][1] == total
+        assert all(left[1] == right[0] for left, right in zip(spans, spans[1:], strict=False))

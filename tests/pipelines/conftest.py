@@ -1,0 +1,69 @@
+"""A run of the real DAG on this machine, and a tripwire that tells whether any of its processes did model work."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+#: Stands before the real torch in the path of every process of a run. It writes down that it was asked for, and
+#: ends the import as the environment says: an expected failure of the stage, a kill, or no torch at all.
+TRIPWIRE = """
+import os, signal
+with open(os.environ["TRIPPED"], "a") as file:
+    file.write("torch\\n")
+kind, _, reason = os.environ.get("FAILING", "").partition(":")
+if kind == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if kind:
+    from trimtab.errors import Failure
+    raise Failure(kind, reason)
+raise ImportError("this run must not need torch")
+"""
+
+
+@dataclass(frozen=True)
+class Tripwire:
+    """Says whether torch was asked for."""
+
+    record: Path
+
+    @property
+    def touched(self) -> bool:
+        return self.record.exists()
+
+    def reset(self) -> None:
+        self.record.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def tripwire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tripwire:
+    package = tmp_path / "tripwire" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(TRIPWIRE)
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.setenv("TRIPPED", str(tmp_path / "tripped"))
+    return Tripwire(tmp_path / "tripped")
+
+
+@pytest.fixture
+def run_dag(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A function: runs `optimize` through kfp.local and returns the Outcome; `unrolled` attempts at most."""
+    from trimtab.pipelines import local, optimize
+
+    def run(arguments: dict[str, Any], folder: Path, unrolled: int | None = None) -> Any:
+        for name in ("TRIMTAB_PROGRESS", "TRIMTAB_RUN_PID"):  # a run sets them for its processes
+            monkeypatch.setenv(name, os.environ.get(name, ""))
+        if unrolled:
+            monkeypatch.setattr(
+                local, "optimize_pipeline", lambda **_: optimize.optimize_pipeline(unrolled=unrolled)
+            )
+        return local.run(arguments, folder, Console(file=sys.stderr, width=200))
+
+    return run

@@ -1,0 +1,226 @@
+"""What bad input gets: one sentence that names the field and the remedy, exit code 2, nothing in the store."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from trimtab.pipelines import cli
+
+GOOD_RECIPE = "quantize: {format: int8_wo}\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, write_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a model of zeros, in which no process may need torch."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("TRIMTAB_PROGRESS", "TRIMTAB_RUN_PID"):
+        monkeypatch.setenv(name, "")
+    write_model(tmp_path / "model")
+    return tmp_path
+
+
+def trimtab(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
+    """Runs the command and returns its exit code and what it says to people, on one line."""
+    code = cli.main(["run", *options])
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return code, " ".join(said.split())
+
+
+def visible(store: Path) -> list[Path]:
+    """What can be seen in a store beyond the model itself."""
+    trees = [path for path in store.glob("trees/*.json") if json.loads(path.read_text())["kind"] != "checkpoint"]
+    return [*trees, *store.glob("index/*"), *store.glob("releases/*"), *store.glob(".partial/*")]
+
+
+OPTIONS = [
+    (["--goal", "lower_latencies"], "goal: 'lower_latencies' is not valid; write 'lower_latency'"),
+    (["--target", "a100"], "target: 'a100' is not known; write 'a100-40' or 'a100-80'"),
+    (["--target", "h1000"], "target: 'h1000' is not known; write 'h100'"),
+    (["--max-attempts", "0"], "max_attempts: 0 is not valid; write 1 to 10"),
+    (["--max-attempts", "11"], "max_attempts: 11 is not valid; write 1 to 10"),
+    (["--max-attempts", "many"], "argument --max-attempts: invalid int value: 'many'"),
+    (["--recipe", "no-such.yaml"], "recipe: 'no-such.yaml' cannot be read (FileNotFoundError); write a YAML file"),
+    (["--evaluation", "no-such.yaml"], "evaluation: 'no-such.yaml' cannot be read"),
+    (["--task-path", "no-such", "--tasks", "x"], "no-such' is not a folder"),
+    (["--store", "gs://bucket/x"], "'gs://bucket/x' is not valid: write s3://bucket/prefix"),
+    (["--store", "s3://B/x"], "'s3://B/x' is not valid: write s3://bucket/prefix"),
+    (["--store", "model/config.json"], "is not a folder: choose another path"),
+    (["--runs", "at/python3/runs"], "contains 'python3', which kfp.local replaces; use another path"),
+    (["--modle", "x"], "unrecognized arguments: --modle x; see trimtab --help"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS, ids=[" ".join(options) for options, _ in OPTIONS])
+def test_options(options, message, folder, capsys):
+    code, said = trimtab(capsys, "--model", "model", *options)
+    assert (code, message in said) == (2, True), said
+    assert visible(folder / "trimtab-store") == []
+
+
+RECIPES = [
+    ("quantise: {format: fp8}", "quantise: unknown key 'quantise'; write 'quantize'"),
+    ("quantize: {fromat: fp8}", "quantize.fromat: unknown key 'fromat'; write 'format'"),
+    ("quantize: {format: fp9}", "quantize.format: 'fp9' is not valid; write 'fp8'"),
+    ("quantize: [", "the recipe is not valid YAML or JSON"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "message"), RECIPES)
+def test_recipes(recipe, message, folder, capsys):
+    (folder / "recipe.yaml").write_text(recipe)
+    code, said = trimtab(capsys, "--model", "model", "--recipe", "recipe.yaml")
+    assert (code, message in said) == (2, True), said
+    assert not (folder / "trimtab-store").exists()
+
+
+PLANNED = [
+    ("quantize: {format: fp8}", "a100-40", "fp8 needs compute capability 8.9 or later (Ada, Hopper, Blackwell)"),
+    ("quantize: {format: int4_awq, group_size: 128}", "cpu", "group_size: 128 does not divide the 64 input features"),
+    ("prune: {method: depth, blocks: 9}", "cpu", "prune.blocks: 9 of 4 blocks cannot be removed; write at most 3"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "target", "message"), PLANNED)
+def test_recipes_that_do_not_suit_model_or_target(recipe, target, message, folder, capsys):
+    """Only the plan can know: the run ends there, before any work."""
+    (folder / "recipe.yaml").write_text(recipe)
+    code, said = trimtab(capsys, "--model", "model", "--recipe", "recipe.yaml", "--target", target)
+    assert (code, message in said) == (2, True), said
+    assert visible(folder / "trimtab-store") == []
+
+
+def without_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+def truncated(model: Path) -> None:
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def pickle_only(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def git_lfs_pointer(model: Path) -> None:
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+
+
+def without_config(model: Path) -> None:
+    (model / "config.json").unlink()
+
+
+def without_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+
+
+def code_of_its_own(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
+
+
+def missing(model: Path) -> None:
+    shutil.rmtree(model)
+
+
+MODELS = [
+    (without_weights, "holds no weights; add model.safetensors"),
+    (truncated, "is cut short"),
+    (pickle_only, "pytorch_model.bin is a pickle, which can run code when it is loaded, and is refused"),
+    (git_lfs_pointer, "is a git-LFS pointer of"),
+    (without_config, "has no config.json"),
+    (without_tokenizer, "has no tokenizer.json"),
+    (code_of_its_own, "needs remote code (auto_map), which trimtab never runs"),
+    (missing, "model: 'model' does not exist; write a folder with config.json"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), MODELS, ids=[damage.__name__ for damage, _ in MODELS])
+def test_models(damage, message, folder, capsys):
+    damage(folder / "model")
+    code, said = trimtab(capsys, "--model", "model")
+    assert (code, message in said) == (2, True), said
+    assert visible(folder / "trimtab-store") == []
+
+
+@pytest.mark.slow
+def test_hub_id_without_a_network(folder, capsys):
+    code, said = trimtab(capsys, "--model", "no-such-org/no-such-model")
+    assert code == 2 and "cannot be had from the Hugging Face hub" in said
+    assert visible(folder / "trimtab-store") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["tiny_choices", "no_such_task"])
+def test_tasks(task, folder, capsys, tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "x.jsonl").write_text("{}\n")
+    yaml = tiny._YAML.format(name=tiny.TASK, data=tmp_path / "tasks" / "x.jsonl")
+    (tmp_path / "tasks" / "x.yaml").write_text(yaml)
+    code, said = trimtab(capsys, "--model", "model", "--tasks", task, "--task-path", "tasks")
+    assert code == 2 and f"tasks: there is no task '{task}'" in said
+    assert (f"write '{tiny.TASK}'" in said) == (task == "tiny_choices")
+    assert not (folder / "trimtab-store").exists()
+
+
+def refusing(environment: dict[str, str], bucket: str) -> tuple[dict[str, str], str]:
+    return {**environment, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, bucket
+
+
+def wrong_secret(environment: dict[str, str], bucket: str) -> tuple[dict[str, str], str]:
+    return {**environment, "AWS_SECRET_ACCESS_KEY": "no-such-secret"}, bucket
+
+
+def wrong_key(environment: dict[str, str], bucket: str) -> tuple[dict[str, str], str]:
+    return {**environment, "AWS_ACCESS_KEY_ID": "nobody"}, bucket
+
+
+def missing_bucket(environment: dict[str, str], bucket: str) -> tuple[dict[str, str], str]:
+    return environment, "no-such-bucket"
+
+
+def no_credentials(environment: dict[str, str], bucket: str) -> tuple[dict[str, str], str]:
+    return {**environment, "AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, bucket
+
+
+S3 = [
+    (refusing, "refuses the connection: start it or correct AWS_ENDPOINT_URL"),
+    (wrong_secret, "AWS_SECRET_ACCESS_KEY does not belong to AWS_ACCESS_KEY_ID: correct it"),
+    (wrong_key, "AWS_ACCESS_KEY_ID is not known there: correct it"),
+    (missing_bucket, "the bucket 'no-such-bucket' does not exist: create it or correct the store's address"),
+    (no_credentials, "AWS_ACCESS_KEY_ID"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), S3, ids=[damage.__name__ for damage, _ in S3])
+def test_s3(damage, message, folder, capsys, monkeypatch, s3_server):
+    environment, bucket = damage(dict(s3_server.environment), s3_server.bucket)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code, said = trimtab(capsys, "--model", "model", "--store", f"s3://{bucket}/x")
+    assert (code, message in said) == (2, True), said
+    assert environment["AWS_SECRET_ACCESS_KEY"] == "" or environment["AWS_SECRET_ACCESS_KEY"] not in said
+
+
+@pytest.mark.slow
+def test_full_disk(folder):
+    """No file may grow beyond 64 kB: the model does not fit into the store."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)); "
+        "from trimtab.pipelines.cli import main; sys.exit(main(['run', '--model', 'model', '--max-attempts', '1']))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    said = " ".join(run.stderr.split())
+    assert run.returncode == 4, said
+    assert "trimtab: no space left at the store" in said and "Traceback" not in said
+    assert list((folder / "trimtab-store").glob("trees/*")) == [] and visible(folder / "trimtab-store") == []

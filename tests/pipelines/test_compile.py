@@ -1,0 +1,170 @@
+"""What a Kubeflow Pipelines backend gets: the compiled intermediate representation (IR)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kfp import components
+from trimtab.components import images
+from trimtab.pipelines import cli
+
+MEGABYTE = 2**20
+STEPS = ["prepare", "calibrate", "prune", "distill", "recalibrate", "quantize", "build engine", "validate"]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pipeline as `trimtab compile` writes it, ten attempts unrolled."""
+    output = tmp_path_factory.mktemp("compiled") / "optimize.yaml"
+    assert cli.main(["compile", "-o", str(output)]) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def ir(path: Path) -> dict[str, Any]:
+    return yaml.load(path.read_text(), yaml.CSafeLoader)
+
+
+def dags(ir: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    found = {name: part["dag"] for name, part in ir["components"].items() if "dag" in part}
+    return {"root": ir["root"]["dag"], **found}
+
+
+def tasks(ir: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tasks that run in a container."""
+    every = [task for dag in dags(ir).values() for task in dag["tasks"].values()]
+    return [task for task in every if "executorLabel" in ir["components"][task["componentRef"]["name"]]]
+
+
+def attempts(ir: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tasks of the baseline and of each attempt."""
+    return [dag["tasks"] for name, dag in dags(ir).items() if name.startswith("comp-attempt")]
+
+
+def test_size(path):
+    assert path.stat().st_size < MEGABYTE  # etcd holds 1.5 MB an object
+
+
+def test_ten_attempts_and_a_baseline(ir):
+    names = [task["taskInfo"]["name"] for dag in dags(ir).values() for task in dag["tasks"].values()]
+    for name in ["baseline", *(f"attempt {number}" for number in range(1, 11))]:
+        assert names.count(name) == 1
+
+
+@pytest.mark.parametrize("number", [1, 2, 10])
+def test_fewer_attempts(number, tmp_path):
+    output = tmp_path / "few.yaml"
+    assert cli.main(["compile", "-o", str(output), "--max-attempts", str(number)]) == 0
+    compiled = yaml.load(output.read_text(), yaml.CSafeLoader)
+    conditions = [name for name in compiled["components"] if name.startswith("comp-condition-branches")]
+    assert len(conditions) == number - 1
+
+
+def test_the_loader_reads_it(path):
+    loaded = components.load_component_from_file(str(path))
+    assert loaded.name == "optimize"
+    assert set(loaded.component_spec.inputs) == {
+        "model", "store", "goal", "target", "recipe", "max_attempts", "name", "evaluation",
+    }  # fmt: skip
+
+
+def test_every_parameter_of_the_pipeline_is_described(ir):
+    parameters = ir["root"]["inputDefinitions"]["parameters"]
+    assert not [name for name, parameter in parameters.items() if not parameter.get("description")]
+
+
+def test_every_parameter_and_artifact_of_a_stage_is_described(ir):
+    missing = []
+    for component, part in ir["components"].items():
+        if "executorLabel" not in part:
+            continue
+        for side in ("inputDefinitions", "outputDefinitions"):
+            for kind in ("parameters", "artifacts"):
+                for name, port in part.get(side, {}).get(kind, {}).items():
+                    if name != "Output" and side == "inputDefinitions" and not port.get("description"):
+                        missing.append(f"{component}.{name}")
+    assert missing == []
+
+
+def test_model_and_store_have_no_default(ir):
+    parameters = ir["root"]["inputDefinitions"]["parameters"]
+    assert [name for name, parameter in parameters.items() if not parameter.get("isOptional")] == ["model", "store"]
+
+
+def test_caching_is_off_everywhere(ir):
+    """The backend never completes a branch of cache hits alone; the store's index is the cache."""
+    assert len(tasks(ir)) > 10
+    assert not [task["taskInfo"]["name"] for task in tasks(ir) if task.get("cachingOptions", {}).get("enableCache")]
+
+
+def test_images_and_commands(ir):
+    for executor in ir["deploymentSpec"]["executors"].values():
+        container = executor["container"]
+        assert container["image"] == images.CPU
+        assert "pip install" not in " ".join([*container["command"], *container["args"]])
+
+
+def test_an_attempt_is_a_chain_without_conditions(ir):
+    assert len(attempts(ir)) == 11
+    for attempt in attempts(ir):
+        assert sorted(task["taskInfo"]["name"] for task in attempt.values()) == sorted(STEPS)
+        assert not any("triggerPolicy" in task or "iterator" in task for task in attempt.values())
+
+
+def test_conditions_read_only_decide(ir):
+    """An operand that a lone condition cannot resolve is silently false; `decide` has a closed vocabulary."""
+    conditions = [
+        task["triggerPolicy"]["condition"]
+        for dag in dags(ir).values()
+        for task in dag["tasks"].values()
+        if "condition" in task.get("triggerPolicy", {})
+    ]
+    assert len(conditions) == 2 * 9  # If and Else behind each of nine decisions
+    assert all("decide" in condition and "'retry'" in condition for condition in conditions)
+
+
+def test_the_chain_ends_in_the_gate(ir):
+    root = ir["root"]["dag"]["tasks"]
+    readers = {
+        name: {
+            value["taskOutputParameter"]["producerTask"]
+            for value in task.get("inputs", {}).get("parameters", {}).values()
+            if "taskOutputParameter" in value
+        }
+        for name, task in root.items()
+    }
+    assert readers["gate"] == {"summarize"}
+    (last,) = readers["summarize"]
+    assert last.startswith("condition-branches-") and not [n for n, producers in readers.items() if "gate" in producers]
+
+
+def test_accelerators_are_asked_for_by_prepare(ir):
+    """Each stage's count of accelerators is an output of `prepare`: nothing queues for what it will not use."""
+    for attempt in attempts(ir):
+        counts = {}
+        for task in attempt.values():
+            executor = ir["components"][task["componentRef"]["name"]]["executorLabel"]
+            resources = ir["deploymentSpec"]["executors"][executor]["container"].get("resources", {})
+            counts[task["taskInfo"]["name"]] = resources.get("accelerator", {}).get("resourceCount", "")
+        assert [name for name, count in counts.items() if not count] == ["prepare"]
+        assert all("prepare" in count for name, count in counts.items() if name != "prepare")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-o", "optimize.txt"], "output: 'optimize.txt' must be a .yaml or .json file in a folder that exists"),
+        (["-o", "no/such/optimize.yaml"], "must be a .yaml or .json file in a folder that exists"),
+        (["-o", "optimize.yaml", "--max-attempts", "0"], "max_attempts: 0 is not valid; write 1 to 10"),
+        (["-o", "optimize.yaml", "--max-attempts", "11"], "max_attempts: 11 is not valid; write 1 to 10"),
+        ([], "the following arguments are required: -o/--output"),
+    ],
+)
+def test_bad_input(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compile", *options]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,448 @@
+"""The loop, through the real DAG in processes of their own. No model is touched.
+
+A stage whose result is in the store's index is not run, so each case files beforehand what every stage and every
+measurement would find for each recipe of the ladder, and then says what must follow from it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from kfp import local
+from trimtab.components.deployment import gate
+from trimtab.components.deployment.component import gate as gate_component
+from trimtab.components.fetch.source import fetch
+from trimtab.components.validation import stage as validation
+
+from trimtab import evidence, flow, plan, stages
+from trimtab.errors import NotReleased, StoreError
+from trimtab.recipe import Acceptance, Recipe
+from trimtab.state import Evaluation, State
+from trimtab.store import Store, Tree, open_store
+
+pytestmark = pytest.mark.slow
+
+EVALUATION = Evaluation()
+BASELINE_BYTES = 1_000_000
+TOKENS = EVALUATION.window_tokens - 1
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What an artifact scores: the share of the baseline's right answers that it loses in looks 1, 2, 3 and on
+    the fresh items, its perplexity over the baseline's, and its bytes over the baseline's."""
+
+    lost: tuple[float, float, float, float] = (0, 0, 0, 0)
+    ratio: float = 1.02
+    bytes: float = 0.5
+    degenerate: float = 0.0
+
+
+GOOD = Scores()
+BAD = Scores(lost=(0.3, 0.3, 0.3, 0.3))  # recovery about 0.56
+OPEN = Scores(lost=(0.03, 0, 0, 0))  # recovery about 0.96 of 400 items: above the limit, not surely
+LUCKY = Scores(lost=(0, 0, 0, 0.3))  # passes every look, and fails on items that no look has used
+USELESS = Scores(bytes=1.0)
+LOOPING = Scores(degenerate=0.75)
+
+
+class Script:
+    """Files results in a store under the keys that a run will ask for."""
+
+    def __init__(self, store: Store, model: Tree, folder: Path):
+        self.store, self.model, self.folder = store, model, folder
+        self.ladder = [rung.recipe for rung in self._rungs()]
+
+    def _rungs(self) -> list[plan.Rung]:
+        begun = self._begin("")
+        text = (self.store.get(begun.ladder) / "ladder.json").read_text()
+        return [plan.Rung.model_validate(rung) for rung in json.loads(text)]
+
+    def _begin(self, recipe: str) -> State:
+        return flow.begin(
+            model=self.model,
+            store_uri=self.store.uri,
+            name="tiny",
+            goal="fit_larger_model",
+            target="cpu",
+            recipe=recipe,
+            max_attempts=1,
+            evaluation=EVALUATION,
+        )
+
+    def file(self, scores: Mapping[str, Scores], fails: str = "") -> None:
+        """Files everything for the baseline and the ladder's recipes.
+
+        Args:
+            scores: by format; other formats score GOOD.
+            fails: "<format> <stage>" for which nothing is filed, so that the run has to do that work.
+        """
+        begun = self._begin("")
+        ready = self._walk(begun, fails)
+        if ready is None:
+            return
+        for look, (items, windows) in enumerate([*ranges(), validation.fresh_range(EVALUATION)], start=1):
+            self._evaluation(ready, look, items, windows, Scores(ratio=1.0))
+        self._integrity(ready, {}, 1.0)
+        for recipe in self.ladder:
+            state = begun.model_copy(update={"recipe": recipe, "attempt": 1})
+            made = self._walk(state, fails)
+            if made is None:
+                continue
+            wanted = scores.get(recipe.quantize.format, GOOD)
+            self._integrity(made, recipe.quantize.model_dump(mode="json"), wanted.bytes)
+            for look, (items, windows) in enumerate([*ranges(), validation.fresh_range(EVALUATION)], start=1):
+                self._evaluation(made, look, items, windows, wanted)
+
+    def _walk(self, state: State, fails: str) -> State | None:
+        """Files the results of the attempt's stages; None when one of them is left to the run."""
+        for stage in stages.STAGES.values():
+            if not stage.wanted(state.recipe):
+                continue
+            form = state.recipe.quantize.format if state.recipe.quantize else "baseline"
+            if fails == f"{form} {stage.name}":
+                return None
+            inputs = stages.inputs_of(stage, state)
+            key = stage.key(stage.parameters(state.recipe), inputs)
+            tree = self._record(key, stage.output, {"made.txt": key}, {"seconds_of_work": 0})
+            state = state.model_copy(update={"trees": {**state.trees, stage.output: tree}})
+        return state
+
+    def _integrity(self, state: State, parameters: dict[str, Any], size: float) -> None:
+        inputs = {"export": _export(state), "checkpoint": state.model}
+        key = validation.INTEGRITY.key(parameters, inputs)
+        metrics = {"bytes": int(size * BASELINE_BYTES), "quantized_share": size, "max_relative_error": 0.1}
+        self._record(key, "integrity", {"layers.json": "[]"}, metrics)
+
+    def _evaluation(self, state: State, look: int, items: list[int], windows: list[int], scores: Scores) -> None:
+        parameters = validation.evaluation_parameters(EVALUATION, items, windows, speed=look == 1)
+        key = validation.EVALUATE.key(parameters, {"engine": state.trees["engine"], "export": _export(state)})
+        files = {
+            "items.jsonl": "".join(json.dumps(item) + "\n" for item in _items(items, scores.lost[look - 1])),
+            "windows.json": json.dumps(_windows(windows, scores.ratio)),
+            "kernels.json": "{}",
+        }
+        metrics = {"peak_memory_bytes": 10**8, "degenerate": scores.degenerate}
+        metrics |= {"decode_tokens_per_second": 10.0, "throughput_tokens_per_second": 50.0}
+        self._record(key, "evaluation", files, metrics)
+
+    def _record(self, key: str, kind: str, files: dict[str, str], metrics: dict[str, Any]) -> Tree:
+        folder = self.folder / key
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        tree = self.store.put(folder, kind=kind, metadata={"key": key})
+        self.store.record(key, {"tree": tree.model_dump(), "metrics": metrics, "seconds": 1.0})
+        return tree
+
+
+def ranges() -> Iterator[tuple[list[int], list[int]]]:
+    return validation.ranges(EVALUATION)
+
+
+def _export(state: State) -> Tree:
+    return stages.inputs_of(stages.STAGES["engine"], state)["export"]
+
+
+def _items(span: list[int], lost: float) -> Iterator[dict[str, Any]]:
+    """Four of five are right; of those, the share `lost` is evenly spread."""
+    for n in range(*span):
+        right = n % 5 != 0
+        turned = right and math.floor((n + 1) * lost) > math.floor(n * lost)
+        yield {"id": f"item/{n}", "score": float(right and not turned), "chance": 0.25, "answers": []}
+
+
+def _windows(span: list[int], ratio: float) -> dict[str, Any]:
+    spread = [0.002 * math.sin(n) if ratio != 1 else 0.0 for n in range(*span)]
+    nll = [TOKENS * (3 + 0.1 * math.cos(n) + math.log(ratio) + s) for n, s in zip(range(*span), spread, strict=True)]
+    return {"start": span[0], "nll": nll, "tokens": [TOKENS] * len(nll)}
+
+
+@pytest.fixture
+def script(tmp_path: Path, write_model: Callable[..., Path]) -> Script:
+    write_model(tmp_path / "model")
+    store = open_store(str(tmp_path / "store"))
+    return Script(store, fetch(str(tmp_path / "model"), store), tmp_path / "filed")
+
+
+def arguments(script: Script, max_attempts: int) -> dict[str, Any]:
+    return {
+        "model": str(script.folder.parent / "model"),
+        "store": script.store.uri,
+        "name": "tiny",
+        "max_attempts": max_attempts,
+    }
+
+
+def told(state: State) -> list[str]:
+    """An attempt a line: its format, and how it ended."""
+    lines = []
+    for brief in state.history:
+        looks = f" after {brief.verdict.looks} looks" if brief.verdict.looks > 1 else ""
+        ending = brief.verdict.failure_class or ("confirmed" if brief.verdict.confirmed else "unconfirmed")
+        lines.append(f"{brief.recipe.quantize.format} {brief.verdict.outcome} {ending}{looks}")
+    return lines
+
+
+@dataclass(frozen=True)
+class Case:
+    attempts: list[str]
+    scores: Mapping[str, Scores] = field(default_factory=dict)
+    max_attempts: int = 1
+    unrolled: int | None = None
+    fails: str = ""  # work that is not filed
+    failing: str = ""  # how the run's process then fails
+    reason: str = ""  # part of what the gate says
+    exit_code: int = 3
+
+
+CASES = {
+    "accepted first": Case(["int4_rtn accepted confirmed"], exit_code=0),
+    "accepted third": Case(
+        ["int4_rtn rejected accuracy", "int4_awq rejected accuracy", "mixed accepted confirmed"],
+        scores={"int4_rtn": BAD, "int4_awq": BAD},
+        max_attempts=3,
+        exit_code=0,
+    ),
+    "a run's own max_attempts stops before the unrolled ones are used up": Case(
+        ["int4_rtn rejected accuracy", "int4_awq rejected accuracy"],
+        scores={"int4_rtn": BAD, "int4_awq": BAD},
+        max_attempts=2,
+        unrolled=3,
+        reason="is below the limit 0.95",
+    ),
+    "never accepted": Case(
+        ["int4_rtn rejected perplexity", "int4_awq rejected degenerate_output"],
+        scores={"int4_rtn": Scores(ratio=1.4), "int4_awq": LOOPING},
+        max_attempts=2,
+        reason="75% of the continuations are empty or repeat themselves",
+    ),
+    "an open verdict asks for a second look, which decides": Case(
+        ["int4_rtn accepted confirmed after 2 looks"], scores={"int4_rtn": OPEN}, exit_code=0
+    ),
+    "a stage that cannot do it leads to another format": Case(
+        ["int4_rtn rejected unsupported", "int4_awq accepted confirmed"],
+        max_attempts=2,
+        fails="int4_rtn quantize",
+        failing="unsupported:no kernel for it",
+        exit_code=0,
+    ),
+    "a stage that is killed for memory is a verdict, not a crash": Case(
+        ["int4_rtn rejected does_not_fit"],
+        fails="int4_rtn quantize",
+        failing="killed",
+        reason="quantize was killed: it needed more memory than there is",
+    ),
+    "a baseline that fails leads to no attempt": Case(
+        [], fails="baseline engine", failing="export_damaged:the likelihood is nan", reason="the likelihood is nan"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loop(name, script, run_dag, tripwire, tmp_path, monkeypatch):
+    case = CASES[name]
+    script.file(case.scores, case.fails)
+    monkeypatch.setenv("FAILING", case.failing)
+    outcome = run_dag(arguments(script, case.max_attempts), tmp_path / "runs", case.unrolled)
+    assert outcome.state is not None, outcome.log.read_text()[-5000:]
+    assert told(outcome.state) == case.attempts
+    assert tripwire.touched == bool(case.fails), "work is done where nothing was filed, and nowhere else"
+    # The summary tells every outcome.
+    page = outcome.page.read_text()
+    assert all(brief.recipe.title in page for brief in outcome.state.history)
+    releases = script.store.releases("tiny")
+    if case.exit_code == 0:
+        assert outcome.error is None
+        assert [release["uri"] for release in releases] == [outcome.release]
+        assert releases[0]["record"]["recipe"] == outcome.state.history[-1].recipe.to_dict()
+    else:
+        assert outcome.error.exit_code == case.exit_code
+        assert case.reason in str(outcome.error) and case.reason in page
+        assert outcome.release is None and releases == []
+
+
+def test_again(script, run_dag, tripwire, tmp_path):
+    """The same run once more finds everything, and the release too."""
+    script.file({})
+    first = run_dag(arguments(script, 1), tmp_path / "runs-1")
+    again = run_dag(arguments(script, 1), tmp_path / "runs-2")
+    assert first.release == again.release == f"{script.store.uri}/releases/tiny/000001"
+    assert len(script.store.releases("tiny")) == 1
+    assert not tripwire.touched
+
+
+# --- one attempt, by the functions that its tasks call, without processes -------------------------------------
+
+
+def first_attempt(script: Script, scores: Scores = GOOD) -> State:
+    """The state after the baseline and one attempt."""
+    script.file({script.ladder[0].quantize.format: scores})
+    state = script._begin("")
+    for number in (0, 1):
+        for name in stages.STAGES:
+            state, _ = stages.advance(name, state)
+        page, metrics = script.folder / f"page-{number}", SimpleNamespace(log_metric=lambda *_: None)
+        state = State.parse(validation.run(state.to_json(), SimpleNamespace(path=str(page)), metrics))
+        state = flow.next_attempt(state) if number == 0 else state
+    return state
+
+
+@pytest.mark.parametrize(
+    ("scores", "ending", "reason"),
+    [
+        (GOOD, "accepted confirmed", "is at least 0.95 and perplexity ratio"),
+        (LUCKY, "rejected accuracy", "not confirmed on fresh items"),
+        (USELESS, "rejected no_gain", "accurate but useless for fit_larger_model: +0.0% fewer bytes"),
+        (Scores(ratio=1.4), "rejected perplexity", "is above the limit 1.1"),
+        (Scores(ratio=math.inf), "rejected degenerate_output", "not finite in 16 of 16 windows"),
+        (LOOPING, "rejected degenerate_output", "75% of the continuations are empty or repeat themselves"),
+    ],
+    ids=["good", "lucky", "useless", "perplexity", "not finite", "looping"],
+)
+def test_verdict(scores, ending, reason, script):
+    state = first_attempt(script, scores)
+    assert told(state) == [f"int4_rtn {ending}"]
+    assert reason in state.history[-1].verdict.reason
+    assert (state.history[-1].evaluation is not None) == ending.startswith("accepted")
+
+
+# --- the gate -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accepted(script: Script) -> State:
+    state = first_attempt(script)
+    assert state.history[-1].verdict.outcome == "accepted"
+    return state
+
+
+def release(state: State, folder: Path) -> str:
+    folder.mkdir(exist_ok=True)
+    return gate.run(state.to_json(), SimpleNamespace(path=str(folder / "released"), metadata={}))
+
+
+def rewritten(script: Script, state: State, change: Callable[[dict[str, Any]], None]) -> State:
+    """The state with evidence in which something was changed."""
+    document = evidence.read(script.store, state.history[-1].evaluation)
+    change(document)
+    folder = script.folder / "changed"
+    folder.mkdir(exist_ok=True)
+    (folder / "evidence.json").write_text(json.dumps(document))
+    return with_last(state, evaluation=script.store.put(folder, kind="evidence"))
+
+
+def with_last(state: State, **fields: Any) -> State:
+    last = state.history[-1].model_copy(update=fields)
+    return state.model_copy(update={"history": (*state.history[:-1], last)})
+
+
+def other_scores(script: Script, state: State) -> State:
+    """The evidence names the answers of a model that lost a third of its ability."""
+    items, windows = next(ranges())
+    worse = script._record("0" * 64, "evaluation", {
+        "items.jsonl": "".join(json.dumps(item) + "\n" for item in _items(items, 0.3)),
+        "windows.json": json.dumps(_windows(windows, 1.02)),
+    }, {})  # fmt: skip
+    return rewritten(script, state, lambda document: document["measured"].update({"look-1": worse.model_dump()}))
+
+
+def another_model(script: Script, state: State) -> State:
+    return state.model_copy(update={"model": state.model.model_copy(update={"digest": "f" * 64})})
+
+
+def another_recipe(script: Script, state: State) -> State:
+    return with_last(state, recipe=Recipe.parse("quantize: {format: int8_wo}"))
+
+
+def easier_limits(script: Script, state: State) -> State:
+    recipe = state.history[-1].recipe
+    return with_last(state, recipe=recipe.model_copy(update={"accept": Acceptance(min_recovery=0.5)}))
+
+
+def filed_as_rejected(script: Script, state: State) -> State:
+    return rewritten(script, state, lambda document: document["verdict"].update({"outcome": "rejected"}))
+
+
+def no_evidence(script: Script, state: State) -> State:
+    return with_last(state, evaluation=None)
+
+
+def not_accepted(script: Script, state: State) -> State:
+    verdict = state.history[-1].verdict
+    return with_last(state, verdict=verdict.model_copy(update={"outcome": "rejected", "reason": "it fell short"}))
+
+
+def nothing_tried(script: Script, state: State) -> State:
+    return state.model_copy(update={"history": ()})
+
+
+REFUSALS = [
+    (other_scores, "judged anew, the stored answers say: rejected"),
+    (another_model, "the evidence is of model"),
+    (another_recipe, "the evidence is of another recipe"),
+    (easier_limits, "the evidence is of another recipe"),
+    (filed_as_rejected, "the evidence says: rejected"),
+    (no_evidence, "there is no evidence for the accepted attempt"),
+    (not_accepted, "nothing is released: it fell short"),
+    (nothing_tried, "nothing is released: the model unchanged"),
+]
+
+
+@pytest.mark.parametrize(("tamper", "reason"), REFUSALS, ids=[tamper.__name__ for tamper, _ in REFUSALS])
+def test_gate_refuses(tamper, reason, script, accepted, tmp_path):
+    with pytest.raises(NotReleased, match=reason):
+        release(tamper(script, accepted), tmp_path / "gate")
+    assert script.store.releases("tiny") == []
+
+
+@pytest.mark.parametrize("what", ["evidence", "export"])
+def test_gate_refuses_what_is_gone(what, script, accepted, tmp_path, monkeypatch):
+    last = accepted.history[-1]
+    tree = last.evaluation if what == "evidence" else Tree.model_validate(
+        evidence.read(script.store, last.evaluation)["export"]
+    )  # fmt: skip
+    (tmp_path / "store" / "trees" / f"{tree.digest}.json").unlink()
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "another-node"))
+    with pytest.raises(StoreError, match="there is no tree"):
+        release(accepted, tmp_path / "gate")
+
+
+def test_gate_refuses_changed_bytes(script, accepted, tmp_path, monkeypatch):
+    """Someone edits the answers in the store; a node that has no copy yet sees that the checksum is wrong."""
+    document = evidence.read(script.store, accepted.history[-1].evaluation)
+    manifest = script.store.manifest(Tree.model_validate(document["measured"]["look-1"]))
+    checksum = manifest.files["items.jsonl"].sha256
+    blob = tmp_path / "store" / "blobs" / checksum[:2] / checksum
+    changed = blob.read_bytes().replace(b'"score": 0.0', b'"score": 1.0')
+    blob.chmod(0o644)
+    blob.unlink()
+    blob.write_bytes(changed)
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "another-node"))
+    with pytest.raises(StoreError, match="items.jsonl.*corrupted"):
+        release(accepted, tmp_path / "gate")
+
+
+def test_gate_releases_once(script, accepted, tmp_path):
+    first = release(accepted, tmp_path / "gate")
+    assert release(accepted, tmp_path / "gate") == first == f"{script.store.uri}/releases/tiny/000001"
+    record = script.store.read_release(first)
+    assert record["evidence"] == accepted.history[-1].evaluation.model_dump()
+    assert record["verdict"]["outcome"] == "accepted"
+
+
+def test_gate_fails_its_task(script, accepted, tmp_path, capfd):
+    """What the function refuses fails the pipeline's task, and so the run."""
+    local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "root"))
+    with pytest.raises(RuntimeError, match="gate"):
+        gate_component(state=other_scores(script, accepted).to_json())
+    assert "trimtab.errors.NotReleased: nothing is released: judged anew" in capfd.readouterr().out
+    assert script.store.releases("tiny") == []
+

@@ -1,0 +1,113 @@
+"""A tiny model with a tokenizer, and tasks that it answers well: for tests that run real stages in seconds."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+SENTENCES = (
+    "The river runs past the old mill and under the stone bridge.",
+    "A small boat carries apples, bread and salt to the market.",
+    "In winter the children walk to school along the frozen lake.",
+    "She reads a letter from her brother, who lives by the sea.",
+    "When the rain stops, the farmer opens the gate and calls the dog.",
+)
+TASK = "tiny_choice"
+_CHOICES = 4
+_YAML = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {data}
+output_type: multiple_choice
+test_split: train
+doc_to_text: "{{{{context}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+target_delimiter: " "
+num_fewshot: 0
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+"""
+
+
+def write_model(folder: Path, layers: int = 2, hidden: int = 64, seed: int = 0) -> Path:
+    """Writes a Llama with random weights in bfloat16 and a byte-level tokenizer of 300 tokens."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _tokenizer()
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.1,  # large enough that the model prefers some continuations clearly
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        architectures=["LlamaForCausalLM"],
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_tasks(folder: Path, model: Path, items: int = 200, wrong: int = 10) -> Path:
+    """Writes the lm-eval task `TASK`: the right answer is what the model prefers, but not in one of `wrong` items."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    words = sorted({word.strip(".,").lower() for sentence in SENTENCES for word in sentence.split()})
+    draw = random.Random(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / f"{TASK}.jsonl"
+    with data.open("w", encoding="utf-8") as file:
+        for number in range(items):
+            context = " ".join(["The", *draw.sample(words, 4)])
+            choices = draw.sample(words, _CHOICES)
+            scores = [_log_likelihood(network, tokenizer, context, f" {choice}") for choice in choices]
+            best = scores.index(max(scores))
+            answer = (best + 1) % _CHOICES if number % wrong == 0 else best
+            file.write(json.dumps({"context": context, "choices": choices, "answer": answer}) + "\n")
+    (folder / f"{TASK}.yaml").write_text(_YAML.format(name=TASK, data=data.absolute()), encoding="utf-8")
+    return folder
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def _log_likelihood(network: Any, tokenizer: Any, context: str, continuation: str) -> float:
+    import torch
+
+    start = len(tokenizer(context).input_ids)
+    tokens = torch.tensor([tokenizer(context + continuation).input_ids])
+    with torch.inference_mode():
+        scores = network(tokens).logits[0].log_softmax(-1)
+    return sum(float(scores[i - 1, tokens[0, i]]) for i in range(start, tokens.shape[1]))
