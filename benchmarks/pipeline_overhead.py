@@ -17,10 +17,10 @@ import warnings
 from pathlib import Path
 
 from kfp import dsl, local
-from trimtab.components.quantization.component import quantize
-from trimtab.pipelines.decisions import carry
 
 from trimtab import stages
+from trimtab.components.quantization.component import quantize
+from trimtab.pipelines.decisions import carry
 from trimtab.recipe import Recipe
 from trimtab.state import State
 from trimtab.store import open_store

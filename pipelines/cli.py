@@ -139,9 +139,9 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _plan(arguments: argparse.Namespace, console: Console) -> int:
     from rich.table import Table
-    from trimtab.components.fetch.source import facts
 
     from trimtab import plan
+    from trimtab.components.fetch.source import facts
 
     _check_choice("goal", arguments.goal, GOALS)
     recipe = _read(arguments.recipe, "recipe")
@@ -163,6 +163,7 @@ def _compile(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.image:
         os.environ["TRIMTAB_IMAGE"] = arguments.image  # read where the components are declared
     from kfp import compiler
+
     from trimtab.pipelines.optimize import optimize_pipeline
 
     output = Path(arguments.output)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from kfp import dsl
+
 from trimtab.components import images
 
 

@@ -19,10 +19,10 @@ from typing import Any
 
 from kfp import local
 from rich.console import Console
-from trimtab.pipelines.optimize import optimize_pipeline
 
 from trimtab import child, errors, progress
 from trimtab.errors import InputError, StageError, TrimtabError
+from trimtab.pipelines.optimize import optimize_pipeline
 from trimtab.state import State
 
 #: A counted event is printed at most once in this many seconds.

@@ -7,6 +7,7 @@ branch of cache hits alone never completes on the backend (the store's index is 
 """
 
 from kfp import dsl
+
 from trimtab.components.calibration.component import calibrate
 from trimtab.components.deployment.component import gate
 from trimtab.components.distillation.component import distill

@@ -1,6 +1,7 @@
 """The KFP face of calibration."""
 
 from kfp import dsl
+
 from trimtab.components import images
 
 

@@ -1,6 +1,7 @@
 """The KFP face of the deploy gate."""
 
 from kfp import dsl
+
 from trimtab.components import images
 
 

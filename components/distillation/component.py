@@ -1,6 +1,7 @@
 """The KFP face of distillation."""
 
 from kfp import dsl
+
 from trimtab.components import images
 
 

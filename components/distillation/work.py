@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from trimtab.components.distillation.loss import distillation_loss
 
 from trimtab import progress
+from trimtab.components.distillation.loss import distillation_loss
 from trimtab.errors import Failure
 from trimtab.recipe import Distillation
 from trimtab.runtime import checkpoint as checkpoints

@@ -1,6 +1,7 @@
 """The KFP face of fetch."""
 
 from kfp import dsl
+
 from trimtab.components import images
 
 
@@ -16,9 +17,8 @@ def fetch(model: str, store: str, source: dsl.Output[dsl.Model]) -> str:
     Returns:
         The model's tree, JSON.
     """
-    from trimtab.components.fetch.source import fetch
-
     from trimtab import child, stages
+    from trimtab.components.fetch.source import fetch
     from trimtab.store import open_store
 
     child.follow_run()

@@ -1,6 +1,7 @@
 """The KFP face of pruning."""
 
 from kfp import dsl
+
 from trimtab.components import images
 
 

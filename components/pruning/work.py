@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
-from trimtab.components.pruning import depth, magnitude
 
 from trimtab import progress
+from trimtab.components.pruning import depth, magnitude
 from trimtab.errors import Failure
 from trimtab.recipe import DepthPruning, Pruning
 from trimtab.runtime import checkpoint as checkpoints

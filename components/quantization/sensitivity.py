@@ -11,10 +11,10 @@ import modelopt.torch.quantization as mtq
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from trimtab.components.quantization import formats
-from trimtab.components.quantization.allocation import BITS, Group
 
 from trimtab import progress
+from trimtab.components.quantization import formats
+from trimtab.components.quantization.allocation import BITS, Group
 from trimtab.runtime import checkpoint as checkpoints
 
 

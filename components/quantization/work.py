@@ -10,10 +10,10 @@ import torch
 from modelopt.torch.export import export_hf_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from trimtab.components.quantization import allocation, formats
-from trimtab.components.quantization.sensitivity import read as read_sensitivity
 
 from trimtab import progress
+from trimtab.components.quantization import allocation, formats
+from trimtab.components.quantization.sensitivity import read as read_sensitivity
 from trimtab.recipe import Quantization
 from trimtab.runtime import checkpoint as checkpoints
 

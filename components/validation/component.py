@@ -1,6 +1,7 @@
 """The KFP face of validation."""
 
 from kfp import dsl
+
 from trimtab.components import images
 
 

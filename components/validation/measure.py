@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
-from trimtab.components.validation import tasks as task_row
-from trimtab.components.validation.lm import EngineLM
 
 from trimtab import progress
+from trimtab.components.validation import tasks as task_row
+from trimtab.components.validation.lm import EngineLM
 from trimtab.errors import Failure
 from trimtab.runtime import text
 from trimtab.runtime.backends import open_engine

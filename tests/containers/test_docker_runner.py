@@ -18,9 +18,9 @@ import pytest
 import tiny
 from kfp import local
 from rich.console import Console
-from trimtab.pipelines import local as pipelines
 
 from trimtab.errors import InputError
+from trimtab.pipelines import local as pipelines
 from trimtab.state import Evaluation
 from trimtab.store import open_store
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+
 from trimtab.pipelines import cli
 
 GOOD_RECIPE = "quantize: {format: int8_wo}\n"

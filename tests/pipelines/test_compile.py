@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from kfp import components
+
 from trimtab.components import images
 from trimtab.pipelines import cli
 

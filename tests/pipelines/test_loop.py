@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 from kfp import local
+
+from trimtab import evidence, flow, plan, stages
 from trimtab.components.deployment import gate
 from trimtab.components.deployment.component import gate as gate_component
 from trimtab.components.fetch.source import fetch
 from trimtab.components.validation import stage as validation
-
-from trimtab import evidence, flow, plan, stages
 from trimtab.errors import NotReleased, StoreError
 from trimtab.recipe import Acceptance, Recipe
 from trimtab.state import Evaluation, State
@@ -302,7 +302,7 @@ def first_attempt(script: Script, scores: Scores = GOOD) -> State:
         (LUCKY, "rejected accuracy", "not confirmed on fresh items"),
         (USELESS, "rejected no_gain", "accurate but useless for fit_larger_model: +0.0% fewer bytes"),
         (Scores(ratio=1.4), "rejected perplexity", "is above the limit 1.1"),
-        (Scores(ratio=math.inf), "rejected degenerate_output", "not finite in 16 of 16 windows"),
+        (Scores(ratio=math.inf), "rejected degenerate_output", "the candidate's log-likelihood is not finite"),
         (LOOPING, "rejected degenerate_output", "75% of the continuations are empty or repeat themselves"),
     ],
     ids=["good", "lucky", "useless", "perplexity", "not finite", "looping"],

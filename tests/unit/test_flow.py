@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from trimtab.components.fetch.source import fetch
 
 from trimtab import flow
+from trimtab.components.fetch.source import fetch
 from trimtab.errors import InputError
 from trimtab.recipe import Recipe
 from trimtab.state import Brief, Evaluation, State

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from trimtab.components.calibration.work import calibrate
 from trimtab.components.validation import measure
 from trimtab.components.validation.suite import loading
-
 from trimtab.errors import InputError
 from trimtab.runtime import checkpoint, text
 

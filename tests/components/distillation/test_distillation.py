@@ -9,10 +9,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from trimtab.components.distillation import work
 from trimtab.components.distillation.loss import distillation_loss
 from trimtab.components.pruning.work import prune
-
 from trimtab.errors import Failure, InputError
 
 #: Two tokens, a vocabulary of two; logits that are logarithms of probabilities.

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
 from trimtab.components.pruning import depth, magnitude
 from trimtab.components.pruning.work import prune
-
 from trimtab.errors import Failure
 from trimtab.model import inspect
 

@@ -7,8 +7,8 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trimtab.components.quantization.allocation import BITS, Group, allocate, effective_bits
 
+from trimtab.components.quantization.allocation import BITS, Group, allocate, effective_bits
 from trimtab.errors import Failure
 
 groups = st.lists(

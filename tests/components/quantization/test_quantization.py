@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from trimtab.components.quantization import sensitivity, work
 from trimtab.components.quantization.allocation import BITS
-
 from trimtab.model import inspect
 from trimtab.runtime.checkpoint import Export
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trimtab.components.validation.integrity import inspect
 
+from trimtab.components.validation.integrity import inspect
 from trimtab.errors import Failure
 
 SETTINGS = {

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from trimtab.components.validation import stage
 from trimtab.components.validation.measure import is_degenerate
 from trimtab.components.validation.tasks import choose
-
 from trimtab.state import Evaluation
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from trimtab.components.validation.suite import generate
 
 FOLDER = Path(generate.__file__).resolve().parent
