@@ -12,7 +12,7 @@ import lm_eval
 from trimtab import progress
 from trimtab.components.validation import tasks as task_row
 from trimtab.components.validation.lm import EngineLM
-from trimtab.errors import Failure
+from trimtab.errors import Failure, InputError
 from trimtab.runtime import text
 from trimtab.runtime.backends import open_engine
 from trimtab.runtime.engine import Engine
@@ -33,7 +33,7 @@ BATCH = 8
 
 
 def evaluate(
-    engine: str, export: str, output: str, scratch: str, parameters: dict[str, Any]
+    engine: str, export: str, output: str, scratch: str, parameters: dict[str, Any], calibration: str | None = None
 ) -> dict[str, float]:
     """Scores items and windows and writes `items.jsonl`, `windows.json`, `kernels.json` and `outputs.json`.
 
@@ -42,11 +42,14 @@ def evaluate(
         export: folder of the exported checkpoint, all that is known of the model here.
         parameters: tasks, task_path, items [start, stop], windows [start, stop], window_tokens, heldout,
             speed (measure decoding and generation too).
+        calibration: folder of the calibration whose text must not be what is evaluated on, or None.
 
     Returns:
-        accuracy, perplexity; with `speed` decode_tokens_per_second, throughput_tokens_per_second and
+        accuracy, log_perplexity; with `speed` decode_tokens_per_second, throughput_tokens_per_second and
         degenerate (share of the prompts whose continuation is empty or goes round in a loop).
     """
+    if calibration:
+        _refuse_overlap((Path(calibration) / "text.txt").read_text(encoding="utf-8"), parameters)
     served = open_engine(Path(engine), Path(export))
     folder = Path(output)
     metrics = _score_items(served, parameters, folder) | _score_windows(served, parameters, folder)
@@ -92,6 +95,27 @@ def decode_speed(engine: Engine) -> dict[str, float]:
     }
 
 
+def _refuse_overlap(calibrated: str, parameters: dict[str, Any]) -> None:
+    _, tasks = task_row.load(parameters["tasks"], parameters["task_path"])
+    asked = [_words(task, document) for task in tasks.values() for document in task.eval_docs]
+    for what, evaluated in (("the held-out text", _heldout(parameters)), ("the items", "\n".join(asked))):
+        shared = text.shared_sequences(calibrated, evaluated)
+        if shared:
+            raise InputError(
+                f"calibrate.text: shares {len(shared)} sequences of 13 words with {what}, such as '{shared[0]}'; "
+                f"calibrate on other text"
+            )
+
+
+def _words(task: Any, document: dict[str, Any]) -> str:
+    choices = task.doc_to_choice(document) if task.OUTPUT_TYPE == "multiple_choice" else ""
+    return f"{task.doc_to_text(document)} {choices}"
+
+
+def _heldout(parameters: dict[str, Any]) -> str:
+    return text.read_text(parameters["heldout"], HELDOUT_TEXT)
+
+
 def _score_items(engine: Engine, parameters: dict[str, Any], folder: Path) -> dict[str, float]:
     manager, tasks = task_row.load(parameters["tasks"], parameters["task_path"])
     chosen = task_row.choose(tasks, *parameters["items"])
@@ -135,8 +159,7 @@ def _item(task: str, sample: dict[str, Any]) -> dict[str, Any]:
 def _score_windows(engine: Engine, parameters: dict[str, Any], folder: Path) -> dict[str, float]:
     start, stop = parameters["windows"]
     length = parameters["window_tokens"]
-    source = text.read_text(parameters["heldout"], HELDOUT_TEXT)
-    windows = text.windows(engine.tokenizer, source, length, stop)[start:stop]
+    windows = text.windows(engine.tokenizer, _heldout(parameters), length, stop)[start:stop]
     nll = []
     for window in progress.track(windows, "validate", "measuring perplexity", len(windows)):
         nll += engine.nll(window[None])

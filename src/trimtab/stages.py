@@ -195,11 +195,16 @@ def _scratch(key: str) -> Path:
     return Path(cache) / "scratch" / key
 
 
-def inputs_of(stage: Stage, state: State) -> dict[str, Tree | None]:
-    """Returns the trees that the stage reads. What no stage has made yet is the model itself, or None."""
+def tree_of(name: str, state: State) -> Tree | None:
+    """Returns a tree of the attempt. What no stage has made yet is the model itself, or None."""
     known = {"model": state.model, "checkpoint": state.model, **state.trees}
     known.setdefault("export", known["checkpoint"])  # a recipe that does not quantize serves the checkpoint
-    return {name: known.get(name) for name in stage.inputs}
+    return known.get(name)
+
+
+def inputs_of(stage: Stage, state: State) -> dict[str, Tree | None]:
+    """Returns the trees that the stage reads."""
+    return {name: tree_of(name, state) for name in stage.inputs}
 
 
 def advance(name: str, state: State) -> tuple[State, Result | None]:
@@ -216,9 +221,7 @@ def advance(name: str, state: State) -> tuple[State, Result | None]:
         result = cached(store, stage, stage.parameters(state.recipe), inputs_of(stage, state))
     except Failure as failure:
         return fail(state, name, failure), None
-    progress.report(
-        name, "found in the store" if result.hit else f"done in {time.monotonic() - started:.0f} s"
-    )
+    progress.report(name, "found in the store" if result.hit else f"done in {time.monotonic() - started:.0f} s")
     seconds = {**state.seconds, name: 0.0 if result.hit else round(result.seconds, 1)}
     trees = {**state.trees, stage.output: result.tree}
     return state.model_copy(update={"trees": trees, "seconds": seconds}), result
@@ -249,16 +252,9 @@ def run(names: str, state_json: str, artifact: Any, metrics: Any) -> str:
     for name in names.split():
         state, result = advance(name, state)
         if metrics is not None and result:
-            log_metrics(
-                metrics, {**result.metrics, "seconds": result.seconds, "from_store": float(result.hit)}
-            )
-    output = STAGES[names.split()[-1]].output
-    describe_tree(artifact, inputs_of(_reader_of(output), state)[output])
+            log_metrics(metrics, {**result.metrics, "seconds": result.seconds, "from_store": float(result.hit)})
+    describe_tree(artifact, tree_of(STAGES[names.split()[-1]].output, state))
     return state.to_json()
-
-
-def _reader_of(output: str) -> Stage:
-    return Stage("reader", "", (output,), "", lambda recipe: True, lambda recipe: {})
 
 
 def log_metrics(artifact: Any, metrics: Mapping[str, Any]) -> None:

@@ -148,7 +148,7 @@ def ranges() -> Iterator[tuple[list[int], list[int]]]:
 
 
 def _export(state: State) -> Tree:
-    return stages.inputs_of(stages.STAGES["engine"], state)["export"]
+    return stages.tree_of("export", state)
 
 
 def _items(span: list[int], lost: float) -> Iterator[dict[str, Any]]:

@@ -108,8 +108,8 @@ def test_a_stage_runs_once(state, worked, store):
 def test_a_stage_that_is_not_asked_for_passes_its_input_on(state, worked):
     before = state("quantize: {format: int8_wo}")
     assert stages.advance("prune", before) == (before, None)
-    assert stages.inputs_of(STAGES["quantize"], before)["checkpoint"] == before.model
-    assert stages.inputs_of(STAGES["engine"], state("{}"))["export"] == before.model
+    assert stages.tree_of("checkpoint", before) == before.model
+    assert stages.tree_of("export", state("{}")) == before.model
     assert worked == []
 
 

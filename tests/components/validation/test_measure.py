@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.components.validation import stage
+from trimtab.components.validation import measure, stage
 from trimtab.components.validation.measure import is_degenerate
 from trimtab.components.validation.tasks import choose
+from trimtab.errors import InputError
+from trimtab.runtime.text import read_text
 from trimtab.state import Evaluation
 
 
@@ -79,3 +81,16 @@ def test_looks_and_fresh_items_follow_each_other(items, windows, confirm_items, 
         spans = [span[kind] for span in drawn]
         assert spans[0][0] == 0 and spans[-1][1] == total
         assert all(left[1] == right[0] for left, right in zip(spans, spans[1:], strict=False))
+
+
+PARAMETERS = {"tasks": ["trimtab_common_sense"], "task_path": "", "heldout": "builtin"}
+
+
+def test_calibration_on_what_is_evaluated_is_refused():
+    words = read_text("builtin", measure.HELDOUT_TEXT).split()[500:520]
+    with pytest.raises(InputError, match="calibrate.text: shares 8 sequences of 13 words with the held-out text"):
+        measure._refuse_overlap("before it: " + " ".join(words) + " and after", PARAMETERS)
+
+
+def test_other_text_may_be_calibrated_on():
+    measure._refuse_overlap("a text of its own, with nothing in it that is asked or measured anywhere", PARAMETERS)
