@@ -39,7 +39,7 @@ def quantize(
     if settings.format == "bf16":
         model, tokenizer = checkpoints.load(Path(checkpoint), torch.bfloat16)
         checkpoints.save(model, tokenizer, folder)
-        return {"bytes": _bytes(folder)}
+        return {"bytes": checkpoints.weight_file_bytes(folder)}
     model, tokenizer = checkpoints.load(Path(checkpoint), torch.float32)
     metrics: dict[str, float] = {}
     if settings.format == "mixed":
@@ -64,7 +64,7 @@ def quantize(
     tokenizer.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
         _store_in_16_bits(path)
-    return {"bytes": _bytes(folder), **metrics}
+    return {"bytes": checkpoints.weight_file_bytes(folder), **metrics}
 
 
 def _forward_loop(tokens: torch.Tensor | None, format: str) -> Any:
@@ -94,7 +94,3 @@ def _store_in_16_bits(path: Path) -> None:
         if tensor.dtype == torch.float32 and not per_channel_scale:
             tensors[name] = tensor.bfloat16()
     save_file(tensors, path, metadata=metadata)
-
-
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

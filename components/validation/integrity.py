@@ -15,7 +15,7 @@ from trimtab.errors import Failure
 from trimtab.model import Linear
 from trimtab.model import inspect as read_facts
 from trimtab.recipe import Quantization
-from trimtab.runtime.checkpoint import Export
+from trimtab.runtime.checkpoint import Export, weight_file_bytes
 
 #: The largest relative error of one output channel. Four bits make 0.1 to 0.3; a wrong scale makes 1 and more.
 MAX_CHANNEL_ERROR = 0.6
@@ -62,7 +62,7 @@ def inspect(
     return {
         "quantized_share": read.quantized_bytes / read.bf16_bytes if layers else 1.0,
         "max_relative_error": max((layer["relative_error"] for layer in layers), default=0.0),
-        "bytes": sum(path.stat().st_size for path in Path(export).glob("*.safetensors")),
+        "bytes": weight_file_bytes(Path(export)),
     }
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,19 +100,12 @@ def write(
         "verdict": result.to_dict(),
         "versions": versions,
     }
-    return _put_json(store, "evidence", document)
-
-
-def _put_json(store: Store, kind: str, document: Any) -> Tree:
-    with tempfile.TemporaryDirectory(prefix=f"trimtab-{kind}-") as folder:
-        path = Path(folder) / f"{kind}.json"
-        path.write_text(json.dumps(document, indent=1, sort_keys=True), encoding="utf-8")
-        return store.put(folder, kind=kind)
+    return store.put_json("evidence", document)
 
 
 def read(store: Store, tree: Tree) -> dict[str, Any]:
     """Reads what `write` stored; the store verifies its digest."""
-    return json.loads((store.get(tree) / "evidence.json").read_text(encoding="utf-8"))
+    return store.get_json("evidence", tree)
 
 
 def check(store: Store, state: State, brief: Brief) -> str | None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 import textwrap
-from pathlib import Path
 
 from trimtab import adjust, hardware, memory, plan, progress
 from trimtab.errors import Failure, InputError, nearest
@@ -61,7 +58,7 @@ def begin(
         evaluation=evaluation,
         model=model,
         max_attempts=max_attempts,
-        ladder=_put_ladder(store, calibrated),
+        ladder=store.put_json("ladder", [rung.to_dict() for rung in calibrated]),
         recipe=Recipe(engine=rungs[0].recipe.engine),
         why="the model unchanged",
     )
@@ -116,12 +113,5 @@ def facts_of(store: Store, model: Tree) -> ModelFacts:
 
 
 def _next(state: State) -> tuple[Rung | None, str]:
-    text = (open_store(state.store).get(state.ladder) / "ladder.json").read_text(encoding="utf-8")
-    return adjust.next_recipe([Rung.model_validate(rung) for rung in json.loads(text)], state.history)
-
-
-def _put_ladder(store: Store, rungs: list[Rung]) -> Tree:
-    with tempfile.TemporaryDirectory(prefix="trimtab-ladder-") as folder:
-        document = [rung.to_dict() for rung in rungs]
-        (Path(folder) / "ladder.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-        return store.put(folder, kind="ladder")
+    ladder = open_store(state.store).get_json("ladder", state.ladder)
+    return adjust.next_recipe([Rung.model_validate(rung) for rung in ladder], state.history)

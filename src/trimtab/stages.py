@@ -51,7 +51,6 @@ class Stage:
     wanted: Callable[[Recipe], bool]
     parameters: Callable[[Recipe], dict[str, Any]]
     version: int = 1
-    accelerated: bool = True
 
     def key(self, parameters: Mapping[str, Any], inputs: Mapping[str, Tree | None]) -> str:
         """Returns the stage's key in the result index, 64 hex digits."""

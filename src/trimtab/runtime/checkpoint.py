@@ -65,6 +65,11 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     tokenizer.save_pretrained(folder)
 
 
+def weight_file_bytes(folder: Path) -> int:
+    """Returns the bytes of a checkpoint's safetensors files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
 class Export:
     """A model folder as its files describe it; tensors are read when asked for, one at a time.
 

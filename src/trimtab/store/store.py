@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,17 @@ class Store:
                 for path in sizes:
                     (folder / path).unlink()
         return Tree(uri=f"{self.uri}/trees/{manifest.digest}", digest=manifest.digest, bytes=manifest.size)
+
+    def put_json(self, kind: str, document: Any) -> Tree:
+        """Stores a JSON document as a tree with one file, `<kind>.json`."""
+        with tempfile.TemporaryDirectory(prefix=f"trimtab-{kind}-") as folder:
+            text = json.dumps(document, indent=1, sort_keys=True)
+            (Path(folder) / f"{kind}.json").write_text(text, encoding="utf-8")
+            return self.put(folder, kind=kind)
+
+    def get_json(self, kind: str, tree: Tree | str) -> Any:
+        """Reads what `put_json` stored."""
+        return json.loads((self.get(tree) / f"{kind}.json").read_text(encoding="utf-8"))
 
     def get(self, tree: Tree | str, progress: Progress | None = None) -> Path:
         """Returns a read-only local folder with a tree's files, verified against its manifest.
