@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
 from trimtab.errors import InputError, nearest
 
@@ -94,17 +94,21 @@ def _listed(text: str) -> list[str]:
 def _walk(cls: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str], list[str]]:
     """Follows pydantic's location: returns it as the user wrote it, and the keys valid at its last step.
 
-    Pydantic puts the chosen member of a tagged union into the location ('prune', 'depth', 'blocks'); the
-    user wrote no such step.
+    Pydantic puts the chosen member of a tagged union into the location ('prune', 'depth', 'blocks', or
+    'calibrate', 'text', 'mix', 0); the user wrote no such step.
     """
-    classes, path = [cls], []
+    classes, path, tags = [cls], [], set()
     for number, part in enumerate(location):
+        if part in tags:
+            tags = set()
+            continue
         members = [
             model
             for c in classes
             if part in c.model_fields
             for model in _models(c.model_fields[part].annotation)
         ]
+        tags = {t for c in classes if part in c.model_fields for t in _tags(c.model_fields[part].annotation)}
         tag = (
             len(classes) > 1
             and number < len(location) - 1
@@ -117,6 +121,12 @@ def _walk(cls: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str], l
         if members and number < len(location) - 1:
             classes = members
     return path, sorted({name for c in classes for name in c.model_fields})
+
+
+def _tags(annotation: Any) -> list[str]:
+    """The tags of a union that a function tells apart."""
+    own = [item.tag for item in getattr(annotation, "__metadata__", ()) if isinstance(item, Tag)]
+    return own + [tag for part in getattr(annotation, "__args__", ()) for tag in _tags(part)]
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, WrapSerializer
+from pydantic import Field, WrapSerializer, model_validator
 
 from trimtab.errors import TrimtabError
 from trimtab.recipe import Recipe
@@ -86,6 +87,27 @@ class State(Document):
     verdict: BriefVerdict | None = None
     history: tuple[Brief, ...] = ()
     seconds: dict[str, float] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _calibrate_each(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or "calibrate" not in value:
+            return value
+        document = {name: part for name, part in value.items() if name != "calibrate"}
+        shared = {"calibrate": value["calibrate"]}
+        history = [{**brief, "recipe": {**brief["recipe"], **shared}} for brief in document.get("history", ())]
+        return {**document, "recipe": {**document.get("recipe", {}), **shared}, "history": history}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data without defaults; what all attempts are calibrated on is written once, at the top."""
+        document = super().to_dict()
+        recipes = [part.get("recipe", {}) for part in (document, *document.get("history", ()))]
+        shared = recipes[0].get("calibrate")
+        if shared and all(recipe.get("calibrate") == shared for recipe in recipes):
+            for recipe in recipes:
+                del recipe["calibrate"]
+            document["calibrate"] = shared
+        return document
 
     def to_json(self) -> str:
         text = super().to_json()

@@ -40,6 +40,19 @@ BAD = [
     ("accept: {min_recovery: 95}", "accept.min_recovery: 95 should be less than or equal to 1"),
     ("accept: {min_recovery: .nan}", "accept.min_recovery: nan should be a finite number"),
     ("engine: {backend: tensorrt}", "engine.backend: 'tensorrt' is not valid; valid: torch, trtllm,"),
+    # a mix of calibration text
+    ("calibrate: {text: 5}", "calibrate.text: 5 should be a valid string"),
+    ("calibrate: {text: []}", "names no source of text; write text: builtin, or a list of sources"),
+    ("calibrate: {text: {text: a.txt}}", "calibrate.text: {'text': 'a.txt'} is not a list; write [{'text': 'a.txt'}]"),
+    ("calibrate: {text: [a.txt]}", "calibrate.text.0: 'a.txt' is a text without its field; write {text: a.txt}"),
+    ("calibrate: {text: [{text: a}, {txt: b}]}", "calibrate.text.1.txt: unknown key 'txt'; write 'text' (valid:"),
+    ("calibrate: {text: [{weight: 2}]}", "calibrate.text.0.text: is required"),
+    ("calibrate: {text: [{text: a, weight: 0}]}", "calibrate.text.0.weight: 0 should be greater than 0"),
+    ("calibrate: {text: [{text: a, weight: .inf}]}", "calibrate.text.0.weight: inf should be a finite number"),
+    ("calibrate: {text: [{text: a}, {text: a, weight: 2}]}", "names 'a' twice; write it once, with a larger weight"),
+    ("calibrate: {text: 'hf:'}", "names no dataset after 'hf:'; write hf:owner/name, or hf: and a folder"),
+    ("calibrate: {text: [{text: a.txt, split: test}]}", "which only a dataset has; write text: 'hf:owner/name'"),
+    (f"calibrate: {{text: {'a' * 600}}}", "has 611 bytes as JSON, more than 600; write fewer sources or shorter paths"),
     # what belongs together
     ("quantize: {format: mixed}", "needs effective_bits (4 to 8) with format 'mixed', and only with it"),
     (
@@ -100,3 +113,18 @@ def test_title(text, title):
 )
 def test_digest(first, second, same):
     assert (Recipe.parse(first).digest == Recipe.parse(second).digest) == same
+
+
+def test_a_mix_reads_back_and_a_single_text_stays_one():
+    mix = "[{text: 'hf:a/b', config: en, field: messages, weight: 3}, {text: 'hf:a/b', config: de}, {text: builtin}]"
+    recipe = Recipe.parse(f"calibrate: {{text: {mix}}}")
+    assert Recipe.parse(recipe.to_yaml()) == Recipe.parse(recipe.to_json()) == recipe
+    assert [source.title for source in recipe.calibrate.sources] == ["hf:a/b en train", "hf:a/b de train", "builtin"]
+    assert [source.dataset for source in recipe.calibrate.sources] == ["a/b", "a/b", None]
+    single = Recipe.parse("calibrate: {text: a.txt}").calibrate
+    assert single.model_dump(mode="json")["text"] == "a.txt"
+    assert [(source.text, source.weight) for source in single.sources] == [("a.txt", 1.0)]
+
+
+def test_a_recipe_without_a_mix_has_the_digest_it_had_before_there_were_mixes():
+    assert Recipe().digest == "336a21512babc2c7d59ff250b169b54a5633b371a82e2c5945d975625cbf8fcd"

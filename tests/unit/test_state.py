@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from trimtab.errors import InputError, TrimtabError
 from trimtab.hardware import TARGETS, target
 from trimtab.model import Linear, ModelFacts
 from trimtab.plan import ladder
-from trimtab.recipe import Acceptance
+from trimtab.recipe import MAX_CALIBRATION_BYTES, Acceptance, Calibration, Recipe
 from trimtab.stages import STAGES
 from trimtab.state import GOALS, MAX_STATE_BYTES, Brief, Evaluation, State
 from trimtab.statistics import Interval
@@ -113,6 +114,33 @@ def state(history: list[Brief], **fields) -> State:
 @pytest.mark.parametrize("goal", GOALS)
 def test_ten_full_attempts_fit(goal, machine):
     assert len(state(played(goal, machine, 10)).to_json().encode()) < MAX_STATE_BYTES
+
+
+def test_ten_attempts_on_the_largest_mix_fit():
+    """What all are calibrated on is written once, however it is long."""
+    mix = [{"text": f"/data/{n}/" + "x" * 43 + ".jsonl", "weight": n} for n in range(1, 8)]
+    calibrate = Calibration.parse({"text": mix, "samples": 12345})
+    assert 0.95 * MAX_CALIBRATION_BYTES < len(calibrate.to_json()) <= MAX_CALIBRATION_BYTES
+    for goal, machine in itertools.product(GOALS, TARGETS):
+        there = state(played(goal, machine, 10))
+        history = [
+            brief.model_copy(update={"recipe": brief.recipe.model_copy(update={"calibrate": calibrate})})
+            for brief in there.history
+        ]
+        there = there.model_copy(update={"history": tuple(history), "recipe": history[-1].recipe})
+        text = there.to_json()
+        assert len(text.encode()) < MAX_STATE_BYTES and text.count("jsonl") == len(mix)
+        back = State.parse(text)
+        assert [b.recipe for b in back.history] == [b.recipe for b in history] and back.recipe == there.recipe
+        assert back.baseline.recipe == there.baseline.recipe
+
+
+def test_attempts_on_different_texts_keep_their_own():
+    own = Recipe.parse("calibrate: {text: a.txt}"), Recipe(), Recipe.parse("calibrate: {text: b.txt}")
+    for recipe in own:
+        there = state([Brief(recipe=own[0], verdict=REJECTED), Brief(recipe=recipe, verdict=REJECTED)])
+        there = there.model_copy(update={"recipe": own[0]})
+        assert [brief.recipe for brief in State.parse(there.to_json()).history] == [own[0], recipe]
 
 
 def test_survives_the_trip():
