@@ -113,7 +113,7 @@ def _words(task: Any, document: dict[str, Any]) -> str:
 
 
 def _heldout(parameters: dict[str, Any]) -> str:
-    return text.read_text(parameters["heldout"], HELDOUT_TEXT)
+    return text.read_text(parameters["heldout"], HELDOUT_TEXT, field="heldout")
 
 
 def _score_items(engine: Engine, parameters: dict[str, Any], folder: Path) -> dict[str, float]:

@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from trimtab.errors import InputError
+from trimtab.runtime import documents
 
-
-def read_text(source: str, builtin: tuple[str, str]) -> str:
-    """Returns the text of a .txt or .jsonl file (the field "text" of each line), or trimtab's own.
-
-    Args:
-        source: a path, or "builtin".
-        builtin: the package and file name of trimtab's own text.
-
-    Raises:
-        InputError: the file does not exist, is empty, or a line of it has no "text".
-    """
-    if source == "builtin":
-        package, name = builtin
-        return resources.files(package).joinpath(name).read_text(encoding="utf-8")
-    path = Path(source)
-    if not path.is_file():
-        raise InputError(
-            f"text: '{source}' is not a file; write 'builtin' or the path of a .txt or .jsonl file"
-        )
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        try:
-            text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
-        except (KeyError, TypeError, json.JSONDecodeError):
-            raise InputError(
-                f"text: each line of '{source}' must be a JSON object with a field \"text\""
-            ) from None
-    if not text.strip():
-        raise InputError(f"text: '{source}' is empty")
-    return text
-
-
+#: What stands between two documents.
+SEPARATOR = "\n\n"
 CALIBRATION_TEXT = ("trimtab.runtime", "calibration.txt")
+
+
+def read_text(source: str, builtin: tuple[str, str], tokenizer: Any = None, field: str = "text") -> str:
+    """Returns the documents of a file, or trimtab's own text, as one text; see `documents.read`."""
+    return SEPARATOR.join(documents.read(source, builtin, tokenizer, field))
 
 
 def windows(tokenizer: Any, text: str, length: int, count: int, seed: int | None = None) -> torch.Tensor:
@@ -56,17 +29,31 @@ def windows(tokenizer: Any, text: str, length: int, count: int, seed: int | None
         InputError: the text has too few tokens.
     """
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.int64)
+    return cut(tokens, length, count, seed)
+
+
+def cut(
+    tokens: torch.Tensor, length: int, count: int, seed: int | None = None, field: str = "text"
+) -> torch.Tensor:
+    """Cuts `tokens` [any] into windows and returns `count` of them, [count, length], chosen as `windows` does.
+
+    What is cut with the same numbers and seed is cut alike, so a row of labels of the tokens stays with them.
+
+    Raises:
+        InputError: too few tokens; begins with `field`.
+    """
     available = len(tokens) // length
     if available < count:
+        have = f"{len(tokens):,} token{'s give' if len(tokens) != 1 else ' gives'}"
         raise InputError(
-            f"text: {len(tokens):,} tokens give {available} windows of {length}, {count} are asked for; "
+            f"{field}: {have} {available} windows of {length}, {count} are needed; "
             f"give more text, fewer samples or a shorter length"
         )
-    cut = tokens[: available * length].reshape(available, length)
+    chosen = tokens[: available * length].reshape(available, length)
     if seed is None:
-        return cut[:count]
+        return chosen[:count]
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
-    return cut[order[:count]]
+    return chosen[order[:count]]
 
 
 def shared_sequences(first: str, second: str, words: int = 13) -> list[str]:
