@@ -62,10 +62,13 @@ def run(state_json: str, page: Any, metrics: Any) -> str:
     )
     filed = {"baseline": brief} if state.attempt == 0 else {"history": (*state.history, brief)}
     state = state.model_copy(update={"verdict": result, "seconds": seconds, **filed})
-    Path(page.path).write_text(
-        report.attempt_html(state, kernels=judge.read("kernels.json"), layers=judge.read("layers.json")),
-        encoding="utf-8",
+    shown = report.attempt_html(
+        state,
+        kernels=judge.read("kernels.json"),
+        layers=judge.read("layers.json"),
+        calibration=judge.read("calibration.json"),
     )
+    Path(page.path).write_text(shown, encoding="utf-8")
     stages.log_metrics(metrics, _numbers(result))
     progress.report("validate", f"{result.outcome}: {result.reason}")
     return _filed(state, result).to_json()
@@ -204,8 +207,9 @@ class _Judge:
         return evidence.confirm(self.store, self.trees, self.state.recipe, result, self.state.max_attempts)
 
     def read(self, name: str) -> Any:
-        """Returns a JSON file of what was measured for the page, or None."""
-        for tree in self.trees.values():
+        """Returns a JSON file of what was measured or calibrated on, for the page, or None."""
+        calibration = self.state.trees.get("calibration")
+        for tree in (*self.trees.values(), *([calibration] if calibration else [])):
             path = self.store.get(tree) / name
             if path.exists():
                 return json.loads(path.read_text(encoding="utf-8"))

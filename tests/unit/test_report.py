@@ -224,6 +224,17 @@ LAYERS = [
     {"layer": f"model.layers.{i}.self_attn.q_proj", "relative_error": 0.01 * i, "cosine": 1 - 0.0005 * i}
     for i in range(30)
 ]
+CALIBRATION = {
+    "samples": 1024,
+    "length": 2048,
+    "tokens": 2_097_152,
+    "vocabulary_coverage": 0.3456,
+    "document_tokens": {"p10": 41, "median": 512, "p90": 7321},
+    "sources": [
+        {"source": "hf:owner/name train", "samples": 768, "documents": 612, "tokens_available": 6_300_000},
+        {"source": "notes.txt", "samples": 256, "documents": 1, "tokens_available": 812_345},
+    ],
+}
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
@@ -400,7 +411,9 @@ def test_hostile_text_is_escaped(render):
 def test_hostile_kernels_and_layers_are_escaped():
     kernels = {HOSTILE: {"kernel": HOSTILE, "emulated": True}}
     layers = [{"layer": HOSTILE, "relative_error": 0.1, "cosine": 0.9}]
-    assert "<script" not in attempt_html(RELEASED, kernels, layers)
+    calibration = {**CALIBRATION, "sources": [{**CALIBRATION["sources"][0], "source": HOSTILE}]}
+    text = attempt_html(RELEASED, kernels, layers, calibration)
+    assert "<script" not in text and Page(text).text.count("<script>alert") == 4
 
 
 def test_hostile_text_does_not_steer_markdown_or_terminal():
@@ -408,6 +421,15 @@ def test_hostile_text_does_not_steer_markdown_or_terminal():
     assert "<script" not in told and not re.search(r"(?<!\\)\[x", told)
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in told.splitlines() if line.startswith("|")}) == 1
     assert "\x1b" not in printed(hostile(RELEASED))
+
+
+def test_an_attempt_shows_what_it_was_calibrated_on():
+    text = " ".join(Page(attempt_html(RELEASED, calibration=CALIBRATION)).text.split())
+    for shown in ("hf:owner/name train", "768", "612", "6,300,000", "notes.txt", "256", "812,345"):
+        assert shown in text, shown
+    assert "1,024 samples of 2,048 tokens, in which 34.6 % of the vocabulary occurs." in text
+    assert "Length of a document in tokens: median 512, p10 41, p90 7,321." in text
+    assert "Calibration data" not in attempt_html(RELEASED)
 
 
 def test_an_attempt_shows_intervals_kernels_and_the_worst_layers():

@@ -54,13 +54,16 @@ def attempt_html(
     state: State,
     kernels: Mapping[str, Mapping[str, Any]] | None = None,
     layers: Sequence[Mapping[str, Any]] | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> str:
-    """Returns the page of the current attempt: verdict, intervals, measurements, kernels, layers, trees.
+    """Returns the page of the current attempt: verdict, intervals, measurements, kernels, layers, data, trees.
 
     Args:
         state: `recipe`, `verdict`, `trees` and `seconds` are of the attempt.
         kernels: layer → {"kernel": name, "emulated": bool}.
         layers: {"layer", "relative_error", "cosine"} of each, source against dequantised weights.
+        calibration: the report of what the attempt was calibrated on: `sources`, `samples`, `length` and
+            `document_tokens` in tokens, `vocabulary_coverage` as a share.
     """
     verdict = state.verdict
     baseline = state.baseline.verdict if state.baseline and state.attempt else None
@@ -78,6 +81,7 @@ def attempt_html(
         kernels=_kernels(kernels or {}),
         layer_count=len(layers or ()),
         layers=sorted(layers or (), key=lambda layer: layer["relative_error"], reverse=True)[:WORST_LAYERS],
+        calibration=calibration,
         trees=[(name, tree) for name, tree in {"model": state.model, **state.trees}.items()],
     )
 
