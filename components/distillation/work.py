@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from trimtab import progress
+from trimtab import files, progress
 from trimtab.components.distillation.loss import distillation_loss
 from trimtab.errors import Failure
 from trimtab.recipe import Distillation
@@ -38,7 +38,7 @@ def distill(
         Failure: `training_diverged`, a loss that is not finite; names the step.
         InputError: too little text for the held-out windows and one batch.
     """
-    settings = Distillation.model_validate(parameters)
+    settings = Distillation.model_validate(files.without(parameters))
     student, tokenizer = checkpoints.load(Path(checkpoint), torch.float32)
     teacher, _ = checkpoints.load(Path(model), torch.float32)
     data = _Data(tokenizer, settings)
@@ -63,7 +63,7 @@ class _Data:
     """Windows of text: the first are held out, the rest are shuffled by epoch with the recipe's seed."""
 
     def __init__(self, tokenizer: Any, settings: Distillation):
-        source = text.read_text(settings.text, text.CALIBRATION_TEXT)
+        source = text.read_text(settings.text, text.CALIBRATION_TEXT, tokenizer, "distill.text")
         available = len(tokenizer(source, add_special_tokens=False).input_ids) // settings.length
         least = HELDOUT_WINDOWS + settings.batch_size
         windows = text.windows(tokenizer, source, settings.length, max(available, least))

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab import child, progress
+from trimtab import child, files, progress
 from trimtab.errors import Failure
-from trimtab.recipe import DepthPruning, Recipe
+from trimtab.recipe import DepthPruning, Recipe, Source
 from trimtab.schema import digest
 from trimtab.state import State
 from trimtab.store import Store, open_store
@@ -84,7 +84,15 @@ def _part(name: str) -> Callable[[Recipe], dict[str, Any]]:
 
 def _calibrate(name: str, wanted: Callable[[Recipe], bool]) -> Stage:
     work = "trimtab.components.calibration.work:calibrate"
-    return Stage(name, work, ("checkpoint",), "calibration", wanted, _part("calibrate"))
+    return Stage(name, work, ("checkpoint",), "calibration", wanted, _calibration_data, version=2)
+
+
+def _calibration_data(recipe: Recipe) -> dict[str, Any]:
+    return files.with_files(_part("calibrate")(recipe), recipe.calibrate.sources)
+
+
+def _distillation_data(recipe: Recipe) -> dict[str, Any]:
+    return files.with_files(_part("distill")(recipe), [Source(text=recipe.distill.text)])
 
 
 #: In the order of an attempt. `recalibrate` is `calibrate` on what prune and distill left: the same key, and
@@ -108,7 +116,7 @@ STAGES: dict[str, Stage] = {
             inputs=("checkpoint", "model"),
             output="checkpoint",
             wanted=lambda recipe: recipe.distill is not None,
-            parameters=_part("distill"),
+            parameters=_distillation_data,
         ),
         _calibrate("recalibrate", _needs_calibrated_scales),
         Stage(

@@ -95,6 +95,29 @@ def test_the_name_of_a_stage_is_not_part_of_its_key(store, tmp_path):
     assert STAGES["calibrate"].key({}, inputs) == STAGES["recalibrate"].key({}, inputs)
 
 
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("calibrate", "{{calibrate: {{text: {file}}}, quantize: {{format: fp8}}}}"),
+        ("recalibrate", "{{calibrate: {{text: [{{text: builtin}}, {{text: {file}}}]}}, quantize: {{format: fp8}}}}"),
+        ("calibrate", "{{calibrate: {{text: 'hf:{folder}'}}, quantize: {{format: fp8}}}}"),
+        ("distill", "distill: {{tokens: 99, text: {file}}}"),
+    ],
+)
+def test_an_edited_text_is_another_input(name, recipe, state, worked, tmp_path):
+    """The path is the same; the content decides whether the result is found."""
+    (tmp_path / "texts").mkdir()
+    file = tmp_path / "texts" / "a.txt"
+    begun = state(recipe.format(file=file, folder=file.parent))
+    hits = []
+    for content in ("one", "one", "two", "one", None, None):
+        file.write_text(content) if content else file.unlink(missing_ok=True)
+        needed = stages.accelerators(begun)[name]
+        hits.append(stages.advance(name, begun)[1].hit)
+        assert needed == ("0" if hits[-1] else "1")
+    assert hits == [False, True, False, True, False, True] and len(worked) == 3
+
+
 def test_a_stage_runs_once(state, worked, store):
     first, result = stages.advance("quantize", state("quantize: {format: int8_wo}"))
     assert not result.hit and result.metrics == {"loss": 1.5, "peak_memory_bytes": 1000}

@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from trimtab import stages
 from trimtab.components.calibration.work import calibrate
 from trimtab.components.validation import measure
 from trimtab.components.validation.suite import loading
 from trimtab.errors import InputError
+from trimtab.recipe import Recipe
 from trimtab.runtime import checkpoint, text
 
 
@@ -55,10 +57,26 @@ def test_every_linear_layer_is_measured(model, statistics):
         assert (statistics[f"{layer.name}.second_moment"] >= 0).all()
 
 
-def test_what_is_written_down(calibration, tokens):
-    metrics = json.loads((calibration / "calibration.json").read_text())
-    assert tokens.shape == (4, 32) and metrics["samples"] == 4 and metrics["tokens"] == 128
-    assert metrics["vocabulary_coverage"] == pytest.approx(len(tokens.unique()) / 300, rel=0.1)
+def test_what_is_written_down(model, calibration, tokens):
+    report = json.loads((calibration / "calibration.json").read_text())
+    assert tokens.shape == (4, 32) and (report["samples"], report["length"], report["tokens"]) == (4, 32, 128)
+    assert report["vocabulary_coverage"] == pytest.approx(len(tokens.unique()) / 300)
+    assert [line["source"] for line in report["sources"]] == ["builtin"]
+    decoded = checkpoint.load_tokenizer(model).batch_decode(tokens)
+    assert (calibration / "text.txt").read_text() == "\n\n".join(decoded), "what the check of overlap reads"
+
+
+def test_the_work_takes_the_parameters_of_its_key(model, tmp_path):
+    """A mix as JSON, and the digests of its files."""
+    (tmp_path / "a.txt").write_text("A text of its own, which is long enough for one window of the tiny tokenizer.")
+    mix = [{"text": "builtin"}, {"text": str(tmp_path / "a.txt")}]
+    (tmp_path / "output").mkdir()
+    recipe = Recipe.parse({"calibrate": {"samples": 2, "length": 32, "text": mix}})
+    parameters = stages.STAGES["calibrate"].parameters(recipe)
+    assert "files" in parameters
+    metrics = calibrate(str(model), str(tmp_path / "output"), "", parameters)
+    assert {name: metrics[name] for name in ("samples", "tokens")} == {"samples": 2, "tokens": 64}
+    assert "A text of its own" in (tmp_path / "output" / "text.txt").read_text()
 
 
 @pytest.mark.parametrize(("seed", "same"), [(0, True), (1, False)])

@@ -14,6 +14,8 @@ from trimtab.components.distillation import work
 from trimtab.components.distillation.loss import distillation_loss
 from trimtab.components.pruning.work import prune
 from trimtab.errors import Failure, InputError
+from trimtab.recipe import Distillation
+from trimtab.runtime.checkpoint import load_tokenizer
 
 #: Two tokens, a vocabulary of two; logits that are logarithms of probabilities.
 STUDENT = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
@@ -126,10 +128,22 @@ def test_too_little_text(student, model, tmp_path):
         distill(student, model, tmp_path, text=str(tmp_path / "short.txt"))
 
 
-def test_batches_are_a_function_of_the_step(model):
-    from trimtab.recipe import Distillation
-    from trimtab.runtime.checkpoint import load_tokenizer
+def test_conversations_are_written_with_the_chat_template(model, tmp_path):
+    tokenizer = load_tokenizer(model)
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "Where is the mill?"}]}\n' * 100)
+    settings = Distillation(**SETTINGS, text=str(path))
+    with pytest.raises(InputError, match="distill.text: line 1 of .* the model's tokenizer has no chat template"):
+        work._Data(tokenizer, settings)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    assert "<user>Where is the mill?" in tokenizer.decode(work._Data(tokenizer, settings).training[0])
 
+
+def test_the_work_takes_the_digests_of_its_files(student, model, tmp_path):
+    assert distill(student, model, tmp_path, files={"a.txt": "0" * 64})[0]["steps"] == 6
+
+
+def test_batches_are_a_function_of_the_step(model):
     data = work._Data(load_tokenizer(model), Distillation(**SETTINGS))
     per_epoch = len(data.training) // 4
     first = torch.cat([data.batch(step) for step in range(per_epoch)])
