@@ -126,6 +126,9 @@ def test_the_table_and_the_report(finished):
     (page,) = [Path(line.split()[1]) for line in out.splitlines() if line.startswith("report")]
     told = page.read_text()
     assert "<html" in told and "-1 blocks + distill 1,024 tokens + int4_awq" in told
+    pages = [page.read_text() for page in sorted((command.folder / "runs-1").glob("*/*/validate*/report"))]
+    calibrated = ["4 samples of 64 tokens, in which" in page for page in pages]
+    assert calibrated == [False, True, True, False]  # the baseline and int4_rtn read no activations
 
 
 def test_progress_is_shown_while_it_works(finished):

@@ -112,7 +112,7 @@ def test_messages_are_written_with_the_chat_template(tokenizer, write):
         ([1], 8, [8]),
         ([3, 1], 8, [6, 2]),
         ([1, 1, 1], 8, [3, 3, 2]),  # equal remainders: the first come first
-        ([0.1, 0.2, 0.7], 10, [1, 2, 7]),  # decimals are exact, not 0.1000000000000000055
+        ([0.7, 0.1, 0.2], 15, [11, 1, 3]),  # quotas 10.5, 1.5, 3: decimals are exact, not 0.1000000000000000055
         ([0.5, 0.3, 0.2], 5, [3, 1, 1]),  # quotas 2.5, 1.5, 1
         ([1, 1, 100], 3, [1, 1, 1]),
         ([100, 1], 4, [3, 1]),
@@ -191,8 +191,12 @@ def test_only_as_much_as_is_needed_is_read(tokenizer, dataset):
 
 
 def test_the_rows_are_drawn_from_all_over_the_buffer(tokenizer, dataset):
-    stream = named.stream(Source(text=dataset), tokenizer, 0)
-    found = [int(document.split()[1]) for document in islice(stream, 200)]
+    def first(seed: int) -> list[int]:
+        stream = named.stream(Source(text=dataset), tokenizer, seed)
+        return [int(document.split()[1]) for document in islice(stream, 200)]
+
+    found = first(0)
+    assert found == first(0) != first(1)
     assert len(set(found)) == 200 and max(found) > 500 and found != sorted(found)
     assert not [n for n in found if n % 10 == 0], "rows without text are passed over"
 
