@@ -5,7 +5,7 @@ Each verdict rules recipes out, and stays in force for the whole run:
 | failure class | rules out, beside the recipe itself |
 |---|---|
 | accuracy, perplexity, indeterminate | every recipe that takes as much away in every respect (`_risk`) |
-| kv_cache_accuracy | every recipe with a quantized KV cache |
+| kv_cache_accuracy | every recipe whose KV cache is quantized as much or more |
 | no_gain | every recipe that is in no respect more ambitious (`_ambition`) |
 | does_not_fit | every recipe that needs as much memory in every respect (`_footprint`) |
 | unsupported, export_damaged, degenerate_output | the same format (with a quantized KV cache: that pair) |
@@ -42,6 +42,8 @@ _TOO_HARSH = ("accuracy", "perplexity", "indeterminate")
 _BITS = {"bf16": 16.0, "int8_wo": 8.0, "int8_sq": 8.0, "fp8": 8.0, "int4_rtn": 4.0, "int4_awq": 4.0}
 #: How much a format takes away, in the order of `trimtab.plan.EXPECTATIONS`; `mixed` lies between.
 _HARSHNESS = {"bf16": 0.0, "int8_wo": 1.0, "fp8": 2.0, "int8_sq": 3.0, "int4_awq": 9.0, "int4_rtn": 10.0}
+#: How much a KV cache takes away, which is in the same order how much it saves.
+_KV_CACHE = {"none": 0, "fp8": 1, "int8": 1, "nvfp4": 2}
 
 
 def next_recipe(ladder: Sequence[Rung], history: Sequence[Brief]) -> tuple[Rung | None, str]:
@@ -78,7 +80,7 @@ _DIRECTION = {
     "accuracy": "which takes less away",
     "perplexity": "which takes less away",
     "indeterminate": "which takes less away",
-    "kv_cache_accuracy": "which leaves the KV cache in 16 bits",
+    "kv_cache_accuracy": "which takes less from the KV cache",
     "no_gain": "which gains in another way",
     "export_damaged": "in another format",
     "degenerate_output": "in another format",
@@ -105,6 +107,10 @@ def _blocks(recipe: Recipe) -> int:
     return recipe.prune.blocks if isinstance(recipe.prune, DepthPruning) else 0
 
 
+def _kv(recipe: Recipe) -> int:
+    return _KV_CACHE[_quantize(recipe).kv_cache]
+
+
 def _bits(recipe: Recipe) -> float:
     quantize = _quantize(recipe)
     return quantize.effective_bits or _BITS[quantize.format]
@@ -118,25 +124,22 @@ def _risk(recipe: Recipe) -> tuple[float, ...]:
     group = quantize.group_size if _bits(recipe) < 8 else 0
     # Teaching repairs what pruning broke; where nothing was pruned, nothing is as good.
     untaught = (-recipe.distill.tokens if recipe.distill else 0) if recipe.prune else -math.inf
-    kv = quantize.kv_cache != "none"
-    return harsh, kv, _blocks(recipe), sparsity, group, untaught, -len(quantize.exclude)
+    return harsh, _kv(recipe), _blocks(recipe), sparsity, group, untaught, -len(quantize.exclude)
 
 
 def _ambition(recipe: Recipe) -> tuple[float, ...]:
     """What the recipe saves, each respect apart; more is better at the goal. Sparsity saves nothing."""
     quantize = _quantize(recipe)
     arithmetic = quantize.format in ("fp8", "int8_sq")
-    kv = quantize.kv_cache != "none"
-    return -_bits(recipe), arithmetic, kv, _blocks(recipe), -len(quantize.exclude)
+    return -_bits(recipe), arithmetic, _kv(recipe), _blocks(recipe), -len(quantize.exclude)
 
 
 def _footprint(recipe: Recipe) -> tuple[float, ...]:
     """What the recipe needs of each device's memory, each respect apart."""
     quantize, engine = _quantize(recipe), recipe.engine
     devices = engine.tensor_parallel_size * engine.pipeline_parallel_size
-    kv = quantize.kv_cache == "none"
     kept = len(quantize.exclude)
-    return (_bits(recipe), kv, -_blocks(recipe), kept, engine.max_batch_size, engine.max_seq_len,
+    return (_bits(recipe), -_kv(recipe), -_blocks(recipe), kept, engine.max_batch_size, engine.max_seq_len,
             engine.max_num_tokens, -devices, bool(recipe.distill))  # fmt: skip
 
 
@@ -150,7 +153,7 @@ def _rules_out(brief: Brief, recipe: Recipe) -> bool:
     if cause in _TOO_HARSH:
         return _at_least(_risk(recipe), _risk(failed))
     if cause == "kv_cache_accuracy":
-        return _quantize(recipe).kv_cache != "none"
+        return _kv(recipe) >= max(1, _kv(failed))
     if cause == "no_gain":
         return _at_least(_ambition(failed), _ambition(recipe))
     if cause == "does_not_fit":
@@ -177,7 +180,7 @@ def _change(recipe: Recipe, part: str, **fields: object) -> Recipe:
 def _remedies(last: Brief, history: Sequence[Brief], ladder: Sequence[Rung]) -> Iterator[tuple[Recipe, str]]:
     """Yields recipes made from the failed one that are nearer than the next rung, nearest first."""
     recipe, cause = last.recipe, _cause(last)
-    engine, kv = recipe.engine, _quantize(recipe).kv_cache != "none"
+    engine, kv = recipe.engine, _kv(recipe) > 0
     earlier = [brief.recipe for brief in history if brief is not last and _cause(brief) == cause]
     if cause in ("kv_cache_accuracy", "degenerate_output", "unsupported") and kv:
         plain = _change(recipe, "quantize", kv_cache="none")

@@ -11,7 +11,8 @@ What a back end runs on which compute capability, and where that is said:
   `_weight_int8pack_mm` (CUDA since pytorch#159325). The only back end for `int4_rtn`, and for `mixed`: a
   MIXED_PRECISION checkpoint of INT4 and INT8 weights has no other reader, because TensorRT-LLM's matrix has
   no INT8 weights at all and vLLM reads ModelOpt's FP8 and NVFP4 only.
-- `trtllm`: the matrix of TensorRT-LLM's docs/source/features/quantization.md.
+- `trtllm`: the matrix of TensorRT-LLM's docs/source/features/quantization.md. Its NVFP4 KV cache is that of
+  10.0 and 10.3; consumer Blackwell (12.0) has none (TensorRT-LLM issue #10241). Its KvCacheConfig has no INT8.
 - `trtllm-legacy`: the support matrix of TensorRT-LLM 0.18 (INT8 and INT4 up to compute capability 9.0).
 - `vllm`: FP8 from ModelOpt's unified checkpoint. (vLLM also runs FP8 files on Ampere, as weight-only Marlin
   kernels. That is another computation than the one that was calibrated, so trimtab does not offer it.)
@@ -28,7 +29,7 @@ from pathlib import Path
 
 from trimtab.errors import InputError, nearest
 from trimtab.model import Linear, ModelFacts
-from trimtab.recipe import DepthPruning, Quantization, Recipe
+from trimtab.recipe import DepthPruning, KVCache, Quantization, Recipe
 from trimtab.schema import Document
 
 GB = 10**9
@@ -53,8 +54,19 @@ _CUDA_FORMATS: dict[str, dict[str, tuple[tuple[int, int], tuple[int, int]]]] = {
     },
     "vllm": {"bf16": ((8, 0), (99, 0)), "fp8": ((8, 9), (99, 0))},
 }  # fmt: skip
-#: TensorRT-LLM's PyTorch back end serves an FP8 KV cache on Ampere too; `torch` has none in this version.
-_CUDA_FP8_KV = {"trtllm": (8, 0), "trtllm-legacy": (8, 9), "vllm": (8, 9)}
+#: back end -> format of the KV cache -> the compute capabilities, first and last, that serve it. TensorRT-LLM's
+#: PyTorch back end serves FP8 on Ampere too.
+_CUDA_KV_CACHES: dict[str, dict[str, tuple[tuple[int, int], tuple[int, int]]]] = {
+    "trtllm": {"fp8": ((8, 0), (99, 0)), "nvfp4": ((10, 0), (10, 3))},
+    "trtllm-legacy": {"fp8": ((8, 9), (99, 0)), "int8": ((8, 0), (9, 0))},
+    "vllm": {"fp8": ((8, 9), (99, 0))},
+}
+#: `torch` rounds keys and values where attention reads them and stores them in 16 bits, on every device.
+_EMULATED_KV_CACHES = {"torch": tuple(form for form in KVCache.__args__ if form != "none")}
+#: Back ends that can run an export with its KV cache in 16 bits, so that it can be judged apart from the weights.
+SWITCHES_KV_CACHE = ("torch",)
+#: Numbers along a head that share a scale in an NVFP4 KV cache.
+NVFP4_BLOCK = 16
 _CPU_FORMATS = ("bf16", "int8_wo", "int8_sq", "int4_rtn", "int4_awq", "mixed")
 #: TensorRT-LLM's fine-grained INT4 kernels know two group sizes; PyTorch's know all three.
 _BACKEND_GROUP_SIZES = {"torch": (128, 64, 32), "trtllm": (128, 64), "trtllm-legacy": (128, 64), "vllm": ()}
@@ -66,6 +78,7 @@ class Hardware(Document):
     `memory_bytes` is what the device has; `bandwidth` in bytes/s, None where it is not known (cpu);
     `compute_capability` None means that it is no CUDA device. `formats` and `kv_caches` say for each back end
     what runs natively there; `emulated` says what runs only by dequantising: slow, but it judges accuracy.
+    `emulated_kv_caches` says the same of KV caches, which then take 16 bits.
     """
 
     name: str
@@ -75,6 +88,7 @@ class Hardware(Document):
     formats: dict[str, tuple[str, ...]]
     kv_caches: dict[str, tuple[str, ...]]
     emulated: dict[str, tuple[str, ...]] = {}
+    emulated_kv_caches: dict[str, tuple[str, ...]] = _EMULATED_KV_CACHES
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -89,16 +103,17 @@ class Hardware(Document):
         """Whether the recipe's format is judged by emulation on this target."""
         return _format(recipe) in self.emulated.get(recipe.engine.backend, ())
 
+    def is_kv_cache_emulated(self, recipe: Recipe) -> bool:
+        """Whether the recipe's KV cache is judged by emulation on this target."""
+        return _kv_cache(recipe) in self.emulated_kv_caches.get(recipe.engine.backend, ())
+
 
 def _gpu(name: str, memory_gb: int, bandwidth_gb: float, capability: tuple[int, int]) -> Hardware:
-    formats = {
-        backend: tuple(form for form, (first, last) in table.items() if first <= capability <= last)
-        for backend, table in _CUDA_FORMATS.items()
-    }
-    kv_caches = {
-        backend: ("none", "fp8") if capability >= _CUDA_FP8_KV.get(backend, (99, 0)) else ("none",)
-        for backend in formats
-    }
+    def runs(table: dict[str, tuple[tuple[int, int], tuple[int, int]]]) -> tuple[str, ...]:
+        return tuple(form for form, (first, last) in table.items() if first <= capability <= last)
+
+    formats = {backend: runs(table) for backend, table in _CUDA_FORMATS.items()}
+    kv_caches = {backend: ("none", *runs(_CUDA_KV_CACHES.get(backend, {}))) for backend in formats}
     return Hardware(name=name, memory_bytes=memory_gb * GB, bandwidth=bandwidth_gb * GB,
                     compute_capability=capability, formats=formats, kv_caches=kv_caches)  # fmt: skip
 
@@ -162,6 +177,7 @@ def check(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> str | None:
     return (
         _check_backend(recipe, hardware)
         or _check_format(recipe, hardware)
+        or _check_kv_cache(recipe, hardware, facts)
         or _check_blocks(recipe, facts)
         or _check_parallelism(recipe, facts)
         or _check_group_size(recipe, hardware, facts)
@@ -170,6 +186,10 @@ def check(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> str | None:
 
 def _format(recipe: Recipe) -> str:
     return recipe.quantize.format if recipe.quantize else "bf16"
+
+
+def _kv_cache(recipe: Recipe) -> str:
+    return recipe.quantize.kv_cache if recipe.quantize else "none"
 
 
 def _check_backend(recipe: Recipe, hardware: Hardware) -> str | None:
@@ -197,15 +217,38 @@ def _check_format(recipe: Recipe, hardware: Hardware) -> str | None:
             f"quantize.format: {backend} does not serve {name} on {hardware.name}; "
             f"write one of: {served}{hint}"
         )
-    if recipe.quantize and recipe.quantize.kv_cache not in hardware.kv_caches[backend]:
-        return (
-            f"quantize.kv_cache: {backend} has no {recipe.quantize.kv_cache} KV cache on {hardware.name}; "
-            f"write 'none'"
-        )
-    # TensorRT-LLM issue #1113: this pair asserts in the engine build.
-    if backend == "trtllm-legacy" and name == "int8_wo" and recipe.quantize.kv_cache == "fp8":
-        return "quantize.kv_cache: trtllm-legacy cannot build int8_wo with an fp8 KV cache; write 'none'"
     return None
+
+
+def _check_kv_cache(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> str | None:
+    backend, kv_cache = recipe.engine.backend, _kv_cache(recipe)
+    served = hardware.kv_caches[backend]
+    if kv_cache not in served and not hardware.is_kv_cache_emulated(recipe):
+        remedy = f"write one of: {', '.join(served)}" if len(served) > 1 else "write 'none'"
+        elsewhere = [other for other in hardware.backends if kv_cache in hardware.kv_caches[other]]
+        hint = f", or engine.backend: {elsewhere[0]}" if elsewhere else ""
+        needed = _CUDA_KV_CACHES.get(backend, {}).get(kv_cache)
+        if needed and hardware.compute_capability:
+            (major, minor), (low, high) = hardware.compute_capability, needed
+            return (
+                f"quantize.kv_cache: {backend} serves {kv_cache} on compute capability {_range(low, high)} and "
+                f"{hardware.name} has {major}.{minor}; {remedy}{hint}"
+            )
+        return f"quantize.kv_cache: {backend} serves no {kv_cache} KV cache on {hardware.name}; {remedy}{hint}"
+    # TensorRT-LLM issue #1113: this pair asserts in the engine build.
+    if backend == "trtllm-legacy" and _format(recipe) == "int8_wo" and kv_cache == "fp8":
+        return "quantize.kv_cache: trtllm-legacy cannot build int8_wo with an fp8 KV cache; write 'none'"
+    if kv_cache == "nvfp4" and facts.head_dim % NVFP4_BLOCK:
+        return (
+            f"quantize.kv_cache: nvfp4 has a scale for each {NVFP4_BLOCK} numbers of a head, which do not divide "
+            f"this model's {facts.head_dim}; write 'fp8'"
+        )
+    return None
+
+
+def _range(first: tuple[int, int], last: tuple[int, int]) -> str:
+    start = ".".join(map(str, first))
+    return f"{start} or later" if last[0] == 99 else f"{start} to {'.'.join(map(str, last))}"
 
 
 def _check_blocks(recipe: Recipe, facts: ModelFacts) -> str | None:

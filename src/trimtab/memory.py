@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
-from trimtab.hardware import GB, Hardware, quantized_layers, removed_blocks
+from trimtab.hardware import GB, NVFP4_BLOCK, Hardware, quantized_layers, removed_blocks
 from trimtab.model import ModelFacts
 from trimtab.recipe import Recipe
 from trimtab.schema import Document
+
+#: Bytes of one number in the KV cache. NVFP4 has four bits, and a one-byte scale for each 16 numbers.
+KV_CACHE_BYTES = {"none": 2.0, "fp8": 1.0, "int8": 1.0, "nvfp4": 0.5 + 1 / NVFP4_BLOCK}
 
 
 class Memory(Document):
@@ -60,11 +63,14 @@ def weight_bytes(facts: ModelFacts, recipe: Recipe) -> tuple[int, int]:
 
 
 def kv_bytes_per_token(facts: ModelFacts, recipe: Recipe) -> int:
-    """Returns the bytes of K and V of one token on one device: 2 x blocks x KV heads x head_dim x bytes."""
+    """Returns the bytes of K and V of one token on one device: 2 x blocks x KV heads x head_dim x bytes.
+
+    One scale a layer is not counted. Where the format is only emulated the cache holds 16 bits: see `memory`.
+    """
     heads = math.ceil(facts.kv_heads / recipe.engine.tensor_parallel_size)
     blocks = math.ceil((facts.layers - removed_blocks(recipe)) / recipe.engine.pipeline_parallel_size)
-    fp8 = recipe.quantize is not None and recipe.quantize.kv_cache == "fp8"
-    return 2 * blocks * heads * facts.head_dim * (1 if fp8 else 2)
+    each = KV_CACHE_BYTES[recipe.quantize.kv_cache if recipe.quantize else "none"]
+    return math.ceil(2 * blocks * heads * facts.head_dim * each)
 
 
 def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
@@ -74,10 +80,11 @@ def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
     and lm_head are counted whole on each device. Activations are an estimate: for the tokens of one step,
     four hidden vectors and three intermediate ones in 16 bits (one block at a time), and the logits of one
     token for each sequence in 32 bits; for `torch`, which computes long inputs so, one dequantised layer too.
-    A format that is emulated is held in 16 bits. Training memory (distillation) is not counted.
+    Weights or a KV cache in a format that is emulated are held in 16 bits. Training memory (distillation) is
+    not counted.
     """
     engine = recipe.engine
-    served = recipe.model_copy(update={"quantize": None}) if hardware.is_emulated(recipe) else recipe
+    served = _as_held(recipe, hardware)
     linears, rest = weight_bytes(facts, served)
     left = facts.layers - removed_blocks(recipe)
     stage = math.ceil(left / engine.pipeline_parallel_size) / left
@@ -89,7 +96,7 @@ def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
         activations += 2 * max((layer.parameters for layer in facts.linears), default=0)
     return Memory(
         weights=round(linears * stage / engine.tensor_parallel_size) + rest,
-        kv_cache=engine.max_batch_size * length * kv_bytes_per_token(facts, recipe),
+        kv_cache=engine.max_batch_size * length * kv_bytes_per_token(facts, served),
         activations=activations,
         available=hardware.memory_bytes,
         kv_cache_fraction=engine.kv_cache_fraction,
@@ -99,4 +106,12 @@ def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
 def max_context_tokens(facts: ModelFacts, recipe: Recipe, hardware: Hardware, weights: int) -> int:
     """Returns how many tokens of KV cache fit beside `weights` bytes of a measured artifact."""
     free = int((hardware.memory_bytes - weights) * recipe.engine.kv_cache_fraction)
-    return max(0, free) // kv_bytes_per_token(facts, recipe)
+    return max(0, free) // kv_bytes_per_token(facts, _as_held(recipe, hardware))
+
+
+def _as_held(recipe: Recipe, hardware: Hardware) -> Recipe:
+    """Returns the recipe with what the target only emulates in 16 bits."""
+    changes = {"format": "bf16", "effective_bits": None} if hardware.is_emulated(recipe) else {}
+    if hardware.is_kv_cache_emulated(recipe):
+        changes["kv_cache"] = "none"
+    return recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update=changes)}) if changes else recipe

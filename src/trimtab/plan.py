@@ -122,16 +122,19 @@ def _users_own(recipe: Recipe, facts: ModelFacts, hardware: Hardware) -> Rung:
     why = "the recipe that the user gave"
     if hardware.is_emulated(recipe):
         why += f"; judged by emulation, because {hardware.name} does not compute in {recipe.quantize.format}"
+    if hardware.is_kv_cache_emulated(recipe):
+        why += f"; its KV cache in {recipe.quantize.kv_cache} is judged by emulation and takes 16 bits here"
     return Rung(recipe=recipe, why=why)
 
 
 def _place(goal: str, recipe: Recipe, facts: ModelFacts, hardware: Hardware) -> tuple[Recipe | None, str]:
     """Gives a recipe its engine: the goal's limits, then a smaller batch, a shorter context, more devices.
 
-    Returns the recipe and a note for its reason; or None, and why nothing fits. An emulated format is placed
-    only when the user asks for it: it judges accuracy and makes nothing smaller or faster.
+    Returns the recipe and a note for its reason; or None, and why nothing fits. An emulated format, of weights
+    or of the KV cache, is placed only when the user asks for it: it judges accuracy and makes nothing smaller
+    or faster.
     """
-    if hardware.is_emulated(recipe):
+    if hardware.is_emulated(recipe) or hardware.is_kv_cache_emulated(recipe):
         return None, f"{recipe.title}: only emulated on {hardware.name}"
     reason = ""
     for engine in _engines(goal, recipe, facts):

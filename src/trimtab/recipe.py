@@ -13,6 +13,8 @@ Count = Annotated[int, Field(ge=1)]
 
 #: Formats of weights and activations, by the names of the recipe.
 Format = Literal["bf16", "int8_wo", "int8_sq", "fp8", "int4_rtn", "int4_awq", "mixed"]
+#: Formats of the KV cache; "none" leaves it in 16 bits.
+KVCache = Literal["none", "fp8", "int8", "nvfp4"]
 
 
 #: The most bytes of JSON that a recipe's `calibrate` may take: it travels in the state, which must stay small.
@@ -136,13 +138,15 @@ class Quantization(Document):
 
     `group_size` counts the weights of one row that share a scale (INT4 formats). `effective_bits` is the
     mean over the weights that are quantized, for `mixed`, which gives each layer one of `int4_awq` and
-    `int8_wo`. `exclude` names modules, with shell wildcards, that stay in 16 bits.
+    `int8_wo`. `kv_cache` is one scale a layer for keys and one for values (`fp8`, `int8`), or, in `nvfp4`,
+    four bits and a scale for each 16 numbers of a head besides. `exclude` names modules, with shell
+    wildcards, that stay in 16 bits.
     """
 
     format: Format
     group_size: Literal[32, 64, 128] = 64
     effective_bits: Annotated[float, Field(ge=4, le=8)] | None = None
-    kv_cache: Literal["none", "fp8"] = "none"
+    kv_cache: KVCache = "none"
     exclude: tuple[str, ...] = ("lm_head",)
 
     @model_validator(mode="after")

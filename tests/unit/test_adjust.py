@@ -18,11 +18,12 @@ def rung(text: str) -> Rung:
 
 
 def quantized(*formats: str) -> list[Rung]:
-    """Rungs by format: 'fp8', 'fp8+kv', 'mixed 6'."""
+    """Rungs by format: 'fp8', 'fp8+kv', 'fp8+nvfp4', 'mixed 6'; '+kv' is the KV cache in FP8."""
     rungs = []
     for text in formats:
-        form, _, bits = text.removesuffix("+kv").partition(" ")
-        quantize = {"format": form, "kv_cache": "fp8" if text.endswith("+kv") else "none"}
+        form, _, kv_cache = text.partition("+")
+        form, _, bits = form.partition(" ")
+        quantize = {"format": form, "kv_cache": {"": "none", "kv": "fp8"}.get(kv_cache, kv_cache)}
         if bits:
             quantize["effective_bits"] = float(bits)
         rungs.append(Rung(recipe=Recipe.parse({"quantize": quantize}), why="because"))
@@ -51,6 +52,7 @@ def failed(recipe: Rung | Recipe, cause: str, ratio: float | None = None) -> Bri
 DEMO = quantized(
     "int4_rtn", "int4_awq", "mixed 5", "mixed 5.5", "mixed 6", "mixed 6.5", "mixed 7", "int8_wo"
 )  # fmt: skip
+KV = quantized("fp8+nvfp4", "int8_sq+int8", "fp8+kv", "int8_wo+kv", "int8_wo")
 H100 = [
     *quantized("fp8+kv", "fp8", "int4_awq"),
     student(8),
@@ -99,6 +101,13 @@ def test_an_empty_ladder_stops():
         (H100, 1, "no_gain", "fp8 + fp8 KV"),  # a smaller KV cache is another way to gain
         (H100, 0, "no_gain", "int4_awq"),  # FP8 without the KV cache would gain less
         (H100, 3, "accuracy", "fp8 + fp8 KV"),  # less is pruned on the ladder itself
+        (KV, 0, "kv_cache_accuracy", "fp8"),  # off the ladder: the KV cache alone is dropped
+        (KV, 0, "accuracy", "int8_sq + int8 KV"),  # harsher weights, a milder KV cache
+        (KV, 2, "accuracy", "int8_wo + fp8 KV"),  # INT8 with SmoothQuant is harsher, its KV cache no milder
+        (KV[1:], 1, "no_gain", None),  # INT8 saves as much of the KV cache as FP8
+        (KV[:4], 1, "no_gain", "fp8 + nvfp4 KV"),  # saves more of the KV cache
+        (KV[1:4], 0, "no_gain", None),  # no other has a smaller KV cache or fewer bits
+        (KV, 3, "degenerate_output", "int8_wo"),
         (DEMO, 4, "export_damaged", "int4_rtn"),  # nothing mixed
         (DEMO, 0, "degenerate_output", "int4_awq"),
         (H100, 0, "degenerate_output", "fp8"),  # a quantized KV cache is the usual culprit
@@ -132,6 +141,25 @@ def test_a_remedy_off_the_ladder_is_a_new_rung():
     assert found not in only and found.recipe.quantize.kv_cache == "none"
     assert found.why == "the same with the KV cache in 16 bits"
     assert sentence == f"fp8 + fp8 KV failed (kv_cache_accuracy): next is {found.why}"
+
+
+def test_a_milder_kv_cache_stays_open():
+    """What NVFP4 loses says nothing of FP8, which has twice the bits; INT8 has as many as FP8."""
+    rungs = quantized("bf16+nvfp4", "bf16+int8", "bf16+kv", "int4_awq")
+    assert title_after(rungs, failed(rungs[0], "kv_cache_accuracy")) == "bf16 + int8 KV"
+    history = [failed(rung, "kv_cache_accuracy") for rung in rungs[:2]]
+    found, sentence = next_recipe(rungs, history)
+    assert found is rungs[3]
+    assert sentence.endswith("next is int4_awq, which takes less from the KV cache")
+
+
+@pytest.mark.parametrize(("kv_cache", "smaller"), [("none", True), ("fp8", True), ("int8", True), ("nvfp4", False)])
+def test_what_does_not_fit_in_nvfp4_fits_in_no_larger_kv_cache(kv_cache, smaller):
+    recipe = "{{quantize: {{format: fp8, kv_cache: {}}}, engine: {{max_batch_size: 1, max_seq_len: 512}}}}"
+    rungs = [rung(recipe.format("nvfp4")), rung(recipe.format(kv_cache))]
+    if smaller:
+        assert title_after(rungs, failed(rungs[0], "does_not_fit")) is None
+        assert title_after(rungs, failed(rungs[1], "does_not_fit")) == "fp8 + nvfp4 KV"
 
 
 def test_without_its_kv_cache_bf16_would_be_the_baseline():
@@ -259,6 +287,7 @@ OUTCOMES = (*FAILURE_CLASSES, "indeterminate")
 LADDERS = {
     "demo": DEMO,
     "h100": H100,
+    "kv": KV,
     "pruned": [
         student(8),
         student(4),

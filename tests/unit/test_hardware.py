@@ -2,13 +2,14 @@
 
 import pytest
 
+from trimtab import hardware
 from trimtab.errors import InputError
 from trimtab.hardware import GB, GPUS, TARGETS, check, largest_group_size, machine_memory, target
 from trimtab.model import Linear, ModelFacts
 from trimtab.recipe import Quantization, Recipe
 
 
-def smollm2(down_features: int = 1536) -> ModelFacts:
+def smollm2(down_features: int = 1536, head_dim: int = 64) -> ModelFacts:
     """SmolLM2-135M's shapes: 30 blocks, hidden 576, 9 heads, 3 KV heads."""
     linears = [
         Linear(f"model.layers.{n}.{name}", out, features)
@@ -22,7 +23,7 @@ def smollm2(down_features: int = 1536) -> ModelFacts:
     ]
     return ModelFacts(
         architecture="LlamaForCausalLM", model_type="llama", layers=30, hidden_size=576,
-        intermediate_size=1536, heads=9, kv_heads=3, head_dim=64, vocab_size=49152,
+        intermediate_size=1536, heads=9, kv_heads=3, head_dim=head_dim, vocab_size=49152,
         max_position_embeddings=8192, tied_embeddings=True, parameters=134_515_008, bytes=269_030_016,
         dtype="bfloat16", linears=tuple(linears),
     )  # fmt: skip
@@ -51,26 +52,34 @@ EVERYTHING = {"bf16", "int8_wo", "int8_sq", "fp8", "int4_rtn", "int4_awq", "mixe
 
 
 @pytest.mark.parametrize(
-    ("name", "backend", "formats", "kv_fp8"),
+    ("name", "backend", "formats", "kv_caches"),
     [
-        ("a100-80", "torch", EVERYTHING - {"fp8"}, False),
-        ("a100-80", "trtllm", {"bf16", "int4_awq"}, True),
-        ("a100-80", "trtllm-legacy", {"bf16", "int4_awq", "int8_wo", "int8_sq"}, False),
-        ("a100-80", "vllm", {"bf16"}, False),
-        ("l4", "trtllm", {"bf16", "fp8", "int4_awq"}, True),
-        ("h100", "torch", EVERYTHING, False),
-        ("h100", "trtllm", {"bf16", "fp8", "int4_awq"}, True),
-        ("h100", "trtllm-legacy", {"bf16", "fp8", "int4_awq", "int8_wo", "int8_sq"}, True),
-        ("h100", "vllm", {"bf16", "fp8"}, True),
-        ("b200", "trtllm", {"bf16", "fp8", "int4_awq"}, True),
-        ("b200", "trtllm-legacy", {"bf16", "fp8"}, True),
-        ("cpu", "torch", EVERYTHING - {"fp8"}, False),
+        ("a100-80", "torch", EVERYTHING - {"fp8"}, set()),
+        ("a100-80", "trtllm", {"bf16", "int4_awq"}, {"fp8"}),
+        ("a100-80", "trtllm-legacy", {"bf16", "int4_awq", "int8_wo", "int8_sq"}, {"int8"}),
+        ("a100-80", "vllm", {"bf16"}, set()),
+        ("l4", "trtllm", {"bf16", "fp8", "int4_awq"}, {"fp8"}),
+        ("h100", "torch", EVERYTHING, set()),
+        ("h100", "trtllm", {"bf16", "fp8", "int4_awq"}, {"fp8"}),
+        ("h100", "trtllm-legacy", {"bf16", "fp8", "int4_awq", "int8_wo", "int8_sq"}, {"fp8", "int8"}),
+        ("h100", "vllm", {"bf16", "fp8"}, {"fp8"}),
+        ("b200", "trtllm", {"bf16", "fp8", "int4_awq"}, {"fp8", "nvfp4"}),
+        ("b200", "trtllm-legacy", {"bf16", "fp8"}, {"fp8"}),
+        ("b200", "torch", EVERYTHING, set()),
+        ("cpu", "torch", EVERYTHING - {"fp8"}, set()),
     ],
 )
-def test_formats(name, backend, formats, kv_fp8):
-    hardware = target(name, memory_bytes=16 * GB)
-    assert set(hardware.formats[backend]) == formats
-    assert ("fp8" in hardware.kv_caches[backend]) is kv_fp8
+def test_formats(name, backend, formats, kv_caches):
+    machine = target(name, memory_bytes=16 * GB)
+    assert set(machine.formats[backend]) == formats
+    assert set(machine.kv_caches[backend]) == {"none"} | kv_caches
+
+
+@pytest.mark.parametrize("capability", [(12, 0), (12, 1)])
+def test_consumer_blackwell_has_no_nvfp4_kv_cache(capability):
+    served = hardware._gpu("consumer", 32, 1792, capability).kv_caches
+    assert served == {"torch": ("none",), "trtllm": ("none", "fp8"), "trtllm-legacy": ("none", "fp8"),
+                      "vllm": ("none", "fp8")}  # fmt: skip
 
 
 def test_no_target_below_compute_capability_8_9_has_fp8_anywhere():
@@ -130,8 +139,27 @@ def test_an_unlike_target_lists_all():
         ),
         (
             "h100",
-            "{quantize: {format: fp8, kv_cache: fp8}}",
-            "quantize.kv_cache: torch has no fp8 KV cache on h100; write 'none'",
+            "{quantize: {format: fp8, kv_cache: int8}, engine: {backend: trtllm}}",
+            "quantize.kv_cache: trtllm serves no int8 KV cache on h100; write one of: none, fp8, or "
+            "engine.backend: trtllm-legacy",
+        ),
+        (
+            "h100",
+            "{quantize: {format: fp8, kv_cache: nvfp4}, engine: {backend: trtllm}}",
+            "quantize.kv_cache: trtllm serves nvfp4 on compute capability 10.0 to 10.3 and h100 has 9.0; "
+            "write one of: none, fp8",
+        ),
+        (
+            "b200",
+            "{quantize: {format: fp8, kv_cache: int8}, engine: {backend: trtllm-legacy}}",
+            "quantize.kv_cache: trtllm-legacy serves int8 on compute capability 8.0 to 9.0 and b200 has 10.0; "
+            "write one of: none, fp8",
+        ),
+        (
+            "a100-80",
+            "{quantize: {format: bf16, kv_cache: fp8}, engine: {backend: vllm}}",
+            "quantize.kv_cache: vllm serves fp8 on compute capability 8.9 or later and a100-80 has 8.0; write "
+            "'none', or engine.backend: trtllm",
         ),
         (
             "h100",
@@ -183,6 +211,8 @@ def test_refused(name, recipe, sentence):
         ("cpu", "{quantize: {format: mixed, effective_bits: 6, group_size: 64}}"),
         ("h100", "{quantize: {format: fp8, kv_cache: fp8}, engine: {backend: trtllm}}"),
         ("a100-80", "{quantize: {format: bf16, kv_cache: fp8}, engine: {backend: trtllm}}"),
+        ("a100-80", "{quantize: {format: int8_wo, kv_cache: int8}, engine: {backend: trtllm-legacy}}"),
+        ("b200", "{quantize: {format: fp8, kv_cache: nvfp4}, engine: {backend: trtllm}}"),
         ("h100", "{engine: {backend: trtllm, tensor_parallel_size: 3}}"),
         ("cpu", "{prune: {method: depth, blocks: 29}}"),
     ],
@@ -196,6 +226,31 @@ def test_fp8_on_cpu_is_allowed_and_called_emulated():
     assert check(recipe, cpu, smollm2()) is None
     assert cpu.is_emulated(recipe)
     assert not target("h100").is_emulated(recipe)
+
+
+@pytest.mark.parametrize("kv_cache", ["fp8", "int8", "nvfp4"])
+@pytest.mark.parametrize("name", ["cpu", "h100", "b200"])
+def test_every_kv_cache_is_emulated_by_torch_on_every_device(name, kv_cache):
+    recipe, machine = Recipe.parse(f"quantize: {{format: int8_wo, kv_cache: {kv_cache}}}"), target(name)
+    assert check(recipe, machine, smollm2()) is None
+    assert machine.is_kv_cache_emulated(recipe) and not machine.is_emulated(recipe)
+
+
+def test_what_is_served_is_not_emulated():
+    for text in ("{format: fp8, kv_cache: fp8}", "{format: fp8}"):
+        served = Recipe.parse(f"{{quantize: {text}, engine: {{backend: trtllm}}}}")
+        assert not target("h100").is_kv_cache_emulated(served)
+    assert not target("cpu").is_kv_cache_emulated(Recipe())
+
+
+@pytest.mark.parametrize(("head_dim", "allowed"), [(64, True), (80, True), (72, False)])
+def test_blocks_of_nvfp4_divide_a_head(head_dim, allowed):
+    recipe = Recipe.parse("quantize: {format: int8_wo, kv_cache: nvfp4}")
+    reason = check(recipe, target("cpu"), smollm2(head_dim=head_dim))
+    assert reason is None if allowed else reason == (
+        "quantize.kv_cache: nvfp4 has a scale for each 16 numbers of a head, which do not divide this model's 72; "
+        "write 'fp8'"
+    )
 
 
 def test_a_layer_that_no_group_divides_is_named_with_the_way_out():

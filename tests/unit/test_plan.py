@@ -4,7 +4,7 @@ import pytest
 
 from trimtab.errors import InputError
 from trimtab.hardware import GB, check, target
-from trimtab.memory import memory
+from trimtab.memory import max_context_tokens, memory
 from trimtab.model import Linear, ModelFacts
 from trimtab.plan import MAX_RUNGS, ladder
 from trimtab.recipe import Acceptance, MagnitudePruning, Recipe
@@ -88,6 +88,14 @@ def test_weights(quantize, weights):
     [
         ("engine: {max_batch_size: 8, max_seq_len: 2048}", 8 * 2048 * 131_072),
         ("{quantize: {format: fp8, kv_cache: fp8}, engine: {backend: trtllm}}", 8 * 2048 * 131_072 // 2),
+        (
+            "{quantize: {format: int8_wo, kv_cache: int8}, engine: {backend: trtllm-legacy}}",
+            8 * 2048 * 131_072 // 2,
+        ),
+        # four bits and an eighth of a half byte: 2 * 32 * 8 * 128 * 0.5625 = 36,864 bytes a token
+        ("{quantize: {format: fp8, kv_cache: nvfp4}, engine: {backend: trtllm}}", 8 * 2048 * 36_864),
+        # torch rounds to the format and holds 16 bits
+        ("{quantize: {format: int8_wo, kv_cache: nvfp4}}", 8 * 2048 * 131_072),
         ("engine: {max_batch_size: 1, max_seq_len: 999999}", 131_072 * 131_072),  # the model ends at 131,072
         ("{prune: {method: depth, blocks: 8}}", 8 * 2048 * 131_072 * 24 // 32),
         ("engine: {backend: trtllm, tensor_parallel_size: 4}", 8 * 2048 * 131_072 // 4),
@@ -98,6 +106,14 @@ def test_weights(quantize, weights):
 )
 def test_kv_cache(recipe, kv_cache):
     assert memory(LLAMA_8B, Recipe.parse(recipe), on("h100")).kv_cache == kv_cache
+
+
+@pytest.mark.parametrize(("backend", "tokens"), [("trtllm", 1), ("torch", 0.5)])
+def test_the_longest_context_counts_what_the_cache_takes(backend, tokens):
+    # of 80 GB, 71 GB beside 9 GB of weights, and nine tenths of them for a cache of 65,536 bytes a token in FP8
+    recipe = Recipe.parse(f"{{quantize: {{format: fp8, kv_cache: fp8}}, engine: {{backend: {backend}}}}}")
+    found = max_context_tokens(LLAMA_8B, recipe, on("h100"), 9 * GB)
+    assert found == int(tokens * 63_900_000_000 / 65_536)
 
 
 def test_activations():
@@ -224,7 +240,8 @@ def test_every_rung_runs_fits_differs_and_says_why(goal, name, model):
         for rung in rungs:
             recipe = rung.recipe
             assert recipe.engine.backend == backend
-            assert check(recipe, hardware, facts) is None and not hardware.is_emulated(recipe)
+            assert check(recipe, hardware, facts) is None
+            assert not hardware.is_emulated(recipe) and not hardware.is_kv_cache_emulated(recipe)
             assert memory(facts, recipe, hardware).fits
             assert not isinstance(recipe.prune, MagnitudePruning)
             assert recipe.engine.max_num_tokens >= recipe.engine.max_batch_size
@@ -308,6 +325,15 @@ def test_the_users_recipe_may_be_judged_by_emulation():
     first = Recipe.parse("quantize: {format: fp8}")
     why = ladder("fit_larger_model", SMOLLM2, on("cpu"), first=first)[0].why
     assert why.endswith("judged by emulation, because cpu does not compute in fp8")
+
+
+def test_the_users_kv_cache_may_be_judged_by_emulation():
+    first = Recipe.parse("quantize: {format: int8_wo, kv_cache: nvfp4}")
+    rungs = ladder("fit_larger_model", SMOLLM2, on("h100"), first=first)
+    assert rungs[0].why == (
+        "the recipe that the user gave; its KV cache in nvfp4 is judged by emulation and takes 16 bits here"
+    )
+    assert not any(rung.recipe.quantize and rung.recipe.quantize.kv_cache != "none" for rung in rungs[1:])
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,10 @@ BAD = [
         "quantize: {format: int4_awq, group_size: 48}",
         "quantize.group_size: 48 is not valid; write '64' (valid: 32, 64, 128)",
     ),
-    ("quantize: {format: fp8, kv_cache: int8}", "quantize.kv_cache: 'int8' is not valid; valid: none, fp8"),
+    (
+        "quantize: {format: fp8, kv_cache: fp4}",
+        "quantize.kv_cache: 'fp4' is not valid; write 'nvfp4' (valid: none, fp8, int8, nvfp4)",
+    ),
     ("quantize: {format: fp8, exclude: lm_head}", "quantize.exclude: 'lm_head' is not a list; write [lm_head]"),
     ("quantize: {format: null}", "quantize.format: None is not valid; valid: bf16, int8_wo"),
     (
@@ -91,6 +94,7 @@ def test_every_fault_is_named():
         ("{}", "unchanged (bf16)"),
         ("{name: mine, quantize: {format: fp8}}", "mine"),
         ("quantize: {format: fp8, kv_cache: fp8}", "fp8 + fp8 KV"),
+        ("quantize: {format: bf16, kv_cache: nvfp4}", "bf16 + nvfp4 KV"),
         ("quantize: {format: mixed, effective_bits: 5.5}", "mixed 5.5 bits"),
         ("prune: {method: magnitude, sparsity: 0.5}", "magnitude 50%"),
         ("{prune: {method: depth, blocks: 4}, distill: {tokens: 65536}}", "-4 blocks + distill 65,536 tokens"),
