@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,25 @@ def _log_likelihood(network: Any, tokenizer: Any, context: str, continuation: st
     with torch.inference_mode():
         scores = network(tokens).logits[0].log_softmax(-1)
     return sum(float(scores[i - 1, tokens[0, i]]) for i in range(start, tokens.shape[1]))
+
+
+def write_kv_cache(
+    source: Path, folder: Path, algorithm: str, k_scale: float | dict[str, float], v_scale: float | dict[str, float]
+) -> Path:
+    """Copies a model or an export and gives it a quantized KV cache: one pair of scales, or one an attention layer."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    tensors = load_file(folder / "model.safetensors")
+    layers = [name.removesuffix(".k_proj.weight") for name in tensors if name.endswith(".k_proj.weight")]
+    for part, scale in (("k", k_scale), ("v", v_scale)):
+        for layer in layers:
+            value = scale[layer] if isinstance(scale, dict) else scale
+            tensors[f"{layer}.{part}_proj.{part}_scale"] = torch.tensor(value)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    path = folder / "hf_quant_config.json"
+    document = json.loads(path.read_text()) if path.exists() else {"quantization": {"quant_algo": None}}
+    document["quantization"]["kv_cache_quant_algo"] = algorithm
+    path.write_text(json.dumps(document))
+    return folder

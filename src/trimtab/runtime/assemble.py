@@ -10,12 +10,17 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from trimtab.errors import Failure, InputError
-from trimtab.runtime import kv_cache, linear
+from trimtab.runtime import kv_cache as cache
+from trimtab.runtime import linear
 from trimtab.runtime.checkpoint import Export
+from trimtab.runtime.kv_cache import ServedKVCache
 
 
-def assemble(folder: Path, device: torch.device) -> PreTrainedModel:
+def assemble(folder: Path, device: torch.device, kv_cache: ServedKVCache = "export") -> PreTrainedModel:
     """Returns the model of an export folder in eval mode: packed linears, everything else in bfloat16.
+
+    Args:
+        kv_cache: "export" rounds keys and values as the export says, "none" leaves them in 16 bits.
 
     Raises:
         InputError: no config, or an architecture that transformers does not know.
@@ -32,7 +37,8 @@ def assemble(folder: Path, device: torch.device) -> PreTrainedModel:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise Failure("export_damaged", f"{name.rpartition('.')[0]}: tensor {name} is missing")
-    kv_cache.apply(model, export)
+    if kv_cache == "export":
+        cache.apply(model, export)
     return model.requires_grad_(False).eval().to(device)
 
 

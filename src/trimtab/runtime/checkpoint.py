@@ -73,7 +73,8 @@ def weight_file_bytes(folder: Path) -> int:
 class Export:
     """A model folder as its files describe it; tensors are read when asked for, one at a time.
 
-    `layers` says how each quantized layer is stored; it is empty for a plain checkpoint.
+    `layers` says how each quantized layer is stored; it is empty for a plain checkpoint. `kv_cache_algo` is
+    ModelOpt's name of the KV cache's format, None for 16 bits.
 
     Raises:
         InputError: no config.json or no safetensors.
@@ -92,6 +93,10 @@ class Export:
     def names(self) -> list[str]:
         """The names of all tensors."""
         return sorted(self._home)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of that name."""
+        return name in self._home
 
     def tensor(self, name: str) -> torch.Tensor:
         """Reads one tensor into memory of its own.
@@ -182,7 +187,15 @@ def _read_quantization(folder: Path) -> dict[str, Any]:
         raise Failure("unsupported", f"{folder}: quant_method {method!r} cannot be read, only 'modelopt'")
     weights = [group.get("weights", {}) for group in settings.get("config_groups", {}).values()]
     group_size = next((entry["group_size"] for entry in weights if "group_size" in entry), 0)
-    return {"group_size": group_size, "exclude_modules": settings.get("ignore"), **settings}
+    scheme = settings.get("kv_cache_scheme")
+    # TensorRT-LLM reads no other KV cache out of this shape: ModelOpt writes NVFP4 here as a bare string.
+    fp8 = isinstance(scheme, dict) and scheme.get("type") == "float" and scheme.get("num_bits") == 8
+    return {
+        "group_size": group_size,
+        "exclude_modules": settings.get("ignore"),
+        "kv_cache_quant_algo": "FP8" if fp8 else None,
+        **settings,
+    }
 
 
 def _weight_files(folder: Path) -> list[Path]:

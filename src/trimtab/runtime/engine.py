@@ -17,6 +17,7 @@ from trimtab.runtime import batching, head
 from trimtab.runtime.assemble import assemble
 from trimtab.runtime.batching import Request
 from trimtab.runtime.checkpoint import load_tokenizer
+from trimtab.runtime.kv_cache import ServedKVCache
 from trimtab.runtime.linear import PackedLinear
 
 
@@ -57,17 +58,18 @@ class TorchEngine:
         folder: a plain Hugging Face checkpoint or a ModelOpt unified checkpoint.
         settings: `max_seq_len` bounds a sequence, `max_num_tokens` a forward pass, `max_batch_size` `generate`.
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
+        kv_cache: "export" for the KV cache that the export asks for, "none" for 16 bits whatever it asks for.
 
     Raises:
         InputError: not a model folder.
         Failure: `export_damaged` or `unsupported`.
     """
 
-    def __init__(self, folder: Path, settings: Settings, device: str = "auto"):
+    def __init__(self, folder: Path, settings: Settings, device: str = "auto", kv_cache: ServedKVCache = "export"):
         self.folder, self.settings = Path(folder), settings
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.device = torch.device(name)
-        self.model = assemble(self.folder, self.device)
+        self.model = assemble(self.folder, self.device, kv_cache)
         self.body, self.head = self.model.base_model, self.model.get_output_embeddings()
         # A branch's mask says nothing of a sliding window, so there every request gets a row of its own.
         self._share_contexts = not getattr(self.model.config, "sliding_window", None)

@@ -1,12 +1,21 @@
-"""An FP8 KV cache, emulated: keys and values are rounded to e4m3 where attention reads them.
+"""A quantized KV cache, emulated: keys and values are rounded to its format where attention reads them.
 
-ModelOpt quantizes the keys after their rotary embedding, and exports `k_proj.k_scale` and `v_proj.v_scale`
-where calibration measured them; TensorRT-LLM uses 1.0 where they are absent, and so does this.
+| recipe | `kv_cache_quant_algo` | stored numbers | `k_scale`, `v_scale` |
+|---|---|---|---|
+| fp8 | FP8 | e4m3 | amax / 448 |
+| int8 | INT8 | -128 to 127 | amax / 127 |
+| nvfp4 | NVFP4 | e2m1, and an e4m3 scale for each 16 along a head | amax / (6 * 448) |
+
+Both scales are one float32 a layer, `<attention>.k_proj.k_scale` and `<attention>.v_proj.v_scale`; ModelOpt
+quantizes the keys after their rotary embedding. In NVFP4 the scale of a block is stored in units of the layer's,
+so that the largest block uses e4m3 to its end; ModelOpt 0.47 writes amax / 448 for NVFP4 too, which leaves six
+times the room and reads alike (unified_export_hf.py, `kv_cache_max_bound`). It never omits a calibrated scale;
+its `*_cast` presets calibrate none, and TensorRT-LLM then takes an FP8 cache's for 1.0, and so does this.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,47 +24,121 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from trimtab.errors import Failure
+from trimtab.hardware import NVFP4_BLOCK
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.formats import E4M3_MAX
 
-_NAME = "trimtab_fp8_kv_cache"
+#: Which KV cache an export is run with: the one that it asks for, or 16 bits whatever it asks for.
+ServedKVCache = Literal["export", "none"]
+#: ModelOpt's name of each KV cache of a recipe.
+ALGORITHMS = {"fp8": "FP8", "int8": "INT8", "nvfp4": "NVFP4"}
+E2M1_MAX = 6.0
+_NAME = "trimtab_kv_cache"
 
 
 def apply(model: PreTrainedModel, export: Export) -> None:
     """Makes a model's attention read a rounded KV cache, if its export asks for one.
 
     Raises:
-        Failure: `unsupported`, a KV cache in another format; `export_damaged`, a scale that is not positive.
+        Failure: `unsupported`, a KV cache in another format, or a model without the layers that it belongs to;
+            `export_damaged`, a scale that is missing (FP8 has 1.0 then) or not one finite, positive number.
     """
-    if export.kv_cache_algo is None:
+    algorithm = export.kv_cache_algo
+    if algorithm is None:
         return
-    if export.kv_cache_algo != "FP8":
-        raise Failure("unsupported", f"a KV cache in {export.kv_cache_algo} does not run on the torch engine")
-    stored = set(export.names)
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "k_proj", None), nn.Module):
-            module.k_scale = _scale(export, stored, f"{name}.k_proj.k_scale")
-            module.v_scale = _scale(export, stored, f"{name}.v_proj.v_scale")
+    if algorithm not in _ROUND:
+        known = ", ".join(_ROUND)
+        raise Failure("unsupported", f"a KV cache in {algorithm} does not run on the torch engine; known: {known}")
+    attentions = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "k_proj", None), nn.Module)
+    }
+    if not attentions:
+        what = f"{type(model).__name__} has no layer with a k_proj"
+        raise Failure("unsupported", f"a KV cache in {algorithm}: {what}, so none that its scales belong to")
+    for name, module in attentions.items():
+        head = module.k_proj.out_features // model.config.num_key_value_heads
+        if algorithm == "NVFP4" and head % NVFP4_BLOCK:
+            what = f"{name} has heads of {head}, which blocks of {NVFP4_BLOCK} do not divide"
+            raise Failure("unsupported", f"a KV cache in NVFP4: {what}")
+        module.kv_cache = (algorithm, *(_or_one(scale, algorithm) for scale in scales(export, name).items()))
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
     model.set_attn_implementation(_NAME)
 
 
-def _scale(export: Export, stored: set[str], name: str) -> float:
-    scale = export.tensor(name).float().item() if name in stored else 1.0
+def scales(export: Export, attention: str) -> dict[str, float | None]:
+    """Returns the scales of an attention layer by the names of their tensors, keys first; None where missing.
+
+    Raises:
+        Failure: `export_damaged`, names a scale that is not one finite, positive number.
+    """
+    names = (f"{attention}.k_proj.k_scale", f"{attention}.v_proj.v_scale")
+    return {name: _read(export, name) if export.has(name) else None for name in names}
+
+
+def missing_scale(name: str, algorithm: str) -> Failure:
+    """The failure of an export that lacks a scale which its KV cache needs."""
+    return Failure("export_damaged", f"{name}: is missing, and a KV cache in {algorithm} has no scale without it")
+
+
+def _read(export: Export, name: str) -> float:
+    tensor = export.tensor(name).float()
+    if tensor.numel() != 1:
+        raise Failure("export_damaged", f"{name}: has shape {list(tensor.shape)}, expected one number")
+    scale = tensor.item()
     if not 0 < scale < float("inf"):
         raise Failure("export_damaged", f"{name}: is {scale}, not finite and positive")
     return scale
 
 
+def _or_one(named: tuple[str, float | None], algorithm: str) -> float:
+    name, scale = named
+    if scale is None and algorithm != "FP8":
+        raise missing_scale(name, algorithm)
+    return 1.0 if scale is None else scale
+
+
 def _attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
 ):
-    key, value = rounded(key, module.k_scale), rounded(value, module.v_scale)
+    algorithm, k_scale, v_scale = module.kv_cache
+    key, value = rounded(algorithm, key, k_scale), rounded(algorithm, value, v_scale)
     return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
 
-def rounded(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """Returns x as an FP8 cache would give it back."""
-    codes = (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return (codes.float() * scale).to(x.dtype)
+def rounded(algorithm: str, x: torch.Tensor, scale: float) -> torch.Tensor:
+    """Returns x [..., head_dim] as a cache in that format would give it back, in x's own type.
+
+    Args:
+        algorithm: one of `ALGORITHMS`' values.
+        scale: as in the table above; what exceeds the range that it gives is clipped.
+    """
+    return (_ROUND[algorithm](x.float() / scale) * scale).to(x.dtype)
+
+
+def _fp8(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+
+
+def _int8(x: torch.Tensor) -> torch.Tensor:
+    return x.round().clamp(-128, 127)
+
+
+def _nvfp4(x: torch.Tensor) -> torch.Tensor:
+    blocks = x.unflatten(-1, (-1, NVFP4_BLOCK))
+    scale = _fp8(blocks.abs().amax(-1, keepdim=True) / E2M1_MAX)
+    # A block too small for e4m3 gets the scale 0, and is read back as zeros whatever its codes are.
+    return (_e2m1(blocks / scale.where(scale > 0, 1.0)) * scale).flatten(-2)
+
+
+def _e2m1(x: torch.Tensor) -> torch.Tensor:
+    """Rounds to 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives; ties go to the even code."""
+    x = x.clamp(-E2M1_MAX, E2M1_MAX)
+    size = x.abs()
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return (x / step).round() * step
+
+
+_ROUND = {"FP8": _fp8, "INT8": _int8, "NVFP4": _nvfp4}
