@@ -15,6 +15,7 @@ from trimtab.errors import Failure
 from trimtab.model import Linear
 from trimtab.model import inspect as read_facts
 from trimtab.recipe import Quantization
+from trimtab.runtime import kv_cache
 from trimtab.runtime.checkpoint import Export, weight_file_bytes
 
 #: The largest relative error of one output channel. Four bits make 0.1 to 0.3; a wrong scale makes 1 and more.
@@ -37,11 +38,12 @@ def inspect(
         quantized_share (bytes of the quantized tensors over their BF16 bytes), max_relative_error (of a layer), bytes.
 
     Raises:
-        Failure: `export_damaged`; names the layer and what is wrong with it.
+        Failure: `export_damaged`; names the layer and what is wrong with it, its weights or its KV cache.
     """
     settings = Quantization.model_validate(parameters) if parameters else None
     read = Export(Path(export))
     source = Export(Path(checkpoint))
+    check_kv_cache(settings.kv_cache if settings else "none", read, source)
     layers = []
     if settings and settings.format != "bf16":
         linears = {layer.name: layer for layer in read_facts(Path(checkpoint)).linears}
@@ -64,6 +66,40 @@ def inspect(
         "max_relative_error": max((layer["relative_error"] for layer in layers), default=0.0),
         "bytes": weight_file_bytes(Path(export)),
     }
+
+
+def check_kv_cache(asked: str, export: Export, source: Export) -> None:
+    """Compares the KV cache of an export with the one that its recipe asks for.
+
+    Both scales of every attention layer must be there, in FP8 too: ModelOpt writes whatever it calibrated,
+    however small, so a scale that is absent was never measured, and TensorRT-LLM would take it for 1 in silence.
+
+    Args:
+        asked: the recipe's `kv_cache`.
+        source: what the export was made from; its attention layers are those with a `k_proj`.
+
+    Raises:
+        Failure: `export_damaged`; names the layer: another format than asked for, or a scale that is missing or
+            not one finite, positive number. `unsupported`; a model without such layers.
+    """
+    layers = sorted(name.removesuffix(_KEYS) for name in source.names if name.endswith(_KEYS))
+    wanted, found = kv_cache.ALGORITHMS.get(asked), export.kv_cache_algo
+    if found != wanted:
+        where = f"{layers[0]} ({len(layers)} layers in all)" if layers else "the config"
+        reason = f"{where}: the export says {found or '16 bits'} of its KV cache, the recipe asks for {asked}"
+        raise Failure("export_damaged", reason)
+    if wanted is None:
+        return
+    if not layers:
+        raise Failure("unsupported", f"a KV cache in {asked}: the model has no attention layer with a k_proj")
+    for layer in layers:
+        for name, scale in kv_cache.scales(export, layer).items():
+            if scale is None:
+                raise kv_cache.missing_scale(name, wanted)
+
+
+#: How the weight of an attention layer's keys ends.
+_KEYS = ".k_proj.weight"
 
 
 def _scale_bits(layers: list[Linear]) -> float:

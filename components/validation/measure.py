@@ -41,7 +41,8 @@ def evaluate(
         engine: folder of the built engine, `engine.json`.
         export: folder of the exported checkpoint, all that is known of the model here.
         parameters: tasks, task_path, items [start, stop], windows [start, stop], window_tokens, heldout,
-            speed (measure decoding and generation too).
+            speed (measure decoding and generation too), kv_cache (optional: "none" runs the export with its
+            KV cache in 16 bits).
         calibration: folder of the calibration whose text must not be what is evaluated on, or None.
 
     Returns:
@@ -50,7 +51,7 @@ def evaluate(
     """
     if calibration:
         _refuse_overlap((Path(calibration) / "text.txt").read_text(encoding="utf-8"), parameters)
-    served = open_engine(Path(engine), Path(export))
+    served = open_engine(Path(engine), Path(export), parameters.get("kv_cache", "export"))
     folder = Path(output)
     metrics = _score_items(served, parameters, folder) | _score_windows(served, parameters, folder)
     (folder / "kernels.json").write_text(json.dumps(served.kernels()), encoding="utf-8")

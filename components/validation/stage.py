@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ SPEED_GOALS = ("lower_latency", "higher_throughput", "lower_cost")
 _MEASURE = "trimtab.components.validation.measure"
 EVALUATE = stages.work_stage("evaluate", f"{_MEASURE}:evaluate", "evaluation")
 COMPARE_SPEED = stages.work_stage("speed", f"{_MEASURE}:compare_speed", "speed")
-INTEGRITY = stages.work_stage("integrity", "trimtab.components.validation.integrity:inspect", "integrity")
+INTEGRITY = stages.work_stage(
+    "integrity", "trimtab.components.validation.integrity:inspect", "integrity", version=2
+)
 
 
 def run(state_json: str, page: Any, metrics: Any) -> str:
@@ -116,7 +120,9 @@ class _Judge:
                 break
         if result.outcome == "accepted":
             result = self._check_gain(result, measured)
-        return self._confirm(result) if result.outcome == "accepted" else result
+        if result.outcome == "accepted":
+            result = self._confirm(result)
+        return self._judge_kv_cache_apart(result)
 
     def _baseline(self) -> Verdict:
         items, windows = next(ranges(self.state.evaluation))
@@ -146,9 +152,16 @@ class _Judge:
         )
 
     def _evaluate(
-        self, name: str, engine: Tree, export: Tree, items: list[int], windows: list[int], speed: bool
+        self,
+        name: str,
+        engine: Tree,
+        export: Tree,
+        items: list[int],
+        windows: list[int],
+        speed: bool,
+        kv_cache: str = "export",
     ) -> stages.Result:
-        parameters = evaluation_parameters(self.state.evaluation, items, windows, speed)
+        parameters = evaluation_parameters(self.state.evaluation, items, windows, speed, kv_cache)
         inputs = {"engine": engine, "export": export}
         calibration = self.state.trees.get("calibration")
         own_text = self.state.recipe.calibrate.text == "builtin"  # trimtab's tests keep it apart from the suite
@@ -206,6 +219,41 @@ class _Judge:
         self._look(CONFIRMATION, *fresh_range(settings))
         return evidence.confirm(self.store, self.trees, self.state.recipe, result, self.state.max_attempts)
 
+    def _judge_kv_cache_apart(self, result: Verdict) -> Verdict:
+        """Asks, where the attempt fell short, whether the same export would pass with its KV cache in 16 bits.
+
+        It answers what was drawn already, nothing else, and is judged look by look as the attempt was.
+        """
+        recipe = self.state.recipe
+        kv_cache = recipe.quantize.kv_cache if recipe.quantize else "none"
+        told = result.failure_class in verdict.KV_CACHE_SUSPECT and result.recovery is not None
+        if kv_cache == "none" or not told or recipe.engine.backend not in hardware.SWITCHES_KV_CACHE:
+            return result
+        progress.report("validate", f"{result.outcome}, {result.reason}; measuring without the {kv_cache} KV cache")
+        try:
+            apart = self._without_kv_cache(result)
+        except Failure as failure:  # the verdict stands on what was measured before
+            reason = f"{result.reason}; the KV cache could not be judged apart: {failure.reason}"
+            return result.model_copy(update={"reason": textwrap.shorten(reason, stages.MAX_REASON, placeholder=" …")})
+        return verdict.blame_kv_cache(result, kv_cache, apart)
+
+    def _without_kv_cache(self, result: Verdict) -> Verdict:
+        def measure(look: int, items: list[int], windows: list[int]) -> None:
+            name = look_name(look, kv_cache="none")
+            self._evaluate(name, self.engine, self.export, items, windows, speed=False, kv_cache="none")
+
+        recipe = self.state.recipe
+        for look, drawn in enumerate(islice(ranges(self.state.evaluation), result.looks), start=1):
+            measure(look, *drawn)
+            apart = evidence.judge_looks(self.store, self.trees, recipe, look, kv_cache="none")
+            if apart.outcome != "indeterminate":
+                break
+        if apart.outcome == "accepted" and result.confirmation:
+            measure(CONFIRMATION, *fresh_range(self.state.evaluation))
+            attempts = self.state.max_attempts
+            apart = evidence.confirm(self.store, self.trees, recipe, apart, attempts, kv_cache="none")
+        return apart
+
     def read(self, name: str) -> Any:
         """Returns a JSON file of what was measured or calibrated on, for the page, or None."""
         calibration = self.state.trees.get("calibration")
@@ -217,9 +265,13 @@ class _Judge:
 
 
 def evaluation_parameters(
-    settings: Evaluation, items: list[int], windows: list[int], speed: bool
+    settings: Evaluation, items: list[int], windows: list[int], speed: bool, kv_cache: str = "export"
 ) -> dict[str, Any]:
-    """Returns the parameters of `EVALUATE`, which are part of its key in the store."""
+    """Returns the parameters of `EVALUATE`, which are part of its key in the store.
+
+    `kv_cache` "none" runs an export with its KV cache in 16 bits; the other way is no part of the key, so that
+    results from before there was a choice are found.
+    """
     return {
         "tasks": list(settings.tasks),
         "task_path": settings.task_path,
@@ -228,6 +280,7 @@ def evaluation_parameters(
         "window_tokens": settings.window_tokens,
         "heldout": settings.heldout,
         "speed": speed,
+        **({} if kv_cache == "export" else {"kv_cache": kv_cache}),
     }
 
 

@@ -20,9 +20,12 @@ LOOKS = 3
 CONFIRMATION = LOOKS + 1
 
 
-def look_name(look: int, baseline: bool = False) -> str:
-    """The name under which the evidence files what one model scored at one look."""
-    return f"{'baseline-' if baseline else ''}look-{look}"
+def look_name(look: int, baseline: bool = False, kv_cache: str = "export") -> str:
+    """The name under which the evidence files what one model scored at one look.
+
+    `kv_cache` "none" is the candidate with its KV cache in 16 bits, whatever its export asks for.
+    """
+    return f"{'baseline-' if baseline else ''}look-{look}{'-kv-16-bits' if kv_cache == 'none' else ''}"
 
 
 def read_scores(store: Store, trees: Sequence[Tree]) -> Scores:
@@ -53,12 +56,14 @@ def read_scores(store: Store, trees: Sequence[Tree]) -> Scores:
     )
 
 
-def judge_looks(store: Store, measured: Mapping[str, Tree], recipe: Recipe, look: int) -> Verdict:
-    """Judges from everything that was measured up to this look."""
+def judge_looks(
+    store: Store, measured: Mapping[str, Tree], recipe: Recipe, look: int, kv_cache: str = "export"
+) -> Verdict:
+    """Judges from everything that was measured up to this look; `kv_cache` as in `look_name`."""
     looks = range(1, look + 1)
     return verdict.judge(
         baseline=read_scores(store, [measured[look_name(n, baseline=True)] for n in looks]),
-        candidate=read_scores(store, [measured[look_name(n)] for n in looks]),
+        candidate=read_scores(store, [measured[look_name(n, kv_cache=kv_cache)] for n in looks]),
         accept=recipe.accept,
         look=look,
         looks=LOOKS,
@@ -66,13 +71,18 @@ def judge_looks(store: Store, measured: Mapping[str, Tree], recipe: Recipe, look
 
 
 def confirm(
-    store: Store, measured: Mapping[str, Tree], recipe: Recipe, accepted: Verdict, max_attempts: int
+    store: Store,
+    measured: Mapping[str, Tree],
+    recipe: Recipe,
+    accepted: Verdict,
+    max_attempts: int,
+    kv_cache: str = "export",
 ) -> Verdict:
-    """Asks the fresh items whether an accepted attempt stands."""
+    """Asks the fresh items whether an accepted attempt stands; `kv_cache` as in `look_name`."""
     return verdict.confirm(
         accepted,
         read_scores(store, [measured[look_name(CONFIRMATION, baseline=True)]]),
-        read_scores(store, [measured[look_name(CONFIRMATION)]]),
+        read_scores(store, [measured[look_name(CONFIRMATION, kv_cache=kv_cache)]]),
         recipe.accept,
         attempts=max_attempts,
     )

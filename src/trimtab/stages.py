@@ -181,9 +181,9 @@ def cached(
     return Result(tree, metrics, done.seconds, hit=False)
 
 
-def work_stage(name: str, work: str, output: str) -> Stage:
+def work_stage(name: str, work: str, output: str, version: int = 1) -> Stage:
     """A piece of work that a room does by itself through `cached`, outside the chain of an attempt."""
-    return Stage(name, work, (), output, wanted=lambda recipe: True, parameters=lambda recipe: {})
+    return Stage(name, work, (), output, wanted=lambda recipe: True, parameters=lambda recipe: {}, version=version)
 
 
 def versions() -> dict[str, str]:

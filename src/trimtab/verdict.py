@@ -49,6 +49,7 @@ __all__ = [
     "NotPaired",
     "Scores",
     "Verdict",
+    "blame_kv_cache",
     "check_gain",
     "confirm",
     "gain",
@@ -67,6 +68,9 @@ FailureClass = Literal[
     "training_diverged",
 ]
 FAILURE_CLASSES: tuple[str, ...] = FailureClass.__args__
+#: The classes that a quantized KV cache may be the cause of, and that judging it apart can tell.
+KV_CACHE_SUSPECT = ("accuracy", "perplexity")
+_MORE = "; more are needed"
 
 
 class NotPaired(TrimtabError):
@@ -250,7 +254,7 @@ def judge(*, baseline: Scores, candidate: Scores, accept: Acceptance, look: int,
     return Verdict(
         outcome="indeterminate",
         failure_class=open_kinds[0] if last else None,
-        reason=f"{count} are too few to tell: {undecided}" + ("" if last else "; more are needed"),
+        reason=f"{count} are too few to tell: {undecided}" + ("" if last else _MORE),
         **numbers,
     )
 
@@ -317,6 +321,37 @@ def confirm(
     kind = _worse(recovery, ratio, accept) if len(kinds) > 1 else kinds[0]
     why = (_failed if fails[kind] else _undecided)(kind, recovery, ratio, accept)
     return rejected(kind, why, recovery=recovery, perplexity_ratio=ratio)
+
+
+def blame_kv_cache(verdict: Verdict, kv_cache: str, apart: Verdict) -> Verdict:
+    """Says whether the KV cache is why an attempt was not accepted.
+
+    It is if the same export is accepted with its KV cache in 16 bits: then the attempt is rejected with the
+    class kv_cache_accuracy, also when it was merely undecided, because dropping the KV cache alone is known to
+    help. Otherwise outcome and class stay, and the reason says what was found.
+
+    Args:
+        verdict: what was judged with the KV cache that the recipe asks for, of class accuracy or perplexity.
+        kv_cache: the format of that KV cache.
+        apart: what was judged in the same way with 16 bits.
+
+    Raises:
+        TrimtabError: the verdict is accepted, or of another class.
+    """
+    if verdict.outcome == "accepted" or verdict.failure_class not in KV_CACHE_SUSPECT:
+        raise TrimtabError(f"a KV cache is not to blame for {verdict.outcome}, {verdict.failure_class}")
+    if apart.outcome == "accepted":
+        update = {
+            "outcome": "rejected",
+            "failure_class": "kv_cache_accuracy",
+            "reason": f"the KV cache is to blame: {_ratio_text(verdict.perplexity_ratio)} in {kv_cache}, "
+            f"{_ratio_text(apart.perplexity_ratio)} in 16 bits, which is accepted; in {kv_cache} {verdict.reason}",
+        }
+    else:
+        blame = "is not" if apart.outcome == "rejected" else "is not shown to be"
+        found = apart.reason.removesuffix(_MORE)
+        update = {"reason": f"{verdict.reason.removesuffix(_MORE)}; the KV cache {blame} to blame: in 16 bits {found}"}
+    return verdict.model_copy(update=update)
 
 
 #: For each goal: what is measured, its name in a sentence, and whether less of it is better.

@@ -100,7 +100,19 @@ def test_confirmed_on_fresh_items_only(store, scored, lost, outcome):
 
 def test_names_of_looks():
     names = [look_name(look, baseline) for look in range(1, CONFIRMATION + 1) for baseline in (True, False)]
-    assert len(set(names)) == 2 * (LOOKS + 1)
+    names += [look_name(look, kv_cache="none") for look in range(1, CONFIRMATION + 1)]
+    assert len(set(names)) == 3 * (LOOKS + 1)
+
+
+def test_the_kv_cache_is_judged_on_answers_of_its_own(store, scored):
+    trees = measured(scored, 0.5, 0.5)
+    trees |= {look_name(look, kv_cache="none"): scored(look, 0.0, 1.01) for look in (1, 2)}
+    fresh = {look_name(CONFIRMATION, baseline=True): scored(CONFIRMATION)}
+    fresh |= {look_name(CONFIRMATION, kv_cache="none"): scored(CONFIRMATION, 0.5)}
+    assert evidence.judge_looks(store, trees, RECIPE, 2).outcome == "rejected"
+    apart = evidence.judge_looks(store, trees, RECIPE, 2, kv_cache="none")
+    assert apart.outcome == "accepted"
+    assert evidence.confirm(store, trees | fresh, RECIPE, apart, 5, kv_cache="none").outcome == "rejected"
 
 
 def test_written_and_read(store, scored):

@@ -13,6 +13,7 @@ from trimtab.verdict import (
     NotPaired,
     Scores,
     Verdict,
+    blame_kv_cache,
     check_gain,
     confirm,
     gain,
@@ -225,6 +226,46 @@ def test_gain(goal, value):
     verdict = check_gain(ACCEPTED, goal, ACCEPT, BEFORE, AFTER)
     assert verdict.gain == pytest.approx(value) and verdict.measurements == AFTER
     assert verdict.outcome == ("accepted" if value > 0 else "rejected")
+
+
+@pytest.mark.parametrize("fell", [{"lost": 200}, {"ratio": 1.2}, {"lost": 55}], ids=["accuracy", "perplexity", "open"])
+def test_a_kv_cache_is_to_blame_if_the_export_passes_without_it(fell):
+    result = decide(**fell)
+    told = blame_kv_cache(result, "nvfp4", decide())
+    assert (told.outcome, told.failure_class) == ("rejected", "kv_cache_accuracy")
+    first, second = (f"perplexity ratio {v.perplexity_ratio.estimate:.3f} (" for v in (result, decide()))
+    assert told.reason.startswith(f"the KV cache is to blame: {first}") and f"in nvfp4, {second}" in told.reason
+    assert "in 16 bits, which is accepted" in told.reason and told.reason.endswith(result.reason)
+    numbers = {"outcome", "failure_class", "reason"}
+    assert told.model_dump(exclude=numbers) == result.model_dump(exclude=numbers), "the numbers are the export's"
+    assert len(told.reason) < 300
+
+
+@pytest.mark.parametrize(
+    ("apart", "look", "words"),
+    [
+        ({"ratio": 1.15}, 3, "the KV cache is not to blame: in 16 bits perplexity ratio 1.150"),
+        ({"lost": 55}, 1, "the KV cache is not shown to be to blame: in 16 bits 1800 items are too few to tell"),
+    ],
+)
+def test_a_kv_cache_is_not_to_blame_if_the_export_fails_without_it(apart, look, words):
+    result = decide(ratio=1.3)
+    told = blame_kv_cache(result, "fp8", decide(look=look, **apart))
+    assert (told.outcome, told.failure_class) == ("rejected", "perplexity")
+    assert told.reason.startswith(f"{result.reason}; {words}") and "more are needed" not in told.reason
+    assert told.model_copy(update={"reason": result.reason}) == result
+
+
+def test_an_open_verdict_stays_open_if_the_kv_cache_is_not_to_blame():
+    told = blame_kv_cache(decide(lost=55), "fp8", decide(lost=60))
+    assert (told.outcome, told.failure_class) == ("indeterminate", "accuracy")
+
+
+@pytest.mark.parametrize("other", ["degenerate_output", "no_gain", None])
+def test_a_kv_cache_is_blamed_for_accuracy_alone(other):
+    verdict = Verdict(outcome="rejected" if other else "accepted", failure_class=other, reason="for the test")
+    with pytest.raises(TrimtabError, match="a KV cache is not to blame for"):
+        blame_kv_cache(verdict, "fp8", decide())
 
 
 def test_every_goal_has_a_gain():
