@@ -22,7 +22,7 @@ from trimtab.components.deployment import gate
 from trimtab.components.deployment.component import gate as gate_component
 from trimtab.components.fetch.source import fetch
 from trimtab.components.validation import stage as validation
-from trimtab.errors import NotReleased, StoreError
+from trimtab.errors import Failure, NotReleased, StoreError
 from trimtab.recipe import Acceptance, Recipe
 from trimtab.state import Evaluation, State
 from trimtab.store import Store, Tree, open_store
@@ -48,6 +48,7 @@ class Scores:
 GOOD = Scores()
 BAD = Scores(lost=(0.3, 0.3, 0.3, 0.3))  # recovery about 0.56
 OPEN = Scores(lost=(0.03, 0, 0, 0))  # recovery about 0.96 of 400 items: above the limit, not surely
+UNDECIDED = Scores(lost=(0.035, 0.035, 0.035, 0))  # at the limit in every look
 LUCKY = Scores(lost=(0, 0, 0, 0.3))  # passes every look, and fails on items that no look has used
 USELESS = Scores(bytes=1.0)
 LOOPING = Scores(degenerate=0.75)
@@ -56,50 +57,60 @@ LOOPING = Scores(degenerate=0.75)
 class Script:
     """Files results in a store under the keys that a run will ask for."""
 
-    def __init__(self, store: Store, model: Tree, folder: Path):
-        self.store, self.model, self.folder = store, model, folder
+    def __init__(self, store: Store, model: Tree, folder: Path, recipe: str = ""):
+        self.store, self.model, self.folder, self.recipe = store, model, folder, recipe
         self.ladder = [rung.recipe for rung in self._rungs()]
 
     def _rungs(self) -> list[plan.Rung]:
-        begun = self._begin("")
+        begun = self.begin()
         text = (self.store.get(begun.ladder) / "ladder.json").read_text()
         return [plan.Rung.model_validate(rung) for rung in json.loads(text)]
 
-    def _begin(self, recipe: str) -> State:
+    def begin(self, max_attempts: int = 1) -> State:
         return flow.begin(
             model=self.model,
             store_uri=self.store.uri,
             name="tiny",
             goal="fit_larger_model",
             target="cpu",
-            recipe=recipe,
-            max_attempts=1,
+            recipe=self.recipe,
+            max_attempts=max_attempts,
             evaluation=EVALUATION,
         )
 
-    def file(self, scores: Mapping[str, Scores], fails: str = "") -> None:
-        """Files everything for the baseline and the ladder's recipes.
+    def file(
+        self, scores: Mapping[str, Scores], fails: str = "", kv_cache_apart: Scores | None = None
+    ) -> None:
+        """Files everything for the baseline and the ladder's recipes, and for these without their KV cache.
 
         Args:
-            scores: by format; other formats score GOOD.
+            scores: by title or format; other recipes score GOOD.
             fails: "<format> <stage>" for which nothing is filed, so that the run has to do that work.
+            kv_cache_apart: what an export with a quantized KV cache scores with 16 bits; None files nothing.
         """
-        begun = self._begin("")
+        begun = self.begin()
         ready = self._walk(begun, fails)
         if ready is None:
             return
         for look, (items, windows) in enumerate([*ranges(), validation.fresh_range(EVALUATION)], start=1):
             self._evaluation(ready, look, items, windows, Scores(ratio=1.0))
         self._integrity(ready, {}, 1.0)
-        for recipe in self.ladder:
+        without_kv_cache = [
+            recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"kv_cache": "none"})})
+            for recipe in self.ladder
+            if recipe.quantize.kv_cache != "none"
+        ]
+        for recipe in [*self.ladder, *without_kv_cache]:
             state = begun.model_copy(update={"recipe": recipe, "attempt": 1})
             made = self._walk(state, fails)
             if made is None:
                 continue
-            wanted = scores.get(recipe.quantize.format, GOOD)
+            wanted = scores.get(recipe.title, scores.get(recipe.quantize.format, GOOD))
             self._integrity(made, recipe.quantize.model_dump(mode="json"), wanted.bytes)
             for look, (items, windows) in enumerate([*ranges(), validation.fresh_range(EVALUATION)], start=1):
                 self._evaluation(made, look, items, windows, wanted)
+                if recipe.quantize.kv_cache != "none" and kv_cache_apart:
+                    self._evaluation(made, look, items, windows, kv_cache_apart, kv_cache="none")
 
     def _walk(self, state: State, fails: str) -> State | None:
         """Files the results of the attempt's stages; None when one of them is left to the run."""
@@ -121,8 +132,17 @@ class Script:
         metrics = {"bytes": int(size * BASELINE_BYTES), "quantized_share": size, "max_relative_error": 0.1}
         self._record(key, "integrity", {"layers.json": "[]"}, metrics)
 
-    def _evaluation(self, state: State, look: int, items: list[int], windows: list[int], scores: Scores) -> None:
-        parameters = validation.evaluation_parameters(EVALUATION, items, windows, speed=look == 1)
+    def _evaluation(
+        self,
+        state: State,
+        look: int,
+        items: list[int],
+        windows: list[int],
+        scores: Scores,
+        kv_cache: str = "export",
+    ) -> None:
+        speed = look == 1 and kv_cache == "export"
+        parameters = validation.evaluation_parameters(EVALUATION, items, windows, speed, kv_cache)
         key = validation.EVALUATE.key(parameters, {"engine": state.trees["engine"], "export": _export(state)})
         files = {
             "items.jsonl": "".join(json.dumps(item) + "\n" for item in _items(items, scores.lost[look - 1])),
@@ -285,13 +305,17 @@ def test_again(script, run_dag, tripwire, tmp_path):
 def first_attempt(script: Script, scores: Scores = GOOD) -> State:
     """The state after the baseline and one attempt."""
     script.file({script.ladder[0].quantize.format: scores})
-    state = script._begin("")
-    for number in (0, 1):
+    return attempts(script, script.begin(), 1)
+
+
+def attempts(script: Script, state: State, count: int) -> State:
+    """The state after the baseline and so many attempts, all of whose results were filed."""
+    for number in range(count + 1):
         for name in stages.STAGES:
             state, _ = stages.advance(name, state)
         page, metrics = script.folder / f"page-{number}", SimpleNamespace(log_metric=lambda *_: None)
         state = State.parse(validation.run(state.to_json(), SimpleNamespace(path=str(page)), metrics))
-        state = flow.next_attempt(state) if number == 0 else state
+        state = flow.next_attempt(state) if number < count else state
     return state
 
 
@@ -312,6 +336,81 @@ def test_verdict(scores, ending, reason, script):
     assert told(state) == [f"int4_rtn {ending}"]
     assert reason in state.history[-1].verdict.reason
     assert (state.history[-1].evaluation is not None) == ending.startswith("accepted")
+
+
+# --- a quantized KV cache -------------------------------------------------------------------------------------
+
+KV_RECIPE = "quantize: {format: int4_rtn, kv_cache: nvfp4}"
+
+
+@pytest.fixture
+def kv_script(tmp_path: Path, write_model: Callable[..., Path]) -> Script:
+    """Its ladder begins with the user's recipe, and goes on as without one."""
+    write_model(tmp_path / "model")
+    store = open_store(str(tmp_path / "store"))
+    return Script(store, fetch(str(tmp_path / "model"), store), tmp_path / "filed", KV_RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("scores", "apart", "ending", "reason"),
+    [
+        (BAD, GOOD, "rejected kv_cache_accuracy", "perplexity ratio 1.020 (1.019 to 1.021) in 16 bits, which is"),
+        (Scores(ratio=1.4), GOOD, "rejected kv_cache_accuracy", "the KV cache is to blame: perplexity ratio 1.4"),
+        (UNDECIDED, GOOD, "rejected kv_cache_accuracy after 3 looks", "in nvfp4 2000 items are too few to tell"),
+        (LUCKY, GOOD, "rejected kv_cache_accuracy", "in nvfp4 not confirmed on fresh items"),
+        (BAD, BAD, "rejected accuracy", "the KV cache is not to blame: in 16 bits recovery 0.4"),
+        (Scores(ratio=1.4), Scores(ratio=1.3), "rejected perplexity", "the KV cache is not to blame: in 16 bits perpl"),
+        (LUCKY, LUCKY, "rejected accuracy", "the KV cache is not to blame: in 16 bits not confirmed on fresh items"),
+        (BAD, OPEN, "rejected accuracy", "not shown to be to blame: in 16 bits 400 items are too few to tell: rec"),
+        # no failure that the KV cache can be told to have caused in this way: nothing more is measured
+        (GOOD, None, "accepted confirmed", "is at least 0.95 and perplexity ratio"),
+        (USELESS, None, "rejected no_gain", "accurate but useless"),
+        (LOOPING, None, "rejected degenerate_output", "are empty or repeat themselves"),
+    ],
+    ids=[
+        "accuracy", "perplexity", "undecided", "unconfirmed", "weights: accuracy", "weights: perplexity",
+        "weights: unconfirmed", "too few items", "accepted", "useless", "degenerate",
+    ],
+)  # fmt: skip
+def test_a_kv_cache_is_judged_apart(scores, apart, ending, reason, kv_script):
+    kv_script.file({"int4_rtn + nvfp4 KV": scores}, kv_cache_apart=apart)
+    state = attempts(kv_script, kv_script.begin(), 1)
+    assert told(state) == [f"int4_rtn {ending}"]
+    assert reason in state.history[-1].verdict.reason
+
+
+def test_without_a_quantized_kv_cache_there_is_nothing_to_blame(kv_script):
+    kv_script.file({"int4_rtn + nvfp4 KV": BAD, "int4_rtn": BAD}, kv_cache_apart=BAD)
+    first, second = attempts(kv_script, kv_script.begin(2), 2).history
+    assert "KV cache" in first.verdict.reason and "KV cache" not in second.verdict.reason
+    assert second.recipe.quantize.kv_cache == "none"
+
+
+def test_what_cannot_be_judged_apart_keeps_its_verdict(kv_script, monkeypatch):
+    kv_script.file({"int4_rtn + nvfp4 KV": BAD})
+    cached = stages.cached
+
+    def killed(store, stage, parameters, inputs):
+        if parameters.get("kv_cache") == "none" and stage is validation.EVALUATE:
+            raise Failure("does_not_fit", "evaluate was killed")
+        return cached(store, stage, parameters, inputs)
+
+    monkeypatch.setattr(stages, "cached", killed)
+    verdict = attempts(kv_script, kv_script.begin(), 1).history[-1].verdict
+    assert (verdict.outcome, verdict.failure_class) == ("rejected", "accuracy")
+    assert verdict.reason.endswith("; the KV cache could not be judged apart: evaluate was killed")
+
+
+def test_a_kv_cache_that_is_to_blame_is_dropped_alone(kv_script, run_dag, tripwire, tmp_path):
+    """Through the real DAG: the weights of the first attempt are released without its KV cache."""
+    kv_script.file({"int4_rtn + nvfp4 KV": BAD}, kv_cache_apart=GOOD)
+    outcome = run_dag({**arguments(kv_script, 2), "recipe": KV_RECIPE}, tmp_path / "runs")
+    assert outcome.error is None, outcome.log.read_text()[-5000:]
+    assert told(outcome.state) == ["int4_rtn rejected kv_cache_accuracy", "int4_rtn accepted confirmed"]
+    first, second = (brief.recipe.quantize.model_dump() for brief in outcome.state.history)
+    assert second == {**first, "kv_cache": "none"}
+    assert not tripwire.touched
+    assert "the KV cache is to blame" in outcome.page.read_text()
 
 
 # --- the gate -----------------------------------------------------------------------------------------------

@@ -83,6 +83,15 @@ def test_looks_and_fresh_items_follow_each_other(items, windows, confirm_items, 
         assert all(left[1] == right[0] for left, right in zip(spans, spans[1:], strict=False))
 
 
+def test_a_kv_cache_in_16_bits_is_another_evaluation_and_the_exports_own_is_the_old_one():
+    settings = Evaluation()
+    own, without = (stage.evaluation_parameters(settings, [0, 9], [0, 1], True, kv) for kv in ("export", "none"))
+    assert "kv_cache" not in own, "results from before there was a choice are found"
+    assert own == stage.evaluation_parameters(settings, [0, 9], [0, 1], True)
+    assert without == {**own, "kv_cache": "none"}
+    assert stage.EVALUATE.key(own, {}) != stage.EVALUATE.key(without, {})
+
+
 PARAMETERS = {"tasks": ["trimtab_common_sense"], "task_path": "", "heldout": "builtin"}
 
 
