@@ -59,7 +59,7 @@ def attempt(state: str) -> str:
     ).outputs
     again = _uncached(
         calibrate(
-            state=distilled["Output"], checkpoint=distilled["distilled"], stages="recalibrate sensitivity"
+            state=distilled["Output"], checkpoint=distilled["distilled"], stages="recalibrate gram sensitivity"
         ),
         "recalibrate",
         need["recalibrate"],

@@ -25,7 +25,7 @@ class Group:
 
 
 #: Bits of a weight in each format, without its scales: the convention of ModelOpt's `effective_bits`.
-BITS = {"int4_awq": 4.0, "int8_wo": 8.0}
+BITS = {"int4_gptq": 4.0, "int8_wo": 8.0}
 
 
 def allocate(groups: Sequence[Group], effective_bits: float) -> dict[str, str]:
@@ -59,8 +59,3 @@ def allocate(groups: Sequence[Group], effective_bits: float) -> dict[str, str]:
     choice = solution.x.reshape(harm.shape).argmax(axis=1)
     return {layer: formats[c] for group, c in zip(groups, choice, strict=True) for layer in group.layers}
 
-
-def effective_bits(groups: Sequence[Group], assignment: dict[str, str]) -> float:
-    """Returns the mean bits a weight of an assignment."""
-    bits = sum(BITS[assignment[group.layers[0]]] * group.weights for group in groups)
-    return bits / sum(group.weights for group in groups)

@@ -1,93 +1,138 @@
-"""AWQ's scales and each layer's sensitivity to each format: one search a model, read by every recipe that needs it."""
+"""How much each format harms each group of layers: the rise of the output's KL divergence, without trying any.
+
+A change of a layer's output by e moves the model's distribution by half of eᵀ F e, F being the Fisher information
+of that output: the mean of g gᵀ over gradients g of the log-probability of tokens that the model itself draws. F
+is taken as diagonal, and gradients and inputs as independent (Martens and Grosse 2015, "K-FAC"), so one pass
+forward and backward, which measures E[g_i²], serves every format: with input moments E[x_j²] from calibration and
+a rounding error D of the weights, the harm is half of Σ_ij E[g_i²] D_ij² E[x_j²], and what rounding the
+activations adds to E[x_j²] counts in the same way for the weights themselves.
+"""
 
 from __future__ import annotations
 
-import itertools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import modelopt.torch.quantization as mtq
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch import nn
 
 from trimtab import progress
 from trimtab.components.quantization import formats
-from trimtab.components.quantization.allocation import BITS, Group
+from trimtab.components.quantization.formats import Input
+from trimtab.recipe import Quantization
 from trimtab.runtime import checkpoint as checkpoints
+from trimtab.runtime import observe
+from trimtab.runtime.formats import Quantized, dequantize
+from trimtab.runtime.measurements import Measurements
+
+#: Tokens that gradients are averaged over: the mean of squares over these settles far sooner than a Gram matrix.
+TOKENS = 4096
+#: Formats whose error is computed with that of another: GPTQ's rounding is AWQ's with errors made up for, and what
+#: it leaves is not seen by second moments without correlation.
+_STAND_INS = {"int4_gptq": "int4_awq"}
 
 
 def measure(
     checkpoint: str, calibration: str, output: str, scratch: str, parameters: dict[str, Any]
 ) -> dict[str, float]:
-    """Searches AWQ's scales, scores every layer in every format of `mixed`, and writes both.
-
-    `awq.safetensors` holds for each layer the scale of its input channels, float32 [in_features] (Lin et al.
-    2023, "AWQ"). `sensitivity.json` holds the score of ModelOpt's AutoQuantize: the squared change of a layer's
-    output that a format causes, weighted with the squared gradient of the loss there, an estimate of the rise
-    of the loss.
+    """Writes `sensitivity.json`: for the first layer of each group, the harm of each format in nats a token.
 
     Returns:
-        groups, layers.
+        groups.
     """
-    model, _ = checkpoints.load(Path(checkpoint), torch.float32)
-    tokens = load_file(Path(calibration) / "tokens.safetensors")["tokens"].long()
-    exclude = tuple(parameters["exclude"])
-    names = sorted(BITS, key=BITS.get)
-    batches = [{"input_ids": window[None]} for window in tokens]
-    passes = len(batches) * (len(names) + 1)
-    progress.report("sensitivity", "scoring every layer in every format", 0, passes)
-    done = itertools.count(1)
-
-    def forward(model: Any, batch: dict[str, torch.Tensor]) -> Any:
-        output = model(**batch)
-        progress.report("sensitivity", "scoring every layer in every format", next(done), passes)
-        return output
-
-    _, search = mtq.auto_quantize(
-        model,
-        # The search itself is not used: any feasible budget lets ModelOpt score and finish.
-        constraints={"effective_bits": 15.9},
-        quantization_formats=[formats.configuration(n, parameters["group_size"], exclude) for n in names],
-        data_loader=batches,
-        forward_step=forward,
-        loss_func=lambda output, batch: F.cross_entropy(
-            output.logits[:, :-1].flatten(0, 1).float(), batch["input_ids"][:, 1:].flatten()
-        ),
-        num_calib_steps=len(batches),
-        num_score_steps=len(batches),
-        disabled_layers=[f"*{pattern}*" for pattern in exclude],
-        method="gradient",
-    )
-    document = [
-        {
-            "layers": stats["module_names"],
-            "weights": int(stats["uncompressed_cost"]),
-            "harm": dict(
-                zip(names, stats["scores"], strict=False)
-            ),  # the last score is that of no quantization
-        }
-        for stats in search["candidate_stats"].values()
-        if len(stats["scores"]) > len(names)  # an excluded layer has one choice, to stay as it is
-    ]
-    save_file(_awq_scales(search["quantizer_states"]), Path(output) / "awq.safetensors")
-    (Path(output) / "sensitivity.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-    return {"groups": len(document), "layers": sum(len(g["layers"]) for g in document)}
+    model, _ = checkpoints.load_for_measuring(Path(checkpoint))
+    tokens = load_file(Path(calibration) / "tokens.safetensors")["tokens"].long().to(model.device)
+    energy = gradient_energy(model, tokens[: max(1, TOKENS // tokens.shape[1])])
+    measured = Measurements(Path(calibration), Path(checkpoint), "calibration")
+    layers = observe.linears(model)
+    harms = {}
+    groups = observe.linear_groups(model)
+    for group in progress.track(groups, "sensitivity", "scoring every layer in every format", len(groups)):
+        weights = {name: layers[name].weight.detach().float() for name in group.layers}
+        seen = Input(*(measured[f"{group.layers[0]}.{p}"].to(model.device) for p in ("amax", "second_moment")))
+        harms[group.layers[0]] = _harms(weights, seen, energy, parameters["group_size"])
+    (Path(output) / "sensitivity.json").write_text(json.dumps(harms, indent=1), encoding="utf-8")
+    return {"groups": len(harms)}
 
 
-def _awq_scales(states: dict[Any, dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Returns the scale that AWQ found for each layer's input, from the states that the search kept a format."""
-    (state,) = (kept["state_dict"] for recipe, kept in states.items() if recipe.num_bits == BITS["int4_awq"])
-    suffix = ".input_quantizer"
-    return {
-        name.removesuffix(suffix): tensors["_pre_quant_scale"].float().contiguous()
-        for name, tensors in state.items()
-        if name.endswith(suffix) and "_pre_quant_scale" in tensors
-    }
+def read(folder: Path) -> dict[str, dict[str, float]]:
+    """Reads what `measure` wrote: first layer of a group -> format -> harm."""
+    return json.loads((folder / "sensitivity.json").read_text(encoding="utf-8"))
 
 
-def read(folder: Path) -> list[Group]:
-    """Reads what `measure` wrote."""
-    document = json.loads((folder / "sensitivity.json").read_text(encoding="utf-8"))
-    return [Group(tuple(g["layers"]), g["weights"], g["harm"]) for g in document]
+def gradient_energy(model: nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns for every linear layer E[g_i²], float32 [out_features].
+
+    Args:
+        model: as loaded; its weights get no gradients.
+        tokens: int64 [samples, length].
+    """
+    model.requires_grad_(False)
+    generator = torch.Generator(model.device).manual_seed(0)
+    with _backward_energy(model) as energy:
+        for window in progress.track(tokens, "sensitivity", "measuring gradients", len(tokens)):
+            embedded = model.get_input_embeddings()(window[None]).requires_grad_(True)
+            logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            F.cross_entropy(logits, drawn, reduction="sum").backward()
+    return {name: total / tokens.numel() for name, total in energy.items()}
+
+
+@contextmanager
+def _backward_energy(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Sums the squares of the gradients of every linear layer's output while the body runs backward."""
+    energy = {n: torch.zeros(m.out_features, device=m.weight.device) for n, m in observe.linears(model).items()}
+
+    def watch(name: str, output: torch.Tensor) -> None:
+        def add(gradient: torch.Tensor) -> None:
+            energy[name] += gradient.flatten(0, -2).float().square().sum(0)
+
+        output.register_hook(add)
+
+    layers = observe.linears(model).items()
+    handles = [layer.register_forward_hook(lambda _, __, out, n=name: watch(n, out)) for name, layer in layers]
+    try:
+        yield energy
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _activation_noise(stored: Quantized, seen: Input, scale: torch.Tensor) -> torch.Tensor | float:
+    """The variance that rounding the activations adds to each channel of the unscaled input: d²/12 for a step d.
+
+    A floating point step is in proportion to the number, and its square's mean over a binade is taken.
+    """
+    kind = stored.layout.storage.activations
+    if kind == "int8":
+        return (stored.input_scale * scale).square() / 12
+    relative_step = {"fp8": 2**-3, "fp8 per token": 2**-3, "nvfp4": 2**-1}.get(kind, 0.0)
+    return seen.second_moment * relative_step**2 / 12 / 2
+
+
+@torch.inference_mode()
+def _harms(
+    weights: dict[str, torch.Tensor], seen: Input, energy: dict[str, torch.Tensor], group_size: int
+) -> dict[str, float]:
+    found: dict[str, float] = {}
+    columns = seen.amax.shape[0]
+    for form in formats.ALGORITHMS:
+        settings = Quantization(format=form, group_size=group_size)
+        if form in _STAND_INS or columns % (formats.group_size(form, settings) or 1):
+            continue
+        scale = formats.channel_scale(form, weights, seen, settings)
+        scale = torch.ones_like(seen.amax) if scale is None else scale
+        scaled = {name: weight * scale for name, weight in weights.items()}
+        harm = 0.0
+        for name, stored in formats.quantize(form, scaled, seen.scaled(scale), settings).items():
+            weight = dequantize(stored) / scale
+            squares = (weight - weights[name]).square() * seen.second_moment
+            squares += weight.square() * _activation_noise(stored, seen, scale)
+            harm += 0.5 * float((energy[name][:, None] * squares).sum())
+        found[form] = harm
+    return found | {form: found[other] for form, other in _STAND_INS.items() if other in found}

@@ -1,96 +1,150 @@
-"""Quantizes a checkpoint and exports it as a unified Hugging Face checkpoint, safetensors only."""
+"""Quantizes a checkpoint, a shard at a time, into a unified Hugging Face checkpoint as ModelOpt exports it."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import modelopt.torch.quantization as mtq
 import torch
-from modelopt.torch.export import export_hf_checkpoint
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-from trimtab import progress
-from trimtab.components.quantization import allocation, formats
-from trimtab.components.quantization.sensitivity import read as read_sensitivity
+from trimtab import fusion, progress
+from trimtab.components.quantization import assignment, configuration, formats, kv_cache, stream
+from trimtab.components.quantization.formats import Input
+from trimtab.errors import InputError
+from trimtab.fusion import Group
+from trimtab.model import inspect as read_facts
 from trimtab.recipe import Quantization
-from trimtab.runtime import checkpoint as checkpoints
+from trimtab.runtime.checkpoint import INDEX, Export, weight_file_bytes
+from trimtab.runtime.measurements import Measurements
+
+_CAST_TYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def quantize(
     checkpoint: str,
     calibration: str | None,
+    gram: str | None,
     sensitivity: str | None,
     output: str,
     scratch: str,
     parameters: dict[str, Any],
 ) -> dict[str, float]:
-    """Quantizes with ModelOpt and writes the export: weights, scales, config, tokenizer.
+    """Writes the export: weights, scales, config, tokenizer. The model never runs: it was measured before.
+
+    Args:
+        checkpoint: the plain checkpoint to quantize.
+        calibration: what the calibration pass measured; None for formats that look at weights alone.
+        gram: the full second moments, for GPTQ.
+        sensitivity: the harm of each format to each group of layers, for `mixed` and `exclude_sensitive`.
+        output: the folder to fill.
+        scratch: shards that are finished wait here, and are found after a kill.
+        parameters: the recipe's `quantize`.
 
     Returns:
-        bytes (of all safetensors), effective_bits (mean over the quantized weights; `mixed` only).
+        bytes (of all safetensors), effective_bits (mean over the quantized weights, without scales).
 
     Raises:
+        InputError: measurements of another model, or weights that are not finite.
         Failure: `unsupported`, a bit budget that no assignment meets.
     """
     settings = Quantization.model_validate(parameters)
-    folder = Path(output)
-    if settings.format == "bf16":
-        model, tokenizer = checkpoints.load(Path(checkpoint), torch.bfloat16)
-        checkpoints.save(model, tokenizer, folder)
-        return {"bytes": checkpoints.weight_file_bytes(folder)}
-    model, tokenizer = checkpoints.load(Path(checkpoint), torch.float32)
-    metrics: dict[str, float] = {}
-    if settings.format == "mixed":
-        groups = read_sensitivity(Path(sensitivity))
-        assignment = allocation.allocate(groups, settings.effective_bits)
-        metrics["effective_bits"] = allocation.effective_bits(groups, assignment)
-        config = formats.mixed_configuration(assignment, settings)
-    else:
-        config = formats.configuration(
-            settings.format, settings.group_size, settings.exclude, settings.kv_cache
-        )
-    tokens = load_file(Path(calibration) / "tokens.safetensors")["tokens"].long() if calibration else None
-    if settings.format == "int4_awq":  # the search is done: its scales are in the sensitivity tree
-        config["algorithm"] = "max"
-    with torch.inference_mode():
-        mtq.quantize(model, config, _forward_loop(tokens, settings.format))
-        if sensitivity:
-            formats.apply_awq_scales(model, load_file(Path(sensitivity) / "awq.safetensors"))
-    progress.report("quantize", "exporting")
-    with torch.inference_mode():
-        export_hf_checkpoint(model, export_dir=folder)
-    tokenizer.save_pretrained(folder)
-    for path in folder.glob("*.safetensors"):
-        _store_in_16_bits(path)
-    return {"bytes": checkpoints.weight_file_bytes(folder), **metrics}
+    source, folder = Path(checkpoint), Path(output)
+    facts = read_facts(source)
+    groups = fusion.groups([layer.name for layer in facts.linears], facts.model_type)
+    chosen = assignment.choose(groups, facts, settings, Path(sensitivity) if sensitivity else None)
+    measured = [Measurements(Path(f), source, n) for n, f in (("calibration", calibration), ("gram", gram)) if f]
+    quantizer = _Quantizer(source, settings, groups, chosen, measured)
+    skip = ["lm_head.weight"] if facts.tied_embeddings else []
+    stream.rewrite(source, folder, Path(scratch) / "shards", skip, quantizer)
+    _copy_the_rest(source, folder)
+    configuration.write(folder, facts, chosen, settings, quantizer.dtype)
+    return {"bytes": weight_file_bytes(folder), "effective_bits": assignment.effective_bits(facts, chosen)}
 
 
-def _forward_loop(tokens: torch.Tensor | None, format: str) -> Any:
-    """Formats that quantize activations see every calibration window, one at a time; the others need none."""
-    if tokens is None or format not in ("int8_sq", "fp8"):
-        return None
+class _Quantizer:
+    """Turns the tensors of a shard into those of the export; holds one shard of the source at a time."""
 
-    def run(model: Any) -> None:
-        for window in progress.track(tokens, "quantize", "running calibration text", len(tokens)):
-            model(window[None], logits_to_keep=1)
+    def __init__(
+        self,
+        source: Path,
+        settings: Quantization,
+        groups: Sequence[Group],
+        chosen: Mapping[str, str],
+        measured: Sequence[Measurements],
+    ):
+        self.source, self.settings, self.groups = source, settings, groups
+        self.chosen, self.measured = chosen, measured
+        self.dtype = _CAST_TYPES.get(settings.format, torch.bfloat16)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    return run
+    @torch.inference_mode()
+    def __call__(self, names: Sequence[str], title: str) -> dict[str, torch.Tensor]:
+        shard = Export(self.source)  # opened anew: the pages that an open file has read count as memory
+        written: dict[str, torch.Tensor] = {}
+        groups = [g for g in self.groups if f"{g.layers[0]}.weight" in names and self.chosen.keys() & {*g.layers}]
+        for group in progress.track(groups, "quantize", f"quantizing {title}", len(groups)):
+            written |= self._group(shard, group)
+        for name in names:
+            if name not in written and name.removesuffix(".weight") not in self.chosen:
+                tensor = _finite(shard, name)
+                written[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        if self.settings.kv_cache != "none":
+            written |= kv_cache.scales(self.settings.kv_cache, names, self._measured)
+        # Layers of a group share scalars, and safetensors wants memory of its own for each tensor.
+        return {n: t.cpu().contiguous() if t.numel() > 1 else t.cpu().clone() for n, t in written.items()}
+
+    def _group(self, shard: Export, group: Group) -> dict[str, torch.Tensor]:
+        """The export's tensors of layers that share an input, and of the norm before them."""
+        layers = [layer for layer in group.layers if layer in self.chosen]
+        form = self.chosen[layers[0]]
+        weights = {n: _finite(shard, f"{n}.weight").to(self.device, torch.float32) for n in group.layers}
+        quantized = {n: weights[n] for n in layers}
+        seen = self._seen(form, group.layers[0])
+        scale = formats.channel_scale(form, quantized, seen, self.settings)
+        written: dict[str, torch.Tensor] = {}
+        before = None
+        if scale is not None:
+            before = (1 / scale).to(self.dtype).float()  # as stored; weights make up for what is really there
+            if group.norm:
+                norm = shard.tensor(f"{group.norm}.weight").to(self.device)
+                written[f"{group.norm}.weight"] = folded = (norm.float() * before).to(self.dtype)
+                before = torch.where(folded == 0, before, folded.float() / norm.float())
+            weights = {n: w / before for n, w in weights.items()}
+            seen = seen.scaled(1 / before)
+        stored = formats.quantize(form, {n: weights[n] for n in layers}, seen, self.settings)
+        for name in group.layers:
+            if name not in stored:  # excluded, but its input is scaled all the same
+                written[f"{name}.weight"] = weights[name].to(self.dtype)
+                continue
+            written |= {f"{name}.{part}": tensor for part, tensor in stored[name].tensors.items()}
+            if before is not None and not group.norm:
+                written[f"{name}.pre_quant_scale"] = before.to(self.dtype)
+        return written
+
+    def _seen(self, form: str, layer: str) -> Input:
+        """What was measured of the layer's input, as far as the format looks at it."""
+        if not self.measured:
+            return Input()
+        found = {part: self._measured(f"{layer}.{part}") for part in ("amax", "second_moment")}
+        if form == "int4_gptq":
+            found["gram"] = self._measured(f"{layer}.gram")
+        return Input(**{part: tensor.to(self.device) for part, tensor in found.items()})
+
+    def _measured(self, name: str) -> torch.Tensor:
+        return next((m for m in self.measured if name in m), self.measured[0])[name]
 
 
-def _store_in_16_bits(path: Path) -> None:
-    """Rewrites a file with its float32 weights as bfloat16, the precision of the source checkpoint.
+def _finite(shard: Export, name: str) -> torch.Tensor:
+    tensor = shard.tensor(name)
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise InputError(f"model: {name} holds NaN or infinity; download it again, or check how it was trained")
+    return tensor
 
-    The model is quantized in float32, so that scales are chosen on unrounded numbers; what stays unquantized
-    came from bfloat16 and goes back to it. One scale a layer or channel keeps float32; INT4's scale of every
-    group, which costs a sixteenth of the weights, is a bfloat16 as the engines read it.
-    """
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    for name, tensor in tensors.items():
-        per_channel_scale = name.endswith("_scale") and tensor.dim() < 2
-        if tensor.dtype == torch.float32 and not per_channel_scale:
-            tensors[name] = tensor.bfloat16()
-    save_file(tensors, path, metadata=metadata)
+
+def _copy_the_rest(source: Path, folder: Path) -> None:
+    """Config, tokenizer and chat template go along; weights and their index have been written anew."""
+    for path in source.iterdir():
+        if path.is_file() and path.suffix in (".json", ".model", ".txt", ".jinja") and path.name != INDEX:
+            shutil.copyfile(path, folder / path.name)

@@ -38,10 +38,20 @@ HALVING_BITS = 1.2
 #: A rung is skipped when its predicted log ratio exceeds this multiple of the limit's. Acceptance wants the
 #: whole interval below the limit, so a prediction at the limit itself already fails more often than not.
 CLEARLY = 1.1
+#: Formats that also multiply in few bits.
+_ROUNDS_ACTIVATIONS = ("fp8", "fp8_per_channel", "int8_sq", "w4a8_awq", "nvfp4", "mxfp4")
+#: What ends the line of mixed precision at four bits, the nearest first.
+_FOUR_BITS = ("int4_gptq", "int4_awq", "int4_rtn")
 _TOO_HARSH = ("accuracy", "perplexity", "indeterminate")
-_BITS = {"bf16": 16.0, "int8_wo": 8.0, "int8_sq": 8.0, "fp8": 8.0, "int4_rtn": 4.0, "int4_awq": 4.0}
+_BITS = {
+    "fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "int8_wo": 8.0, "int8_sq": 8.0, "fp8": 8.0, "fp8_per_channel": 8.0,
+    "int4_rtn": 4.0, "int4_awq": 4.0, "int4_gptq": 4.0, "w4a8_awq": 4.0, "nvfp4": 4.5, "mxfp4": 4.25,
+}  # fmt: skip
 #: How much a format takes away, in the order of `trimtab.plan.EXPECTATIONS`; `mixed` lies between.
-_HARSHNESS = {"bf16": 0.0, "int8_wo": 1.0, "fp8": 2.0, "int8_sq": 3.0, "int4_awq": 9.0, "int4_rtn": 10.0}
+_HARSHNESS = {
+    "fp32": 0.0, "fp16": 0.0, "bf16": 0.0, "int8_wo": 1.0, "fp8_per_channel": 1.5, "fp8": 2.0, "int8_sq": 3.0,
+    "int4_gptq": 8.0, "int4_awq": 9.0, "w4a8_awq": 9.5, "nvfp4": 9.5, "mxfp4": 10.0, "int4_rtn": 10.0,
+}  # fmt: skip
 #: How much a KV cache takes away, which is in the same order how much it saves.
 _KV_CACHE = {"none": 0, "fp8": 1, "int8": 1, "nvfp4": 2}
 
@@ -103,6 +113,10 @@ def _quantize(recipe: Recipe) -> Quantization:
     return recipe.quantize or Quantization(format="bf16")
 
 
+def _excluded(quantize: Quantization) -> int:
+    return len(quantize.exclude) + quantize.exclude_sensitive
+
+
 def _blocks(recipe: Recipe) -> int:
     return recipe.prune.blocks if isinstance(recipe.prune, DepthPruning) else 0
 
@@ -124,21 +138,21 @@ def _risk(recipe: Recipe) -> tuple[float, ...]:
     group = quantize.group_size if _bits(recipe) < 8 else 0
     # Teaching repairs what pruning broke; where nothing was pruned, nothing is as good.
     untaught = (-recipe.distill.tokens if recipe.distill else 0) if recipe.prune else -math.inf
-    return harsh, _kv(recipe), _blocks(recipe), sparsity, group, untaught, -len(quantize.exclude)
+    return harsh, _kv(recipe), _blocks(recipe), sparsity, group, untaught, -_excluded(quantize)
 
 
 def _ambition(recipe: Recipe) -> tuple[float, ...]:
     """What the recipe saves, each respect apart; more is better at the goal. Sparsity saves nothing."""
     quantize = _quantize(recipe)
-    arithmetic = quantize.format in ("fp8", "int8_sq")
-    return -_bits(recipe), arithmetic, _kv(recipe), _blocks(recipe), -len(quantize.exclude)
+    arithmetic = quantize.format in _ROUNDS_ACTIVATIONS
+    return -_bits(recipe), arithmetic, _kv(recipe), _blocks(recipe), -_excluded(quantize)
 
 
 def _footprint(recipe: Recipe) -> tuple[float, ...]:
     """What the recipe needs of each device's memory, each respect apart."""
     quantize, engine = _quantize(recipe), recipe.engine
     devices = engine.tensor_parallel_size * engine.pipeline_parallel_size
-    kept = len(quantize.exclude)
+    kept = _excluded(quantize)
     return (_bits(recipe), -_kv(recipe), -_blocks(recipe), kept, engine.max_batch_size, engine.max_seq_len,
             engine.max_num_tokens, -devices, bool(recipe.distill))  # fmt: skip
 
@@ -235,18 +249,19 @@ def _work(recipe: Recipe) -> str:
 def predicted_ratio(recipe: Recipe, history: Sequence[Brief]) -> float | None:
     """Returns the perplexity ratio to expect of a `mixed` recipe, from attempts that differ in bits alone.
 
-    Mixed precision mixes INT4 AWQ with INT8, so AWQ is its end at 4 bits; round-to-nearest stands in where
-    that was not measured. None when nothing was measured.
+    Mixed precision mixes INT4 GPTQ with INT8, so GPTQ is its end at 4 bits; AWQ, then round-to-nearest, stands in
+    where that was not measured. None when nothing was measured.
     """
     points: dict[str, tuple[float, float]] = {}
     for brief in history:
         form, ratio = _quantize(brief.recipe).format, brief.verdict.perplexity_ratio
         same = (brief.recipe.prune, brief.recipe.distill) == (recipe.prune, recipe.distill)
-        if same and form in ("int4_rtn", "int4_awq", "mixed") and ratio and ratio.estimate > 1:
+        if same and form in (*_FOUR_BITS, "mixed") and ratio and ratio.estimate > 1:
             key = form if form != "mixed" else brief.recipe.digest
             points[key] = (_bits(brief.recipe), math.log(math.log(ratio.estimate)))
-    if "int4_awq" in points:
-        points.pop("int4_rtn", None)
+    measured = [form for form in _FOUR_BITS if form in points]
+    for worse in measured[1:]:
+        points.pop(worse)
     if not points or recipe.quantize is None or recipe.quantize.effective_bits is None:
         return None
     bits = recipe.quantize.effective_bits

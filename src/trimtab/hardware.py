@@ -8,7 +8,8 @@ Compute capabilities: developer.nvidia.com/cuda-gpus.
 What a back end runs on which compute capability, and where that is said:
 
 - `torch`: PyTorch's own kernels: `_scaled_mm` (FP8, 8.9 and later), `_int_mm`, `_weight_int4pack_mm`,
-  `_weight_int8pack_mm` (CUDA since pytorch#159325). The only back end for `int4_rtn`, and for `mixed`: a
+  `_weight_int8pack_mm` (CUDA since pytorch#159325). The only back end for `int4_rtn`, which the others could read
+  and nobody should want beside AWQ, and for `mixed`: a
   MIXED_PRECISION checkpoint of INT4 and INT8 weights has no other reader, because TensorRT-LLM's matrix has
   no INT8 weights at all and vLLM reads ModelOpt's FP8 and NVFP4 only.
 - `trtllm`: the matrix of TensorRT-LLM's docs/source/features/quantization.md. Its NVFP4 KV cache is that of
@@ -28,31 +29,38 @@ from functools import lru_cache
 from pathlib import Path
 
 from trimtab.errors import InputError, nearest
+from trimtab.fusion import groups
 from trimtab.model import Linear, ModelFacts
-from trimtab.recipe import DepthPruning, KVCache, Quantization, Recipe
+from trimtab.recipe import CASTS, GROUPED_FORMATS, DepthPruning, Format, KVCache, Quantization, Recipe
 from trimtab.schema import Document
 
 GB = 10**9
 BACKENDS = ("torch", "trtllm", "trtllm-legacy", "vllm")
 GROUP_SIZES = (128, 64, 32)
-GROUPED_FORMATS = ("int4_rtn", "int4_awq", "mixed")
+#: Numbers along a row, or along a head of the KV cache, that share a scale in NVFP4.
+NVFP4_BLOCK = 16
 #: Layers that tensor parallelism splits along their input, by the last part of their name (Llama's names).
 ROW_PARALLEL = ("o_proj", "down_proj")
 
+_ANY = ((8, 0), (99, 0))
+_CUDA_CASTS = dict.fromkeys(CASTS, _ANY)
 #: back end -> format -> the compute capabilities, first and last, that run it.
 _CUDA_FORMATS: dict[str, dict[str, tuple[tuple[int, int], tuple[int, int]]]] = {
-    "torch": {
-        "bf16": ((8, 0), (99, 0)), "int8_wo": ((8, 0), (99, 0)), "int8_sq": ((8, 0), (99, 0)),
-        "fp8": ((8, 9), (99, 0)), "int4_rtn": ((8, 0), (99, 0)), "int4_awq": ((8, 0), (99, 0)),
-        "mixed": ((8, 0), (99, 0)),
+    "torch": _CUDA_CASTS | {
+        "int8_wo": _ANY, "int8_sq": _ANY, "fp8": ((8, 9), (99, 0)), "fp8_per_channel": ((8, 9), (99, 0)),
+        "int4_rtn": _ANY, "int4_awq": _ANY, "int4_gptq": _ANY, "mixed": _ANY,
     },
-    # sm120 (consumer Blackwell) has no W4A16 AWQ in the matrix; sm100 and sm103 have it.
-    "trtllm": {"bf16": ((8, 0), (99, 0)), "fp8": ((8, 9), (99, 0)), "int4_awq": ((8, 0), (10, 3))},
-    "trtllm-legacy": {
-        "bf16": ((8, 0), (99, 0)), "fp8": ((8, 9), (99, 0)), "int4_awq": ((8, 0), (9, 0)),
-        "int8_wo": ((8, 0), (9, 0)), "int8_sq": ((8, 0), (9, 0)),
+    # INT4 AWQ and GPTQ are one layout. sm120 (consumer Blackwell) has no W4A16 AWQ in the matrix, sm100 and sm103 do.
+    "trtllm": _CUDA_CASTS | {
+        "fp8": ((8, 9), (99, 0)), "fp8_per_channel": ((9, 0), (9, 0)), "int4_awq": ((8, 0), (10, 3)),
+        "int4_gptq": ((8, 0), (10, 3)), "w4a8_awq": ((8, 9), (10, 3)),
+        "nvfp4": ((10, 0), (99, 0)), "mxfp4": ((10, 0), (99, 0)),
     },
-    "vllm": {"bf16": ((8, 0), (99, 0)), "fp8": ((8, 9), (99, 0))},
+    "trtllm-legacy": _CUDA_CASTS | {
+        "fp8": ((8, 9), (99, 0)), "int4_awq": ((8, 0), (9, 0)), "int4_gptq": ((8, 0), (9, 0)),
+        "int8_wo": ((8, 0), (9, 0)), "int8_sq": ((8, 0), (9, 0)), "w4a8_awq": ((8, 9), (9, 0)),
+    },
+    "vllm": _CUDA_CASTS | {"fp8": ((8, 9), (99, 0))},
 }  # fmt: skip
 #: back end -> format of the KV cache -> the compute capabilities, first and last, that serve it. TensorRT-LLM's
 #: PyTorch back end serves FP8 on Ampere too.
@@ -65,9 +73,12 @@ _CUDA_KV_CACHES: dict[str, dict[str, tuple[tuple[int, int], tuple[int, int]]]] =
 _EMULATED_KV_CACHES = {"torch": tuple(form for form in KVCache.__args__ if form != "none")}
 #: Back ends that can run an export with its KV cache in 16 bits, so that it can be judged apart from the weights.
 SWITCHES_KV_CACHE = ("torch",)
-#: Numbers along a head that share a scale in an NVFP4 KV cache.
-NVFP4_BLOCK = 16
-_CPU_FORMATS = ("bf16", "int8_wo", "int8_sq", "int4_rtn", "int4_awq", "mixed")
+_CPU_FORMATS = (*CASTS, "int8_wo", "int8_sq", "int4_rtn", "int4_awq", "int4_gptq", "mixed")
+#: Formats that no kernel of PyTorch multiplies on any device, or none on a CPU: judged by emulation.
+_CUDA_EMULATED = {"torch": ("w4a8_awq", "nvfp4", "mxfp4")}
+_CPU_EMULATED = {"torch": tuple(form for form in Format.__args__ if form not in _CPU_FORMATS)}
+#: The block of a row that a format fixes.
+FIXED_BLOCKS = {"nvfp4": NVFP4_BLOCK, "mxfp4": 32}
 #: TensorRT-LLM's fine-grained INT4 kernels know two group sizes; PyTorch's know all three.
 _BACKEND_GROUP_SIZES = {"torch": (128, 64, 32), "trtllm": (128, 64), "trtllm-legacy": (128, 64), "vllm": ()}
 
@@ -114,8 +125,15 @@ def _gpu(name: str, memory_gb: int, bandwidth_gb: float, capability: tuple[int, 
 
     formats = {backend: runs(table) for backend, table in _CUDA_FORMATS.items()}
     kv_caches = {backend: ("none", *runs(_CUDA_KV_CACHES.get(backend, {}))) for backend in formats}
-    return Hardware(name=name, memory_bytes=memory_gb * GB, bandwidth=bandwidth_gb * GB,
-                    compute_capability=capability, formats=formats, kv_caches=kv_caches)  # fmt: skip
+    return Hardware(
+        name=name,
+        memory_bytes=memory_gb * GB,
+        bandwidth=bandwidth_gb * GB,
+        compute_capability=capability,
+        formats=formats,
+        kv_caches=kv_caches,
+        emulated=_CUDA_EMULATED,
+    )
 
 
 GPUS = {
@@ -150,7 +168,7 @@ def target(name: str, memory_bytes: int | None = None) -> Hardware:
             memory_bytes=memory_bytes or machine_memory(),
             formats={"torch": _CPU_FORMATS},
             kv_caches={"torch": ("none",)},
-            emulated={"torch": ("fp8",)},
+            emulated=_CPU_EMULATED,
         )
     if name not in GPUS:
         variants = " or ".join(f"'{known}'" for known in TARGETS if name and known.startswith(f"{name}-"))
@@ -178,6 +196,7 @@ def check(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> str | None:
         _check_backend(recipe, hardware)
         or _check_format(recipe, hardware)
         or _check_kv_cache(recipe, hardware, facts)
+        or _check_exclusions(recipe, facts)
         or _check_blocks(recipe, facts)
         or _check_parallelism(recipe, facts)
         or _check_group_size(recipe, hardware, facts)
@@ -205,10 +224,10 @@ def _check_format(recipe: Recipe, hardware: Hardware) -> str | None:
     native = hardware.formats[backend]
     if name not in native and not hardware.is_emulated(recipe):
         served = ", ".join(native)
-        if name == "fp8" and hardware.compute_capability and hardware.compute_capability < (8, 9):
+        if name.startswith("fp8") and hardware.compute_capability and hardware.compute_capability < (8, 9):
             major, minor = hardware.compute_capability
             return (
-                f"quantize.format: fp8 needs compute capability 8.9 or later (Ada, Hopper, Blackwell) and "
+                f"quantize.format: {name} needs compute capability 8.9 or later (Ada, Hopper, Blackwell) and "
                 f"{hardware.name} has {major}.{minor}; write one of: {served}"
             )
         elsewhere = [other for other in hardware.backends if name in hardware.formats[other]]
@@ -251,6 +270,24 @@ def _range(first: tuple[int, int], last: tuple[int, int]) -> str:
     return f"{start} or later" if last[0] == 99 else f"{start} to {'.'.join(map(str, last))}"
 
 
+def _check_exclusions(recipe: Recipe, facts: ModelFacts) -> str | None:
+    quantize = recipe.quantize
+    if quantize is None or quantize.format in CASTS:
+        return None
+    names = [layer.name for layer in facts.linears] + ["lm_head"]
+    for pattern in quantize.exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            endings = sorted({f"*.{name.rpartition('.')[2]}" for name in names})
+            return f"quantize.exclude: '{pattern}' matches no layer; {nearest(pattern, [*names, *endings])}"
+    left = len(groups([layer.name for layer in quantized_layers(facts, quantize)], facts.model_type))
+    if quantize.exclude_sensitive >= left:
+        return (
+            f"quantize.exclude_sensitive: {quantize.exclude_sensitive} of {left} groups of layers leave nothing to "
+            f"quantize; write at most {left - 1}"
+        )
+    return None
+
+
 def _check_blocks(recipe: Recipe, facts: ModelFacts) -> str | None:
     blocks, most = removed_blocks(recipe), facts.layers - 1
     if blocks > most:
@@ -282,6 +319,14 @@ def _splits(facts: ModelFacts, ranks: int) -> bool:
 
 def _check_group_size(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> str | None:
     quantize, backend = recipe.quantize, recipe.engine.backend
+    if quantize is not None and quantize.format in FIXED_BLOCKS:
+        block = FIXED_BLOCKS[quantize.format]
+        for layer in quantized_layers(facts, quantize):
+            if layer.in_features % block:
+                return (
+                    f"quantize.format: {quantize.format} has a scale for each {block} weights of a row, which do not "
+                    f"divide the {layer.in_features} of {layer.name}; add '{layer.name}' to quantize.exclude"
+                )
     if quantize is None or quantize.format not in GROUPED_FORMATS:
         return None
     served = _BACKEND_GROUP_SIZES[backend]
@@ -316,9 +361,11 @@ def largest_group_size(facts: ModelFacts, quantize: Quantization, backend: str, 
 
 
 def quantized_layers(facts: ModelFacts, quantize: Quantization) -> tuple[Linear, ...]:
-    """Returns the linear layers that the format applies to: all that no pattern of `exclude` matches."""
-    layers = (*facts.linears, Linear("lm_head", facts.vocab_size, facts.hidden_size))
-    return tuple(layer for layer in layers if not _excluded(layer.name, quantize.exclude))
+    """Returns the linear layers that the format applies to: all that no pattern of `exclude` matches.
+
+    The output head is never among them: it is often the embedding too.
+    """
+    return tuple(layer for layer in facts.linears if not _excluded(layer.name, quantize.exclude))
 
 
 @lru_cache(maxsize=10_000)  # a plan asks this of every layer for every engine that it considers

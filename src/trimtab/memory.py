@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from trimtab.hardware import GB, NVFP4_BLOCK, Hardware, quantized_layers, removed_blocks
+from trimtab.hardware import FIXED_BLOCKS, GB, NVFP4_BLOCK, Hardware, quantized_layers, removed_blocks
 from trimtab.model import ModelFacts
-from trimtab.recipe import Recipe
+from trimtab.recipe import CASTS, GROUPED_FORMATS, Quantization, Recipe
 from trimtab.schema import Document
 
 #: Bytes of one number in the KV cache. NVFP4 has four bits, and a one-byte scale for each 16 numbers.
@@ -44,22 +44,30 @@ def weight_bytes(facts: ModelFacts, recipe: Recipe) -> tuple[int, int]:
     """Returns the bytes of the linear layers, and of all other tensors, as served.
 
     INT4 takes half a byte a weight and a 2-byte scale a group; INT8 and FP8 take one byte and a 2-byte scale
-    a row; `mixed` at b bits has (8 - b) / 4 of its weights in INT4. What is not quantized takes 2 bytes.
+    a row; FP4 takes half a byte and a one-byte scale a block; `mixed` at b bits has (8 - b) / 4 of its weights in
+    INT4. What is not quantized takes 2 bytes, or 4 in `fp32`.
     """
     left = (facts.layers - removed_blocks(recipe)) / facts.layers
     rest = 2 * (facts.parameters - facts.linear_parameters)
-    if recipe.quantize is None or recipe.quantize.format == "bf16":
-        return round(2 * facts.linear_parameters * left), rest
+    if recipe.quantize is None or recipe.quantize.format in CASTS:
+        wide = 2 if recipe.quantize and recipe.quantize.format == "fp32" else 1
+        return round(2 * facts.linear_parameters * left) * wide, rest * wide
     q = recipe.quantize
-    four = float(q.format in ("int4_rtn", "int4_awq"))  # the share of the weights that has four bits
+    if q.format in FIXED_BLOCKS:  # a one-byte scale a block
+        each = 0.5 + 1 / FIXED_BLOCKS[q.format] - 2
+        return round((2 * facts.linear_parameters + each * _quantized_parameters(facts, q)) * left), rest
+    four = float(q.format in GROUPED_FORMATS)  # the share of the weights that has four bits
     if q.effective_bits:
         four = (8 - q.effective_bits) / 4
     linears = 2.0 * facts.linear_parameters
     for layer in quantized_layers(facts, q):
-        if layer.name != "lm_head":
-            per_weight = four * (0.5 + 2 / q.group_size) + (1 - four)
-            linears += layer.parameters * (per_weight - 2) + (1 - four) * 2 * layer.out_features
+        per_weight = four * (0.5 + 2 / q.group_size) + (1 - four)
+        linears += layer.parameters * (per_weight - 2) + (1 - four) * 2 * layer.out_features
     return round(linears * left), rest
+
+
+def _quantized_parameters(facts: ModelFacts, quantize: Quantization) -> int:
+    return sum(layer.parameters for layer in quantized_layers(facts, quantize))
 
 
 def kv_bytes_per_token(facts: ModelFacts, recipe: Recipe) -> int:

@@ -12,9 +12,21 @@ Ratio = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
 #: Formats of weights and activations, by the names of the recipe.
-Format = Literal["bf16", "int8_wo", "int8_sq", "fp8", "int4_rtn", "int4_awq", "mixed"]
+Format = Literal[
+    "fp32", "fp16", "bf16", "int8_wo", "int8_sq", "fp8", "fp8_per_channel",
+    "int4_rtn", "int4_awq", "int4_gptq", "w4a8_awq", "nvfp4", "mxfp4", "mixed",
+]  # fmt: skip
 #: Formats of the KV cache; "none" leaves it in 16 bits.
 KVCache = Literal["none", "fp8", "int8", "nvfp4"]
+#: Formats that only change the type of the numbers.
+CASTS = ("fp32", "fp16", "bf16")
+#: Formats in which `group_size` weights of a row share a scale.
+GROUPED_FORMATS = ("int4_rtn", "int4_awq", "int4_gptq", "w4a8_awq", "mixed")
+#: What `mixed` gives each layer one of.
+MIXED_FORMATS = ("int4_gptq", "int8_wo")
+#: Formats that ask the activations what to do with the weights; and those that round activations too.
+_ACTIVATION_AWARE = ("int4_awq", "int4_gptq", "w4a8_awq", "mixed")
+_STATIC_ACTIVATIONS = ("int8_sq", "fp8", "w4a8_awq", "nvfp4", "mxfp4")
 
 
 #: The most bytes of JSON that a recipe's `calibrate` may take: it travels in the state, which must stay small.
@@ -137,23 +149,49 @@ class Quantization(Document):
     """The precision of weights, activations and KV cache.
 
     `group_size` counts the weights of one row that share a scale (INT4 formats). `effective_bits` is the
-    mean over the weights that are quantized, for `mixed`, which gives each layer one of `int4_awq` and
-    `int8_wo`. `kv_cache` is one scale a layer for keys and one for values (`fp8`, `int8`), or, in `nvfp4`,
-    four bits and a scale for each 16 numbers of a head besides. `exclude` names modules, with shell
-    wildcards, that stay in 16 bits.
+    mean over the weights that are quantized, for `mixed`, which gives each layer one of `MIXED_FORMATS`.
+    `kv_cache` is one scale a layer for keys and one for values (`fp8`, `int8`), or, in `nvfp4`, four bits and a
+    scale for each 16 numbers of a head besides. `scale_search` says where weight scales come from: `max`, the
+    largest weight, or `mse`, a search for the least error at the calibrated inputs; the default is the format's
+    own. `exclude` names modules, with shell wildcards, that stay in 16 bits, and so do as many groups of layers as
+    `exclude_sensitive` says, those that the format harms most.
     """
 
     format: Format
     group_size: Literal[32, 64, 128] = 64
     effective_bits: Annotated[float, Field(ge=4, le=8)] | None = None
+    scale_search: Literal["max", "mse"] | None = None
     kv_cache: KVCache = "none"
     exclude: tuple[str, ...] = ("lm_head",)
+    exclude_sensitive: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _bits_belong_to_mixed(self) -> Quantization:
         if (self.format == "mixed") != (self.effective_bits is not None):
             raise ValueError("needs effective_bits (4 to 8) with format 'mixed', and only with it")
         return self
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether anything is set by what calibration measured of the activations."""
+        aware = self.format in (*_ACTIVATION_AWARE, *_STATIC_ACTIVATIONS)
+        return aware or self.scale_search == "mse" or self.kv_cache != "none" or self.needs_sensitivity
+
+    @property
+    def needs_grams(self) -> bool:
+        """Whether GPTQ is part of it, which wants the full second moments."""
+        return self.format in ("int4_gptq", "mixed")
+
+    @property
+    def needs_sensitivity(self) -> bool:
+        """Whether layers are treated by how much the format harms them."""
+        return self.format == "mixed" or self.exclude_sensitive > 0
+
+    def searches_scales(self, format: str) -> bool:
+        """Whether the weight scales of a format, of which `mixed` has two, are searched."""
+        if self.scale_search:
+            return self.scale_search == "mse"
+        return format in ("int4_awq", "int4_gptq", "w4a8_awq")
 
 
 class Engine(Document):

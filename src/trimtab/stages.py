@@ -29,9 +29,6 @@ from trimtab.verdict import Verdict
 
 #: The state holds a reason for every attempt, and must stay small.
 MAX_REASON = 300
-#: Formats that need activations to choose their scales; the others look at weights alone.
-_CALIBRATED_FORMATS = ("int8_sq", "fp8", "int4_awq", "mixed")
-_SEARCHED_FORMATS = ("int4_awq", "mixed")
 
 
 @dataclass(frozen=True)
@@ -69,12 +66,12 @@ class Result:
 
 
 def _needs_statistics(recipe: Recipe) -> bool:
-    depth = isinstance(recipe.prune, DepthPruning)
-    return depth or _needs_calibrated_scales(recipe)
+    return isinstance(recipe.prune, DepthPruning) or _quantize_needs("statistics")(recipe)
 
 
-def _needs_calibrated_scales(recipe: Recipe) -> bool:
-    return recipe.quantize is not None and recipe.quantize.format in _CALIBRATED_FORMATS
+def _quantize_needs(what: str) -> Callable[[Recipe], bool]:
+    """Whether quantization reads `what` was measured: statistics, grams or sensitivity."""
+    return lambda recipe: recipe.quantize is not None and getattr(recipe.quantize, f"needs_{what}")
 
 
 def _part(name: str) -> Callable[[Recipe], dict[str, Any]]:
@@ -84,7 +81,7 @@ def _part(name: str) -> Callable[[Recipe], dict[str, Any]]:
 
 def _calibrate(name: str, wanted: Callable[[Recipe], bool]) -> Stage:
     work = "trimtab.components.calibration.work:calibrate"
-    return Stage(name, work, ("checkpoint",), "calibration", wanted, _calibration_data, version=2)
+    return Stage(name, work, ("checkpoint",), "calibration", wanted, _calibration_data, version=3)
 
 
 def _calibration_data(recipe: Recipe) -> dict[str, Any]:
@@ -96,8 +93,8 @@ def _distillation_data(recipe: Recipe) -> dict[str, Any]:
 
 
 #: In the order of an attempt. `recalibrate` is `calibrate` on what prune and distill left: the same key, and
-#: so a hit, when they left the model alone. `sensitivity` searches AWQ's scales and scores layers, once for
-#: `int4_awq` and for every bit budget of `mixed`.
+#: so a hit, when they left the model alone. `gram` and `sensitivity` are passes of their own over the same text,
+#: each once a model, for the recipes that need more than the statistics.
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
@@ -118,25 +115,32 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: recipe.distill is not None,
             parameters=_distillation_data,
         ),
-        _calibrate("recalibrate", _needs_calibrated_scales),
+        _calibrate("recalibrate", _quantize_needs("statistics")),
+        Stage(
+            name="gram",
+            work="trimtab.components.calibration.grams:measure",
+            inputs=("checkpoint", "calibration"),
+            output="gram",
+            wanted=_quantize_needs("grams"),
+            parameters=lambda recipe: {},
+        ),
         Stage(
             name="sensitivity",
             work="trimtab.components.quantization.sensitivity:measure",
             inputs=("checkpoint", "calibration"),
             output="sensitivity",
-            wanted=lambda recipe: recipe.quantize is not None and recipe.quantize.format in _SEARCHED_FORMATS,
-            parameters=lambda recipe: {
-                "group_size": recipe.quantize.group_size,
-                "exclude": list(recipe.quantize.exclude),
-            },
+            wanted=_quantize_needs("sensitivity"),
+            parameters=lambda recipe: {"group_size": recipe.quantize.group_size},
+            version=2,
         ),
         Stage(
             name="quantize",
             work="trimtab.components.quantization.work:quantize",
-            inputs=("checkpoint", "calibration", "sensitivity"),
+            inputs=("checkpoint", "calibration", "gram", "sensitivity"),
             output="export",
             wanted=lambda recipe: recipe.quantize is not None,
             parameters=_part("quantize"),
+            version=2,
         ),
         Stage(
             name="engine",

@@ -25,19 +25,28 @@ def calibration(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def search(model: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sensitivity tree: AWQ's scales and the harm of each format."""
+def gram(model: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The full second moments of the tiny model's inputs."""
+    from trimtab.components.calibration import grams
+
+    folder = tmp_path_factory.mktemp("gram")
+    grams.measure(str(model), str(calibration), str(folder), "", {})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def harms(model: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sensitivity tree: the harm of each format to each group of layers."""
     from trimtab.components.quantization import sensitivity
 
     folder = tmp_path_factory.mktemp("sensitivity")
-    parameters = {"group_size": 32, "exclude": ["lm_head"]}
-    sensitivity.measure(str(model), str(calibration), str(folder), "", parameters)
+    sensitivity.measure(str(model), str(calibration), str(folder), "", {"group_size": 32})
     return folder
 
 
 @pytest.fixture(scope="session")
 def export(
-    model: Path, calibration: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    model: Path, calibration: Path, gram: Path, harms: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """A function: format -> the export of the tiny model, made once a session; not to be changed."""
     from trimtab.components.quantization import work
@@ -48,9 +57,9 @@ def export(
         key = f"{name} {settings}"
         if key not in made:
             made[key] = tmp_path_factory.mktemp(name)
-            found = str(request.getfixturevalue("search")) if name in ("int4_awq", "mixed") else None
-            parameters = {"format": name, "group_size": 32, **settings}
-            work.quantize(str(model), str(calibration), found, str(made[key]), "", parameters)
+            scratch = tmp_path_factory.mktemp("scratch")
+            trees = (str(tree) for tree in (model, calibration, gram, harms))
+            work.quantize(*trees, str(made[key]), str(scratch), {"format": name, "group_size": 32, **settings})
         return made[key]
 
     return make

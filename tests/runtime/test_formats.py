@@ -59,7 +59,7 @@ DAMAGE = {
     "not quantized": (Quantized(Layout("W8A16"), INT8.float(), ONES), "torch.float32"),
     "group does not divide": (
         Quantized(Layout("W4A16_AWQ", 3), torch.zeros(2, 8, dtype=torch.uint8), torch.ones(4, 2)),
-        "group_size 3 does not divide its 8 inputs",
+        "group_size 3 is not one for W4A16_AWQ and its 8 inputs",
     ),
     "input scale of another shape": (
         Quantized(Layout("W8A16"), INT8, ONES, pre_quant_scale=torch.ones(4)),

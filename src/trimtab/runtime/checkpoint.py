@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -18,8 +19,8 @@ from trimtab.errors import Failure, InputError
 from trimtab.runtime import formats
 from trimtab.runtime.formats import Layout, Quantized
 
-_INDEX = "model.safetensors.index.json"
-_SCALES = ("weight_scale", "input_scale", "pre_quant_scale")
+INDEX = "model.safetensors.index.json"
+_FINGERPRINT_ROWS = 2
 _NEVER_QUANTIZED = re.compile(r"(?:^|\.)(?:\w*embed\w*|\w*norm\w*|wte|wpe)$")
 
 
@@ -45,6 +46,17 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedT
             f"{folder}: lacks {min(info['missing_keys'])}, which the model needs; download it again"
         )
     return model.eval(), load_tokenizer(folder)
+
+
+def load_for_measuring(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads as `load` does, onto a GPU in bfloat16 where there is one, else in float32.
+
+    What is measured is activations; their sums are float32 in both cases.
+    """
+    if torch.cuda.is_available():
+        model, tokenizer = load(folder, torch.bfloat16)
+        return model.to("cuda"), tokenizer
+    return load(folder, torch.float32)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -129,7 +141,7 @@ class Export:
     def _candidates(self) -> Iterator[str]:
         """Modules with a matrix, or with a scale whose matrix may be missing."""
         for module in {name.rpartition(".")[0] for name in self._home}:
-            if any(f"{module}.{scale}" in self._home for scale in _SCALES):
+            if any(f"{module}.{scale}" in self._home for scale in formats.SCALES):
                 yield module
             elif f"{module}.weight" in self._home and not _NEVER_QUANTIZED.search(module):
                 weight = f"{module}.weight"
@@ -142,7 +154,7 @@ class Export:
         Raises:
             Failure: `export_damaged`, names the layer and what is missing or wrong.
         """
-        scales = {s: self.tensor(f"{name}.{s}") if f"{name}.{s}" in self._home else None for s in _SCALES}
+        scales = {s: self.tensor(f"{name}.{s}") if f"{name}.{s}" in self._home else None for s in formats.SCALES}
         if scales["weight_scale"] is None:
             raise Failure("export_damaged", f"{name}: its weight_scale is missing")
         layer = Quantized(self.layers[name], self.tensor(f"{name}.weight"), **scales)
@@ -152,6 +164,21 @@ class Export:
     def dequantize(self, name: str) -> torch.Tensor:
         """Returns a layer's weight as `formats.dequantize` does: float32 [out, in]."""
         return formats.dequantize(self.layer(name))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hex digits that tell models apart: SHA-256 over each tensor's name, type, shape and first rows.
+
+        It does not depend on how the tensors are spread over files, and takes a moment for any size: training,
+        pruning and casting change every tensor that they touch in its first rows too.
+        """
+        found = hashlib.sha256()
+        for name in self.names:
+            part = self._home[name].get_slice(name)
+            rows = part[:_FINGERPRINT_ROWS] if part.get_shape() else self._home[name].get_tensor(name)
+            found.update(f"{name} {part.get_dtype()} {part.get_shape()}".encode())
+            found.update(rows.contiguous().flatten().view(torch.uint8).numpy())
+        return found.hexdigest()
 
     @property
     def quantized_bytes(self) -> int:
@@ -171,7 +198,8 @@ def _layout(entry: dict[str, Any]) -> Layout:
         raise Failure("unsupported", f"quant_algo {algo} cannot be read; known: {', '.join(formats.STORED)}")
     if entry.get("has_zero_point"):
         raise Failure("unsupported", f"quant_algo {algo} with zero points cannot be read")
-    return Layout(algo, entry.get("group_size") or 0 if algo == "W4A16_AWQ" else 0)
+    grouped = formats.STORED[algo].dtype == torch.uint8
+    return Layout(algo, entry.get("group_size") or 0 if grouped else 0)
 
 
 def _read_quantization(folder: Path) -> dict[str, Any]:
@@ -199,7 +227,7 @@ def _read_quantization(folder: Path) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / _INDEX
+    index = folder / INDEX
     if index.is_file():
         files = [folder / shard for shard in sorted(set(_json(index).get("weight_map", {}).values()))]
     else:

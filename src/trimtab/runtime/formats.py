@@ -1,15 +1,22 @@
 """How ModelOpt's unified checkpoints lay a quantized layer out, and what float weight it stands for.
 
-| quant_algo | recipe | weight | weight_scale | input_scale |
-|---|---|---|---|---|
-| W8A16 | int8_wo | int8 [out, in] | [out] | - |
-| W8A8_SQ_PER_CHANNEL | int8_sq | int8 [out, in] | [out] | scalar |
-| FP8 | fp8 | float8_e4m3fn [out, in] | scalar | scalar |
-| W4A16_AWQ | int4_awq, int4_rtn | uint8 [out / 2, in] | [out, in / group_size] | - |
+| quant_algo | recipe | weight | weight_scale | weight_scale_2 | input_scale |
+|---|---|---|---|---|---|
+| W8A16 | int8_wo | int8 [out, in] | [out] | - | - |
+| W8A8_SQ_PER_CHANNEL | int8_sq | int8 [out, in] | [out] | - | scalar |
+| FP8 | fp8 | e4m3 [out, in] | scalar | - | scalar |
+| FP8_PER_CHANNEL_PER_TOKEN | fp8_pc | e4m3 [out, in] | [out] | - | - |
+| W4A16_AWQ | int4_rtn, int4_awq, int4_gptq | INT4 [out / 2, in] | [out, in / group] | - | - |
+| W4A8_AWQ | w4a8_awq | INT4 [out / 2, in] | [out, in / group] | scalar | scalar |
+| NVFP4 | nvfp4 | E2M1 [out, in / 2] | e4m3 [out, in / 16] | scalar | scalar |
+| W4A8_MXFP4_FP8 | mxfp4 | E2M1 [out, in / 2] | E8M0 [out, in / 32] | - | scalar |
 
 A byte of INT4 holds two output channels: the low nibble is row 2r, the high nibble row 2r + 1, both in two's
-complement. `pre_quant_scale` [in], where it is stored, multiplies the layer's input; where ModelOpt folded it
-into the layer norm before it, it is absent. Source: modelopt/torch/export/quant_utils.py, 0.47.
+complement. A byte of E2M1 holds two inputs of one channel, the even one in the low nibble; E8M0 is a power of
+two, stored as its exponent plus 127. `weight_scale_2` multiplies NVFP4's block scales; in W4A8_AWQ it is the
+scale at which the INT4 weights are rounded to FP8 for the product. `pre_quant_scale` [in], where it is stored,
+multiplies the layer's input; where it was folded into the layer norm before it, it is absent.
+Source: modelopt/torch/export/quant_utils.py, 0.47.
 """
 
 from __future__ import annotations
@@ -19,24 +26,49 @@ from dataclasses import dataclass
 import torch
 
 from trimtab.errors import Failure
+from trimtab.hardware import NVFP4_BLOCK
 
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
+E2M1_MAX = 6.0
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
-#: The type of the stored weight, and whether activations are quantized, by quant_algo.
+
+@dataclass(frozen=True)
+class Storage:
+    """How an algorithm stores weights (`dtype`, numbers in a byte, along which axis, the block that is fixed by
+    the format or 0) and which activations it multiplies them with: none are rounded, static or dynamic ones."""
+
+    dtype: torch.dtype
+    packed: str = ""
+    block: int = 0
+    activations: str = ""
+
+
+#: By quant_algo.
 STORED = {
-    "W8A16": (torch.int8, False),
-    "W8A8_SQ_PER_CHANNEL": (torch.int8, True),
-    "FP8": (torch.float8_e4m3fn, True),
-    "W4A16_AWQ": (torch.uint8, False),
+    "W8A16": Storage(torch.int8),
+    "W8A8_SQ_PER_CHANNEL": Storage(torch.int8, activations="int8"),
+    "FP8": Storage(torch.float8_e4m3fn, activations="fp8"),
+    "FP8_PER_CHANNEL_PER_TOKEN": Storage(torch.float8_e4m3fn, activations="fp8 per token"),
+    "W4A16_AWQ": Storage(torch.uint8, packed="out"),
+    "W4A8_AWQ": Storage(torch.uint8, packed="out", activations="fp8"),
+    "NVFP4": Storage(torch.uint8, packed="in", block=NVFP4_BLOCK, activations="nvfp4"),
+    "W4A8_MXFP4_FP8": Storage(torch.uint8, packed="in", block=32, activations="fp8"),
 }
+#: The tensors of a layer beside its weight.
+SCALES = ("weight_scale", "input_scale", "pre_quant_scale", "weight_scale_2")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one layer is quantized: ModelOpt's `quant_algo`, and the weights that share a scale (INT4; else 0)."""
+    """How one layer is quantized: ModelOpt's `quant_algo`, and the weights of a row that share a scale (or 0)."""
 
     algo: str
     group_size: int = 0
+
+    @property
+    def storage(self) -> Storage:
+        return STORED[self.algo]
 
 
 @dataclass(frozen=True)
@@ -48,18 +80,25 @@ class Quantized:
     weight_scale: torch.Tensor
     input_scale: torch.Tensor | None = None
     pre_quant_scale: torch.Tensor | None = None
+    weight_scale_2: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
         rows, columns = self.weight.shape
-        return (2 * rows if self.layout.algo == "W4A16_AWQ" else rows), columns
+        packed = self.layout.storage.packed
+        return (2 * rows if packed == "out" else rows), (2 * columns if packed == "in" else columns)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The stored tensors by the name that follows the layer's."""
+        found = {name: getattr(self, name) for name in ("weight", *SCALES)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weight and its scales, as stored."""
-        parts = (self.weight, self.weight_scale, self.input_scale, self.pre_quant_scale)
-        return sum(part.nbytes for part in parts if part is not None)
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def check(name: str, layer: Quantized) -> None:
@@ -68,20 +107,22 @@ def check(name: str, layer: Quantized) -> None:
     Raises:
         Failure: `export_damaged`; the reason names the layer, the tensor and what is wrong with it.
     """
-    dtype, static_input = STORED[layer.layout.algo]
-    if layer.weight.dtype != dtype or layer.weight.dim() != 2:
+    layout, storage = layer.layout, layer.layout.storage
+    if layer.weight.dtype != storage.dtype or layer.weight.dim() != 2:
         found = f"{layer.weight.dtype} {list(layer.weight.shape)}"
-        raise _damaged(name, f"its weight is {found}, where {layer.layout.algo} stores a {dtype} matrix")
+        raise _damaged(name, f"its weight is {found}, where {layout.algo} stores a {storage.dtype} matrix")
     out_features, in_features = layer.shape
-    group = layer.layout.group_size
-    if layer.layout.algo == "W4A16_AWQ":
-        if group <= 0 or in_features % group:
-            raise _damaged(name, f"group_size {group} does not divide its {in_features} inputs")
+    if storage.dtype == torch.uint8:
+        group = layout.group_size
+        if group <= 0 or in_features % group or storage.block not in (0, group):
+            raise _damaged(name, f"group_size {group} is not one for {layout.algo} and its {in_features} inputs")
         scale_shape = (out_features, in_features // group)
     else:
-        scale_shape = () if layer.layout.algo == "FP8" else (out_features,)
+        scale_shape = () if layout.algo == "FP8" else (out_features,)
     _check_scale(name, "weight_scale", layer.weight_scale, scale_shape)
-    if static_input:
+    if layout.algo in ("NVFP4", "W4A8_AWQ"):
+        _check_scale(name, "weight_scale_2", layer.weight_scale_2, ())
+    if storage.activations in ("int8", "fp8", "nvfp4"):
         _check_scale(name, "input_scale", layer.input_scale, ())
     if layer.pre_quant_scale is not None:
         _check_scale(name, "pre_quant_scale", layer.pre_quant_scale, (in_features,))
@@ -92,7 +133,9 @@ def _check_scale(name: str, what: str, scale: torch.Tensor | None, shape: tuple[
         raise _damaged(name, f"its {what} is missing")
     if tuple(n for n in scale.shape if n != 1) != tuple(n for n in shape if n != 1):
         raise _damaged(name, f"its {what} has shape {list(scale.shape)}, expected {list(shape)}")
-    if not torch.isfinite(scale).all() or not (scale > 0).all():
+    # Any E8M0 but 255, which stands for "not a number", is positive.
+    good = scale < 255 if scale.dtype == torch.uint8 else torch.isfinite(scale.float()) & (scale.float() > 0)
+    if not good.all():
         raise _damaged(name, f"its {what} has values that are not finite and positive")
 
 
@@ -107,21 +150,70 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     return (nibbles ^ 8).to(torch.int8) - 8  # the sign bit of two's complement
 
 
+def unpack_e2m1(packed: torch.Tensor) -> torch.Tensor:
+    """Returns the values of packed E2M1: uint8 [out, in / 2] -> float32 [out, in], from -6 to 6."""
+    nibbles = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+    magnitude = _E2M1.to(packed.device)[(nibbles & 7).long()]
+    return torch.where(nibbles < 8, magnitude, -magnitude)
+
+
+def numbers(layer: Quantized) -> torch.Tensor:
+    """Returns the stored numbers before scaling, [out, in]: int8, float8_e4m3fn or float32."""
+    unpack = {"out": unpack_int4, "in": unpack_e2m1}.get(layer.layout.storage.packed)
+    return unpack(layer.weight) if unpack else layer.weight
+
+
 def dequantize(layer: Quantized) -> torch.Tensor:
     """Returns the float32 weight [out, in] that the layer applies to its unscaled input.
 
     `pre_quant_scale` is multiplied in, so the result compares with the original weight, up to what was folded
     into layer norms.
     """
-    weight = integers(layer).float()
-    scale = layer.weight_scale.float()
-    if layer.layout.algo == "W4A16_AWQ":
-        weight = weight * scale.reshape(weight.shape[0], -1).repeat_interleave(layer.layout.group_size, dim=1)
-    else:
-        weight = weight * scale.reshape(-1, 1)
+    weight = scaled_weight(layer)
     return weight if layer.pre_quant_scale is None else weight * layer.pre_quant_scale.float().reshape(1, -1)
 
 
-def integers(layer: Quantized) -> torch.Tensor:
-    """Returns the stored numbers before scaling: int8 or float8_e4m3fn [out, in]."""
-    return unpack_int4(layer.weight) if layer.layout.algo == "W4A16_AWQ" else layer.weight
+def scaled_weight(layer: Quantized) -> torch.Tensor:
+    """Returns the float32 weight [out, in] that the layer applies to an input times `pre_quant_scale`."""
+    weight, layout = numbers(layer).float(), layer.layout
+    if layout.algo == "W4A8_MXFP4_FP8":
+        scale = torch.exp2(layer.weight_scale.float() - 127)
+    else:
+        scale = layer.weight_scale.float()
+    if layout.algo == "NVFP4":
+        scale = scale * layer.weight_scale_2.float()
+    if layout.storage.dtype == torch.uint8:
+        blocks = weight.view(weight.shape[0], -1, layout.group_size)
+        weight = (blocks * scale.reshape(weight.shape[0], -1, 1)).view_as(weight)
+    else:
+        weight = weight * scale.reshape(-1, 1)
+    return round_fp8(weight, layer.weight_scale_2.float()) if layout.algo == "W4A8_AWQ" else weight
+
+
+def round_fp8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """Returns float32 x as e4m3 numbers times `scale` represent it; beyond their range it saturates."""
+    return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
+
+
+def round_int8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """Returns float32 x as whole numbers from -128 to 127 times `scale` represent it."""
+    return (x / scale).round().clamp(-128, 127) * scale
+
+
+def round_nvfp4(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """Returns float32 x [..., n] as NVFP4 represents it, n a multiple of 16.
+
+    Each block of 16 has an e4m3 scale in units of `scale`, chosen so that its largest value becomes 6. A block too
+    small for e4m3 gets the scale 0, and is read back as zeros whatever its codes are.
+    """
+    blocks = x.unflatten(-1, (-1, NVFP4_BLOCK))
+    block_scale = round_fp8(blocks.abs().amax(-1, keepdim=True) / E2M1_MAX, scale)
+    return (_round_e2m1(blocks / block_scale.where(block_scale > 0, 1.0)) * block_scale).flatten(-2)
+
+
+def _round_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """Rounds to 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives; ties go to the even code."""
+    x = x.clamp(-E2M1_MAX, E2M1_MAX)
+    size = x.abs()
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return (x / step).round() * step

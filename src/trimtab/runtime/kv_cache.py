@@ -25,14 +25,13 @@ from transformers.masking_utils import sdpa_mask
 
 from trimtab.errors import Failure
 from trimtab.hardware import NVFP4_BLOCK
+from trimtab.runtime import formats
 from trimtab.runtime.checkpoint import Export
-from trimtab.runtime.formats import E4M3_MAX
 
 #: Which KV cache an export is run with: the one that it asks for, or 16 bits whatever it asks for.
 ServedKVCache = Literal["export", "none"]
 #: ModelOpt's name of each KV cache of a recipe.
 ALGORITHMS = {"fp8": "FP8", "int8": "INT8", "nvfp4": "NVFP4"}
-E2M1_MAX = 6.0
 _NAME = "trimtab_kv_cache"
 
 
@@ -115,30 +114,7 @@ def rounded(algorithm: str, x: torch.Tensor, scale: float) -> torch.Tensor:
         algorithm: one of `ALGORITHMS`' values.
         scale: as in the table above; what exceeds the range that it gives is clipped.
     """
-    return (_ROUND[algorithm](x.float() / scale) * scale).to(x.dtype)
+    return _ROUND[algorithm](x.float(), scale).to(x.dtype)
 
 
-def _fp8(x: torch.Tensor) -> torch.Tensor:
-    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
-
-
-def _int8(x: torch.Tensor) -> torch.Tensor:
-    return x.round().clamp(-128, 127)
-
-
-def _nvfp4(x: torch.Tensor) -> torch.Tensor:
-    blocks = x.unflatten(-1, (-1, NVFP4_BLOCK))
-    scale = _fp8(blocks.abs().amax(-1, keepdim=True) / E2M1_MAX)
-    # A block too small for e4m3 gets the scale 0, and is read back as zeros whatever its codes are.
-    return (_e2m1(blocks / scale.where(scale > 0, 1.0)) * scale).flatten(-2)
-
-
-def _e2m1(x: torch.Tensor) -> torch.Tensor:
-    """Rounds to 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives; ties go to the even code."""
-    x = x.clamp(-E2M1_MAX, E2M1_MAX)
-    size = x.abs()
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    return (x / step).round() * step
-
-
-_ROUND = {"FP8": _fp8, "INT8": _int8, "NVFP4": _nvfp4}
+_ROUND = {"FP8": formats.round_fp8, "INT8": formats.round_int8, "NVFP4": formats.round_nvfp4}

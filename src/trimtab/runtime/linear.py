@@ -109,7 +109,7 @@ class Int4WeightOnly(PackedLinear):
         if out_features % 16 or in_features % 2 or layer.layout.group_size not in (32, 64, 128, 256):
             return False
         unpacked_IO = _unpack_from_cpu(_pack_for_cpu(layer), out_features, in_features, torch.uint8)
-        return torch.equal(unpacked_IO.t().to(torch.int8) - 8, formats.integers(layer))
+        return torch.equal(unpacked_IO.t().to(torch.int8) - 8, formats.numbers(layer))
 
     def packed(self, x_RI: torch.Tensor) -> torch.Tensor:
         x_RI = x_RI.contiguous()
@@ -123,7 +123,7 @@ class Int4WeightOnly(PackedLinear):
 
 
 def _pack_for_cpu(layer: Quantized) -> torch.Tensor:
-    nibbles_OI = formats.integers(layer).to(torch.int32) + 8
+    nibbles_OI = formats.numbers(layer).to(torch.int32) + 8
     return torch._convert_weight_to_int4pack_for_cpu(nibbles_OI, 1)  # the second argument is unused on CPUs
 
 
@@ -173,27 +173,39 @@ class Fp8(PackedLinear):
         self.keep(weight_OI=layer.weight, weight_scale=layer.weight_scale.float().reshape(()))
         self.keep(input_scale=layer.input_scale.float().reshape(()))
 
-    def round(self, x_RI: torch.Tensor) -> torch.Tensor:
-        return (x_RI.float() / self.input_scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-
     def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
+        codes_RI = (x_RI.float() / self.input_scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         scales = {"scale_a": self.input_scale, "scale_b": self.weight_scale}
-        return torch._scaled_mm(self.round(x_RI), self.weight_OI.t(), out_dtype=torch.bfloat16, **scales)
+        return torch._scaled_mm(codes_RI, self.weight_OI.t(), out_dtype=torch.bfloat16, **scales)
 
 
-class Fp8Emulated(Fp8):
-    """FP8 in bfloat16, which represents every e4m3 number: the same rounding, then a dense product."""
+class Fp8PerToken(PackedLinear):
+    """FP8 (e4m3), a scale for each output channel, and one for each token found when it passes."""
 
-    kernel = "dequantize + mm"
-    emulated = True
+    kernel = "_scaled_mm, row-wise"
+
+    def __init__(self, layer: Quantized, bias: torch.Tensor | None):
+        super().__init__(layer, bias)
+        self.keep(weight_OI=layer.weight, scale_1O=layer.weight_scale.float().reshape(1, -1))
 
     def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
-        y_RO = F.linear(self.round(x_RI).bfloat16(), self.weight_OI.bfloat16())
-        return (y_RO * (self.input_scale * self.weight_scale)).bfloat16()
+        scale_R1 = token_scales(x_RI.float())
+        codes_RI = (x_RI.float() / scale_R1).to(torch.float8_e4m3fn)
+        scales = {"scale_a": scale_R1, "scale_b": self.scale_1O}
+        return torch._scaled_mm(codes_RI, self.weight_OI.t(), out_dtype=torch.bfloat16, **scales)
 
 
-class WeightOnlyEmulated(PackedLinear):
-    """Any weight-only format without a kernel on this device: unpacked for every product."""
+def token_scales(x_RI: torch.Tensor) -> torch.Tensor:
+    """Returns for each row the scale that makes its largest value e4m3's largest, float32 [R, 1]."""
+    return (x_RI.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp_min(1e-12)
+
+
+class Emulated(PackedLinear):
+    """Any format without a kernel on this device: activations rounded as it says, the weight unpacked each time.
+
+    The products are those of the format up to the order of sums; FP8 and FP4 numbers times their scales do not
+    all fit bfloat16, so the unpacked weight is rounded once more.
+    """
 
     kernel = "dequantize + mm"
     emulated = True
@@ -201,11 +213,28 @@ class WeightOnlyEmulated(PackedLinear):
     def __init__(self, layer: Quantized, bias: torch.Tensor | None):
         super().__init__(layer, bias)
         self.layout = layer.layout
-        self.keep(weight=layer.weight, weight_scale=layer.weight_scale)
+        self.keep(weight=layer.weight, weight_scale=layer.weight_scale, weight_scale_2=layer.weight_scale_2)
+        self.keep(input_scale=None if layer.input_scale is None else layer.input_scale.float().reshape(()))
 
     def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
-        w_OI = formats.dequantize(Quantized(self.layout, self.weight, self.weight_scale))
-        return F.linear(x_RI, w_OI.bfloat16())
+        layer = Quantized(self.layout, self.weight, self.weight_scale, weight_scale_2=self.weight_scale_2)
+        return F.linear(self.rounded(x_RI), formats.scaled_weight(layer).bfloat16())
+
+    def rounded(self, x_RI: torch.Tensor) -> torch.Tensor:
+        """The activations as the format's product sees them."""
+        kind = self.layout.storage.activations
+        if not kind:
+            return x_RI
+        x_RI = x_RI.float()
+        if kind == "fp8":
+            x_RI = formats.round_fp8(x_RI, self.input_scale)
+        elif kind == "fp8 per token":
+            x_RI = formats.round_fp8(x_RI, token_scales(x_RI))
+        elif kind == "nvfp4":
+            x_RI = formats.round_nvfp4(x_RI, self.input_scale)
+        elif kind == "int8":
+            x_RI = formats.round_int8(x_RI, self.input_scale)
+        return x_RI.bfloat16()
 
 
 def build(layer: Quantized, bias: torch.Tensor | None, device: torch.device) -> PackedLinear:
@@ -216,13 +245,15 @@ def build(layer: Quantized, bias: torch.Tensor | None, device: torch.device) -> 
 def _choose(layer: Quantized, device: torch.device) -> type[PackedLinear]:
     algo, on_cpu = layer.layout.algo, device.type == "cpu"
     sixteenths = not any(n % 16 for n in layer.shape)
-    if algo == "FP8":
-        has_fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-        return Fp8 if has_fp8 and sixteenths else Fp8Emulated
+    has_fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    if algo == "FP8" and has_fp8 and sixteenths:
+        return Fp8
+    if algo == "FP8_PER_CHANNEL_PER_TOKEN" and has_fp8 and sixteenths:
+        return Fp8PerToken
     if algo == "W8A8_SQ_PER_CHANNEL" and (on_cpu or sixteenths):
         return Int8Static
     if algo == "W8A16" and on_cpu and Int8WeightOnly.fits(layer):
         return Int8WeightOnly
     if algo == "W4A16_AWQ" and on_cpu and Int4WeightOnly.fits(layer):
         return Int4WeightOnly
-    return WeightOnlyEmulated
+    return Emulated

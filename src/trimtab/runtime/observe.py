@@ -1,12 +1,15 @@
-"""Hooks that measure what flows through a model while it runs on calibration tokens."""
+"""What flows through a model while it runs on calibration tokens: one pass, one measurement for each kind."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from trimtab.errors import Failure
+from trimtab.fusion import Group, groups
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
@@ -24,18 +27,26 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside}
 
 
-class InputStatistics:
-    """Running maximum and second moment of one layer's input, a value a channel: float32 [in_features]."""
+def linear_groups(model: nn.Module) -> list[Group]:
+    """Returns the linear layers inside the blocks, in the groups that read the same input."""
+    return groups(linears(model), model.config.model_type)
 
-    def __init__(self, channels: int):
-        self.amax = torch.zeros(channels)
-        self.square_sum = torch.zeros(channels, dtype=torch.float64)
+
+class InputStatistics:
+    """Running maximum and second moment of a layer's input, a value a channel: float32 [in_features].
+
+    Squares are summed in float32 within a window and in float64 over windows.
+    """
+
+    def __init__(self, channels: int, device: torch.device):
+        self.amax = torch.zeros(channels, device=device)
+        self.square_sum = torch.zeros(channels, dtype=torch.float64, device=device)
         self.rows = 0
 
     def add(self, activations: torch.Tensor) -> None:
-        rows = activations.detach().reshape(-1, activations.shape[-1]).float()
-        self.amax = torch.maximum(self.amax, rows.abs().amax(0))
-        self.square_sum += rows.square().sum(0).double()
+        rows = activations.detach().flatten(0, -2)
+        torch.maximum(self.amax, torch.linalg.vector_norm(rows, torch.inf, dim=0).float(), out=self.amax)
+        self.square_sum += torch.linalg.vector_norm(rows, 2, dim=0, dtype=torch.float32).square()
         self.rows += len(rows)
 
     @property
@@ -47,36 +58,111 @@ class Similarity:
     """Running mean of the cosine between a block's input and output, over tokens."""
 
     def __init__(self) -> None:
-        self.total = 0.0
+        self.total = torch.zeros((), dtype=torch.float64)
         self.tokens = 0
 
     def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
-        self.total += cosine.sum().item()
+        cosine = torch.cosine_similarity(before.detach().float(), after.detach().float(), dim=-1)
+        self.total = self.total.to(cosine.device) + cosine.sum()
         self.tokens += cosine.numel()
 
     @property
     def mean(self) -> float:
-        return self.total / max(self.tokens, 1)
+        return float(self.total) / max(self.tokens, 1)
+
+
+class CacheRange:
+    """Running largest magnitude of a block's keys, behind their rotary embedding, and values."""
+
+    def __init__(self) -> None:
+        self.key = self.value = torch.zeros(())
+
+    def add(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.key = torch.maximum(self.key.to(key.device), key.abs().amax().float())
+        self.value = torch.maximum(self.value.to(value.device), value.abs().amax().float())
+
+
+class Observation:
+    """What one pass tells of a model: by the first layer of each group, and by block."""
+
+    def __init__(self, model: nn.Module):
+        layers = linears(model)
+        self.groups = linear_groups(model)
+        device = next(model.parameters()).device
+        self.inputs = {g.layers[0]: InputStatistics(layers[g.layers[0]].in_features, device) for g in self.groups}
+        self.similarities = [Similarity() for _ in blocks(model)]
+        self.caches = [CacheRange() for _ in blocks(model)]
+
+    def run(self, model: nn.Module, window: torch.Tensor) -> None:
+        """Passes one window of tokens, int64 [length], through the observed model."""
+        cache = model(window[None], use_cache=True, logits_to_keep=1).past_key_values
+        for seen, layer in zip(self.caches, cache.layers, strict=True):
+            seen.add(layer.keys, layer.values)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Returns `<layer>.amax` and `<layer>.second_moment`, float32 [in_features], for every linear layer;
+        and for the blocks, float32 [blocks], `block_influence` and the largest `key_amax` and `value_amax`."""
+        found = {
+            "block_influence": torch.tensor([1 - s.mean for s in self.similarities]),
+            "key_amax": torch.stack([c.key for c in self.caches]),
+            "value_amax": torch.stack([c.value for c in self.caches]),
+        }
+        for group in self.groups:
+            seen = self.inputs[group.layers[0]]
+            for layer in group.layers:
+                found[f"{layer}.amax"] = seen.amax.clone()
+                found[f"{layer}.second_moment"] = seen.second_moment
+        return {name: tensor.cpu() for name, tensor in found.items()}
+
+
+def check_finite(measured: dict[str, torch.Tensor]) -> None:
+    """Raises a Failure, `unsupported`, that names the first measurement with a value that is not finite."""
+    for name, tensor in measured.items():
+        if not torch.isfinite(tensor).all():
+            raise Failure(
+                "unsupported",
+                f"{name} is not finite: the model's weights hold NaN or infinity, or its activations overflow; "
+                f"download it again, or check how it was trained",
+            )
 
 
 @contextmanager
-def observed(model: nn.Module) -> Iterator[tuple[dict[str, InputStatistics], list[Similarity]]]:
-    """Measures every linear's input and every block's influence while the body runs the model."""
-    inputs = {name: InputStatistics(layer.in_features) for name, layer in linears(model).items()}
-    similarities = [Similarity() for _ in blocks(model)]
-    handles = []
-    for name, layer in linears(model).items():
-        handles.append(layer.register_forward_pre_hook(lambda _, args, s=inputs[name]: s.add(args[0])))
-    for block, similarity in zip(blocks(model), similarities, strict=True):
+def observed(model: nn.Module) -> Iterator[Observation]:
+    """Measures the inputs of linear layers and the influence of blocks while the body runs the model."""
+    seen = Observation(model)
 
-        def compare(_, args, kwargs, output, similarity=similarity):
+    def compare(block: int) -> Callable[..., None]:
+        def hook(_, args, kwargs, output) -> None:
             before = args[0] if args else kwargs["hidden_states"]
-            similarity.add(before, output[0] if isinstance(output, tuple) else output)
+            seen.similarities[block].add(before, output[0] if isinstance(output, tuple) else output)
 
-        handles.append(block.register_forward_hook(compare, with_kwargs=True))
+        return hook
+
+    handles = [b.register_forward_hook(compare(i), with_kwargs=True) for i, b in enumerate(blocks(model))]
+    layers = linears(model)
+    for first, statistics in seen.inputs.items():
+        handles.append(layers[first].register_forward_pre_hook(lambda _, args, s=statistics: s.add(args[0])))
     try:
-        yield inputs, similarities
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def grams(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Sums x xᵀ over the inputs of the named layers while the body runs the model: float32 [in, in] each."""
+    modules = linears(model)
+    device = next(model.parameters()).device
+    sums = {n: torch.zeros(modules[n].in_features, modules[n].in_features, device=device) for n in layers}
+
+    def add(name: str, activations: torch.Tensor) -> None:
+        rows = activations.detach().flatten(0, -2).float()
+        sums[name].addmm_(rows.t(), rows)
+
+    handles = [modules[n].register_forward_pre_hook(lambda _, a, n=n: add(n, a[0])) for n in layers]
+    try:
+        yield sums
     finally:
         for handle in handles:
             handle.remove()

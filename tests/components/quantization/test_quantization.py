@@ -1,13 +1,21 @@
-"""Each format's export: what its files hold, and how near its weights are to the source."""
+"""Each format's export: what its files hold, how near its weights are to the source, and that ModelOpt agrees."""
 
 from __future__ import annotations
 
+import copy
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from trimtab.components.quantization import sensitivity, work
-from trimtab.components.quantization.allocation import BITS
+from trimtab.errors import InputError
+from trimtab.fusion import groups
 from trimtab.model import inspect
+from trimtab.runtime import checkpoint
 from trimtab.runtime.checkpoint import Export
 
 #: Format -> bits a weight takes with its scales at most (64 features, groups of 32), relative error of a layer at most.
@@ -15,7 +23,13 @@ FORMATS = {
     "int8_wo": (8.6, 0.02),
     "int8_sq": (9.1, 0.05),
     "fp8": (8.6, 0.05),
+    "fp8_per_channel": (8.6, 0.05),
     "int4_rtn": (4.6, 0.2),
+    "int4_awq": (4.9, 0.3),
+    "int4_gptq": (4.9, 0.3),
+    "w4a8_awq": (4.9, 0.3),
+    "nvfp4": (4.6, 0.2),
+    "mxfp4": (4.4, 0.2),
 }
 
 
@@ -27,12 +41,73 @@ def test_every_layer_is_quantized(name, export, model):
     assert 16 * read.quantized_bytes / read.bf16_bytes <= bits
 
 
-@pytest.mark.parametrize("name", ["int8_wo", "fp8", "int4_rtn"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_weights_are_near_their_source(name, export, model):
     read, source = Export(export(name)), Export(model)
-    for layer in read.layers:
-        weight = source.tensor(f"{layer}.weight").float()
-        assert ((read.dequantize(layer) - weight).norm() / weight.norm()).item() < FORMATS[name][1], layer
+    for group in groups(read.layers, "llama"):
+        norm = f"{group.norm}.weight"
+        change = read.tensor(norm).float() / source.tensor(norm).float() if group.norm else 1.0
+        for layer in group.layers:
+            weight = source.tensor(f"{layer}.weight").float()
+            error = (read.dequantize(layer) * change - weight).norm() / weight.norm()
+            assert error.item() < FORMATS[name][1], layer
+
+
+#: Format -> ModelOpt's preset; its own export of the same model must hold the same bytes.
+PRESETS = {
+    "int8_wo": "INT8_WEIGHT_ONLY_CFG",
+    "fp8": "FP8_DEFAULT_CFG",
+    "fp8_per_channel": "FP8_PER_CHANNEL_PER_TOKEN_CFG",
+    "int4_rtn": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
+}
+
+
+def modelopt_export(model: Path, calibration: Path, preset: str, folder: Path) -> Path:
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.export import export_hf_checkpoint
+
+    config = copy.deepcopy(getattr(mtq, preset))
+    config["algorithm"] = "max"
+    for entry in config["quant_cfg"]:
+        blocks = (entry.get("cfg") or {}).get("block_sizes") if isinstance(entry.get("cfg"), dict) else None
+        if blocks and -1 in blocks:
+            blocks[-1] = 32
+    loaded, _ = checkpoint.load(model, torch.float32)
+    tokens = load_file(calibration / "tokens.safetensors")["tokens"].long()
+    with torch.inference_mode():
+        mtq.quantize(loaded, config, lambda m: m(tokens))
+        export_hf_checkpoint(loaded, export_dir=folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_modelopt_exports_the_same(name, export, model, calibration, tmp_path):
+    theirs, ours = modelopt_export(model, calibration, PRESETS[name], tmp_path), export(name)
+    expected, found = Export(theirs), Export(ours)
+    for group in groups(expected.layers, "llama"):
+        largest = max(expected.layer(layer).weight_scale.max() for layer in group.layers)
+        for layer in group.layers:
+            assert_same(expected.layer(layer).tensors, found.layer(layer).tensors, name, largest)
+    for file, key in (("hf_quant_config.json", "quantization"), ("config.json", "quantization_config")):
+        read = [json.loads((folder / file).read_text())[key] for folder in (theirs, ours)]
+        ignored = "ignore" if "ignore" in read[0] else "exclude_modules"
+        read[0][ignored].remove("model.embed_tokens")  # no linear layer, and named only when it is tied
+        assert read[0] == read[1]
+
+
+def assert_same(expected: dict, found: dict, name: str, shared: torch.Tensor) -> None:
+    """FP8's scale is one for layers that an engine fuses: ModelOpt leaves it to the engine to round to it once more.
+    INT4's scale is rounded to the bfloat16 that is stored before it is used, and not after."""
+    assert expected.keys() == found.keys()
+    rounded = name == "int4_rtn"
+    scale = shared if name == "fp8" else expected["weight_scale"]
+    torch.testing.assert_close(found["weight_scale"].float(), scale, rtol=2**-8 if rounded else 1e-6, atol=0)
+    if "input_scale" in expected:
+        torch.testing.assert_close(found["input_scale"], expected["input_scale"])
+    different = (expected["weight"].view(torch.uint8) != found["weight"].view(torch.uint8)).float().mean()
+    if torch.equal(scale, expected["weight_scale"]):
+        assert different <= (0.02 if rounded else 0)
 
 
 def test_unquantized_tensors_keep_16_bits(export):
@@ -50,19 +125,38 @@ def test_excluded_layers_stay(export, model):
     assert torch.equal(read.tensor(name), Export(model).tensor(name))
 
 
-def test_bf16_is_the_model_itself(model, tmp_path):
-    metrics = work.quantize(str(model), None, None, str(tmp_path), "", {"format": "bf16"})
-    read, source = Export(tmp_path), Export(model)
-    assert read.layers == {} and metrics["bytes"] > 0
-    assert all(torch.equal(read.tensor(name), source.tensor(name)) for name in read.names)
+def test_an_excluded_layer_makes_up_for_the_scale_in_its_norm(export, model):
+    """k_proj reads the same norm as q_proj and v_proj, which AWQ scales: its 16-bit weight is scaled back."""
+    read, source = Export(export("int4_awq", exclude=["lm_head", "*.k_proj"])), Export(model)
+    name, norm = "model.layers.1.self_attn.k_proj", "model.layers.1.input_layernorm.weight"
+    assert name not in read.layers and not torch.equal(read.tensor(norm), source.tensor(norm))
+    product = read.tensor(f"{name}.weight").float() * read.tensor(norm).float()
+    expected = source.tensor(f"{name}.weight").float() * source.tensor(norm).float()
+    torch.testing.assert_close(product, expected, rtol=2**-8, atol=0)
 
 
-@pytest.mark.slow
-def test_awq_quantizes_every_layer(export, model):
-    assert set(Export(export("int4_awq")).layers) == {layer.name for layer in inspect(model).linears}
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_most_sensitive_groups_stay(number, export, harms, model):
+    read = Export(export("int4_rtn", exclude_sensitive=number))
+    found = sensitivity.read(harms)
+    every = groups([layer.name for layer in inspect(model).linears], "llama")
+    worst = sorted(every, key=lambda group: -found[group.layers[0]]["int4_rtn"])[:number]
+    kept = {layer.name for layer in inspect(model).linears} - set(read.layers)
+    assert kept == {layer for group in worst for layer in group.layers}
 
 
-@pytest.mark.slow
+CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_a_cast_is_the_model_itself(name, export, model):
+    dtype = CASTS[name]
+    read, source = Export(export(name)), Export(model)
+    assert read.layers == {} and read.names == source.names
+    assert all(torch.equal(read.tensor(n), source.tensor(n).to(dtype)) for n in read.names)
+    assert json.loads((export(name) / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
 @pytest.mark.parametrize("bits", [4.0, 5.5, 8.0])
 def test_mixed_keeps_its_budget(bits, export, model):
     read = Export(export("mixed", effective_bits=bits))
@@ -75,10 +169,74 @@ def test_mixed_keeps_its_budget(bits, export, model):
         assert set(per_weight.values()) == {4, 8}
 
 
-@pytest.mark.slow
-def test_sensitivity_scores_every_layer_once(search, model):
-    found = sensitivity.read(search)
-    layers = [layer for group in found for layer in group.layers]
-    assert sorted(layers) == sorted(layer.name for layer in inspect(model).linears)
-    assert all(set(group.harm) == set(BITS) for group in found)
-    assert all(group.harm["int4_awq"] >= group.harm["int8_wo"] >= 0 for group in found)
+@pytest.mark.parametrize(("kv_cache", "largest"), [("fp8", 448), ("int8", 127), ("nvfp4", 448)])
+def test_the_scales_of_a_kv_cache_are_those_of_the_measured_ranges(kv_cache, largest, export, calibration):
+    read = Export(export("int8_wo", kv_cache=kv_cache))
+    ranges = load_file(calibration / "statistics.safetensors")
+    assert read.kv_cache_algo == kv_cache.upper()
+    for block in range(4):
+        attention = f"model.layers.{block}.self_attn"
+        for part, kind in (("k_proj.k_scale", "key_amax"), ("v_proj.v_scale", "value_amax")):
+            assert read.tensor(f"{attention}.{part}").item() == pytest.approx(ranges[kind][block].item() / largest)
+
+
+# --- what is refused, and what survives ------------------------------------------------------------------------
+
+
+def quantize(model, folder, calibration=None, gram=None, **settings):
+    folder.mkdir()
+    trees = (tree and str(tree) for tree in (model, calibration, gram, None))
+    parameters = {"group_size": 32, **settings}
+    return work.quantize(*trees, str(folder / "output"), str(folder / "scratch"), parameters)
+
+
+def test_measurements_of_another_model_are_refused(model, calibration, tmp_path):
+    import tiny
+
+    other = tiny.write_model(tmp_path / "other", layers=4, seed=1)
+    with pytest.raises(InputError, match=r"calibration: describes another model \(fingerprint [0-9a-f]{12}\)"):
+        quantize(other, tmp_path / "q", calibration, format="fp8")
+
+
+def test_weights_that_are_not_finite_are_refused(model, tmp_path):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model: model\.layers\.2\.mlp\.up_proj\.weight holds NaN or infinity"):
+        quantize(broken, tmp_path / "q", format="int8_wo")
+    assert not list((tmp_path / "q").rglob("model*.safetensors"))
+
+
+def test_a_kill_between_shards_costs_only_the_open_one(model, calibration, monkeypatch, tmp_path):
+    from trimtab.components.quantization import stream
+
+    monkeypatch.setattr(stream, "SHARD_BYTES", 1)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    arguments = (str(model), str(calibration), None, None)
+    settings = {"format": "int4_awq", "group_size": 32}
+    work.quantize(*arguments, str(tmp_path / "whole"), str(tmp_path / "s0"), settings)
+
+    converted = []
+    convert = work._Quantizer.__call__
+
+    def counting(self, names, title):
+        if len(converted) == 4:
+            raise KeyboardInterrupt
+        converted.append(names)
+        return convert(self, names, title)
+
+    monkeypatch.setattr(work._Quantizer, "__call__", counting)
+    with pytest.raises(KeyboardInterrupt):
+        work.quantize(*arguments, str(tmp_path / "cut"), str(tmp_path / "s1"), settings)
+    assert not list((tmp_path / "cut").iterdir())
+    before = list(converted)
+    converted[:] = []
+    monkeypatch.setattr(work._Quantizer, "__call__", lambda *call: converted.append(call[1]) or convert(*call))
+    work.quantize(*arguments, str(tmp_path / "cut"), str(tmp_path / "s1"), settings)
+    assert not any(names in before for names in converted)
+    cut, whole = Export(tmp_path / "cut"), Export(tmp_path / "whole")
+    assert cut.names == whole.names and all(torch.equal(cut.tensor(n), whole.tensor(n)) for n in cut.names)
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) == 6  # the embedding, the last norm, four blocks
+    assert not (tmp_path / "s1" / "shards").exists()

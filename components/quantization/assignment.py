@@ -1,0 +1,52 @@
+"""Which layer gets which format: all the same, all but some, or by a budget of bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from trimtab import fusion, hardware
+from trimtab.components.quantization import allocation, sensitivity
+from trimtab.model import ModelFacts
+from trimtab.recipe import CASTS, MIXED_FORMATS, Quantization
+
+#: Bits of a weight in each format, without its scales: the convention of ModelOpt's `effective_bits`.
+_FOUR_BITS = ("int4_rtn", "int4_awq", "int4_gptq", "w4a8_awq", "nvfp4", "mxfp4")
+
+
+def choose(
+    groups: Sequence[fusion.Group], facts: ModelFacts, settings: Quantization, harms: Path | None
+) -> dict[str, str]:
+    """Returns the format of every layer that is quantized.
+
+    Args:
+        groups: all linear layers; those of one group share a format, because engines fuse them.
+        harms: the sensitivity tree, for `mixed` and `exclude_sensitive`.
+
+    Raises:
+        Failure: `unsupported`, a bit budget that no assignment meets.
+    """
+    if settings.format in CASTS:
+        return {}
+    wanted = {layer.name for layer in hardware.quantized_layers(facts, settings)}
+    layers = [tuple(layer for layer in group.layers if layer in wanted) for group in groups]
+    layers = [some for some in layers if some]
+    if not settings.needs_sensitivity:
+        return {layer: settings.format for some in layers for layer in some}
+    measured = sensitivity.read(harms)
+    sizes = {layer.name: layer.parameters for layer in facts.linears}
+    open_groups = [allocation.Group(some, sum(sizes[n] for n in some), measured[some[0]]) for some in layers]
+    ranking = MIXED_FORMATS[0] if settings.format == "mixed" else settings.format
+    open_groups.sort(key=lambda group: -group.harm[ranking])
+    open_groups = open_groups[settings.exclude_sensitive :]
+    if settings.format == "mixed":
+        return allocation.allocate(open_groups, settings.effective_bits)
+    return {layer: settings.format for group in open_groups for layer in group.layers}
+
+
+def effective_bits(facts: ModelFacts, chosen: Mapping[str, str]) -> float:
+    """Returns the mean bits of the quantized weights, without their scales; 16 where nothing is quantized."""
+    sizes = {layer.name: layer.parameters for layer in facts.linears}
+    total = sum(sizes[layer] for layer in chosen)
+    bits = sum((4 if form in _FOUR_BITS else 8) * sizes[layer] for layer, form in chosen.items())
+    return bits / total if total else 16.0

@@ -1,0 +1,54 @@
+"""config.json and hf_quant_config.json of an export, through ModelOpt's own functions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
+from modelopt.torch.export.quant_utils import process_layer_quant_config
+
+from trimtab.components.quantization.formats import ALGORITHMS, group_size
+from trimtab.model import ModelFacts
+from trimtab.recipe import Quantization
+from trimtab.runtime.kv_cache import ALGORITHMS as KV_CACHES
+
+
+def write(
+    folder: Path, facts: ModelFacts, chosen: Mapping[str, str], settings: Quantization, dtype: torch.dtype
+) -> None:
+    """Says in the export's config.json, and in hf_quant_config.json, how its layers and its KV cache are stored.
+
+    Args:
+        folder: holds the source's config.json.
+        chosen: the format of each quantized layer.
+        dtype: of everything that is not quantized.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config.pop("torch_dtype", None)  # the older name of the same
+    if chosen or settings.kv_cache != "none":
+        own = {"producer": _producer(), "quantization": _quantization(facts, chosen, settings)}
+        (folder / "hf_quant_config.json").write_text(json.dumps(own, indent=4), encoding="utf-8")
+        config["quantization_config"] = convert_hf_quant_config_format(own)
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _producer() -> dict[str, str]:
+    return {"name": "modelopt", "version": importlib.metadata.version("nvidia-modelopt")}
+
+
+def _quantization(facts: ModelFacts, chosen: Mapping[str, str], settings: Quantization) -> dict:
+    layers = {}
+    for layer in (*(linear.name for linear in facts.linears), "lm_head"):
+        form = chosen.get(layer)
+        layers[f"{layer}.quantization"] = ALGORITHMS[form][1] if form else None
+        if form and group_size(form, settings):
+            layers[f"{layer}.awq_block_size"] = group_size(form, settings)
+    found = process_layer_quant_config(layers)
+    found["kv_cache_quant_algo"] = KV_CACHES.get(settings.kv_cache)
+    return found

@@ -1,0 +1,65 @@
+"""GPTQ: rounds a matrix column by column and lets the columns still open make up for each error.
+
+Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers". As in the
+authors' later code, the columns with the largest second moment go first, and the scales of all groups are fixed
+beforehand, so that the order leaves the layout alone.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from trimtab.errors import Failure
+
+#: What is added to the diagonal, as a share of its mean: the paper's 1 %.
+DAMPING = 0.01
+#: Columns whose errors are passed on within before the rest is updated at once.
+BLOCK = 64
+
+
+def round_weights(
+    weight: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor, low: int = -8, high: int = 7
+) -> torch.Tensor:
+    """Returns the weight rounded to whole multiples of its scales, float32 [out, in].
+
+    Args:
+        weight: float32 [out, in].
+        gram: mean of x xᵀ over the inputs, float32 [in, in].
+        scale: each weight's scale, float32 [out, in].
+        low, high: the smallest and largest multiple.
+    """
+    columns = weight.shape[1]
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    weight, scale = weight[:, order], scale[:, order]
+    upper = _inverse_factor(gram[order][:, order])
+    rounded = torch.empty_like(weight)
+    for begin in range(0, columns, BLOCK):
+        end = min(begin + BLOCK, columns)
+        block, factor = weight[:, begin:end].clone(), upper[begin:end, begin:end]
+        errors = torch.empty_like(block)
+        for i in range(end - begin):
+            column, unit = block[:, i], scale[:, begin + i]
+            nearest = (column / unit).round_().clamp_(low, high).mul_(unit)
+            rounded[:, begin + i] = nearest
+            errors[:, i] = (column - nearest) / factor[i, i]
+            block[:, i + 1 :] -= errors[:, i, None] * factor[i, None, i + 1 :]
+        weight[:, end:] -= errors @ upper[begin:end, end:]
+    return rounded[:, order.argsort()]
+
+
+def _inverse_factor(gram: torch.Tensor) -> torch.Tensor:
+    """Returns the upper Cholesky factor of the inverse of the damped matrix, [in, in].
+
+    Too few tokens leave the matrix singular; then damping grows until it can be factored.
+    """
+    damping = DAMPING * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    for _ in range(10):
+        damped = gram.clone()
+        damped.diagonal().add_(damping)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed:
+            return upper
+        damping = damping * 10
+    raise Failure("unsupported", "GPTQ cannot invert the second moments of a layer's input; calibrate on more text")

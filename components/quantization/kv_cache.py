@@ -1,0 +1,35 @@
+"""The scales of a quantized KV cache, from the ranges that calibration measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from trimtab.fusion import block_of
+from trimtab.runtime.formats import E4M3_MAX
+
+#: What the largest key or value becomes. NVFP4's is ModelOpt's own, which current TensorRT-LLM reads: the blocks'
+#: scales, a sixth of their largest value, then use e4m3 up to a sixth of its range.
+_LARGEST = {"fp8": E4M3_MAX, "int8": 127.0, "nvfp4": E4M3_MAX}
+
+
+def scales(
+    form: str, names: Sequence[str], measured: Callable[[str], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Returns `k_scale` and `v_scale`, float32 scalars, of the attention layers whose weights are among the names.
+
+    Args:
+        form: the recipe's `kv_cache`.
+        names: tensors of whole blocks.
+        measured: name -> tensor of the calibration.
+    """
+    found = {}
+    for kind, part in (("key", "k"), ("value", "v")):
+        ranges = measured(f"{kind}_amax")
+        for name in names:
+            if name.endswith(f".{part}_proj.weight"):
+                layer = name.removesuffix(".weight")
+                amax = ranges[block_of(name)].clamp_min(torch.finfo(torch.float32).tiny * 2**24)
+                found[f"{layer}.{part}_scale"] = amax / _LARGEST[form]
+    return found

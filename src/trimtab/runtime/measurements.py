@@ -1,0 +1,63 @@
+"""What was measured on a model, as a folder of safetensors that says which model it describes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from trimtab.errors import InputError
+from trimtab.runtime.checkpoint import Export
+
+_ABOUT = "about.json"
+
+
+def write(folder: Path, checkpoint: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes tensors as `<name>.safetensors`, and binds the folder to the checkpoint by its fingerprint."""
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+    about = {"model": Export(checkpoint).fingerprint}
+    (folder / _ABOUT).write_text(json.dumps(about), encoding="utf-8")
+
+
+class Measurements:
+    """Tensors that were measured on a checkpoint, read one at a time.
+
+    Args:
+        folder: what `write` made, one file or several.
+        checkpoint: the model that is about to be changed by them.
+        field: how an error names the folder.
+
+    Raises:
+        InputError: they describe another model.
+    """
+
+    def __init__(self, folder: Path, checkpoint: Path, field: str):
+        self._field = field
+        path = folder / _ABOUT
+        about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found, expected = about.get("model", "nothing"), Export(checkpoint).fingerprint
+        if found != expected:
+            raise InputError(
+                f"{field}: describes another model (fingerprint {found[:12]}) than the one to quantize "
+                f"({expected[:12]}); measure this one"
+            )
+        files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
+        self._home: dict[str, Any] = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._home
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Reads one tensor.
+
+        Raises:
+            InputError: it was not measured.
+        """
+        if name not in self._home:
+            raise InputError(f"{self._field}: lacks {name}; measure this model with this version of trimtab")
+        return self._home[name].get_tensor(name).clone()
