@@ -8,7 +8,7 @@ from pathlib import Path
 from trimtab import fusion, hardware
 from trimtab.components.quantization import allocation, sensitivity
 from trimtab.model import ModelFacts
-from trimtab.recipe import CASTS, MIXED_FORMATS, Quantization
+from trimtab.recipe import CASTS, Quantization
 
 #: Bits of a weight in each format, without its scales: the convention of ModelOpt's `effective_bits`.
 _FOUR_BITS = ("int4_rtn", "int4_awq", "int4_gptq", "w4a8_awq", "nvfp4", "mxfp4")
@@ -36,8 +36,7 @@ def choose(
     measured = sensitivity.read(harms)
     sizes = {layer.name: layer.parameters for layer in facts.linears}
     open_groups = [allocation.Group(some, sum(sizes[n] for n in some), measured[some[0]]) for some in layers]
-    ranking = MIXED_FORMATS[0] if settings.format == "mixed" else settings.format
-    open_groups.sort(key=lambda group: -group.harm[ranking])
+    open_groups.sort(key=lambda group: -group.harm[settings.scored_formats[0]])
     open_groups = open_groups[settings.exclude_sensitive :]
     if settings.format == "mixed":
         return allocation.allocate(open_groups, settings.effective_bits)

@@ -42,6 +42,9 @@ def measure(
 ) -> dict[str, float]:
     """Writes `sensitivity.json`: for the first layer of each group, the harm of each format in nats a token.
 
+    Args:
+        parameters: `formats` to score, and the `group_size` of those that have one.
+
     Returns:
         groups.
     """
@@ -55,7 +58,7 @@ def measure(
     for group in progress.track(groups, "sensitivity", "scoring every layer in every format", len(groups)):
         weights = {name: layers[name].weight.detach().float() for name in group.layers}
         seen = Input(*(measured[f"{group.layers[0]}.{p}"].to(model.device) for p in ("amax", "second_moment")))
-        harms[group.layers[0]] = _harms(weights, seen, energy, parameters["group_size"])
+        harms[group.layers[0]] = _harms(weights, seen, energy, parameters)
     (Path(output) / "sensitivity.json").write_text(json.dumps(harms, indent=1), encoding="utf-8")
     return {"groups": len(harms)}
 
@@ -117,22 +120,20 @@ def _activation_noise(stored: Quantized, seen: Input, scale: torch.Tensor) -> to
 
 @torch.inference_mode()
 def _harms(
-    weights: dict[str, torch.Tensor], seen: Input, energy: dict[str, torch.Tensor], group_size: int
+    weights: dict[str, torch.Tensor], seen: Input, energy: dict[str, torch.Tensor], parameters: dict[str, Any]
 ) -> dict[str, float]:
     found: dict[str, float] = {}
-    columns = seen.amax.shape[0]
-    for form in formats.ALGORITHMS:
-        settings = Quantization(format=form, group_size=group_size)
-        if form in _STAND_INS or columns % (formats.group_size(form, settings) or 1):
-            continue
+    for name in parameters["formats"]:
+        form = _STAND_INS.get(name, name)
+        settings = Quantization(format=form, group_size=parameters["group_size"])
         scale = formats.channel_scale(form, weights, seen, settings)
         scale = torch.ones_like(seen.amax) if scale is None else scale
         scaled = {name: weight * scale for name, weight in weights.items()}
         harm = 0.0
-        for name, stored in formats.quantize(form, scaled, seen.scaled(scale), settings).items():
+        for layer, stored in formats.quantize(form, scaled, seen.scaled(scale), settings).items():
             weight = dequantize(stored) / scale
-            squares = (weight - weights[name]).square() * seen.second_moment
+            squares = (weight - weights[layer]).square() * seen.second_moment
             squares += weight.square() * _activation_noise(stored, seen, scale)
-            harm += 0.5 * float((energy[name][:, None] * squares).sum())
-        found[form] = harm
-    return found | {form: found[other] for form, other in _STAND_INS.items() if other in found}
+            harm += 0.5 * float((energy[layer][:, None] * squares).sum())
+        found[name] = harm
+    return found

@@ -187,6 +187,11 @@ class Quantization(Document):
         """Whether layers are treated by how much the format harms them."""
         return self.format == "mixed" or self.exclude_sensitive > 0
 
+    @property
+    def scored_formats(self) -> tuple[str, ...]:
+        """The formats whose harm to each layer decides."""
+        return MIXED_FORMATS if self.format == "mixed" else (self.format,)
+
     def searches_scales(self, format: str) -> bool:
         """Whether the weight scales of a format, of which `mixed` has two, are searched."""
         if self.scale_search:

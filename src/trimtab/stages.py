@@ -130,7 +130,10 @@ STAGES: dict[str, Stage] = {
             inputs=("checkpoint", "calibration"),
             output="sensitivity",
             wanted=_quantize_needs("sensitivity"),
-            parameters=lambda recipe: {"group_size": recipe.quantize.group_size},
+            parameters=lambda recipe: {
+                "formats": list(recipe.quantize.scored_formats),
+                "group_size": recipe.quantize.group_size,
+            },
             version=2,
         ),
         Stage(

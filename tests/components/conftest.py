@@ -40,7 +40,8 @@ def harms(model: Path, calibration: Path, tmp_path_factory: pytest.TempPathFacto
     from trimtab.components.quantization import sensitivity
 
     folder = tmp_path_factory.mktemp("sensitivity")
-    sensitivity.measure(str(model), str(calibration), str(folder), "", {"group_size": 32})
+    parameters = {"formats": ["int4_gptq", "int8_wo", "int4_rtn"], "group_size": 32}
+    sensitivity.measure(str(model), str(calibration), str(folder), "", parameters)
     return folder
 
 

@@ -1,0 +1,124 @@
+"""What measuring a model costs beside only running it on the same tokens, and what the second attempt pays.
+
+Run: python benchmarks/calibration.py [--model FOLDER] [--quick]
+
+Without --model, a Llama of SmolLM2-135M's shape with random weights. Passes alternate, so that a busy machine
+disturbs all alike. The last line is one JSON object: seconds of each pass, their ratio to the bare forward pass, and
+the seconds of a calibration that the store already holds.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from trimtab import stages
+from trimtab.components.calibration.work import statistics as measure
+from trimtab.components.quantization.sensitivity import gradient_energy
+from trimtab.recipe import Recipe
+from trimtab.runtime import checkpoint, observe
+from trimtab.state import State
+from trimtab.store import open_store
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a Hugging Face model folder")
+    parser.add_argument("--samples", type=int, default=8, help="windows of 512 tokens")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="two windows, three rounds")
+    options = parser.parse_args()
+    samples, rounds = (2, 3) if options.quick else (options.samples, options.rounds)
+    model = checkpoint.load_for_measuring(options.model)[0] if options.model else _random_model()
+    tokens = torch.randint(model.config.vocab_size, (samples, 512), device=model.device)
+    passes = {"forward": _forward, "statistics": measure, "gram": _gram, "gradients": gradient_energy}
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    _forward(model, tokens)  # the first pass allocates
+    for _ in range(rounds):
+        for name, run in passes.items():
+            seconds[name].append(_seconds(run, model, tokens))
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    ratios = {name: statistics.median(map(_ratio, taken, seconds["forward"])) for name, taken in seconds.items()}
+    print(f"{samples} x 512 tokens on {model.device.type}, {rounds} rounds")
+    print(f"{'pass':<12}{'seconds':>9}{'ratio':>8}")
+    for name in passes:
+        print(f"{name:<12}{medians[name]:>9.2f}{ratios[name]:>8.3f}")
+    second = _second_attempt()
+    print(f"a calibration that the store holds: {second:.3f} s, without loading the model")
+    print(json.dumps({"device": model.device.type, "seconds": medians, "ratios": ratios, "second_attempt": second}))
+    return 0
+
+
+def _random_model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    cuda = torch.cuda.is_available()
+    model = LlamaForCausalLM(config).to(torch.bfloat16 if cuda else torch.float32).eval()
+    return model.to("cuda" if cuda else "cpu")
+
+
+@torch.inference_mode()
+def _forward(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    for window in tokens:
+        model(window[None], logits_to_keep=1)
+
+
+@torch.inference_mode()
+def _gram(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    with observe.grams(model, [group.layers[0] for group in observe.linear_groups(model)]):
+        _forward(model, tokens)
+
+
+Pass = Callable[[PreTrainedModel, torch.Tensor], object]
+
+
+def _seconds(run: Pass, model: PreTrainedModel, tokens: torch.Tensor) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    run(model, tokens.clone())
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _ratio(taken: float, bare: float) -> float:
+    return taken / bare
+
+
+def _second_attempt() -> float:
+    """The seconds of the calibrate stage when an earlier attempt, or another run, has measured the model."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_store(f"{folder}/store")
+        source = Path(folder) / "model"
+        source.mkdir()
+        (source / "weights").write_bytes(b"0")
+        model = store.put(source, kind="checkpoint")
+        recipe = Recipe.parse("quantize: {format: int4_awq}")
+        state = State(store=store.uri, goal="fit_larger_model", target="cpu", model=model, recipe=recipe)
+        stage = stages.STAGES["recalibrate"]
+        key = stage.key(stage.parameters(recipe), stages.inputs_of(stage, state))
+        store.record(key, {"tree": model.model_dump(), "metrics": {}, "seconds": 1.0})
+        started = time.perf_counter()
+        _, result = stages.advance("recalibrate", state)
+        assert result.hit
+        return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    sys.exit(main())
