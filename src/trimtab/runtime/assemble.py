@@ -13,6 +13,7 @@ from trimtab.errors import Failure, InputError
 from trimtab.runtime import kv_cache as cache
 from trimtab.runtime import linear
 from trimtab.runtime.checkpoint import Export
+from trimtab.runtime.formats import SCALES
 from trimtab.runtime.kv_cache import ServedKVCache
 
 
@@ -71,7 +72,7 @@ def _replace(model: nn.Module, export: Export, name: str, device: torch.device) 
         raise Failure("export_damaged", f"{name}: its weight has shape {found}")
     bias = None if place.bias is None else export.tensor(f"{name}.bias")
     model.set_submodule(name, linear.build(layer, bias, device))
-    return {f"{name}.{part}" for part in ("weight", "bias", "weight_scale", "input_scale", "pre_quant_scale")}
+    return {f"{name}.{part}" for part in ("weight", "bias", *SCALES)}
 
 
 def _assign(model: nn.Module, export: Export, names: list[str]) -> None:

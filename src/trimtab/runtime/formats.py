@@ -22,6 +22,7 @@ Source: modelopt/torch/export/quant_utils.py, 0.47.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -30,7 +31,6 @@ from trimtab.hardware import NVFP4_BLOCK
 
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 E2M1_MAX = 6.0
-_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,10 @@ class Quantized:
         found = {name: getattr(self, name) for name in ("weight", *SCALES)}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
+    def to(self, device: torch.device) -> Quantized:
+        """Returns the layer with its tensors on a device."""
+        return Quantized(self.layout, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
+
     @property
     def nbytes(self) -> int:
         """Bytes of the weight and its scales, as stored."""
@@ -153,8 +157,14 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
 def unpack_e2m1(packed: torch.Tensor) -> torch.Tensor:
     """Returns the values of packed E2M1: uint8 [out, in / 2] -> float32 [out, in], from -6 to 6."""
     nibbles = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
-    magnitude = _E2M1.to(packed.device)[(nibbles & 7).long()]
-    return torch.where(nibbles < 8, magnitude, -magnitude)
+    return _e2m1(packed.device)[nibbles.int()]
+
+
+@cache
+def _e2m1(device: torch.device) -> torch.Tensor:
+    """The number of each code; kept, because a CUDA graph cannot record a copy to the GPU."""
+    positive = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    return torch.cat([positive, -positive]).to(device)
 
 
 def numbers(layer: Quantized) -> torch.Tensor:

@@ -83,6 +83,21 @@ class Int8WeightOnly(PackedLinear):
         return F.linear(x_RI, self.weight_OI.bfloat16()) * self.scale_O
 
 
+class Int8WeightOnlyCuda(Int8WeightOnly):
+    """The same on a GPU, where the kernel came with PyTorch 2.9.
+
+    It gives each output to one thread and casts activations to float32 (ATen/native/cuda/int8mm.cu), so it saves
+    memory rather than time: how many rows it serves is what `benchmarks/gpu.py` measured.
+    """
+
+    packed_rows = 16
+
+    @staticmethod
+    def fits(layer: Quantized) -> bool:
+        """Any shape: elements are read one at a time."""
+        return True
+
+
 class Int4WeightOnly(PackedLinear):
     """INT4 weights with a scale for each group of a row, in the layout of PyTorch's CPU kernel.
 
@@ -141,6 +156,69 @@ def _unpack_from_cpu(packed: torch.Tensor, rows: int, columns: int, dtype: torch
     return nibbles_IO
 
 
+class Int4WeightOnlyCuda(PackedLinear):
+    """INT4 weights with a scale for each group of a row, in the layout of PyTorch's CUDA kernel, "tinygemm".
+
+    That layout is private to PyTorch (ATen/native/cuda/int4mm.cu): int32 [out / 8, in / 16 / tiles, 32, tiles / 2],
+    where a thread of a warp holds, of one row, two neighbours at each eighth column, first all even, then all odd
+    ones. `fits` packs and unpacks the layer to see that this still holds.
+    """
+
+    kernel = "_weight_int4pack_mm"
+    #: The kernel reads and widens the weight once for each 16 rows; `benchmarks/gpu.py` prints where that loses.
+    packed_rows = 128
+
+    def __init__(self, layer: Quantized, bias: torch.Tensor | None):
+        super().__init__(layer, bias)
+        self.group_size = layer.layout.group_size
+        scale_GO = layer.weight_scale.bfloat16().t()
+        # The kernel computes (q - 8) * scale + zero.
+        scale_zero_GO2 = torch.stack([scale_GO, torch.zeros_like(scale_GO)], dim=-1).contiguous()
+        self.keep(weight=_pack_for_cuda(layer), scale_zero_GO2=scale_zero_GO2)
+
+    @staticmethod
+    def fits(layer: Quantized) -> bool:
+        """Whether the kernel takes this shape and its layout is the known one."""
+        out_features, in_features = layer.shape
+        if out_features % 8 or in_features % 32 or layer.layout.group_size not in (32, 64, 128, 256):
+            return False
+        try:
+            unpacked_OI = _unpack_from_cuda(_pack_for_cuda(layer), torch.uint8)
+        except RuntimeError:  # a build or a card without it
+            return False
+        return torch.equal(unpacked_OI.to(torch.int8) - 8, formats.numbers(layer))
+
+    def packed(self, x_RI: torch.Tensor) -> torch.Tensor:
+        return torch._weight_int4pack_mm(x_RI.contiguous(), self.weight, self.group_size, self.scale_zero_GO2)
+
+    def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
+        w_OI = _unpack_from_cuda(self.weight, torch.bfloat16)
+        grouped = w_OI.view(self.out_features, -1, self.group_size)
+        grouped.sub_(8).mul_(self.scale_zero_GO2[:, :, 0].t()[..., None])
+        return F.linear(x_RI, w_OI)
+
+
+def _pack_for_cuda(layer: Quantized) -> torch.Tensor:
+    nibbles_OI = (formats.numbers(layer) + 8).view(torch.uint8)
+    in_features = nibbles_OI.shape[1]
+    # Tiles of 16 columns that stand together: 8 make the widest load.
+    tiles = next(n for n in (8, 4, 2) if in_features % (16 * n) == 0)
+    return torch._convert_weight_to_int4pack(nibbles_OI[:, ::2] << 4 | nibbles_OI[:, 1::2], tiles)
+
+
+def _unpack_from_cuda(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the nibbles 0 to 15 of the kernel's layout, [out, in].
+
+    A word holds 8 of 32 columns: 8 * j + 2 * thread + odd, j = 2 * (byte % 2) + nibble, odd = byte // 2.
+    """
+    row_blocks, column_blocks, _, words = packed.shape
+    data = packed.view(torch.uint8).view(row_blocks, column_blocks, 8, 4, words, 2, 2)
+    data = data.permute(0, 2, 1, 4, 6, 3, 5)  # row block, row, column block, word, byte % 2, thread, odd
+    nibbles = torch.empty(*data.shape[:5], 2, *data.shape[5:], dtype=dtype, device=packed.device)
+    nibbles[..., 0, :, :], nibbles[..., 1, :, :] = data & 15, data >> 4
+    return nibbles.view(8 * row_blocks, 32 * words * column_blocks)
+
+
 class Int8Static(PackedLinear):
     """INT8 weights and activations (SmoothQuant): one scale for all activations, measured in calibration."""
 
@@ -148,7 +226,7 @@ class Int8Static(PackedLinear):
 
     def __init__(self, layer: Quantized, bias: torch.Tensor | None):
         super().__init__(layer, bias)
-        input_scale = layer.input_scale.float().reshape(())
+        input_scale = layer.input_scale.float().reshape(1)  # an axis, unlike a scalar, makes the product float32
         to_integers = 1 / input_scale
         if layer.pre_quant_scale is not None:  # one multiplication in float32 instead of two in bfloat16
             to_integers = layer.pre_quant_scale.float().reshape(-1) * to_integers
@@ -156,7 +234,7 @@ class Int8Static(PackedLinear):
         self.keep(scale_O=layer.weight_scale.float().reshape(-1) * input_scale)
 
     def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
-        q_RI = (x_RI.float() * self.to_integers).round_().clamp_(-128, 127).to(torch.int8)
+        q_RI = (x_RI * self.to_integers).round_().clamp_(-128, 127).to(torch.int8)
         rows = len(q_RI)
         if q_RI.is_cuda and rows <= 16:  # cuBLAS refuses fewer
             q_RI = F.pad(q_RI, (0, 0, 0, 32 - rows))
@@ -172,9 +250,11 @@ class Fp8(PackedLinear):
         super().__init__(layer, bias)
         self.keep(weight_OI=layer.weight, weight_scale=layer.weight_scale.float().reshape(()))
         self.keep(input_scale=layer.input_scale.float().reshape(()))
+        self.keep(to_codes_1=1 / layer.input_scale.float().reshape(1))
 
     def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
-        codes_RI = (x_RI.float() / self.input_scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        # float32 by the factor's axis, and in one pass over the activations
+        codes_RI = (x_RI * self.to_codes_1).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         scales = {"scale_a": self.input_scale, "scale_b": self.weight_scale}
         return torch._scaled_mm(codes_RI, self.weight_OI.t(), out_dtype=torch.bfloat16, **scales)
 
@@ -189,15 +269,16 @@ class Fp8PerToken(PackedLinear):
         self.keep(weight_OI=layer.weight, scale_1O=layer.weight_scale.float().reshape(1, -1))
 
     def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
-        scale_R1 = token_scales(x_RI.float())
-        codes_RI = (x_RI.float() / scale_R1).to(torch.float8_e4m3fn)
+        scale_R1 = token_scales(x_RI)
+        codes_RI = (x_RI / scale_R1).to(torch.float8_e4m3fn)
         scales = {"scale_a": scale_R1, "scale_b": self.scale_1O}
         return torch._scaled_mm(codes_RI, self.weight_OI.t(), out_dtype=torch.bfloat16, **scales)
 
 
 def token_scales(x_RI: torch.Tensor) -> torch.Tensor:
     """Returns for each row the scale that makes its largest value e4m3's largest, float32 [R, 1]."""
-    return (x_RI.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp_min(1e-12)
+    largest_R1 = torch.linalg.vector_norm(x_RI, torch.inf, dim=-1, keepdim=True, dtype=torch.float32)
+    return largest_R1.div_(E4M3_MAX).clamp_min_(1e-12)
 
 
 class Emulated(PackedLinear):
@@ -239,7 +320,13 @@ class Emulated(PackedLinear):
 
 def build(layer: Quantized, bias: torch.Tensor | None, device: torch.device) -> PackedLinear:
     """Returns the module that runs a layer on a device: its kernel where there is one, else emulated."""
-    return _choose(layer, device)(layer, bias).to(device)
+    layer = layer.to(device)
+    bias = None if bias is None else bias.to(device)
+    kind = _choose(layer, device)
+    module = kind(layer, bias)
+    if kind is not Emulated and device.type == "cuda" and not _runs(module, layer):
+        return Emulated(layer, bias)
+    return module
 
 
 def _choose(layer: Quantized, device: torch.device) -> type[PackedLinear]:
@@ -252,8 +339,28 @@ def _choose(layer: Quantized, device: torch.device) -> type[PackedLinear]:
         return Fp8PerToken
     if algo == "W8A8_SQ_PER_CHANNEL" and (on_cpu or sixteenths):
         return Int8Static
-    if algo == "W8A16" and on_cpu and Int8WeightOnly.fits(layer):
-        return Int8WeightOnly
-    if algo == "W4A16_AWQ" and on_cpu and Int4WeightOnly.fits(layer):
-        return Int4WeightOnly
-    return Emulated
+    weight_only = {
+        "W8A16": Int8WeightOnly if on_cpu else Int8WeightOnlyCuda,
+        "W4A16_AWQ": Int4WeightOnly if on_cpu else Int4WeightOnlyCuda,
+    }.get(algo)
+    return weight_only if weight_only and weight_only.fits(layer) else Emulated
+
+
+@torch.inference_mode()
+def _runs(module: PackedLinear, layer: Quantized) -> bool:
+    """Whether a layer's kernel runs here and computes its product, tried on one row.
+
+    Which kernels a GPU has depends on the card, PyTorch's version and how it was built, and no list of it is kept.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x_1I = torch.randn(1, module.in_features, generator=generator).to(layer.weight.device)
+    if layer.input_scale is not None:
+        x_1I *= 32 * layer.input_scale.float().reshape(1)  # within the range of INT8, and of FP8
+    x_1I = x_1I.bfloat16()
+    emulated = Emulated(layer, module.bias)
+    try:
+        found = module(x_1I).float()
+    except RuntimeError:
+        return False
+    expected = emulated(x_1I).float()
+    return bool((found - expected).norm() <= 0.05 * expected.norm())
