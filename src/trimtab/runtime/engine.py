@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from trimtab import progress
 from trimtab.errors import Failure, InputError
 from trimtab.recipe import Engine as Settings
-from trimtab.runtime import batching, head
+from trimtab.runtime import batching, decode, head
 from trimtab.runtime.assemble import assemble
 from trimtab.runtime.batching import Request
 from trimtab.runtime.checkpoint import load_tokenizer
+from trimtab.runtime.decode import Growing, Static
 from trimtab.runtime.kv_cache import ServedKVCache
 from trimtab.runtime.linear import PackedLinear
 
@@ -73,6 +75,9 @@ class TorchEngine:
         self.body, self.head = self.model.base_model, self.model.get_output_embeddings()
         # A branch's mask says nothing of a sliding window, so there every request gets a row of its own.
         self._share_contexts = not getattr(self.model.config, "sliding_window", None)
+        self._decoders: dict[tuple[int, int, int], Growing | Static] = {}
+        #: How `decode_speed` last ran its steps: "CUDA graph" or "loop".
+        self.decode_path = ""
         self._check_head()
 
     @cached_property
@@ -161,7 +166,9 @@ class TorchEngine:
         generator = torch.Generator().manual_seed(0)
         shape = (batch_size, prompt_tokens)
         prompt = torch.randint(self.model.config.vocab_size, shape, generator=generator).to(self.device)
-        seconds = [self._decode(prompt, new_tokens) for _ in range(repeats + 1)]
+        decoder = self._decoder(batch_size, prompt_tokens, new_tokens)
+        self.decode_path = decoder.path
+        seconds = [self._decode(decoder, prompt, new_tokens) for _ in range(repeats + 1)]
         return [batch_size * new_tokens / s for s in seconds[1:]]
 
     def _hidden(
@@ -187,14 +194,20 @@ class TorchEngine:
         output = self.model.generate(**inputs, generation_config=config)[:, length:].tolist()
         return [answer[: next((i for i, t in enumerate(answer) if t in ends), None)] for answer in output]
 
-    def _decode(self, prompt: torch.Tensor, new_tokens: int) -> float:
+    def _decoder(self, *sizes: int) -> Growing | Static:
+        """Decoders are kept: recording one takes longer than a measurement."""
+        if sizes not in self._decoders:
+            self._decoders[sizes], reason = decode.decoder(self.model, *sizes)
+            if reason and self.device.type == "cuda":
+                progress.report("validate", f"decoding in a plain loop, as no CUDA graph could be made: {reason}")
+        return self._decoders[sizes]
+
+    def _decode(self, decoder: Growing | Static, prompt: torch.Tensor, new_tokens: int) -> float:
         """Returns the seconds of `new_tokens` single steps after a prefill."""
-        output = self.model(prompt, use_cache=True, logits_to_keep=1)
+        decoder.prefill(prompt)
         self._synchronize()
         started = time.perf_counter()
-        for _ in range(new_tokens):
-            token = output.logits[:, -1].argmax(-1, keepdim=True)
-            output = self.model(token, past_key_values=output.past_key_values, use_cache=True)
+        decoder.steps(new_tokens)
         self._synchronize()
         return time.perf_counter() - started
 
