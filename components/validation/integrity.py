@@ -15,13 +15,16 @@ from trimtab.errors import Failure
 from trimtab.model import Linear
 from trimtab.model import inspect as read_facts
 from trimtab.recipe import Quantization
-from trimtab.runtime import kv_cache
+from trimtab.runtime import formats, kv_cache
 from trimtab.runtime.checkpoint import Export, weight_file_bytes
 
 #: The largest relative error of one output channel. Four bits make 0.1 to 0.3; a wrong scale makes 1 and more.
 MAX_CHANNEL_ERROR = 0.6
 #: Bits that a quantized weight may take, with the scales of groups; those of rows and columns come on top.
-MAX_BITS = {"int8_wo": 8.6, "int8_sq": 8.6, "fp8": 8.6, "int4_rtn": 5.2, "int4_awq": 5.2, "mixed": 8.6}
+MAX_BITS = {
+    **dict.fromkeys(("int8_wo", "int8_sq", "fp8", "fp8_per_channel", "mixed"), 8.6),
+    **dict.fromkeys(("int4_rtn", "int4_awq", "int4_gptq", "w4a8_awq", "nvfp4", "mxfp4"), 5.2),
+}
 
 
 def inspect(
@@ -117,12 +120,14 @@ def compare(name: str, export: Export, source: Export) -> dict[str, Any]:
     Raises:
         Failure: `export_damaged`; a channel that does not resemble its source.
     """
-    stored, weight = export.dequantize(name), source.tensor(f"{name}.weight").float()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stored = formats.dequantize(export.layer(name).to(device))
+    weight = source.tensor(f"{name}.weight").to(device).float()
     if stored.shape != weight.shape:
         raise Failure(
             "export_damaged", f"{name}: shape {list(stored.shape)} where the source has {list(weight.shape)}"
         )
-    weight = weight / _norm_change(name, export, source)
+    weight = weight / _norm_change(name, export, source).to(device)
     error = (stored - weight).norm(dim=1) / weight.norm(dim=1).clamp_min(1e-12)
     worst = int(error.argmax())
     if not error[worst] <= MAX_CHANNEL_ERROR:
@@ -142,10 +147,10 @@ _NORMS = {
 }
 
 
-def _norm_change(name: str, export: Export, source: Export) -> torch.Tensor | float:
-    """Returns by what each input channel of the layer was multiplied in the norm before it, [in]."""
+def _norm_change(name: str, export: Export, source: Export) -> torch.Tensor:
+    """Returns by what each input channel of the layer was multiplied in the norm before it, [in] or one number."""
     for pattern, norm in _NORMS.items():
         tensor = f"{re.sub(pattern, norm, name)}.weight"
         if re.search(pattern, name) and tensor in source.names:
             return export.tensor(tensor).float() / source.tensor(tensor).float()
-    return 1.0
+    return torch.ones(())

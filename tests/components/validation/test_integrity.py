@@ -19,8 +19,13 @@ SETTINGS = {
     "int8_wo": {},
     "int8_sq": {},
     "fp8": {},
+    "fp8_per_channel": {},
     "int4_rtn": {},
     "int4_awq": {},
+    "int4_gptq": {},
+    "w4a8_awq": {},
+    "nvfp4": {},
+    "mxfp4": {},
     "mixed": {"effective_bits": 5.5},
 }
 LAYER = "model.layers.1.mlp.down_proj"
