@@ -15,8 +15,10 @@ from trimtab.components.quantization import sensitivity, work
 from trimtab.errors import InputError
 from trimtab.fusion import groups
 from trimtab.model import inspect
+from trimtab.recipe import Engine
 from trimtab.runtime import checkpoint
 from trimtab.runtime.checkpoint import Export
+from trimtab.runtime.engine import TorchEngine
 
 #: Format -> bits a weight takes with its scales at most (64 features, groups of 32), relative error of a layer at most.
 FORMATS = {
@@ -51,6 +53,16 @@ def test_weights_are_near_their_source(name, export, model):
             weight = source.tensor(f"{layer}.weight").float()
             error = (read.dequantize(layer) * change - weight).norm() / weight.norm()
             assert error.item() < FORMATS[name][1], layer
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_engine_runs_it(name, export, model, calibration):
+    windows = load_file(calibration / "tokens.safetensors")["tokens"].long()
+    expected = TorchEngine(model, Engine(), "cpu").nll(windows)
+    engine = TorchEngine(export(name), Engine(), "cpu")
+    assert set(engine.kernels()) == {layer.name for layer in inspect(model).linears}
+    # That every tensor has a place; what a layer computes is tested in tests/runtime/test_linear.py.
+    assert engine.nll(windows) == pytest.approx(expected, rel=0.03)
 
 
 #: Format -> ModelOpt's preset; its own export of the same model must hold the same bytes.
