@@ -283,7 +283,7 @@ def calibrate(folder: Path, trees: Path, model: dict[str, Any], small: bool, qui
     for path in found.values():
         Path(path).mkdir(parents=True)
     loaded, tokenizer = checkpoint.load_for_measuring(folder)
-    settings = Calibration(samples=16, length=512) if CUDA else Calibration(samples=4, length=64)
+    settings = Calibration(samples=8, length=512) if CUDA else Calibration(samples=4, length=64)
     tokens = data.draw(settings, tokenizer).tokens
     seen: dict[str, torch.Tensor] = {}
     times: dict[str, list[float]] = {"forward": [], "statistics": []}
@@ -299,11 +299,13 @@ def calibrate(folder: Path, trees: Path, model: dict[str, Any], small: bool, qui
     save_file({"tokens": tokens.int()}, Path(found["calibration"]) / "tokens.safetensors")
     if small and not quick:
         from trimtab.components.quantization import sensitivity
+        from trimtab.recipe import MIXED_FORMATS
 
         arguments = (str(folder), found["calibration"])
         taken = seconds_of(lambda: grams.measure(*arguments, found["gram"], "", {}))
         model["gram_seconds"] = round(taken, 1)
-        taken = seconds_of(lambda: sensitivity.measure(*arguments, found["sensitivity"], "", {"group_size": 64}))
+        scored = {"formats": list(MIXED_FORMATS), "group_size": 64}
+        taken = seconds_of(lambda: sensitivity.measure(*arguments, found["sensitivity"], "", scored))
         model["sensitivity_seconds"] = round(taken, 1)
     return found
 
