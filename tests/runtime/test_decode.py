@@ -37,6 +37,7 @@ def test_what_cannot_be_recorded_is_decoded_in_a_loop(
     monkeypatch.setattr(Static, "capture", refuse)
     monkeypatch.setattr(type(original), "device", torch.device("cuda"), raising=False)
     monkeypatch.setattr(Static, "__init__", lambda *_: None)
-    found, reason = decode.decoder(original, 1, 4, 4)
+    found = decode.decoder(original, 1, 4, 4)
     assert isinstance(found, Growing)
-    assert reason == "RuntimeError: operation not permitted when stream is capturing"
+    reason = "RuntimeError: operation not permitted when stream is capturing"
+    assert found.path == f"loop, as no CUDA graph could be made: {reason}"

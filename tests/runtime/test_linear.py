@@ -1,5 +1,7 @@
 """Every packed linear against the float product it stands for, with few rows and with many."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -91,6 +93,14 @@ def test_the_packed_weight_is_the_only_copy() -> None:
     assert sum(b.nbytes for b in module.buffers()) == 128 * 256 // 2 + 128 * (256 // 64) * 2 * 2
     assert not list(module.parameters())
     assert not module.state_dict()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_kernel_is_trusted_when_it_computes_the_layer(case: tuple) -> None:
+    layer = quantized(*case[:5])
+    module = linear.build(layer, None, CPU)
+    assert linear._runs(module, layer)
+    assert not linear._runs(module, replace(layer, weight_scale=layer.weight_scale * 1.2))
 
 
 def test_the_layout_of_the_cuda_kernel_is_unpacked() -> None:

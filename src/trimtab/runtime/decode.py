@@ -21,10 +21,8 @@ _TRIAL = (4, 3)
 class Growing:
     """Decodes with the KV cache that the model itself makes, which grows with each token."""
 
-    path = "loop"
-
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
+    def __init__(self, model: PreTrainedModel, path: str = "loop"):
+        self.model, self.path = model, path
 
     def prefill(self, prompt: torch.Tensor) -> None:
         """Reads a prompt, int64 [batch, length], and chooses the first token."""
@@ -113,14 +111,14 @@ def _likeliest(logits: torch.Tensor) -> torch.Tensor:
 
 def decoder(
     model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int
-) -> tuple[Growing | Static, str]:
-    """Returns the fastest way to decode on the model's device, and why it is no CUDA graph ("" where it is one)."""
+) -> Growing | Static:
+    """Returns the fastest way to decode on the model's device; its `path` says which, and on a GPU why no faster."""
     if model.device.type != "cuda":
-        return Growing(model), "no GPU"
+        return Growing(model)
     try:
         found = Static(model, batch_size, prompt_tokens, new_tokens)
         found.capture()
     except Exception as error:  # whatever a model does that a recording or a fixed cache does not allow
         first = str(error).strip().partition("\n")[0]
-        return Growing(model), f"{type(error).__name__}: {first}"
-    return found, ""
+        return Growing(model, f"loop, as no CUDA graph could be made: {type(error).__name__}: {first}")
+    return found

@@ -76,7 +76,7 @@ class TorchEngine:
         # A branch's mask says nothing of a sliding window, so there every request gets a row of its own.
         self._share_contexts = not getattr(self.model.config, "sliding_window", None)
         self._decoders: dict[tuple[int, int, int], Growing | Static] = {}
-        #: How `decode_speed` last ran its steps: "CUDA graph" or "loop".
+        #: How `decode_speed` last ran its steps: "CUDA graph", or "loop" and on a GPU why.
         self.decode_path = ""
         self._check_head()
 
@@ -197,9 +197,9 @@ class TorchEngine:
     def _decoder(self, *sizes: int) -> Growing | Static:
         """Decoders are kept: recording one takes longer than a measurement."""
         if sizes not in self._decoders:
-            self._decoders[sizes], reason = decode.decoder(self.model, *sizes)
-            if reason and self.device.type == "cuda":
-                progress.report("validate", f"decoding in a plain loop, as no CUDA graph could be made: {reason}")
+            self._decoders[sizes] = decode.decoder(self.model, *sizes)
+            if self.device.type == "cuda":
+                progress.report("validate", f"decoding by {self._decoders[sizes].path}")
         return self._decoders[sizes]
 
     def _decode(self, decoder: Growing | Static, prompt: torch.Tensor, new_tokens: int) -> float:

@@ -84,10 +84,10 @@ class Int8WeightOnly(PackedLinear):
 
 
 class Int8WeightOnlyCuda(Int8WeightOnly):
-    """The same on a GPU, where the kernel came with PyTorch 2.9.
+    """The same on a GPU.
 
-    It gives each output to one thread and casts activations to float32 (ATen/native/cuda/int8mm.cu), so it saves
-    memory rather than time: how many rows it serves is what `benchmarks/gpu.py` measured.
+    Its kernel gives each output to one thread and casts activations to float32 (ATen/native/cuda/int8mm.cu), so it
+    saves memory rather than time; `benchmarks/gpu.py` prints for how many rows it beats the dense product.
     """
 
     packed_rows = 16
@@ -356,6 +356,8 @@ def _runs(module: PackedLinear, layer: Quantized) -> bool:
     x_1I = torch.randn(1, module.in_features, generator=generator).to(layer.weight.device)
     if layer.input_scale is not None:
         x_1I *= 32 * layer.input_scale.float().reshape(1)  # within the range of INT8, and of FP8
+    if layer.pre_quant_scale is not None:
+        x_1I /= layer.pre_quant_scale.float().reshape(-1)
     x_1I = x_1I.bfloat16()
     emulated = Emulated(layer, module.bias)
     try:
