@@ -111,11 +111,12 @@ class _Quantizer:
                 norm = shard.tensor(f"{group.norm}.weight").to(self.device)
                 written[f"{group.norm}.weight"] = folded = (norm.float() * before).to(self.dtype)
                 before = torch.where(folded == 0, before, folded.float() / norm.float())
-            weights = {n: w / before for n, w in weights.items()}
+            # A layer without a norm before it multiplies its own input, so one that is excluded sees it unscaled.
+            weights = {n: w / before if group.norm or n in layers else w for n, w in weights.items()}
             seen = seen.scaled(1 / before)
         stored = formats.quantize(form, {n: weights[n] for n in layers}, seen, self.settings)
         for name in group.layers:
-            if name not in stored:  # excluded, but its input is scaled all the same
+            if name not in stored:  # excluded, but the norm before it may be scaled all the same
                 written[f"{name}.weight"] = weights[name].to(self.dtype)
                 continue
             written |= {f"{name}.{part}": tensor for part, tensor in stored[name].tensors.items()}

@@ -147,6 +147,28 @@ def test_an_excluded_layer_makes_up_for_the_scale_in_its_norm(export, model):
     torch.testing.assert_close(product, expected, rtol=2**-8, atol=0)
 
 
+def test_an_excluded_layer_without_a_norm_before_it_stays(model, calibration, tmp_path):
+    """Its siblings then multiply their own inputs by pre_quant_scale, and it reads the input as it is."""
+    other = shutil.copytree(model, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "olmo2"}))
+    quantize(other, tmp_path / "q", calibration, format="int4_awq", exclude=["lm_head", "*.k_proj"])
+    read, source = Export(tmp_path / "q" / "output"), Export(model)
+    attention = "model.layers.1.self_attn"
+    assert read.has(f"{attention}.q_proj.pre_quant_scale")
+    for name in (f"{attention}.k_proj.weight", "model.layers.1.input_layernorm.weight"):
+        assert torch.equal(read.tensor(name), source.tensor(name)), name
+
+
+@pytest.mark.parametrize("name", ["w4a8_awq", "nvfp4"])
+def test_the_torch_engine_loads_a_format_with_two_weight_scales(name, export):
+    from trimtab.recipe import Engine
+    from trimtab.runtime.engine import TorchEngine
+
+    kernels = TorchEngine(export(name), Engine(), device="cpu").kernels()
+    assert len(kernels) == 4 * 7 and all(kernel["emulated"] for kernel in kernels.values())
+
+
 @pytest.mark.parametrize("number", [1, 3])
 def test_the_most_sensitive_groups_stay(number, export, harms, model):
     read = Export(export("int4_rtn", exclude_sensitive=number))
@@ -196,7 +218,7 @@ def test_the_scales_of_a_kv_cache_are_those_of_the_measured_ranges(kv_cache, lar
 
 
 def quantize(model, folder, calibration=None, gram=None, **settings):
-    folder.mkdir()
+    (folder / "output").mkdir(parents=True, exist_ok=True)
     trees = (tree and str(tree) for tree in (model, calibration, gram, None))
     parameters = {"group_size": 32, **settings}
     return work.quantize(*trees, str(folder / "output"), str(folder / "scratch"), parameters)
