@@ -167,7 +167,8 @@ def read_header(path: Path) -> list[Tensor]:
     expected = 8 + length + place
     if expected != size:
         what = "is cut short" if expected > size else "has bytes that belong to no tensor"
-        raise InputError(f"{path}: {what}: {expected} bytes expected, {size} found; download it again")
+        cut = next((f", so {tensor.name} is not whole" for tensor in tensors if 8 + length + tensor.end > size), "")
+        raise InputError(f"{path}: {what}: {expected} bytes expected, {size} found{cut}; download it again")
     return tensors
 
 

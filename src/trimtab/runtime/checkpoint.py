@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab.errors import Failure, InputError
+from trimtab.model import read_header
 from trimtab.runtime import formats
 from trimtab.runtime.formats import Layout, Quantized
 
@@ -251,7 +252,16 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except SafetensorError as error:
-        raise Failure("export_damaged", f"{path.name} cannot be read: {_first_line(error)}") from None
+        raise Failure("export_damaged", f"{path.name} cannot be read: {_fault(path) or _first_line(error)}") from None
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a safetensors file, which tensor is cut: the library's own message names none."""
+    try:
+        read_header(path)
+    except InputError as error:
+        return str(error).removeprefix(f"{path}: ").rpartition(";")[0]
+    return None
 
 
 def _first_line(error: Exception) -> str:
