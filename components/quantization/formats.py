@@ -15,22 +15,22 @@ from modelopt.torch.quantization.qtensor import MXFP4QTensor, NVFP4QTensor
 from trimtab.components.quantization import channels, gptq, scales
 from trimtab.components.quantization.scales import FP8, INT4, INT8, Numbers
 from trimtab.recipe import Quantization
+from trimtab.runtime.formats import ALGORITHMS as STORED_AS
 from trimtab.runtime.formats import E2M1_MAX, E4M3_MAX, Layout, Quantized
 
-#: Of each format: the quant_algo it is stored as, and ModelOpt's name of that.
-ALGORITHMS = {
-    "int8_wo": ("W8A16", "int8_wo"),
-    "int8_sq": ("W8A8_SQ_PER_CHANNEL", "int8_sq"),
-    "fp8": ("FP8", "fp8"),
-    "fp8_per_channel": ("FP8_PER_CHANNEL_PER_TOKEN", "fp8_pc_pt"),
-    "int4_rtn": ("W4A16_AWQ", "int4_awq"),
-    "int4_awq": ("W4A16_AWQ", "int4_awq"),
-    "int4_gptq": ("W4A16_AWQ", "int4_awq"),
-    "w4a8_awq": ("W4A8_AWQ", "w4a8_awq"),
-    "nvfp4": ("NVFP4", "nvfp4"),
-    "mxfp4": ("W4A8_MXFP4_FP8", "w4a8_mxfp4_fp8"),
+#: ModelOpt's own name of each quant_algo.
+_MODELOPT = {
+    "W8A16": "int8_wo",
+    "W8A8_SQ_PER_CHANNEL": "int8_sq",
+    "FP8": "fp8",
+    "FP8_PER_CHANNEL_PER_TOKEN": "fp8_pc_pt",
+    "W4A16_AWQ": "int4_awq",
+    "W4A8_AWQ": "w4a8_awq",
+    "NVFP4": "nvfp4",
+    "W4A8_MXFP4_FP8": "w4a8_mxfp4_fp8",
 }
-_NAMES = dict(ALGORITHMS.values())
+#: Of each format: the quant_algo it is stored as, and ModelOpt's name of that.
+ALGORITHMS = {form: (algorithm, _MODELOPT[algorithm]) for form, algorithm in STORED_AS.items()}
 _FIXED_GROUPS = {"nvfp4": 16, "mxfp4": 32}
 
 

@@ -55,6 +55,19 @@ STORED = {
     "NVFP4": Storage(torch.uint8, packed="in", block=NVFP4_BLOCK, activations="nvfp4"),
     "W4A8_MXFP4_FP8": Storage(torch.uint8, packed="in", block=32, activations="fp8"),
 }
+#: The quant_algo of each format of a recipe that quantizes; `mixed` has those of `recipe.MIXED_FORMATS`.
+ALGORITHMS = {
+    "int8_wo": "W8A16",
+    "int8_sq": "W8A8_SQ_PER_CHANNEL",
+    "fp8": "FP8",
+    "fp8_per_channel": "FP8_PER_CHANNEL_PER_TOKEN",
+    "int4_rtn": "W4A16_AWQ",
+    "int4_awq": "W4A16_AWQ",
+    "int4_gptq": "W4A16_AWQ",
+    "w4a8_awq": "W4A8_AWQ",
+    "nvfp4": "NVFP4",
+    "mxfp4": "W4A8_MXFP4_FP8",
+}
 #: The tensors of a layer beside its weight.
 SCALES = ("weight_scale", "input_scale", "pre_quant_scale", "weight_scale_2")
 
@@ -69,6 +82,18 @@ class Layout:
     @property
     def storage(self) -> Storage:
         return STORED[self.algo]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight, without its scales."""
+        return 4 if self.storage.packed else 8
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """The scales that a layer must have; `pre_quant_scale` is the one that it may have besides."""
+        second = ("weight_scale_2",) if self.algo in ("NVFP4", "W4A8_AWQ") else ()
+        given = ("input_scale",) if self.storage.activations in ("int8", "fp8", "nvfp4") else ()
+        return ("weight_scale", *second, *given)
 
 
 @dataclass(frozen=True)
@@ -123,11 +148,8 @@ def check(name: str, layer: Quantized) -> None:
         scale_shape = (out_features, in_features // group)
     else:
         scale_shape = () if layout.algo == "FP8" else (out_features,)
-    _check_scale(name, "weight_scale", layer.weight_scale, scale_shape)
-    if layout.algo in ("NVFP4", "W4A8_AWQ"):
-        _check_scale(name, "weight_scale_2", layer.weight_scale_2, ())
-    if storage.activations in ("int8", "fp8", "nvfp4"):
-        _check_scale(name, "input_scale", layer.input_scale, ())
+    for scale in layout.scales:
+        _check_scale(name, scale, getattr(layer, scale), scale_shape if scale == "weight_scale" else ())
     if layer.pre_quant_scale is not None:
         _check_scale(name, "pre_quant_scale", layer.pre_quant_scale, (in_features,))
 
