@@ -11,6 +11,7 @@ import lm_eval
 
 from trimtab import progress
 from trimtab.components.validation import tasks as task_row
+from trimtab.components.validation.generation import generate, is_degenerate
 from trimtab.components.validation.lm import EngineLM
 from trimtab.errors import Failure, InputError
 from trimtab.runtime import text
@@ -22,12 +23,6 @@ HELDOUT_TEXT = ("trimtab.components.validation.suite", "heldout.txt")
 #: lm-eval's metrics that score one item between 0 and 1, the first that a task has counts.
 ITEM_METRICS = ("acc", "exact_match", "acc_norm", "em")
 
-PROMPTS = (
-    "The capital of France is",
-    "Once upon a time, in a small village by the sea,",
-    "To make a cup of tea, first",
-    "The three most important rules of good writing are",
-)
 SPEED = {"prompt_tokens": 32, "new_tokens": 48, "repeats": 3}
 BATCH = 8
 
@@ -173,14 +168,7 @@ def _score_windows(engine: Engine, parameters: dict[str, Any], folder: Path) -> 
 
 
 def _generate(engine: Engine, folder: Path) -> dict[str, float]:
-    prompts = [engine.tokenizer(prompt, add_special_tokens=False).input_ids for prompt in PROMPTS]
-    outputs = engine.generate(prompts, max_new_tokens=32)
-    texts = {p: engine.tokenizer.decode(tokens) for p, tokens in zip(PROMPTS, outputs, strict=True)}
+    written = generate(engine)
+    texts = {prompt: engine.tokenizer.decode(tokens) for prompt, tokens in written.items()}
     (folder / "outputs.json").write_text(json.dumps(texts, indent=1), encoding="utf-8")
-    return {"degenerate": statistics.fmean(is_degenerate(tokens) for tokens in outputs)}
-
-
-def is_degenerate(tokens: list[int]) -> bool:
-    """Says whether a continuation is empty, or less than a third of its pairs of tokens are different ones."""
-    pairs = list(zip(tokens, tokens[1:], strict=False))
-    return not tokens or (len(pairs) >= 12 and len(set(pairs)) < len(pairs) / 3)
+    return {"degenerate": statistics.fmean(map(is_degenerate, written.values()))}

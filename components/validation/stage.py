@@ -26,7 +26,7 @@ _MEASURE = "trimtab.components.validation.measure"
 EVALUATE = stages.work_stage("evaluate", f"{_MEASURE}:evaluate", "evaluation")
 COMPARE_SPEED = stages.work_stage("speed", f"{_MEASURE}:compare_speed", "speed")
 INTEGRITY = stages.work_stage(
-    "integrity", "trimtab.components.validation.integrity:inspect", "integrity", version=2
+    "integrity", "trimtab.components.validation.integrity:inspect", "integrity", version=3
 )
 
 
@@ -71,6 +71,7 @@ def run(state_json: str, page: Any, metrics: Any) -> str:
         kernels=judge.read("kernels.json"),
         layers=judge.read("layers.json"),
         calibration=judge.read("calibration.json"),
+        reload=judge.read("reload.json"),
     )
     Path(page.path).write_text(shown, encoding="utf-8")
     stages.log_metrics(metrics, _numbers(result))
@@ -107,6 +108,8 @@ class _Judge:
                 "checkpoint": stages.tree_of("checkpoint", self.state),
             },
         )
+        if skipped := integrity.metrics.get("reload_skipped"):
+            progress.report("validate", f"the text of this export is not checked: the embedded engine says {skipped}")
         recipe = self.state.recipe
         for look, (items, windows) in enumerate(ranges(self.state.evaluation), start=1):
             baseline, candidate = self._look(look, items, windows)

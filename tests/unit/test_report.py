@@ -432,6 +432,12 @@ def test_an_attempt_shows_what_it_was_calibrated_on():
     assert "Calibration data" not in attempt_html(RELEASED)
 
 
+def test_an_export_that_was_not_loaded_is_said_to_be():
+    text = attempt_html(RELEASED, reload={"skipped": "a head that caps <its> logits", "outputs": {}})
+    assert "Not loaded by the embedded engine before it was measured: a head that caps &lt;its&gt; logits." in text
+    assert "Not loaded" not in attempt_html(RELEASED, reload={"skipped": None, "outputs": {}})
+
+
 def test_an_attempt_shows_intervals_kernels_and_the_worst_layers():
     page = Page(attempt_html(RELEASED, KERNELS, LAYERS))
     for shown in ("0.986 (0.961 to 1.011)", "0.979 (0.967 to 0.991)", "at least 0.950", "at most 1.100", "-45.4 %"):

@@ -55,15 +55,17 @@ def attempt_html(
     kernels: Mapping[str, Mapping[str, Any]] | None = None,
     layers: Sequence[Mapping[str, Any]] | None = None,
     calibration: Mapping[str, Any] | None = None,
+    reload: Mapping[str, Any] | None = None,
 ) -> str:
     """Returns the page of the current attempt: verdict, intervals, measurements, kernels, layers, data, trees.
 
     Args:
         state: `recipe`, `verdict`, `trees` and `seconds` are of the attempt.
         kernels: layer → {"kernel": name, "emulated": bool}.
-        layers: {"layer", "relative_error", "cosine"} of each, source against dequantised weights.
+        layers: {"layer", "relative_error", "cosine"} at least of each, source against dequantised weights.
         calibration: the report of what the attempt was calibrated on: `sources`, `samples`, `length` and
             `document_tokens` in tokens, `vocabulary_coverage` as a share.
+        reload: `skipped`, why the embedded engine could not run the export, or None.
     """
     verdict = state.verdict
     baseline = state.baseline.verdict if state.baseline and state.attempt else None
@@ -82,6 +84,7 @@ def attempt_html(
         layer_count=len(layers or ()),
         layers=sorted(layers or (), key=lambda layer: layer["relative_error"], reverse=True)[:WORST_LAYERS],
         calibration=calibration,
+        skipped=(reload or {}).get("skipped"),
         trees=[(name, tree) for name, tree in {"model": state.model, **state.trees}.items()],
     )
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.components.validation import measure, stage
-from trimtab.components.validation.measure import is_degenerate
+from trimtab.components.validation.generation import is_degenerate
 from trimtab.components.validation.tasks import choose
 from trimtab.errors import InputError
 from trimtab.runtime.text import read_text
