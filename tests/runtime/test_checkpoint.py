@@ -140,7 +140,7 @@ def test_shards_are_read_through_their_index(exported: Any, tmp_path: Path) -> N
     ("settings", "words"),
     [
         ({"quant_method": "gptq"}, "quant_method 'gptq' cannot be read"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo NVFP4 cannot be read"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "quant_algo NVFP4_AWQ cannot be read"),
     ],
 )
 def test_unknown_quantization_is_unsupported(

@@ -57,7 +57,10 @@ class Run:
 
         weights = self.folder / "weights"
         weights.mkdir()
-        work.quantize(str(self.folder / "model"), None, None, str(weights), "", {"format": "int8_wo"})
+        calibration = str(self.store.get(state.trees["calibration"]))
+        settings = state.recipe.quantize.model_dump(mode="json")
+        scratch = str(self.folder / "scratch")
+        work.quantize(str(self.folder / "model"), calibration, None, None, str(weights), scratch, settings)
         ruined = tiny.write_kv_cache(weights, self.folder / "ruined", "FP8", 1e-5, 1e-5)
         stage = stages.STAGES["quantize"]
         key = stage.key(stage.parameters(state.recipe), stages.inputs_of(stage, state))
