@@ -10,6 +10,7 @@ import torch
 from trimtab.components.validation.generation import generate, is_degenerate
 from trimtab.errors import Failure, InputError
 from trimtab.recipe import Engine
+from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.engine import TorchEngine
 
 #: A continuation of fewer is too short to call a repetition.
@@ -39,21 +40,32 @@ def check(export: Path, source: Path) -> dict[str, Any]:
             raise
         return {"skipped": failure.reason, "outputs": {}}
     except torch.OutOfMemoryError:
-        return {"skipped": f"it does not fit the memory of one {engine_device()}", "outputs": {}}
+        return {"skipped": f"it does not fit the memory of one {_device()}", "outputs": {}}
     written = generate(engine, NEW_TOKENS)
     _check_finite(engine, written)
     outputs = {prompt: engine.tokenizer.decode(tokens) for prompt, tokens in written.items()}
-    if all(map(is_degenerate, written.values())):
-        theirs = generate(TorchEngine(source, Engine()), NEW_TOKENS)
-        if not any(map(is_degenerate, theirs.values())):
-            prompt, text = next(iter(outputs.items()))
-            what = f"all that it writes is empty or a repetition, after '{prompt}' it is '{text}'"
-            raise Failure("export_damaged", f"{what}; nothing that its source writes is")
+    if _is_ruined(written) and not _is_excused(export, source):
+        prompt, text = next(iter(outputs.items()))
+        what = f"all that it writes is empty or a repetition, after '{prompt}' it is '{text}'"
+        raise Failure("export_damaged", f"{what}; nothing that its source writes is")
     return {"skipped": None, "outputs": outputs}
 
 
-def engine_device() -> str:
-    """Returns the name of what the embedded engine runs on."""
+def _is_ruined(written: dict[str, list[int]]) -> bool:
+    return all(map(is_degenerate, written.values()))
+
+
+def _is_excused(export: Path, source: Path) -> bool:
+    """Whether the KV cache is to blame, which the evaluation judges apart from the weights, or the source loops too."""
+    if Export(export).kv_cache_algo:
+        weights_alone = TorchEngine(export, Engine(), kv_cache="none")
+        if not _is_ruined(generate(weights_alone, NEW_TOKENS)):
+            return True
+    theirs = generate(TorchEngine(source, Engine()), NEW_TOKENS)
+    return any(map(is_degenerate, theirs.values()))
+
+
+def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 

@@ -101,6 +101,10 @@ def scaled_ten_times(tensors: Tensors) -> None:
     tensors[f"{LAYER}.weight_scale"] = scale(tensors) * 10
 
 
+def a_scale_a_quarter_too_large(tensors: Tensors) -> None:
+    scale(tensors)[5] *= 1.25
+
+
 def one_wrong_scale(tensors: Tensors) -> None:
     scale(tensors)[5] *= 3
 
@@ -150,8 +154,8 @@ def half_of_it(tensors: Tensors, value: float) -> None:
 
 
 FAULTS = [
-    scaled_ten_times, one_wrong_scale, swapped_scales, missing_scale, missing_weight, zeroed, not_a_number,
-    another_layer, half_of_it_zero, half_of_it_as_initialised,
+    scaled_ten_times, a_scale_a_quarter_too_large, one_wrong_scale, swapped_scales, missing_scale, missing_weight,
+    zeroed, not_a_number, another_layer, half_of_it_zero, half_of_it_as_initialised,
 ]  # fmt: skip
 
 
@@ -483,6 +487,12 @@ def test_text_that_became_a_repetition(talker, tmp_path):
     with pytest.raises(Failure, match="all that it writes is empty or a repetition, after 'The capital") as caught:
         reload.check(silenced(talker, tmp_path), talker)
     assert caught.value.failure_class == "export_damaged"
+
+
+def test_a_kv_cache_that_ruins_the_text_is_left_to_the_evaluation(talker, tmp_path):
+    folder = tiny.write_kv_cache(talker, tmp_path / "cached", "FP8", 1e-9, 1e-9)
+    outputs = reload.check(folder, talker)["outputs"]
+    assert outputs != reload.check(talker, talker)["outputs"]
 
 
 def test_a_source_whose_own_text_is_a_repetition_acquits(talker, tmp_path):
