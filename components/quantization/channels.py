@@ -28,18 +28,18 @@ def awq(
     layers' outputs for inputs with the measured second moments and no correlation.
 
     Args:
-        weights: those of the layers that share the input, float32 [out, in] each.
+        weights: those of the layers that share the input, or slices of their rows, floating point [out, in] each.
         second_moment: of the unscaled input, float32 [in].
         rounded: (weight, second moment of its input) -> the weight that rounding leaves.
     """
     magnitude = _positive(second_moment).sqrt()
     candidates = [_normalized(magnitude**alpha) for alpha in ALPHAS[:-1]]
-    errors = []
-    for scale in candidates:
-        moment = second_moment / scale.square()
-        parts = [((rounded(w * scale, moment) - w * scale).square() * moment).sum() for w in weights]
-        errors.append(torch.stack(parts).sum())
-    return candidates[int(torch.stack(errors).argmin())]
+    errors = torch.zeros(len(candidates), device=second_moment.device)
+    for weight in (part.float() for part in weights):
+        for number, scale in enumerate(candidates):
+            scaled, moment = weight * scale, second_moment / scale.square()
+            errors[number] += rounded(scaled, moment).sub_(scaled).square_().mul_(moment).sum()
+    return candidates[int(errors.argmin())]
 
 
 def smoothquant(
@@ -52,12 +52,12 @@ def smoothquant(
     with steps d_i leave d_x²/12 Σ w² + Σ_i d_i²/12 Σ_j E[x_j²].
 
     Args:
-        weights: those of the layers that share the input, float32 [out, in] each.
+        weights: those of the layers that share the input, or slices of their rows, floating point [out, in] each.
         amax: largest magnitude of the unscaled input, float32 [in].
         second_moment: of the unscaled input, float32 [in].
     """
     inputs = _positive(amax)
-    columns = _positive(torch.stack([w.abs().amax(0) for w in weights]).amax(0))
+    columns = _positive(torch.stack([w.abs().amax(0) for w in weights]).amax(0).float())
     candidates = [(_normalized(inputs**alpha / columns ** (1 - alpha)), alpha) for alpha in ALPHAS]
     errors = []
     for scale, _ in candidates:

@@ -1,11 +1,13 @@
 """The recipe's formats: how the weights of layers that share an input become the tensors that ModelOpt's export holds.
 
-The numbers are packed by ModelOpt's own functions; scales come from `scales`, `channels` and `gptq`.
+The numbers are packed by ModelOpt's own functions, except INT4's, whose packer takes ten times as long as it needs;
+scales come from `scales`, `channels` and `gptq`. Matrices are gone through in slices of whole rows, so that there is
+no float32 copy of one, GPTQ's apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +16,10 @@ from modelopt.torch.quantization.qtensor import MXFP4QTensor, NVFP4QTensor
 
 from trimtab.components.quantization import channels, gptq, scales
 from trimtab.components.quantization.scales import FP8, INT4, INT8, Numbers
+from trimtab.hardware import FIXED_BLOCKS, NVFP4_BLOCK
 from trimtab.recipe import Quantization
 from trimtab.runtime.formats import ALGORITHMS as STORED_AS
-from trimtab.runtime.formats import E2M1_MAX, E4M3_MAX, Layout, Quantized
+from trimtab.runtime.formats import E2M1_MAX, E4M3_MAX, Layout, Quantized, pack_int4, unpack_int4
 
 #: ModelOpt's own name of each quant_algo.
 _MODELOPT = {
@@ -31,7 +34,8 @@ _MODELOPT = {
 }
 #: Of each format: the quant_algo it is stored as, and ModelOpt's name of that.
 ALGORITHMS = {form: (algorithm, _MODELOPT[algorithm]) for form, algorithm in STORED_AS.items()}
-_FIXED_GROUPS = {"nvfp4": 16, "mxfp4": 32}
+#: Weights of a slice: float32 temporaries of 4 MiB stay in a processor's cache.
+SLICE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ class Input:
 
 def group_size(format: str, settings: Quantization) -> int:
     """Returns the weights of a row that share a scale, 0 where a row or a matrix does."""
-    if format in _FIXED_GROUPS:
-        return _FIXED_GROUPS[format]
+    if format in FIXED_BLOCKS:
+        return FIXED_BLOCKS[format]
     return settings.group_size if ALGORITHMS[format][0] in ("W4A16_AWQ", "W4A8_AWQ") else 0
 
 
@@ -63,6 +67,7 @@ def channel_scale(
     format: str, weights: Mapping[str, torch.Tensor], seen: Input, settings: Quantization
 ) -> torch.Tensor | None:
     """Returns what the columns of the weights are multiplied by before rounding, float32 [in], or None."""
+    parts = [part for weight in weights.values() for part in weight.split(_rows(weight.shape[1]))]
     if format in ("int4_awq", "int4_gptq", "w4a8_awq"):
 
         def rounded(weight: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -70,9 +75,9 @@ def channel_scale(
             scale = scales.from_maximum(blocks, INT4)[..., None]
             return INT4.round(blocks / scale).mul_(scale).flatten(1)
 
-        return channels.awq(list(weights.values()), seen.second_moment, rounded)
+        return channels.awq(parts, seen.second_moment, rounded)
     if format == "int8_sq":
-        return channels.smoothquant(list(weights.values()), seen.amax, seen.second_moment)[0]
+        return channels.smoothquant(parts, seen.amax, seen.second_moment)[0]
     return None
 
 
@@ -83,7 +88,7 @@ def quantize(
 
     Args:
         format: a key of `ALGORITHMS`.
-        weights: float32 [out, in] each, times the channel scale if there is one.
+        weights: floating point [out, in] each, times the channel scale if there is one.
         seen: of the input, divided by the channel scale.
         settings: group_size, scales.
     """
@@ -95,82 +100,122 @@ def quantize(
     return {name: _int4(format, weight, seen, settings) for name, weight in weights.items()}
 
 
-def _scale(blocks: torch.Tensor, numbers: Numbers, importance: torch.Tensor | None) -> torch.Tensor:
-    return scales.from_maximum(blocks, numbers) if importance is None else scales.searched(blocks, numbers, importance)
+def _rows(columns: int) -> int:
+    """The rows of a slice: an even number, because INT4 packs them in pairs."""
+    return 2 * max(1, SLICE // columns // 2)
 
 
-def _importance(format: str, seen: Input, settings: Quantization, groups: int | None = None) -> torch.Tensor | None:
-    """What the error of a weight counts: the second moment of its input, or None for scales from the maximum."""
-    if not settings.searches_scales(format):
-        return None
-    moment = seen.second_moment
-    return moment if groups is None else moment.unflatten(0, (-1, groups))
+def _slices(weight: torch.Tensor, *beside: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yields a matrix in slices, float32, each with the same rows of what stands beside it."""
+    rows = _rows(weight.shape[1])
+    for part, *others in zip(*(tensor.split(rows) for tensor in (weight, *beside)), strict=True):
+        yield part.float(), *others
+
+
+def _largest(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The largest magnitude in any of the matrices, a float32 scalar."""
+    return torch.stack([torch.stack(weight.aminmax()).abs().max() for weight in weights.values()]).max().float()
+
+
+def _scales(weight: torch.Tensor, numbers: Numbers, importance: torch.Tensor | None, size: int = 0) -> torch.Tensor:
+    """The scale of each row, float32 [out], or of each `size` weights of one, [out, in / size].
+
+    `importance` [in] is what the error of a weight counts; None takes scales from the maximum.
+    """
+    if size and importance is not None:
+        importance = importance.unflatten(0, (-1, size))
+    found = []
+    for (part,) in _slices(weight):
+        blocks = part.unflatten(1, (-1, size)) if size else part
+        if importance is None:
+            found.append(scales.from_maximum(blocks, numbers))
+        else:
+            found.append(scales.searched(blocks, numbers, importance))
+    return torch.cat(found)
+
+
+def _importance(format: str, seen: Input, settings: Quantization) -> torch.Tensor | None:
+    """The second moment of the input where scales are searched, else None."""
+    return seen.second_moment if settings.searches_scales(format) else None
 
 
 def _static_input_scale(seen: Input, largest: float) -> torch.Tensor:
     return seen.amax.max().clamp_min(torch.finfo(torch.float32).tiny * 2**24) / largest
 
 
-def _pack(format: str, weight: torch.Tensor, scale: torch.Tensor, **kept: torch.Tensor) -> Quantized:
+def _packed(format: str, weight: torch.Tensor, scale: torch.Tensor, **kept: torch.Tensor) -> Quantized:
+    """A matrix as ModelOpt packs it, with a scale for all of it or one a row."""
     algorithm, name = ALGORITHMS[format]
-    group = weight.shape[1] // scale.shape[1] if scale.dim() == 2 else 0
-    packed = to_quantized_weight(weight, scale, name, kept.get("weight_scale_2"), group or None)
-    stored = scale.bfloat16() if algorithm in ("W4A16_AWQ", "W4A8_AWQ") else scale
-    return Quantized(Layout(algorithm, group), packed, stored, **kept)
+    if scale.dim():
+        parts = [to_quantized_weight(part, some, name) for part, some in _slices(weight, scale)]
+    else:
+        parts = [to_quantized_weight(part, scale, name) for (part,) in _slices(weight)]
+    return Quantized(Layout(algorithm), torch.cat(parts), scale, **kept)
 
 
 def _int8(format: str, weight: torch.Tensor, seen: Input, settings: Quantization) -> Quantized:
-    scale = _scale(weight, INT8, _importance(format, seen, settings))
     kept = {"input_scale": _static_input_scale(seen, INT8.largest)} if format == "int8_sq" else {}
-    return _pack(format, weight, scale, **kept)
+    return _packed(format, weight, _scales(weight, INT8, _importance(format, seen, settings)), **kept)
 
 
 def _int4(format: str, weight: torch.Tensor, seen: Input, settings: Quantization) -> Quantized:
     size = settings.group_size
-    scale = _scale(weight.unflatten(1, (-1, size)), INT4, _importance(format, seen, settings, size))
+    scale = _scales(weight, INT4, _importance(format, seen, settings), size)
     if format == "int4_gptq":
-        weight = gptq.round_weights(weight, seen.gram, scale.repeat_interleave(size, dim=1))
-    kept = {}
+        weight = gptq.round_weights(weight.float(), seen.gram, scale.repeat_interleave(size, dim=1))
+    parts = []
+    for part, some in _slices(weight, scale):
+        numbers = INT4.round(part.unflatten(1, (-1, size)) / some[..., None])
+        parts.append(pack_int4(numbers.flatten(1).to(torch.int8)))
+    packed, kept = torch.cat(parts), {}
     if format == "w4a8_awq":
-        largest = (INT4.round(weight.unflatten(1, (-1, size)) / scale[..., None]).abs().amax(-1) * scale).max()
+        largest = (unpack_int4(packed).unflatten(1, (-1, size)).abs().amax(-1) * scale).max()
         kept = {"weight_scale_2": largest / E4M3_MAX, "input_scale": _static_input_scale(seen, E4M3_MAX)}
-    return _pack(format, weight, scale, **kept)
+    return Quantized(Layout(ALGORITHMS[format][0], size), packed, scale.bfloat16(), **kept)
 
 
 def _fp8(weights: Mapping[str, torch.Tensor], seen: Input, settings: Quantization) -> dict[str, Quantized]:
     """One scale for all of the group, as engines want that fuse its layers."""
-    scale = FP8.scale(torch.stack([weight.abs().max() for weight in weights.values()]).max())
-    importance = _importance("fp8", seen, settings)
-    if importance is not None:
-        together = torch.cat(list(weights.values()))
-        scale = scales.searched(together.reshape(1, -1), FP8, importance.repeat(len(together)))[0]
+    amax, importance = _largest(weights), _importance("fp8", seen, settings)
+    if importance is None:
+        scale = FP8.scale(amax)
+    else:
+        parts = (part for weight in weights.values() for (part,) in _slices(weight))
+        scale = scales.searched_for_all(parts, amax, FP8, importance)
     given = _static_input_scale(seen, E4M3_MAX)
-    return {name: _pack("fp8", weight, scale, input_scale=given) for name, weight in weights.items()}
+    return {name: _packed("fp8", weight, scale, input_scale=given) for name, weight in weights.items()}
 
 
 def _fp8_per_channel(
     weights: Mapping[str, torch.Tensor], seen: Input, settings: Quantization
 ) -> dict[str, Quantized]:
     importance = _importance("fp8_per_channel", seen, settings)
-    return {n: _pack("fp8_per_channel", w, _scale(w, FP8, importance)) for n, w in weights.items()}
+    return {n: _packed("fp8_per_channel", w, _scales(w, FP8, importance)) for n, w in weights.items()}
 
 
 def _nvfp4(weights: Mapping[str, torch.Tensor], seen: Input, settings: Quantization) -> dict[str, Quantized]:
-    largest = torch.stack([weight.abs().max() for weight in weights.values()]).max()
-    second = largest / (E2M1_MAX * E4M3_MAX)
+    second = _largest(weights) / (E2M1_MAX * E4M3_MAX)
     kept = {"weight_scale_2": second, "input_scale": _static_input_scale(seen, E2M1_MAX * E4M3_MAX)}
+    algorithm, name = ALGORITHMS["nvfp4"]
     made = {}
-    for name, weight in weights.items():
-        scale = NVFP4QTensor.get_weights_scaling_factor(weight, 16, second)[0]
-        made[name] = _pack("nvfp4", weight, scale, **kept)
+    for layer, weight in weights.items():
+        packed, scale = [], []
+        for (part,) in _slices(weight):
+            scale.append(NVFP4QTensor.get_weights_scaling_factor(part, NVFP4_BLOCK, second)[0])
+            packed.append(to_quantized_weight(part, scale[-1], name, second, NVFP4_BLOCK))
+        made[layer] = Quantized(Layout(algorithm, NVFP4_BLOCK), torch.cat(packed), torch.cat(scale), **kept)
     return made
 
 
 def _mxfp4(weights: Mapping[str, torch.Tensor], seen: Input, settings: Quantization) -> dict[str, Quantized]:
     given = _static_input_scale(seen, E4M3_MAX)
+    layout = Layout(ALGORITHMS["mxfp4"][0], FIXED_BLOCKS["mxfp4"])
     made = {}
-    for name, weight in weights.items():
-        packed, scale = MXFP4QTensor.quantize(weight, block_size=32)
-        scale = scale.reshape(len(weight), -1)
-        made[name] = Quantized(Layout("W4A8_MXFP4_FP8", 32), packed._quantized_data, scale, input_scale=given)
+    for layer, weight in weights.items():
+        packed, scale = [], []
+        for (part,) in _slices(weight):
+            numbers, exponents = MXFP4QTensor.quantize(part, block_size=layout.group_size)
+            packed.append(numbers._quantized_data)
+            scale.append(exponents.reshape(len(part), -1))
+        made[layer] = Quantized(layout, torch.cat(packed), torch.cat(scale), input_scale=given)
     return made

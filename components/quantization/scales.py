@@ -8,7 +8,7 @@ that the block adds to its output, when inputs are taken as uncorrelated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -52,8 +52,30 @@ def searched(blocks: torch.Tensor, numbers: Numbers, importance: torch.Tensor) -
     best, least = numbers.scale(amax), torch.full_like(amax, torch.inf)
     for ratio in RATIOS:
         scale = numbers.scale(amax * ratio)
-        rounded = numbers.round(blocks / scale[..., None]).mul_(scale[..., None])
-        error = rounded.sub_(blocks).square_().mul_(importance).sum(-1)
+        error = _errors(blocks, scale[..., None], numbers, importance).sum(-1)
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
     return best
+
+
+def searched_for_all(
+    parts: Iterable[torch.Tensor], amax: torch.Tensor, numbers: Numbers, importance: torch.Tensor
+) -> torch.Tensor:
+    """Returns the one scale of least weighted error for all of a block that comes in parts, a float32 scalar.
+
+    Args:
+        parts: the weights, float32 [rows, in] each.
+        amax: the largest magnitude of all.
+        importance: what a squared error counts, [in].
+    """
+    candidates = [numbers.scale(amax * ratio) for ratio in RATIOS]
+    errors = torch.zeros(len(candidates), dtype=torch.float64)
+    for part in parts:
+        errors += torch.stack([_errors(part, scale, numbers, importance).sum() for scale in candidates]).cpu()
+    return candidates[int(errors.argmin())]
+
+
+def _errors(
+    weights: torch.Tensor, scale: torch.Tensor, numbers: Numbers, importance: torch.Tensor
+) -> torch.Tensor:
+    return numbers.round(weights / scale).mul_(scale).sub_(weights).square_().mul_(importance)

@@ -88,7 +88,7 @@ class _Quantizer:
             written |= self._group(shard, group)
         for name in names:
             if name not in written and name.removesuffix(".weight") not in self.chosen:
-                tensor = _finite(shard, name)
+                tensor = _finite(shard, name)  # not copied: it may be an embedding of a gigabyte
                 written[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
         if self.settings.kv_cache != "none":
             written |= kv_cache.scales(self.settings.kv_cache, names, self._measured)
@@ -99,7 +99,7 @@ class _Quantizer:
         """The export's tensors of layers that share an input, and of the norm before them."""
         layers = [layer for layer in group.layers if layer in self.chosen]
         form = self.chosen[layers[0]]
-        weights = {n: _finite(shard, f"{n}.weight").to(self.device, torch.float32) for n in group.layers}
+        weights = {n: _finite(shard, f"{n}.weight").to(self.device) for n in group.layers}
         quantized = {n: weights[n] for n in layers}
         seen = self._seen(form, group.layers[0])
         scale = formats.channel_scale(form, quantized, seen, self.settings)
@@ -108,7 +108,7 @@ class _Quantizer:
         if scale is not None:
             before = (1 / scale).to(self.dtype).float()  # as stored; weights make up for what is really there
             if group.norm:
-                norm = shard.tensor(f"{group.norm}.weight").to(self.device)
+                norm = _finite(shard, f"{group.norm}.weight").to(self.device)
                 written[f"{group.norm}.weight"] = folded = (norm.float() * before).to(self.dtype)
                 before = torch.where(folded == 0, before, folded.float() / norm.float())
             # A layer without a norm before it multiplies its own input, so one that is excluded sees it unscaled.
@@ -138,8 +138,9 @@ class _Quantizer:
 
 
 def _finite(shard: Export, name: str) -> torch.Tensor:
-    tensor = shard.tensor(name)
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    tensor = shard.view(name)
+    # The extremes are NaN where any number is, and found without a temporary of the tensor's size.
+    if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
         raise InputError(f"model: {name} holds NaN or infinity; download it again, or check how it was trained")
     return tensor
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trimtab.errors import Failure
-from trimtab.runtime.formats import Layout, Quantized, check, dequantize, unpack_int4
+from trimtab.runtime.formats import Layout, Quantized, check, dequantize, pack_int4, unpack_int4
 
 INT8 = torch.tensor([[-128, -2, -1, 0, 1, 2, 3, 127]] * 4, dtype=torch.int8)
 INT4 = Layout("W4A16_AWQ", 4)
@@ -15,6 +15,14 @@ def test_int4_bytes_hold_two_output_channels_in_twos_complement() -> None:
     expected = [[-1, 1, 7], [0, -8, 7], [-2, 0, 0], [2, -1, 0]]
     assert unpack_int4(packed).tolist() == expected
     assert unpack_int4(packed).dtype == torch.int8
+
+
+def test_int4_is_packed_as_modelopt_does() -> None:
+    quant_utils = pytest.importorskip("modelopt.torch.export.quant_utils")
+    numbers = torch.randint(-8, 8, (8, 16), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    packed = pack_int4(numbers)
+    assert torch.equal(packed, quant_utils.pack_int4_in_uint8(numbers.float(), torch.ones(8, 4), 4))
+    assert torch.equal(unpack_int4(packed), numbers)
 
 
 def test_int4_groups_have_their_own_scale() -> None:

@@ -117,10 +117,18 @@ class Export:
         Raises:
             Failure: `export_damaged`, it is missing.
         """
+        # A view of the file begins at any byte, and `_weight_int8pack_mm` crashes on such an address.
+        return self.view(name).clone()
+
+    def view(self, name: str) -> torch.Tensor:
+        """Returns one tensor as its file holds it, for reading only: its memory is that of the file.
+
+        Raises:
+            Failure: `export_damaged`, it is missing.
+        """
         if name not in self._home:
             raise Failure("export_damaged", f"{name.rpartition('.')[0]}: tensor {name} is missing")
-        # A view of the file begins at any byte, and `_weight_int8pack_mm` crashes on such an address.
-        return self._home[name].get_tensor(name).clone()
+        return self._home[name].get_tensor(name)
 
     @cached_property
     def layers(self) -> dict[str, Layout]:

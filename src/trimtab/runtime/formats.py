@@ -176,6 +176,12 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     return (nibbles ^ 8).to(torch.int8) - 8  # the sign bit of two's complement
 
 
+def pack_int4(numbers: torch.Tensor) -> torch.Tensor:
+    """Returns the packed bytes of signed values: int8 [out, in], from -8 to 7 -> uint8 [out / 2, in]."""
+    low, high = numbers.view(-1, 2, numbers.shape[1]).unbind(1)
+    return ((low & 15) | (high << 4)).view(torch.uint8)
+
+
 def unpack_e2m1(packed: torch.Tensor) -> torch.Tensor:
     """Returns the values of packed E2M1: uint8 [out, in / 2] -> float32 [out, in], from -6 to 6."""
     nibbles = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -46,8 +45,10 @@ class Measurements:
                 f"{field}: describes another model (fingerprint {found[:12]}) than the one to quantize "
                 f"({expected[:12]}); measure this one"
             )
-        files = [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]
-        self._home: dict[str, Any] = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+        self._home: dict[str, Path] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, "pt") as opened:
+                self._home |= dict.fromkeys(opened.keys(), file)
 
     def __contains__(self, name: str) -> bool:
         return name in self._home
@@ -60,4 +61,5 @@ class Measurements:
         """
         if name not in self._home:
             raise InputError(f"{self._field}: lacks {name}; measure this model with this version of trimtab")
-        return self._home[name].get_tensor(name).clone()
+        with safe_open(self._home[name], "pt") as file:  # an open one keeps in memory what has been read of it
+            return file.get_tensor(name).clone()

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trimtab.components.quantization import sensitivity, work
+from trimtab import child
+from trimtab.components.quantization import formats, scales, sensitivity, work
 from trimtab.errors import InputError
 from trimtab.fusion import groups
 from trimtab.model import inspect
@@ -120,6 +121,30 @@ def assert_same(expected: dict, found: dict, name: str, shared: torch.Tensor) ->
     different = (expected["weight"].view(torch.uint8) != found["weight"].view(torch.uint8)).float().mean()
     if torch.equal(scale, expected["weight_scale"]):
         assert different <= (0.02 if rounded else 0)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_slices_change_nothing(name, export, model, calibration, gram, tmp_path, monkeypatch):
+    """Two rows at a time, where otherwise a whole matrix of the tiny model fits one slice."""
+    monkeypatch.setattr(formats, "SLICE", 1)
+    quantize(model, tmp_path / "q", calibration, gram, format=name)
+    sliced, whole = Export(tmp_path / "q" / "output"), Export(export(name))
+    assert sliced.names == whole.names
+    for tensor in whole.names:
+        torch.testing.assert_close(sliced.tensor(tensor).float(), whole.tensor(tensor).float(), rtol=1e-6, atol=0)
+
+
+def test_one_scale_for_several_matrices_is_searched_as_for_one():
+    generator, moved = torch.Generator().manual_seed(0), 0
+    for _ in range(10):
+        parts = [torch.randn(6, 8, generator=generator) for _ in range(3)]
+        importance = torch.rand(8, generator=generator)
+        together = torch.cat(parts)
+        expected = scales.searched(together.reshape(1, -1), scales.FP8, importance.repeat(len(together)))[0]
+        found = scales.searched_for_all(iter(parts), together.abs().max(), scales.FP8, importance)
+        assert found == expected
+        moved += int(found != scales.FP8.scale(together.abs().max()))
+    assert moved > 5
 
 
 def test_unquantized_tensors_keep_16_bits(export):
@@ -232,13 +257,23 @@ def test_measurements_of_another_model_are_refused(model, calibration, tmp_path)
         quantize(other, tmp_path / "q", calibration, format="fp8")
 
 
-def test_weights_that_are_not_finite_are_refused(model, tmp_path):
+NOT_FINITE = {
+    "model.layers.2.mlp.up_proj.weight": torch.nan,
+    "model.layers.0.self_attn.o_proj.weight": -torch.inf,
+    "model.layers.3.input_layernorm.weight": torch.inf,
+    "model.embed_tokens.weight": torch.nan,
+}
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+@pytest.mark.parametrize("form", ["int8_wo", "int4_rtn", "bf16"])
+def test_weights_that_are_not_finite_are_refused(name, form, model, tmp_path):
     broken = shutil.copytree(model, tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = torch.nan
+    tensors[name].view(-1)[5] = NOT_FINITE[name]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"model: model\.layers\.2\.mlp\.up_proj\.weight holds NaN or infinity"):
-        quantize(broken, tmp_path / "q", format="int8_wo")
+    with pytest.raises(InputError, match=rf"model: {name} holds NaN or infinity; download it again"):
+        quantize(broken, tmp_path / "q", format=form)
     assert not list((tmp_path / "q").rglob("model*.safetensors"))
 
 
@@ -274,3 +309,19 @@ def test_a_kill_between_shards_costs_only_the_open_one(model, calibration, monke
     assert cut.names == whole.names and all(torch.equal(cut.tensor(n), whole.tensor(n)) for n in cut.names)
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) == 6  # the embedding, the last norm, four blocks
     assert not (tmp_path / "s1" / "shards").exists()
+
+
+@pytest.mark.slow
+def test_memory_holds_no_second_copy_of_the_largest_tensor(write_model, tmp_path):
+    """An embedding of 400 MB: its file's pages count, and nothing else of its size."""
+    peaks = {}
+    for vocab in (64, 400_000):
+        source, folder = write_model(tmp_path / str(vocab), layers=1, hidden=512, vocab=vocab), tmp_path / f"q{vocab}"
+        (folder / "output").mkdir(parents=True)
+        trees = {"checkpoint": str(source), "calibration": None, "gram": None, "sensitivity": None}
+        places = {"output": str(folder / "output"), "scratch": str(folder / "scratch")}
+        done = child.call(
+            "trimtab.components.quantization.work:quantize", **trees, **places, parameters={"format": "int4_rtn"}
+        )
+        peaks[vocab] = done.peak_memory_bytes
+    assert peaks[400_000] - peaks[64] < 1.5 * 400_000 * 512 * 2
