@@ -1,0 +1,279 @@
+"""Quantizing an 8-billion-parameter model on a small machine: seconds, peak memory, and what a kill costs.
+
+Run: python benchmarks/streaming.py [--quick] [--folder FOLDER]
+The model has the shape of Llama 3.1 8B and random weights: 16 GB of BF16, in files as the hub has them. fp8 adds
+9 GB to it, int4_rtn 6 GB; they are removed when they have been measured. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab import child, progress
+from trimtab.errors import StageError
+
+WORK = "trimtab.components.quantization.work:quantize"
+FORMATS = {"fp8": {"format": "fp8", "scale_search": "max"}, "int4_rtn": {"format": "int4_rtn", "group_size": 128}}
+VOCABULARY = 128256
+#: What the hub's shards hold at most, in bytes.
+FILE_BYTES = 5 * 10**9
+#: Random numbers that all tensors are cut from, each from another place: drawing 8 billion takes longer than writing
+#: them. Coprime to every row, so that no two rows are alike.
+POOL = (1 << 24) + 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What tells one Llama from another: blocks, and the widths in numbers."""
+
+    blocks: int
+    hidden: int = 4096
+    intermediate: int = 14336
+    heads: int = 32
+    kv_heads: int = 8
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of every tensor."""
+        hidden, inner = self.hidden, self.intermediate
+        keys = hidden // self.heads * self.kv_heads
+        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
+        for number in range(self.blocks):
+            block = f"model.layers.{number}"
+            found |= {f"{block}.{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
+            for name, rows in (("q", hidden), ("k", keys), ("v", keys), ("o", hidden)):
+                found[f"{block}.self_attn.{name}_proj.weight"] = (rows, hidden)
+            found |= {f"{block}.mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
+            found[f"{block}.mlp.down_proj.weight"] = (hidden, inner)
+        return found | {"model.norm.weight": (hidden,), "lm_head.weight": (VOCABULARY, hidden)}
+
+    def config(self) -> dict[str, Any]:
+        """Returns the model's config.json."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "num_hidden_layers": self.blocks,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 131072,
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+        }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two blocks of a quarter of the width, in a minute")
+    parser.add_argument("--blocks", type=int, default=32, help="blocks of the full width (32)")
+    parser.add_argument("--folder", type=Path, help="an empty folder for the model, which stays there")
+    arguments = parser.parse_args()
+    shape = Shape(2, 1024, 3584, 8, 2) if arguments.quick else Shape(arguments.blocks)
+    if arguments.folder:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        if any(arguments.folder.iterdir()):
+            parser.error(f"--folder: '{arguments.folder}' is not empty; write a new folder")
+        print(json.dumps(measure(arguments.folder, shape)))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="trimtab-streaming-") as folder:
+        print(json.dumps(measure(Path(folder), shape)))
+    return 0
+
+
+def measure(folder: Path, shape: Shape) -> dict[str, Any]:
+    """Makes the model, quantizes it, prints the tables and returns their figures."""
+    model, statistics = folder / "model", folder / "statistics"
+    _apart(write_model, model, shape)
+    _apart(write_statistics, model, statistics)
+    source = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    print(f"{source / 1e9:.2f} GB of BF16 in {len(list(model.glob('*.safetensors')))} files")
+    print(f"{'format':<10}{'seconds':>9}{'GB/s':>8}{'peak GiB':>10}{'bytes out':>16}")
+    figures: dict[str, Any] = {"source_bytes": source}
+    for name, settings in FORMATS.items():
+        run = Run(folder / name, model, statistics if name == "fp8" else None, settings)
+        done = run.finish()
+        figures[name] = {
+            "seconds": round(done.seconds, 1),
+            "gb_per_second": round(source / done.seconds / 1e9, 3),
+            "peak_gib": round(done.peak_memory_bytes / 2**30, 2),
+            "bytes": done.value["bytes"],
+        }
+        print("{:<10}{seconds:>9}{gb_per_second:>8}{peak_gib:>10}{bytes:>16,}".format(name, **figures[name]))
+        if name == "fp8":
+            expected, shards = run.checksums(), len(run.made())
+        shutil.rmtree(run.folder)
+    figures["killed"] = _killed(Run(folder / "killed", model, statistics, FORMATS["fp8"]), shards, expected)
+    shutil.rmtree(folder / "killed")
+    print(
+        "fp8 killed after {finished} of {shards} shards: {made_again} of these made again, {made} made by the resumed "
+        "run in {seconds} s; all files the same: {same}".format(**figures["killed"])
+    )
+    return figures
+
+
+@dataclass(frozen=True)
+class Run:
+    """Quantizes the model in processes of their own; a second one goes on where a killed one was."""
+
+    folder: Path
+    model: Path
+    statistics: Path | None
+    settings: dict[str, Any]
+
+    def _arguments(self, attempt: str) -> dict[str, Any]:
+        output, events = self.folder / "output", self.folder / f"{attempt}.jsonl"
+        output.mkdir(parents=True, exist_ok=True)
+        os.environ[progress.ENVIRONMENT] = str(events)
+        statistics = self.statistics and str(self.statistics)
+        trees = {"checkpoint": str(self.model), "calibration": statistics, "gram": None, "sensitivity": None}
+        return {**trees, "output": str(output), "scratch": str(self.folder / "scratch"), "parameters": self.settings}
+
+    def finish(self) -> child.Done:
+        """Quantizes to the end."""
+        return child.call(WORK, **self._arguments("last"))
+
+    def kill(self, when: Callable[[], bool]) -> None:
+        """Quantizes until the condition holds, and sends SIGKILL."""
+        process = multiprocessing.get_context("spawn").Process(target=_quantize, kwargs=self._arguments("first"))
+        process.start()
+        while process.is_alive() and not when():
+            time.sleep(0.002)
+        process.kill()
+        process.join()
+        if process.exitcode != -9:
+            raise StageError(f"the run ended by itself, with exit code {process.exitcode}, before it was killed")
+
+    def finished(self) -> set[int]:
+        """The numbers of the shards that wait in the scratch folder."""
+        return {int(path.stem.rpartition("-")[2]) for path in self.folder.glob("scratch/shards/*.safetensors")}
+
+    def made(self) -> set[int]:
+        """The numbers of the shards that `finish` worked on."""
+        events = (self.folder / "last.jsonl").read_text(encoding="utf-8")
+        return {int(number) for number in re.findall(r"quantizing shard (\d+) of", events)}
+
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 of every file of the export."""
+        found = {}
+        for path in sorted((self.folder / "output").iterdir()):
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return found
+
+
+def _killed(run: Run, shards: int, expected: dict[str, str]) -> dict[str, Any]:
+    run.kill(lambda: len(run.finished()) >= shards // 2)
+    before = run.finished()
+    done = run.finish()
+    return {
+        "shards": shards,
+        "finished": len(before),
+        "made": len(run.made()),
+        "made_again": len(run.made() & before),
+        "seconds": round(done.seconds, 1),
+        "same": run.checksums() == expected,
+    }
+
+
+def _quantize(**arguments: Any) -> None:
+    from trimtab.components.quantization import work
+
+    work.quantize(**arguments)
+
+
+def _apart(function: Callable[..., None], *arguments: Any) -> None:
+    """Runs a function in a process of its own: what it holds would count in the peak of processes started later."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise StageError(f"{function.__name__} ended with exit code {process.exitcode}")
+
+
+def write_model(folder: Path, shape: Shape) -> None:
+    """Writes a checkpoint of random weights, a piece of a tensor at a time, and a tokenizer of two words."""
+    import numpy as np
+    from tokenizers import Tokenizer, models
+
+    folder.mkdir()
+    drawn = np.random.default_rng(0).standard_normal(POOL, dtype=np.float32) * 0.02
+    pool = (drawn.view(np.uint32) >> 16).astype(np.uint16).tobytes()  # BF16 is the upper half of a float32
+    ones = np.full(shape.hidden, 0x3F80, np.uint16).tobytes()
+    files = list(_files(shape.tensors()))
+    weight_map, begin = {}, 0
+    for number, tensors in enumerate(files, start=1):
+        path = folder / f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        with path.open("wb") as file:
+            file.write(_header(tensors))
+            for name, dimensions in tensors.items():
+                weight_map[name] = path.name
+                left = 2 * math.prod(dimensions)
+                if len(dimensions) == 1:
+                    file.write(ones)
+                    continue
+                while left:
+                    left -= file.write(memoryview(pool)[begin : begin + left])
+                    begin = 0 if left else (begin + 2 * 1_000_003) % len(pool)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(shape.config()), encoding="utf-8")
+    Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>")).save(str(folder / "tokenizer.json"))
+
+
+def _files(tensors: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Yields what each file holds."""
+    held: dict[str, tuple[int, ...]] = {}
+    size = 0
+    for name, dimensions in tensors.items():
+        if held and size + 2 * math.prod(dimensions) > FILE_BYTES:
+            yield held
+            held, size = {}, 0
+        held[name] = dimensions
+        size += 2 * math.prod(dimensions)
+    yield held
+
+
+def _header(tensors: dict[str, tuple[int, ...]]) -> bytes:
+    entries, end = {}, 0
+    for name, dimensions in tensors.items():
+        begin, end = end, end + 2 * math.prod(dimensions)
+        entries[name] = {"dtype": "BF16", "shape": dimensions, "data_offsets": [begin, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_statistics(model: Path, folder: Path) -> None:
+    """Writes what a calibration pass would have measured, at random, bound to the model."""
+    import torch
+
+    from trimtab.model import inspect
+    from trimtab.runtime import measurements
+
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    measured = {}
+    for layer in inspect(model).linears:
+        moment = torch.rand(layer.in_features, generator=generator)
+        measured |= {f"{layer.name}.second_moment": moment, f"{layer.name}.amax": 8 * moment.sqrt()}
+    measurements.write(folder, model, "statistics", measured)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
