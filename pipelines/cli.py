@@ -1,4 +1,4 @@
-"""The `trimtab` command: run, plan and compile. Exit codes are those of `trimtab.errors`."""
+"""The `trimtab` command: run, plan, compile and artifact. Exit codes are those of `trimtab.errors`."""
 
 from __future__ import annotations
 
@@ -78,6 +78,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     compile_.add_argument("--image", default="", help="container image of all stages")
     compile_.set_defaults(command=_compile)
+
+    artifact = commands.add_parser("artifact", help="carry a stage's result, such as a calibration, to another store")
+    actions = artifact.add_subparsers(required=True, metavar="ACTION", parser_class=_Parser)
+    export = actions.add_parser("export", help="write a tree and what is known of it into a folder")
+    export.add_argument("tree", metavar="TREE", help="URI or digest of the tree, from the page of a run")
+    export.add_argument("folder", metavar="FOLDER", help="a new folder")
+    export.set_defaults(command=_export_artifact)
+    import_ = actions.add_parser("import", help="put such a folder into a store, where the next run finds it")
+    import_.add_argument("folder", metavar="FOLDER", help="what `trimtab artifact export` wrote")
+    import_.set_defaults(command=_import_artifact)
+    for action in (export, import_):
+        action.add_argument("--store", default=STORE, help=f"s3://bucket/prefix or a folder (./{STORE})")
     return parser
 
 
@@ -171,6 +183,27 @@ def _compile(arguments: argparse.Namespace, console: Console) -> int:
         raise InputError(f"output: '{output}' must be a .yaml or .json file in a folder that exists")
     compiler.Compiler().compile(optimize_pipeline(arguments.max_attempts), str(output))
     console.print(f"wrote {output} for Kubeflow Pipelines >= 2.17.0, up to {arguments.max_attempts} attempts")
+    return 0
+
+
+def _export_artifact(arguments: argparse.Namespace, console: Console) -> int:
+    from trimtab.store import open_store
+    from trimtab.store.artifact import export_artifact
+
+    about = export_artifact(open_store(arguments.store), arguments.tree, Path(arguments.folder))
+    size = f"{len(about.manifest.files)} files, {about.manifest.size / 1e6:,.1f} MB"
+    console.print(f"wrote {arguments.folder}: {about.manifest.kind}, {size}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _import_artifact(arguments: argparse.Namespace, console: Console) -> int:
+    from trimtab.store import open_store
+    from trimtab.store.artifact import import_artifact
+
+    store = open_store(arguments.store)
+    store.check()
+    tree, about = import_artifact(store, Path(arguments.folder))
+    console.print(f"{about.manifest.kind}  {tree.uri}", soft_wrap=True, highlight=False)
     return 0
 
 

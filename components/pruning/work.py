@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from safetensors.torch import load_file
 
 from trimtab import progress
 from trimtab.components.pruning import depth, magnitude
@@ -15,6 +14,7 @@ from trimtab.errors import Failure
 from trimtab.recipe import DepthPruning, Pruning
 from trimtab.runtime import checkpoint as checkpoints
 from trimtab.runtime import observe
+from trimtab.runtime.measurements import Measurements
 
 
 def prune(
@@ -26,12 +26,13 @@ def prune(
         parameters, zeros (share of zero weights in the linear layers), blocks.
 
     Raises:
+        InputError: the calibration is another model's.
         Failure: `unsupported`, more blocks to remove than the model has.
     """
     settings = TypeAdapter(Pruning).validate_python(parameters)
     model, tokenizer = checkpoints.load(Path(checkpoint), torch.bfloat16)
     if isinstance(settings, DepthPruning):
-        _prune_depth(model, settings, calibration)
+        _prune_depth(model, settings, Measurements(Path(calibration), Path(checkpoint), "calibration"))
     else:
         layers = observe.linears(model)
         for layer in progress.track(layers.values(), "prune", "zeroing the smallest weights", len(layers)):
@@ -42,10 +43,9 @@ def prune(
     return {"parameters": model.num_parameters(), "zeros": zeros, "blocks": model.config.num_hidden_layers}
 
 
-def _prune_depth(model: torch.nn.Module, settings: DepthPruning, calibration: str | None) -> None:
+def _prune_depth(model: torch.nn.Module, settings: DepthPruning, measured: Measurements) -> None:
     have = model.config.num_hidden_layers
     if settings.blocks >= have:
         reason = f"prune.blocks: cannot remove {settings.blocks} of {have} blocks; write at most {have - 1}"
         raise Failure("unsupported", reason)
-    influence = load_file(Path(calibration) / "statistics.safetensors")["block_influence"]
-    depth.remove_blocks(model, depth.least_influential(influence, settings.blocks))
+    depth.remove_blocks(model, depth.least_influential(measured["block_influence"], settings.blocks))

@@ -26,7 +26,7 @@ from trimtab.components.quantization import formats
 from trimtab.components.quantization.formats import Input
 from trimtab.recipe import Quantization
 from trimtab.runtime import checkpoint as checkpoints
-from trimtab.runtime import observe
+from trimtab.runtime import measurements, observe
 from trimtab.runtime.formats import Quantized, dequantize
 from trimtab.runtime.measurements import Measurements
 
@@ -41,6 +41,8 @@ def measure(
     checkpoint: str, calibration: str, output: str, scratch: str, parameters: dict[str, Any]
 ) -> dict[str, float]:
     """Writes `sensitivity.json`: for the first layer of each group, the harm of each format in nats a token.
+
+    The tree is bound to the checkpoint as calibration's is.
 
     Args:
         parameters: `formats` to score, and the `group_size` of those that have one.
@@ -60,6 +62,7 @@ def measure(
         seen = Input(*(measured[f"{group.layers[0]}.{p}"].to(model.device) for p in ("amax", "second_moment")))
         harms[group.layers[0]] = _harms(weights, seen, energy, parameters)
     (Path(output) / "sensitivity.json").write_text(json.dumps(harms, indent=1), encoding="utf-8")
+    measurements.bind(Path(output), Path(checkpoint))
     return {"groups": len(harms)}
 
 

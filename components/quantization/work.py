@@ -16,6 +16,7 @@ from trimtab.errors import InputError
 from trimtab.fusion import Group
 from trimtab.model import inspect as read_facts
 from trimtab.recipe import Quantization
+from trimtab.runtime import measurements
 from trimtab.runtime.checkpoint import INDEX, Export, weight_file_bytes
 from trimtab.runtime.measurements import Measurements
 
@@ -53,6 +54,8 @@ def quantize(
     source, folder = Path(checkpoint), Path(output)
     facts = read_facts(source)
     groups = fusion.groups([layer.name for layer in facts.linears], facts.model_type)
+    if sensitivity:
+        measurements.check(Path(sensitivity), source, "sensitivity")
     chosen = assignment.choose(groups, facts, settings, Path(sensitivity) if sensitivity else None)
     measured = [Measurements(Path(f), source, n) for n, f in (("calibration", calibration), ("gram", gram)) if f]
     quantizer = _Quantizer(source, settings, groups, chosen, measured)

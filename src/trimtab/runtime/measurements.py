@@ -16,11 +16,35 @@ from trimtab.runtime.checkpoint import Export
 _ABOUT = "about.json"
 
 
+def bind(folder: Path, checkpoint: Path) -> None:
+    """Says in a folder that what it holds was measured on this checkpoint, by its fingerprint."""
+    about = {"model": Export(checkpoint).fingerprint}
+    (folder / _ABOUT).write_text(json.dumps(about), encoding="utf-8")
+
+
+def check(folder: Path, checkpoint: Path, field: str) -> None:
+    """Refuses what was measured on another checkpoint.
+
+    Args:
+        field: how the error names the folder.
+
+    Raises:
+        InputError: another model, or none that is known.
+    """
+    path = folder / _ABOUT
+    about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found, expected = about.get("model", "none is named"), Export(checkpoint).fingerprint
+    if found != expected:
+        raise InputError(
+            f"{field}: describes another model (fingerprint {found[:12]}) than the one to work on "
+            f"({expected[:12]}); measure this one"
+        )
+
+
 def write(folder: Path, checkpoint: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes tensors as `<name>.safetensors`, and binds the folder to the checkpoint by its fingerprint."""
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
-    about = {"model": Export(checkpoint).fingerprint}
-    (folder / _ABOUT).write_text(json.dumps(about), encoding="utf-8")
+    bind(folder, checkpoint)
 
 
 class Measurements:
@@ -37,14 +61,7 @@ class Measurements:
 
     def __init__(self, folder: Path, checkpoint: Path, field: str):
         self._field = field
-        path = folder / _ABOUT
-        about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        found, expected = about.get("model", "nothing"), Export(checkpoint).fingerprint
-        if found != expected:
-            raise InputError(
-                f"{field}: describes another model (fingerprint {found[:12]}) than the one to quantize "
-                f"({expected[:12]}); measure this one"
-            )
+        check(folder, checkpoint, field)
         self._home: dict[str, Path] = {}
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, "pt") as opened:
