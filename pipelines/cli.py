@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -15,6 +15,9 @@ from trimtab.errors import InputError, TrimtabError, nearest
 from trimtab.errors import __doc__ as exit_codes
 from trimtab.recipe import Recipe
 from trimtab.state import GOALS, Evaluation
+
+if TYPE_CHECKING:
+    from trimtab.plan import Rung
 
 STORE = "trimtab-store"
 RUNS = "trimtab-runs"
@@ -128,7 +131,7 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     hardware.target(arguments.target)
     recipe = _read(arguments.recipe, "recipe")
     if recipe:
-        Recipe.parse(recipe)
+        _check_texts(Recipe.parse(recipe))
     evaluation = Evaluation.parse(_read(arguments.evaluation, "evaluation") or "{}").model_copy(
         update={
             "tasks": tuple(task.strip() for task in arguments.tasks.split(",") if task.strip()),
@@ -136,7 +139,10 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
         }
     )
     _check_tasks(evaluation)
-    store, model = _store(arguments.store), _model(arguments.model)
+    model = _model(arguments.model)
+    if Path(model).is_dir():  # of any other model nothing is known before it is fetched
+        _ladder(arguments, recipe)
+    store = _store(arguments.store)
     return {
         "model": model,
         "store": store,
@@ -152,22 +158,22 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
 def _plan(arguments: argparse.Namespace, console: Console) -> int:
     from rich.table import Table
 
-    from trimtab import plan
-    from trimtab.components.fetch.source import facts
-
     _check_choice("goal", arguments.goal, GOALS)
     recipe = _read(arguments.recipe, "recipe")
     table = Table("", "recipe", "why", title=f"{arguments.goal} on {arguments.target}")
-    rungs = plan.ladder(
-        arguments.goal,
-        facts(_model(arguments.model)),
-        hardware.target(arguments.target),
-        first=Recipe.parse(recipe) if recipe else None,
-    )
-    for number, rung in enumerate(rungs, start=1):
+    for number, rung in enumerate(_ladder(arguments, recipe), start=1):
         table.add_row(str(number), rung.recipe.title, rung.why)
     Console().print(table)
     return 0
+
+
+def _ladder(arguments: argparse.Namespace, recipe: str) -> list[Rung]:
+    """Plans; refuses a recipe that the model or the target does not allow."""
+    from trimtab import plan
+    from trimtab.components.fetch.source import facts
+
+    target, first = hardware.target(arguments.target), Recipe.parse(recipe) if recipe else None
+    return plan.ladder(arguments.goal, facts(_model(arguments.model)), target, first=first)
 
 
 def _compile(arguments: argparse.Namespace, console: Console) -> int:
@@ -215,6 +221,16 @@ def _check_attempts(number: int) -> None:
 def _check_choice(field: str, value: str, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise InputError(f"{field}: '{value}' is not valid; {nearest(value, valid)}")
+
+
+def _check_texts(recipe: Recipe) -> None:
+    """Calibration text that is missing or empty is refused now rather than after the baseline."""
+    from trimtab.runtime import documents
+
+    for source in recipe.calibrate.sources:
+        # Conversations need the model's chat template, so JSON lines are read where the model is.
+        if source.dataset is None and source.text != "builtin" and not source.text.endswith(".jsonl"):
+            documents.read(source.text, ("", ""), field="calibrate.text")
 
 
 def _check_tasks(evaluation: Evaluation) -> None:

@@ -29,13 +29,15 @@ def choose(
     if settings.format in CASTS:
         return {}
     wanted = {layer.name for layer in hardware.quantized_layers(facts, settings)}
-    layers = [tuple(layer for layer in group.layers if layer in wanted) for group in groups]
-    layers = [some for some in layers if some]
     if not settings.needs_sensitivity:
-        return {layer: settings.format for some in layers for layer in some}
+        return dict.fromkeys(sorted(wanted), settings.format)
     measured = sensitivity.read(harms)
     sizes = {layer.name: layer.parameters for layer in facts.linears}
-    open_groups = [allocation.Group(some, sum(sizes[n] for n in some), measured[some[0]]) for some in layers]
+    open_groups = []
+    for group in groups:
+        if layers := tuple(layer for layer in group.layers if layer in wanted):
+            weights = sum(sizes[layer] for layer in layers)
+            open_groups.append(allocation.Group(layers, weights, measured[group.layers[0]]))
     open_groups.sort(key=lambda group: -group.harm[settings.scored_formats[0]])
     open_groups = open_groups[settings.exclude_sensitive :]
     if settings.format == "mixed":

@@ -19,7 +19,7 @@ from trimtab.components.quantization.scales import FP8, INT4, INT8, Numbers
 from trimtab.hardware import FIXED_BLOCKS, NVFP4_BLOCK
 from trimtab.recipe import Quantization
 from trimtab.runtime.formats import ALGORITHMS as STORED_AS
-from trimtab.runtime.formats import E2M1_MAX, E4M3_MAX, Layout, Quantized, pack_int4, unpack_int4
+from trimtab.runtime.formats import E2M1_MAX, E4M3_MAX, STORED, Layout, Quantized, pack_int4, unpack_int4
 
 #: ModelOpt's own name of each quant_algo.
 _MODELOPT = {
@@ -146,10 +146,11 @@ def _static_input_scale(seen: Input, largest: float) -> torch.Tensor:
 def _packed(format: str, weight: torch.Tensor, scale: torch.Tensor, **kept: torch.Tensor) -> Quantized:
     """A matrix as ModelOpt packs it, with a scale for all of it or one a row."""
     algorithm, name = ALGORITHMS[format]
-    if scale.dim():
-        parts = [to_quantized_weight(part, some, name) for part, some in _slices(weight, scale)]
-    else:
-        parts = [to_quantized_weight(part, scale, name) for (part,) in _slices(weight)]
+    parts = []
+    for part, some in _slices(weight, scale.expand(len(weight)) if scale.dim() == 0 else scale):
+        if STORED[algorithm].dtype == torch.float8_e4m3fn:  # a searched scale may clip, and what overflows is NaN
+            part = part.clamp(-E4M3_MAX * some[:, None], E4M3_MAX * some[:, None])
+        parts.append(to_quantized_weight(part, some if scale.dim() else scale, name))
     return Quantized(Layout(algorithm), torch.cat(parts), scale, **kept)
 
 

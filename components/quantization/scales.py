@@ -26,9 +26,12 @@ class Numbers:
     scale_dtype: torch.dtype = torch.float32
 
     def scale(self, amax: torch.Tensor) -> torch.Tensor:
-        """Returns the scale, float32 but rounded as stored, with which `amax` becomes the largest number."""
-        least = torch.finfo(torch.float32).tiny * 2**24
-        return (amax.float() / self.largest).clamp_min(least).to(self.scale_dtype).float()
+        """Returns the scale, float32, with which `amax` becomes the largest number."""
+        return (amax.float() / self.largest).clamp_min(torch.finfo(torch.float32).tiny * 2**24)
+
+    def stored(self, scale: torch.Tensor) -> torch.Tensor:
+        """Returns a scale as it is stored and read back, float32."""
+        return scale.to(self.scale_dtype).float()
 
 
 INT4 = Numbers(7, lambda x: x.round().clamp_(-8, 7), torch.bfloat16)
@@ -37,7 +40,10 @@ FP8 = Numbers(448, lambda x: x.clamp(-448, 448).to(torch.float8_e4m3fn).float())
 
 
 def from_maximum(blocks: torch.Tensor, numbers: Numbers) -> torch.Tensor:
-    """Returns each block's scale from its largest weight: float32 [..., n] -> [...]."""
+    """Returns each block's scale from its largest weight: float32 [..., n] -> [...].
+
+    It is not rounded as it will be stored, so that round to nearest is ModelOpt's, number for number.
+    """
     return numbers.scale(blocks.abs().amax(-1))
 
 
@@ -49,9 +55,9 @@ def searched(blocks: torch.Tensor, numbers: Numbers, importance: torch.Tensor) -
         importance: what a squared error counts, broadcastable to `blocks`.
     """
     amax = blocks.abs().amax(-1)
-    best, least = numbers.scale(amax), torch.full_like(amax, torch.inf)
+    best, least = torch.ones_like(amax), torch.full_like(amax, torch.inf)
     for ratio in RATIOS:
-        scale = numbers.scale(amax * ratio)
+        scale = numbers.stored(numbers.scale(amax * ratio))
         error = _errors(blocks, scale[..., None], numbers, importance).sum(-1)
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
@@ -68,7 +74,7 @@ def searched_for_all(
         amax: the largest magnitude of all.
         importance: what a squared error counts, [in].
     """
-    candidates = [numbers.scale(amax * ratio) for ratio in RATIOS]
+    candidates = [numbers.stored(numbers.scale(amax * ratio)) for ratio in RATIOS]
     errors = torch.zeros(len(candidates), dtype=torch.float64)
     for part in parts:
         errors += torch.stack([_errors(part, scale, numbers, importance).sum() for scale in candidates]).cpu()

@@ -12,12 +12,11 @@ import torch
 from trimtab import fusion, progress
 from trimtab.components.quantization import assignment, configuration, formats, kv_cache, stream
 from trimtab.components.quantization.formats import Input
-from trimtab.errors import InputError
 from trimtab.fusion import Group
 from trimtab.model import inspect as read_facts
 from trimtab.recipe import Quantization
 from trimtab.runtime import measurements
-from trimtab.runtime.checkpoint import INDEX, Export, weight_file_bytes
+from trimtab.runtime.checkpoint import INDEX, Export, check_finite, weight_file_bytes
 from trimtab.runtime.measurements import Measurements
 
 _CAST_TYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -142,9 +141,7 @@ class _Quantizer:
 
 def _finite(shard: Export, name: str) -> torch.Tensor:
     tensor = shard.view(name)
-    # The extremes are NaN where any number is, and found without a temporary of the tensor's size.
-    if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
-        raise InputError(f"model: {name} holds NaN or infinity; download it again, or check how it was trained")
+    check_finite(name, tensor)
     return tensor
 
 

@@ -57,9 +57,13 @@ class Failure(TrimtabError):
         self.reason = reason
 
 
-def nearest(value: object, valid: Iterable[str]) -> str:
-    """Returns "write 'fp8' (or one of: …)", for a message about a value that is not in `valid`."""
+def nearest(value: object, valid: Iterable[str], listed: Iterable[str] | None = None) -> str:
+    """Returns "write 'fp8' (valid: …)", for a message about a value that is not in `valid`.
+
+    Args:
+        listed: what stands for all of `valid` in the message, where these are too many.
+    """
     names = [str(name) for name in valid]
     close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-    listed = ", ".join(names)
+    listed = ", ".join(names if listed is None else listed)
     return f"write '{close[0]}' (valid: {listed})" if close else f"valid: {listed}"

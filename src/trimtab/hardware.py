@@ -29,7 +29,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from trimtab.errors import InputError, nearest
-from trimtab.fusion import groups
+from trimtab.fusion import block_of, groups
 from trimtab.model import Linear, ModelFacts
 from trimtab.recipe import CASTS, GROUPED_FORMATS, DepthPruning, Format, KVCache, Quantization, Recipe
 from trimtab.schema import Document
@@ -274,13 +274,18 @@ def _check_exclusions(recipe: Recipe, facts: ModelFacts) -> str | None:
     quantize = recipe.quantize
     if quantize is None or quantize.format in CASTS:
         return None
-    names = [layer.name for layer in facts.linears] + ["lm_head"]
+    names = [layer.name for layer in facts.linears]
+    endings = [*sorted({f"*.{name.rpartition('.')[2]}" for name in names}), "lm_head"]
     for pattern in quantize.exclude:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            endings = sorted({f"*.{name.rpartition('.')[2]}" for name in names})
-            return f"quantize.exclude: '{pattern}' matches no layer; {nearest(pattern, [*names, *endings])}"
-    left = len(groups([layer.name for layer in quantized_layers(facts, quantize)], facts.model_type))
-    if quantize.exclude_sensitive >= left:
+        if not any(fnmatchcase(name, pattern) for name in (*names, "lm_head")):
+            remedy = nearest(pattern, [*endings, *names], listed=endings)
+            return f"quantize.exclude: '{pattern}' matches no layer; {remedy}"
+    layers = quantized_layers(facts, quantize)
+    if not layers:
+        return "quantize.exclude: leaves no layer to quantize; remove a pattern, or write format: bf16"
+    blocks = facts.layers - removed_blocks(recipe)
+    left = len(groups([layer.name for layer in layers if (block_of(layer.name) or 0) < blocks], facts.model_type))
+    if 0 < left <= quantize.exclude_sensitive:
         return (
             f"quantize.exclude_sensitive: {quantize.exclude_sensitive} of {left} groups of layers leave nothing to "
             f"quantize; write at most {left - 1}"

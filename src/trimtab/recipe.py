@@ -167,8 +167,10 @@ class Quantization(Document):
 
     @model_validator(mode="after")
     def _bits_belong_to_mixed(self) -> Quantization:
-        if (self.format == "mixed") != (self.effective_bits is not None):
-            raise ValueError("needs effective_bits (4 to 8) with format 'mixed', and only with it")
+        if self.format == "mixed" and self.effective_bits is None:
+            raise ValueError("has format 'mixed' and no effective_bits; write effective_bits: 4 to 8")
+        if self.format != "mixed" and self.effective_bits is not None:
+            raise ValueError("has effective_bits, which only format 'mixed' has; remove it, or write format: mixed")
         return self
 
     @property

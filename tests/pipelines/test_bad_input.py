@@ -71,32 +71,68 @@ RECIPES = [
     ("quantise: {format: fp8}", "quantise: unknown key 'quantise'; write 'quantize'"),
     ("quantize: {fromat: fp8}", "quantize.fromat: unknown key 'fromat'; write 'format'"),
     ("quantize: {format: fp9}", "quantize.format: 'fp9' is not valid; write 'fp8'"),
+    ("quantize: {format: int4_qptq}", "quantize.format: 'int4_qptq' is not valid; write 'int4_gptq'"),
+    ("quantize: {format: fp8, scale_search: mean}", "quantize.scale_search: 'mean' is not valid; write 'mse' (valid: max, mse)"),
+    ("quantize: {format: fp8, effective_bits: 6}", "has effective_bits, which only format 'mixed' has; remove it"),
+    ("quantize: {format: mixed}", "has format 'mixed' and no effective_bits; write effective_bits: 4 to 8"),
+    ("calibrate: {text: empty.txt}", "calibrate.text: 'empty.txt' is empty; write the path of a file with text in it"),
+    ("calibrate: {text: no.txt}", "calibrate.text: 'no.txt' is not a file; write 'builtin' or the path of a .txt"),
     ("quantize: [", "the recipe is not valid YAML or JSON"),
 ]
 
 
 @pytest.mark.parametrize(("recipe", "message"), RECIPES)
 def test_recipes(recipe, message, folder, capsys):
+    (folder / "empty.txt").write_text(" \n")
     (folder / "recipe.yaml").write_text(recipe)
     code, said = trimtab(capsys, "--model", "model", "--recipe", "recipe.yaml")
     assert (code, message in said) == (2, True), said
     assert not (folder / "trimtab-store").exists()
 
 
+ENDINGS = "*.down_proj, *.gate_proj, *.k_proj, *.o_proj, *.q_proj, *.up_proj, *.v_proj, lm_head"
 PLANNED = [
     ("quantize: {format: fp8}", "a100-40", "fp8 needs compute capability 8.9 or later (Ada, Hopper, Blackwell)"),
-    ("quantize: {format: int4_awq, group_size: 128}", "cpu", "group_size: 128 does not divide the 64 input features"),
+    ("{quantize: {format: nvfp4}, engine: {backend: trtllm}}", "h100",
+     "quantize.format: trtllm does not serve nvfp4 on h100; write one of: fp32, fp16, bf16, fp8, fp8_per_channel,"),
+    ("quantize: {format: int4_rtn, group_size: 128}", "cpu",
+     "quantize.group_size: 128 does not divide the 64 input features of model.layers.0.mlp.gate_proj; write one of: "
+     "64, 32"),
+    ("quantize: {format: int8_wo, exclude: ['*.down_project']}", "cpu",
+     f"quantize.exclude: '*.down_project' matches no layer; write '*.down_proj' (valid: {ENDINGS})"),
+    ("quantize: {format: int8_wo, exclude: [model.layers.4.mlp.up_proj]}", "cpu",
+     f"quantize.exclude: 'model.layers.4.mlp.up_proj' matches no layer; write 'model.layers.3.mlp.up_proj' (valid: "
+     f"{ENDINGS})"),
+    ("quantize: {format: int8_wo, exclude: [visual]}", "cpu",
+     f"quantize.exclude: 'visual' matches no layer; valid: {ENDINGS}"),
+    ("quantize: {format: int8_wo, exclude: ['*']}", "cpu",
+     "quantize.exclude: leaves no layer to quantize; remove a pattern, or write format: bf16"),
+    ("quantize: {format: int8_wo, exclude_sensitive: 16}", "cpu",
+     "quantize.exclude_sensitive: 16 of 16 groups of layers leave nothing to quantize; write at most 15"),
+    ("{prune: {method: depth, blocks: 3}, quantize: {format: int8_wo, exclude_sensitive: 5}}", "cpu",
+     "quantize.exclude_sensitive: 5 of 4 groups of layers leave nothing to quantize; write at most 3"),
     ("prune: {method: depth, blocks: 9}", "cpu", "prune.blocks: 9 of 4 blocks cannot be removed; write at most 3"),
 ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("command", ["plan", "run"])
 @pytest.mark.parametrize(("recipe", "target", "message"), PLANNED)
-def test_recipes_that_do_not_suit_model_or_target(recipe, target, message, folder, capsys):
-    """Only the plan can know: the run ends there, before any work."""
+def test_recipes_that_do_not_suit_model_or_target(command, recipe, target, message, folder, capsys):
     (folder / "recipe.yaml").write_text(recipe)
-    code, said = trimtab(capsys, "--model", "model", "--recipe", "recipe.yaml", "--target", target)
+    code = cli.main([command, "--model", "model", "--recipe", "recipe.yaml", "--target", target])
+    said = " ".join(capsys.readouterr().err.split())
     assert (code, message in said) == (2, True), said
+    assert not (folder / "trimtab-store").exists() and not (folder / "trimtab-runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["quantize: {format: int8_wo, exclude: ['*.down']}", PLANNED[0][0]])
+def test_the_plan_refuses_what_the_command_could_not_see(recipe, folder, capsys, monkeypatch):
+    """As with a model that must be fetched first: the run ends there, before any work."""
+    monkeypatch.setattr(cli, "_ladder", lambda *_: [])
+    (folder / "recipe.yaml").write_text(recipe)
+    code, said = trimtab(capsys, "--model", "model", "--recipe", "recipe.yaml", "--target", "a100-40")
+    assert code == 2 and "trimtab: quantize." in said
     assert visible(folder / "trimtab-store") == []
 
 

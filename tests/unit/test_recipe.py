@@ -21,7 +21,12 @@ BAD = [
         "engine.tensor_parallel: unknown key 'tensor_parallel'; write 'tensor_parallel_size'",
     ),
     # a bad value names itself and what is valid
-    ("quantize: {format: int8}", "quantize.format: 'int8' is not valid; write 'int8_wo' (valid: bf16, int8_wo,"),
+    ("quantize: {format: int8}", "quantize.format: 'int8' is not valid; write 'int8_wo' (valid: fp32, fp16, bf16,"),
+    ("quantize: {format: nvfp8}", "quantize.format: 'nvfp8' is not valid; write 'nvfp4'"),
+    (
+        "quantize: {format: fp8, scale_search: mean}",
+        "quantize.scale_search: 'mean' is not valid; write 'mse' (valid: max, mse)",
+    ),
     (
         "quantize: {format: int4_awq, group_size: 48}",
         "quantize.group_size: 48 is not valid; write '64' (valid: 32, 64, 128)",
@@ -31,7 +36,7 @@ BAD = [
         "quantize.kv_cache: 'fp4' is not valid; write 'nvfp4' (valid: none, fp8, int8, nvfp4)",
     ),
     ("quantize: {format: fp8, exclude: lm_head}", "quantize.exclude: 'lm_head' is not a list; write [lm_head]"),
-    ("quantize: {format: null}", "quantize.format: None is not valid; valid: bf16, int8_wo"),
+    ("quantize: {format: null}", "quantize.format: None is not valid; valid: fp32, fp16, bf16"),
     (
         "prune: {method: depht, blocks: 2}",
         "prune.method: 'depht' is not valid; write 'depth' (valid: magnitude, depth)",
@@ -57,11 +62,12 @@ BAD = [
     ("calibrate: {text: [{text: a.txt, split: test}]}", "which only a dataset has; write text: 'hf:owner/name'"),
     (f"calibrate: {{text: {'a' * 600}}}", "has 611 bytes as JSON, more than 600; write fewer sources or shorter paths"),
     # what belongs together
-    ("quantize: {format: mixed}", "needs effective_bits (4 to 8) with format 'mixed', and only with it"),
+    ("quantize: {format: mixed}", "has format 'mixed' and no effective_bits; write effective_bits: 4 to 8"),
     (
         "quantize: {format: fp8, effective_bits: 6}",
-        "needs effective_bits (4 to 8) with format 'mixed', and only with it",
+        "has effective_bits, which only format 'mixed' has; remove it, or write format: mixed",
     ),
+    ("quantize: {format: mixed, effective_bits: 3}", "quantize.effective_bits: 3 should be greater than or equal to 4"),
     # what is missing
     ("quantize: {group_size: 64}", "quantize.format: is required"),
     ("prune: {blocks: 2}", "prune.method: is required"),

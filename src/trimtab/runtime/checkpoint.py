@@ -53,11 +53,26 @@ def load_for_measuring(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokeniz
     """Loads as `load` does, onto a GPU in bfloat16 where there is one, else in float32.
 
     What is measured is activations; their sums are float32 in both cases.
+
+    Raises:
+        InputError: as `load`, and a weight that is not finite: everything behind it would not be.
     """
-    if torch.cuda.is_available():
-        model, tokenizer = load(folder, torch.bfloat16)
-        return model.to("cuda"), tokenizer
-    return load(folder, torch.float32)
+    gpu = torch.cuda.is_available()
+    model, tokenizer = load(folder, torch.bfloat16 if gpu else torch.float32)
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter.detach())
+    return (model.to("cuda") if gpu else model), tokenizer
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Refuses a tensor of a model that holds NaN or infinity.
+
+    Raises:
+        InputError: it does; names it.
+    """
+    # The extremes are NaN where any number is, and found without a temporary of the tensor's size.
+    if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
+        raise InputError(f"model: {name} holds NaN or infinity; download it again, or check how it was trained")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

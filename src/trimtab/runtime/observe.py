@@ -102,16 +102,15 @@ class Observation:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns `<layer>.amax` and `<layer>.second_moment`, float32 [in_features], for every linear layer;
         and for the blocks, float32 [blocks], `block_influence` and the largest `key_amax` and `value_amax`."""
-        found = {
-            "block_influence": torch.tensor([1 - s.mean for s in self.similarities]),
-            "key_amax": torch.stack([c.key for c in self.caches]),
-            "value_amax": torch.stack([c.value for c in self.caches]),
-        }
+        found: dict[str, torch.Tensor] = {}  # layers first: of what overflows, the earliest one is named
         for group in self.groups:
             seen = self.inputs[group.layers[0]]
             for layer in group.layers:
                 found[f"{layer}.amax"] = seen.amax.clone()
                 found[f"{layer}.second_moment"] = seen.second_moment
+        found["block_influence"] = torch.tensor([1 - s.mean for s in self.similarities])
+        found["key_amax"] = torch.stack([c.key for c in self.caches])
+        found["value_amax"] = torch.stack([c.value for c in self.caches])
         return {name: tensor.cpu() for name, tensor in found.items()}
 
 
@@ -121,8 +120,8 @@ def check_finite(measured: dict[str, torch.Tensor]) -> None:
         if not torch.isfinite(tensor).all():
             raise Failure(
                 "unsupported",
-                f"{name} is not finite: the model's weights hold NaN or infinity, or its activations overflow; "
-                f"download it again, or check how it was trained",
+                f"{name} is not finite: the model's activations overflow on the calibration text; download it "
+                f"again, or check how it was trained",
             )
 
 

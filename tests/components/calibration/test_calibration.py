@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from trimtab import stages
 from trimtab.components.calibration.work import calibrate
 from trimtab.components.validation import measure
 from trimtab.components.validation.suite import loading
-from trimtab.errors import InputError
+from trimtab.errors import Failure, InputError
 from trimtab.recipe import Recipe
 from trimtab.runtime import checkpoint, text
 
@@ -89,7 +90,8 @@ def test_the_seed_chooses_the_windows(seed, same, model, tokens, tmp_path):
     ("name", "content", "message"),
     [
         ("short.txt", "Too short.", "give more text, fewer samples or a shorter length"),
-        ("empty.txt", " ", "is empty"),
+        ("empty.txt", " ", "is empty; write the path of a file with text in it"),
+        ("token.txt", "a", "'.*token.txt': 1 token gives 0 windows of 32, 4 are needed; give more text, fewer samples"),
         ("bad.jsonl", '{"txt": "x"}', 'must be a JSON object with a field "text"'),
         ("missing.txt", None, "is not a file; write 'builtin' or the path"),
     ],
@@ -99,6 +101,28 @@ def test_bad_text(name, content, message, model, tmp_path):
         (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message):
         calibrate(str(model), str(tmp_path), "", {"samples": 4, "length": 32, "text": str(tmp_path / name)})
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_named(name, value, model, tmp_path):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors[name][3, 5] = value
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"model: {name} holds NaN or infinity; download it again"):
+        calibrate(str(broken), str(tmp_path), "", {"samples": 4, "length": 32})
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_of_what_overflows_the_first_layer_is_named(model, tmp_path):
+    """A norm that multiplies by 1e38: finite in bfloat16, and not so behind the layer."""
+    broken = shutil.copytree(model, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.post_attention_layernorm.weight"].fill_(1e38)
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Failure, match=r"^model\.layers\.1\.mlp\..* is not finite: the model's activations overflow"):
+        calibrate(str(broken), str(tmp_path), "", {"samples": 4, "length": 32})
 
 
 # --- calibration text is not what is measured later (GPT-3's measure: 13 words in a row) ---------------------

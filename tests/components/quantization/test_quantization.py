@@ -204,6 +204,13 @@ def test_the_most_sensitive_groups_stay(number, export, harms, model):
     assert kept == {layer for group in worst for layer in group.layers}
 
 
+def test_mixed_where_the_first_layer_of_a_group_is_excluded(export, model):
+    """The harm of a group is kept under k_proj, the first of its layers."""
+    read = Export(export("mixed", effective_bits=8, exclude=["lm_head", "*.k_proj"]))
+    expected = {layer.name for layer in inspect(model).linears if not layer.name.endswith("k_proj")}
+    assert set(read.layers) == expected
+
+
 CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
