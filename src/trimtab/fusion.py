@@ -36,7 +36,7 @@ def groups(layers: Iterable[str], model_type: str) -> list[Group]:
     for layer in layers:
         match = _BLOCK.match(layer)
         prefix, number, place = (match[1], int(match[2]), match[3]) if match else ("", -1, layer)
-        members, norm = next(((m, n) for m, n in _GROUPS if place in m), ((), None))
+        members, norm = next(((m, n) for m, n in _GROUPS if match and place in m), ((), None))
         key = (number, f"{prefix}.{members[0]}" if members else layer)
         norm = f"{prefix}.{norm}" if norm and model_type in _PRE_NORM else None
         found[key] = Group((*found[key].layers, layer) if key in found else (layer,), norm)

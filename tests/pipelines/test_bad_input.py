@@ -72,7 +72,7 @@ RECIPES = [
     ("quantize: {fromat: fp8}", "quantize.fromat: unknown key 'fromat'; write 'format'"),
     ("quantize: {format: fp9}", "quantize.format: 'fp9' is not valid; write 'fp8'"),
     ("quantize: {format: int4_qptq}", "quantize.format: 'int4_qptq' is not valid; write 'int4_gptq'"),
-    ("quantize: {format: fp8, scale_search: mean}", "quantize.scale_search: 'mean' is not valid; write 'mse' (valid: max, mse)"),
+    ("quantize: {format: fp8, scale_search: mean}", "quantize.scale_search: 'mean' is not valid; write 'mse'"),
     ("quantize: {format: fp8, effective_bits: 6}", "has effective_bits, which only format 'mixed' has; remove it"),
     ("quantize: {format: mixed}", "has format 'mixed' and no effective_bits; write effective_bits: 4 to 8"),
     ("calibrate: {text: empty.txt}", "calibrate.text: 'empty.txt' is empty; write the path of a file with text in it"),

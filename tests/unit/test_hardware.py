@@ -48,25 +48,30 @@ def test_datasheet(name, memory_gb, bandwidth_gb, capability):
     assert gpu.compute_capability == capability
 
 
-EVERYTHING = {"bf16", "int8_wo", "int8_sq", "fp8", "int4_rtn", "int4_awq", "mixed"}
+CASTS = {"fp32", "fp16", "bf16"}
+INT4 = {"int4_awq", "int4_gptq"}
+FP8 = {"fp8", "fp8_per_channel"}
+FP4 = {"nvfp4", "mxfp4"}
+AMPERE = CASTS | INT4 | {"int4_rtn", "mixed", "int8_wo", "int8_sq"}
+W4A8 = {"w4a8_awq"}
 
 
 @pytest.mark.parametrize(
     ("name", "backend", "formats", "kv_caches"),
     [
-        ("a100-80", "torch", EVERYTHING - {"fp8"}, set()),
-        ("a100-80", "trtllm", {"bf16", "int4_awq"}, {"fp8"}),
-        ("a100-80", "trtllm-legacy", {"bf16", "int4_awq", "int8_wo", "int8_sq"}, {"int8"}),
-        ("a100-80", "vllm", {"bf16"}, set()),
-        ("l4", "trtllm", {"bf16", "fp8", "int4_awq"}, {"fp8"}),
-        ("h100", "torch", EVERYTHING, set()),
-        ("h100", "trtllm", {"bf16", "fp8", "int4_awq"}, {"fp8"}),
-        ("h100", "trtllm-legacy", {"bf16", "fp8", "int4_awq", "int8_wo", "int8_sq"}, {"fp8", "int8"}),
-        ("h100", "vllm", {"bf16", "fp8"}, {"fp8"}),
-        ("b200", "trtllm", {"bf16", "fp8", "int4_awq"}, {"fp8", "nvfp4"}),
-        ("b200", "trtllm-legacy", {"bf16", "fp8"}, {"fp8"}),
-        ("b200", "torch", EVERYTHING, set()),
-        ("cpu", "torch", EVERYTHING - {"fp8"}, set()),
+        ("a100-80", "torch", AMPERE, set()),
+        ("a100-80", "trtllm", CASTS | INT4, {"fp8"}),
+        ("a100-80", "trtllm-legacy", CASTS | INT4 | {"int8_wo", "int8_sq"}, {"int8"}),
+        ("a100-80", "vllm", CASTS, set()),
+        ("l4", "trtllm", CASTS | INT4 | W4A8 | {"fp8"}, {"fp8"}),
+        ("h100", "torch", AMPERE | FP8, set()),
+        ("h100", "trtllm", CASTS | INT4 | W4A8 | FP8, {"fp8"}),
+        ("h100", "trtllm-legacy", CASTS | INT4 | W4A8 | {"fp8", "int8_wo", "int8_sq"}, {"fp8", "int8"}),
+        ("h100", "vllm", CASTS | {"fp8"}, {"fp8"}),
+        ("b200", "trtllm", CASTS | INT4 | W4A8 | FP4 | {"fp8"}, {"fp8", "nvfp4"}),
+        ("b200", "trtllm-legacy", CASTS | {"fp8"}, {"fp8"}),
+        ("b200", "torch", AMPERE | FP8, set()),
+        ("cpu", "torch", AMPERE, set()),
     ],
 )
 def test_formats(name, backend, formats, kv_caches):
@@ -124,13 +129,13 @@ def test_an_unlike_target_lists_all():
             "a100-80",
             "{quantize: {format: fp8}, engine: {backend: trtllm}}",
             "quantize.format: fp8 needs compute capability 8.9 or later (Ada, Hopper, Blackwell) and a100-80 "
-            "has 8.0; write one of: bf16, int4_awq",
+            "has 8.0; write one of: fp32, fp16, bf16, int4_awq, int4_gptq",
         ),
         (
             "h100",
             "{quantize: {format: int8_sq}, engine: {backend: trtllm}}",
-            "quantize.format: trtllm does not serve int8_sq on h100; write one of: bf16, fp8, int4_awq, or "
-            "engine.backend: torch",
+            "quantize.format: trtllm does not serve int8_sq on h100; write one of: fp32, fp16, bf16, fp8, "
+            "fp8_per_channel, int4_awq, int4_gptq, w4a8_awq, or engine.backend: torch",
         ),
         (
             "cpu",
@@ -219,6 +224,78 @@ def test_refused(name, recipe, sentence):
 )
 def test_allowed(name, recipe):
     assert check(Recipe.parse(recipe), target(name), smollm2()) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "emulated"),
+    [
+        ("cpu", "fp8", True),
+        ("cpu", "fp8_per_channel", True),
+        ("cpu", "nvfp4", True),
+        ("cpu", "int4_gptq", False),
+        ("h100", "w4a8_awq", True),
+        ("b200", "nvfp4", True),
+        ("b200", "mxfp4", True),
+        ("h100", "fp8_per_channel", False),
+    ],
+)
+def test_torch_judges_by_emulation_what_it_has_no_kernel_for(name, format, emulated):
+    recipe, machine = Recipe.parse(f"quantize: {{format: {format}}}"), target(name)
+    assert check(recipe, machine, smollm2()) is None
+    assert machine.is_emulated(recipe) is emulated
+
+
+@pytest.mark.parametrize(
+    ("format", "features", "block"),
+    [("nvfp4", 1536, None), ("nvfp4", 1544, 16), ("mxfp4", 1536, None), ("mxfp4", 1552, 32)],
+)
+def test_a_format_with_blocks_of_its_own_wants_them_to_divide_every_layer(format, features, block):
+    reason = check(Recipe.parse(f"quantize: {{format: {format}}}"), target("cpu"), smollm2(down_features=features))
+    assert reason is None if block is None else reason == (
+        f"quantize.format: {format} has a scale for each {block} weights of a row, which do not divide the {features} "
+        f"of model.layers.0.mlp.down_proj; add 'model.layers.0.mlp.down_proj' to quantize.exclude"
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "left"),
+    [
+        ("{format: int8_wo}", 120),  # 30 blocks of q_proj, o_proj, up_proj and down_proj, of which none share an input
+        ("{format: int8_wo, exclude: ['*.o_proj', '*.down_proj']}", 60),
+        ("{format: int8_wo, exclude: ['model.layers.0.*']}", 116),
+    ],
+)
+@pytest.mark.parametrize("blocks", [0, 10])
+def test_the_most_sensitive_groups_are_fewer_than_all(recipe, left, blocks):
+    left -= blocks * left // 30 if "layers.0" not in recipe else blocks * 4
+    prune = f"prune: {{method: depth, blocks: {blocks}}}, " if blocks else ""
+
+    def reason(number: int) -> str | None:
+        settings = recipe.replace("}", f", exclude_sensitive: {number}}}")
+        return check(Recipe.parse(f"{{{prune}quantize: {settings}}}"), target("cpu"), smollm2())
+
+    assert reason(left - 1) is None
+    assert reason(left) == (
+        f"quantize.exclude_sensitive: {left} of {left} groups of layers leave nothing to quantize; write at most "
+        f"{left - 1}"
+    )
+
+
+@pytest.mark.parametrize("pattern", ["lm_head", "*", "*.q_proj", "model.layers.29.*", "model.layers.[0-4].mlp.up_proj"])
+def test_an_exclusion_that_matches_is_allowed_with_another(pattern):
+    recipe = Recipe.parse({"quantize": {"format": "int8_wo", "exclude": [pattern]}})
+    assert check(recipe, target("cpu"), smollm2()) == (
+        "quantize.exclude: leaves no layer to quantize; remove a pattern, or write format: bf16"
+        if pattern == "*" else None
+    )  # fmt: skip
+
+
+def test_an_exclusion_that_matches_nothing_lists_the_endings_and_not_every_layer():
+    recipe = Recipe.parse("quantize: {format: int8_wo, exclude: [lm_head, down_proj]}")
+    assert check(recipe, target("cpu"), smollm2()) == (
+        "quantize.exclude: 'down_proj' matches no layer; write '*.down_proj' (valid: *.down_proj, *.o_proj, *.q_proj, "
+        "*.up_proj, lm_head)"
+    )
 
 
 def test_fp8_on_cpu_is_allowed_and_called_emulated():

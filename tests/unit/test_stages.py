@@ -15,7 +15,7 @@ from trimtab.state import State
 from trimtab.store import open_store
 
 FULL = "{prune: {method: depth, blocks: 1}, distill: {tokens: 99}, quantize: {format: mixed, effective_bits: 6}}"
-ALL = ["calibrate", "prune", "distill", "recalibrate", "sensitivity", "quantize", "engine"]
+ALL = ["calibrate", "prune", "distill", "recalibrate", "gram", "sensitivity", "quantize", "engine"]
 
 
 @pytest.fixture
@@ -67,7 +67,13 @@ def worked(monkeypatch):
         ("quantize: {format: int4_rtn}", ["quantize", "engine"]),
         ("quantize: {format: fp8}", ["calibrate", "recalibrate", "quantize", "engine"]),
         ("quantize: {format: int8_sq}", ["calibrate", "recalibrate", "quantize", "engine"]),
-        ("quantize: {format: int4_awq}", ["calibrate", "recalibrate", "sensitivity", "quantize", "engine"]),
+        ("quantize: {format: int8_wo, scale_search: mse}", ["calibrate", "recalibrate", "quantize", "engine"]),
+        ("quantize: {format: bf16, kv_cache: fp8}", ["calibrate", "recalibrate", "quantize", "engine"]),
+        ("quantize: {format: int4_awq}", ["calibrate", "recalibrate", "quantize", "engine"]),
+        ("quantize: {format: int4_gptq}", ["calibrate", "recalibrate", "gram", "quantize", "engine"]),
+        ("quantize: {format: nvfp4}", ["calibrate", "recalibrate", "quantize", "engine"]),
+        ("quantize: {format: int4_rtn, exclude_sensitive: 1}",
+         ["calibrate", "recalibrate", "sensitivity", "quantize", "engine"]),
         ("prune: {method: magnitude, sparsity: 0.5}", ["prune", "engine"]),
         ("prune: {method: depth, blocks: 1}", ["calibrate", "prune", "engine"]),
         ("distill: {tokens: 99}", ["distill", "engine"]),
@@ -200,7 +206,7 @@ def test_what_exists_needs_no_accelerator(state, worked):
     for name in ALL:
         current, _ = stages.advance(name, current)
         seen.append([stage for stage, count in stages.accelerators(begun).items() if count != "0"])
-    assert seen == [ALL[1:], ALL[2:], ALL[3:], ALL[4:], ALL[5:], ALL[6:], []]
+    assert seen == [*(ALL[done:] for done in range(1, 8)), []]
 
 
 def test_a_verdict_needs_no_accelerator(state):

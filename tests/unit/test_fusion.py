@@ -1,0 +1,98 @@
+"""Which layers share an input, and the norm that makes it, by name alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from trimtab.fusion import Group, block_of, groups
+
+LLAMA = [
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+]  # fmt: skip
+PHI3 = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+
+
+def layers(places: list[str], blocks: int = 1) -> list[str]:
+    return [f"model.layers.{number}.{place}" for number in range(blocks) for place in places]
+
+
+def block(number: int, norms: bool = True) -> list[Group]:
+    """A Llama block, in order."""
+    at = f"model.layers.{number}"
+    before, between = (f"{at}.input_layernorm", f"{at}.post_attention_layernorm") if norms else (None, None)
+    return [
+        Group((f"{at}.mlp.down_proj",)),
+        Group((f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"), between),
+        Group((f"{at}.self_attn.o_proj",)),
+        Group(tuple(f"{at}.self_attn.{part}_proj" for part in "kqv"), before),
+    ]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "granite", "smollm3"])
+def test_llama(model_type):
+    assert groups(layers(LLAMA, blocks=2), model_type) == block(0) + block(1)
+
+
+def test_blocks_are_in_the_order_of_their_numbers():
+    found = groups(layers(["mlp.down_proj"], blocks=11), "llama")
+    assert [block_of(group.layers[0]) for group in found] == list(range(11))
+
+
+def test_the_order_of_the_names_is_of_no_account():
+    names = layers(LLAMA, blocks=3)
+    random.Random(0).shuffle(names)
+    assert groups(names, "llama") == block(0) + block(1) + block(2)
+
+
+def test_phi3_has_its_layers_fused_already():
+    at = "model.layers.0"
+    assert groups(layers(PHI3), "phi3") == [
+        Group((f"{at}.mlp.down_proj",)),
+        Group((f"{at}.mlp.gate_up_proj",), f"{at}.post_attention_layernorm"),
+        Group((f"{at}.self_attn.o_proj",)),
+        Group((f"{at}.self_attn.qkv_proj",), f"{at}.input_layernorm"),
+    ]
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "olmo2", "", "llama4"])
+def test_what_is_not_known_to_be_a_pre_norm_is_not_folded_into(model_type):
+    """Gemma multiplies by one plus the weight, OLMo 2 has the norm of that name behind the layers."""
+    assert groups(layers(LLAMA), model_type) == block(0, norms=False)
+
+
+def test_other_names_stand_alone():
+    names = ["transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_fc", "transformer.h.1.attn.c_attn"]
+    assert groups(names, "gpt2") == [Group((name,)) for name in names]
+
+
+def test_layers_outside_blocks_come_first_and_alone():
+    names = ["model.layers.0.mlp.up_proj", "score", "self_attn.q_proj", "self_attn.k_proj"]
+    found = groups(names, "llama")
+    assert found[:-1] == [Group(("score",)), Group(("self_attn.k_proj",)), Group(("self_attn.q_proj",))]
+    assert found[-1] == Group(("model.layers.0.mlp.up_proj",), "model.layers.0.post_attention_layernorm")
+
+
+def test_towers_with_the_same_numbers_are_kept_apart():
+    names = [f"{tower}.layers.0.self_attn.{part}_proj" for tower in ("vision", "text") for part in "qk"]
+    assert groups(names, "llama") == [
+        Group((f"{tower}.layers.0.self_attn.k_proj", f"{tower}.layers.0.self_attn.q_proj"),
+              f"{tower}.layers.0.input_layernorm")
+        for tower in ("text", "vision")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("model.layers.12.mlp.up_proj.weight", 12),
+        ("transformer.h.3.attn.c_attn", 3),
+        ("model.embed_tokens.weight", None),
+        ("lm_head", None),
+        ("model.norm.weight", None),
+    ],
+)
+def test_block_of(name, number):
+    assert block_of(name) == number
