@@ -11,8 +11,11 @@ import torch
 
 from trimtab.errors import Failure
 
-#: What is added to the diagonal, as a share of its mean: the paper's 1 %.
-DAMPING = 0.01
+#: What is added to the diagonal, as a share of its mean. The paper has 1 %, for some 260,000 tokens; with the few
+#: thousand of trimtab's own text more of what they correlate is chance. SmolLM2-135M's perplexity ratio, calibrated on
+#: them and measured on WikiText-2: 1.179 with 0.01, 1.153 with 0.1, 1.118 with 0.3, 1.128 with 1. Calibrated on 32
+#: windows of WikiText-2 itself the choice matters less: 1.063, 1.065 and 1.060.
+DAMPING = 0.3
 #: Columns whose errors are passed on within before the rest is updated at once.
 BLOCK = 64
 
