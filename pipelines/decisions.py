@@ -53,14 +53,14 @@ def plan(
 def prepare(state: str, checkpoint: dsl.Output[dsl.Model]) -> NamedTuple(
     "Prepared", state=str, calibrate=str, prune=str, distill=str, recalibrate=str, quantize=str, engine=str
 ):
-    """Refuses what the target cannot run, and says how many accelerators each stage needs.
+    """Refuses what the target cannot run, and says how many accelerators each task needs.
 
     Args:
         state: The state with which the attempt begins, JSON.
         checkpoint: Names the model.
 
     Returns:
-        The state, and for each stage its count of accelerators, "0" for a pass-through or a result that exists.
+        The state, and for each task its count of accelerators, "0" for a pass-through or a result that exists.
     """
     from collections import namedtuple
 
@@ -70,7 +70,6 @@ def prepare(state: str, checkpoint: dsl.Output[dsl.Model]) -> NamedTuple(
     ready = flow.prepare(State.parse(state))
     stages.describe_tree(checkpoint, ready.model)
     need = stages.accelerators(ready)
-    need["recalibrate"] = max(need["recalibrate"], need.pop("sensitivity"))
     return namedtuple("Prepared", ["state", *need])(ready.to_json(), *need.values())
 
 

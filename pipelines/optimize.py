@@ -17,6 +17,7 @@ from trimtab.components.pruning.component import prune
 from trimtab.components.quantization.component import quantize
 from trimtab.components.validation.component import validate
 from trimtab.pipelines.decisions import adjust, carry, decide, plan, prepare, summarize
+from trimtab.stages import TASKS
 
 #: The most attempts that are unrolled; `max_attempts` of a run is at most this.
 MAX_ATTEMPTS = 10
@@ -59,7 +60,7 @@ def attempt(state: str) -> str:
     ).outputs
     again = _uncached(
         calibrate(
-            state=distilled["Output"], checkpoint=distilled["distilled"], stages="recalibrate gram sensitivity"
+            state=distilled["Output"], checkpoint=distilled["distilled"], stages=" ".join(TASKS["recalibrate"])
         ),
         "recalibrate",
         need["recalibrate"],

@@ -20,7 +20,7 @@ def calibrate(
         checkpoint: The model to measure (named, not carried: the tree is in the store).
         calibration: Names the calibration tree: tokens, statistics of each layer's input, block influence.
         metrics: Samples, tokens and vocabulary coverage.
-        stages: 'calibrate' before pruning; 'recalibrate gram sensitivity' after it.
+        stages: The stages to run, separated by spaces: 'calibrate' before pruning, 'recalibrate' and more after it.
 
     Returns:
         The state with the calibration tree, JSON.

@@ -156,6 +156,14 @@ STAGES: dict[str, Stage] = {
     )
 }
 
+#: The tasks of the pipeline, and the stages that each runs: what is measured on the model that quantization gets is
+#: measured in one task, for all of it needs the same checkpoint, tokens and device.
+TASKS: dict[str, tuple[str, ...]] = {
+    name: ("recalibrate", "gram", "sensitivity") if name == "recalibrate" else (name,)
+    for name in STAGES
+    if name not in ("gram", "sensitivity")
+}
+
 
 def cached(
     store: Store, stage: Stage, parameters: dict[str, Any], inputs: Mapping[str, Tree | None]
@@ -253,7 +261,7 @@ def run(names: str, state_json: str, artifact: Any, metrics: Any) -> str:
     """The body of a stage's component: runs the named stages and fills the artifacts that the UI shows.
 
     Args:
-        names: names of STAGES, separated by spaces.
+        names: names of STAGES, separated by spaces; the artifact stands for the tree of the first.
         state_json: the state as the previous stage returned it.
         artifact: KFP output artifact; gets a few kB that name the tree, so that the UI draws the lineage.
         metrics: KFP Metrics artifact, or None.
@@ -267,7 +275,7 @@ def run(names: str, state_json: str, artifact: Any, metrics: Any) -> str:
         state, result = advance(name, state)
         if metrics is not None and result:
             log_metrics(metrics, {**result.metrics, "seconds": result.seconds, "from_store": float(result.hit)})
-    describe_tree(artifact, tree_of(STAGES[names.split()[-1]].output, state))
+    describe_tree(artifact, tree_of(STAGES[names.split()[0]].output, state))
     return state.to_json()
 
 
@@ -289,16 +297,21 @@ def describe_tree(artifact: Any, tree: Tree | None) -> None:
 
 
 def accelerators(state: State) -> dict[str, str]:
-    """Returns for each stage the accelerators it needs, as KFP wants the count: "0" for a pass-through or a hit.
+    """Returns for each of TASKS the accelerators it needs, as KFP wants the count.
 
-    Follows the chain of keys through the index as far as results exist; behind the first missing one every
-    wanted stage must run.
+    That is the most that any of its stages needs: "0" where each is a pass-through or a hit. Follows the chain of keys
+    through the index as far as results exist; behind the first missing one every wanted stage must run.
     """
-    world = str(state.recipe.engine.tensor_parallel_size * state.recipe.engine.pipeline_parallel_size)
-    counts = {name: "0" for name in STAGES}
-    if state.verdict or state.target == "cpu":
-        return counts
-    store, known = open_store(state.store), True
+    counts = dict.fromkeys(STAGES, 0)
+    if not state.verdict and state.target != "cpu":
+        counts |= _needed(state)
+    return {task: str(max(counts[name] for name in names)) for task, names in TASKS.items()}
+
+
+def _needed(state: State) -> dict[str, int]:
+    """The accelerators of the stages that must run."""
+    world = state.recipe.engine.tensor_parallel_size * state.recipe.engine.pipeline_parallel_size
+    store, known, counts = open_store(state.store), True, {}
     for name, stage in STAGES.items():
         if not stage.wanted(state.recipe):
             continue
@@ -308,5 +321,5 @@ def accelerators(state: State) -> dict[str, str]:
             state = state.model_copy(update={"trees": trees})
         else:
             known = False
-            counts[name] = world if name == "engine" else "1"
+            counts[name] = world if name == "engine" else 1
     return counts

@@ -11,6 +11,7 @@ from kfp import components
 
 from trimtab.components import images
 from trimtab.pipelines import cli
+from trimtab.stages import TASKS
 
 MEGABYTE = 2**20
 STEPS = ["prepare", "calibrate", "prune", "distill", "recalibrate", "quantize", "build engine", "validate"]
@@ -152,6 +153,11 @@ def test_accelerators_are_asked_for_by_prepare(ir):
             counts[task["taskInfo"]["name"]] = resources.get("accelerator", {}).get("resourceCount", "")
         assert [name for name, count in counts.items() if not count] == ["prepare"]
         assert all("prepare" in count for name, count in counts.items() if name != "prepare")
+
+
+def test_prepare_returns_a_count_for_every_task(ir):
+    outputs = ir["components"]["comp-prepare"]["outputDefinitions"]["parameters"]
+    assert set(outputs) == {"state", *TASKS}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from trimtab import child, stages
 from trimtab.errors import Failure, StoreError
 from trimtab.recipe import Recipe
-from trimtab.stages import STAGES, Stage
+from trimtab.stages import STAGES, TASKS, Stage
 from trimtab.state import State
 from trimtab.store import open_store
 
@@ -178,14 +178,14 @@ def test_a_result_whose_tree_is_gone_is_made_again(state, worked, store):
     assert not again.hit and again.tree == result.tree
 
 
-def counts(recipe: Recipe, wanted: dict[str, str]) -> dict[str, str]:
-    return {name: wanted.get(name, "0") for name in STAGES}
+def test_every_stage_runs_in_one_task_in_order():
+    assert [name for names in TASKS.values() for name in names] == list(STAGES) == ALL
 
 
 @pytest.mark.parametrize(
     ("recipe", "target", "expected"),
     [
-        (FULL, "h100", dict.fromkeys(ALL, "1")),
+        (FULL, "h100", dict.fromkeys(TASKS, "1")),
         (FULL, "cpu", {}),
         ("quantize: {format: int8_wo}", "h100", {"quantize": "1", "engine": "1"}),
         ("{quantize: {format: fp8}, engine: {tensor_parallel_size: 4}}", "h100",
@@ -195,18 +195,36 @@ def counts(recipe: Recipe, wanted: dict[str, str]) -> dict[str, str]:
 )  # fmt: skip
 def test_accelerators(recipe, target, expected, state):
     begun = state(recipe, target)
-    assert stages.accelerators(begun) == counts(begun.recipe, expected)
+    assert stages.accelerators(begun) == dict.fromkeys(TASKS, "0") | expected
 
 
 def test_what_exists_needs_no_accelerator(state, worked):
-    """Results are followed from stage to stage; behind the first that is missing, every wanted stage must run."""
+    """Results are followed from stage to stage; behind the first that is missing, every wanted stage must run, and a
+    task needs an accelerator as long as any of its stages must: `recalibrate`, `gram` and `sensitivity` are one."""
     begun = state(FULL)
-    seen = []
+    seen = {}
     current = begun
     for name in ALL:
         current, _ = stages.advance(name, current)
-        seen.append([stage for stage, count in stages.accelerators(begun).items() if count != "0"])
-    assert seen == [*(ALL[done:] for done in range(1, 8)), []]
+        seen[name] = [task for task, count in stages.accelerators(begun).items() if count != "0"]
+    assert seen == {
+        "calibrate": ["prune", "distill", "recalibrate", "quantize", "engine"],
+        "prune": ["distill", "recalibrate", "quantize", "engine"],
+        "distill": ["recalibrate", "quantize", "engine"],
+        "recalibrate": ["recalibrate", "quantize", "engine"],
+        "gram": ["recalibrate", "quantize", "engine"],
+        "sensitivity": ["quantize", "engine"],
+        "quantize": ["engine"],
+        "engine": [],
+    }
+
+
+@pytest.mark.parametrize("recipe", ["{format: int4_gptq}", "{format: fp8, exclude_sensitive: 1}"])
+def test_a_later_stage_of_a_task_alone_needs_an_accelerator(recipe, state, worked):
+    """An attempt that shares the statistics of an earlier one, and wants the Gram matrices or the harms besides."""
+    stages.advance("calibrate", state("quantize: {format: fp8}"))
+    needed = stages.accelerators(state(f"quantize: {recipe}"))
+    assert (needed["calibrate"], needed["recalibrate"]) == ("0", "1")
 
 
 def test_a_verdict_needs_no_accelerator(state):
@@ -222,6 +240,14 @@ def test_run_describes_what_travels(state, worked, tmp_path):
     assert json.loads((tmp_path / "artifact").read_text()) == after.trees["export"].model_dump()
     assert artifact.metadata["tree_digest"] == after.trees["export"].digest
     assert logged == {"loss": 1.5, "peak_memory_bytes": 1000.0, "seconds": 2.0, "from_store": 0.0}
+
+
+def test_run_of_several_stages_names_the_tree_of_the_first(state, worked, tmp_path):
+    artifact = SimpleNamespace(path=str(tmp_path / "artifact"), metadata={})
+    for recipe in ("{format: fp8}", "{format: mixed, effective_bits: 6}"):
+        before = state(f"quantize: {recipe}").to_json()
+        after = State.parse(stages.run(" ".join(TASKS["recalibrate"]), before, artifact, None))
+        assert json.loads((tmp_path / "artifact").read_text()) == after.trees["calibration"].model_dump()
 
 
 def test_run_of_a_pass_through_names_its_input(state, tmp_path):
