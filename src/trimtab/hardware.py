@@ -36,7 +36,6 @@ from trimtab.schema import Document
 
 GB = 10**9
 BACKENDS = ("torch", "trtllm", "trtllm-legacy", "vllm")
-GROUP_SIZES = (128, 64, 32)
 #: Numbers along a row, or along a head of the KV cache, that share a scale in NVFP4.
 NVFP4_BLOCK = 16
 #: Layers that tensor parallelism splits along their input, by the last part of their name (Llama's names).
@@ -199,6 +198,7 @@ def check(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> str | None:
         or _check_exclusions(recipe, facts)
         or _check_blocks(recipe, facts)
         or _check_parallelism(recipe, facts)
+        or (check_packing(recipe.quantize, facts) if recipe.quantize else None)
         or _check_group_size(recipe, hardware, facts)
     )
 
@@ -322,16 +322,29 @@ def _splits(facts: ModelFacts, ranks: int) -> bool:
     return facts.heads % ranks == 0 and whole_kv and facts.intermediate_size % ranks == 0
 
 
+def check_packing(quantize: Quantization, facts: ModelFacts) -> str | None:
+    """Returns why a format cannot store a layer of this model, whatever the target, or None when it can.
+
+    The group sizes of INT4 depend on the target besides: `check` looks at them.
+    """
+    form, block = quantize.format, FIXED_BLOCKS.get(quantize.format, 1)
+    for layer in quantized_layers(facts, quantize):
+        keep = f"add '{layer.name}' to quantize.exclude"
+        if layer.in_features % block:
+            return (
+                f"quantize.format: {form} has a scale for each {block} weights of a row, which do not divide the "
+                f"{layer.in_features} of {layer.name}; {keep}"
+            )
+        if form in GROUPED_FORMATS and layer.out_features % 2:
+            return (
+                f"quantize.format: {form} stores output features in pairs, and {layer.name} has "
+                f"{layer.out_features}; {keep}"
+            )
+    return None
+
+
 def _check_group_size(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> str | None:
     quantize, backend = recipe.quantize, recipe.engine.backend
-    if quantize is not None and quantize.format in FIXED_BLOCKS:
-        block = FIXED_BLOCKS[quantize.format]
-        for layer in quantized_layers(facts, quantize):
-            if layer.in_features % block:
-                return (
-                    f"quantize.format: {quantize.format} has a scale for each {block} weights of a row, which do not "
-                    f"divide the {layer.in_features} of {layer.name}; add '{layer.name}' to quantize.exclude"
-                )
     if quantize is None or quantize.format not in GROUPED_FORMATS:
         return None
     served = _BACKEND_GROUP_SIZES[backend]

@@ -22,6 +22,8 @@ KVCache = Literal["none", "fp8", "int8", "nvfp4"]
 CASTS = ("fp32", "fp16", "bf16")
 #: Formats in which `group_size` weights of a row share a scale.
 GROUPED_FORMATS = ("int4_rtn", "int4_awq", "int4_gptq", "w4a8_awq", "mixed")
+#: Formats without scales that a search could better: none at all, or blocks' whose numbers are ModelOpt's.
+_UNSEARCHED = (*CASTS, "nvfp4", "mxfp4")
 #: What `mixed` gives each layer one of.
 MIXED_FORMATS = ("int4_gptq", "int8_wo")
 #: Formats that ask the activations what to do with the weights; and those that round activations too.
@@ -171,6 +173,12 @@ class Quantization(Document):
             raise ValueError("has format 'mixed' and no effective_bits; write effective_bits: 4 to 8")
         if self.format != "mixed" and self.effective_bits is not None:
             raise ValueError("has effective_bits, which only format 'mixed' has; remove it, or write format: mixed")
+        return self
+
+    @model_validator(mode="after")
+    def _searches_what_is_there(self) -> Quantization:
+        if self.scale_search == "mse" and self.format in _UNSEARCHED:
+            raise ValueError(f"has scale_search 'mse', but format '{self.format}' has no scales to search; remove it")
         return self
 
     @property

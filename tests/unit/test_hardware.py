@@ -6,7 +6,7 @@ from trimtab import hardware
 from trimtab.errors import InputError
 from trimtab.hardware import GB, GPUS, TARGETS, check, largest_group_size, machine_memory, target
 from trimtab.model import Linear, ModelFacts
-from trimtab.recipe import Quantization, Recipe
+from trimtab.recipe import GROUPED_FORMATS, Quantization, Recipe
 
 
 def smollm2(down_features: int = 1536, head_dim: int = 64) -> ModelFacts:
@@ -255,6 +255,26 @@ def test_a_format_with_blocks_of_its_own_wants_them_to_divide_every_layer(format
         f"quantize.format: {format} has a scale for each {block} weights of a row, which do not divide the {features} "
         f"of model.layers.0.mlp.down_proj; add 'model.layers.0.mlp.down_proj' to quantize.exclude"
     )
+
+
+@pytest.mark.parametrize("format", GROUPED_FORMATS)
+def test_int4_wants_an_even_number_of_output_features(format):
+    """A byte of ModelOpt's INT4 holds the weights of two output features."""
+    facts, name = smollm2(), "model.layers.3.mlp.up_proj"
+    odd = [layer._replace(out_features=1535) if layer.name == name else layer for layer in facts.linears]
+    facts = facts.model_copy(update={"linears": tuple(odd)})
+    bits = {"effective_bits": 6} if format == "mixed" else {}
+
+    def reason(*exclude: str) -> str | None:
+        recipe = Recipe.parse({"quantize": {"format": format, "exclude": ["lm_head", *exclude], **bits}})
+        return check(recipe, target("cpu"), facts)
+
+    assert reason() == (
+        f"quantize.format: {format} stores output features in pairs, and {name} has 1535; add '{name}' to "
+        f"quantize.exclude"
+    )
+    assert reason(name) is None
+    assert check(Recipe.parse("quantize: {format: int8_wo}"), target("cpu"), facts) is None
 
 
 @pytest.mark.parametrize(

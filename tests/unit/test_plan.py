@@ -181,22 +181,24 @@ def students(first: int, second: int, rest: str = "") -> list[str]:
 
 LADDERS = [
     ("fit_larger_model", SMOLLM2, "cpu", [
-        "int4_rtn", "int4_awq", "mixed 4.5 bits", "mixed 5 bits", "mixed 5.5 bits", "mixed 6 bits",
+        "int4_rtn", "int4_awq", "int4_gptq", "mixed 4.5 bits", "mixed 5 bits", "mixed 5.5 bits", "mixed 6 bits",
         "mixed 7 bits", "int8_wo",
     ]),
-    ("fit_larger_model", LLAMA_8B, "h100", ["int4_awq", *students(8, 4, "fp8"), "fp8"]),
+    ("fit_larger_model", LLAMA_8B, "h100", ["int4_awq", "int4_gptq", *students(8, 4, "fp8"), "fp8"]),
+    # NVFP4 where it is served: by TensorRT-LLM on Blackwell, and nowhere by torch
+    ("fit_larger_model", LLAMA_8B, "b200", ["nvfp4", "int4_awq", "int4_gptq", *students(8, 4, "fp8"), "fp8"]),
     ("fit_larger_model", LLAMA_8B, "a100-80", [
-        "int4_awq", "int4_awq, down_proj in 16 bits", *students(8, 4),
+        "int4_awq", "int4_gptq", "int4_awq, down_proj in 16 bits", *students(8, 4),
     ]),
     ("lower_latency", SMOLLM2, "cpu", [
-        "int8_wo", "int8_sq", "int4_awq", "mixed 6 bits", *(title + "int8_wo" for title in STUDENTS_CPU),
-        "int8_wo, down_proj in 16 bits",
+        "int8_wo", "int8_sq", "int4_awq", "int4_gptq", "mixed 5 bits",
+        *(title + "int8_wo" for title in STUDENTS_CPU), "int8_wo, down_proj in 16 bits",
     ]),
     ("lower_latency", LLAMA_8B, "h100", [
-        "fp8 + fp8 KV", "fp8", "int4_awq", *students(8, 4, "fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
+        "fp8 + fp8 KV", "fp8", "int4_awq", "int4_gptq", *students(8, 4, "fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
     ]),
     ("lower_latency", LLAMA_8B, "a100-80", [
-        "int4_awq", *students(8, 4, "bf16 + fp8 KV"), "int4_awq, down_proj in 16 bits",
+        "int4_awq", "int4_gptq", *students(8, 4, "bf16 + fp8 KV"), "int4_awq, down_proj in 16 bits",
     ]),
     ("higher_throughput", SMOLLM2, "cpu", [
         "int8_sq", "int8_wo", *(title + "int8_sq" for title in STUDENTS_CPU), "int8_wo, down_proj in 16 bits",
@@ -253,9 +255,15 @@ def test_every_rung_runs_fits_differs_and_says_why(goal, name, model):
 
 
 def test_the_largest_group_size_that_divides_is_used():
-    sizes = {rung.recipe.quantize.group_size for rung in ladder("fit_larger_model", SMOLLM2, on("cpu"))[:7]}
+    sizes = {rung.recipe.quantize.group_size for rung in ladder("fit_larger_model", SMOLLM2, on("cpu"))[:8]}
     assert sizes == {64}  # 576 = 9 * 64
     assert ladder("fit_larger_model", LLAMA_8B, on("cpu"))[0].recipe.quantize.group_size == 128
+
+
+def test_no_int4_where_rows_are_odd():
+    odd = llama(2, 576, 1537, 9, 3, 64, 256, 512, True)
+    odd = odd.model_copy(update={"linears": tuple(x for x in odd.linears if "down" not in x.name)})
+    assert titles("fit_larger_model", odd, "cpu") == ["int8_wo"]
 
 
 def test_no_int4_where_no_group_size_divides():
@@ -280,9 +288,9 @@ def test_engine_limits_follow_the_goal(goal, batch, length, tokens, chunked):
 
 
 def test_int4_is_served_at_batch_1_for_latency():
-    rung = ladder("lower_latency", LLAMA_8B, on("h100"))[2]
-    assert rung.recipe.title == "int4_awq" and rung.recipe.engine.max_batch_size == 1
-    assert "0.75x" in rung.why
+    awq, gptq = ladder("lower_latency", LLAMA_8B, on("h100"))[2:4]
+    assert [awq.recipe.title, gptq.recipe.title] == ["int4_awq", "int4_gptq"] and "0.75x" in awq.why
+    assert awq.recipe.engine.max_batch_size == gptq.recipe.engine.max_batch_size == 1
 
 
 def test_memory_decides_what_stands_on_the_ladder():
@@ -318,7 +326,7 @@ def test_the_users_recipe_stands_first_and_once():
     first = second.model_copy(update={"name": "mine", "accept": Acceptance(min_recovery=0.5)})
     found = ladder("fit_larger_model", SMOLLM2, on("cpu"), first=first)
     assert found[0].recipe == first and found[0].why == "the recipe that the user gave"
-    assert [r.recipe.title for r in found][:3] == ["mine", "int4_rtn", "mixed 4.5 bits"] and len(found) == 8
+    assert [r.recipe.title for r in found][:3] == ["mine", "int4_rtn", "int4_gptq"] and len(found) == 9
 
 
 def test_the_users_recipe_may_be_judged_by_emulation():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trimtab.errors import InputError
-from trimtab.recipe import Recipe
+from trimtab.recipe import Format, Recipe
 
 BAD = [
     # an unknown key names the nearest valid one
@@ -64,6 +64,13 @@ BAD = [
         "quantize: {format: fp8, effective_bits: 6}",
         "has effective_bits, which only format 'mixed' has; remove it, or write format: mixed",
     ),
+    *(
+        (
+            f"quantize: {{format: {form}, scale_search: mse}}",
+            f"has scale_search 'mse', but format '{form}' has no scales to search; remove it",
+        )
+        for form in ("fp32", "fp16", "bf16", "nvfp4", "mxfp4")
+    ),
     ("quantize: {format: mixed, effective_bits: 3}", "quantize.effective_bits: 3 should be greater than or equal to 4"),
     # what is missing
     ("quantize: {group_size: 64}", "quantize.format: is required"),
@@ -89,6 +96,13 @@ def test_every_fault_is_named():
     with pytest.raises(InputError) as caught:
         Recipe.parse("{quantize: {format: fp9}, prune: {method: depth, blocks: -1}, extra: 1}")
     assert all(field in str(caught.value) for field in ("quantize.format", "prune.blocks", "extra"))
+
+
+@pytest.mark.parametrize("form", [f for f in Format.__args__ if f not in ("fp32", "fp16", "bf16", "nvfp4", "mxfp4")])
+def test_every_other_format_has_scales_to_search(form):
+    bits = ", effective_bits: 5" if form == "mixed" else ""
+    settings = Recipe.parse(f"quantize: {{format: {form}, scale_search: mse{bits}}}").quantize
+    assert settings.needs_statistics and all(map(settings.searches_scales, settings.scored_formats))
 
 
 @pytest.mark.parametrize(
