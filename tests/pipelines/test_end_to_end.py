@@ -36,7 +36,7 @@ window_tokens: 64
 LONG_RECIPE = """
 prune: {method: depth, blocks: 1}
 distill: {tokens: 10240, batch_size: 4, length: 64}
-quantize: {format: int4_awq, group_size: 32}
+quantize: {format: mixed, effective_bits: 6, group_size: 32}
 calibrate: {samples: 4, length: 64}
 accept: {min_recovery: 0.1, max_perplexity_ratio: 10}
 """
@@ -169,8 +169,9 @@ def test_again_in_seconds(finished):
 KILLS = [
     ("calibrate", "measuring activations", "the command"),
     ("distill", "loss", "everything"),
+    ("gram", "measuring Gram matrices", "everything"),
     ("sensitivity", "scoring every layer", "the command"),
-    ("quantize", "exporting", "everything"),
+    ("quantize", "quantizing shard", "everything"),
     ("validate", "scoring", "the command"),
 ]
 

@@ -225,10 +225,13 @@ class Case:
 
 CASES = {
     "accepted first": Case(["int4_rtn accepted confirmed"], exit_code=0),
-    "accepted third": Case(
-        ["int4_rtn rejected accuracy", "int4_awq rejected accuracy", "mixed accepted confirmed"],
-        scores={"int4_rtn": BAD, "int4_awq": BAD},
-        max_attempts=3,
+    "accepted fourth": Case(
+        [
+            "int4_rtn rejected accuracy", "int4_awq rejected accuracy", "int4_gptq rejected accuracy",
+            "mixed accepted confirmed",
+        ],
+        scores={"int4_rtn": BAD, "int4_awq": BAD, "int4_gptq": BAD},
+        max_attempts=4,
         exit_code=0,
     ),
     "a run's own max_attempts stops before the unrolled ones are used up": Case(
