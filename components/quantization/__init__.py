@@ -1,1 +1,1 @@
-"""Quantization: through NVIDIA's ModelOpt, exported as a unified Hugging Face checkpoint."""
+"""Quantization: a checkpoint, shard by shard, becomes one as NVIDIA's ModelOpt exports it."""

@@ -9,6 +9,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from trimtab.errors import Failure
+from trimtab.recipe import MIXED_FORMATS
+from trimtab.runtime.formats import ALGORITHMS, Layout
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Group:
 
 
 #: Bits of a weight in each format, without its scales: the convention of ModelOpt's `effective_bits`.
-BITS = {"int4_gptq": 4.0, "int8_wo": 8.0}
+BITS = {form: Layout(ALGORITHMS[form]).bits for form in MIXED_FORMATS}
 
 
 def allocate(groups: Sequence[Group], effective_bits: float) -> dict[str, str]:
@@ -58,4 +60,3 @@ def allocate(groups: Sequence[Group], effective_bits: float) -> dict[str, str]:
         )
     choice = solution.x.reshape(harm.shape).argmax(axis=1)
     return {layer: formats[c] for group, c in zip(groups, choice, strict=True) for layer in group.layers}
-

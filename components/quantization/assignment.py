@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from trimtab import fusion, hardware
 from trimtab.components.quantization import allocation, sensitivity
 from trimtab.model import ModelFacts
 from trimtab.recipe import CASTS, Quantization
-
-#: Bits of a weight in each format, without its scales: the convention of ModelOpt's `effective_bits`.
-_FOUR_BITS = ("int4_rtn", "int4_awq", "int4_gptq", "w4a8_awq", "nvfp4", "mxfp4")
 
 
 def choose(
@@ -38,16 +35,8 @@ def choose(
         if layers := tuple(layer for layer in group.layers if layer in wanted):
             weights = sum(sizes[layer] for layer in layers)
             open_groups.append(allocation.Group(layers, weights, measured[group.layers[0]]))
-    open_groups.sort(key=lambda group: -group.harm[settings.scored_formats[0]])
+    open_groups.sort(key=lambda group: -group.harm[settings.layer_formats[0]])
     open_groups = open_groups[settings.exclude_sensitive :]
     if settings.format == "mixed":
         return allocation.allocate(open_groups, settings.effective_bits)
     return {layer: settings.format for group in open_groups for layer in group.layers}
-
-
-def effective_bits(facts: ModelFacts, chosen: Mapping[str, str]) -> float:
-    """Returns the mean bits of the quantized weights, without their scales; 16 where nothing is quantized."""
-    sizes = {layer.name: layer.parameters for layer in facts.linears}
-    total = sum(sizes[layer] for layer in chosen)
-    bits = sum((4 if form in _FOUR_BITS else 8) * sizes[layer] for layer, form in chosen.items())
-    return bits / total if total else 16.0

@@ -20,7 +20,7 @@ ALPHAS = torch.linspace(0, 1, 21).tolist()
 def awq(
     weights: Sequence[torch.Tensor],
     second_moment: torch.Tensor,
-    rounded: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    rounded: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Returns the channel scale for weight-only rounding, float32 [in] (Lin et al. 2023, "AWQ").
 
@@ -30,7 +30,7 @@ def awq(
     Args:
         weights: those of the layers that share the input, or slices of their rows, floating point [out, in] each.
         second_moment: of the unscaled input, float32 [in].
-        rounded: (weight, second moment of its input) -> the weight that rounding leaves.
+        rounded: weight -> the weight that rounding leaves.
     """
     magnitude = _positive(second_moment).sqrt()
     candidates = [_normalized(magnitude**alpha) for alpha in ALPHAS[:-1]]
@@ -38,7 +38,7 @@ def awq(
     for weight in (part.float() for part in weights):
         for number, scale in enumerate(candidates):
             scaled, moment = weight * scale, second_moment / scale.square()
-            errors[number] += rounded(scaled, moment).sub_(scaled).square_().mul_(moment).sum()
+            errors[number] += rounded(scaled).sub_(scaled).square_().mul_(moment).sum()
     return candidates[int(errors.argmin())]
 
 

@@ -13,12 +13,12 @@ def quantize(
     export: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
 ) -> str:
-    """Quantizes with ModelOpt and exports a unified Hugging Face checkpoint; passes the model on otherwise.
+    """Writes a unified Hugging Face checkpoint as ModelOpt exports it; passes the model on otherwise.
 
     Args:
         state: The state of the attempt, JSON.
         checkpoint: The model to quantize.
-        calibration: Tokens, or the sensitivity of each layer for mixed precision.
+        calibration: What was measured of the model (named, not carried: the trees are in the store).
         export: Names the exported checkpoint.
         metrics: Bytes, effective bits.
 

@@ -11,28 +11,29 @@ import torch
 from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 from modelopt.torch.export.quant_utils import process_layer_quant_config
 
-from trimtab.components.quantization.formats import ALGORITHMS, group_size
+from trimtab.components.quantization.formats import MODELOPT_NAMES
 from trimtab.model import ModelFacts
-from trimtab.recipe import Quantization
+from trimtab.runtime.formats import Layout
 from trimtab.runtime.kv_cache import ALGORITHMS as KV_CACHES
 
 
 def write(
-    folder: Path, facts: ModelFacts, chosen: Mapping[str, str], settings: Quantization, dtype: torch.dtype
+    folder: Path, facts: ModelFacts, layouts: Mapping[str, Layout], kv_cache: str, dtype: torch.dtype
 ) -> None:
     """Says in the export's config.json, and in hf_quant_config.json, how its layers and its KV cache are stored.
 
     Args:
         folder: holds the source's config.json.
-        chosen: the format of each quantized layer.
+        layouts: of each quantized layer.
+        kv_cache: the recipe's.
         dtype: of everything that is not quantized.
     """
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
     config.pop("torch_dtype", None)  # the older name of the same
-    if chosen or settings.kv_cache != "none":
-        own = {"producer": _producer(), "quantization": _quantization(facts, chosen, settings)}
+    if layouts or kv_cache != "none":
+        own = {"producer": _producer(), "quantization": _quantization(facts, layouts, kv_cache)}
         (folder / "hf_quant_config.json").write_text(json.dumps(own, indent=4), encoding="utf-8")
         config["quantization_config"] = convert_hf_quant_config_format(own)
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -42,13 +43,13 @@ def _producer() -> dict[str, str]:
     return {"name": "modelopt", "version": importlib.metadata.version("nvidia-modelopt")}
 
 
-def _quantization(facts: ModelFacts, chosen: Mapping[str, str], settings: Quantization) -> dict:
+def _quantization(facts: ModelFacts, layouts: Mapping[str, Layout], kv_cache: str) -> dict:
     layers = {}
     for layer in (*(linear.name for linear in facts.linears), "lm_head"):
-        form = chosen.get(layer)
-        layers[f"{layer}.quantization"] = ALGORITHMS[form][1] if form else None
-        if form and group_size(form, settings):
-            layers[f"{layer}.awq_block_size"] = group_size(form, settings)
+        layout = layouts.get(layer)
+        layers[f"{layer}.quantization"] = MODELOPT_NAMES[layout.algo] if layout else None
+        if layout and layout.group_size:
+            layers[f"{layer}.awq_block_size"] = layout.group_size
     found = process_layer_quant_config(layers)
-    found["kv_cache_quant_algo"] = KV_CACHES.get(settings.kv_cache)
+    found["kv_cache_quant_algo"] = KV_CACHES.get(kv_cache)
     return found

@@ -16,13 +16,11 @@ from modelopt.torch.quantization.qtensor import MXFP4QTensor, NVFP4QTensor
 
 from trimtab.components.quantization import channels, gptq, scales
 from trimtab.components.quantization.scales import FP8, INT4, INT8, Numbers
-from trimtab.hardware import FIXED_BLOCKS, NVFP4_BLOCK
-from trimtab.recipe import Quantization
-from trimtab.runtime.formats import ALGORITHMS as STORED_AS
-from trimtab.runtime.formats import E2M1_MAX, E4M3_MAX, STORED, Layout, Quantized, pack_int4, unpack_int4
+from trimtab.recipe import AWQ_FORMATS, Quantization
+from trimtab.runtime.formats import ALGORITHMS, E2M1_MAX, E4M3_MAX, Layout, Quantized, layout_of, pack_int4, unpack_int4
 
 #: ModelOpt's own name of each quant_algo.
-_MODELOPT = {
+MODELOPT_NAMES = {
     "W8A16": "int8_wo",
     "W8A8_SQ_PER_CHANNEL": "int8_sq",
     "FP8": "fp8",
@@ -32,8 +30,6 @@ _MODELOPT = {
     "NVFP4": "nvfp4",
     "W4A8_MXFP4_FP8": "w4a8_mxfp4_fp8",
 }
-#: Of each format: the quant_algo it is stored as, and ModelOpt's name of that.
-ALGORITHMS = {form: (algorithm, _MODELOPT[algorithm]) for form, algorithm in STORED_AS.items()}
 #: Weights of a slice: float32 temporaries of 4 MiB stay in a processor's cache.
 SLICE = 1 << 20
 
@@ -56,21 +52,14 @@ class Input:
         )
 
 
-def group_size(format: str, settings: Quantization) -> int:
-    """Returns the weights of a row that share a scale, 0 where a row or a matrix does."""
-    if format in FIXED_BLOCKS:
-        return FIXED_BLOCKS[format]
-    return settings.group_size if ALGORITHMS[format][0] in ("W4A16_AWQ", "W4A8_AWQ") else 0
-
-
 def channel_scale(
     format: str, weights: Mapping[str, torch.Tensor], seen: Input, settings: Quantization
 ) -> torch.Tensor | None:
     """Returns what the columns of the weights are multiplied by before rounding, float32 [in], or None."""
     parts = [part for weight in weights.values() for part in weight.split(_rows(weight.shape[1]))]
-    if format in ("int4_awq", "int4_gptq", "w4a8_awq"):
+    if format in AWQ_FORMATS:
 
-        def rounded(weight: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        def rounded(weight: torch.Tensor) -> torch.Tensor:
             blocks = weight.unflatten(1, (-1, settings.group_size))
             scale = scales.from_maximum(blocks, INT4)[..., None]
             return INT4.round(blocks / scale).mul_(scale).flatten(1)
@@ -87,7 +76,7 @@ def quantize(
     """Returns the stored tensors of layers that share an input, by layer.
 
     Args:
-        format: a key of `ALGORITHMS`.
+        format: a key of `runtime.formats.ALGORITHMS`.
         weights: floating point [out, in] each, times the channel scale if there is one.
         seen: of the input, divided by the channel scale.
         settings: group_size, scales.
@@ -140,18 +129,17 @@ def _importance(format: str, seen: Input, settings: Quantization) -> torch.Tenso
 
 
 def _static_input_scale(seen: Input, largest: float) -> torch.Tensor:
-    return seen.amax.max().clamp_min(torch.finfo(torch.float32).tiny * 2**24) / largest
+    return scales.scale_of(seen.amax.max(), largest)
 
 
 def _packed(format: str, weight: torch.Tensor, scale: torch.Tensor, **kept: torch.Tensor) -> Quantized:
     """A matrix as ModelOpt packs it, with a scale for all of it or one a row."""
-    algorithm, name = ALGORITHMS[format]
-    parts = []
+    layout, parts = Layout(ALGORITHMS[format]), []
     for part, some in _slices(weight, scale.expand(len(weight)) if scale.dim() == 0 else scale):
-        if STORED[algorithm].dtype == torch.float8_e4m3fn:  # a searched scale may clip, and what overflows is NaN
+        if layout.storage.dtype == torch.float8_e4m3fn:  # a searched scale may clip, and what overflows is NaN
             part = part.clamp(-E4M3_MAX * some[:, None], E4M3_MAX * some[:, None])
-        parts.append(to_quantized_weight(part, some if scale.dim() else scale, name))
-    return Quantized(Layout(algorithm), torch.cat(parts), scale, **kept)
+        parts.append(to_quantized_weight(part, some if scale.dim() else scale, MODELOPT_NAMES[layout.algo]))
+    return Quantized(layout, torch.cat(parts), scale, **kept)
 
 
 def _int8(format: str, weight: torch.Tensor, seen: Input, settings: Quantization) -> Quantized:
@@ -163,7 +151,7 @@ def _int4(format: str, weight: torch.Tensor, seen: Input, settings: Quantization
     size = settings.group_size
     scale = _scales(weight, INT4, _importance(format, seen, settings), size)
     if format == "int4_gptq":
-        weight = gptq.round_weights(weight.float(), seen.gram, scale.repeat_interleave(size, dim=1))
+        weight = gptq.round_weights(weight.float(), seen.gram, scale.repeat_interleave(size, dim=1), INT4)
     parts = []
     for part, some in _slices(weight, scale):
         numbers = INT4.round(part.unflatten(1, (-1, size)) / some[..., None])
@@ -172,7 +160,7 @@ def _int4(format: str, weight: torch.Tensor, seen: Input, settings: Quantization
     if format == "w4a8_awq":
         largest = (unpack_int4(packed).unflatten(1, (-1, size)).abs().amax(-1) * scale).max()
         kept = {"weight_scale_2": largest / E4M3_MAX, "input_scale": _static_input_scale(seen, E4M3_MAX)}
-    return Quantized(Layout(ALGORITHMS[format][0], size), packed, scale.bfloat16(), **kept)
+    return Quantized(layout_of(format, settings), packed, scale.bfloat16(), **kept)
 
 
 def _fp8(weights: Mapping[str, torch.Tensor], seen: Input, settings: Quantization) -> dict[str, Quantized]:
@@ -197,21 +185,20 @@ def _fp8_per_channel(
 def _nvfp4(weights: Mapping[str, torch.Tensor], seen: Input, settings: Quantization) -> dict[str, Quantized]:
     second = _largest(weights) / (E2M1_MAX * E4M3_MAX)
     kept = {"weight_scale_2": second, "input_scale": _static_input_scale(seen, E2M1_MAX * E4M3_MAX)}
-    algorithm, name = ALGORITHMS["nvfp4"]
-    made = {}
+    layout, made = layout_of("nvfp4", settings), {}
     for layer, weight in weights.items():
         packed, scale = [], []
         for (part,) in _slices(weight):
-            scale.append(NVFP4QTensor.get_weights_scaling_factor(part, NVFP4_BLOCK, second)[0])
-            packed.append(to_quantized_weight(part, scale[-1], name, second, NVFP4_BLOCK))
-        made[layer] = Quantized(Layout(algorithm, NVFP4_BLOCK), torch.cat(packed), torch.cat(scale), **kept)
+            scale.append(NVFP4QTensor.get_weights_scaling_factor(part, layout.group_size, second)[0])
+            name = MODELOPT_NAMES[layout.algo]
+            packed.append(to_quantized_weight(part, scale[-1], name, second, layout.group_size))
+        made[layer] = Quantized(layout, torch.cat(packed), torch.cat(scale), **kept)
     return made
 
 
 def _mxfp4(weights: Mapping[str, torch.Tensor], seen: Input, settings: Quantization) -> dict[str, Quantized]:
     given = _static_input_scale(seen, E4M3_MAX)
-    layout = Layout(ALGORITHMS["mxfp4"][0], FIXED_BLOCKS["mxfp4"])
-    made = {}
+    layout, made = layout_of("mxfp4", settings), {}
     for layer, weight in weights.items():
         packed, scale = [], []
         for (part,) in _slices(weight):

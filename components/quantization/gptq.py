@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from trimtab.components.quantization.scales import Numbers
 from trimtab.errors import Failure
 
 #: What is added to the diagonal, as a share of its mean. The paper has 1 %, for some 260,000 tokens; with the few
@@ -21,7 +22,7 @@ BLOCK = 64
 
 
 def round_weights(
-    weight: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor, low: int = -8, high: int = 7
+    weight: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor, numbers: Numbers
 ) -> torch.Tensor:
     """Returns the weight rounded to whole multiples of its scales, float32 [out, in].
 
@@ -29,7 +30,7 @@ def round_weights(
         weight: float32 [out, in].
         gram: mean of x xᵀ over the inputs, float32 [in, in].
         scale: each weight's scale, float32 [out, in].
-        low, high: the smallest and largest multiple.
+        numbers: the multiples that there are.
     """
     columns = weight.shape[1]
     order = gram.diagonal().argsort(descending=True, stable=True)
@@ -42,7 +43,7 @@ def round_weights(
         errors = torch.empty_like(block)
         for i in range(end - begin):
             column, unit = block[:, i], scale[:, begin + i]
-            nearest = (column / unit).round_().clamp_(low, high).mul_(unit)
+            nearest = numbers.round(column / unit).mul_(unit)
             rounded[:, begin + i] = nearest
             errors[:, i] = (column - nearest) / factor[i, i]
             block[:, i + 1 :] -= errors[:, i, None] * factor[i, None, i + 1 :]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from trimtab.components.quantization.scales import scale_of
 from trimtab.fusion import block_of
 from trimtab.runtime.formats import E4M3_MAX
 
@@ -30,6 +31,5 @@ def scales(
         for name in names:
             if name.endswith(f".{part}_proj.weight"):
                 layer = name.removesuffix(".weight")
-                amax = ranges[block_of(name)].clamp_min(torch.finfo(torch.float32).tiny * 2**24)
-                found[f"{layer}.{part}_scale"] = amax / _LARGEST[form]
+                found[f"{layer}.{part}_scale"] = scale_of(ranges[block_of(name)], _LARGEST[form])
     return found

@@ -13,8 +13,15 @@ from dataclasses import dataclass
 
 import torch
 
+from trimtab.runtime.formats import E4M3_MAX
+
 #: Candidates as shares of the scale that the largest weight asks for: clipping it may pay, and so may a little room.
 RATIOS = torch.linspace(1.15, 0.5, 40).tolist()
+
+
+def scale_of(amax: torch.Tensor, largest: float) -> torch.Tensor:
+    """Returns the scale, float32, with which `amax` becomes the largest number; positive where all is zero."""
+    return (amax.float() / largest).clamp_min(torch.finfo(torch.float32).tiny * 2**24)
 
 
 @dataclass(frozen=True)
@@ -26,8 +33,8 @@ class Numbers:
     scale_dtype: torch.dtype = torch.float32
 
     def scale(self, amax: torch.Tensor) -> torch.Tensor:
-        """Returns the scale, float32, with which `amax` becomes the largest number."""
-        return (amax.float() / self.largest).clamp_min(torch.finfo(torch.float32).tiny * 2**24)
+        """Returns `scale_of` the largest weight."""
+        return scale_of(amax, self.largest)
 
     def stored(self, scale: torch.Tensor) -> torch.Tensor:
         """Returns a scale as it is stored and read back, float32."""
@@ -36,7 +43,7 @@ class Numbers:
 
 INT4 = Numbers(7, lambda x: x.round().clamp_(-8, 7), torch.bfloat16)
 INT8 = Numbers(127, lambda x: x.round().clamp_(-127, 127))
-FP8 = Numbers(448, lambda x: x.clamp(-448, 448).to(torch.float8_e4m3fn).float())
+FP8 = Numbers(E4M3_MAX, lambda x: x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float())
 
 
 def from_maximum(blocks: torch.Tensor, numbers: Numbers) -> torch.Tensor:

@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from trimtab import fusion, progress
+from trimtab import fusion, hardware, progress
 from trimtab.components.quantization import assignment, configuration, formats, kv_cache, stream
 from trimtab.components.quantization.formats import Input
+from trimtab.errors import Failure
 from trimtab.fusion import Group
 from trimtab.model import inspect as read_facts
 from trimtab.recipe import Quantization
+from trimtab.runtime import formats as stored
 from trimtab.runtime import measurements
 from trimtab.runtime.checkpoint import INDEX, Export, check_finite, weight_file_bytes
 from trimtab.runtime.measurements import Measurements
-
-_CAST_TYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def quantize(
@@ -47,11 +47,13 @@ def quantize(
 
     Raises:
         InputError: measurements of another model, or weights that are not finite.
-        Failure: `unsupported`, a bit budget that no assignment meets.
+        Failure: `unsupported`, a layer that the format cannot store, or a bit budget that no assignment meets.
     """
     settings = Quantization.model_validate(parameters)
     source, folder = Path(checkpoint), Path(output)
     facts = read_facts(source)
+    if reason := hardware.check_packing(settings, facts):
+        raise Failure("unsupported", reason)
     groups = fusion.groups([layer.name for layer in facts.linears], facts.model_type)
     if sensitivity:
         measurements.check(Path(sensitivity), source, "sensitivity")
@@ -61,8 +63,9 @@ def quantize(
     skip = ["lm_head.weight"] if facts.tied_embeddings else []
     stream.rewrite(source, folder, Path(scratch) / "shards", skip, quantizer)
     _copy_the_rest(source, folder)
-    configuration.write(folder, facts, chosen, settings, quantizer.dtype)
-    return {"bytes": weight_file_bytes(folder), "effective_bits": assignment.effective_bits(facts, chosen)}
+    layouts = {layer: stored.layout_of(form, settings) for layer, form in chosen.items()}
+    configuration.write(folder, facts, layouts, settings.kv_cache, quantizer.dtype)
+    return {"bytes": weight_file_bytes(folder), "effective_bits": stored.mean_bits(facts, layouts)}
 
 
 class _Quantizer:
@@ -78,7 +81,7 @@ class _Quantizer:
     ):
         self.source, self.settings, self.groups = source, settings, groups
         self.chosen, self.measured = chosen, measured
-        self.dtype = _CAST_TYPES.get(settings.format, torch.bfloat16)
+        self.dtype = stored.plain_dtype(settings.format)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @torch.inference_mode()

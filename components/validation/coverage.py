@@ -13,7 +13,7 @@ from trimtab import hardware, memory
 from trimtab.errors import Failure
 from trimtab.fusion import Group
 from trimtab.model import ModelFacts, read_header
-from trimtab.recipe import CASTS, MIXED_FORMATS, Quantization, Recipe
+from trimtab.recipe import CASTS, Quantization, Recipe
 from trimtab.runtime import formats, kv_cache
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.formats import Layout
@@ -56,7 +56,7 @@ def check_layers(export: Export, facts: ModelFacts, groups: Sequence[Group], set
             if len(set(layouts)) > 1:
                 algos = ", ".join(layout.algo for layout in layouts)
                 raise _damaged(group.layers[0], f"is fused with {', '.join(group.layers[1:])}, but they have {algos}")
-        bits = _mean_bits(facts, found)
+        bits = formats.mean_bits(facts, found)
         if bits > settings.effective_bits + 1e-6:
             widest = next(layer for layer in sorted(found) if found[layer].bits == 8)
             what = f"weights have {bits:.2f} bits in the mean, the recipe allows {settings.effective_bits:g}"
@@ -80,18 +80,12 @@ def _check_left_out(found: dict[str, Layout], wanted: set[str], groups: Sequence
 
 
 def _check_layout(layer: str, layout: Layout, settings: Quantization) -> None:
-    forms = MIXED_FORMATS if settings.format == "mixed" else (settings.format,)
-    algos = [formats.ALGORITHMS[form] for form in forms]
-    if layout.algo not in algos:
-        raise _damaged(layer, f"is stored as {layout.algo}, {settings.format} is {' or '.join(algos)}")
-    size = (layout.storage.block or settings.group_size) if layout.storage.packed else 0
-    if layout.group_size != size:
-        raise _damaged(layer, f"has groups of {layout.group_size}, the recipe asks for {size}")
-
-
-def _mean_bits(facts: ModelFacts, found: dict[str, Layout]) -> float:
-    sizes = {layer.name: layer.parameters for layer in facts.linears}
-    return sum(layout.bits * sizes[layer] for layer, layout in found.items()) / sum(sizes[layer] for layer in found)
+    asked = [formats.layout_of(form, settings) for form in settings.layer_formats]
+    sizes = {other.algo: other.group_size for other in asked}
+    if layout.algo not in sizes:
+        raise _damaged(layer, f"is stored as {layout.algo}, {settings.format} is {' or '.join(sizes)}")
+    if layout.group_size != sizes[layout.algo]:
+        raise _damaged(layer, f"has groups of {layout.group_size}, the recipe asks for {sizes[layout.algo]}")
 
 
 def check_tensors(export: Export, source: Export, facts: ModelFacts) -> None:
@@ -192,7 +186,7 @@ def _predicted(export: Export, facts: ModelFacts, groups: Sequence[Group], setti
     if settings.format not in CASTS:  # which groups are left out, and the bits that a budget left, planning cannot know
         left_out = [layer for group in groups for layer in group.layers if layer not in export.layers]
         patterns = (*settings.exclude, *(escape(layer) for layer in left_out))
-        bits = _mean_bits(facts, export.layers) if settings.effective_bits else None
+        bits = formats.mean_bits(facts, export.layers) if settings.effective_bits else None
         settings = settings.model_copy(update={"exclude": patterns, "effective_bits": bits})
     return sum(memory.weight_bytes(facts, Recipe(quantize=settings)))
 

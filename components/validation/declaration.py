@@ -13,11 +13,11 @@ from typing import Any
 
 from trimtab.errors import Failure
 from trimtab.recipe import CASTS, Quantization
+from trimtab.runtime.formats import plain_dtype
 
 OWN, CONFIG = "hf_quant_config.json", "config.json"
 #: What an export's config may have otherwise than its source's; `torch_dtype` is the older name of `dtype`.
 _CHANGED = ("dtype", "torch_dtype", "quantization_config")
-_CAST_NAMES = {"fp32": "float32", "fp16": "float16"}
 
 
 def check(export: Path, source: Path, settings: Quantization | None) -> None:
@@ -37,7 +37,7 @@ def check(export: Path, source: Path, settings: Quantization | None) -> None:
             found = f"{config.get(key)!r}, its source's {original.get(key)!r}"
             raise Failure("export_damaged", f"{CONFIG}: {key} is {found}")
     if settings:
-        wanted = _CAST_NAMES.get(settings.format, "bfloat16")
+        wanted = str(plain_dtype(settings.format)).removeprefix("torch.")
         if config.get("dtype") != wanted:
             what = f"dtype is {config.get('dtype')!r}, {settings.format} has {wanted!r}"
             raise Failure("export_damaged", f"{CONFIG}: {what}")

@@ -21,9 +21,6 @@ from trimtab.runtime import formats
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.formats import Layout
 
-#: What everything that is not quantized is stored as, unless the recipe is one of these casts.
-CAST_TYPES = {"fp32": torch.float32, "fp16": torch.float16}
-
 
 class Limits(NamedTuple):
     """The most that a layer may differ from its source; gains are given by their distance from 1.
@@ -88,7 +85,7 @@ def compare(
             else:
                 continue
             done.add(f"{layer}.weight")
-    dtype = CAST_TYPES.get(settings.format, torch.bfloat16) if settings else None
+    dtype = formats.plain_dtype(settings.format) if settings else None
     for name in source.names:
         if name not in done and export.has(name):
             _check_same(name, export.tensor(name), source.tensor(name), dtype)

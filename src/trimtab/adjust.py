@@ -29,7 +29,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from trimtab.plan import Rung
-from trimtab.recipe import DepthPruning, MagnitudePruning, Quantization, Recipe
+from trimtab.recipe import STATIC_ACTIVATIONS, DepthPruning, MagnitudePruning, Quantization, Recipe
 from trimtab.schema import Document
 from trimtab.state import Brief
 
@@ -39,7 +39,7 @@ HALVING_BITS = 1.2
 #: whole interval below the limit, so a prediction at the limit itself already fails more often than not.
 CLEARLY = 1.1
 #: Formats that also multiply in few bits.
-_ROUNDS_ACTIVATIONS = ("fp8", "fp8_per_channel", "int8_sq", "w4a8_awq", "nvfp4", "mxfp4")
+_ROUNDS_ACTIVATIONS = (*STATIC_ACTIVATIONS, "fp8_per_channel")
 #: What ends the line of mixed precision at four bits, the nearest first.
 _FOUR_BITS = ("int4_gptq", "int4_awq", "int4_rtn")
 _TOO_HARSH = ("accuracy", "perplexity", "indeterminate")

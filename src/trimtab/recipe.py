@@ -26,9 +26,10 @@ GROUPED_FORMATS = ("int4_rtn", "int4_awq", "int4_gptq", "w4a8_awq", "mixed")
 _UNSEARCHED = (*CASTS, "nvfp4", "mxfp4")
 #: What `mixed` gives each layer one of.
 MIXED_FORMATS = ("int4_gptq", "int8_wo")
-#: Formats that ask the activations what to do with the weights; and those that round activations too.
-_ACTIVATION_AWARE = ("int4_awq", "int4_gptq", "w4a8_awq", "mixed")
-_STATIC_ACTIVATIONS = ("int8_sq", "fp8", "w4a8_awq", "nvfp4", "mxfp4")
+#: Formats that AWQ scales the inputs of, and whose weight scales are searched.
+AWQ_FORMATS = ("int4_awq", "int4_gptq", "w4a8_awq")
+#: Formats that round activations too, to scales that calibration sets.
+STATIC_ACTIVATIONS = ("int8_sq", "fp8", "w4a8_awq", "nvfp4", "mxfp4")
 
 
 #: The most bytes of JSON that a recipe's `calibrate` may take: it travels in the state, which must stay small.
@@ -184,13 +185,13 @@ class Quantization(Document):
     @property
     def needs_statistics(self) -> bool:
         """Whether anything is set by what calibration measured of the activations."""
-        aware = self.format in (*_ACTIVATION_AWARE, *_STATIC_ACTIVATIONS)
+        aware = self.format in (*AWQ_FORMATS, *STATIC_ACTIVATIONS)
         return aware or self.scale_search == "mse" or self.kv_cache != "none" or self.needs_sensitivity
 
     @property
     def needs_grams(self) -> bool:
         """Whether GPTQ is part of it, which wants the full second moments."""
-        return self.format in ("int4_gptq", "mixed")
+        return "int4_gptq" in self.layer_formats
 
     @property
     def needs_sensitivity(self) -> bool:
@@ -198,15 +199,15 @@ class Quantization(Document):
         return self.format == "mixed" or self.exclude_sensitive > 0
 
     @property
-    def scored_formats(self) -> tuple[str, ...]:
-        """The formats whose harm to each layer decides."""
+    def layer_formats(self) -> tuple[str, ...]:
+        """The formats that a quantized layer may have."""
         return MIXED_FORMATS if self.format == "mixed" else (self.format,)
 
     def searches_scales(self, format: str) -> bool:
         """Whether the weight scales of a format, of which `mixed` has two, are searched."""
         if self.scale_search:
             return self.scale_search == "mse"
-        return format in ("int4_awq", "int4_gptq", "w4a8_awq")
+        return format in AWQ_FORMATS
 
 
 class Engine(Document):

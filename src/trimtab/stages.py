@@ -131,7 +131,7 @@ STAGES: dict[str, Stage] = {
             output="sensitivity",
             wanted=_quantize_needs("sensitivity"),
             parameters=lambda recipe: {
-                "formats": list(recipe.quantize.scored_formats),
+                "formats": list(recipe.quantize.layer_formats),
                 "group_size": recipe.quantize.group_size,
             },
             version=2,

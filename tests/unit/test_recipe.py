@@ -102,7 +102,7 @@ def test_every_fault_is_named():
 def test_every_other_format_has_scales_to_search(form):
     bits = ", effective_bits: 5" if form == "mixed" else ""
     settings = Recipe.parse(f"quantize: {{format: {form}, scale_search: mse{bits}}}").quantize
-    assert settings.needs_statistics and all(map(settings.searches_scales, settings.scored_formats))
+    assert settings.needs_statistics and all(map(settings.searches_scales, settings.layer_formats))
 
 
 @pytest.mark.parametrize(

@@ -185,10 +185,6 @@ class Export:
         formats.check(name, layer)
         return layer
 
-    def dequantize(self, name: str) -> torch.Tensor:
-        """Returns a layer's weight as `formats.dequantize` does: float32 [out, in]."""
-        return formats.dequantize(self.layer(name))
-
     @cached_property
     def fingerprint(self) -> str:
         """64 hex digits that tell models apart: SHA-256 over each tensor's name, type, shape and first rows.
@@ -203,17 +199,6 @@ class Export:
             found.update(f"{name} {part.get_dtype()} {part.get_shape()}".encode())
             found.update(rows.contiguous().flatten().view(torch.uint8).numpy())
         return found.hexdigest()
-
-    @property
-    def quantized_bytes(self) -> int:
-        """Bytes of all quantized layers: packed weights and scales."""
-        return sum(self.layer(name).nbytes for name in self.layers)
-
-    @property
-    def bf16_bytes(self) -> int:
-        """Bytes that the weights of the quantized layers have in bfloat16."""
-        shapes = [self.layer(name).shape for name in self.layers]
-        return sum(2 * out_features * in_features for out_features, in_features in shapes)
 
 
 def _layout(entry: dict[str, Any]) -> Layout:

@@ -21,13 +21,16 @@ Source: modelopt/torch/export/quant_utils.py, 0.47.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
 from trimtab.errors import Failure
-from trimtab.hardware import NVFP4_BLOCK
+from trimtab.hardware import FIXED_BLOCKS, NVFP4_BLOCK
+from trimtab.model import ModelFacts
+from trimtab.recipe import Quantization
 
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 E2M1_MAX = 6.0
@@ -52,8 +55,8 @@ STORED = {
     "FP8_PER_CHANNEL_PER_TOKEN": Storage(torch.float8_e4m3fn, activations="fp8 per token"),
     "W4A16_AWQ": Storage(torch.uint8, packed="out"),
     "W4A8_AWQ": Storage(torch.uint8, packed="out", activations="fp8"),
-    "NVFP4": Storage(torch.uint8, packed="in", block=NVFP4_BLOCK, activations="nvfp4"),
-    "W4A8_MXFP4_FP8": Storage(torch.uint8, packed="in", block=32, activations="fp8"),
+    "NVFP4": Storage(torch.uint8, packed="in", block=FIXED_BLOCKS["nvfp4"], activations="nvfp4"),
+    "W4A8_MXFP4_FP8": Storage(torch.uint8, packed="in", block=FIXED_BLOCKS["mxfp4"], activations="fp8"),
 }
 #: The quant_algo of each format of a recipe that quantizes; `mixed` has those of `recipe.MIXED_FORMATS`.
 ALGORITHMS = {
@@ -68,6 +71,8 @@ ALGORITHMS = {
     "nvfp4": "NVFP4",
     "mxfp4": "W4A8_MXFP4_FP8",
 }
+#: What everything that is not quantized is stored as; with other formats in bfloat16.
+_PLAIN = {"fp32": torch.float32, "fp16": torch.float16}
 #: The tensors of a layer beside its weight.
 SCALES = ("weight_scale", "input_scale", "pre_quant_scale", "weight_scale_2")
 
@@ -128,6 +133,25 @@ class Quantized:
     def nbytes(self) -> int:
         """Bytes of the weight and its scales, as stored."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def layout_of(form: str, settings: Quantization) -> Layout:
+    """Returns how a layer in a format, a key of `ALGORITHMS`, is stored."""
+    algorithm = ALGORITHMS[form]
+    storage = STORED[algorithm]
+    return Layout(algorithm, (storage.block or settings.group_size) if storage.packed else 0)
+
+
+def plain_dtype(form: str) -> torch.dtype:
+    """Returns the type of everything that a recipe's format does not quantize."""
+    return _PLAIN.get(form, torch.bfloat16)
+
+
+def mean_bits(facts: ModelFacts, layouts: Mapping[str, Layout]) -> float:
+    """Returns the mean bits of the quantized weights, without their scales; 16 where nothing is quantized."""
+    sizes = {layer.name: layer.parameters for layer in facts.linears if layer.name in layouts}
+    bits = sum(layouts[layer].bits * size for layer, size in sizes.items())
+    return bits / sum(sizes.values()) if sizes else 16.0
 
 
 def check(name: str, layer: Quantized) -> None:

@@ -4,12 +4,12 @@
 |---|---|---|---|
 | fp8 | FP8 | e4m3 | amax / 448 |
 | int8 | INT8 | -128 to 127 | amax / 127 |
-| nvfp4 | NVFP4 | e2m1, and an e4m3 scale for each 16 along a head | amax / (6 * 448) |
+| nvfp4 | NVFP4 | e2m1, and an e4m3 scale for each 16 along a head | amax / 448 |
 
 Both scales are one float32 a layer, `<attention>.k_proj.k_scale` and `<attention>.v_proj.v_scale`; ModelOpt
-quantizes the keys after their rotary embedding. In NVFP4 the scale of a block is stored in units of the layer's,
-so that the largest block uses e4m3 to its end; ModelOpt 0.47 writes amax / 448 for NVFP4 too, which leaves six
-times the room and reads alike (unified_export_hf.py, `kv_cache_max_bound`). It never omits a calibrated scale;
+quantizes the keys after their rotary embedding. In NVFP4 the scale of a block, a sixth of its largest number, is
+stored in units of the layer's: with ModelOpt 0.47's amax / 448 the blocks use e4m3 up to a sixth of its range
+(unified_export_hf.py, `kv_cache_max_bound`). It never omits a calibrated scale;
 its `*_cast` presets calibrate none, and TensorRT-LLM then takes an FP8 cache's for 1.0, and so does this.
 """
 

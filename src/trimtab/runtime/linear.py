@@ -90,12 +90,14 @@ class Int8WeightOnlyCuda(Int8WeightOnly):
     saves memory rather than time; `benchmarks/gpu.py` prints for how many rows it beats the dense product.
     """
 
-    packed_rows = 16
-
     @staticmethod
     def fits(layer: Quantized) -> bool:
         """Any shape: elements are read one at a time."""
         return True
+
+
+#: Weights of a group that both kernels of INT4 take.
+_INT4_GROUPS = (32, 64, 128, 256)
 
 
 class Int4WeightOnly(PackedLinear):
@@ -115,15 +117,21 @@ class Int4WeightOnly(PackedLinear):
         scale_GO = layer.weight_scale.bfloat16().t()
         # The kernel computes (q - 8) * scale + zero.
         scale_zero_GO2 = torch.stack([scale_GO, torch.zeros_like(scale_GO)], dim=-1).contiguous()
-        self.keep(weight=_pack_for_cpu(layer), scale_zero_GO2=scale_zero_GO2)
+        self.keep(weight=self.pack(layer), scale_zero_GO2=scale_zero_GO2)
+
+    @staticmethod
+    def pack(layer: Quantized) -> torch.Tensor:
+        """Returns the layer's numbers in the kernel's layout."""
+        nibbles_OI = formats.numbers(layer).to(torch.int32) + 8
+        return torch._convert_weight_to_int4pack_for_cpu(nibbles_OI, 1)  # the second argument is unused on CPUs
 
     @staticmethod
     def fits(layer: Quantized) -> bool:
         """Whether the kernel takes this shape and its layout is the known one."""
         out_features, in_features = layer.shape
-        if out_features % 16 or in_features % 2 or layer.layout.group_size not in (32, 64, 128, 256):
+        if out_features % 16 or in_features % 2 or layer.layout.group_size not in _INT4_GROUPS:
             return False
-        unpacked_IO = _unpack_from_cpu(_pack_for_cpu(layer), out_features, in_features, torch.uint8)
+        unpacked_IO = _unpack_from_cpu(Int4WeightOnly.pack(layer), out_features, in_features, torch.uint8)
         return torch.equal(unpacked_IO.t().to(torch.int8) - 8, formats.numbers(layer))
 
     def packed(self, x_RI: torch.Tensor) -> torch.Tensor:
@@ -135,11 +143,6 @@ class Int4WeightOnly(PackedLinear):
         grouped = w_IO.view(-1, self.group_size, self.out_features)
         grouped.sub_(8).mul_(self.scale_zero_GO2[:, None, :, 0])
         return x_RI @ w_IO
-
-
-def _pack_for_cpu(layer: Quantized) -> torch.Tensor:
-    nibbles_OI = formats.numbers(layer).to(torch.int32) + 8
-    return torch._convert_weight_to_int4pack_for_cpu(nibbles_OI, 1)  # the second argument is unused on CPUs
 
 
 def _unpack_from_cpu(packed: torch.Tensor, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -156,10 +159,10 @@ def _unpack_from_cpu(packed: torch.Tensor, rows: int, columns: int, dtype: torch
     return nibbles_IO
 
 
-class Int4WeightOnlyCuda(PackedLinear):
-    """INT4 weights with a scale for each group of a row, in the layout of PyTorch's CUDA kernel, "tinygemm".
+class Int4WeightOnlyCuda(Int4WeightOnly):
+    """The same on a GPU, in the layout of PyTorch's CUDA kernel, "tinygemm".
 
-    That layout is private to PyTorch (ATen/native/cuda/int4mm.cu): int32 [out / 8, in / 16 / tiles, 32, tiles / 2],
+    That layout too is private to PyTorch (ATen/native/cuda/int4mm.cu): int32 [out / 8, in / 16 / tiles, 32, tiles / 2],
     where a thread of a warp holds, of one row, two neighbours at each eighth column, first all even, then all odd
     ones. `fits` packs and unpacks the layer to see that this still holds.
     """
@@ -168,22 +171,23 @@ class Int4WeightOnlyCuda(PackedLinear):
     #: The kernel reads and widens the weight once for each 16 rows; `benchmarks/gpu.py` prints where that loses.
     packed_rows = 128
 
-    def __init__(self, layer: Quantized, bias: torch.Tensor | None):
-        super().__init__(layer, bias)
-        self.group_size = layer.layout.group_size
-        scale_GO = layer.weight_scale.bfloat16().t()
-        # The kernel computes (q - 8) * scale + zero.
-        scale_zero_GO2 = torch.stack([scale_GO, torch.zeros_like(scale_GO)], dim=-1).contiguous()
-        self.keep(weight=_pack_for_cuda(layer), scale_zero_GO2=scale_zero_GO2)
+    @staticmethod
+    def pack(layer: Quantized) -> torch.Tensor:
+        """Returns the layer's numbers in the kernel's layout."""
+        nibbles_OI = (formats.numbers(layer) + 8).view(torch.uint8)
+        in_features = nibbles_OI.shape[1]
+        # Tiles of 16 columns that stand together: 8 make the widest load.
+        tiles = next(n for n in (8, 4, 2) if in_features % (16 * n) == 0)
+        return torch._convert_weight_to_int4pack(nibbles_OI[:, ::2] << 4 | nibbles_OI[:, 1::2], tiles)
 
     @staticmethod
     def fits(layer: Quantized) -> bool:
         """Whether the kernel takes this shape and its layout is the known one."""
         out_features, in_features = layer.shape
-        if out_features % 8 or in_features % 32 or layer.layout.group_size not in (32, 64, 128, 256):
+        if out_features % 8 or in_features % 32 or layer.layout.group_size not in _INT4_GROUPS:
             return False
         try:
-            unpacked_OI = _unpack_from_cuda(_pack_for_cuda(layer), torch.uint8)
+            unpacked_OI = _unpack_from_cuda(Int4WeightOnlyCuda.pack(layer), torch.uint8)
         except RuntimeError:  # a build or a card without it
             return False
         return torch.equal(unpacked_OI.to(torch.int8) - 8, formats.numbers(layer))
@@ -196,14 +200,6 @@ class Int4WeightOnlyCuda(PackedLinear):
         grouped = w_OI.view(self.out_features, -1, self.group_size)
         grouped.sub_(8).mul_(self.scale_zero_GO2[:, :, 0].t()[..., None])
         return F.linear(x_RI, w_OI)
-
-
-def _pack_for_cuda(layer: Quantized) -> torch.Tensor:
-    nibbles_OI = (formats.numbers(layer) + 8).view(torch.uint8)
-    in_features = nibbles_OI.shape[1]
-    # Tiles of 16 columns that stand together: 8 make the widest load.
-    tiles = next(n for n in (8, 4, 2) if in_features % (16 * n) == 0)
-    return torch._convert_weight_to_int4pack(nibbles_OI[:, ::2] << 4 | nibbles_OI[:, 1::2], tiles)
 
 
 def _unpack_from_cuda(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
