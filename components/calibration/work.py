@@ -51,4 +51,3 @@ def statistics(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, torch.
     found = seen.tensors()
     observe.check_finite(found)
     return found
-

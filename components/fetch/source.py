@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import tempfile
 from pathlib import Path
 
-from trimtab import progress
+from trimtab import files, progress
 from trimtab.child import call
 from trimtab.errors import InputError
 from trimtab.model import ModelFacts, inspect
@@ -94,7 +93,7 @@ def _put(folder: Path, store: Store, move: bool = False) -> Tree:
 
 def _put_gguf(path: Path, store: Store) -> Tree:
     """Converts once: the key is the file's content."""
-    key = digest(["gguf", _sha256(path), 1])
+    key = digest(["gguf", files.sha256(path), 1])
     record = store.lookup(key)
     if record:
         return Tree.model_validate(record["tree"])
@@ -104,11 +103,6 @@ def _put_gguf(path: Path, store: Store) -> Tree:
         tree = _put(Path(folder), store, move=True)
     store.record(key, {"tree": tree.model_dump()})
     return tree
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download_from_hub(model: str, folder: str) -> None:

@@ -126,8 +126,8 @@ def _harms(
     weights: dict[str, torch.Tensor], seen: Input, energy: dict[str, torch.Tensor], parameters: dict[str, Any]
 ) -> dict[str, float]:
     found: dict[str, float] = {}
-    for name in parameters["formats"]:
-        form = _STAND_INS.get(name, name)
+    for scored in parameters["formats"]:
+        form = _STAND_INS.get(scored, scored)
         settings = Quantization(format=form, group_size=parameters["group_size"])
         scale = formats.channel_scale(form, weights, seen, settings)
         scale = torch.ones_like(seen.amax) if scale is None else scale
@@ -138,5 +138,5 @@ def _harms(
             squares = (weight - weights[layer]).square() * seen.second_moment
             squares += weight.square() * _activation_noise(stored, seen, scale)
             harm += 0.5 * float((energy[layer][:, None] * squares).sum())
-        found[name] = harm
+        found[scored] = harm
     return found

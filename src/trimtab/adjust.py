@@ -28,8 +28,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from trimtab.hardware import removed_blocks
 from trimtab.plan import Rung
-from trimtab.recipe import STATIC_ACTIVATIONS, DepthPruning, MagnitudePruning, Quantization, Recipe
+from trimtab.recipe import STATIC_ACTIVATIONS, MagnitudePruning, Quantization, Recipe
 from trimtab.schema import Document
 from trimtab.state import Brief
 
@@ -117,10 +118,6 @@ def _excluded(quantize: Quantization) -> int:
     return len(quantize.exclude) + quantize.exclude_sensitive
 
 
-def _blocks(recipe: Recipe) -> int:
-    return recipe.prune.blocks if isinstance(recipe.prune, DepthPruning) else 0
-
-
 def _kv(recipe: Recipe) -> int:
     return _KV_CACHE[_quantize(recipe).kv_cache]
 
@@ -138,14 +135,14 @@ def _risk(recipe: Recipe) -> tuple[float, ...]:
     group = quantize.group_size if _bits(recipe) < 8 else 0
     # Teaching repairs what pruning broke; where nothing was pruned, nothing is as good.
     untaught = (-recipe.distill.tokens if recipe.distill else 0) if recipe.prune else -math.inf
-    return harsh, _kv(recipe), _blocks(recipe), sparsity, group, untaught, -_excluded(quantize)
+    return harsh, _kv(recipe), removed_blocks(recipe), sparsity, group, untaught, -_excluded(quantize)
 
 
 def _ambition(recipe: Recipe) -> tuple[float, ...]:
     """What the recipe saves, each respect apart; more is better at the goal. Sparsity saves nothing."""
     quantize = _quantize(recipe)
     arithmetic = quantize.format in _ROUNDS_ACTIVATIONS
-    return -_bits(recipe), arithmetic, _kv(recipe), _blocks(recipe), -_excluded(quantize)
+    return -_bits(recipe), arithmetic, _kv(recipe), removed_blocks(recipe), -_excluded(quantize)
 
 
 def _footprint(recipe: Recipe) -> tuple[float, ...]:
@@ -153,7 +150,7 @@ def _footprint(recipe: Recipe) -> tuple[float, ...]:
     quantize, engine = _quantize(recipe), recipe.engine
     devices = engine.tensor_parallel_size * engine.pipeline_parallel_size
     kept = _excluded(quantize)
-    return (_bits(recipe), -_kv(recipe), -_blocks(recipe), kept, engine.max_batch_size, engine.max_seq_len,
+    return (_bits(recipe), -_kv(recipe), -removed_blocks(recipe), kept, engine.max_batch_size, engine.max_seq_len,
             engine.max_num_tokens, -devices, bool(recipe.distill))  # fmt: skip
 
 
@@ -224,7 +221,7 @@ def _gentler_pruning(
             yield _change(recipe, "prune", sparsity=sparsity), f"the same with a sparsity of {sparsity:g}"
         return
     tried = {brief.recipe.digest for brief in history}
-    if any(0 < _blocks(r.recipe) < _blocks(recipe) and r.recipe.digest not in tried for r in ladder):
+    if any(0 < removed_blocks(r.recipe) < removed_blocks(recipe) and r.recipe.digest not in tried for r in ladder):
         return  # the ladder itself goes on with fewer blocks
     # Teaching costs the most time, so it is prolonged once in a run.
     taught = [brief.recipe for brief in history if brief.recipe.prune and brief.recipe.distill]

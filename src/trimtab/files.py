@@ -35,12 +35,13 @@ def _content(path: Path) -> str | None:
     try:
         if path.is_dir():
             parts = sorted(part for part in path.rglob("*") if part.is_file())
-            return digest({part.relative_to(path).as_posix(): _sha256(part) for part in parts})
-        return _sha256(path) if path.is_file() else None
+            return digest({part.relative_to(path).as_posix(): sha256(part) for part in parts})
+        return sha256(path) if path.is_file() else None
     except OSError:
         return None
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Returns the digest of a file's bytes, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

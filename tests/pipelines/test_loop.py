@@ -547,4 +547,3 @@ def test_gate_fails_its_task(script, accepted, tmp_path, capfd):
         gate_component(state=other_scores(script, accepted).to_json())
     assert "trimtab.errors.NotReleased: nothing is released: judged anew" in capfd.readouterr().out
     assert script.store.releases("tiny") == []
-

@@ -12,6 +12,7 @@ from rich.console import Console
 from trimtab.recipe import Recipe
 from trimtab.report import attempt_html, console_table, figures, rows, summary_html, summary_markdown
 from trimtab.report.rows import DASH, fraction, number
+from trimtab.stages import STAGES
 from trimtab.state import Brief, State
 from trimtab.store.tree import Tree
 from trimtab.verdict import Confirmation, Interval, Measurements, Verdict
@@ -286,6 +287,15 @@ def hostile(given: State) -> State:
             "seconds": {HOSTILE: 3.0},
         }
     )
+
+
+def test_every_stage_has_a_colour_of_its_own():
+    seconds = dict.fromkeys([*reversed(STAGES), "validate", "another"], 1.0)
+    page = attempt_html(state(verdict=BASELINE.verdict, seconds=seconds))
+    shown = re.findall(r'<i class="s(\d+)" style="[^"]*" title="(\w+) ', page)
+    assert shown == [(str(n), name) for n, name in enumerate([*STAGES, "validate", "another"])]
+    colours = re.findall(r"--s\d+: (#\w+);", page)
+    assert len(set(colours)) == len(colours) == len(shown)
 
 
 def printed(given: State, width: int = 120) -> str:

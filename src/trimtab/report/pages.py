@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from trimtab.report import figures, story
 from trimtab.report.figures import Dimension, Point
 from trimtab.report.rows import COLUMNS, DASH, INTERVALS, Row, fraction, interval_text, number, rows, spent
+from trimtab.stages import STAGES
 from trimtab.state import Brief, State
 from trimtab.store.tree import Tree
 from trimtab.verdict import Interval, Measurements, Verdict
@@ -24,7 +25,7 @@ _RATIO = Dimension("perplexity ratio", less_is_better=True, positive=True)
 _RECOVERY = Dimension("recovery", less_is_better=False)
 _ACCURACY = Dimension("accuracy", less_is_better=False)
 #: Stages in the order of an attempt: each has its colour.
-_STAGES = ("calibrate", "prune", "distill", "recalibrate", "sensitivity", "quantize", "engine", "validate")
+_STAGES = (*STAGES, "validate")
 
 
 def summary_html(state: State) -> str:

@@ -159,15 +159,16 @@ FAULTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["int8_wo", "fp8_per_channel", "int4_rtn", "int4_gptq"])
-@pytest.mark.parametrize("fault", FAULTS, ids=[fault.__name__ for fault in FAULTS])
-def test_seeded_faults(fault, name, damaged, model, tmp_path):
-    damage_of(re.escape(LAYER), damaged(name, fault), model, tmp_path, name)
+#: Of scales that are no plain numbers, those faults that mean the same.
+FP4_FAULTS = [missing_scale, zeroed, another_layer, half_of_it_zero, half_of_it_as_initialised]
+SEEDED = [
+    *((name, fault) for name in ("int8_wo", "fp8_per_channel", "int4_rtn", "int4_gptq") for fault in FAULTS),
+    *((name, fault) for name in ("nvfp4", "mxfp4") for fault in FP4_FAULTS),
+]
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
-@pytest.mark.parametrize("fault", [missing_scale, zeroed, another_layer, half_of_it_zero, half_of_it_as_initialised])
-def test_seeded_faults_of_four_bit_floats(fault, name, damaged, model, tmp_path):
+@pytest.mark.parametrize(("name", "fault"), SEEDED, ids=[f"{name}-{fault.__name__}" for name, fault in SEEDED])
+def test_seeded_faults(name, fault, damaged, model, tmp_path):
     damage_of(re.escape(LAYER), damaged(name, fault), model, tmp_path, name)
 
 
