@@ -7,8 +7,8 @@ Compute capabilities: developer.nvidia.com/cuda-gpus.
 
 What a back end runs on which compute capability, and where that is said:
 
-- `torch`: PyTorch's own kernels: `_scaled_mm` (FP8, 8.9 and later), `_int_mm`, `_weight_int4pack_mm`,
-  `_weight_int8pack_mm` (CUDA since pytorch#159325). The only back end for `int4_rtn`, which the others could read
+- `torch`: PyTorch's own kernels: `_scaled_mm` (FP8, 8.9 and later), `_int_mm`, `_weight_int4pack_mm`; INT8 weights
+  are stored in INT8 and multiplied in bfloat16, which is faster than `_weight_int8pack_mm` on a GPU. The only back end for `int4_rtn`, which the others could read
   and nobody should want beside AWQ, and for `mixed`: a
   MIXED_PRECISION checkpoint of INT4 and INT8 weights has no other reader, because TensorRT-LLM's matrix has
   no INT8 weights at all and vLLM reads ModelOpt's FP8 and NVFP4 only.
