@@ -283,6 +283,8 @@ def _check_exclusions(recipe: Recipe, facts: ModelFacts) -> str | None:
     layers = quantized_layers(facts, quantize)
     if not layers:
         return "quantize.exclude: leaves no layer to quantize; remove a pattern, or write format: bf16"
+    if not quantize.exclude_sensitive:  # a plan asks thousands of times, and grouping layers takes longest
+        return None
     blocks = facts.layers - removed_blocks(recipe)
     left = len(groups([layer.name for layer in layers if (block_of(layer.name) or 0) < blocks], facts.model_type))
     if 0 < left <= quantize.exclude_sensitive:
