@@ -7,11 +7,11 @@ Compute capabilities: developer.nvidia.com/cuda-gpus.
 
 What a back end runs on which compute capability, and where that is said:
 
-- `torch`: PyTorch's own kernels: `_scaled_mm` (FP8, 8.9 and later), `_int_mm`, `_weight_int4pack_mm`; INT8 weights
-  are stored in INT8 and multiplied in bfloat16, which is faster than `_weight_int8pack_mm` on a GPU. The only back end for `int4_rtn`, which the others could read
-  and nobody should want beside AWQ, and for `mixed`: a
-  MIXED_PRECISION checkpoint of INT4 and INT8 weights has no other reader, because TensorRT-LLM's matrix has
-  no INT8 weights at all and vLLM reads ModelOpt's FP8 and NVFP4 only.
+- `torch`: PyTorch's own kernels: `_scaled_mm` (FP8, 8.9 and later), `_int_mm`, `_weight_int4pack_mm`; on a GPU INT8
+  weights are kept in INT8 and multiplied in bfloat16, which is faster than `_weight_int8pack_mm` there. The only
+  back end for `int4_rtn`, which others could read and nobody should want beside AWQ, and for `mixed`: a
+  MIXED_PRECISION checkpoint of INT4 and INT8 weights has no other reader, because TensorRT-LLM's matrix has no INT8
+  weights at all and vLLM reads ModelOpt's FP8 and NVFP4 only.
 - `trtllm`: the matrix of TensorRT-LLM's docs/source/features/quantization.md. Its NVFP4 KV cache is that of
   10.0 and 10.3; consumer Blackwell (12.0) has none (TensorRT-LLM issue #10241). Its KvCacheConfig has no INT8.
 - `trtllm-legacy`: the support matrix of TensorRT-LLM 0.18 (INT8 and INT4 up to compute capability 9.0).

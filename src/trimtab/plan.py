@@ -44,7 +44,8 @@ EXPECTATIONS = {
     "int4_rtn": f"the fewest bits, by rounding alone: perplexity ratio 1.396 {_SMOL}",
     "int4_awq": f"INT4 with scales found on activations: perplexity ratio 1.266 {_SMOL}; 1.33x as fast at "
     f"batch 1, 0.75x at 8, and loses 5.66 % of MMLU {_BENCHMARK}",
-    "int4_gptq": "INT4, each column making up for the rounding of those before it: PLACEHOLDER_GPTQ",
+    "int4_gptq": "INT4, each column making up for the rounding of those before it: half of the rise of log-perplexity "
+    "that AWQ leaves (SmolLM2-135M; `benchmarks/quality.py`)",
     "nvfp4": "FP4 weights and activations: 93.8 % of Llama-3.1-8B's accuracy is kept by rounding alone "
     "(arXiv 2509.23202)",
     "mixed": f"INT4 where the model bears it, INT8 elsewhere: perplexity ratio 1.09 at 5.5 bits {_SMOL}",

@@ -232,16 +232,16 @@ RTN, AWQ, MIXED_6 = 35.77 / 25.63, 32.44 / 25.63, 1.11
 @pytest.mark.parametrize(
     ("measured", "bits", "expected"),
     [
-        # one point, halved in 1.2 bits: ln 1.3956 = 0.3333; at 6.4 bits a quarter of it
-        ({0: RTN}, 6.4, math.exp(0.33334 / 4)),
-        ({1: AWQ}, 5.2, math.exp(0.23562 / 2)),
+        # one point, halved in one bit: ln 1.3956 = 0.3333; at 6 bits a quarter of it
+        ({0: RTN}, 6, math.exp(0.33334 / 4)),
+        ({1: AWQ}, 5, math.exp(0.23562 / 2)),
         # AWQ is the end of the line of mixed precision, so round-to-nearest is left out beside it
-        ({0: RTN, 1: AWQ}, 6.4, math.exp(0.23562 / 4)),
+        ({0: RTN, 1: AWQ}, 6, math.exp(0.23562 / 4)),
         # two points: 0.23562 at 4 bits and 0.10436 at 6, so sqrt(0.10436 / 0.23562) = 0.66552 a bit
         ({1: AWQ, 4: MIXED_6}, 5, math.exp(0.23562 * 0.66552)),
         ({0: RTN, 1: AWQ, 4: MIXED_6}, 7, math.exp(0.10436 * 0.66552)),
         # noise that rises with the bits: the guess stands, from the most bits measured
-        ({2: 1.05, 4: 1.06}, 7.2, math.exp(math.log(1.06) / 2)),
+        ({2: 1.05, 4: 1.06}, 7, math.exp(math.log(1.06) / 2)),
         ({0: 0.99}, 6, None),  # no loss was measured: nothing to extrapolate
         ({}, 6, None),
     ],
@@ -261,10 +261,10 @@ def test_prediction_ignores_other_models():
 def test_rungs_that_would_clearly_fail_are_skipped_and_named():
     history = [failed(DEMO[0], "perplexity", RTN), failed(DEMO[1], "perplexity", AWQ)]
     found, sentence = next_recipe(DEMO, history)
-    assert found is DEMO[3]  # predicted 1.14 at 5 bits, 1.104 at 5.5: within a tenth of the limit's logarithm
+    assert found is DEMO[3]  # predicted 1.125 at 5 bits, 1.087 at 5.5
     assert sentence == (
         "int4_awq failed (perplexity): next is mixed 5.5 bits, which takes less away; skipped on the way, with "
-        "the perplexity ratios predicted: mixed 5 bits 1.14"
+        "the perplexity ratios predicted: mixed 5 bits 1.13"
     )
     history.append(failed(found, "perplexity", 1.15))
     # ln 1.15 = 0.1398 at 5.5 bits, a factor 0.7060 a bit: 1.125 at 6 bits, 1.10 at 6.5
