@@ -74,8 +74,8 @@ def _random_model() -> PreTrainedModel:
 
 @torch.inference_mode()
 def _forward(model: PreTrainedModel, tokens: torch.Tensor) -> None:
-    for window in tokens:
-        model(window[None], logits_to_keep=1)
+    for windows in observe.batches(model, tokens):
+        model(windows, logits_to_keep=1)
 
 
 @torch.inference_mode()

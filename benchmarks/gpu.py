@@ -312,8 +312,10 @@ def calibrate(folder: Path, trees: Path, model: dict[str, Any], small: bool, qui
 
 @torch.inference_mode()
 def bare_pass(model: torch.nn.Module, tokens: torch.Tensor) -> None:
-    for window in tokens:
-        model(window[None].to(model.device), use_cache=False, logits_to_keep=1)
+    from trimtab.runtime import observe
+
+    for windows in observe.batches(model, tokens):
+        model(windows, use_cache=False, logits_to_keep=1)
 
 
 def run_format(

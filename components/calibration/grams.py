@@ -29,14 +29,15 @@ def measure(
         layers, passes (runs over the text), bytes.
     """
     model, _ = checkpoints.load_for_measuring(Path(checkpoint))
-    tokens = load_file(Path(calibration) / "tokens.safetensors")["tokens"].long().to(model.device)
+    tokens = load_file(Path(calibration) / "tokens.safetensors")["tokens"].long()
+    batches = observe.batches(model, tokens)
     chunks = _chunks(model)
     written = 0
     for number, layers in enumerate(chunks, start=1):
         title = f"measuring Gram matrices, part {number} of {len(chunks)}"
         with torch.inference_mode(), observe.grams(model, layers) as sums:
-            for window in progress.track(tokens, "gram", title, len(tokens)):
-                model(window[None], use_cache=False, logits_to_keep=1)
+            for windows in progress.track(batches, "gram", title, len(batches)):
+                model(windows, use_cache=False, logits_to_keep=1)
         for block in sorted({block_of(layer) for layer in layers}):
             found = {f"{n}.gram": (sums[n] / tokens.numel()).cpu() for n in layers if block_of(n) == block}
             observe.check_finite(found)

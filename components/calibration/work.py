@@ -46,8 +46,9 @@ def statistics(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, torch.
         Failure: `unsupported`, an activation that is not finite: the model is damaged, or overflows.
     """
     with observe.observed(model) as seen:
-        for window in progress.track(tokens, "calibrate", "measuring activations", len(tokens)):
-            seen.run(model, window.to(model.device))
+        batches = observe.batches(model, tokens)
+        for windows in progress.track(batches, "calibrate", "measuring activations", len(batches)):
+            seen.run(model, windows)
     found = seen.tensors()
     observe.check_finite(found)
     return found

@@ -32,6 +32,15 @@ def linear_groups(model: nn.Module) -> list[Group]:
     return groups(linears(model), model.config.model_type)
 
 
+def batches(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Returns the windows, int64 [samples, length], in batches [n, length] on the model's device.
+
+    A GPU gets eight windows at a time: what is measured beside the products is many small kernels, whose launches
+    would take longer than the work of one window.
+    """
+    return tokens.to(model.device).split(8 if model.device.type == "cuda" else 1)
+
+
 class InputStatistics:
     """Running maximum and second moment of a layer's input, a value a channel: float32 [in_features].
 
@@ -93,9 +102,9 @@ class Observation:
         self.similarities = [Similarity() for _ in blocks(model)]
         self.caches = [CacheRange() for _ in blocks(model)]
 
-    def run(self, model: nn.Module, window: torch.Tensor) -> None:
-        """Passes one window of tokens, int64 [length], through the observed model."""
-        cache = model(window[None], use_cache=True, logits_to_keep=1).past_key_values
+    def run(self, model: nn.Module, windows: torch.Tensor) -> None:
+        """Passes windows of tokens, int64 [n, length], through the observed model."""
+        cache = model(windows, use_cache=True, logits_to_keep=1).past_key_values
         for seen, layer in zip(self.caches, cache.layers, strict=True):
             seen.add(layer.keys, layer.values)
 

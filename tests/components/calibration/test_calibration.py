@@ -146,3 +146,15 @@ def test_overlap_is_found():
     words = "one two three four five six seven eight nine ten eleven twelve thirteen"
     assert text.shared_sequences(f"Before: {words.upper()}!", f"{words}, after") == [words]
     assert text.shared_sequences(words, words.replace("seven", "7")) == []
+
+
+def test_statistics_do_not_depend_on_the_batch(model, tokens, monkeypatch):
+    """A GPU gets several windows at a time."""
+    from trimtab.components.calibration.work import statistics as measure
+    from trimtab.runtime import observe
+
+    loaded, _ = checkpoint.load(model, torch.float32)
+    one = measure(loaded, tokens)
+    monkeypatch.setattr(observe, "batches", lambda _, windows: windows.split(3))
+    for name, found in measure(loaded, tokens).items():
+        torch.testing.assert_close(found, one[name], rtol=1e-4, atol=1e-6, msg=name)
