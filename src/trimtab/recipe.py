@@ -182,6 +182,12 @@ class Quantization(Document):
             raise ValueError(f"has scale_search 'mse', but format '{self.format}' has no scales to search; remove it")
         return self
 
+    @model_validator(mode="after")
+    def _excludes_what_is_quantized(self) -> Quantization:
+        if self.exclude_sensitive and self.format in CASTS:
+            raise ValueError(f"has exclude_sensitive, but format '{self.format}' quantizes no layer; remove it")
+        return self
+
     @property
     def needs_statistics(self) -> bool:
         """Whether anything is set by what calibration measured of the activations."""

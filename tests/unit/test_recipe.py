@@ -71,6 +71,10 @@ BAD = [
         )
         for form in ("fp32", "fp16", "bf16", "nvfp4", "mxfp4")
     ),
+    (
+        "quantize: {format: bf16, exclude_sensitive: 2}",
+        "has exclude_sensitive, but format 'bf16' quantizes no layer; remove it",
+    ),
     ("quantize: {format: mixed, effective_bits: 3}", "quantize.effective_bits: 3 should be greater than or equal to 4"),
     # what is missing
     ("quantize: {group_size: 64}", "quantize.format: is required"),
