@@ -275,9 +275,11 @@ def _higher_throughput(kit: _Kit) -> Iterator[_Candidate]:
 
 def _fit_larger_model(kit: _Kit) -> Iterator[_Candidate]:
     # NVFP4 keeps 93.8 % of Llama-3.1-8B's accuracy after rounding alone (EXPECTATIONS), so INT4 stands beside it.
-    for form in ("nvfp4", "int4_rtn", "int4_awq", "int4_gptq"):
+    # GPTQ begins with AWQ's scales and takes the same bytes; AWQ stands before it where nothing else on the ladder
+    # wants Gram matrices, which a large model has many of.
+    for form in ("nvfp4", "int4_rtn", *(() if "mixed" in kit.formats else ("int4_awq",)), "int4_gptq"):
         yield kit.quantized(form)
-    for bits in (4.5, 5.0, 5.5, 6.0, 7.0):
+    for bits in (5.0, 6.0, 7.0):
         yield kit.quantized("mixed", bits=bits)
     if not kit.eights:
         yield from kit.safest()

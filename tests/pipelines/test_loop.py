@@ -225,25 +225,22 @@ class Case:
 
 CASES = {
     "accepted first": Case(["int4_rtn accepted confirmed"], exit_code=0),
-    "accepted fourth": Case(
-        [
-            "int4_rtn rejected accuracy", "int4_awq rejected accuracy", "int4_gptq rejected accuracy",
-            "mixed accepted confirmed",
-        ],
-        scores={"int4_rtn": BAD, "int4_awq": BAD, "int4_gptq": BAD},
-        max_attempts=4,
+    "accepted third": Case(
+        ["int4_rtn rejected accuracy", "int4_gptq rejected accuracy", "mixed accepted confirmed"],
+        scores={"int4_rtn": BAD, "int4_gptq": BAD},
+        max_attempts=3,
         exit_code=0,
     ),
     "a run's own max_attempts stops before the unrolled ones are used up": Case(
-        ["int4_rtn rejected accuracy", "int4_awq rejected accuracy"],
-        scores={"int4_rtn": BAD, "int4_awq": BAD},
+        ["int4_rtn rejected accuracy", "int4_gptq rejected accuracy"],
+        scores={"int4_rtn": BAD, "int4_gptq": BAD},
         max_attempts=2,
         unrolled=3,
         reason="is below the limit 0.95",
     ),
     "never accepted": Case(
-        ["int4_rtn rejected perplexity", "int4_awq rejected degenerate_output"],
-        scores={"int4_rtn": Scores(ratio=1.4), "int4_awq": LOOPING},
+        ["int4_rtn rejected perplexity", "int4_gptq rejected degenerate_output"],
+        scores={"int4_rtn": Scores(ratio=1.4), "int4_gptq": LOOPING},
         max_attempts=2,
         reason="75% of the continuations are empty or repeat themselves",
     ),
@@ -251,7 +248,7 @@ CASES = {
         ["int4_rtn accepted confirmed after 2 looks"], scores={"int4_rtn": OPEN}, exit_code=0
     ),
     "a stage that cannot do it leads to another format": Case(
-        ["int4_rtn rejected unsupported", "int4_awq accepted confirmed"],
+        ["int4_rtn rejected unsupported", "int4_gptq accepted confirmed"],
         max_attempts=2,
         fails="int4_rtn quantize",
         failing="unsupported:no kernel for it",
