@@ -28,6 +28,8 @@ COMPARE_SPEED = stages.work_stage("speed", f"{_MEASURE}:compare_speed", "speed")
 INTEGRITY = stages.work_stage(
     "integrity", "trimtab.components.validation.integrity:inspect", "integrity", version=3
 )
+#: What is measured beside the attempt, and no part of its page.
+_BASELINE_LOOKS = {look_name(look, baseline=True) for look in range(1, CONFIRMATION + 1)}
 
 
 def run(state_json: str, page: Any, metrics: Any) -> str:
@@ -258,9 +260,10 @@ class _Judge:
         return apart
 
     def read(self, name: str) -> Any:
-        """Returns a JSON file of what was measured or calibrated on, for the page, or None."""
+        """Returns a JSON file of what was measured on this attempt or calibrated on, for the page, or None."""
         calibration = self.state.trees.get("calibration")
-        for tree in (*self.trees.values(), *([calibration] if calibration else [])):
+        own = [tree for look, tree in self.trees.items() if look not in _BASELINE_LOOKS]
+        for tree in (*own, *([calibration] if calibration else [])):
             path = self.store.get(tree) / name
             if path.exists():
                 return json.loads(path.read_text(encoding="utf-8"))
