@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from operator import truediv
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ def main() -> int:
         for name, run in passes.items():
             seconds[name].append(_seconds(run, model, tokens))
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
-    ratios = {name: statistics.median(map(_ratio, taken, seconds["forward"])) for name, taken in seconds.items()}
+    ratios = {name: statistics.median(map(truediv, taken, seconds["forward"])) for name, taken in seconds.items()}
     print(f"{samples} x 512 tokens on {model.device.type}, {rounds} rounds")
     print(f"{'pass':<12}{'seconds':>9}{'ratio':>8}")
     for name in passes:
@@ -95,10 +96,6 @@ def _seconds(run: Pass, model: PreTrainedModel, tokens: torch.Tensor) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
-
-
-def _ratio(taken: float, bare: float) -> float:
-    return taken / bare
 
 
 def _second_attempt() -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from trimtab import progress
 from trimtab.fusion import block_of
@@ -42,7 +42,8 @@ def measure(
             found = {f"{n}.gram": (sums[n] / tokens.numel()).cpu() for n in layers if block_of(n) == block}
             observe.check_finite(found)
             written += sum(tensor.nbytes for tensor in found.values())
-            measurements.write(Path(output), Path(checkpoint), f"gram-{block:05d}", found)
+            save_file(found, Path(output) / f"gram-{block:05d}.safetensors")
+    measurements.bind(Path(output), Path(checkpoint))
     return {"layers": sum(map(len, chunks)), "passes": len(chunks), "bytes": written}
 
 
