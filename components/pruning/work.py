@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from trimtab import progress
-from trimtab.components.pruning import depth, magnitude
+from trimtab.components.pruning import depth, sparsity
 from trimtab.errors import Failure
-from trimtab.recipe import DepthPruning, Pruning
+from trimtab.recipe import DepthPruning, Pruning, SparsePruning
 from trimtab.runtime import checkpoint as checkpoints
 from trimtab.runtime import observe
 from trimtab.runtime.measurements import Measurements
@@ -30,13 +29,11 @@ def prune(
         Failure: `unsupported`, more blocks to remove than the model has.
     """
     settings = TypeAdapter(Pruning).validate_python(parameters)
+    if isinstance(settings, SparsePruning):
+        measured = Path(calibration) if calibration else None
+        return sparsity.prune(Path(checkpoint), measured, Path(output), Path(scratch), settings)
     model, tokenizer = checkpoints.load(Path(checkpoint), torch.bfloat16)
-    if isinstance(settings, DepthPruning):
-        _prune_depth(model, settings, Measurements(Path(calibration), Path(checkpoint), "calibration"))
-    else:
-        layers = observe.linears(model)
-        for layer in progress.track(layers.values(), "prune", "zeroing the smallest weights", len(layers)):
-            layer.weight.data = magnitude.prune(layer.weight.data, settings.sparsity)
+    _prune_depth(model, settings, Measurements(Path(calibration), Path(checkpoint), "calibration"))
     checkpoints.save(model, tokenizer, Path(output))
     weights = [layer.weight for layer in observe.linears(model).values()]
     zeros = sum((weight == 0).sum().item() for weight in weights) / sum(weight.numel() for weight in weights)

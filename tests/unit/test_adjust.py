@@ -205,10 +205,44 @@ def test_pruning_is_eased_before_it_is_given_up():
     assert title_after(rungs, *history) == "fp8"
 
 
-def test_sparsity_is_halved():
-    rungs = [rung("prune: {method: magnitude, sparsity: 0.5}"), *quantized("int8_wo")]
-    found, _ = next_recipe(rungs, [failed(rungs[0], "accuracy")])
-    assert found.recipe.prune.sparsity == 0.25
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_a_pattern_is_loosened_and_then_sparsity_halved(method):
+    rungs = [rung(f"prune: {{method: {method}, pattern: '2:4'}}"), *quantized("int8_wo")]
+    history, titles = [], []
+    while not titles or titles[-1] != "int8_wo":
+        found, _ = next_recipe(rungs, history)
+        titles.append(found.recipe.title)
+        assert Recipe.parse(found.recipe.to_json()) == found.recipe, "what a remedy makes is a recipe that can be read"
+        history.append(failed(found, "accuracy"))
+    assert titles == [f"{method} {amount}" for amount in ("2:4", "50 %", "25 %", "12.5 %")] + ["int8_wo"]
+
+
+@pytest.mark.parametrize(
+    ("fails", "other", "ruled_out"),
+    [
+        ("wanda, sparsity: 0.5", "wanda, sparsity: 0.6", True),
+        ("wanda, sparsity: 0.5", "wanda, sparsity: 0.4", False),
+        ("wanda, sparsity: 0.5", "magnitude, sparsity: 0.5", True),
+        ("wanda, sparsity: 0.5", "sparsegpt, sparsity: 0.5", False),
+        ("wanda, sparsity: 0.5", "wanda, pattern: '4:8'", True),
+        ("wanda, pattern: '4:8'", "wanda, pattern: '2:4'", True),
+        ("wanda, pattern: '2:4'", "wanda, pattern: '4:8'", False),
+        ("wanda, pattern: '2:4'", "wanda, pattern: '1:4'", True),
+        ("sparsegpt, pattern: '2:4'", "magnitude, pattern: '2:4'", True),
+        ("sparsegpt, pattern: '2:4'", "magnitude, sparsity: 0.5", False),  # freer, but chosen more blindly
+    ],
+)
+def test_what_a_sparse_failure_rules_out(fails, other, ruled_out):
+    rungs = [rung(f"prune: {{method: {settings}}}") for settings in (fails, other)]
+    history = [failed(rungs[0], "accuracy")]
+    while (found := next_recipe(rungs, history)[0]) and found not in rungs:  # the remedies come first
+        history.append(failed(found, "kv_cache_accuracy"))
+    assert (found is None) == ruled_out
+
+
+def test_a_pattern_that_cannot_be_is_no_word_against_other_zeros():
+    rungs = [rung(f"prune: {{method: wanda, {amount}}}") for amount in ("pattern: '2:4'", "sparsity: 0.5")]
+    assert next_recipe(rungs, [failed(rungs[0], "unsupported")])[0] is rungs[1]
 
 
 def test_a_changed_recipe_loses_its_name():
@@ -292,6 +326,7 @@ LADDERS = {
         student(8),
         student(4),
         rung("prune: {method: magnitude, sparsity: 0.9}"),
+        rung("prune: {method: sparsegpt, pattern: '2:4'}"),
         *quantized("bf16+kv"),
     ],
 }

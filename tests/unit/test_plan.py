@@ -7,7 +7,7 @@ from trimtab.hardware import GB, check, target
 from trimtab.memory import max_context_tokens, memory
 from trimtab.model import Linear, ModelFacts
 from trimtab.plan import MAX_RUNGS, ladder
-from trimtab.recipe import Acceptance, MagnitudePruning, Recipe
+from trimtab.recipe import Acceptance, Recipe, SparsePruning
 from trimtab.state import GOALS
 
 
@@ -244,7 +244,7 @@ def test_every_rung_runs_fits_differs_and_says_why(goal, name, model):
             assert check(recipe, hardware, facts) is None
             assert not hardware.is_emulated(recipe) and not hardware.is_kv_cache_emulated(recipe)
             assert memory(facts, recipe, hardware).fits
-            assert not isinstance(recipe.prune, MagnitudePruning)
+            assert not isinstance(recipe.prune, SparsePruning)
             assert recipe.engine.max_num_tokens >= recipe.engine.max_batch_size
             assert recipe.engine.enable_chunked_prefill or (
                 recipe.engine.max_num_tokens >= recipe.engine.max_seq_len
