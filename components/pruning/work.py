@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from trimtab import progress
-from trimtab.components.pruning import depth, magnitude
+from trimtab import progress, shapes
+from trimtab.components.pruning import depth, magnitude, width
 from trimtab.errors import Failure
-from trimtab.recipe import DepthPruning, Pruning
+from trimtab.model import inspect
+from trimtab.recipe import DepthPruning, Pruning, WidthPruning
 from trimtab.runtime import checkpoint as checkpoints
 from trimtab.runtime import observe
 from trimtab.runtime.measurements import Measurements
@@ -27,12 +28,20 @@ def prune(
 
     Raises:
         InputError: the calibration is another model's.
-        Failure: `unsupported`, more blocks to remove than the model has.
+        Failure: `unsupported`, the model has less than is to be removed, or an architecture that is not known.
     """
     settings = TypeAdapter(Pruning).validate_python(parameters)
+    facts = inspect(checkpoint)
+    if reason := shapes.check(facts, settings):
+        raise Failure("unsupported", reason)
     model, tokenizer = checkpoints.load(Path(checkpoint), torch.bfloat16)
+    if isinstance(settings, DepthPruning | WidthPruning):
+        measured = Measurements(Path(calibration), Path(checkpoint), "calibration")
     if isinstance(settings, DepthPruning):
-        _prune_depth(model, settings, Measurements(Path(calibration), Path(checkpoint), "calibration"))
+        choose = depth.least_influential_run if settings.contiguous else depth.least_influential
+        depth.remove_blocks(model, choose(measured["block_influence"], settings.blocks))
+    elif isinstance(settings, WidthPruning):
+        width.prune(model, shapes.pruned(facts, settings), measured)
     else:
         layers = observe.linears(model)
         for layer in progress.track(layers.values(), "prune", "zeroing the smallest weights", len(layers)):
@@ -41,11 +50,3 @@ def prune(
     weights = [layer.weight for layer in observe.linears(model).values()]
     zeros = sum((weight == 0).sum().item() for weight in weights) / sum(weight.numel() for weight in weights)
     return {"parameters": model.num_parameters(), "zeros": zeros, "blocks": model.config.num_hidden_layers}
-
-
-def _prune_depth(model: torch.nn.Module, settings: DepthPruning, measured: Measurements) -> None:
-    have = model.config.num_hidden_layers
-    if settings.blocks >= have:
-        reason = f"prune.blocks: cannot remove {settings.blocks} of {have} blocks; write at most {have - 1}"
-        raise Failure("unsupported", reason)
-    depth.remove_blocks(model, depth.least_influential(measured["block_influence"], settings.blocks))

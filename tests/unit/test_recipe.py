@@ -14,7 +14,7 @@ BAD = [
     ("distill: {tokens: 9, temprature: 2}", "distill.temprature: unknown key 'temprature'; write 'temperature'"),
     (
         "prune: {method: depth, blocks: 2, sparsity: 0.5}",
-        "prune.sparsity: unknown key 'sparsity'; valid: blocks, method",
+        "prune.sparsity: unknown key 'sparsity'; valid: blocks, contiguous, method",
     ),
     (
         "engine: {tensor_parallel: 2}",
@@ -36,7 +36,7 @@ BAD = [
     ("quantize: {format: null}", "quantize.format: None is not valid; valid: fp32, fp16, bf16"),
     (
         "prune: {method: depht, blocks: 2}",
-        "prune.method: 'depht' is not valid; write 'depth' (valid: magnitude, depth)",
+        "prune.method: 'depht' is not valid; write 'depth' (valid: magnitude, depth, width)",
     ),
     ("prune: {method: magnitude, sparsity: 1.5}", "prune.sparsity: 1.5 should be less than 1"),
     ("prune: {method: depth, blocks: 0}", "prune.blocks: 0 should be greater than or equal to 1"),
