@@ -52,6 +52,27 @@ def channel_importance(second_moments: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(list(second_moments)).sum(dim=0)
 
 
+def norm_scale(norm: torch.Tensor, second_moment: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Returns the factor on an RMS norm's weights for the kept channels that keeps the scale of its output.
+
+    The norm divides by the root of the mean square over all channels, so without those that carry little its output
+    would shrink. Ahead of its weights, the squares of a token sum to the number of channels, and what the removed ones
+    had of that sum is measured. Where they had nothing, nothing changes.
+
+    Args:
+        norm: [hidden_size], its weights.
+        second_moment: [hidden_size], of its output.
+        kept: indices of channels.
+
+    Returns:
+        A float32 scalar.
+    """
+    square = norm.float().square()
+    energy = torch.where(square > 0, second_moment / square, 0.0)  # a weight of 0 hides what its channel carries
+    left = len(norm) - energy.sum() + energy[kept].sum()
+    return (left.clamp(min=0) / len(kept)).sqrt()
+
+
 def strongest(importance: torch.Tensor, count: int) -> torch.Tensor:
     """Returns the indices of the `count` largest values in ascending order; the first among equals.
 
@@ -80,17 +101,19 @@ def prune(model: nn.Module, sizes: ModelFacts, measured: Mapping[str, torch.Tens
     def moment(layer: nn.Linear) -> torch.Tensor:
         return measured[f"{names[layer]}.second_moment"]
 
-    hidden = None
-    if sizes.hidden_size < model.config.hidden_size:
-        behind = [moment(layer) for block in blocks for layer in (block.self_attn.q_proj, block.mlp.gate_proj)]
-        hidden = strongest(channel_importance(behind), sizes.hidden_size)
-    for block in progress.track(blocks, "prune", "narrowing blocks", len(blocks)):
+    behind = [(moment(block.self_attn.q_proj), moment(block.mlp.gate_proj)) for block in blocks]
+    channels = strongest(channel_importance([m for pair in behind for m in pair]), sizes.hidden_size)
+    narrower = sizes.hidden_size < model.config.hidden_size
+    pairs = zip(blocks, behind, strict=True)
+    # Nothing is measured behind the last norm: the one before it stands in.
+    last = norm_scale(blocks[-1].post_attention_layernorm.weight.data, behind[-1][1], channels)
+    for block, moments in progress.track(pairs, "prune", "narrowing blocks", len(blocks)):
         _narrow_mlp(block.mlp, sizes, moment(block.mlp.down_proj))
         _narrow_attention(block.self_attn, sizes, moment(block.self_attn.o_proj))
-        if hidden is not None:
-            _narrow_hidden(block, hidden)
-    if hidden is not None:
-        _narrow_ends(model, hidden)
+        if narrower:
+            _narrow_hidden(block, channels, *moments)
+    if narrower:
+        _narrow_ends(model, channels, last)
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
         setattr(model.config, name, getattr(sizes, _FACTS.get(name, name)))
     model.config.head_dim = sizes.head_dim  # else hidden_size / heads is taken for it
@@ -119,21 +142,26 @@ def _narrow_attention(attention: nn.Module, sizes: ModelFacts, moment: torch.Ten
     _take_inputs(queries, attention.o_proj)
 
 
-def _narrow_hidden(block: nn.Module, channels: torch.Tensor) -> None:
+def _narrow_hidden(block: nn.Module, channels: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
+    """`before` and `after` attention: the second moments behind the block's two norms."""
     attention, mlp = block.self_attn, block.mlp
     _take_inputs(channels, attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
     _take_outputs(channels, attention.o_proj, mlp.down_proj)
-    for norm in (block.input_layernorm, block.post_attention_layernorm):
-        norm.weight.data = norm.weight.data[channels]
+    for norm, moment in ((block.input_layernorm, before), (block.post_attention_layernorm, after)):
+        _narrow_norm(norm, channels, norm_scale(norm.weight.data, moment, channels))
 
 
-def _narrow_ends(model: nn.Module, channels: torch.Tensor) -> None:
+def _narrow_ends(model: nn.Module, channels: torch.Tensor, scale: torch.Tensor) -> None:
     embedding, head, norm = model.get_input_embeddings(), model.get_output_embeddings(), model.model.norm
-    norm.weight.data = norm.weight.data[channels]
+    _narrow_norm(norm, channels, scale)
     embedding.weight.data = embedding.weight.data[:, channels]
     embedding.embedding_dim = head.in_features = len(channels)
     if head.weight is not embedding.weight:
         head.weight.data = head.weight.data[:, channels]
+
+
+def _narrow_norm(norm: nn.Module, channels: torch.Tensor, scale: torch.Tensor) -> None:
+    norm.weight.data = (norm.weight.data[channels] * scale).to(norm.weight.dtype)
 
 
 def _take_outputs(rows: torch.Tensor, *layers: nn.Linear) -> None:

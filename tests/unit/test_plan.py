@@ -1,41 +1,15 @@
 """The ladders of the decision matrix, and memory against hand computation."""
 
 import pytest
+from facts import LLAMA_8B, LLAMA_70B, SMOLLM2, llama
 
 from trimtab.errors import InputError
 from trimtab.hardware import GB, check, target
 from trimtab.memory import max_context_tokens, memory
-from trimtab.model import Linear, ModelFacts
 from trimtab.plan import MAX_RUNGS, ladder
 from trimtab.recipe import Acceptance, MagnitudePruning, Recipe
 from trimtab.state import GOALS
 
-
-def llama(layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, positions, tied) -> ModelFacts:
-    shapes = {
-        "self_attn.q_proj": (heads * head_dim, hidden),
-        "self_attn.k_proj": (kv_heads * head_dim, hidden),
-        "self_attn.v_proj": (kv_heads * head_dim, hidden),
-        "self_attn.o_proj": (hidden, heads * head_dim),
-        "mlp.gate_proj": (intermediate, hidden),
-        "mlp.up_proj": (intermediate, hidden),
-        "mlp.down_proj": (hidden, intermediate),
-    }
-    names = [(f"model.layers.{n}.{name}", shape) for n in range(layers) for name, shape in shapes.items()]
-    linears = tuple(Linear(name, *shape) for name, shape in names)
-    parameters = sum(layer.parameters for layer in linears)
-    parameters += (1 if tied else 2) * vocab * hidden + (2 * layers + 1) * hidden
-    return ModelFacts(
-        architecture="LlamaForCausalLM", model_type="llama", layers=layers, hidden_size=hidden,
-        intermediate_size=intermediate, heads=heads, kv_heads=kv_heads, head_dim=head_dim, vocab_size=vocab,
-        max_position_embeddings=positions, tied_embeddings=tied, parameters=parameters, bytes=2 * parameters,
-        dtype="bfloat16", linears=linears,
-    )  # fmt: skip
-
-
-SMOLLM2 = llama(30, 576, 1536, 9, 3, 64, 49152, 8192, True)
-LLAMA_8B = llama(32, 4096, 14336, 32, 8, 128, 128256, 131072, False)
-LLAMA_70B = llama(80, 8192, 28672, 64, 8, 128, 128256, 131072, False)
 MODELS = {"SmolLM2-135M": SMOLLM2, "Llama-3.1-8B": LLAMA_8B, "Llama-3.1-70B": LLAMA_70B}
 TARGETS = ("cpu", "a100-40", "a100-80", "l4", "l40s", "h100", "h200", "b200", "rtx4090")
 
@@ -44,7 +18,7 @@ def on(name: str, memory_gb: int = 1000):
     return target(name, memory_gb * GB if name == "cpu" else None)
 
 
-def test_parameters_of_the_facts_above():
+def test_parameters_are_those_of_the_cards():
     # from the models' cards: 134,515,008; 8,030,261,248; 70,553,706,496
     assert [facts.parameters for facts in MODELS.values()] == [134_515_008, 8_030_261_248, 70_553_706_496]
 
@@ -98,6 +72,7 @@ def test_weights(quantize, weights):
         ("{quantize: {format: int8_wo, kv_cache: nvfp4}}", 8 * 2048 * 131_072),
         ("engine: {max_batch_size: 1, max_seq_len: 999999}", 131_072 * 131_072),  # the model ends at 131,072
         ("{prune: {method: depth, blocks: 8}}", 8 * 2048 * 131_072 * 24 // 32),
+        ("{prune: {method: width, kv_groups: 2}}", 8 * 2048 * 131_072 * 6 // 8),
         ("engine: {backend: trtllm, tensor_parallel_size: 4}", 8 * 2048 * 131_072 // 4),
         ("engine: {backend: trtllm, pipeline_parallel_size: 4}", 8 * 2048 * 131_072 // 4),
         # sixteen ranks share eight KV heads: one each
@@ -139,6 +114,17 @@ def test_parallelism_splits_the_linears_only():
 def test_depth_pruning_removes_its_share_of_the_linears():
     recipe = Recipe.parse("prune: {method: depth, blocks: 8}")
     assert memory(LLAMA_8B, recipe, on("h100")).weights == 2 * 24 * 218_103_808 + REST
+
+
+def test_width_pruning_narrows_weights_and_activations():
+    recipe = Recipe.parse("{prune: {method: width, ffn: 0.5, hidden: 0.25}, quantize: {format: int8_wo}}")
+    found = memory(LLAMA_8B, recipe, on("h100"))
+    # a block: 2 * 4096 * 3072 (q, o) + 2 * 1024 * 3072 (k, v) + 3 * 7168 * 3072 (mlp) = 97,517,568 weights of a byte,
+    # and 4096 + 2 * 1024 + 3072 + 2 * 7168 + 3072 = 26,624 rows with a scale; embeddings and head keep three quarters
+    rest = REST - 2 * 2 * 128_256 * 1024
+    assert found.weights == 32 * (97_517_568 + 2 * 26_624) + rest
+    # 8192 tokens * (4 * 3072 + 3 * 7168) * 2 bytes, 8 rows of logits, and the largest layer in 16 bits
+    assert found.activations == 8192 * 33_792 * 2 + 8 * 128_256 * 4 + 2 * 7168 * 3072
 
 
 def test_an_emulated_format_is_held_in_16_bits():

@@ -39,6 +39,10 @@ BAD = [
         "prune.method: 'depht' is not valid; write 'depth' (valid: magnitude, depth, width)",
     ),
     ("prune: {method: magnitude, sparsity: 1.5}", "prune.sparsity: 1.5 should be less than 1"),
+    ("prune: {method: width, ffn: 1}", "prune.ffn: 1 should be less than 1"),
+    ("prune: {method: width, hidden: -0.1}", "prune.hidden: -0.1 should be greater than 0"),
+    ("prune: {method: width, kv_groups: 0}", "prune.kv_groups: 0 should be greater than or equal to 1"),
+    ("prune: {method: width, heads: 1}", "prune.heads: unknown key 'heads'; valid: ffn, hidden, kv_groups, method"),
     ("prune: {method: depth, blocks: 0}", "prune.blocks: 0 should be greater than or equal to 1"),
     ("distill: {tokens: many}", "distill.tokens: 'many' should be a valid integer"),
     ("calibrate: {samples: 1.5}", "calibrate.samples: 1.5 should be a valid integer"),
@@ -76,6 +80,7 @@ BAD = [
         "has exclude_sensitive, but format 'bf16' quantizes no layer; remove it",
     ),
     ("quantize: {format: mixed, effective_bits: 3}", "quantize.effective_bits: 3 should be greater than or equal to 4"),
+    ("prune: {method: width}", "has method 'width' and nothing to remove; write ffn, kv_groups or hidden"),
     # what is missing
     ("quantize: {group_size: 64}", "quantize.format: is required"),
     ("prune: {blocks: 2}", "prune.method: is required"),
@@ -118,6 +123,12 @@ def test_every_other_format_has_scales_to_search(form):
         ("quantize: {format: bf16, kv_cache: nvfp4}", "bf16 + nvfp4 KV"),
         ("quantize: {format: mixed, effective_bits: 5.5}", "mixed 5.5 bits"),
         ("prune: {method: magnitude, sparsity: 0.5}", "magnitude 50%"),
+        ("prune: {method: depth, blocks: 4, contiguous: true}", "-4 blocks in a row"),
+        ("prune: {method: width, ffn: 0.25}", "-25% FFN"),
+        (
+            "{prune: {method: width, ffn: 0.3, kv_groups: 2, hidden: 0.125}, quantize: {format: fp8}}",
+            "-30% FFN, -2 KV groups, -12.5% hidden + fp8",
+        ),
         ("{prune: {method: depth, blocks: 4}, distill: {tokens: 65536}}", "-4 blocks + distill 65,536 tokens"),
     ],
 )

@@ -76,6 +76,7 @@ def worked(monkeypatch):
          ["calibrate", "recalibrate", "sensitivity", "quantize", "engine"]),
         ("prune: {method: magnitude, sparsity: 0.5}", ["prune", "engine"]),
         ("prune: {method: depth, blocks: 1}", ["calibrate", "prune", "engine"]),
+        ("prune: {method: width, ffn: 0.5}", ["calibrate", "prune", "engine"]),
         ("distill: {tokens: 99}", ["distill", "engine"]),
         (FULL, ALL),
     ],
