@@ -41,7 +41,8 @@ def prune(
         choose = depth.least_influential_run if settings.contiguous else depth.least_influential
         depth.remove_blocks(model, choose(measured["block_influence"], settings.blocks))
     elif isinstance(settings, WidthPruning):
-        width.prune(model, shapes.pruned(facts, settings), measured)
+        sizes = shapes.pruned(facts, settings)
+        width.narrow(model, sizes, width.choose(model, sizes, measured), measured)
     else:
         layers = observe.linears(model)
         for layer in progress.track(layers.values(), "prune", "zeroing the smallest weights", len(layers)):
