@@ -112,6 +112,10 @@ PLANNED = [
     ("{prune: {method: depth, blocks: 3}, quantize: {format: int8_wo, exclude_sensitive: 5}}", "cpu",
      "quantize.exclude_sensitive: 5 of 4 groups of layers leave nothing to quantize; write at most 3"),
     ("prune: {method: depth, blocks: 9}", "cpu", "prune.blocks: 9 of 4 blocks cannot be removed; write at most 3"),
+    ("prune: {method: width, kv_groups: 4}", "cpu",
+     "prune.kv_groups: 4 of 4 KV groups cannot be removed; write at most 3"),
+    ("prune: {method: width, hidden: 0.5}", "cpu",
+     "prune.hidden: channels are kept in multiples of 64, and the model has 64; remove it"),
 ]  # fmt: skip
 
 
