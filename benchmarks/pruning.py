@@ -45,6 +45,8 @@ _WIDTH = {"by magnitude": naive.magnitude_width, "random": naive.random_width}
 STRUCTURED: dict[str, tuple[dict[str, Any], dict[str, Callable[..., None]]]] = {
     "4 blocks": ({"method": "depth", "blocks": 4}, _DEPTH),
     "4 blocks in a row": ({"method": "depth", "blocks": 4, "contiguous": True}, {}),
+    "7 blocks": ({"method": "depth", "blocks": 7}, {}),
+    "31 % FFN, as many as 7 blocks": ({"method": "width", "ffn": 0.31}, {}),
     "20 % FFN": ({"method": "width", "ffn": 0.2}, _WIDTH),
     "1 KV group": ({"method": "width", "kv_groups": 1}, _WIDTH),
     # a Llama's heads divide its hidden size, which nine do in no smaller size of whole multiples

@@ -8,6 +8,7 @@ from trimtab.hardware import GB, check, target
 from trimtab.memory import max_context_tokens, memory
 from trimtab.plan import MAX_RUNGS, ladder
 from trimtab.recipe import Acceptance, MagnitudePruning, Recipe
+from trimtab.shapes import pruned
 from trimtab.state import GOALS
 
 MODELS = {"SmolLM2-135M": SMOLLM2, "Llama-3.1-8B": LLAMA_8B, "Llama-3.1-70B": LLAMA_70B}
@@ -157,51 +158,52 @@ def titles(goal, facts, name, **options):
     return [rung.recipe.title for rung in ladder(goal, facts, on(name), **options)]
 
 
-STUDENTS_CPU = ["-7 blocks + distill 65,536 tokens + ", "-3 blocks + distill 65,536 tokens + "]
+# As many parameters as 7 and 3 of 30 blocks, 8 and 4 of 32: of SmolLM2's 79.6 million in the FFN 24.8 and 10.6, of
+# Llama's 5.64 billion 1.74 and 0.87.
+STUDENTS_CPU = ["-31% FFN + distill 65,536 tokens + ", "-13% FFN + distill 65,536 tokens + "]
 
 
-def students(first: int, second: int, rest: str = "") -> list[str]:
-    taught = "blocks + distill 100,000,000 tokens"
-    return [f"-{blocks} {taught}{rest and ' + ' + rest}" for blocks in (first, second)]
+def students(rest: str = "") -> list[str]:
+    return [f"-{share}% FFN + distill 100,000,000 tokens{rest and ' + ' + rest}" for share in (31, 15)]
 
 
 LADDERS = [
     ("fit_larger_model", SMOLLM2, "cpu", [
         "int4_rtn", "int4_gptq", "mixed 5 bits", "mixed 6 bits", "mixed 7 bits", "int8_wo",
     ]),
-    ("fit_larger_model", LLAMA_8B, "h100", ["int4_awq", "int4_gptq", *students(8, 4, "fp8"), "fp8"]),
+    ("fit_larger_model", LLAMA_8B, "h100", ["int4_awq", "int4_gptq", *students("fp8"), "fp8"]),
     # NVFP4 where it is served: by TensorRT-LLM on Blackwell, and nowhere by torch
-    ("fit_larger_model", LLAMA_8B, "b200", ["nvfp4", "int4_awq", "int4_gptq", *students(8, 4, "fp8"), "fp8"]),
+    ("fit_larger_model", LLAMA_8B, "b200", ["nvfp4", "int4_awq", "int4_gptq", *students("fp8"), "fp8"]),
     ("fit_larger_model", LLAMA_8B, "a100-80", [
-        "int4_awq", "int4_gptq", "int4_awq, down_proj in 16 bits", *students(8, 4),
+        "int4_awq", "int4_gptq", "int4_awq, down_proj in 16 bits", *students(),
     ]),
     ("lower_latency", SMOLLM2, "cpu", [
         "int8_wo", "int8_sq", "int4_awq", "int4_gptq", "mixed 5 bits",
         *(title + "int8_wo" for title in STUDENTS_CPU), "int8_wo, down_proj in 16 bits",
     ]),
     ("lower_latency", LLAMA_8B, "h100", [
-        "fp8 + fp8 KV", "fp8", "int4_awq", "int4_gptq", *students(8, 4, "fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
+        "fp8 + fp8 KV", "fp8", "int4_awq", "int4_gptq", *students("fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
     ]),
     ("lower_latency", LLAMA_8B, "a100-80", [
-        "int4_awq", "int4_gptq", *students(8, 4, "bf16 + fp8 KV"), "int4_awq, down_proj in 16 bits",
+        "int4_awq", "int4_gptq", *students("bf16 + fp8 KV"), "int4_awq, down_proj in 16 bits",
     ]),
     ("higher_throughput", SMOLLM2, "cpu", [
         "int8_sq", "int8_wo", *(title + "int8_sq" for title in STUDENTS_CPU), "int8_wo, down_proj in 16 bits",
     ]),
     ("higher_throughput", LLAMA_8B, "h100", [
-        "fp8 + fp8 KV", "fp8", *students(8, 4, "fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
+        "fp8 + fp8 KV", "fp8", *students("fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
     ]),
-    ("higher_throughput", LLAMA_8B, "a100-80", ["bf16 + fp8 KV", *students(8, 4, "bf16 + fp8 KV")]),
+    ("higher_throughput", LLAMA_8B, "a100-80", ["bf16 + fp8 KV", *students("bf16 + fp8 KV")]),
     ("long_context", SMOLLM2, "cpu", ["int8_wo", "int8_sq", "int4_awq"]),
     ("long_context", LLAMA_8B, "h100", ["fp8 + fp8 KV", "fp8", "int4_awq + fp8 KV", "bf16 + fp8 KV"]),
     ("long_context", LLAMA_8B, "a100-80", ["int4_awq + fp8 KV", "bf16 + fp8 KV"]),
     # where eight bits leave too little for the whole context, INT4 stands first
     ("long_context", LLAMA_70B, "h100", ["int4_awq + fp8 KV", "fp8 + fp8 KV", "fp8", "bf16 + fp8 KV"]),
     ("lower_cost", LLAMA_8B, "h100", [
-        "fp8 + fp8 KV", "fp8", *students(8, 4, "fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
+        "fp8 + fp8 KV", "fp8", *students("fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
     ]),
     ("lower_cost", LLAMA_8B, "a100-80", [
-        "int4_awq", *students(8, 4, "bf16 + fp8 KV"), "int4_awq, down_proj in 16 bits",
+        "int4_awq", *students("bf16 + fp8 KV"), "int4_awq, down_proj in 16 bits",
     ]),
 ]  # fmt: skip
 
@@ -209,6 +211,18 @@ LADDERS = [
 @pytest.mark.parametrize(("goal", "facts", "name", "expected"), LADDERS)
 def test_ladder(goal, facts, name, expected):
     assert titles(goal, facts, name) == expected
+
+
+def test_students_of_what_cannot_be_narrowed_have_fewer_blocks():
+    neox = SMOLLM2.model_copy(update={"model_type": "gpt_neox"})
+    found = [rung for rung in ladder("lower_latency", neox, on("cpu")) if rung.recipe.prune]
+    assert [rung.recipe.prune.blocks for rung in found] == [7, 3]
+    assert all(rung.why.startswith("fewer blocks, taught by") for rung in found)
+    narrow = [rung for rung in ladder("lower_latency", SMOLLM2, on("cpu")) if rung.recipe.prune]
+    assert all(rung.why.startswith("a narrower FFN") for rung in narrow)
+    for less, fewer in zip(narrow, found, strict=True):  # of as many parameters, to a multiple of 64 neurons
+        left = [pruned(facts, rung.recipe.prune).parameters for facts, rung in ((SMOLLM2, less), (neox, fewer))]
+        assert left[0] == pytest.approx(left[1], rel=0.015)
 
 
 @pytest.mark.parametrize("goal", GOALS)
