@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from trimtab import hardware, progress
+from trimtab import progress
 from trimtab.components.pruning import magnitude, sequential, sparsegpt, wanda
-from trimtab.errors import Failure
 from trimtab.fusion import block_of
 from trimtab.model import inspect as read_facts
 from trimtab.recipe import SparsePruning
@@ -25,16 +24,16 @@ def prune(
 ) -> dict[str, float]:
     """Writes the checkpoint with zeros in the linear layers of its blocks; every tensor keeps its type.
 
+    The pattern divides every layer (`shapes.check`).
+
     Returns:
         parameters, zeros (share of zero weights in those layers), blocks.
 
     Raises:
         InputError: the calibration is another model's, or a weight is not finite.
-        Failure: `unsupported`, a layer that the pattern does not divide, or a model that the method cannot run.
+        Failure: `unsupported`, a model that the method cannot run.
     """
     facts = read_facts(checkpoint)
-    if reason := hardware.check_pattern(settings, facts):
-        raise Failure("unsupported", reason)
     layers = {layer.name: layer for layer in facts.linears if block_of(layer.name) is not None}
     measured = Measurements(calibration, checkpoint, "calibration") if settings.needs_statistics else None
     shares = dict.fromkeys(layers, settings.sparsity)

@@ -195,10 +195,18 @@ def _counts(pattern: Any) -> tuple[int, int] | None:
 
 
 class DepthPruning(Document):
-    """Removes whole transformer blocks, those that change their input least (smaller and faster)."""
+    """Removes whole transformer blocks, those that change their input least (smaller and faster).
+
+    `contiguous` removes blocks that follow one another, the run whose influence has the least sum.
+    """
 
     method: Literal["depth"]
     blocks: Count
+    contiguous: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"-{self.blocks} blocks" + (" in a row" if self.contiguous else "")
 
     @property
     def needs_statistics(self) -> bool:
@@ -206,7 +214,39 @@ class DepthPruning(Document):
         return True
 
 
-Pruning = Annotated[SparsePruning | DepthPruning, Field(discriminator="method")]
+class WidthPruning(Document):
+    """Narrows every block alike, by what carries least (smaller and faster); at least one of three.
+
+    `ffn` is the share of FFN neurons to remove, `hidden` that of hidden channels; what is kept of either is rounded
+    to a multiple of 64, in a Llama also of its heads (`shapes.kept`). `kv_groups` counts KV heads to remove from every
+    block, each with the attention heads that read it.
+    """
+
+    method: Literal["width"]
+    ffn: Ratio | None = None
+    kv_groups: Count | None = None
+    hidden: Ratio | None = None
+
+    @model_validator(mode="after")
+    def _removes_something(self) -> WidthPruning:
+        if not (self.ffn or self.kv_groups or self.hidden):
+            raise ValueError("has method 'width' and nothing to remove; write ffn, kv_groups or hidden")
+        return self
+
+    @property
+    def title(self) -> str:
+        neurons = self.ffn and f"-{100 * self.ffn:.3g} % FFN"
+        groups = self.kv_groups and f"-{self.kv_groups} KV group{'s' * (self.kv_groups > 1)}"
+        channels = self.hidden and f"-{100 * self.hidden:.3g} % hidden"
+        return ", ".join(filter(None, (neurons, groups, channels)))
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether calibration is read: what neurons, heads and channels carry."""
+        return True
+
+
+Pruning = Annotated[SparsePruning | DepthPruning | WidthPruning, Field(discriminator="method")]
 
 
 class Distillation(Document):
@@ -350,9 +390,7 @@ class Recipe(Document):
 
     def _steps(self) -> list[str]:
         steps = []
-        if isinstance(self.prune, DepthPruning):
-            steps.append(f"-{self.prune.blocks} blocks")
-        elif self.prune:
+        if self.prune:
             steps.append(self.prune.title)
         if self.distill:
             steps.append(f"distill {self.distill.tokens:,} tokens")

@@ -34,7 +34,7 @@ window_tokens: 64
 """
 #: Every stage has work, enough that a kill hits it.
 LONG_RECIPE = """
-prune: {method: depth, blocks: 1}
+prune: {method: width, ffn: 0.5, kv_groups: 1}
 distill: {tokens: 10240, batch_size: 4, length: 64}
 quantize: {format: mixed, effective_bits: 6, group_size: 32}
 calibrate: {samples: 4, length: 64}

@@ -205,6 +205,30 @@ def test_an_unlike_target_lists_all():
             "engine.pipeline_parallel_size: 4 stages for 2 blocks; write at most 2",
         ),
         (
+            "cpu",
+            "prune: {method: width, ffn: 0.01}",
+            "prune.ffn: 0.01 of 1536 neurons rounds to none, because neurons are kept in multiples of 64; write at "
+            "least 0.042",
+        ),
+        (
+            "cpu",  # 12 groups of 128 fit into 1536 neurons, 8.5 into 1088
+            "{prune: {method: width, ffn: 0.29}, quantize: {format: int4_awq, group_size: 128, exclude: "
+            "['*.q_proj', '*.o_proj', '*.up_proj']}}",
+            "quantize.group_size: 128 does not divide the 1088 input features of model.layers.0.mlp.down_proj; write "
+            "one of: 64, 32",
+        ),
+        (
+            "h100",  # two of three KV groups are left, which three ranks do not divide
+            "{prune: {method: width, kv_groups: 1}, engine: {backend: trtllm, tensor_parallel_size: 3}}",
+            "engine.tensor_parallel_size: 3 does not divide 6 attention heads and 2 KV heads; write one of: 1, 2, 6",
+        ),
+        (
+            "cpu",  # a pattern means the pruned model, whose blocks are numbered anew
+            "{prune: {method: depth, blocks: 4}, quantize: {format: int8_wo, exclude: [model.layers.29.mlp.up_proj]}}",
+            "quantize.exclude: 'model.layers.29.mlp.up_proj' matches no layer; write 'model.layers.9.mlp.up_proj' "
+            "(valid: *.down_proj, *.o_proj, *.q_proj, *.up_proj, lm_head)",
+        ),
+        (
             "h100",
             "{engine: {backend: torch, tensor_parallel_size: 3}}",
             "engine.tensor_parallel_size: torch uses one device; write 1 for it and the pipeline",
@@ -227,6 +251,7 @@ def test_refused(name, recipe, sentence):
         ("h100", "{engine: {backend: trtllm, tensor_parallel_size: 3}}"),
         ("cpu", "{prune: {method: depth, blocks: 29}}"),
         ("cpu", "{prune: {method: sparsegpt, pattern: '4:8'}}"),
+        ("cpu", "{prune: {method: width, ffn: 0.29, kv_groups: 2}, quantize: {format: int4_awq}}"),
     ],
 )
 def test_allowed(name, recipe):

@@ -14,7 +14,7 @@ BAD = [
     ("distill: {tokens: 9, temprature: 2}", "distill.temprature: unknown key 'temprature'; write 'temperature'"),
     (
         "prune: {method: depth, blocks: 2, sparsity: 0.5}",
-        "prune.sparsity: unknown key 'sparsity'; valid: blocks, method",
+        "prune.sparsity: unknown key 'sparsity'; valid: blocks, contiguous, method",
     ),
     (
         "engine: {tensor_parallel: 2}",
@@ -36,7 +36,7 @@ BAD = [
     ("quantize: {format: null}", "quantize.format: None is not valid; valid: fp32, fp16, bf16"),
     (
         "prune: {method: depht, blocks: 2}",
-        "prune.method: 'depht' is not valid; write 'depth' (valid: magnitude, wanda, sparsegpt, depth)",
+        "prune.method: 'depht' is not valid; write 'depth' (valid: magnitude, wanda, sparsegpt, depth, width)",
     ),
     ("prune: {method: magnitude, sparsity: 1.5}", "prune.sparsity: 1.5 should be less than 1"),
     ("prune: {method: sparsegpt, sparsity: 0}", "prune.sparsity: 0 should be greater than 0"),
@@ -51,6 +51,10 @@ BAD = [
         "prune: {method: sparsegpt, pattern: '2:4', sparsity: 0.6}",
         "prune.sparsity: 0.6 is not what '2:4' zeroes, 0.5; leave it out, or the pattern",
     ),
+    ("prune: {method: width, ffn: 1}", "prune.ffn: 1 should be less than 1"),
+    ("prune: {method: width, hidden: -0.1}", "prune.hidden: -0.1 should be greater than 0"),
+    ("prune: {method: width, kv_groups: 0}", "prune.kv_groups: 0 should be greater than or equal to 1"),
+    ("prune: {method: width, heads: 1}", "prune.heads: unknown key 'heads'; valid: ffn, hidden, kv_groups, method"),
     ("prune: {method: depth, blocks: 0}", "prune.blocks: 0 should be greater than or equal to 1"),
     ("distill: {tokens: many}", "distill.tokens: 'many' should be a valid integer"),
     ("calibrate: {samples: 1.5}", "calibrate.samples: 1.5 should be a valid integer"),
@@ -88,6 +92,7 @@ BAD = [
         "has exclude_sensitive, but format 'bf16' quantizes no layer; remove it",
     ),
     ("quantize: {format: mixed, effective_bits: 3}", "quantize.effective_bits: 3 should be greater than or equal to 4"),
+    ("prune: {method: width}", "has method 'width' and nothing to remove; write ffn, kv_groups or hidden"),
     # what is missing
     ("quantize: {group_size: 64}", "quantize.format: is required"),
     ("prune: {blocks: 2}", "prune.method: is required"),
@@ -133,6 +138,12 @@ def test_every_other_format_has_scales_to_search(form):
         ("prune: {method: magnitude, sparsity: 0.5}", "magnitude 50 %"),
         ("prune: {method: wanda, sparsity: 0.667}", "wanda 66.7 %"),
         ("prune: {method: sparsegpt, pattern: '2:4'}", "sparsegpt 2:4"),
+        ("prune: {method: depth, blocks: 4, contiguous: true}", "-4 blocks in a row"),
+        ("prune: {method: width, ffn: 0.25}", "-25 % FFN"),
+        (
+            "{prune: {method: width, ffn: 0.3, kv_groups: 2, hidden: 0.125}, quantize: {format: fp8}}",
+            "-30 % FFN, -2 KV groups, -12.5 % hidden + fp8",
+        ),
         ("{prune: {method: depth, blocks: 4}, distill: {tokens: 65536}}", "-4 blocks + distill 65,536 tokens"),
     ],
 )

@@ -80,6 +80,7 @@ def worked(monkeypatch):
         ("{prune: {method: sparsegpt, pattern: '2:4'}, quantize: {format: int8_wo}}",
          ["calibrate", "prune", "quantize", "engine"]),
         ("prune: {method: depth, blocks: 1}", ["calibrate", "prune", "engine"]),
+        ("prune: {method: width, ffn: 0.5}", ["calibrate", "prune", "engine"]),
         ("distill: {tokens: 99}", ["distill", "engine"]),
         (FULL, ALL),
     ],

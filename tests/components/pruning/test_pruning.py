@@ -27,6 +27,19 @@ def test_the_least_influential_blocks(influence, count, removed):
     assert depth.least_influential(torch.tensor(influence), count) == removed
 
 
+@pytest.mark.parametrize(
+    ("influence", "count", "removed"),
+    [
+        ([0.1, 0.9, 0.2, 0.3], 1, [0]),
+        ([0.1, 0.9, 0.2, 0.3], 2, [2, 3]),  # the two weakest, 0 and 2, do not follow one another
+        ([0.1, 0.2, 0.2, 0.1], 3, [0, 1, 2]),  # the first among equals
+        ([0.1, 0.2, 0.2, 0.1], 4, [0, 1, 2, 3]),
+    ],
+)
+def test_the_least_influential_run(influence, count, removed):
+    assert depth.least_influential_run(torch.tensor(influence), count) == removed
+
+
 def test_depth_pruning_leaves_an_ordinary_checkpoint(model, calibration, tmp_path):
     metrics = prune(str(model), str(calibration), str(tmp_path), "", {"method": "depth", "blocks": 1})
     assert metrics["blocks"] == 3 and inspect(tmp_path).layers == 3
@@ -39,7 +52,14 @@ def test_depth_pruning_leaves_an_ordinary_checkpoint(model, calibration, tmp_pat
         assert torch.equal(after[f"model.layers.{place}.{name}"], before[f"model.layers.{origin}.{name}"])
 
 
-@pytest.mark.parametrize("parameters", [{"method": "depth", "blocks": 2}, {"method": "magnitude", "sparsity": 0.5}])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"method": "depth", "blocks": 2},
+        {"method": "depth", "blocks": 2, "contiguous": True},
+        {"method": "magnitude", "sparsity": 0.5},
+    ],
+)
 def test_what_is_left_generates(parameters, model, calibration, tmp_path):
     metrics = prune(str(model), str(calibration), str(tmp_path), str(tmp_path / "scratch"), parameters)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -51,6 +71,6 @@ def test_what_is_left_generates(parameters, model, calibration, tmp_path):
 
 
 def test_no_more_blocks_than_there_are(model, calibration, tmp_path):
-    with pytest.raises(Failure, match="cannot remove 4 of 4 blocks; write at most 3") as caught:
+    with pytest.raises(Failure, match="4 of 4 blocks cannot be removed; write at most 3") as caught:
         prune(str(model), str(calibration), str(tmp_path), "", {"method": "depth", "blocks": 4})
     assert caught.value.failure_class == "unsupported" and list(tmp_path.iterdir()) == []
