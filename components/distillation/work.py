@@ -9,46 +9,143 @@ from typing import Any
 
 import torch
 
-from trimtab import files
-from trimtab.components.distillation.data import Data
+from trimtab import child, files, progress
+from trimtab.components.distillation import data, processes
+from trimtab.components.distillation.objective import Objective
+from trimtab.components.distillation.optimization import schedule
 from trimtab.components.distillation.reparametrization import Reparametrization
-from trimtab.components.distillation.training import heldout_loss, train
+from trimtab.components.distillation.resume import Curve
+from trimtab.components.distillation.teacher import StoredLogits
+from trimtab.components.distillation.training import Training, heldout_loss
+from trimtab.errors import InputError, StageError
+from trimtab.model import inspect
 from trimtab.recipe import Distillation
 from trimtab.runtime import checkpoint as checkpoints
 
 
 def distill(
-    checkpoint: str, model: str, output: str, scratch: str, parameters: dict[str, Any]
+    checkpoint: str,
+    model: str,
+    output: str,
+    scratch: str,
+    parameters: dict[str, Any],
+    generated: str | None = None,
+    teacher_logits: str | None = None,
 ) -> dict[str, float]:
-    """Distils and writes the better of the student before and after, by held-out loss.
+    """Distils, in as many processes as the recipe says; returns and raises what `train` does."""
+    folders = {"checkpoint": checkpoint, "model": model, "generated": generated, "teacher_logits": teacher_logits}
+    arguments = {**folders, "output": output, "scratch": scratch, "parameters": parameters}
+    count = parameters.get("processes", 1)
+    if count == 1:
+        return train(**arguments)
+    folder = Path(scratch)
+    folder.mkdir(parents=True, exist_ok=True)
+    request, answer = folder / "request.json", folder / "answer.json"
+    answer.unlink(missing_ok=True)
+    request.write_text(json.dumps(arguments), encoding="utf-8")
+    if not processes.launch(count, ["--request", str(request), "--answer", str(answer)]) and not answer.exists():
+        raise StageError(f"distill: one of {count} processes ended without an answer; see its log above")
+    found = child.done(json.loads(answer.read_text(encoding="utf-8"))).value
+    shutil.rmtree(scratch, ignore_errors=True)
+    return found
 
-    Narrow data can make a student worse; then the untrained one is returned and `improved` is 0.
+
+def train(
+    checkpoint: str,
+    model: str,
+    output: str,
+    scratch: str,
+    parameters: dict[str, Any],
+    generated: str | None = None,
+    teacher_logits: str | None = None,
+) -> dict[str, float]:
+    """Distils and writes the better of the student before and after, by held-out loss; in every process of a group.
+
+    Narrow data can make a student worse; then the untrained one is returned and `improved` is 0. A GPU computes in
+    bfloat16, with a float32 master of each weight; a CPU in float32. `distillation.json` has the losses of every step
+    in `train` and of every evaluation in `heldout`, with steps, tokens and learning rates, for the picture of the page.
+
+    Args:
+        generated, teacher_logits: the trees of the stages `generate` and `teach`, where the recipe has them.
 
     Returns:
-        steps, heldout_loss_before, heldout_loss_after (distillation loss in nats a token), improved.
+        steps, tokens, heldout_loss_before, heldout_loss_after (distillation loss in nats a token), improved,
+        stopped_early.
 
     Raises:
         Failure: `training_diverged`, a loss that is not finite; names the step.
-        InputError: too little text for the held-out windows and one batch.
+        InputError: too little text; a student with other tokens than its teacher, or more parameters.
     """
     settings = Distillation.model_validate(files.without(parameters))
-    student, tokenizer = checkpoints.load(Path(checkpoint), torch.float32)
-    teacher, _ = checkpoints.load(Path(model), torch.float32)
-    data = Data(tokenizer, settings)
+    student, tokenizer = checkpoints.load_for_measuring(Path(checkpoint))
+    _check_pair(Path(checkpoint), Path(model), tokenizer)
+    windows = data.read(tokenizer, settings.texts, settings.length, Path(generated) if generated else None)
+    batches = data.Batches(windows.training, settings)
+    teacher = _teacher(Path(model), teacher_logits, windows, student.device)
     change = Reparametrization()
     change.attach(student)
-    before = heldout_loss(student, teacher, data.heldout, settings)
-    losses = train(student, teacher, data, settings, Path(scratch), change)
-    after = heldout_loss(student, teacher, data.heldout, settings)
+    objective = Objective(student, teacher, settings)
+    before = heldout_loss(objective, windows.heldout)
+    curve = Training(objective, windows.heldout, batches, settings, Path(scratch), change).run()
+    after = heldout_loss(objective, windows.heldout)
     change.finish(student)
-    if change.untrained_is_an_answer and not after < before:
-        student, _ = checkpoints.load(Path(checkpoint), torch.float32)
-    checkpoints.save(student.bfloat16(), tokenizer, Path(output))
-    (Path(output) / "distillation.json").write_text(json.dumps({"loss": losses}), encoding="utf-8")
-    shutil.rmtree(scratch, ignore_errors=True)
+    improved = after < before
+    stopped = len(curve.train) < batches.steps
+    if processes.rank() == 0:
+        kept, outcome = student, ""
+        if change.untrained_is_an_answer and not improved:
+            kept, _ = checkpoints.load(Path(checkpoint), torch.bfloat16)
+            outcome = "; the student is kept as it was"
+        progress.report("distill", f"held-out loss {before:.4f} before, {after:.4f} after{outcome}")
+        checkpoints.save(kept.bfloat16(), tokenizer, Path(output))
+        told = _told(curve, batches, settings, before, after, improved)
+        (Path(output) / "distillation.json").write_text(json.dumps(told), encoding="utf-8")
+        if processes.count() == 1:
+            shutil.rmtree(scratch, ignore_errors=True)
     return {
-        "steps": len(losses),
+        "steps": len(curve.train),
+        "tokens": len(curve.train) * batches.tokens_per_step,
         "heldout_loss_before": before,
         "heldout_loss_after": after,
-        "improved": float(after < before),
+        "improved": float(improved),
+        "stopped_early": float(stopped),
+    }
+
+
+def _teacher(model: Path, stored: str | None, windows: data.Windows, device: torch.device) -> Any:
+    if stored:
+        return StoredLogits(Path(stored), windows.all, device)
+    teacher, _ = checkpoints.load_for_measuring(model)
+    return teacher.requires_grad_(False)
+
+
+def _check_pair(student: Path, teacher: Path, tokenizer: Any) -> None:
+    """Checks that a teacher can teach this student; reads no weights."""
+    ours, theirs = inspect(student), inspect(teacher)
+    if ours.vocab_size != theirs.vocab_size or tokenizer.get_vocab() != checkpoints.load_tokenizer(teacher).get_vocab():
+        raise InputError(
+            f"distill: the student has other tokens ({ours.vocab_size:,}) than its teacher ({theirs.vocab_size:,}), so "
+            f"their logits cannot be compared; distil from a model with the same tokenizer"
+        )
+    if ours.parameters > theirs.parameters:
+        raise InputError(
+            f"distill: the student has {ours.parameters:,} parameters, more than its teacher's {theirs.parameters:,}; "
+            f"name the smaller model as the student"
+        )
+
+
+def _told(
+    curve: Curve, batches: data.Batches, settings: Distillation, before: float, after: float, improved: bool
+) -> dict[str, Any]:
+    shares = (schedule(s, batches.steps, settings.schedule, settings.warmup) for s in range(len(curve.train)))
+    return {
+        "tokens_per_step": batches.tokens_per_step,
+        "steps": batches.steps,
+        "train": curve.train,
+        "learning_rate": [settings.learning_rate * share for share in shares],
+        "heldout": [[0, before], *map(list, curve.heldout)],
+        "heldout_loss_before": before,
+        "heldout_loss_after": after,
+        "best": curve.best,
+        "improved": improved,
     }

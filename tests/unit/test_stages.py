@@ -14,8 +14,9 @@ from trimtab.stages import STAGES, TASKS, Stage
 from trimtab.state import State
 from trimtab.store import open_store
 
-FULL = "{prune: {method: depth, blocks: 1}, distill: {tokens: 99}, quantize: {format: mixed, effective_bits: 6}}"
-ALL = ["calibrate", "prune", "distill", "recalibrate", "gram", "sensitivity", "quantize", "engine"]
+DISTILL = "{tokens: 99, generate: 9, stored_logits: 8}"
+FULL = f"{{prune: {{method: depth, blocks: 1}}, distill: {DISTILL}, quantize: {{format: mixed, effective_bits: 6}}}}"
+ALL = ["calibrate", "prune", "generate", "teach", "distill", "recalibrate", "gram", "sensitivity", "quantize", "engine"]
 
 
 @pytest.fixture
@@ -77,6 +78,8 @@ def worked(monkeypatch):
         ("prune: {method: magnitude, sparsity: 0.5}", ["prune", "engine"]),
         ("prune: {method: depth, blocks: 1}", ["calibrate", "prune", "engine"]),
         ("distill: {tokens: 99}", ["distill", "engine"]),
+        ("distill: {tokens: 99, generate: 9}", ["generate", "distill", "engine"]),
+        ("distill: {tokens: 99, stored_logits: 8}", ["teach", "distill", "engine"]),
         (FULL, ALL),
     ],
 )
@@ -108,6 +111,7 @@ def test_the_name_of_a_stage_is_not_part_of_its_key(store, tmp_path):
         ("recalibrate", "{{calibrate: {{text: [{{text: builtin}}, {{text: {file}}}]}}, quantize: {{format: fp8}}}}"),
         ("calibrate", "{{calibrate: {{text: 'hf:{folder}'}}, quantize: {{format: fp8}}}}"),
         ("distill", "distill: {{tokens: 99, text: {file}}}"),
+        ("distill", "distill: {{tokens: 99, text: [builtin, {file}]}}"),
     ],
 )
 def test_an_edited_text_is_another_input(name, recipe, state, worked, tmp_path):
@@ -191,6 +195,7 @@ def test_every_stage_runs_in_one_task_in_order():
         ("{quantize: {format: fp8}, engine: {tensor_parallel_size: 4}}", "h100",
          {"calibrate": "1", "recalibrate": "1", "quantize": "1", "engine": "4"}),
         ("engine: {tensor_parallel_size: 2, pipeline_parallel_size: 2}", "h100", {"engine": "4"}),
+        ("distill: {tokens: 99, processes: 4}", "h100", {"distill": "4", "engine": "1"}),
     ],
 )  # fmt: skip
 def test_accelerators(recipe, target, expected, state):
@@ -210,6 +215,8 @@ def test_what_exists_needs_no_accelerator(state, worked):
     assert seen == {
         "calibrate": ["prune", "distill", "recalibrate", "quantize", "engine"],
         "prune": ["distill", "recalibrate", "quantize", "engine"],
+        "generate": ["distill", "recalibrate", "quantize", "engine"],
+        "teach": ["distill", "recalibrate", "quantize", "engine"],
         "distill": ["recalibrate", "quantize", "engine"],
         "recalibrate": ["recalibrate", "quantize", "engine"],
         "gram": ["recalibrate", "quantize", "engine"],
@@ -225,6 +232,16 @@ def test_a_later_stage_of_a_task_alone_needs_an_accelerator(recipe, state, worke
     stages.advance("calibrate", state("quantize: {format: fp8}"))
     needed = stages.accelerators(state(f"quantize: {recipe}"))
     assert (needed["calibrate"], needed["recalibrate"]) == ("0", "1")
+
+
+def test_what_a_teacher_says_is_found_by_other_trainings(state, worked):
+    """Another learning rate, budget or student needs neither its text nor its logits anew; another text does."""
+    recipe = "distill: {{tokens: {tokens}, learning_rate: {rate}, text: {text}, generate: 9, stored_logits: 8}}"
+    for tokens, rate, text in ((99, 1e-4, "builtin"), (999, 1e-5, "builtin"), (99, 1e-4, "other.txt")):
+        current = state(recipe.format(tokens=tokens, rate=rate, text=text))
+        for name in TASKS["distill"]:
+            current, _ = stages.advance(name, current)
+    assert worked == ["generate", "teach", "distill", "distill", "generate", "teach", "distill"]
 
 
 def test_a_verdict_needs_no_accelerator(state):
@@ -248,6 +265,13 @@ def test_run_of_several_stages_names_the_tree_of_the_first(state, worked, tmp_pa
         before = state(f"quantize: {recipe}").to_json()
         after = State.parse(stages.run(" ".join(TASKS["recalibrate"]), before, artifact, None))
         assert json.loads((tmp_path / "artifact").read_text()) == after.trees["calibration"].model_dump()
+
+
+def test_run_of_several_stages_may_name_the_tree_of_another(state, worked, tmp_path):
+    artifact = SimpleNamespace(path=str(tmp_path / "artifact"), metadata={})
+    before = state(f"distill: {DISTILL}").to_json()
+    after = State.parse(stages.run(" ".join(TASKS["distill"]), before, artifact, None, shown="distill"))
+    assert json.loads((tmp_path / "artifact").read_text()) == after.trees["checkpoint"].model_dump()
 
 
 def test_run_of_a_pass_through_names_its_input(state, tmp_path):
