@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trimtab.components.distillation import work
+from trimtab.components.distillation import resume, training, work
+from trimtab.components.distillation.data import HELDOUT_WINDOWS, Data
 from trimtab.components.distillation.loss import distillation_loss
 from trimtab.components.pruning.work import prune
 from trimtab.errors import Failure, InputError
@@ -80,9 +81,9 @@ class Killed(BaseException):
 @pytest.mark.parametrize("steps_done", [2, 5])
 def test_resume_is_exact(steps_done, student, model, tmp_path, monkeypatch):
     """Killed in the middle and started again gives the weights of an uninterrupted run, bit for bit."""
-    monkeypatch.setattr(work, "STEPS_BETWEEN_CHECKPOINTS", 2)
+    monkeypatch.setattr(resume, "TRAINING_OVER_SAVING", 0)
     _, expected, log = distill(student, model, tmp_path, "whole")
-    report = work.progress.report
+    report = training.progress.report
 
     def kill(stage, text, done=0, total=0):
         report(stage, text, done, total)
@@ -90,7 +91,7 @@ def test_resume_is_exact(steps_done, student, model, tmp_path, monkeypatch):
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(work.progress, "report", kill)
+        patch.setattr(training.progress, "report", kill)
         with pytest.raises(Killed):
             distill(student, model, tmp_path, "killed")
     # A kill while a checkpoint is written leaves a partial file, which is not read.
@@ -102,14 +103,14 @@ def test_resume_is_exact(steps_done, student, model, tmp_path, monkeypatch):
 
 
 def test_divergence_names_the_step(student, model, tmp_path, monkeypatch):
-    loss, calls = work.distillation_loss, []
+    loss, calls = training.distillation_loss, []
 
     def broken(*arguments):
         calls.append(1)
-        training = len(calls) - work.HELDOUT_WINDOWS
+        training = len(calls) - HELDOUT_WINDOWS
         return loss(*arguments) * (math.nan if training == 3 else 1)
 
-    monkeypatch.setattr(work, "distillation_loss", broken)
+    monkeypatch.setattr(training, "distillation_loss", broken)
     with pytest.raises(Failure, match="the distillation loss is nan at step 3 of 6; a lower learning_rate") as caught:
         distill(student, model, tmp_path)
     assert caught.value.failure_class == "training_diverged"
@@ -134,9 +135,9 @@ def test_conversations_are_written_with_the_chat_template(model, tmp_path):
     path.write_text('{"messages": [{"role": "user", "content": "Where is the mill?"}]}\n' * 100)
     settings = Distillation(**SETTINGS, text=str(path))
     with pytest.raises(InputError, match="distill.text: line 1 of .* the model's tokenizer has no chat template"):
-        work._Data(tokenizer, settings)
+        Data(tokenizer, settings)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    assert "<user>Where is the mill?" in tokenizer.decode(work._Data(tokenizer, settings).training[0])
+    assert "<user>Where is the mill?" in tokenizer.decode(Data(tokenizer, settings).training[0])
 
 
 def test_the_work_takes_the_digests_of_its_files(student, model, tmp_path):
@@ -144,7 +145,7 @@ def test_the_work_takes_the_digests_of_its_files(student, model, tmp_path):
 
 
 def test_batches_are_a_function_of_the_step(model):
-    data = work._Data(load_tokenizer(model), Distillation(**SETTINGS))
+    data = Data(load_tokenizer(model), Distillation(**SETTINGS))
     per_epoch = len(data.training) // 4
     first = torch.cat([data.batch(step) for step in range(per_epoch)])
     assert len(first.unique(dim=0)) == len(data.training[: per_epoch * 4].unique(dim=0))
