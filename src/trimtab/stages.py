@@ -20,7 +20,7 @@ from typing import Any
 
 from trimtab import child, files, progress
 from trimtab.errors import Failure
-from trimtab.recipe import DepthPruning, Recipe, Source
+from trimtab.recipe import DepthPruning, MovementPruning, Recipe, Source
 from trimtab.schema import digest
 from trimtab.state import State
 from trimtab.store import Store, open_store
@@ -88,8 +88,18 @@ def _calibration_data(recipe: Recipe) -> dict[str, Any]:
     return files.with_files(_part("calibrate")(recipe), recipe.calibrate.sources)
 
 
-def _distillation_data(recipe: Recipe) -> dict[str, Any]:
-    return files.with_files(_part("distill")(recipe), [Source(text=recipe.distill.text)])
+def _distillation(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's `distill`, with `weights`: what other sections want of the weights while they train."""
+    weights: dict[str, Any] = {}
+    if isinstance(recipe.prune, MovementPruning):
+        weights["movement"] = _part("prune")(recipe)
+    if recipe.keeps_zeros:
+        weights["keep_zeros"] = True
+    if recipe.distill.quantization_aware:  # no more of it than training sees, so that recipes share a student
+        fields = {"format", "group_size", "exclude"}
+        weights["rounded"] = recipe.quantize.model_dump(mode="json", include=fields)
+    parameters = _part("distill")(recipe) | ({"weights": weights} if weights else {})
+    return files.with_files(parameters, [Source(text=recipe.distill.text)])
 
 
 #: In the order of an attempt. `recalibrate` is `calibrate` on what prune and distill left: the same key, and
@@ -104,7 +114,7 @@ STAGES: dict[str, Stage] = {
             work="trimtab.components.pruning.work:prune",
             inputs=("checkpoint", "calibration"),
             output="checkpoint",
-            wanted=lambda recipe: recipe.prune is not None,
+            wanted=lambda recipe: recipe.prune is not None and not isinstance(recipe.prune, MovementPruning),
             parameters=_part("prune"),
         ),
         Stage(
@@ -113,7 +123,8 @@ STAGES: dict[str, Stage] = {
             inputs=("checkpoint", "model"),
             output="checkpoint",
             wanted=lambda recipe: recipe.distill is not None,
-            parameters=_distillation_data,
+            parameters=_distillation,
+            version=2,
         ),
         _calibrate("recalibrate", _quantize_needs("statistics")),
         Stage(

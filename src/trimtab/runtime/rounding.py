@@ -7,7 +7,7 @@ Matrices are gone through in slices of whole rows, so that there is no float32 c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from modelopt.torch.export.quant_utils import to_quantized_weight
@@ -29,12 +29,18 @@ MODELOPT_NAMES = {
     "NVFP4": "nvfp4",
     "W4A8_MXFP4_FP8": "w4a8_mxfp4_fp8",
 }
+#: Formats in which the layers that share an input share a scale.
+SHARED_SCALES = ("fp8", "nvfp4")
 #: Weights of a slice: float32 temporaries of 4 MiB stay in a processor's cache.
 SLICE = 1 << 20
 
 
 def round_weights(
-    form: str, weights: Mapping[str, torch.Tensor], settings: Quantization, importance: torch.Tensor | None = None
+    form: str,
+    weights: Mapping[str, torch.Tensor],
+    settings: Quantization,
+    importance: torch.Tensor | None = None,
+    largest: torch.Tensor | None = None,
 ) -> dict[str, Quantized]:
     """Returns the stored weights and weight scales of layers that share an input, by layer, rounded to nearest.
 
@@ -44,10 +50,15 @@ def round_weights(
         settings: the group size.
         importance: what the error of a weight counts, [in], where scales are searched; None takes them from the
             largest weight.
+        largest: the largest magnitude in any layer of the input, where these are not all of them.
     """
-    made = {"fp8": _fp8, "nvfp4": _nvfp4, "mxfp4": _mxfp4}.get(form)
-    if made:
-        return made(weights, settings, importance)
+    if form == "mxfp4":
+        return {name: _mxfp4(weight, settings) for name, weight in weights.items()}
+    if form in SHARED_SCALES:
+        amax = largest_of(weights.values()) if largest is None else largest
+        if form == "nvfp4":
+            return {name: _nvfp4(weight, settings, amax) for name, weight in weights.items()}
+        return _fp8(weights, settings, importance, amax)
     return {
         name: pack(form, weight, row_scales(form, weight, settings, importance), settings)
         for name, weight in weights.items()
@@ -100,6 +111,11 @@ def pack(form: str, weight: torch.Tensor, scale: torch.Tensor, settings: Quantiz
     return Quantized(layout, packed, scale.bfloat16() if size else scale, **kept)
 
 
+def largest_of(weights: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Returns the largest magnitude in any of the matrices, a float32 scalar."""
+    return torch.stack([torch.stack(weight.aminmax()).abs().max() for weight in weights]).max().float()
+
+
 def slice_rows(columns: int) -> int:
     """Returns the rows of a slice: an even number, because INT4 packs them in pairs."""
     return 2 * max(1, SLICE // columns // 2)
@@ -112,16 +128,10 @@ def _slices(weight: torch.Tensor, *beside: torch.Tensor) -> Iterator[tuple[torch
         yield part.float(), *others
 
 
-def _largest(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The largest magnitude in any of the matrices, a float32 scalar."""
-    return torch.stack([torch.stack(weight.aminmax()).abs().max() for weight in weights.values()]).max().float()
-
-
 def _fp8(
-    weights: Mapping[str, torch.Tensor], settings: Quantization, importance: torch.Tensor | None
+    weights: Mapping[str, torch.Tensor], settings: Quantization, importance: torch.Tensor | None, amax: torch.Tensor
 ) -> dict[str, Quantized]:
     """One scale for all of the group, as engines want that fuse its layers."""
-    amax = _largest(weights)
     if importance is None:
         scale = FP8.scale(amax)
     else:
@@ -130,26 +140,19 @@ def _fp8(
     return {name: pack("fp8", weight, scale, settings) for name, weight in weights.items()}
 
 
-def _nvfp4(weights: Mapping[str, torch.Tensor], settings: Quantization, _: None) -> dict[str, Quantized]:
-    second = _largest(weights) / (E2M1_MAX * E4M3_MAX)
-    layout, made = layout_of("nvfp4", settings), {}
-    for layer, weight in weights.items():
-        packed, scale = [], []
-        for (part,) in _slices(weight):
-            scale.append(NVFP4QTensor.get_weights_scaling_factor(part, layout.group_size, second)[0])
-            name = MODELOPT_NAMES[layout.algo]
-            packed.append(to_quantized_weight(part, scale[-1], name, second, layout.group_size))
-        made[layer] = Quantized(layout, torch.cat(packed), torch.cat(scale), weight_scale_2=second)
-    return made
+def _nvfp4(weight: torch.Tensor, settings: Quantization, amax: torch.Tensor) -> Quantized:
+    layout, packed, scale = layout_of("nvfp4", settings), [], []
+    second = amax / (E2M1_MAX * E4M3_MAX)
+    for (part,) in _slices(weight):
+        scale.append(NVFP4QTensor.get_weights_scaling_factor(part, layout.group_size, second)[0])
+        packed.append(to_quantized_weight(part, scale[-1], MODELOPT_NAMES[layout.algo], second, layout.group_size))
+    return Quantized(layout, torch.cat(packed), torch.cat(scale), weight_scale_2=second)
 
 
-def _mxfp4(weights: Mapping[str, torch.Tensor], settings: Quantization, _: None) -> dict[str, Quantized]:
-    layout, made = layout_of("mxfp4", settings), {}
-    for layer, weight in weights.items():
-        packed, scale = [], []
-        for (part,) in _slices(weight):
-            numbers, exponents = MXFP4QTensor.quantize(part, block_size=layout.group_size)
-            packed.append(numbers._quantized_data)
-            scale.append(exponents.reshape(len(part), -1))
-        made[layer] = Quantized(layout, torch.cat(packed), torch.cat(scale))
-    return made
+def _mxfp4(weight: torch.Tensor, settings: Quantization) -> Quantized:
+    layout, packed, scale = layout_of("mxfp4", settings), [], []
+    for (part,) in _slices(weight):
+        numbers, exponents = MXFP4QTensor.quantize(part, block_size=layout.group_size)
+        packed.append(numbers._quantized_data)
+        scale.append(exponents.reshape(len(part), -1))
+    return Quantized(layout, torch.cat(packed), torch.cat(scale))
