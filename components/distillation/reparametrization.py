@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
+
+
+def stored_weight(layer: nn.Module) -> torch.Tensor:
+    """Returns the weight that is left of a layer when its changes are baked in, without a gradient.
+
+    A parametrization that has `is_stored = False` only stands for what a later stage does to the weight.
+    """
+    if not parametrize.is_parametrized(layer, "weight"):
+        return layer.weight.detach()
+    changes = layer.parametrizations.weight
+    weight = changes.original.detach()
+    for change in changes:
+        if getattr(change, "is_stored", True):
+            weight = change(weight)
+    return weight.detach()
 
 
 class Reparametrization:
@@ -42,5 +59,42 @@ class Reparametrization:
         """Returns whether the student as it is after `step` steps may be kept as the best one by early stopping."""
         return True
 
+    def measures(self) -> dict[str, float]:
+        """Returns metrics of the trained student, as the share of zeros."""
+        return {}
+
     def finish(self, student: nn.Module) -> None:
-        """Bakes the changed weights in and removes the change: an ordinary model is left."""
+        """Bakes the changed weights in and removes the changes: an ordinary model is left."""
+        for layer in list(student.modules()):
+            if parametrize.is_parametrized(layer, "weight"):
+                weight = stored_weight(layer)
+                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+                layer.weight.data = weight
+
+
+class Together(Reparametrization):
+    """Several changes, one upon the other: a weight passes through them in their order."""
+
+    def __init__(self, changes: Sequence[Reparametrization]):
+        self.changes = changes
+        self.untrained_is_an_answer = all(change.untrained_is_an_answer for change in changes)
+
+    def attach(self, student: nn.Module) -> None:
+        for change in self.changes:
+            change.attach(student)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [group for change in self.changes for group in change.parameter_groups()]
+
+    def before_step(self, step: int, steps: int) -> None:
+        for change in self.changes:
+            change.before_step(step, steps)
+
+    def penalty(self) -> torch.Tensor | float:
+        return sum(change.penalty() for change in self.changes)
+
+    def is_settled(self, step: int, steps: int) -> bool:
+        return all(change.is_settled(step, steps) for change in self.changes)
+
+    def measures(self) -> dict[str, float]:
+        return {name: value for change in self.changes for name, value in change.measures().items()}

@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 
-from trimtab import child, files, progress
+from trimtab import child, files, hardware, progress
 from trimtab.components.distillation import data, processes
+from trimtab.components.distillation.masks import KeptZeros
+from trimtab.components.distillation.movement import Movement
 from trimtab.components.distillation.objective import Objective
 from trimtab.components.distillation.optimization import schedule
-from trimtab.components.distillation.reparametrization import Reparametrization
+from trimtab.components.distillation.reparametrization import Reparametrization, Together
 from trimtab.components.distillation.resume import Curve
 from trimtab.components.distillation.teacher import StoredLogits
 from trimtab.components.distillation.training import Training, heldout_loss
-from trimtab.errors import InputError, StageError
+from trimtab.errors import Failure, InputError, StageError
 from trimtab.model import inspect
-from trimtab.recipe import Distillation
+from trimtab.recipe import Distillation, MovementPruning, Quantization
 from trimtab.runtime import checkpoint as checkpoints
 
 
@@ -70,24 +72,26 @@ def train(
 
     Returns:
         steps, tokens, heldout_loss_before, heldout_loss_after (distillation loss in nats a token), improved,
-        stopped_early.
+        stopped_early; `zeros`, the share of zeros in the linear layers, of a student that is pruned while it trains.
 
     Raises:
         Failure: `training_diverged`, a loss that is not finite; names the step.
         InputError: too little text; a student with other tokens than its teacher, or more parameters.
     """
-    settings = Distillation.model_validate(files.without(parameters))
+    own = {name: value for name, value in files.without(parameters).items() if name != "weights"}
+    settings = Distillation.model_validate(own)
     student, tokenizer = checkpoints.load_for_measuring(Path(checkpoint))
     _check_pair(Path(checkpoint), Path(model), tokenizer)
     windows = data.read(tokenizer, settings.texts, settings.length, Path(generated) if generated else None)
     batches = data.Batches(windows.training, settings)
     teacher = _teacher(Path(model), teacher_logits, windows, student.device)
-    change = Reparametrization()
+    change = _change(parameters.get("weights", {}), Path(checkpoint))
     change.attach(student)
     objective = Objective(student, teacher, settings)
     before = heldout_loss(objective, windows.heldout)
     curve = Training(objective, windows.heldout, batches, settings, Path(scratch), change).run()
     after = heldout_loss(objective, windows.heldout)
+    measures = change.measures()
     change.finish(student)
     improved = after < before
     stopped = len(curve.train) < batches.steps
@@ -109,6 +113,7 @@ def train(
         "heldout_loss_after": after,
         "improved": float(improved),
         "stopped_early": float(stopped),
+        **measures,
     }
 
 
@@ -137,6 +142,7 @@ def _check_pair(student: Path, teacher: Path, tokenizer: Any) -> None:
 def _told(
     curve: Curve, batches: data.Batches, settings: Distillation, before: float, after: float, improved: bool
 ) -> dict[str, Any]:
+    """What distillation.json says; losses in nats a token."""
     shares = (schedule(s, batches.steps, settings.schedule, settings.warmup) for s in range(len(curve.train)))
     return {
         "tokens_per_step": batches.tokens_per_step,
@@ -149,3 +155,20 @@ def _told(
         "best": curve.best,
         "improved": improved,
     }
+
+
+def _change(weights: dict[str, Any], checkpoint: Path) -> Reparametrization:
+    """What the recipe wants of the student's weights while they train: zeros first, then rounding."""
+    changes: list[Reparametrization] = []
+    if weights.get("keep_zeros"):
+        changes.append(KeptZeros())
+    if "movement" in weights:
+        changes.append(Movement(MovementPruning.model_validate(weights["movement"])))
+    if "rounded" in weights:
+        from trimtab.components.distillation.rehearsal import Rehearsal  # imports ModelOpt
+
+        quantize, facts = Quantization.model_validate(weights["rounded"]), inspect(checkpoint)
+        if reason := hardware.check_packing(quantize, facts):
+            raise Failure("unsupported", reason)
+        changes.append(Rehearsal(quantize, {layer.name for layer in hardware.quantized_layers(facts, quantize)}))
+    return Together(changes)

@@ -13,8 +13,8 @@ Each verdict rules recipes out, and stays in force for the whole run:
 
 Some failures have a nearer remedy than the next rung, a recipe made from the failed one (`_remedies`): the KV
 cache in 16 bits; a smaller batch; a tenth of the learning rate; after pruning, four times the distillation
-tokens, then half the blocks. Every remedy takes something away that can be taken away only so often, and no
-recipe is tried twice, so the loop ends.
+tokens, then half the blocks, or twice the weights. Every remedy takes something away that can be taken away only
+so often, and no recipe is tried twice, so the loop ends.
 
 Mixed precision has a model of its own, to skip rungs that would cost minutes to fail. As bits grow, the
 logarithm of the perplexity ratio falls about geometrically, so log(log ratio) is fitted as a line in the bits
@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 
 from trimtab.hardware import removed_blocks
 from trimtab.plan import Rung
-from trimtab.recipe import STATIC_ACTIVATIONS, MagnitudePruning, Quantization, Recipe
+from trimtab.recipe import STATIC_ACTIVATIONS, MagnitudePruning, MovementPruning, Quantization, Recipe
 from trimtab.schema import Document
 from trimtab.state import Brief
 
@@ -38,6 +38,8 @@ HALVING_BITS = 1.0
 #: A rung is skipped when its predicted log ratio exceeds this multiple of the limit's. Acceptance wants the
 #: whole interval below the limit, so a prediction at the limit itself already fails more often than not.
 CLEARLY = 1.1
+#: A penalty on movement pruning's scores that drops next to nothing.
+LEAST_PENALTY = 0.1
 #: Formats that also multiply in few bits.
 _ROUNDS_ACTIVATIONS = (*STATIC_ACTIVATIONS, "fp8_per_channel")
 #: What ends the line of mixed precision at four bits, the nearest first.
@@ -130,11 +132,13 @@ def _risk(recipe: Recipe) -> tuple[float, ...]:
     """What the recipe takes away, each respect apart; more is riskier."""
     quantize = _quantize(recipe)
     harsh = 12 - quantize.effective_bits if quantize.effective_bits else _HARSHNESS[quantize.format]
-    sparsity = recipe.prune.sparsity if isinstance(recipe.prune, MagnitudePruning) else 0.0
+    zeroing = recipe.prune if isinstance(recipe.prune, MagnitudePruning | MovementPruning) else None
+    sparsity = (zeroing.sparsity or 0.0) if zeroing else 0.0
+    penalty = (recipe.prune.penalty or 0.0) if isinstance(recipe.prune, MovementPruning) else 0.0
     group = quantize.group_size if _bits(recipe) < 8 else 0
     # Teaching repairs what pruning broke; where nothing was pruned, nothing is as good.
     untaught = (-recipe.distill.tokens if recipe.distill else 0) if recipe.prune else -math.inf
-    return harsh, _kv(recipe), removed_blocks(recipe), sparsity, group, untaught, -_excluded(quantize)
+    return harsh, _kv(recipe), removed_blocks(recipe), sparsity, penalty, group, untaught, -_excluded(quantize)
 
 
 def _ambition(recipe: Recipe) -> tuple[float, ...]:
@@ -229,9 +233,23 @@ def _gentler_pruning(
     if recipe.distill and not prolonged:
         tokens = 4 * recipe.distill.tokens
         yield _change(recipe, "distill", tokens=tokens), f"the same with {tokens:,} distillation tokens"
-    if recipe.prune.blocks > 1:
+    if isinstance(recipe.prune, MovementPruning):
+        yield from _gentler_movement(recipe)
+    elif recipe.prune.blocks > 1:
         blocks = recipe.prune.blocks // 2
         yield _change(recipe, "prune", blocks=blocks), f"the same with {blocks} blocks removed"
+
+
+def _gentler_movement(recipe: Recipe) -> Iterator[tuple[Recipe, str]]:
+    """Twice the weights, until there would be none to drop; or a quarter of the penalty."""
+    if recipe.prune.penalty:
+        penalty = recipe.prune.penalty / 4
+        if penalty >= LEAST_PENALTY:
+            yield _change(recipe, "prune", penalty=penalty), f"the same with a penalty of {penalty:g}"
+        return
+    sparsity = round(1 - 2 * (1 - recipe.prune.sparsity), 3)
+    if sparsity >= 0.1:
+        yield _change(recipe, "prune", sparsity=sparsity), f"the same with a sparsity of {sparsity:g}"
 
 
 def _work(recipe: Recipe) -> str:

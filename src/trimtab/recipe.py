@@ -30,6 +30,10 @@ MIXED_FORMATS = ("int4_gptq", "int8_wo")
 AWQ_FORMATS = ("int4_awq", "int4_gptq", "w4a8_awq")
 #: Formats that round activations too, to scales that calibration sets.
 STATIC_ACTIVATIONS = ("int8_sq", "fp8", "w4a8_awq", "nvfp4", "mxfp4")
+#: Formats whose weights are rounded to nearest with scales of their own: what training can rehearse.
+NEAREST_FORMATS = ("int8_wo", "int4_rtn", "fp8", "fp8_per_channel", "nvfp4", "mxfp4")
+#: Pruning that leaves zeros among the weights of a matrix, before any training.
+SPARSE_METHODS = ("magnitude", "wanda", "sparsegpt")
 
 
 #: The most bytes of JSON that a recipe's `calibrate` may take: it travels in the state, which must stay small.
@@ -132,11 +136,43 @@ class DepthPruning(Document):
     blocks: Count
 
 
-Pruning = Annotated[MagnitudePruning | DepthPruning, Field(discriminator="method")]
+class MovementPruning(Document):
+    """Zeroes weights while distillation trains: those whose learned scores are lowest (unstructured).
+
+    `sparsity` is the share of zeros in the end. The soft variant has a `penalty` on the scores in its place, and
+    finds the share. `scope` says what is ranked together, the weights of a layer or of the model. With `scores:
+    magnitude` the smallest weights of the moment go: gradual magnitude pruning.
+
+    Example::
+
+        prune: {method: movement, sparsity: 0.85}
+        distill: {tokens: 20000000}
+    """
+
+    method: Literal["movement"]
+    sparsity: Ratio | None = None
+    penalty: Annotated[float, Field(gt=0)] | None = None
+    scores: Literal["movement", "magnitude"] = "movement"
+    scope: Literal["layer", "model"] = "layer"
+    score_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+
+    @model_validator(mode="after")
+    def _is_hard_or_soft(self) -> MovementPruning:
+        if (self.sparsity is None) == (self.penalty is None):
+            found = "neither sparsity nor penalty" if self.sparsity is None else "sparsity and penalty"
+            raise ValueError(f"has {found}; write one: sparsity, the share of zeros, or penalty, for the soft variant")
+        if self.penalty and self.scores == "magnitude":
+            raise ValueError("has scores 'magnitude', which are not learned, and a penalty on them; write sparsity")
+        return self
+
+
+Pruning = Annotated[MagnitudePruning | MovementPruning | DepthPruning, Field(discriminator="method")]
 
 
 class Distillation(Document):
     """Trains the pruned model on the logits of the unpruned one.
+
+    With `quantization_aware` it trains with its weights rounded as `quantize` will round them.
 
     A step is on `batch_size` windows of `length` tokens, computed in `gradient_accumulation` parts one after the
     other where memory is short, and by `processes` side by side, a GPU each. `loss` is KL(teacher ‖ student) or the
@@ -173,6 +209,7 @@ class Distillation(Document):
     generate: Annotated[int, Field(ge=0)] = 0
     stored_logits: Annotated[int, Field(ge=0)] = 0
     seed: int = 0
+    quantization_aware: bool = False
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -315,6 +352,32 @@ class Recipe(Document):
     engine: Engine = Engine()
     accept: Acceptance = Acceptance()
 
+    @model_validator(mode="after")
+    def _learns_while_it_trains(self) -> Recipe:
+        if isinstance(self.prune, MovementPruning) and self.distill is None:
+            raise ValueError("prune.method: 'movement' prunes while training; add distill: {tokens: 1000000}")
+        return self
+
+    @model_validator(mode="after")
+    def _rehearses_what_can_be(self) -> Recipe:
+        if not (self.distill and self.distill.quantization_aware):
+            return self
+        field, formats = "distill.quantization_aware: true", ", ".join(NEAREST_FORMATS)
+        if self.quantize is None:
+            raise ValueError(f"{field} needs a format; add quantize: {{format: int4_rtn}} (or {formats})")
+        if self.quantize.format not in NEAREST_FORMATS:
+            why = "is not rounded to nearest by the weights alone, and cannot be trained with"
+            raise ValueError(f"{field}: format '{self.quantize.format}' {why}; write one of: {formats}")
+        if self.quantize.scale_search == "mse" or self.quantize.exclude_sensitive:
+            what = "exclude_sensitive" if self.quantize.exclude_sensitive else "scale_search: mse"
+            raise ValueError(f"{field}: quantize.{what} is decided by what is measured after training; remove one")
+        return self
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether distillation gets a sparse student, and must leave its zeros alone."""
+        return self.prune is not None and self.prune.method in SPARSE_METHODS
+
     @property
     def title(self) -> str:
         """A short name for tables: the recipe's own, or one made of its steps."""
@@ -332,10 +395,14 @@ class Recipe(Document):
         steps = []
         if isinstance(self.prune, DepthPruning):
             steps.append(f"-{self.prune.blocks} blocks")
+        elif isinstance(self.prune, MovementPruning):
+            kind = "gradual magnitude" if self.prune.scores == "magnitude" else "movement"
+            steps.append(f"{kind} {self.prune.sparsity:.0%}" if self.prune.sparsity else "soft movement")
         elif self.prune:
             steps.append(f"magnitude {self.prune.sparsity:.0%}")
         if self.distill:
-            steps.append(f"distill {self.distill.tokens:,} tokens")
+            aware = ", rounded" if self.distill.quantization_aware else ""
+            steps.append(f"distill {self.distill.tokens:,} tokens{aware}")
         if self.quantize:
             bits = self.quantize.effective_bits
             steps.append(self.quantize.format + (f" {bits:g} bits" if bits else ""))

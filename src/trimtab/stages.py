@@ -20,7 +20,7 @@ from typing import Any
 
 from trimtab import child, files, progress
 from trimtab.errors import Failure
-from trimtab.recipe import DepthPruning, Recipe, Source
+from trimtab.recipe import DepthPruning, Distillation, MovementPruning, Recipe, Source
 from trimtab.schema import digest
 from trimtab.state import State
 from trimtab.store import Store, open_store
@@ -89,14 +89,27 @@ def _calibration_data(recipe: Recipe) -> dict[str, Any]:
 
 
 def _distillation(*fields: str) -> Callable[[Recipe], dict[str, Any]]:
-    """These fields of the recipe's `distill`, or all; `text` as a list, and with what its files hold."""
+    """These fields of the recipe's `distill`; `text` as a list, and with what its files hold."""
 
     def parameters(recipe: Recipe) -> dict[str, Any]:
-        chosen = recipe.distill.model_dump(mode="json", include=set(fields) or None)
+        chosen = recipe.distill.model_dump(mode="json", include=set(fields))
         sources = [Source(text=text) for text in recipe.distill.texts]
         return files.with_files({**chosen, "text": list(recipe.distill.texts)}, sources)
 
     return parameters
+
+
+def _training(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's `distill`, with `weights`: what other sections want of the weights while they train."""
+    weights: dict[str, Any] = {}
+    if isinstance(recipe.prune, MovementPruning):
+        weights["movement"] = _part("prune")(recipe)
+    if recipe.keeps_zeros:
+        weights["keep_zeros"] = True
+    if recipe.distill.quantization_aware:  # no more of it than training sees, so that recipes share a student
+        fields = {"format", "group_size", "exclude"}
+        weights["rounded"] = recipe.quantize.model_dump(mode="json", include=fields)
+    return _distillation(*Distillation.model_fields)(recipe) | ({"weights": weights} if weights else {})
 
 
 def _distills(field: str) -> Callable[[Recipe], bool]:
@@ -116,7 +129,7 @@ STAGES: dict[str, Stage] = {
             work="trimtab.components.pruning.work:prune",
             inputs=("checkpoint", "calibration"),
             output="checkpoint",
-            wanted=lambda recipe: recipe.prune is not None,
+            wanted=lambda recipe: recipe.prune is not None and not isinstance(recipe.prune, MovementPruning),
             parameters=_part("prune"),
         ),
         Stage(
@@ -141,7 +154,7 @@ STAGES: dict[str, Stage] = {
             inputs=("checkpoint", "model", "generated", "teacher_logits"),
             output="checkpoint",
             wanted=lambda recipe: recipe.distill is not None,
-            parameters=_distillation(),
+            parameters=_training,
             version=2,
         ),
         _calibrate("recalibrate", _quantize_needs("statistics")),

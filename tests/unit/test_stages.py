@@ -80,6 +80,10 @@ def worked(monkeypatch):
         ("distill: {tokens: 99}", ["distill", "engine"]),
         ("distill: {tokens: 99, generate: 9}", ["generate", "distill", "engine"]),
         ("distill: {tokens: 99, stored_logits: 8}", ["teach", "distill", "engine"]),
+        ("{prune: {method: movement, sparsity: 0.5}, distill: {tokens: 99}}", ["distill", "engine"]),
+        ("{prune: {method: magnitude, sparsity: 0.5}, distill: {tokens: 99}}", ["prune", "distill", "engine"]),
+        ("{distill: {tokens: 99, quantization_aware: true}, quantize: {format: int4_rtn}}",
+         ["distill", "quantize", "engine"]),
         (FULL, ALL),
     ],
 )
@@ -88,6 +92,25 @@ def test_wanted(recipe, wanted):
     assert [name for name, stage in STAGES.items() if stage.wanted(parsed)] == wanted
     for name in wanted:
         json.dumps(STAGES[name].parameters(parsed))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "weights"),
+    [
+        ("{distill: {tokens: 99}, prune: {method: depth, blocks: 1}}", None),
+        ("{distill: {tokens: 99}, prune: {method: magnitude, sparsity: 0.5}}", {"keep_zeros": True}),
+        ("{distill: {tokens: 99, quantization_aware: true}, quantize: {format: int4_rtn, kv_cache: fp8}}",
+         {"rounded": {"format": "int4_rtn", "group_size": 64, "exclude": ["lm_head"]}}),
+    ],
+)
+def test_what_distillation_knows_of_the_weights(recipe, weights):
+    assert STAGES["distill"].parameters(Recipe.parse(recipe)).get("weights") == weights
+
+
+def test_movement_pruning_is_a_part_of_distillation():
+    prune = {"method": "movement", "sparsity": 0.5, "scope": "model"}
+    recipe = Recipe.parse({"prune": prune, "distill": {"tokens": 99}})
+    assert STAGES["distill"].parameters(recipe)["weights"]["movement"].items() >= prune.items()
 
 
 def test_what_a_key_depends_on(store, tmp_path):
