@@ -15,9 +15,9 @@ from trimtab.runtime.engine import TorchEngine
 LENGTH = 512
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, needs_model: bool = True) -> None:
     """Adds what says on which model and data a benchmark runs."""
-    parser.add_argument("--model", type=Path, required=True, help="a Hugging Face model folder")
+    parser.add_argument("--model", type=Path, required=needs_model, help="a Hugging Face model folder")
     parser.add_argument("--text", type=Path, help="a text file; trimtab's own when absent")
     parser.add_argument("--blimp", type=Path, help="a folder of BLiMP's .jsonl files")
     parser.add_argument("--pairs", type=int, default=94, help="pairs of each BLiMP file")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from trimtab.components.quantization.scales import Numbers
 from trimtab.runtime import hessian
+from trimtab.runtime.scales import Numbers
 
 #: What is added to the diagonal, as a share of its mean. The paper has 1 %, for some 260,000 tokens; with the few
 #: thousand of trimtab's own text more of what they correlate is chance. SmolLM2-135M's perplexity ratio, calibrated on

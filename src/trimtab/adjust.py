@@ -13,8 +13,9 @@ Each verdict rules recipes out, and stays in force for the whole run:
 
 Some failures have a nearer remedy than the next rung, a recipe made from the failed one (`_remedies`): the KV
 cache in 16 bits; a smaller batch; a tenth of the learning rate; after pruning, four times the distillation
-tokens, then half the pruning; zeros anywhere instead of a pattern n:m, then half of them. Every remedy takes
-something away that can be taken away only so often, and no recipe is tried twice, so the loop ends.
+tokens, then half the pruning, or twice the weights; zeros anywhere instead of a pattern n:m, then half of them.
+Every remedy takes something away that can be taken away only so often, and no recipe is tried twice, so the loop
+ends.
 
 Mixed precision has a model of its own, to skip rungs that would cost minutes to fail. As bits grow, the
 logarithm of the perplexity ratio falls about geometrically, so log(log ratio) is fitted as a line in the bits
@@ -28,7 +29,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from trimtab.plan import Rung
-from trimtab.recipe import STATIC_ACTIVATIONS, DepthPruning, Quantization, Recipe, SparsePruning, WidthPruning
+from trimtab.recipe import (
+    STATIC_ACTIVATIONS,
+    DepthPruning,
+    MovementPruning,
+    Quantization,
+    Recipe,
+    SparsePruning,
+    WidthPruning,
+)
 from trimtab.schema import Document
 from trimtab.state import Brief
 
@@ -39,6 +48,8 @@ HALVING_BITS = 1.0
 CLEARLY = 1.1
 #: The least share of neurons or channels that is worth a try: it makes a model hardly smaller.
 LEAST_SHARE = 0.05
+#: A penalty on movement pruning's scores that drops next to nothing.
+LEAST_PENALTY = 0.1
 #: Formats that also multiply in few bits.
 _ROUNDS_ACTIVATIONS = (*STATIC_ACTIVATIONS, "fp8_per_channel")
 #: What ends the line of mixed precision at four bits, the nearest first.
@@ -157,12 +168,15 @@ def _risk(recipe: Recipe) -> tuple[float, ...]:
     return (*taken, -_excluded(quantize))
 
 
-def _sparsity(recipe: Recipe) -> tuple[float, float, float]:
-    """How many weights become zero, how little freedom there is in which, and how blindly they are chosen."""
+def _sparsity(recipe: Recipe) -> tuple[float, float, float, float]:
+    """How many weights become zero, how little freedom there is in which, how blindly they are chosen, and how dear
+    the scores are that choose them."""
     prune = recipe.prune
-    if not isinstance(prune, SparsePruning):
-        return 0.0, 0.0, 0.0
-    return prune.sparsity, 1 / prune.n_m[1] if prune.n_m else 0.0, _BLINDNESS[prune.method]
+    if isinstance(prune, MovementPruning):
+        return prune.sparsity or 0.0, 0.0, 0.0, prune.penalty or 0.0
+    if isinstance(prune, SparsePruning):
+        return prune.sparsity, 1 / prune.n_m[1] if prune.n_m else 0.0, _BLINDNESS[prune.method], 0.0
+    return 0.0, 0.0, 0.0, 0.0
 
 
 def _ambition(recipe: Recipe) -> tuple[float, ...]:
@@ -260,7 +274,9 @@ def _gentler_pruning(
     if recipe.distill and not prolonged:
         tokens = 4 * recipe.distill.tokens
         yield _change(recipe, "distill", tokens=tokens), f"the same with {tokens:,} distillation tokens"
-    if halved := _halved(recipe.prune):
+    if isinstance(recipe.prune, MovementPruning):
+        yield from _gentler_movement(recipe)
+    elif halved := _halved(recipe.prune):
         gentler = recipe.model_copy(update={"prune": halved, "name": ""})
         yield gentler, f"the same with half of the pruning, {halved.title}"
 
@@ -280,6 +296,18 @@ def _halved(prune: DepthPruning | WidthPruning) -> DepthPruning | WidthPruning |
     if not (ffn or groups or hidden):
         return None
     return WidthPruning(method="width", ffn=ffn, kv_groups=groups, hidden=hidden)
+
+
+def _gentler_movement(recipe: Recipe) -> Iterator[tuple[Recipe, str]]:
+    """Twice the weights, until there would be none to drop; or a quarter of the penalty."""
+    if recipe.prune.penalty:
+        penalty = recipe.prune.penalty / 4
+        if penalty >= LEAST_PENALTY:
+            yield _change(recipe, "prune", penalty=penalty), f"the same with a penalty of {penalty:g}"
+        return
+    sparsity = round(1 - 2 * (1 - recipe.prune.sparsity), 3)
+    if sparsity >= 0.1:
+        yield _change(recipe, "prune", sparsity=sparsity), f"the same with a sparsity of {sparsity:g}"
 
 
 def _work(recipe: Recipe) -> str:

@@ -32,6 +32,8 @@ MIXED_FORMATS = ("int4_gptq", "int8_wo")
 AWQ_FORMATS = ("int4_awq", "int4_gptq", "w4a8_awq")
 #: Formats that round activations too, to scales that calibration sets.
 STATIC_ACTIVATIONS = ("int8_sq", "fp8", "w4a8_awq", "nvfp4", "mxfp4")
+#: Formats whose weights are rounded to nearest with scales of their own: what training can rehearse.
+NEAREST_FORMATS = ("int8_wo", "int4_rtn", "fp8", "fp8_per_channel", "nvfp4", "mxfp4")
 
 
 #: The most bytes of JSON that a recipe's `calibrate` may take: it travels in the state, which must stay small.
@@ -246,20 +248,117 @@ class WidthPruning(Document):
         return True
 
 
-Pruning = Annotated[SparsePruning | DepthPruning | WidthPruning, Field(discriminator="method")]
+class MovementPruning(Document):
+    """Zeroes weights while distillation trains: those whose learned scores are lowest (unstructured).
+
+    `sparsity` is the share of zeros in the end. The soft variant has a `penalty` on the scores in its place, and
+    finds the share. `scope` says what is ranked together, the weights of a layer or of the model. With `scores:
+    magnitude` the smallest weights of the moment go: gradual magnitude pruning.
+
+    Example::
+
+        prune: {method: movement, sparsity: 0.85}
+        distill: {tokens: 20000000}
+    """
+
+    method: Literal["movement"]
+    sparsity: Ratio | None = None
+    penalty: Annotated[float, Field(gt=0)] | None = None
+    scores: Literal["movement", "magnitude"] = "movement"
+    scope: Literal["layer", "model"] = "layer"
+    score_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+
+    @model_validator(mode="after")
+    def _is_hard_or_soft(self) -> MovementPruning:
+        if (self.sparsity is None) == (self.penalty is None):
+            found = "neither sparsity nor penalty" if self.sparsity is None else "sparsity and penalty"
+            raise ValueError(f"has {found}; write one: sparsity, the share of zeros, or penalty, for the soft variant")
+        if self.penalty and self.scores == "magnitude":
+            raise ValueError("has scores 'magnitude', which are not learned, and a penalty on them; write sparsity")
+        return self
+
+    @property
+    def title(self) -> str:
+        kind = "gradual magnitude" if self.scores == "magnitude" else "movement"
+        return f"{kind} {100 * self.sparsity:.3g} %" if self.sparsity else "soft movement"
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether calibration is read: no, training shows what moves."""
+        return False
+
+
+Pruning = Annotated[SparsePruning | MovementPruning | DepthPruning | WidthPruning, Field(discriminator="method")]
 
 
 class Distillation(Document):
-    """Trains the pruned model on the logits of the unpruned one."""
+    """Trains the pruned model on the logits of the unpruned one.
+
+    With `quantization_aware` it trains with its weights rounded as `quantize` will round them.
+
+    A step is on `batch_size` windows of `length` tokens, computed in `gradient_accumulation` parts one after the
+    other where memory is short, and by `processes` side by side, a GPU each. `loss` is KL(teacher ‖ student) or the
+    reverse; `label_weight` mixes in the text itself, `hidden_weight` adds the error of the hidden states behind each
+    block. The learning rate rises over the share `warmup` of the steps and then follows `schedule`.
+    `early_stopping` is a number of measurements of the held-out loss, of twenty in all, without a better one.
+
+    `text` is one source or a list of them: "builtin", .txt or .jsonl files. `generate` is a number of tokens by the
+    teacher itself besides. `stored_logits` is how many of the teacher's likeliest tokens are stored for each position,
+    once, so that no later run of the same text needs the teacher; 0 runs it beside the student.
+
+    Example::
+
+        distill: {tokens: 20000000, batch_size: 32, generate: 4000000, stored_logits: 64}
+    """
 
     tokens: Count
+    loss: Literal["forward_kl", "reverse_kl"] = "forward_kl"
     temperature: Annotated[float, Field(gt=0)] = 1.0
     label_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    hidden_weight: Annotated[float, Field(ge=0)] = 0.0
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     batch_size: Count = 4
+    gradient_accumulation: Count = 1
+    processes: Count = 1
     length: Annotated[int, Field(ge=8)] = 256
-    text: str = "builtin"
+    early_stopping: Annotated[int, Field(ge=0)] = 0
+    text: Annotated[
+        Annotated[str, Tag("one")] | Annotated[tuple[str, ...], Tag("mix")],
+        Discriminator(lambda value: "mix" if isinstance(value, list | tuple) else "one"),
+    ] = "builtin"
+    generate: Annotated[int, Field(ge=0)] = 0
+    stored_logits: Annotated[int, Field(ge=0)] = 0
     seed: int = 0
+    quantization_aware: bool = False
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The sources of text, in the order of the recipe."""
+        return (self.text,) if isinstance(self.text, str) else self.text
+
+    @model_validator(mode="after")
+    def _has_text(self) -> Distillation:
+        if not self.texts and not self.generate:
+            raise ValueError("has no text; write text: builtin, the path of a file, or generate: a number of tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _divides_its_batch(self) -> Distillation:
+        parts = self.gradient_accumulation * self.processes
+        if self.batch_size % parts:
+            raise ValueError(
+                f"has batch_size {self.batch_size}, which gradient_accumulation {self.gradient_accumulation} and "
+                f"processes {self.processes} do not divide; write a multiple of {parts}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _hidden_states_are_not_stored(self) -> Distillation:
+        if self.hidden_weight and self.stored_logits:
+            raise ValueError("has hidden_weight and stored_logits, but hidden states are not stored; remove one")
+        return self
 
 
 class Quantization(Document):
@@ -375,6 +474,32 @@ class Recipe(Document):
     engine: Engine = Engine()
     accept: Acceptance = Acceptance()
 
+    @model_validator(mode="after")
+    def _learns_while_it_trains(self) -> Recipe:
+        if isinstance(self.prune, MovementPruning) and self.distill is None:
+            raise ValueError("prune.method: 'movement' prunes while training; add distill: {tokens: 1000000}")
+        return self
+
+    @model_validator(mode="after")
+    def _rehearses_what_can_be(self) -> Recipe:
+        if not (self.distill and self.distill.quantization_aware):
+            return self
+        field, formats = "distill.quantization_aware: true", ", ".join(NEAREST_FORMATS)
+        if self.quantize is None:
+            raise ValueError(f"{field} needs a format; add quantize: {{format: int4_rtn}} (or {formats})")
+        if self.quantize.format not in NEAREST_FORMATS:
+            why = "is not rounded to nearest by the weights alone, and cannot be trained with"
+            raise ValueError(f"{field}: format '{self.quantize.format}' {why}; write one of: {formats}")
+        if self.quantize.scale_search == "mse" or self.quantize.exclude_sensitive:
+            what = "exclude_sensitive" if self.quantize.exclude_sensitive else "scale_search: mse"
+            raise ValueError(f"{field}: quantize.{what} is decided by what is measured after training; remove one")
+        return self
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether distillation gets a sparse student, and must leave its zeros alone."""
+        return isinstance(self.prune, SparsePruning)
+
     @property
     def title(self) -> str:
         """A short name for tables: the recipe's own, or one made of its steps."""
@@ -393,7 +518,8 @@ class Recipe(Document):
         if self.prune:
             steps.append(self.prune.title)
         if self.distill:
-            steps.append(f"distill {self.distill.tokens:,} tokens")
+            aware = ", rounded" if self.distill.quantization_aware else ""
+            steps.append(f"distill {self.distill.tokens:,} tokens{aware}")
         if self.quantize:
             bits = self.quantize.effective_bits
             steps.append(self.quantize.format + (f" {bits:g} bits" if bits else ""))

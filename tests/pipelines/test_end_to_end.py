@@ -196,7 +196,7 @@ def test_killed_and_started_again(home, tmp_path):
     events = [event for run in range(1, command.runs + 1) for event in command.events(run)]
     done = Counter(event["stage"] for event in events if event["text"].startswith("done in"))
     assert all(count <= (2 if stage == "engine" else 1) for stage, count in done.items()), done
-    assert any(event["text"] == "resumed after step 20" for event in events)
+    assert any(event["text"].startswith("resumed after step") for event in events)
 
 
 def _wait_for(command: Command, process: subprocess.Popen, stage: str, text: str) -> None:

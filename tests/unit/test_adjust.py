@@ -307,6 +307,23 @@ def test_sparsity_is_halved():
     assert found.recipe.prune.sparsity == 0.25
 
 
+def test_movement_pruning_is_eased_before_it_is_given_up():
+    """More tokens once, then twice the weights until half are kept."""
+    rungs = [rung("{prune: {method: movement, sparsity: 0.85}, distill: {tokens: 1000}}"), *quantized("fp8")]
+    history, tried = [failed(rungs[0], "accuracy")], []
+    while (found := next_recipe(rungs, history)[0]) is not rungs[1]:
+        tried.append((found.recipe.distill.tokens, found.recipe.prune.sparsity))
+        history.append(failed(found, "accuracy"))
+    assert tried == [(4000, 0.85), (4000, 0.7), (4000, 0.4)]
+
+
+def test_soft_movement_pruning_pays_less_for_scores():
+    rungs = [rung("{prune: {method: movement, penalty: 40}, distill: {tokens: 1000}}")]
+    longer = rung("{prune: {method: movement, penalty: 40}, distill: {tokens: 4000}}")
+    history = [failed(rungs[0], "accuracy"), failed(longer, "accuracy")]
+    assert next_recipe(rungs, history)[0].recipe.prune.penalty == 10
+
+
 def test_a_changed_recipe_loses_its_name():
     named = [rung("{name: mine, quantize: {format: fp8, kv_cache: fp8}}")]
     assert next_recipe(named, [failed(named[0], "kv_cache_accuracy")])[0].recipe.title == "fp8"
@@ -390,6 +407,8 @@ LADDERS = {
         rung("{prune: {method: width, ffn: 0.5, kv_groups: 2}, distill: {tokens: 1000}}"),
         rung("prune: {method: magnitude, sparsity: 0.9}"),
         rung("prune: {method: sparsegpt, pattern: '2:4'}"),
+        rung("{prune: {method: movement, sparsity: 0.85}, distill: {tokens: 1000}}"),
+        rung("{prune: {method: movement, penalty: 40}, distill: {tokens: 1000}}"),
         *quantized("bf16+kv"),
     ],
 }

@@ -36,7 +36,7 @@ BAD = [
     ("quantize: {format: null}", "quantize.format: None is not valid; valid: fp32, fp16, bf16"),
     (
         "prune: {method: depht, blocks: 2}",
-        "prune.method: 'depht' is not valid; write 'depth' (valid: magnitude, wanda, sparsegpt, depth, width)",
+        "prune.method: 'depht' is not valid; write 'depth' (valid: magnitude, wanda, sparsegpt, movement, depth,",
     ),
     ("prune: {method: magnitude, sparsity: 1.5}", "prune.sparsity: 1.5 should be less than 1"),
     ("prune: {method: sparsegpt, sparsity: 0}", "prune.sparsity: 0 should be greater than 0"),
@@ -56,6 +56,13 @@ BAD = [
     ("prune: {method: width, kv_groups: 0}", "prune.kv_groups: 0 should be greater than or equal to 1"),
     ("prune: {method: width, heads: 1}", "prune.heads: unknown key 'heads'; valid: ffn, hidden, kv_groups, method"),
     ("prune: {method: depth, blocks: 0}", "prune.blocks: 0 should be greater than or equal to 1"),
+    ("distill: {tokens: 9, loss: kl}", "distill.loss: 'kl' is not valid; valid: forward_kl, reverse_kl"),
+    ("distill: {tokens: 9, schedule: cosin}", "distill.schedule: 'cosin' is not valid; write 'cosine' (valid: cosine,"),
+    ("distill: {tokens: 9, warmup: 1}", "distill.warmup: 1 should be less than 1"),
+    ("distill: {tokens: 9, text: 5}", "distill.text: 5 should be a valid string"),
+    ("distill: {tokens: 9, text: []}", "has no text; write text: builtin, the path of a file, or generate: a number"),
+    ("distill: {tokens: 9, batch_size: 6, gradient_accumulation: 2, processes: 2}", "write a multiple of 4"),
+    ("distill: {tokens: 9, hidden_weight: 1, stored_logits: 8}", "but hidden states are not stored; remove one"),
     ("distill: {tokens: many}", "distill.tokens: 'many' should be a valid integer"),
     ("calibrate: {samples: 1.5}", "calibrate.samples: 1.5 should be a valid integer"),
     ("accept: {min_recovery: 95}", "accept.min_recovery: 95 should be less than or equal to 1"),
@@ -90,6 +97,32 @@ BAD = [
     (
         "quantize: {format: bf16, exclude_sensitive: 2}",
         "has exclude_sensitive, but format 'bf16' quantizes no layer; remove it",
+    ),
+    ("prune: {method: movement, sparsity: 0.85}", "prune.method: 'movement' prunes while training; add distill:"),
+    ("prune: {method: movement, sparsity: 1}", "prune.sparsity: 1 should be less than 1"),
+    ("prune: {method: movement, penalty: 0}", "prune.penalty: 0 should be greater than 0"),
+    ("prune: {method: movement}", "has neither sparsity nor penalty; write one: sparsity, the share of zeros, or"),
+    ("prune: {method: movement, sparsity: 0.5, penalty: 1}", "has sparsity and penalty; write one: sparsity"),
+    ("prune: {method: movement, penalty: 1, scores: magnitude}", "are not learned, and a penalty on them; write spars"),
+    (
+        "distill: {tokens: 9, quantization_aware: true}",
+        "distill.quantization_aware: true needs a format; add quantize: {format: int4_rtn} (or int8_wo, int4_rtn, fp8,",
+    ),
+    *(
+        (
+            f"{{distill: {{tokens: 9, quantization_aware: true}}, quantize: {{format: {form}}}}}",
+            f"distill.quantization_aware: true: format '{form}' is not rounded to nearest by the weights alone, and "
+            f"cannot be trained with; write one of: int8_wo, int4_rtn, fp8, fp8_per_channel, nvfp4, mxfp4",
+        )
+        for form in ("bf16", "int8_sq", "int4_awq", "int4_gptq", "w4a8_awq")
+    ),
+    (
+        "{distill: {tokens: 9, quantization_aware: true}, quantize: {format: fp8, scale_search: mse}}",
+        "quantize.scale_search: mse is decided by what is measured after training; remove one",
+    ),
+    (
+        "{distill: {tokens: 9, quantization_aware: true}, quantize: {format: fp8, exclude_sensitive: 1}}",
+        "quantize.exclude_sensitive is decided by what is measured after training; remove one",
     ),
     ("quantize: {format: mixed, effective_bits: 3}", "quantize.effective_bits: 3 should be greater than or equal to 4"),
     ("prune: {method: width}", "has method 'width' and nothing to remove; write ffn, kv_groups or hidden"),
@@ -144,6 +177,12 @@ def test_every_other_format_has_scales_to_search(form):
             "{prune: {method: width, ffn: 0.3, kv_groups: 2, hidden: 0.125}, quantize: {format: fp8}}",
             "-30 % FFN, -2 KV groups, -12.5 % hidden + fp8",
         ),
+        ("{prune: {method: movement, sparsity: 0.85}, distill: {tokens: 9}}", "movement 85 % + distill 9 tokens"),
+        ("{prune: {method: movement, penalty: 2}, distill: {tokens: 9}}", "soft movement + distill 9 tokens"),
+        ("{prune: {method: movement, sparsity: 0.5, scores: magnitude}, distill: {tokens: 9}}",
+         "gradual magnitude 50 % + distill 9 tokens"),
+        ("{distill: {tokens: 9, quantization_aware: true}, quantize: {format: nvfp4}}",
+         "distill 9 tokens, rounded + nvfp4"),
         ("{prune: {method: depth, blocks: 4}, distill: {tokens: 65536}}", "-4 blocks + distill 65,536 tokens"),
     ],
 )
