@@ -81,7 +81,8 @@ def _forward(model: PreTrainedModel, tokens: torch.Tensor) -> None:
 
 @torch.inference_mode()
 def _gram(model: PreTrainedModel, tokens: torch.Tensor) -> None:
-    with observe.grams(model, [group.layers[0] for group in observe.linear_groups(model)]):
+    layers = observe.linears(model)
+    with observe.grams({g.layers[0]: layers[g.layers[0]] for g in observe.linear_groups(model)}):
         _forward(model, tokens)
 
 

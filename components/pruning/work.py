@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from trimtab import progress, shapes
-from trimtab.components.pruning import depth, magnitude, width
+from trimtab import shapes
+from trimtab.components.pruning import depth, sparsity, width
 from trimtab.errors import Failure
 from trimtab.model import inspect
-from trimtab.recipe import DepthPruning, Pruning, WidthPruning
+from trimtab.recipe import DepthPruning, Pruning, SparsePruning
 from trimtab.runtime import checkpoint as checkpoints
 from trimtab.runtime import observe
 from trimtab.runtime.measurements import Measurements
@@ -31,22 +31,20 @@ def prune(
         Failure: `unsupported`, the model has less than is to be removed, or an architecture that is not known.
     """
     settings = TypeAdapter(Pruning).validate_python(parameters)
+    if isinstance(settings, SparsePruning):
+        measured = Path(calibration) if calibration else None
+        return sparsity.prune(Path(checkpoint), measured, Path(output), Path(scratch), settings)
     facts = inspect(checkpoint)
     if reason := shapes.check(facts, settings):
         raise Failure("unsupported", reason)
     model, tokenizer = checkpoints.load(Path(checkpoint), torch.bfloat16)
-    if isinstance(settings, DepthPruning | WidthPruning):
-        measured = Measurements(Path(calibration), Path(checkpoint), "calibration")
+    measured = Measurements(Path(calibration), Path(checkpoint), "calibration")
     if isinstance(settings, DepthPruning):
         choose = depth.least_influential_run if settings.contiguous else depth.least_influential
         depth.remove_blocks(model, choose(measured["block_influence"], settings.blocks))
-    elif isinstance(settings, WidthPruning):
+    else:
         sizes = shapes.pruned(facts, settings)
         width.narrow(model, sizes, width.choose(model, sizes, measured), measured)
-    else:
-        layers = observe.linears(model)
-        for layer in progress.track(layers.values(), "prune", "zeroing the smallest weights", len(layers)):
-            layer.weight.data = magnitude.prune(layer.weight.data, settings.sparsity)
     checkpoints.save(model, tokenizer, Path(output))
     weights = [layer.weight for layer in observe.linears(model).values()]
     zeros = sum((weight == 0).sum().item() for weight in weights) / sum(weight.numel() for weight in weights)

@@ -32,7 +32,7 @@ from trimtab import shapes
 from trimtab.errors import InputError, nearest
 from trimtab.fusion import groups
 from trimtab.model import Linear, ModelFacts
-from trimtab.recipe import CASTS, GROUPED_FORMATS, Format, KVCache, Quantization, Recipe
+from trimtab.recipe import CASTS, GROUPED_FORMATS, Format, KVCache, Quantization, Recipe, SparsePruning
 from trimtab.schema import Document
 
 GB = 10**9
@@ -201,6 +201,7 @@ def check(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> str | None:
         _check_kv_cache(recipe, hardware, facts)
         or _check_exclusions(recipe, facts)
         or _check_stages(recipe, facts)
+        or (check_pattern(recipe.prune, facts) if isinstance(recipe.prune, SparsePruning) else None)
         or _check_parallelism(recipe, facts)
         or (check_packing(recipe.quantize, facts) if recipe.quantize else None)
         or _check_group_size(recipe, hardware, facts)
@@ -302,6 +303,18 @@ def _check_stages(recipe: Recipe, facts: ModelFacts) -> str | None:
     stages, blocks = recipe.engine.pipeline_parallel_size, facts.layers
     if stages > blocks:
         return f"engine.pipeline_parallel_size: {stages} stages for {blocks} blocks; write at most {blocks}"
+    return None
+
+
+def check_pattern(prune: SparsePruning, facts: ModelFacts) -> str | None:
+    """Returns why the zeros of a pattern n:m do not fit a layer of this model, or None when they do."""
+    m = prune.n_m[1] if prune.n_m else 1
+    for layer in facts.linears:
+        if layer.in_features % m:
+            return (
+                f"prune.pattern: {prune.pattern} wants input features in groups of {m}, which do not divide the "
+                f"{layer.in_features} of {layer.name}; write 'unstructured'"
+            )
     return None
 
 

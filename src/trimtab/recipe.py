@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from trimtab.schema import Document, digest
 
@@ -118,11 +120,78 @@ class Calibration(Document):
         return self
 
 
-class MagnitudePruning(Document):
-    """Zeroes the smallest weights of every linear layer (unstructured: smaller on disk, not faster)."""
+class SparsePruning(Document):
+    """Zeroes weights of every linear layer inside the blocks (smaller when compressed, not faster).
 
-    method: Literal["magnitude"]
-    sparsity: Ratio
+    `magnitude` ranks them by themselves, `wanda` by what they meet as well, `sparsegpt` so that those left can make
+    up for those that go. `pattern` says where: "unstructured" anywhere, "n:m" so that of each m weights along a row n
+    stay; then the sparsity is the pattern's, and may be left out. `allocation` is how the sparsity, which is the mean,
+    is shared out over the layers: the same for all, or less where a layer is more sensitive.
+    """
+
+    method: Literal["magnitude", "wanda", "sparsegpt"]
+    pattern: str = "unstructured"
+    sparsity: Ratio = Field(default=None, validate_default=True)
+    allocation: Literal["uniform", "sensitivity"] = "uniform"
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _is_a_pattern(cls, value: Any) -> Any:
+        if isinstance(value, int) and value >= 60:
+            written = f"{value // 60}:{value % 60}"
+            raise ValueError(f"is how YAML reads {written} without quotes; write '{written}'")
+        if value == "unstructured":
+            return value
+        counts = _counts(value)
+        if not counts or counts[0] < 1:
+            raise ValueError("is no pattern; write 'unstructured', or n:m in quotes, as '2:4'")
+        if counts[0] >= counts[1]:
+            raise ValueError(f"keeps {counts[0]} of each {counts[1]} weights, so it zeroes none; write '2:4' or '4:8'")
+        return f"{counts[0]}:{counts[1]}"
+
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _is_that_of_the_pattern(cls, value: Any, info: ValidationInfo) -> Any:
+        counts = _counts(info.data.get("pattern"))
+        if value is None and "pattern" not in info.data:
+            return 0.5  # the pattern was refused, and says what is wrong
+        if value is None and not counts:
+            raise PydanticCustomError("missing", "is required")
+        if not counts:
+            return value
+        share = 1 - counts[0] / counts[1]
+        if value is not None and not (isinstance(value, int | float) and abs(value - share) < 1e-3):
+            raise ValueError(f"is not what '{info.data['pattern']}' zeroes, {share:.4g}; leave it out, or the pattern")
+        return share
+
+    @field_validator("allocation")
+    @classmethod
+    def _is_free_to_differ(cls, value: str, info: ValidationInfo) -> str:
+        if value != "uniform" and _counts(info.data.get("pattern")):
+            raise ValueError(f"shares out what '{info.data['pattern']}' fixes for every layer; write 'uniform'")
+        return value
+
+    @property
+    def n_m(self) -> tuple[int, int] | None:
+        """How many weights of how many stay, or None where they may stay anywhere."""
+        return _counts(self.pattern)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether anything is decided by what calibration measured of the activations."""
+        return self.method != "magnitude" or self.allocation == "sensitivity"
+
+    @property
+    def title(self) -> str:
+        """The pruning in tables, as 'wanda 50 %' or 'sparsegpt 2:4'."""
+        amount = self.pattern if self.n_m else f"{100 * self.sparsity:g} %"
+        return f"{self.method} {amount}" + (" by sensitivity" if self.allocation == "sensitivity" else "")
+
+
+def _counts(pattern: Any) -> tuple[int, int] | None:
+    """The n and m of a pattern "n:m", else None."""
+    match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", pattern) if isinstance(pattern, str) else None
+    return (int(match[1]), int(match[2])) if match else None
 
 
 class DepthPruning(Document):
@@ -139,6 +208,10 @@ class DepthPruning(Document):
     def title(self) -> str:
         return f"-{self.blocks} blocks" + (" in a row" if self.contiguous else "")
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether calibration is read: the influence of the blocks."""
+        return True
 
 class WidthPruning(Document):
     """Narrows every block alike, by what carries least (smaller and faster); at least one of three.
@@ -161,13 +234,18 @@ class WidthPruning(Document):
 
     @property
     def title(self) -> str:
-        neurons = self.ffn and f"-{100 * self.ffn:.3g}% FFN"
+        neurons = self.ffn and f"-{100 * self.ffn:.3g} % FFN"
         groups = self.kv_groups and f"-{self.kv_groups} KV group{'s' * (self.kv_groups > 1)}"
-        channels = self.hidden and f"-{100 * self.hidden:.3g}% hidden"
+        channels = self.hidden and f"-{100 * self.hidden:.3g} % hidden"
         return ", ".join(filter(None, (neurons, groups, channels)))
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether calibration is read: the second moments of what goes through neurons, heads and channels."""
+        return True
 
-Pruning = Annotated[MagnitudePruning | DepthPruning | WidthPruning, Field(discriminator="method")]
+
+Pruning = Annotated[SparsePruning | DepthPruning | WidthPruning, Field(discriminator="method")]
 
 
 class Distillation(Document):
@@ -311,10 +389,8 @@ class Recipe(Document):
 
     def _steps(self) -> list[str]:
         steps = []
-        if isinstance(self.prune, DepthPruning | WidthPruning):
+        if self.prune:
             steps.append(self.prune.title)
-        elif self.prune:
-            steps.append(f"magnitude {self.prune.sparsity:.0%}")
         if self.distill:
             steps.append(f"distill {self.distill.tokens:,} tokens")
         if self.quantize:

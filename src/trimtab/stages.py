@@ -20,7 +20,7 @@ from typing import Any
 
 from trimtab import child, files, progress
 from trimtab.errors import Failure
-from trimtab.recipe import DepthPruning, Recipe, Source, WidthPruning
+from trimtab.recipe import Recipe, Source
 from trimtab.schema import digest
 from trimtab.state import State
 from trimtab.store import Store, open_store
@@ -66,7 +66,7 @@ class Result:
 
 
 def _needs_statistics(recipe: Recipe) -> bool:
-    return isinstance(recipe.prune, DepthPruning | WidthPruning) or _quantize_needs("statistics")(recipe)
+    return (recipe.prune is not None and recipe.prune.needs_statistics) or _quantize_needs("statistics")(recipe)
 
 
 def _quantize_needs(what: str) -> Callable[[Recipe], bool]:
@@ -106,6 +106,7 @@ STAGES: dict[str, Stage] = {
             output="checkpoint",
             wanted=lambda recipe: recipe.prune is not None,
             parameters=_part("prune"),
+            version=2,
         ),
         Stage(
             name="distill",

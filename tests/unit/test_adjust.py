@@ -217,9 +217,9 @@ def test_width_pruning_is_taught_longer_then_halved():
         found.append((following.recipe.distill.tokens, following.recipe.prune.title))
         history.append(failed(following, "accuracy"))
     assert found == [
-        (4000, "-25% FFN, -3 KV groups, -8% hidden"),
-        (4000, "-12.5% FFN, -1 KV group"),  # half of 8 % of the channels makes no model smaller
-        (4000, "-6.25% FFN"),
+        (4000, "-25 % FFN, -3 KV groups, -8 % hidden"),
+        (4000, "-12.5 % FFN, -1 KV group"),  # half of 8 % of the channels makes no model smaller
+        (4000, "-6.25 % FFN"),
     ]
     assert following is rungs[1], "then a format without pruning"
 
@@ -259,14 +259,48 @@ def test_a_remedy_that_the_target_cannot_run_is_passed_over():
     taught = rungs[0].recipe.distill.tokens * 4
     history = [failed(rungs[0], "accuracy")]
     found, _ = next_recipe(rungs, history, lambda recipe: recipe.distill.tokens != taught)
-    assert found.recipe.prune.title == "-12.5% FFN"
+    assert found.recipe.prune.title == "-12.5 % FFN"
     assert next_recipe(rungs, history, lambda recipe: False)[0] is rungs[1]
 
 
-def test_sparsity_is_halved():
-    rungs = [rung("prune: {method: magnitude, sparsity: 0.5}"), *quantized("int8_wo")]
-    found, _ = next_recipe(rungs, [failed(rungs[0], "accuracy")])
-    assert found.recipe.prune.sparsity == 0.25
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_a_pattern_is_loosened_and_then_sparsity_halved(method):
+    rungs = [rung(f"prune: {{method: {method}, pattern: '2:4'}}"), *quantized("int8_wo")]
+    history, titles = [], []
+    while not titles or titles[-1] != "int8_wo":
+        found, _ = next_recipe(rungs, history)
+        titles.append(found.recipe.title)
+        assert Recipe.parse(found.recipe.to_json()) == found.recipe, "what a remedy makes is a recipe that can be read"
+        history.append(failed(found, "accuracy"))
+    assert titles == [f"{method} {amount}" for amount in ("2:4", "50 %", "25 %", "12.5 %")] + ["int8_wo"]
+
+
+@pytest.mark.parametrize(
+    ("fails", "other", "ruled_out"),
+    [
+        ("wanda, sparsity: 0.5", "wanda, sparsity: 0.6", True),
+        ("wanda, sparsity: 0.5", "wanda, sparsity: 0.4", False),
+        ("wanda, sparsity: 0.5", "magnitude, sparsity: 0.5", True),
+        ("wanda, sparsity: 0.5", "sparsegpt, sparsity: 0.5", False),
+        ("wanda, sparsity: 0.5", "wanda, pattern: '4:8'", True),
+        ("wanda, pattern: '4:8'", "wanda, pattern: '2:4'", True),
+        ("wanda, pattern: '2:4'", "wanda, pattern: '4:8'", False),
+        ("wanda, pattern: '2:4'", "wanda, pattern: '1:4'", True),
+        ("sparsegpt, pattern: '2:4'", "magnitude, pattern: '2:4'", True),
+        ("sparsegpt, pattern: '2:4'", "magnitude, sparsity: 0.5", False),  # freer, but chosen more blindly
+    ],
+)
+def test_what_a_sparse_failure_rules_out(fails, other, ruled_out):
+    rungs = [rung(f"prune: {{method: {settings}}}") for settings in (fails, other)]
+    history = [failed(rungs[0], "accuracy")]
+    while (found := next_recipe(rungs, history)[0]) and found not in rungs:  # the remedies come first
+        history.append(failed(found, "kv_cache_accuracy"))
+    assert (found is None) == ruled_out
+
+
+def test_a_pattern_that_cannot_be_is_no_word_against_other_zeros():
+    rungs = [rung(f"prune: {{method: wanda, {amount}}}") for amount in ("pattern: '2:4'", "sparsity: 0.5")]
+    assert next_recipe(rungs, [failed(rungs[0], "unsupported")])[0] is rungs[1]
 
 
 def test_a_changed_recipe_loses_its_name():
@@ -351,6 +385,7 @@ LADDERS = {
         student(4),
         rung("{prune: {method: width, ffn: 0.5, kv_groups: 2}, distill: {tokens: 1000}}"),
         rung("prune: {method: magnitude, sparsity: 0.9}"),
+        rung("prune: {method: sparsegpt, pattern: '2:4'}"),
         *quantized("bf16+kv"),
     ],
 }

@@ -188,6 +188,12 @@ def test_an_unlike_target_lists_all():
             "prune.blocks: 30 of 30 blocks cannot be removed; write at most 29",
         ),
         (
+            "cpu",
+            "prune: {method: wanda, pattern: '2:5'}",
+            "prune.pattern: 2:5 wants input features in groups of 5, which do not divide the 576 of "
+            "model.layers.0.self_attn.q_proj; write 'unstructured'",
+        ),
+        (
             "h100",
             "{engine: {backend: trtllm, tensor_parallel_size: 2}}",
             "engine.tensor_parallel_size: 2 does not divide 9 attention heads and 3 KV heads; "
@@ -245,6 +251,7 @@ def test_refused(name, recipe, sentence):
         ("h100", "{engine: {backend: trtllm, tensor_parallel_size: 3}}"),
         ("cpu", "{prune: {method: depth, blocks: 29}}"),
         ("cpu", "{prune: {method: width, ffn: 0.29, kv_groups: 2}, quantize: {format: int4_awq}}"),
+        ("cpu", "{prune: {method: sparsegpt, pattern: '4:8'}}"),
     ],
 )
 def test_allowed(name, recipe):

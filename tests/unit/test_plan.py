@@ -7,7 +7,7 @@ from trimtab.errors import InputError
 from trimtab.hardware import GB, check, target
 from trimtab.memory import max_context_tokens, memory
 from trimtab.plan import MAX_RUNGS, ladder
-from trimtab.recipe import Acceptance, MagnitudePruning, Recipe
+from trimtab.recipe import Acceptance, Recipe, SparsePruning
 from trimtab.shapes import pruned
 from trimtab.state import GOALS
 
@@ -160,11 +160,11 @@ def titles(goal, facts, name, **options):
 
 # As many parameters as 7 and 3 of 30 blocks, 8 and 4 of 32: of SmolLM2's 79.6 million in the FFN 24.8 and 10.6, of
 # Llama's 5.64 billion 1.74 and 0.87.
-STUDENTS_CPU = ["-31% FFN + distill 65,536 tokens + ", "-13% FFN + distill 65,536 tokens + "]
+STUDENTS_CPU = ["-31 % FFN + distill 65,536 tokens + ", "-13 % FFN + distill 65,536 tokens + "]
 
 
 def students(rest: str = "") -> list[str]:
-    return [f"-{share}% FFN + distill 100,000,000 tokens{rest and ' + ' + rest}" for share in (31, 15)]
+    return [f"-{share} % FFN + distill 100,000,000 tokens{rest and ' + ' + rest}" for share in (31, 15)]
 
 
 LADDERS = [
@@ -244,7 +244,7 @@ def test_every_rung_runs_fits_differs_and_says_why(goal, name, model):
             assert check(recipe, hardware, facts) is None
             assert not hardware.is_emulated(recipe) and not hardware.is_kv_cache_emulated(recipe)
             assert memory(facts, recipe, hardware).fits
-            assert not isinstance(recipe.prune, MagnitudePruning)
+            assert not isinstance(recipe.prune, SparsePruning)
             assert recipe.engine.max_num_tokens >= recipe.engine.max_batch_size
             assert recipe.engine.enable_chunked_prefill or (
                 recipe.engine.max_num_tokens >= recipe.engine.max_seq_len

@@ -295,7 +295,7 @@ def test_weights_that_are_not_finite_are_refused(name, form, model, tmp_path):
 
 
 def test_a_kill_between_shards_costs_only_the_open_one(model, calibration, monkeypatch, tmp_path):
-    from trimtab.components.quantization import stream
+    from trimtab.runtime import stream
 
     monkeypatch.setattr(stream, "SHARD_BYTES", 1)
     (tmp_path / "whole").mkdir()
