@@ -30,8 +30,12 @@ ROWS: dict[str, dict[str, Any]] = {
     for method in ("magnitude", "wanda", "sparsegpt")
     for pattern in (None, "4:8", "2:4")
 }
+ROWS |= {
+    f"{method} 50 % by sensitivity": {"method": method, "sparsity": 0.5, "allocation": "sensitivity"}
+    for method in ("magnitude", "wanda", "sparsegpt")
+}
 #: They read no calibration data, so one seed tells all.
-SEEDLESS = tuple(name for name in ROWS if name.startswith("magnitude"))
+SEEDLESS = ("magnitude 50 %", "magnitude 4:8", "magnitude 2:4")
 QUICK = ("magnitude 50 %", "wanda 50 %")
 
 

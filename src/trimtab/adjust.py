@@ -145,12 +145,14 @@ def _risk(recipe: Recipe) -> tuple[float, ...]:
     return (*taken, -_excluded(quantize))
 
 
-def _sparsity(recipe: Recipe) -> tuple[float, float, float]:
-    """How many weights become zero, how little freedom there is in which, and how blindly they are chosen."""
+def _sparsity(recipe: Recipe) -> tuple[float, ...]:
+    """How many weights become zero, how little freedom there is in which, and how blindly they are chosen, in each
+    layer and among the layers."""
     prune = recipe.prune
     if not isinstance(prune, SparsePruning):
-        return 0.0, 0.0, 0.0
-    return prune.sparsity, 1 / prune.n_m[1] if prune.n_m else 0.0, _BLINDNESS[prune.method]
+        return 0.0, 0.0, 0.0, 0.0
+    rigid = 1 / prune.n_m[1] if prune.n_m else 0.0
+    return prune.sparsity, rigid, _BLINDNESS[prune.method], float(prune.allocation == "uniform")
 
 
 def _ambition(recipe: Recipe) -> tuple[float, ...]:

@@ -51,6 +51,10 @@ BAD = [
         "prune: {method: sparsegpt, pattern: '2:4', sparsity: 0.6}",
         "prune.sparsity: 0.6 is not what '2:4' zeroes, 0.5; leave it out, or the pattern",
     ),
+    (
+        "prune: {method: wanda, pattern: '2:4', allocation: sensitivity}",
+        "prune.allocation: 'sensitivity' shares out what '2:4' fixes for every layer; write 'uniform'",
+    ),
     ("prune: {method: depth, blocks: 0}", "prune.blocks: 0 should be greater than or equal to 1"),
     ("distill: {tokens: many}", "distill.tokens: 'many' should be a valid integer"),
     ("calibrate: {samples: 1.5}", "calibrate.samples: 1.5 should be a valid integer"),
@@ -133,6 +137,7 @@ def test_every_other_format_has_scales_to_search(form):
         ("prune: {method: magnitude, sparsity: 0.5}", "magnitude 50 %"),
         ("prune: {method: wanda, sparsity: 0.667}", "wanda 66.7 %"),
         ("prune: {method: sparsegpt, pattern: '2:4'}", "sparsegpt 2:4"),
+        ("prune: {method: wanda, sparsity: 0.5, allocation: sensitivity}", "wanda 50 % by sensitivity"),
         ("{prune: {method: depth, blocks: 4}, distill: {tokens: 65536}}", "-4 blocks + distill 65,536 tokens"),
     ],
 )
