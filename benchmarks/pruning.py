@@ -39,6 +39,10 @@ ROWS: dict[str, dict[str, Any]] = {
     for method in ("magnitude", "wanda", "sparsegpt")
     for pattern in (None, "4:8", "2:4")
 }
+ROWS |= {
+    f"{method} 50 % by sensitivity": {"method": method, "sparsity": 0.5, "allocation": "sensitivity"}
+    for method in ("magnitude", "wanda", "sparsegpt")
+}
 #: Structured pruning and its naive peers at equal parameters: title -> the recipe's `prune`, and peer -> its function.
 _DEPTH = {"last": naive.last_blocks, "random": naive.random_blocks}
 _WIDTH = {"by magnitude": naive.magnitude_width, "random": naive.random_width}
@@ -57,7 +61,7 @@ ROWS |= {title: recipe for title, (recipe, _) in STRUCTURED.items()}
 NAIVE = {f"{title}, {peer}": (recipe, f) for title, (recipe, peers) in STRUCTURED.items() for peer, f in peers.items()}
 ROWS |= {name: recipe for name, (recipe, _) in NAIVE.items()}
 #: They read no calibration data, so one seed tells all.
-SEEDLESS = tuple(name for name in ROWS if name.startswith("magnitude") or name.endswith(("last", "by magnitude")))
+SEEDLESS = ("magnitude 50 %", "magnitude 4:8", "magnitude 2:4") + tuple(n for n in NAIVE if not n.endswith("random"))
 QUICK = ("magnitude 50 %", "wanda 50 %")
 
 

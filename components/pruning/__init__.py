@@ -1,1 +1,1 @@
-"""Pruning: fewer weights (magnitude), fewer blocks (depth) or narrower ones (width)."""
+"""Pruning: fewer weights (magnitude, Wanda, SparseGPT), fewer blocks (depth) or narrower ones (width)."""

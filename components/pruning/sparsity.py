@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from trimtab import progress
-from trimtab.components.pruning import magnitude, sequential, sparsegpt, wanda
+from trimtab.components.pruning import allocation, magnitude, sequential, sparsegpt, wanda
 from trimtab.fusion import block_of
 from trimtab.model import inspect as read_facts
 from trimtab.recipe import SparsePruning
-from trimtab.runtime import hessian, stream
+from trimtab.runtime import checkpoint as checkpoints
+from trimtab.runtime import gradients, hessian, observe, stream
 from trimtab.runtime.checkpoint import Export, check_finite
 from trimtab.runtime.measurements import Measurements
 
@@ -37,6 +39,8 @@ def prune(
     layers = {layer.name: layer for layer in facts.linears if block_of(layer.name) is not None}
     measured = Measurements(calibration, checkpoint, "calibration") if settings.needs_statistics else None
     shares = dict.fromkeys(layers, settings.sparsity)
+    if settings.allocation == "sensitivity":
+        shares = _by_sensitivity(checkpoint, calibration, measured, layers, settings.sparsity, scratch / "shares.json")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def prune_group(weights: Mapping[str, torch.Tensor], gram: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -62,14 +66,44 @@ def prune(
         return written
 
     if settings.method == "sparsegpt":
-        tokens = load_file(calibration / "tokens.safetensors")["tokens"].long()
-        sequential.prune_blocks(checkpoint, tokens, list(layers), scratch / "blocks", prune_group)
+        sequential.prune_blocks(checkpoint, _tokens(calibration), list(layers), scratch / "blocks", prune_group)
     skip = ["lm_head.weight"] if facts.tied_embeddings else []
     stream.rewrite(checkpoint, output, scratch / "shards", skip, convert)
     stream.copy_the_rest(checkpoint, output)
     shutil.rmtree(scratch / "blocks", ignore_errors=True)
+    (scratch / "shares.json").unlink(missing_ok=True)
     zeros = _zeros(output, list(layers)) / sum(layer.parameters for layer in layers.values())
     return {"parameters": facts.parameters, "zeros": zeros, "blocks": facts.layers}
+
+
+def _by_sensitivity(
+    checkpoint: Path,
+    calibration: Path,
+    measured: Measurements,
+    layers: Iterable[str],
+    sparsity: float,
+    kept: Path,
+) -> dict[str, float]:
+    """The share of zeros of each layer, from one pass backward through the whole model; `kept` survives a kill."""
+    if kept.exists():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    model, _ = checkpoints.load_for_measuring(checkpoint)
+    energy = gradients.energy(model, gradients.enough(_tokens(calibration).to(model.device)), "prune")
+    observe.check_finite(energy)
+    spectra, modules = {}, observe.linears(model)
+    for name in layers:
+        moment = measured[f"{name}.second_moment"].to(model.device)
+        spectra[name] = allocation.spectrum(allocation.scores(modules[name].weight.detach(), moment, energy[name]))
+    shares = allocation.shares(spectra, sparsity)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    partial = kept.with_suffix(".partial")
+    partial.write_text(json.dumps(shares), encoding="utf-8")
+    partial.replace(kept)
+    return shares
+
+
+def _tokens(calibration: Path) -> torch.Tensor:
+    return load_file(calibration / "tokens.safetensors")["tokens"].long()
 
 
 def _zeros(folder: Path, layers: Sequence[str]) -> int:

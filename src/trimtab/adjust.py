@@ -168,15 +168,16 @@ def _risk(recipe: Recipe) -> tuple[float, ...]:
     return (*taken, -_excluded(quantize))
 
 
-def _sparsity(recipe: Recipe) -> tuple[float, float, float, float]:
-    """How many weights become zero, how little freedom there is in which, how blindly they are chosen, and how dear
-    the scores are that choose them."""
+def _sparsity(recipe: Recipe) -> tuple[float, ...]:
+    """How many weights become zero, how little freedom there is in which, how blindly they are chosen, in each layer
+    and among the layers, and how dear the scores are that choose them."""
     prune = recipe.prune
     if isinstance(prune, MovementPruning):
-        return prune.sparsity or 0.0, 0.0, 0.0, prune.penalty or 0.0
-    if isinstance(prune, SparsePruning):
-        return prune.sparsity, 1 / prune.n_m[1] if prune.n_m else 0.0, _BLINDNESS[prune.method], 0.0
-    return 0.0, 0.0, 0.0, 0.0
+        return prune.sparsity or 0.0, 0.0, 0.0, 0.0, prune.penalty or 0.0
+    if not isinstance(prune, SparsePruning):
+        return 0.0, 0.0, 0.0, 0.0, 0.0
+    rigid = 1 / prune.n_m[1] if prune.n_m else 0.0
+    return prune.sparsity, rigid, _BLINDNESS[prune.method], float(prune.allocation == "uniform"), 0.0
 
 
 def _ambition(recipe: Recipe) -> tuple[float, ...]:

@@ -224,6 +224,8 @@ def test_a_pattern_is_loosened_and_then_sparsity_halved(method):
         ("wanda, sparsity: 0.5", "wanda, sparsity: 0.4", False),
         ("wanda, sparsity: 0.5", "magnitude, sparsity: 0.5", True),
         ("wanda, sparsity: 0.5", "sparsegpt, sparsity: 0.5", False),
+        ("wanda, sparsity: 0.5", "wanda, sparsity: 0.5, allocation: sensitivity", False),
+        ("wanda, sparsity: 0.5, allocation: sensitivity", "wanda, sparsity: 0.5", True),
         ("wanda, sparsity: 0.5", "wanda, pattern: '4:8'", True),
         ("wanda, pattern: '4:8'", "wanda, pattern: '2:4'", True),
         ("wanda, pattern: '2:4'", "wanda, pattern: '4:8'", False),

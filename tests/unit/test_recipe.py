@@ -55,6 +55,10 @@ BAD = [
     ("prune: {method: width, hidden: -0.1}", "prune.hidden: -0.1 should be greater than 0"),
     ("prune: {method: width, kv_groups: 0}", "prune.kv_groups: 0 should be greater than or equal to 1"),
     ("prune: {method: width, heads: 1}", "prune.heads: unknown key 'heads'; valid: ffn, hidden, kv_groups, method"),
+    (
+        "prune: {method: wanda, pattern: '2:4', allocation: sensitivity}",
+        "prune.allocation: 'sensitivity' shares out what '2:4' fixes for every layer; write 'uniform'",
+    ),
     ("prune: {method: depth, blocks: 0}", "prune.blocks: 0 should be greater than or equal to 1"),
     ("distill: {tokens: 9, loss: kl}", "distill.loss: 'kl' is not valid; valid: forward_kl, reverse_kl"),
     ("distill: {tokens: 9, schedule: cosin}", "distill.schedule: 'cosin' is not valid; write 'cosine' (valid: cosine,"),
@@ -183,6 +187,7 @@ def test_every_other_format_has_scales_to_search(form):
          "gradual magnitude 50 % + distill 9 tokens"),
         ("{distill: {tokens: 9, quantization_aware: true}, quantize: {format: nvfp4}}",
          "distill 9 tokens, rounded + nvfp4"),
+        ("prune: {method: wanda, sparsity: 0.5, allocation: sensitivity}", "wanda 50 % by sensitivity"),
         ("{prune: {method: depth, blocks: 4}, distill: {tokens: 65536}}", "-4 blocks + distill 65,536 tokens"),
     ],
 )

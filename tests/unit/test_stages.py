@@ -77,6 +77,7 @@ def worked(monkeypatch):
          ["calibrate", "recalibrate", "sensitivity", "quantize", "engine"]),
         ("prune: {method: magnitude, sparsity: 0.5}", ["prune", "engine"]),
         ("prune: {method: magnitude, pattern: '2:4'}", ["prune", "engine"]),
+        ("prune: {method: magnitude, sparsity: 0.5, allocation: sensitivity}", ["calibrate", "prune", "engine"]),
         ("prune: {method: wanda, sparsity: 0.5}", ["calibrate", "prune", "engine"]),
         ("{prune: {method: sparsegpt, pattern: '2:4'}, quantize: {format: int8_wo}}",
          ["calibrate", "prune", "quantize", "engine"]),

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from trimtab.components.pruning import magnitude, mask, sequential, sparsegpt, wanda
+from trimtab.components.pruning import allocation, magnitude, mask, sequential, sparsegpt, wanda
 from trimtab.components.pruning import work as pruning
 from trimtab.errors import Failure, InputError
 from trimtab.model import inspect
@@ -148,6 +148,36 @@ def test_each_method_leaves_less_error_than_the_one_before(n_m):
     assert errors[1] < 0.9 * errors[0] and errors[2] < 0.9 * errors[1]
 
 
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
+def test_the_mean_of_the_shares_is_the_sparsity(sparsity):
+    draw = torch.Generator().manual_seed(0)
+    layers = {str(n): 10.0**n * torch.rand(8, 150 + 50 * n, generator=draw) for n in range(-2, 3)}
+    shares = allocation.shares({name: allocation.spectrum(layer) for name, layer in layers.items()}, sparsity)
+    mean = sum(shares[n] * layer.numel() for n, layer in layers.items()) / sum(x.numel() for x in layers.values())
+    assert mean == pytest.approx(sparsity, abs=1e-9)
+    assert list(shares.values()) == sorted(shares.values(), reverse=True), "the larger the scores, the fewer zeros"
+    assert all(abs(share - sparsity) <= min(0.2, sparsity / 2, (1 - sparsity) / 2) + 1e-9 for share in shares.values())
+    assert max(shares.values()) - min(shares.values()) > 0.05
+
+
+def test_shares_are_those_of_one_threshold():
+    """Two layers whose scores 1 to 100 and 21 to 120 overlap: of 200, the lowest 100 are those up to 60."""
+    layers = {"low": torch.arange(1.0, 101), "high": torch.arange(21.0, 121)}
+    shares = allocation.shares({name: allocation.spectrum(layer) for name, layer in layers.items()}, 0.5)
+    assert shares == {"low": pytest.approx(0.6, abs=0.02), "high": pytest.approx(0.4, abs=0.02)}
+
+
+def test_equal_layers_have_equal_shares():
+    same = allocation.spectrum(torch.zeros(4, 8))  # zeros have no logarithm
+    assert allocation.shares({"a": same, "b": same}, 0.5) == {"a": 0.5, "b": 0.5}
+
+
+def test_scores_multiply_weight_input_and_gradient():
+    weight, moment, energy = (torch.tensor(x) for x in ([[1.0, -2.0], [3.0, 0.0]], [1.0, 10.0], [1.0, 2.0]))
+    found = allocation.scores(weight, moment, energy)
+    assert found.tolist() == [[1, 40], [18, 0]]
+
+
 def linears(model) -> list[str]:
     return [layer.name for layer in inspect(model).linears]
 
@@ -218,6 +248,16 @@ def test_a_sparse_checkpoint_is_the_model_with_zeros(method, pattern, model, cal
     reloaded = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     assert reloaded.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, min_new_tokens=4).shape == (1, 7)
     assert not list((tmp_path / "scratch").iterdir()), "nothing is left in the scratch folder"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_share_the_zeros_out_by_sensitivity(method, model, calibration, tmp_path):
+    metrics, output = prune(model, calibration, tmp_path, method=method, sparsity=0.5, allocation="sensitivity")
+    assert metrics["zeros"] == pytest.approx(0.5, abs=0.005)
+    after = load_file(output / "model.safetensors")
+    shares = [float((after[f"{name}.weight"] == 0).float().mean()) for name in linears(model)]
+    assert 0.29 < min(shares) < 0.45 and 0.55 < max(shares) < 0.71
+    assert not list((tmp_path / "scratch").iterdir())
 
 
 class Killed(BaseException):
