@@ -142,7 +142,7 @@ def test_more_tokens_than_there_are(model, tmp_path):
 def test_more_bytes_than_there_are(model, tmp_path, monkeypatch):
     free = teacher.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(teacher.shutil, "disk_usage", lambda _: free)
-    with pytest.raises(InputError, match="distill.stored_logits: 8 of each of .* tokens take 0.0 GB, and .* has 0.0 GB"):
+    with pytest.raises(InputError, match="distill.stored_logits: 8 of each of .* tokens take 0.0 GB, and .* has"):
         teach(model, tmp_path)
 
 
