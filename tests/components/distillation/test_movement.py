@@ -115,7 +115,7 @@ def test_the_soft_variant_drops_below_the_threshold_and_pays_for_scores():
     second.scores.data[:] = -4.0
     change.before_step(70, 100)
     assert (network.layers[0].weight != 0).sum() == 16 and (network.layers[0].weight[:2] == 0).all()
-    assert (network.layers[1].weight != 0).sum() == 0 or change.measures()["zeros"] < 1
+    assert (network.layers[1].weight != 0).sum() == 0, "0.5 % of 32 are none"
     low, middle = torch.sigmoid(torch.tensor([-3.0, 0.0])).tolist()
     mean = ((low + middle) / 2 + torch.sigmoid(torch.tensor(-4.0)).item()) / 2
     penalty = change.penalty()
@@ -152,14 +152,14 @@ def zeros(folder) -> float:
 
 @pytest.mark.parametrize("settings", [{}, {"scope": "model"}, {"scores": "magnitude"}])
 def test_a_student_of_the_asked_sparsity_learns(settings, model, tmp_path):
-    weights = {"movement": {"method": "movement", "sparsity": 0.5, **settings}}
-    metrics, _, folder = distill(model, model, tmp_path, weights, tokens=40 * 4 * 32)
-    assert metrics["zeros"] == pytest.approx(0.5, abs=1e-4) and zeros(folder) == pytest.approx(0.5, abs=0.001)
+    weights = {"movement": {"method": "movement", "sparsity": 0.85, **settings}}
+    metrics, _, folder = distill(model, model, tmp_path, weights, tokens=30 * 4 * 32)
+    assert metrics["zeros"] == pytest.approx(0.85, abs=1e-4) and zeros(folder) == pytest.approx(0.85, abs=0.001)
     assert metrics["heldout_loss_after"] < metrics["heldout_loss_before"], "better than magnitude pruning untrained"
 
 
 def test_the_soft_variant_finds_a_sparsity(model, tmp_path):
-    weights = {"movement": {"method": "movement", "penalty": 100.0, "score_learning_rate": 0.5}}
+    weights = {"movement": {"method": "movement", "penalty": 100.0, "score_learning_rate": 1.0}}
     metrics, _, folder = distill(model, model, tmp_path, weights)
     assert 0.05 < metrics["zeros"] < 1 and zeros(folder) == pytest.approx(metrics["zeros"], abs=0.001)
 
