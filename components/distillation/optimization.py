@@ -55,7 +55,6 @@ class Optimizer:
         self.adam = torch.optim.AdamW(
             [{**group, "params": [masters[id(p)] for p in group["params"]]} for group in chosen],
             weight_decay=0.0,
-            betas=(0.9, 0.95),
             fused=all(master.is_cuda for _, master in self.pairs),
         )
         self.peaks = [group["lr"] for group in self.adam.param_groups]

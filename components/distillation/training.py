@@ -89,7 +89,7 @@ class Training:
             if self._has_stopped_improving:
                 break
             self.change.before_step(step, steps)
-            self._unseen.append(self._step(step))
+            self._unseen.append(self.step(step))
             last, evaluates = step + 1 == steps, self._evaluates_after(step + 1)
             if evaluates or self._is_time_to_look:
                 self._look()
@@ -104,7 +104,7 @@ class Training:
             self.checkpoint.restore_best()
         return self.curve
 
-    def _step(self, step: int) -> torch.Tensor:
+    def step(self, step: int) -> torch.Tensor:
         """Takes a step and returns its loss, a scalar on the device that nobody has waited for."""
         settings, device = self.settings, self.student.device
         places = self.batches.places(step)

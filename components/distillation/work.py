@@ -84,7 +84,7 @@ def train(
     _check_pair(Path(checkpoint), Path(model), tokenizer)
     windows = data.read(tokenizer, settings.texts, settings.length, Path(generated) if generated else None)
     batches = data.Batches(windows.training, settings)
-    teacher = _teacher(Path(model), teacher_logits, windows, student.device)
+    teacher = teacher_of(Path(model), teacher_logits, windows, student.device)
     change = _change(parameters.get("weights", {}), Path(checkpoint))
     change.attach(student)
     objective = Objective(student, teacher, settings)
@@ -117,7 +117,8 @@ def train(
     }
 
 
-def _teacher(model: Path, stored: str | None, windows: data.Windows, device: torch.device) -> Any:
+def teacher_of(model: Path, stored: str | None, windows: data.Windows, device: torch.device) -> Any:
+    """Returns the teacher on the device that trains: the model, or its logits where they were stored."""
     if stored:
         return StoredLogits(Path(stored), windows.all, device)
     teacher, _ = checkpoints.load_for_measuring(model)
