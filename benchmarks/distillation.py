@@ -71,7 +71,7 @@ class _Benchmark:
         """Does a stage's work as the pipeline would, prints what it returns, and returns its tree."""
         output, started = str(self.new(name)), time.perf_counter()
         metrics = work(output=output, scratch=f"{output}-scratch", parameters=_parameters(settings), **trees)
-        told = ", ".join(f"{key} {value:,.4g}" for key, value in metrics.items())
+        told = ", ".join(f"{key} {value:,.4g}" for key, value in metrics.items() if key != "curve")
         print(f"{name}: {told}, seconds {time.perf_counter() - started:.1f}", flush=True)
         return output
 

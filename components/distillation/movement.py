@@ -4,9 +4,15 @@ Each weight has a score S, zero at first. The layer multiplies with W' = W ∘ M
 scores, and the gradient passes straight through it to the scores: ∂L/∂S = ∂L/∂W' ∘ W. So a weight gains score as it
 moves away from zero and loses it as it shrinks, and one that is dropped goes on being scored and may return.
 
+The paper fine-tunes for another task, whose gradient tells weights apart from the first step. Here an unpruned student
+is its own teacher: there is no gradient before weights are dropped, and Adam would make scores of its rounding. So
+dropping begins at once, and weights are ranked by S + a · |W| / rms(W), of the weights of that step. A small Llama at
+85 % and 400 steps: a held-out loss of 0.61 with a = 0 and the paper's warm-up, 0.26 with a = 1, 0.29 by |W| alone.
+
 The hard variant drops a given share, along a cubic schedule. The soft one drops what scores below a threshold,
 sigmoid(S) < τ, and pays for scores, λ · mean(sigmoid(S)): what share that is, training finds. With |W| for a score
-the same schedule is gradual magnitude pruning, which is what movement pruning is to be compared with.
+the same schedule is gradual magnitude pruning, which is what movement pruning is to be compared with. Layers are ranked
+each by itself: all together lost more, at 85 % and at 50 %.
 
 Source: Sanh, Wolf, Rush 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning" (arXiv 2005.07683); the schedule
 is that of Zhu and Gupta 2017, "To prune, or not to prune" (arXiv 1710.01878).
@@ -15,7 +21,7 @@ is that of Zhu and Gupta 2017, "To prune, or not to prune" (arXiv 1710.01878).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,8 +33,8 @@ from trimtab.components.distillation.reparametrization import Reparametrization
 from trimtab.recipe import MovementPruning
 from trimtab.runtime import observe
 
-#: Shares of the steps before the first weight is dropped, and with the final sparsity.
-WARMUP, COOLDOWN = 0.1, 0.3
+#: The share of the steps with the final sparsity.
+COOLDOWN = 0.3
 #: Ranking every weight takes a GPU about as long as a step, and scores move slowly.
 STEPS_BETWEEN_MASKS = 8
 #: The soft variant: what sigmoid(S) must exceed in the end, as in the authors' code; 0.5 is where it begins.
@@ -37,17 +43,21 @@ THRESHOLD = 0.1
 LEAST_KEPT = 0.005
 
 
-def ramp_steps(steps: int) -> tuple[int, int]:
-    """Returns the first step that drops weights, and the first with the final sparsity, below `steps`."""
-    return math.floor(WARMUP * steps), min(math.ceil((1 - COOLDOWN) * steps), steps - 1)
+def first_final_step(steps: int) -> int:
+    """Returns the first step with the final sparsity, below `steps`."""
+    return min(math.ceil((1 - COOLDOWN) * steps), steps - 1)
 
 
 def schedule(step: int, steps: int) -> float:
     """Returns the share of the final sparsity at a step: 1 - (1 - t)³, t from 0 to 1, steep where pruning is easy."""
-    first, last = ramp_steps(steps)
-    if step >= last:
-        return 1.0
-    return 1 - (1 - max(0.0, (step - first) / (last - first))) ** 3
+    last = first_final_step(steps)
+    return 1.0 if step >= last else 1 - (1 - step / last) ** 3
+
+
+def rms(weight: torch.Tensor) -> torch.Tensor:
+    """Returns the root of the mean square, a scalar; one for a matrix of zeros."""
+    found = weight.square().mean().sqrt()
+    return found.where(found > 0, 1.0)
 
 
 class _Scored(torch.autograd.Function):
@@ -104,7 +114,7 @@ class Movement(Reparametrization):
             mask = torch.ones_like(layer.weight, dtype=torch.bool)
             parametrize.register_parametrization(layer, "weight", kind(mask))
         if self.settings.sparsity:
-            self._keep(self._magnitudes(), self.settings.sparsity)
+            self._keep_top(self._magnitudes(), self.settings.sparsity)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         scores = [mask.scores for mask in self._masks if isinstance(mask, ScoredMask)]
@@ -112,13 +122,11 @@ class Movement(Reparametrization):
 
     def before_step(self, step: int, steps: int) -> None:
         self.share = schedule(step, steps)
-        last = ramp_steps(steps)[1]
-        if step == steps or (step % STEPS_BETWEEN_MASKS and step != last):
+        if step == steps or (step % STEPS_BETWEEN_MASKS and step != first_final_step(steps)):
             return  # what the last step was trained with is what the student is judged by
         with torch.no_grad():
             if self.settings.sparsity:
-                scores = self._magnitudes() if self.settings.scores == "magnitude" else self._scores()
-                self._keep(scores, self.share * self.settings.sparsity)
+                self._keep_top(self._ranks(), self.share * self.settings.sparsity)
             else:
                 self._keep_above(self.share * THRESHOLD)
 
@@ -130,7 +138,7 @@ class Movement(Reparametrization):
 
     def is_settled(self, step: int, steps: int) -> bool:
         """The last of the schedule's masks is in place: earlier students are better and not sparse enough."""
-        return step > ramp_steps(steps)[1]
+        return step > first_final_step(steps)
 
     def measures(self) -> dict[str, float]:
         kept = sum(int(mask.mask.sum()) for mask in self._masks)
@@ -139,16 +147,21 @@ class Movement(Reparametrization):
     def _scores(self) -> list[torch.Tensor]:
         return [mask.scores for mask in self._masks]
 
-    def _magnitudes(self) -> list[torch.Tensor]:
-        return [layer.parametrizations.weight.original.detach().abs() for layer in self._all]
+    def _magnitudes(self) -> Iterable[torch.Tensor]:
+        return (layer.parametrizations.weight.original.detach().abs().float() for layer in self._all)
 
-    def _keep(self, scores: list[torch.Tensor], sparsity: float) -> None:
-        together = [scores] if self.settings.scope == "model" else [[score] for score in scores]
-        found = [mask for some in together for mask in masks.top([s.detach() for s in some], sparsity)]
-        for mask, new in zip(self._masks, found, strict=True):
-            mask.mask.copy_(new)
+    def _ranks(self) -> Iterable[torch.Tensor]:
+        """What the weights of each layer are ranked by."""
+        if self.settings.scores == "magnitude":
+            return self._magnitudes()
+        weight = self.settings.magnitude_weight
+        return (s + weight * m / rms(m) for s, m in zip(self._scores(), self._magnitudes(), strict=True))
+
+    def _keep_top(self, scores: Iterable[torch.Tensor], sparsity: float) -> None:
+        for mask, score in zip(self._masks, scores, strict=True):
+            mask.mask.copy_(masks.top(score, sparsity))
 
     def _keep_above(self, threshold: float) -> None:
         for mask, score in zip(self._masks, self._scores(), strict=True):
             kept = score.sigmoid() > threshold
-            mask.mask.copy_(kept if kept.float().mean() >= LEAST_KEPT else masks.top([score], 1 - LEAST_KEPT)[0])
+            mask.mask.copy_(kept if kept.float().mean() >= LEAST_KEPT else masks.top(score, 1 - LEAST_KEPT))

@@ -82,7 +82,7 @@ def _logits(network: Any, windows: torch.Tensor, count: int, temperature: float)
         for states in hidden.flatten(0, 1).split(TOKENS_AT_ONCE):
             values, indices, rest = top(output(states), count, temperature)
             found["values"].append(values.half().cpu())
-            found["indices"].append(indices.to(torch.uint16 if short else torch.int32).cpu())
+            found["indices"].append(indices.int().cpu().to(torch.uint16 if short else torch.int32))
             found["rest"].append(rest.cpu())
     shape = (len(windows), windows.shape[1] - 1)
     return {name: torch.cat(parts).unflatten(0, shape) for name, parts in found.items()}
@@ -121,9 +121,15 @@ class StoredLogits:
         if tokens.shape != windows.shape or not torch.equal(tokens.long(), windows):
             raise Failure("unsupported", "distill.stored_logits: they were stored for other text than is trained on")
         names = ("values", "indices", "rest")
-        self._stored = {name: torch.cat([file.pop(name).to(device) for file in files]) for name in names}
+        self._stored = {n: torch.cat([_signed(file.pop(n)).to(device) for file in files]) for n in names}
 
     def rows(self, places: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, ...]:
         """Returns values, indices [n, k] and rest [n] of the windows at these places of all, on the device."""
         rows = (tensor[places.to(tensor.device)] for tensor in self._stored.values())
-        return tuple(tensor.flatten(0, 1).to(device, non_blocking=True) for tensor in rows)
+        values, indices, rest = (tensor.flatten(0, 1).to(device, non_blocking=True) for tensor in rows)
+        return values, indices.int() & 0xFFFF if indices.dtype == torch.int16 else indices, rest
+
+
+def _signed(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bits with a sign where they are uint16, for which torch has few kernels."""
+    return tensor.view(torch.int16) if tensor.dtype == torch.uint16 else tensor

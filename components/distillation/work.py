@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ from trimtab.model import inspect
 from trimtab.recipe import Distillation, MovementPruning, Quantization
 from trimtab.runtime import checkpoint as checkpoints
 
+#: Points of the training loss in the picture.
+MOST_POINTS = 100
+
 
 def distill(
     checkpoint: str,
@@ -33,7 +38,7 @@ def distill(
     parameters: dict[str, Any],
     generated: str | None = None,
     teacher_logits: str | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Distils, in as many processes as the recipe says; returns and raises what `train` does."""
     folders = {"checkpoint": checkpoint, "model": model, "generated": generated, "teacher_logits": teacher_logits}
     arguments = {**folders, "output": output, "scratch": scratch, "parameters": parameters}
@@ -60,7 +65,7 @@ def train(
     parameters: dict[str, Any],
     generated: str | None = None,
     teacher_logits: str | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Distils and writes the better of the student before and after, by held-out loss; in every process of a group.
 
     Narrow data can make a student worse; then the untrained one is returned and `improved` is 0. A GPU computes in
@@ -72,7 +77,8 @@ def train(
 
     Returns:
         steps, tokens, heldout_loss_before, heldout_loss_after (distillation loss in nats a token), improved,
-        stopped_early; `zeros`, the share of zeros in the linear layers, of a student that is pruned while it trains.
+        stopped_early; `curve`, {"train", "heldout"} with pairs of tokens and loss to draw; `zeros`, the share of
+        zeros in the linear layers, of a student that is pruned while it trains.
 
     Raises:
         Failure: `training_diverged`, a loss that is not finite; names the step.
@@ -113,6 +119,7 @@ def train(
         "heldout_loss_after": after,
         "improved": float(improved),
         "stopped_early": float(stopped),
+        "curve": _drawn(curve, batches.tokens_per_step, before),
         **measures,
     }
 
@@ -138,6 +145,16 @@ def _check_pair(student: Path, teacher: Path, tokenizer: Any) -> None:
             f"distill: the student has {ours.parameters:,} parameters, more than its teacher's {theirs.parameters:,}; "
             f"name the smaller model as the student"
         )
+
+
+def _drawn(curve: Curve, tokens_per_step: int, before: float) -> dict[str, list[tuple[int, float]]]:
+    """The curve in at most a hundred points of the training loss, each the mean of as many steps."""
+    run = math.ceil(len(curve.train) / MOST_POINTS)
+    parts = [(start, curve.train[start : start + run]) for start in range(0, len(curve.train), run)]
+    return {
+        "train": [((start + len(part)) * tokens_per_step, statistics.fmean(part)) for start, part in parts],
+        "heldout": [(0, before), *((taken * tokens_per_step, loss) for taken, loss in curve.heldout)],
+    }
 
 
 def _told(

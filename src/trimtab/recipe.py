@@ -249,11 +249,11 @@ class WidthPruning(Document):
 
 
 class MovementPruning(Document):
-    """Zeroes weights while distillation trains: those whose learned scores are lowest (unstructured).
+    """Zeroes weights while distillation trains: those whose learned scores are lowest in their layer (unstructured).
 
     `sparsity` is the share of zeros in the end. The soft variant has a `penalty` on the scores in its place, and
-    finds the share. `scope` says what is ranked together, the weights of a layer or of the model. With `scores:
-    magnitude` the smallest weights of the moment go: gradual magnitude pruning.
+    finds the share. `magnitude_weight` is what a weight's size, over that of its layer, counts beside its score; the
+    paper has 0. With `scores: magnitude` the smallest weights of the moment go: gradual magnitude pruning.
 
     Example::
 
@@ -265,7 +265,7 @@ class MovementPruning(Document):
     sparsity: Ratio | None = None
     penalty: Annotated[float, Field(gt=0)] | None = None
     scores: Literal["movement", "magnitude"] = "movement"
-    scope: Literal["layer", "model"] = "layer"
+    magnitude_weight: Annotated[float, Field(ge=0)] = 1.0
     score_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
 
     @model_validator(mode="after")

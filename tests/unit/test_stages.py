@@ -114,7 +114,7 @@ def test_what_distillation_knows_of_the_weights(recipe, weights):
 
 
 def test_movement_pruning_is_a_part_of_distillation():
-    prune = {"method": "movement", "sparsity": 0.5, "scope": "model"}
+    prune = {"method": "movement", "sparsity": 0.5, "magnitude_weight": 0.5}
     recipe = Recipe.parse({"prune": prune, "distill": {"tokens": 99}})
     assert STAGES["distill"].parameters(recipe)["weights"]["movement"].items() >= prune.items()
 

@@ -73,10 +73,10 @@ def distill(student, model, folder, weights, name="run", **settings):
     return work.distill(str(student), str(model), str(output), str(folder / "scratch"), parameters), output
 
 
-def test_the_loss_is_that_of_the_rounded_student(model, tmp_path, monkeypatch):
+def test_the_loss_is_that_of_the_rounded_student(model, tmp_path):
     """INT4 rounding costs an unpruned student something, and a rehearsal wins some of it back."""
     weights = {"rounded": {"format": "int4_rtn", "group_size": 32}}
-    metrics, output = distill(model, model, tmp_path, weights, tokens=20 * 4 * 32)
+    metrics, output = distill(model, model, tmp_path, weights, tokens=20 * 4 * 32, learning_rate=3e-4)
     assert metrics["heldout_loss_before"] > 0.001, "the student is its teacher, but for the rounding"
     assert metrics["heldout_loss_after"] < 0.9 * metrics["heldout_loss_before"]
     weight = checkpoint.load(output, torch.float32)[0].model.layers[0].mlp.up_proj.weight
@@ -95,6 +95,6 @@ def test_zeros_stay_in_a_rounded_student(model, calibration, tmp_path):
 
 def test_a_format_that_cannot_store_a_layer(model, tmp_path, monkeypatch):
     monkeypatch.setitem(work.hardware.FIXED_BLOCKS, "nvfp4", 48)
-    with pytest.raises(Failure, match="do not divide the 64 of") as caught:
+    with pytest.raises(Failure, match="do not divide the .* of model.layers.0") as caught:
         distill(model, model, tmp_path, {"rounded": {"format": "nvfp4"}})
     assert caught.value.failure_class == "unsupported"
