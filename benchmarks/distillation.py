@@ -6,6 +6,9 @@ The student is the model without its least influential blocks. `recovery` trains
 first 80 % of the file's lines, and measures on the last 20 % and on BLiMP: recovered is the share of the lost
 log-perplexity. `throughput` takes turns between trimtab's loop, the same with stored logits, and a Trainer whose
 compute_loss runs the teacher: same student, batches and precision (bfloat16 with float32 masters on a GPU).
+`movement` sets movement pruning beside magnitude, `quantization_aware` training with rounded weights beside rounding
+after training, and `equal_bytes` a pruned student in INT8 beside all blocks in as many bytes, each with
+--comparison-tokens.
 Defaults are meant for an H100. --quick takes seconds, without --model on a tiny random one, whose perplexities mean
 nothing. The last line is one JSON object.
 """
@@ -25,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from measuring import Measuring, add_arguments, short
+from students import equal_bytes, movement, quantization_aware
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from trimtab.components.calibration.work import calibrate
@@ -212,7 +216,13 @@ def _tiny(folder: Path) -> Path:
     return tiny.write_model(folder / "tiny", layers=4)
 
 
-ROWS = {"throughput": throughput, "recovery": recovery}
+ROWS = {
+    "throughput": throughput,
+    "recovery": recovery,
+    "movement": movement,
+    "quantization_aware": quantization_aware,
+    "equal_bytes": equal_bytes,
+}
 
 
 def _options() -> argparse.Namespace:
@@ -228,6 +238,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--loss", choices=("forward_kl", "reverse_kl"), default="forward_kl")
     parser.add_argument("--stored-logits", type=int, default=0, help="for `recovery`; throughput's are 64")
+    parser.add_argument("--comparison-tokens", type=int, default=5_000_000, help="of each student that is compared")
+    parser.add_argument("--comparison-batch-size", type=int, default=16, help="windows a step of theirs")
+    parser.add_argument("--comparison-learning-rate", type=float, default=3e-4)
+    parser.add_argument("--group-size", type=int, default=64, help="of INT4")
     parser.add_argument("--rounds", type=int, default=3, help="of throughput")
     parser.add_argument("--steps", type=int, default=20, help="timed in a round")
     parser.add_argument("--warmup-steps", type=int, default=5, help="before them")
@@ -238,6 +252,7 @@ def _options() -> argparse.Namespace:
     if options.quick:
         options.blocks, options.tokens, options.generate = 2, 20 * 4 * 64, 20 * 64
         options.batch_size, options.length, options.stored_logits = 4, 64, 16
+        options.comparison_tokens, options.comparison_batch_size, options.group_size = 10 * 4 * 64, 4, 32
         options.samples, options.windows, options.pairs = 2, 2, 5
         options.rounds, options.steps, options.warmup_steps = 1, 5, 2
     return options
