@@ -241,6 +241,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--comparison-tokens", type=int, default=5_000_000, help="of each student that is compared")
     parser.add_argument("--comparison-batch-size", type=int, default=16, help="windows a step of theirs")
     parser.add_argument("--comparison-learning-rate", type=float, default=3e-4)
+    parser.add_argument("--sparsities", type=float, nargs="*", default=[0.85, 0.5], help="of `movement`")
     parser.add_argument("--group-size", type=int, default=64, help="of INT4")
     parser.add_argument("--rounds", type=int, default=3, help="of throughput")
     parser.add_argument("--steps", type=int, default=20, help="timed in a round")

@@ -62,7 +62,7 @@ def _score(benchmark: Any, name: str, folder: str) -> dict[str, float]:
 def movement(benchmark: Any) -> dict[str, Any]:
     """Movement pruning beside magnitude, pruned at once or gradually, each distilled with the same tokens."""
     found = {"dense": _score(benchmark, "dense", benchmark.model)}
-    for sparsity in (0.85, 0.5):
+    for sparsity in benchmark.options.sparsities:
         kinds = {"movement": {}, "movement, as the paper": {"magnitude_weight": 0.0}}
         kinds["gradual magnitude"] = {"scores": "magnitude"}
         for kind, changes in kinds.items():
