@@ -57,7 +57,9 @@ def quantize(
     if sensitivity:
         measurements.check(Path(sensitivity), source, "sensitivity")
     chosen = assignment.choose(groups, facts, settings, Path(sensitivity) if sensitivity else None)
-    measured = [Measurements(Path(f), source, n) for n, f in (("calibration", calibration), ("gram", gram)) if f]
+    # A calibration of which nothing is read may be the one that pruning read, of the model before.
+    read = (("calibration", calibration, settings.needs_statistics), ("gram", gram, settings.needs_grams))
+    measured = [Measurements(Path(folder), source, name) for name, folder, needed in read if folder and needed]
     quantizer = _Quantizer(source, settings, groups, chosen, measured)
     skip = ["lm_head.weight"] if facts.tied_embeddings else []
     stream.rewrite(source, folder, Path(scratch) / "shards", skip, quantizer)

@@ -81,7 +81,7 @@ def test_a_sparse_model_passes(settings, model, calibration, tmp_path):
     scratch = str(tmp_path / "scratch")
     prune(str(model), str(calibration), sparse, scratch, {"method": "wanda", "pattern": "2:4"})
     if settings:
-        quantize(sparse, None, None, None, quantized, scratch, settings)
+        quantize(sparse, str(calibration), None, None, quantized, scratch, settings)  # as the pipeline has it
     metrics = inspect(quantized if settings else sparse, sparse, output, "", settings)
     assert metrics["reload_skipped"] == "" and (metrics["quantized_share"] == 1) == (not settings)
 
