@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trimtab import progress
-from trimtab.errors import Failure, InputError
+from trimtab.errors import InputError
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime import batching, decode, head
 from trimtab.runtime.assemble import assemble
@@ -78,7 +77,7 @@ class TorchEngine:
         self._decoders: dict[tuple[int, int, int], Growing | Static] = {}
         #: How `decode_speed` last ran its steps: "CUDA graph", or "loop" and on a GPU why.
         self.decode_path = ""
-        self._check_head()
+        head.check(self.model)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -220,19 +219,4 @@ class TorchEngine:
         if tokens > limit:
             raise InputError(
                 f"{what} has {tokens} tokens, more than engine.max_seq_len {limit}; raise it or cut"
-            )
-
-    @torch.inference_mode()
-    def _check_head(self) -> None:
-        """Checks on two tokens that logits are the head's product alone: some models scale or cap them."""
-        if not isinstance(self.head, nn.Linear):
-            raise Failure(
-                "unsupported", f"{type(self.head).__name__} as output head does not run on this engine"
-            )
-        tokens = torch.tensor([[0, 1]])
-        expected = self.model(tokens.to(self.device), use_cache=False).logits[0].float()
-        found = torch.cat([part for _, part in head.logit_slices(self.head, self._hidden(tokens)[0])], dim=-1)
-        if (found - expected).abs().max() > 0.02 * expected.abs().max() + 1e-3:
-            raise Failure(
-                "unsupported", f"{type(self.model).__name__} changes its logits after the output head"
             )
