@@ -51,6 +51,11 @@ class PagedKVCache:
         return (next(iter(self._pairs.values())).shape[1] - 1) * self.block_size
 
     @property
+    def storage(self) -> str:
+        """How a number is held, for people."""
+        return f"{self.algorithm}, 8 bits" if self.algorithm in _CODES else "16 bits"
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all blocks."""
         return sum(pair.nbytes for pair in self._pairs.values())

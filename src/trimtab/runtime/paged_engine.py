@@ -36,14 +36,17 @@ class Request(Sequence):
     sampling: Sampling = field(default_factory=Sampling)
     ignore_eos: bool = False
     finish_reason: Literal["", "stop", "length", "cancelled"] = ""
+    #: When each token came, and the end-of-text token, in seconds of `time.monotonic`.
+    times: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Event:
-    """A request got a token; `token` is None when it ended by an end-of-text token."""
+    """A request got a token, None where that was its end-of-text token; `last` when it has ended."""
 
     request: Request
     chosen: Chosen | None
+    last: bool = False
 
 
 class PagedEngine:
@@ -230,13 +233,14 @@ class PagedEngine:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
     def _note(self, request: Request, chosen: Chosen) -> Event:
+        request.times.append(time.monotonic())
         if chosen.token in self.ends and not request.ignore_eos:
             self._finish(request, "stop")
-            return Event(request, None)
+            return Event(request, None, last=True)
         request.tokens.append(chosen.token)
         if len(request.new_tokens) == request.max_new_tokens:
             self._finish(request, "length")
-        return Event(request, chosen)
+        return Event(request, chosen, last=bool(request.finish_reason))
 
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = request.finish_reason or reason
