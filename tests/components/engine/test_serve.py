@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.pipelines import cli
+from trimtab.runtime.checkpoint import load_tokenizer
 from trimtab.store import open_store
 
 PROMPT = "The river runs past"
@@ -71,14 +73,16 @@ def test_sigterm_finishes_what_was_accepted_and_refuses_what_is_new(model: Path,
         answers: dict[int, tuple[int, dict]] = {}
 
         def ask(number: int) -> None:
-            answers[number] = complete(url, 1000)
+            answers[number] = complete(url, 500)
 
         clients = [threading.Thread(target=ask, args=(number,)) for number in range(4)]  # two run, two wait
         for client in clients:
             client.start()
         health = url.removesuffix("/v1")
-        while b"trimtab_prompt_tokens_total 20.0" not in urllib.request.urlopen(f"{health}/metrics").read():
-            pass  # four prompts of five tokens
+        accepted = f"trimtab_prompt_tokens_total {4 * len(load_tokenizer(model)(PROMPT).input_ids)}.0"
+        end = time.monotonic() + 20
+        while accepted not in urllib.request.urlopen(f"{health}/metrics").read().decode():
+            assert time.monotonic() < end
         process.send_signal(signal.SIGTERM)
         status = 200
         while status == 200:  # the signal may be a moment on its way
@@ -87,7 +91,7 @@ def test_sigterm_finishes_what_was_accepted_and_refuses_what_is_new(model: Path,
         for client in clients:
             client.join(60)
         assert [answers[n][0] for n in range(4)] == [200] * 4
-        assert {answers[n][1]["usage"]["completion_tokens"] for n in range(4)} == {1000}
+        assert {answers[n][1]["usage"]["completion_tokens"] for n in range(4)} == {500}
         assert process.wait(20) == 0
     finally:
         process.kill()
