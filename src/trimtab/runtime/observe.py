@@ -10,6 +10,7 @@ from torch import nn
 
 from trimtab.errors import Failure
 from trimtab.fusion import Group, groups
+from trimtab.runtime.reductions import column_extremes, row_cosines
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
@@ -54,8 +55,9 @@ class InputStatistics:
 
     def add(self, activations: torch.Tensor) -> None:
         rows = activations.detach().flatten(0, -2)
-        torch.maximum(self.amax, torch.linalg.vector_norm(rows, torch.inf, dim=0).float(), out=self.amax)
-        self.square_sum += torch.linalg.vector_norm(rows, 2, dim=0, dtype=torch.float32).square()
+        largest, squares = column_extremes(rows)
+        torch.maximum(self.amax, largest, out=self.amax)
+        self.square_sum += squares
         self.rows += len(rows)
 
     @property
@@ -71,7 +73,7 @@ class Similarity:
         self.tokens = 0
 
     def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        cosine = torch.cosine_similarity(before.detach().float(), after.detach().float(), dim=-1)
+        cosine = row_cosines(before.detach().flatten(0, -2), after.detach().flatten(0, -2))
         self.total = self.total.to(cosine.device) + cosine.sum()
         self.tokens += cosine.numel()
 
