@@ -49,6 +49,17 @@ class Event:
     last: bool = False
 
 
+@dataclass
+class Counts:
+    """What an engine has computed since it was made: steps, tokens that were read, padding, and works, of which a
+    step has at most `max_batch_size`."""
+
+    steps: int = 0
+    tokens: int = 0
+    padding: int = 0
+    sequences: int = 0
+
+
 class PagedEngine:
     """Runs an export with continuous batching; every strategy uses the same kernels and the same cache.
 
@@ -92,6 +103,7 @@ class PagedEngine:
         self.pool = BlockPool(blocks, block_size)
         limits = (settings.max_batch_size, settings.max_num_tokens)
         self.scheduler = Scheduler(self.pool, *limits, strategy, settings.enable_chunked_prefill, timeout)
+        self.counts = Counts()
         ends = self.model.generation_config.eos_token_id
         self.ends = frozenset([ends] if isinstance(ends, int) else ends or [])
         self._replays = replay.Replays(self._logits, self.cache, self.device)
@@ -144,6 +156,10 @@ class PagedEngine:
             works, logits = self._compute(step)
             chosen = sampling.choose(logits, [work.sequence.sampling for work in works]) if works else []
         self.scheduler.done(step)
+        self.counts.steps += 1
+        self.counts.tokens += step.tokens
+        self.counts.padding += step.padding
+        self.counts.sequences += len(step.works)
         return [self._note(work.sequence, c) for work, c in zip(works, chosen, strict=True)]
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
