@@ -2,8 +2,8 @@
 
 Run: python benchmarks/serving.py [--model FOLDER | --eight-billion] [--out FOLDER] [--quick | --soak]
 
-Requests arrive as a Poisson process, with log-normal lengths: at 0.7 of the rate that in-flight batching served when all
-came at once, which shows latency, and at twice that rate, which shows throughput. Every repeat draws anew, and each
+Requests arrive as a Poisson process, with log-normal lengths: at 0.7 of the rate that in-flight batching served when
+all came at once, which shows latency, and at twice that rate, which shows throughput. Every repeat draws anew, and each
 strategy meets the same draws. Without --model a random model stands in. Writes serving.md,
 serving.json and serving.svg into the output folder; the last line is the same JSON. --soak serves the model in a
 process of its own to 200 clients for two minutes, and ends it by SIGTERM under load.
@@ -211,8 +211,9 @@ def markdown(found: dict[str, Any]) -> str:
         f"`python benchmarks/serving.py`. The model: {found['model']}; steps by {found['decode_path']}.",
         "",
         f"{asked['requests']} requests arrive as a Poisson process. Prompts have a median of {asked['prompt_median']} "
-        f"tokens and at most {asked['prompt_longest']}, answers {asked['answer_median']} and {asked['answer_longest']}, "
-        f"log-normal. {asked['max_batch_size']} sequences at once; means of {asked['repeats']} repeats with 95 % "
+        f"tokens and at most {asked['prompt_longest']}, answers of {asked['answer_median']} and "
+        f"{asked['answer_longest']}, log-normal. {asked['max_batch_size']} sequences at once; means of "
+        f"{asked['repeats']} repeats with 95 % "
         f"intervals. A request is good with its first token within {asked['objective_first_token']} s and the others "
         f"{asked['objective_between_tokens']} s apart.",
     ]

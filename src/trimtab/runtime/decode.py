@@ -118,6 +118,8 @@ def decoder(
     try:
         found = Static(model, batch_size, prompt_tokens, new_tokens)
         found.capture()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a model does that a recording or a fixed cache does not allow
         first = str(error).strip().partition("\n")[0]
         return Growing(model, f"loop, as no CUDA graph could be made: {type(error).__name__}: {first}")

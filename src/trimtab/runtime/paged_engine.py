@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import InputError
 from trimtab.recipe import Engine as Settings
-from trimtab.runtime import gpu_memory, head, paged, replay, sampling
+from trimtab.runtime import fewer_kernels, gpu_memory, head, paged, replay, sampling
 from trimtab.runtime.assemble import assemble
 from trimtab.runtime.blocks import BlockPool
 from trimtab.runtime.checkpoint import load_tokenizer
@@ -95,6 +95,8 @@ class PagedEngine:
         with gpu_memory.part("weights", self.device):
             self.model = assemble(self.folder, self.device, kv_cache)
         head.check(self.model)
+        if self.device.type == "cuda":
+            fewer_kernels.fuse_norms(self.model)
         self.body, self.head = self.model.base_model, self.model.get_output_embeddings()
         blocks = blocks or self._affordable_blocks(block_size)
         with gpu_memory.part("KV cache", self.device):
