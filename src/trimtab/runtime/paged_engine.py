@@ -27,6 +27,8 @@ from trimtab.runtime.scheduler import Scheduler, Sequence, Step, Strategy, Work
 
 #: Tokens of a block: fewer waste less at a sequence's end, more make shorter tables.
 BLOCK_SIZE = 16
+#: A pass that reads prompts has a multiple of so many tokens: oneDNN makes a kernel for each number, and keeps it.
+ROUNDING = 16
 
 
 @dataclass(eq=False)
@@ -51,8 +53,8 @@ class Event:
 
 @dataclass
 class Counts:
-    """What an engine has computed since it was made: steps, tokens that were read, padding, and works, of which a
-    step has at most `max_batch_size`."""
+    """What an engine has computed since it was made: steps, tokens that were read, the strategy's padding, and the
+    works of all steps, of which one has at most `max_batch_size`."""
 
     steps: int = 0
     tokens: int = 0
@@ -201,8 +203,11 @@ class PagedEngine:
         singles = [work for work in step.works if work.count == 1]
         chunks = [work for work in step.works if work.count > 1]
         rows = [self._row(work) for work in singles]
+        padding = step.padding
+        if chunks:
+            padding += -(step.tokens + padding) % ROUNDING
         nobody = self.cache.padding_slot
-        rows += [replay.Row(0, 0, nobody, [nobody // self.pool.block_size])] * step.padding
+        rows += [replay.Row(0, 0, nobody, [nobody // self.pool.block_size])] * padding
         logits = self._mixed(rows, chunks) if chunks else self._replays(rows)
         works = singles + chunks
         places = [i for i, work in enumerate(singles) if work.is_last]
