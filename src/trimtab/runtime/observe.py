@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -160,17 +160,15 @@ def observed(model: nn.Module) -> Iterator[Observation]:
 
 
 @contextmanager
-def grams(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Sums x xᵀ over the inputs of the named layers while the body runs the model: float32 [in, in] each."""
-    modules = linears(model)
-    device = next(model.parameters()).device
-    sums = {n: torch.zeros(modules[n].in_features, modules[n].in_features, device=device) for n in layers}
+def grams(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, torch.Tensor]]:
+    """Sums x xᵀ over the inputs of the layers while the body runs the model: float32 [in, in] each."""
+    sums = {n: torch.zeros(m.in_features, m.in_features, device=m.weight.device) for n, m in layers.items()}
 
     def add(name: str, activations: torch.Tensor) -> None:
         rows = activations.detach().flatten(0, -2).float()
         sums[name].addmm_(rows.t(), rows)
 
-    handles = [modules[n].register_forward_pre_hook(lambda _, a, n=n: add(n, a[0])) for n in layers]
+    handles = [m.register_forward_pre_hook(lambda _, a, n=n: add(n, a[0])) for n, m in layers.items()]
     try:
         yield sums
     finally:
