@@ -50,13 +50,17 @@ class Static:
 
     Args:
         batch_size, prompt_tokens, new_tokens: of every prompt and continuation that it is used for, at most.
+        compiled: lets TorchInductor fuse the small kernels of a step, which takes minutes for a large model.
     """
 
     path = "loop, static cache"
 
     @torch.inference_mode()
-    def __init__(self, model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int):
+    def __init__(
+        self, model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int, compiled: bool = False
+    ):
         self.model = model
+        self._forward = torch.compile(model.forward, dynamic=False) if compiled else model
         length = max(prompt_tokens + new_tokens, _TRIAL[0] + max(_TRIAL[1], _WARM_UP))
         self._cache = StaticCache(config=model.config, max_cache_len=length)
         self._token = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.device)
@@ -116,7 +120,7 @@ class Static:
         return self._logits.float().clone()
 
     def _step(self) -> None:
-        self._logits = self.model(self._token, past_key_values=self._cache, use_cache=True).logits
+        self._logits = self._forward(self._token, past_key_values=self._cache, use_cache=True).logits
         self._token.copy_(_likeliest(self._logits))
 
 
@@ -133,6 +137,8 @@ def decoder(
     try:
         found = Static(model, batch_size, prompt_tokens, new_tokens)
         found.capture()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a model does that a recording or a fixed cache does not allow
         first = str(error).strip().partition("\n")[0]
         return Growing(model, f"loop, as no CUDA graph could be made: {type(error).__name__}: {first}")
