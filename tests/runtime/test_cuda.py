@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trimtab.recipe import Engine
-from trimtab.runtime import decode, formats, linear, reductions
+from trimtab.runtime import decode, formats, linear
 from trimtab.runtime.engine import TorchEngine
 from trimtab.runtime.formats import Layout, Quantized
 from trimtab.runtime.paged_engine import PagedEngine
@@ -145,19 +145,6 @@ def test_a_layer_can_be_captured(make: Callable[[], Quantized]) -> None:
 def _tokens(decoder: decode.Static | decode.Growing, prompt: torch.Tensor) -> torch.Tensor:
     decoder.prefill(prompt)
     return decoder.steps(24)
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (300, 130), (70, 2100)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_reductions_of_calibration(rows, columns, dtype):
-    matrix = torch.randn(rows, columns).to(dtype)
-    other = (matrix + 0.3 * torch.randn(rows, columns)).to(dtype)
-    largest, squares = reductions.column_extremes(matrix.cuda())
-    assert torch.equal(largest.cpu(), reductions.column_extremes(matrix)[0])
-    torch.testing.assert_close(squares.cpu(), reductions.column_extremes(matrix)[1])
-    torch.testing.assert_close(
-        reductions.row_cosines(matrix.cuda(), other.cuda()).cpu(), reductions.row_cosines(matrix, other)
-    )
 
 
 @pytest.mark.parametrize("block_size", [16, 128])
