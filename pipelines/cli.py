@@ -1,4 +1,4 @@
-"""The `trimtab` command: run, plan, compile, serve and artifact. Exit codes are those of `trimtab.errors`."""
+"""The `trimtab` command: run, plan, compile, serve, serve-config and artifact. Exit codes: `trimtab.errors`."""
 
 from __future__ import annotations
 
@@ -71,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="show the ladder of recipes, and why each stands there")
     _add_common(plan)
+    plan.add_argument("--engine", action="store_true", help="size an engine for a workload instead, line by line")
+    plan.add_argument("--workload", default="", metavar="FILE", help="lengths and concurrency, YAML (for --engine)")
+    plan.add_argument("--gpus", type=int, default=8, metavar="N", help="devices there are, for --engine (8)")
     plan.set_defaults(command=_plan)
 
     compile_ = commands.add_parser(
@@ -92,6 +95,16 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--strategy", default="in-flight", help="in-flight, dynamic or static batching (in-flight)")
     serve.add_argument("--device", default="auto", help="cpu, cuda, or auto for CUDA where there is one (auto)")
     serve.set_defaults(command=_serve)
+
+    config = commands.add_parser("serve-config", help="write what trtllm-serve, Triton and KServe need for an artifact")
+    config.add_argument("artifact", metavar="ARTIFACT", help="STORE/releases/NAME/VERSION, or the folder of an export")
+    config.add_argument("folder", metavar="FOLDER", help="a new folder")
+    config.add_argument("--recipe", default="", metavar="FILE", help="a recipe whose engine serves, not the artifact's")
+    config.add_argument("--model-path", default="", metavar="DIR", help="the checkpoint on the server")
+    config.add_argument("--engine-path", default="", metavar="DIR", help="built engines on the server (trtllm-legacy)")
+    config.add_argument("--model-uri", default="", metavar="URI", help="the checkpoint for KServe, s3://… or pvc://…")
+    config.add_argument("--image", default="", help="container image for KServe (NVIDIA's)")
+    config.set_defaults(command=_serve_config)
 
     artifact = commands.add_parser("artifact", help="carry a stage's result, such as a calibration, to another store")
     actions = artifact.add_subparsers(required=True, metavar="ACTION", parser_class=_Parser)
@@ -170,11 +183,49 @@ def _plan(arguments: argparse.Namespace, console: Console) -> int:
     from rich.table import Table
 
     _check_choice("goal", arguments.goal, GOALS)
+    if arguments.engine:
+        return _plan_engine(arguments)
     recipe = _read(arguments.recipe, "recipe")
     table = Table("", "recipe", "why", title=f"{arguments.goal} on {arguments.target}")
     for number, rung in enumerate(_ladder(arguments, recipe), start=1):
         table.add_row(str(number), rung.recipe.title, rung.why)
     Console().print(table)
+    return 0
+
+
+def _plan_engine(arguments: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from trimtab.components.fetch.source import facts
+    from trimtab.outline import outline
+    from trimtab.serving.plan import plan_engine
+    from trimtab.serving.workload import Workload
+
+    target, text = hardware.target(arguments.target), _read(arguments.recipe, "recipe")
+    recipe = Recipe.parse(text) if text else Recipe.parse({"engine": {"backend": target.default_backend}})
+    model = Path(arguments.model)
+    known = outline(model) if model.suffix == ".json" else facts(_model(arguments.model))
+    workload = Workload.parse(_read(arguments.workload, "workload") or "{}")
+    plan = plan_engine(known, recipe, target, workload, gpus=arguments.gpus)
+    title = f"{recipe.title} on {arguments.target}, {recipe.engine.backend}"
+    table = Table("setting", "value", "why", title=title)
+    for line in plan.lines:
+        table.add_row(line.setting, line.value, line.why)
+    out = Console()
+    out.print(table)
+    out.print("engine:", plan.recipe.engine.to_json(), soft_wrap=True, highlight=False)
+    return 0
+
+
+def _serve_config(arguments: argparse.Namespace, console: Console) -> int:
+    from trimtab.serving import artifact
+    from trimtab.serving.write import write
+
+    text = _read(arguments.recipe, "recipe")
+    recipe = Recipe.parse(text) if text else None
+    served = artifact.find(arguments.artifact, recipe, arguments.model_path, arguments.engine_path)
+    for path in write(served, Path(arguments.folder), arguments.model_uri, arguments.image):
+        console.print(f"wrote {Path(arguments.folder) / path}", soft_wrap=True, highlight=False)
     return 0
 
 

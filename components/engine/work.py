@@ -1,47 +1,78 @@
-"""Builds an engine: for the torch back end a warm load and a smoke generation."""
+"""Builds an engine: what its back end needs on disk, then a warm load and a smoke generation."""
 
 from __future__ import annotations
 
-import json
-import math
+import os
 from pathlib import Path
 from typing import Any
 
-from trimtab import progress
-from trimtab.errors import Failure
-from trimtab.recipe import Engine
+import yaml
 
-PROMPT = "The quick brown fox"
+from trimtab import child, progress
+from trimtab.components.engine import smoke
+from trimtab.errors import InputError
+from trimtab.recipe import Engine
+from trimtab.serving.record import Built
+from trimtab.serving.settings import llm_args
+
+#: Environment variable: seconds that `trtllm-build`, and then the warm load, may take.
+TIME_LIMIT = "TRIMTAB_ENGINE_SECONDS"
+_SECONDS = 3600
 
 
 def build(export: str, output: str, scratch: str, parameters: dict[str, Any]) -> dict[str, float]:
-    """Loads the export in the recipe's engine, generates from it, and writes `engine.json`.
+    """Makes the export servable, and shows that it serves.
 
-    `engine.json` names the back end, its settings, and for each layer the kernel that runs it.
+    Writes `engine.json` (`trimtab.serving.record`); for `trtllm` also `llm_args.yaml`, which trtllm-serve reads; for
+    `trtllm-legacy` also `engine/`, an engine for each rank.
 
     Returns:
-        layers, emulated_layers (run in another precision than the export's), weight_bytes.
+        layers, emulated_layers (run in another precision than the export's), weight_bytes, device_bytes.
 
     Raises:
         Failure: `unsupported`, a back end that this image does not have; `export_damaged`, the export does not
-            load or its outputs are not numbers.
+            load or its outputs are not numbers; `degenerate_output`; `does_not_fit`.
+        StageError: TensorRT-LLM took longer than the time limit.
     """
-    from trimtab.runtime.backends import load_engine
+    from trimtab.runtime import backends
 
-    settings = Engine.model_validate(parameters)
-    progress.report("engine", "warm load")
-    engine = load_engine(Path(export), settings)
-    prompt = engine.tokenizer(PROMPT, add_special_tokens=False).input_ids
-    likelihood, _ = engine.loglikelihood([(prompt[:1], prompt[1:])])[0]
-    if not math.isfinite(likelihood):
-        raise Failure("export_damaged", f"the likelihood of '{PROMPT}' is {likelihood}")
-    if not engine.generate([prompt], max_new_tokens=8)[0]:
-        raise Failure("degenerate_output", f"the engine generates nothing after '{PROMPT}'")
-    kernels = engine.kernels()
-    document = {"settings": settings.model_dump(mode="json"), "kernels": kernels}
-    (Path(output) / "engine.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    settings, folder = Engine.model_validate(parameters), Path(output)
+    backends.check(settings)
+    if settings.backend == "trtllm":
+        (folder / "llm_args.yaml").write_text(yaml.safe_dump(llm_args(settings), sort_keys=False), encoding="utf-8")
+    elif settings.backend == "trtllm-legacy":
+        from trimtab.components.engine import legacy
+
+        legacy.build(Path(export), folder / backends.RANKS, Path(scratch), settings, _time_limit())
+    built = Built(
+        settings=settings,
+        checkpoint=backends.checkpoint_digest(Path(export)),
+        versions=backends.versions(),
+        device=backends.device(),
+    )
+    built.write(folder)
+    if settings.backend == "torch":  # this process is a child already
+        figures = smoke.smoke(output, export)
+    else:  # TensorRT-LLM can hang, and starts processes of its own
+        progress.report("engine", f"at most {_time_limit():g} s")
+        work = "trimtab.components.engine.smoke:smoke"
+        figures = child.call(work, time_limit=_time_limit(), engine=output, export=export).value
+    built.model_copy(update=figures).write(folder)
+    kernels = figures["kernels"]
     return {
         "layers": len(kernels),
         "emulated_layers": sum(kernel["emulated"] for kernel in kernels.values()),
-        "weight_bytes": engine.weight_bytes,
+        "weight_bytes": figures["weight_bytes"],
+        "device_bytes": figures["device_bytes"],
     }
+
+
+def _time_limit() -> float:
+    text = os.environ.get(TIME_LIMIT) or str(_SECONDS)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise InputError(f"{TIME_LIMIT}: '{text}' is not valid; write seconds, such as {_SECONDS}")
+    return seconds

@@ -15,8 +15,9 @@ from trimtab.components.validation.generation import generate, is_degenerate
 from trimtab.components.validation.lm import EngineLM
 from trimtab.errors import Failure, InputError
 from trimtab.runtime import text
-from trimtab.runtime.backends import open_engine
+from trimtab.runtime.backends import EXCLUSIVE, open_engine
 from trimtab.runtime.engine import Engine
+from trimtab.serving import record
 
 HELDOUT_TEXT = ("trimtab.components.validation.suite", "heldout.txt")
 
@@ -52,6 +53,7 @@ def evaluate(
     (folder / "kernels.json").write_text(json.dumps(served.kernels()), encoding="utf-8")
     if parameters["speed"]:
         metrics |= decode_speed(served) | _generate(served, folder)
+    served.close()
     return metrics
 
 
@@ -66,18 +68,33 @@ def compare_speed(
 ) -> dict[str, float]:
     """Measures candidate and baseline in turn in one process, so that a busy machine disturbs both alike.
 
+    Engines of TensorRT-LLM claim the GPU's memory, so there one is closed before the other is opened.
+
     Returns:
         decode and throughput tokens/s of the candidate, and those of the baseline with the prefix `baseline_`.
     """
-    candidate = open_engine(Path(engine), Path(export))
-    baseline = open_engine(Path(baseline_engine), Path(baseline_export))
-    rounds = [(decode_speed(baseline), decode_speed(candidate)) for _ in range(parameters["rounds"])]
+    places = ((Path(baseline_engine), Path(baseline_export)), (Path(engine), Path(export)))
+    if record.read(places[1][0]).settings.backend in EXCLUSIVE:
+        columns = [_speeds_alone(*place, parameters["rounds"]) for place in places]
+        rounds = list(zip(*columns, strict=True))
+    else:
+        baseline, candidate = (open_engine(*place) for place in places)
+        rounds = [(decode_speed(baseline), decode_speed(candidate)) for _ in range(parameters["rounds"])]
     metrics = {}
     for position, prefix in ((0, "baseline_"), (1, "")):
         for name in rounds[0][0]:
             metrics[prefix + name] = statistics.median(pair[position][name] for pair in rounds)
     (Path(output) / "speed.json").write_text(json.dumps(rounds), encoding="utf-8")
     return metrics
+
+
+def _speeds_alone(engine: Path, export: Path, rounds: int) -> list[dict[str, float]]:
+    """Measures one engine after the other where the GPU has no room for both."""
+    served = open_engine(engine, export)
+    try:
+        return [decode_speed(served) for _ in range(rounds)]
+    finally:
+        served.close()
 
 
 def decode_speed(engine: Engine) -> dict[str, float]:

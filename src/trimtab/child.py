@@ -6,6 +6,7 @@ disk; and a stage that has nothing to do never imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -38,20 +39,22 @@ class Done:
     peak_memory_bytes: int
 
 
-def call(work: str, **arguments: Any) -> Done:
+def call(work: str, *, time_limit: float | None = None, **arguments: Any) -> Done:
     """Calls "package.module:function" in a child process with JSON arguments and returns its JSON result.
+
+    Args:
+        time_limit: seconds after which the child, and whatever it started, is killed.
 
     Raises:
         Failure: the work raised one, or ran out of memory (`does_not_fit`), or was killed.
         TrimtabError: the work raised one of these.
-        StageError: any other exception; the traceback is in the log.
+        StageError: any other exception, of which the traceback is in the log; or the time limit was reached.
     """
     with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
         answer = Path(folder) / "answer.json"
         request = {"work": work, "arguments": arguments, "answer": str(answer), "parent": os.getpid()}
-        process = subprocess.run(
-            [sys.executable, "-m", "trimtab.child"], input=json.dumps(request), text=True
-        )
+        command = [sys.executable, "-m", "trimtab.child"]
+        process = run_limited(command, work.rpartition(":")[2], time_limit, input=json.dumps(request))
         if process.returncode == -signal.SIGKILL or process.returncode == 128 + signal.SIGKILL:
             raise Failure(
                 "does_not_fit", f"{work.rpartition(':')[2]} was killed: it needed more memory than there is"
@@ -75,6 +78,32 @@ def done(answer: dict[str, Any]) -> Done:
         name, message = answer["error"]
         raise getattr(errors, name, StageError)(message)
     return Done(answer["value"], answer["seconds"], answer["peak_memory_bytes"])
+
+
+def run_limited(
+    command: list[str], name: str, time_limit: float | None, input: str | None = None, log: Path | None = None
+) -> subprocess.CompletedProcess:
+    """Runs a command; past the time limit, in seconds, kills it together with the processes that it started.
+
+    What it prints goes to where this process prints, or into the file `log`.
+
+    Raises:
+        StageError: the time limit was reached; calls the command `name`.
+    """
+    # A session of its own makes a group to kill; without a limit Ctrl+C must reach the child.
+    with contextlib.ExitStack() as files:
+        output = files.enter_context(log.open("wb")) if log else None
+        pipes = {"stdin": subprocess.PIPE, "stdout": output, "stderr": subprocess.STDOUT if log else None}
+        process = subprocess.Popen(command, text=True, start_new_session=time_limit is not None, **pipes)
+    try:
+        process.communicate(input, timeout=time_limit)
+    except subprocess.TimeoutExpired:
+        raise StageError(f"{name} was not done after {time_limit:g} s and was ended; see its log above") from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL) if time_limit is not None else process.kill()
+            process.wait()
+    return subprocess.CompletedProcess(command, process.returncode)
 
 
 def follow_run() -> None:

@@ -39,6 +39,8 @@ GB = 10**9
 BACKENDS = ("torch", "trtllm", "trtllm-legacy", "vllm")
 #: Numbers along a row, or along a head of the KV cache, that share a scale in NVFP4.
 NVFP4_BLOCK = 16
+#: What the legacy back end converts: TensorRT-LLM has one module for both.
+LEGACY_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 #: Layers that tensor parallelism splits along their input, by the last part of their name (Llama's names).
 ROW_PARALLEL = ("o_proj", "down_proj")
 
@@ -69,6 +71,9 @@ _CUDA_KV_CACHES: dict[str, dict[str, tuple[tuple[int, int], tuple[int, int]]]] =
     "trtllm-legacy": {"fp8": ((8, 9), (99, 0)), "int8": ((8, 0), (9, 0))},
     "vllm": {"fp8": ((8, 9), (99, 0))},
 }
+#: back end of TensorRT-LLM -> what it serves on any GPU.
+TENSORRT_LLM_FORMATS = {name: tuple(_CUDA_FORMATS[name]) for name in ("trtllm", "trtllm-legacy")}
+TENSORRT_LLM_KV_CACHES = {name: tuple(_CUDA_KV_CACHES[name]) for name in TENSORRT_LLM_FORMATS}
 #: `torch` rounds keys and values where attention reads them and stores them in 16 bits, on every device.
 _EMULATED_KV_CACHES = {"torch": tuple(form for form in KVCache.__args__ if form != "none")}
 #: Back ends that can run an export with its KV cache in 16 bits, so that it can be judged apart from the weights.
@@ -199,6 +204,7 @@ def check(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> str | None:
     facts = shapes.pruned(facts, recipe.prune)
     return (
         _check_kv_cache(recipe, hardware, facts)
+        or _check_architecture(recipe, facts)
         or _check_exclusions(recipe, facts)
         or _check_stages(recipe, facts)
         or _check_parallelism(recipe, facts)
@@ -240,6 +246,13 @@ def _check_format(recipe: Recipe, hardware: Hardware) -> str | None:
             f"quantize.format: {backend} does not serve {name} on {hardware.name}; "
             f"write one of: {served}{hint}"
         )
+    return None
+
+
+def _check_architecture(recipe: Recipe, facts: ModelFacts) -> str | None:
+    if recipe.engine.backend == "trtllm-legacy" and facts.architecture not in LEGACY_ARCHITECTURES:
+        known = " and ".join(LEGACY_ARCHITECTURES)
+        return f"engine.backend: trtllm-legacy builds {known} alone, no {facts.architecture}; write 'trtllm'"
     return None
 
 
@@ -302,6 +315,9 @@ def _check_stages(recipe: Recipe, facts: ModelFacts) -> str | None:
     stages, blocks = recipe.engine.pipeline_parallel_size, facts.layers
     if stages > blocks:
         return f"engine.pipeline_parallel_size: {stages} stages for {blocks} blocks; write at most {blocks}"
+    if blocks % stages:
+        good = ", ".join(str(n) for n in range(1, blocks + 1) if blocks % n == 0)
+        return f"engine.pipeline_parallel_size: {stages} does not divide {blocks} blocks; write one of: {good}"
     return None
 
 
@@ -309,7 +325,7 @@ def _check_parallelism(recipe: Recipe, facts: ModelFacts) -> str | None:
     engine, ranks = recipe.engine, recipe.engine.tensor_parallel_size
     if engine.backend == "torch" and ranks * engine.pipeline_parallel_size > 1:
         return "engine.tensor_parallel_size: torch uses one device; write 1 for it and the pipeline"
-    good = [size for size in range(1, facts.heads + 1) if _splits(facts, size)]
+    good = [size for size in range(1, facts.heads + 1) if splits(facts, size)]
     if ranks not in good:
         return (
             f"engine.tensor_parallel_size: {ranks} does not divide {facts.heads} attention heads and "
@@ -318,7 +334,8 @@ def _check_parallelism(recipe: Recipe, facts: ModelFacts) -> str | None:
     return None
 
 
-def _splits(facts: ModelFacts, ranks: int) -> bool:
+def splits(facts: ModelFacts, ranks: int) -> bool:
+    """Whether tensor parallelism over so many ranks gives each whole heads and the same share of the MLP."""
     # More ranks than KV heads is served by copying heads, so either may divide the other.
     whole_kv = facts.kv_heads % ranks == 0 or ranks % facts.kv_heads == 0
     return facts.heads % ranks == 0 and whole_kv and facts.intermediate_size % ranks == 0

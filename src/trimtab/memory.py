@@ -84,7 +84,8 @@ def kv_bytes_per_token(facts: ModelFacts, recipe: Recipe) -> int:
 
 
 def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
-    """Returns what the recipe needs on each device when the engine serves its largest batch at full length.
+    """Returns what the recipe needs on each device when the engine serves its largest batch at full length, or when
+    its KV cache holds the `kv_cache_tokens` of the recipe.
 
     Tensor parallelism splits the linear layers and the KV heads, pipeline parallelism the blocks; embeddings
     and lm_head are counted whole on each device. Activations are an estimate: for the tokens of one step,
@@ -106,7 +107,7 @@ def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
         activations += 2 * max((layer.parameters for layer in left.linears), default=0)
     return Memory(
         weights=round(linears * stage / engine.tensor_parallel_size) + rest,
-        kv_cache=engine.max_batch_size * length * kv_bytes_per_token(facts, served),
+        kv_cache=(engine.kv_cache_tokens or engine.max_batch_size * length) * kv_bytes_per_token(facts, served),
         activations=activations,
         available=hardware.memory_bytes,
         kv_cache_fraction=engine.kv_cache_fraction,

@@ -102,7 +102,7 @@ def inspect(folder: str | Path) -> ModelFacts:
     tensors = read_tensors(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise InputError(f"{folder}: has no tokenizer.json and no tokenizer.model; add the model's tokenizer")
-    return _facts(folder, config, tensors)
+    return facts_of(folder, config, tensors)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -230,7 +230,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _facts(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelFacts:
+def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelFacts:
     path = folder / "config.json"
     architecture = (config.get("architectures") or [""])[0]
     if not architecture.endswith("ForCausalLM"):

@@ -36,6 +36,7 @@ from trimtab.recipe import (
     WidthPruning,
 )
 from trimtab.schema import Document
+from trimtab.serving.parallelism import worlds
 from trimtab.state import GOALS
 
 MAX_RUNGS = 10
@@ -164,14 +165,10 @@ def _place(goal: str, recipe: Recipe, facts: ModelFacts, hardware: Hardware) -> 
             continue
         need = memory(facts, placed, hardware)
         if need.fits:
-            devices = _devices(placed)
+            devices = placed.engine.world_size
             return placed, f"needs {devices} {hardware.name}" if devices > 1 else ""
         reason = need.explanation
     return None, f"{recipe.title}: {reason}"
-
-
-def _devices(recipe: Recipe) -> int:
-    return recipe.engine.tensor_parallel_size * recipe.engine.pipeline_parallel_size
 
 
 def _engines(goal: str, recipe: Recipe, facts: ModelFacts) -> Iterator[Engine]:
@@ -187,9 +184,7 @@ def _engines(goal: str, recipe: Recipe, facts: ModelFacts) -> Iterator[Engine]:
     length = min(length or longest, longest)
     lengths = [length // 2**n for n in range(32) if n == 0 or length // 2**n >= MIN_CONTEXT]
     batches = [batch // 2**n for n in range(batch.bit_length()) if batch // 2**n >= min(least, batch)]
-    powers = [2**n for n in range(MAX_GPUS.bit_length())]
-    sizes = [size for n in powers for size in ((n, 1), (1, n))]  # tensor before pipeline parallelism
-    for tensor, pipeline in dict.fromkeys(sizes):
+    for tensor, pipeline in worlds(MAX_GPUS):
         for length_ in lengths:
             for batch_ in batches:
                 yield Engine(
@@ -294,8 +289,8 @@ def _higher_throughput(kit: _Kit) -> Iterator[_Candidate]:
         rungs.insert(0, kit.quantized("bf16", kv=True))
     for recipe, why in rungs:
         placed, _ = _place("higher_throughput", recipe, kit.facts, kit.hardware)
-        if placed and (whole is None or _devices(placed) < _devices(whole)):
-            wanted = f"needs {_devices(whole)} devices" if whole else "does not fit"
+        if placed and (whole is None or placed.engine.world_size < whole.engine.world_size):
+            wanted = f"needs {whole.engine.world_size} devices" if whole else "does not fit"
             why += f"; the unchanged model {wanted}, so the devices saved serve replicas"
         yield recipe, why
 

@@ -195,6 +195,7 @@ STAGES: dict[str, Stage] = {
             output="engine",
             wanted=lambda recipe: True,
             parameters=_part("engine"),
+            version=2,
         ),
     )
 }
@@ -249,7 +250,7 @@ def work_stage(name: str, work: str, output: str, version: int = 1) -> Stage:
 def versions() -> dict[str, str]:
     """Returns the versions of what made and measured an artifact, for the evidence."""
     found = {"python": platform.python_version()}
-    for package in ("trimtab", "torch", "transformers", "nvidia-modelopt", "lm-eval"):
+    for package in ("trimtab", "torch", "transformers", "nvidia-modelopt", "lm-eval", "tensorrt_llm", "tensorrt"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -356,7 +357,7 @@ def accelerators(state: State) -> dict[str, str]:
 
 def _needed(state: State) -> dict[str, int]:
     """The accelerators of the stages that must run."""
-    several = {"engine": state.recipe.engine.tensor_parallel_size * state.recipe.engine.pipeline_parallel_size}
+    several = {"engine": state.recipe.engine.world_size}
     if state.recipe.distill:
         several["distill"] = state.recipe.distill.processes
     store, known, counts = open_store(state.store), True, {}

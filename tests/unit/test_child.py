@@ -55,6 +55,11 @@ def slow(started):
     open(started, "w").write(str(os.getpid()))
     import time; time.sleep(60)
 
+def with_grandchild(started):
+    import subprocess
+    open(started, "w").write(str(subprocess.Popen(["sleep", "60"]).pid))
+    import time; time.sleep(60)
+
 def hungry():
     return len(bytearray(b"x" * (64 << 20)))
 '''
@@ -138,6 +143,14 @@ def test_a_child_dies_with_its_stage(work, tmp_path):
     stage.send_signal(signal.SIGKILL)
     stage.wait()
     assert wait_for(lambda: gone(int(started.read_text())))
+
+
+def test_the_time_limit_ends_the_child_and_what_it_started(work, tmp_path):
+    started = tmp_path / "started"
+    with pytest.raises(StageError, match=r"with_grandchild was not done after 3 s and was ended; see its log above"):
+        child.call(f"{work}:with_grandchild", started=str(started), time_limit=3)
+    assert wait_for(lambda: gone(int(started.read_text())))
+    assert child.call(f"{work}:answer", time_limit=60).value["pid"]
 
 
 def test_a_stage_ends_when_its_run_is_gone(tmp_path):

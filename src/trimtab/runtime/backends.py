@@ -1,34 +1,95 @@
-"""Opens an export in the engine that a recipe names."""
+"""Opens a built engine in the back end that its recipe names, if this image has it."""
 
 from __future__ import annotations
 
-import json
+import importlib.metadata
 from pathlib import Path
 
-from trimtab import recipe
+import torch
+
+from trimtab import files, recipe
+from trimtab.contracts import version
 from trimtab.errors import Failure
+from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.engine import Engine, TorchEngine
 from trimtab.runtime.kv_cache import ServedKVCache
+from trimtab.schema import digest
+from trimtab.serving import record
+from trimtab.serving.record import Device
+
+#: Back ends that claim most of a GPU's memory for their KV cache: a second engine beside them finds none.
+EXCLUSIVE = ("trtllm", "trtllm-legacy")
+#: Folder of the serialized engines, beside `engine.json`.
+RANKS = "engine"
 
 
-def load_engine(export: Path, settings: recipe.Engine, kv_cache: ServedKVCache = "export") -> Engine:
-    """Loads an exported checkpoint.
+def check(settings: recipe.Engine) -> None:
+    """Refuses a back end that this image cannot serve with.
+
+    Raises:
+        Failure: `unsupported`; TensorRT-LLM is not installed, or not in a version that has the back end.
+    """
+    backend = settings.backend
+    if backend == "torch":
+        return
+    installed = version.installed()
+    if backend not in version.RANGES or installed is None:
+        lacks = ", for it has no TensorRT-LLM" if backend in version.RANGES else ""
+        raise Failure("unsupported", f"engine.backend: '{backend}' is not part of this image{lacks}; write 'torch'")
+    if reason := version.refusal(backend, installed):
+        raise Failure("unsupported", reason)
+    if settings.tensorrt_llm and version.parse(settings.tensorrt_llm) != version.parse(installed):
+        reason = f"engine.tensorrt_llm: {settings.tensorrt_llm} is asked for, and this image has {installed}"
+        raise Failure("unsupported", f"{reason}; run the stage in an image with that version, or write {installed}")
+
+
+def open_engine(engine: Path, export: Path, kv_cache: ServedKVCache = "export") -> Engine:
+    """Opens a built engine: its `engine.json` says how the export is loaded.
 
     Args:
         kv_cache: "export" for the KV cache that the export asks for, "none" for 16 bits whatever it asks for;
             only back ends of `hardware.SWITCHES_KV_CACHE` can be asked for that.
 
     Raises:
-        Failure: `unsupported`, a back end that is not part of this image.
+        Failure: `unsupported`, a back end that this image does not have, or an engine that was built elsewhere;
+            `export_damaged`, an export that does not load, or another one than the engine was built from.
     """
-    if settings.backend != "torch":
-        raise Failure(
-            "unsupported", f"engine.backend: '{settings.backend}' is not part of this image; write 'torch'"
-        )
-    return TorchEngine(export, settings, kv_cache=kv_cache)
+    built = record.read(engine)
+    check(built.settings)
+    built.check(checkpoint_digest(export), versions(), device())
+    if built.settings.backend == "torch":
+        return TorchEngine(export, built.settings, kv_cache=kv_cache)
+    if kv_cache != "export":
+        raise Failure("unsupported", f"{built.settings.backend} serves the KV cache that the export asks for alone")
+    from trimtab.runtime.trtllm import TrtllmEngine
+
+    if built.settings.backend == "trtllm":
+        return TrtllmEngine(export, built.settings)
+    ranks, wanted = Path(engine) / RANKS, built.settings.world_size
+    if (found := len(list(ranks.glob("rank*.engine")))) != wanted:
+        raise Failure("unsupported", f"{ranks} holds engines of {found} ranks, and {wanted} are asked for")
+    return TrtllmEngine(export, built.settings, ranks)
 
 
-def open_engine(engine: Path, export: Path, kv_cache: ServedKVCache = "export") -> Engine:
-    """Opens a built engine: its `engine.json` says how the export is loaded; `kv_cache` as in `load_engine`."""
-    document = json.loads((engine / "engine.json").read_text(encoding="utf-8"))
-    return load_engine(export, recipe.Engine.model_validate(document["settings"]), kv_cache)
+def checkpoint_digest(export: Path) -> str:
+    """Returns 64 hex digits that tell exports apart: their tensors' fingerprint, and how they say they are stored."""
+    told = [Path(export) / name for name in ("config.json", "hf_quant_config.json")]
+    return digest([Export(export).fingerprint, *(files.sha256(path) for path in told if path.is_file())])
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what runs engines, by the names of their packages."""
+    found = {}
+    for package in ("torch", "tensorrt_llm", "tensorrt"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device() -> Device | None:
+    """Returns the first GPU, None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    return Device(name=torch.cuda.get_device_name(), compute_capability=torch.cuda.get_device_capability())

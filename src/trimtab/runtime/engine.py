@@ -31,7 +31,11 @@ class Engine(Protocol):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes that the weights occupy while the engine runs."""
+        """Bytes that the weights occupy while the engine runs, on all devices together."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that the engine holds of its first device's memory, KV cache and graphs included; 0 on a CPU."""
 
     def kernels(self) -> dict[str, dict[str, Any]]:
         """Returns for each quantized layer {"kernel": name, "emulated": bool}."""
@@ -47,6 +51,44 @@ class Engine(Protocol):
 
     def decode_speed(self, batch_size: int, prompt_tokens: int, new_tokens: int, repeats: int) -> list[float]:
         """Returns the tokens a second of all sequences together, once a repeat, prefill excluded."""
+
+    def close(self) -> None:
+        """Gives memory and processes back; the engine answers no more."""
+
+
+def check_requests(requests: list[Request], limit: int, name: str = "engine.max_seq_len") -> None:
+    """Refuses requests for log-likelihoods that an engine cannot answer whole.
+
+    Raises:
+        InputError: a context or continuation is empty, or both together exceed `limit`, which is called `name`.
+    """
+    for number, (context, continuation) in enumerate(requests):
+        if not context or not continuation:
+            part = "continuation" if context else "context"
+            raise InputError(f"request {number}: its {part} is empty; a token is scored on one before it")
+        check_length(f"request {number}", len(context) + len(continuation), limit, name)
+
+
+def check_prompts(prompts: list[list[int]], max_new_tokens: int, limit: int) -> None:
+    """Refuses prompts that an engine cannot continue.
+
+    Raises:
+        InputError: a prompt is empty, or with its new tokens exceeds `limit`, the engine's max_seq_len.
+    """
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise InputError(f"prompt {number}: is empty; give at least one token")
+        check_length(f"prompt {number} with {max_new_tokens} new tokens", len(prompt) + max_new_tokens, limit)
+
+
+def check_length(what: str, tokens: int, limit: int, name: str = "engine.max_seq_len") -> None:
+    """Refuses more tokens than the engine has room for: nothing is ever truncated.
+
+    Raises:
+        InputError: there are more.
+    """
+    if tokens > limit:
+        raise InputError(f"{what} has {tokens} tokens, more than {name} {limit}; raise it or cut")
 
 
 class TorchEngine:
@@ -92,6 +134,10 @@ class TorchEngine:
         tensors = [*self.model.parameters(), *self.model.buffers()]  # tied ones come once
         return sum(tensor.nbytes for tensor in tensors)
 
+    @property
+    def device_bytes(self) -> int:
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+
     def kernels(self) -> dict[str, dict[str, Any]]:
         packed = {n: m for n, m in self.model.named_modules() if isinstance(m, PackedLinear)}
         return {name: {"kernel": m.kernel, "emulated": m.emulated} for name, m in packed.items()}
@@ -103,11 +149,7 @@ class TorchEngine:
         Raises:
             InputError: a context or continuation is empty, or both together exceed `max_seq_len`.
         """
-        for number, (context, continuation) in enumerate(requests):
-            if not context or not continuation:
-                part = "continuation" if context else "context"
-                raise InputError(f"request {number}: its {part} is empty; a token is scored on one before it")
-            self._check_length(f"request {number}", len(context) + len(continuation))
+        check_requests(requests, self.settings.max_seq_len)
         budget = self.settings.max_num_tokens
         sums = torch.zeros(len(requests), dtype=torch.float64)
         misses = torch.zeros(len(requests), dtype=torch.int64)
@@ -128,7 +170,7 @@ class TorchEngine:
             InputError: a window exceeds `max_seq_len`, or has fewer than two tokens.
         """
         length = windows.shape[1]
-        self._check_length("a window", length)
+        check_length("a window", length, self.settings.max_seq_len)
         if length < 2:
             raise InputError(f"a window of {length} tokens predicts nothing; give at least 2")
         totals = []
@@ -146,12 +188,7 @@ class TorchEngine:
         Raises:
             InputError: a prompt is empty, or with its new tokens exceeds `max_seq_len`.
         """
-        for number, prompt in enumerate(prompts):
-            if not prompt:
-                raise InputError(f"prompt {number}: is empty; give at least one token")
-            self._check_length(
-                f"prompt {number} with {max_new_tokens} new tokens", len(prompt) + max_new_tokens
-            )
+        check_prompts(prompts, max_new_tokens, self.settings.max_seq_len)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         answers: dict[int, list[int]] = {}
         size = self.settings.max_batch_size
@@ -168,7 +205,7 @@ class TorchEngine:
         Raises:
             InputError: prompt and new tokens exceed `max_seq_len`.
         """
-        self._check_length("a sequence of decode_speed", prompt_tokens + new_tokens)
+        check_length("a sequence of decode_speed", prompt_tokens + new_tokens, self.settings.max_seq_len)
         generator = torch.Generator().manual_seed(0)
         shape = (batch_size, prompt_tokens)
         prompt = torch.randint(self.model.config.vocab_size, shape, generator=generator).to(self.device)
@@ -177,6 +214,9 @@ class TorchEngine:
             seconds = [self._decode(decoder, prompt, new_tokens) for _ in range(repeats + 1)]
         self.decode_path = decoder.path
         return [batch_size * new_tokens / s for s in seconds[1:]]
+
+    def close(self) -> None:
+        """Nothing to do: memory goes back with the object."""
 
     def _hidden(
         self, tokens: torch.Tensor, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None
@@ -221,10 +261,3 @@ class TorchEngine:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def _check_length(self, what: str, tokens: int) -> None:
-        limit = self.settings.max_seq_len
-        if tokens > limit:
-            raise InputError(
-                f"{what} has {tokens} tokens, more than engine.max_seq_len {limit}; raise it or cut"
-            )

@@ -1,0 +1,35 @@
+"""Opens a built engine as validation will, and lets it score and write a few tokens."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from trimtab import progress
+from trimtab.errors import Failure
+
+PROMPT = "The quick brown fox"
+
+
+def smoke(engine: str, export: str) -> dict[str, Any]:
+    """Returns the engine's own figures: kernels, weight_bytes, device_bytes.
+
+    Raises:
+        Failure: `unsupported`, a back end that this image does not have; `export_damaged`, the export does not
+            load or its outputs are not numbers; `degenerate_output`, it writes nothing.
+    """
+    from trimtab.runtime.backends import open_engine
+
+    progress.report("engine", "warm load")
+    served = open_engine(Path(engine), Path(export))
+    prompt = served.tokenizer(PROMPT, add_special_tokens=False).input_ids
+    likelihood, _ = served.loglikelihood([(prompt[:1], prompt[1:])])[0]
+    if not math.isfinite(likelihood):
+        raise Failure("export_damaged", f"the likelihood of '{PROMPT}' is {likelihood}")
+    if not served.generate([prompt], max_new_tokens=8)[0]:
+        raise Failure("degenerate_output", f"the engine generates nothing after '{PROMPT}'")
+    figures = ("weight_bytes", "device_bytes")
+    found = {"kernels": served.kernels(), **{name: getattr(served, name) for name in figures}}
+    served.close()
+    return found

@@ -1,0 +1,1 @@
+"""TensorRT-LLM's interfaces as data: which version has which back end, and which arguments."""
