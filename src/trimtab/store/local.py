@@ -134,6 +134,14 @@ class LocalBack:
                 settle(file)
             return checksum
 
+    def checksum(self, key: str, size: int, meter: Meter) -> str | None:
+        """Returns the SHA-256 of a blob's content, None when it is absent."""
+        with explained(f"{key} in {self.uri}"):
+            try:
+                return pump(chunks(self.root / key), None, meter.advance)[0]
+            except FileNotFoundError:
+                return None
+
     def check(self) -> None:
         """See `Store.check`."""
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimtab.errors import InputError, StoreError, TrimtabError
+from trimtab.errors import InputError, StoreError, TrimtabError, Unreachable
 
 #: Error codes whose cause is in the address or the credentials → what to do. Sources: the "Error responses"
 #: page of the Amazon S3 API reference; MinIO's and SeaweedFS's lists carry the same names.
@@ -23,6 +23,11 @@ REMEDIES = {
 
 FULL = ("XMinioStorageFull", "InsufficientStorage", "InsufficientCapacity", "QuotaExceeded", "HTTP 507")
 
+#: What another try may change.
+PASSING = ("InternalError", "ServiceUnavailable", "SlowDown", "RequestTimeout") + tuple(
+    f"HTTP {status}" for status in (500, 502, 503, 504)
+)
+
 
 def explain_code(code: str, message: str, what: str, endpoint: str, bucket: str) -> TrimtabError:
     """Returns the error for an answer's code; `what` is what was tried ("read trees/….json")."""
@@ -31,10 +36,11 @@ def explain_code(code: str, message: str, what: str, endpoint: str, bucket: str)
     if code in FULL:
         return StoreError(f"cannot {what} at {endpoint}: no space left ({code}): free some and run again")
     detail = f"{code}: {message}" if message else code
-    return StoreError(f"cannot {what} at {endpoint}: it answered {detail}; run it again")
+    kind = Unreachable if code in PASSING else StoreError
+    return kind(f"cannot {what} at {endpoint}: it answered {detail}; run it again")
 
 
-def explain_connection(error: Exception, what: str, endpoint: str) -> StoreError:
+def explain_connection(error: Exception, what: str, endpoint: str) -> Unreachable:
     """Returns the error for a request that got no answer. Never quotes the client's text, which may hold a
     signed address."""
     from urllib3 import exceptions
@@ -50,4 +56,4 @@ def explain_connection(error: Exception, what: str, endpoint: str) -> StoreError
         problem = "its TLS certificate is not trusted: set SSL_CERT_FILE, or write http:// if it has no TLS"
     else:
         problem = f"the connection broke ({type(reason).__name__}): run it again"
-    return StoreError(f"cannot {what} at {endpoint}: {problem}")
+    return Unreachable(f"cannot {what} at {endpoint}: {problem}")

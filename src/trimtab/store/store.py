@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import InputError, StoreError
+from trimtab.errors import Damaged, InputError
 from trimtab.store.address import canonical, folder_of, split_release, split_tree
 from trimtab.store.cache import bring
-from trimtab.store.local import LocalBack
+from trimtab.store.local import LocalBack, blob_key
 from trimtab.store.transfer import Meter, Progress, explained, in_parallel
 from trimtab.store.tree import Blob, Manifest, Tree, list_files
 
@@ -130,14 +130,42 @@ class Store:
         digest = self._digest(tree)
         data = self._back.read(f"trees/{digest}.json")
         if data is None:
-            raise StoreError(f"there is no tree {digest} in {self.uri}: it was never completed, or deleted")
+            raise Damaged(f"there is no tree {digest} in {self.uri}: it was never completed, or deleted")
         try:
             manifest = Manifest.parse(json.loads(data))
         except (ValueError, InputError) as error:
-            raise StoreError(f"the manifest of {self.uri}/trees/{digest} is damaged: {error}") from None
+            raise Damaged(f"the manifest of {self.uri}/trees/{digest} is damaged: {error}") from None
         if manifest.digest != digest:
-            raise StoreError(f"the manifest of {self.uri}/trees/{digest} is damaged: it has another digest")
+            raise Damaged(f"the manifest of {self.uri}/trees/{digest} is damaged: it has another digest")
+        if data != _json(manifest.document, "the manifest"):  # 1e5 for 1E5: the same manifest, other bytes
+            raise Damaged(f"the manifest of {self.uri}/trees/{digest} is damaged: it was written by something else")
         return manifest
+
+    def examine(self, tree: Tree | str, progress: Progress | None = None) -> Manifest:
+        """Reads every file of a tree in the store, past the cache, and returns the manifest that all of them meet.
+
+        Raises:
+            InputError: not a tree of this store.
+            Damaged: the manifest or a file is missing, or has another checksum; the message names it.
+            StoreError: the store could not be read.
+        """
+        uri = f"{self.uri}/trees/{self._digest(tree)}"
+        manifest = self.manifest(uri)
+        meter = Meter(manifest.size, progress)
+
+        def hash_again(path: str) -> None:
+            blob = manifest.files[path]
+            found = self._back.checksum(blob_key(blob.sha256), blob.bytes, meter)
+            if found != blob.sha256:
+                state = "missing" if found is None else "corrupted"
+                raise Damaged(f"the file {path!r} of {uri} is {state} in the store")
+
+        in_parallel(hash_again, manifest.files, meter)
+        return manifest
+
+    def tree(self, digest: str, size: int = 0) -> Tree:
+        """Returns the name of the tree with this digest in this store, wherever it was made."""
+        return Tree(uri=f"{self.uri}/trees/{digest}", digest=digest, bytes=size)
 
     def record(self, key: str, value: Mapping[str, Any]) -> None:
         """Keeps the result of a stage (small JSON) under its key (64 hex digits); the last writer wins."""
@@ -154,17 +182,27 @@ class Store:
             return None
         return value if all(self._exists(*where) for where in _trees(value)) else None
 
-    def release(self, name: str, record: Mapping[str, Any]) -> str:
+    def release(self, name: str, record: Mapping[str, Any] | Callable[[str], Mapping[str, Any]]) -> str:
         """Adds a release and returns its URI, `<store>/releases/<name>/<version>`.
 
         The version is one more than the highest, in six digits; two writers never take the same one.
+
+        Args:
+            record: JSON, or a function of the version that returns it, for a record that holds its own version.
         """
-        data = _json(record, "a release")
-        self._back.prepare()
+        make = record if callable(record) else lambda _version: record
         number = max((int(version) for version in self._versions(name)), default=0) + 1
+        data = _json(make(f"{number:06d}"), "a release")
+        self._back.prepare()
         while not self._back.create(f"releases/{name}/{number:06d}.json", data):
             number += 1
+            data = _json(make(f"{number:06d}"), "a release")
         return f"{self.uri}/releases/{name}/{number:06d}"
+
+    def newest(self, name: str) -> str | None:
+        """Returns the URI of the newest release of this name, None when there is none; reads no record."""
+        versions = self._versions(name)
+        return f"{self.uri}/releases/{name}/{versions[-1]}" if versions else None
 
     def releases(self, name: str) -> list[dict[str, Any]]:
         """Returns [{"uri", "version", "record"}, …] of all releases of this name, oldest first."""
@@ -176,6 +214,7 @@ class Store:
 
         Raises:
             InputError: there is no such release in this store.
+            Damaged: it is not as `release` wrote it.
         """
         parts = split_release(uri)
         if not parts or not _NAME.fullmatch(parts[1]) or canonical(parts[0]) != self.uri:
@@ -186,9 +225,12 @@ class Store:
             versions = ", ".join(self._versions(parts[1])[-5:]) or "none"
             raise InputError(f"there is no release {uri} (the latest are: {versions})")
         try:
-            return json.loads(data)
+            record = json.loads(data)
         except ValueError:
-            raise StoreError(f"the release {uri} is damaged: it is not JSON") from None
+            raise Damaged(f"the release {uri} is damaged: it is not JSON") from None
+        if not isinstance(record, dict) or _json(record, "a release") != data:
+            raise Damaged(f"the release {uri} is damaged: it was written by something else")
+        return record
 
     def check(self) -> None:
         """Finds out in seconds whether the store can be used: reachable, right credentials, there, writable.
