@@ -170,8 +170,15 @@ class S3Back:
         return f"{self.prefix}/{key}" if self.prefix else key
 
     def _stat(self, key: str, what: str) -> Any:
+        from minio.error import S3Error
+
         with _absent():
-            return getattr(self._client.stat_object(self.bucket, self._key(key)), what)
+            try:
+                return getattr(self._client.stat_object(self.bucket, self._key(key)), what)
+            except S3Error as error:
+                if error.code == "AccessDenied":  # an answer to HEAD has no body that says why; one to a listing has
+                    next(iter(self._client.list_objects(self.bucket, prefix=self._key(key))), None)
+                raise
         return None
 
     def _stream(self, key: str, size: int, write: Callable[[bytes], Any] | None, meter: Meter) -> str | None:
