@@ -1,4 +1,4 @@
-"""The commands that answer for what is in a store: verify and keygen."""
+"""The commands that answer for what is in a store: verify, keygen and gc."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ def add_commands(commands: Any, store: str) -> None:
     keygen = commands.add_parser("keygen", help="make a key pair for signing releases")
     keygen.add_argument("file", type=Path, metavar="FILE", help="the private key; FILE.pub is the public one")
     keygen.set_defaults(command=_keygen)
+
+    gc = commands.add_parser("gc", help="remove what no release, run or schedule refers to from a store")
+    gc.add_argument("--store", default=store, help=f"s3://bucket/prefix or a folder (./{store})")
+    gc.add_argument("--older-than", type=_age, default="14d", metavar="AGE", help="keep what is younger (14d)")
+    gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    gc.set_defaults(command=_gc)
 
 
 def _verify(arguments: argparse.Namespace, console: Console) -> int:
@@ -69,8 +75,21 @@ def _keygen(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _gc(arguments: argparse.Namespace, console: Console) -> int:
+    from trimtab.store.garbage import collect
+
+    garbage = collect(open_store(arguments.store), arguments.older_than, arguments.dry_run)
+    out = Console(soft_wrap=True, highlight=False)
+    verb = "would remove" if arguments.dry_run else "removed"
+    kinds = ", ".join(f"{number} {kind}" for kind, number in garbage.kinds.items())
+    out.print(f"{verb}  {len(garbage.manifests)} trees{f' ({kinds})' if kinds else ''}, {len(garbage.records)} results")
+    out.print(f"freeing  {garbage.bytes / 1e6:,.1f} MB in {len(garbage.blobs)} files")
+    out.print(f"keeping  {garbage.kept} trees that are younger or referred to")
+    return 0
+
+
 def _age(text: str) -> timedelta:
     match = re.fullmatch(r"(\d{1,6})([dh])", text)
     if not match:
-        raise InputError(f"max_age: '{text}' is not valid; write days or hours, such as 90d or 12h")
+        raise InputError(f"age: '{text}' is not valid; write days or hours, such as 90d or 12h")
     return timedelta(**{{"d": "days", "h": "hours"}[match[2]]: int(match[1])})

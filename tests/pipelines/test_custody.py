@@ -1,8 +1,9 @@
-"""The commands verify and keygen: what they print, and their exit codes."""
+"""The commands verify, keygen and gc: what they print, and their exit codes."""
 
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -89,7 +90,7 @@ def test_refused(released, trimtab, tmp_path):
     [
         (["tiny", "--key", "none.pub"], "key: 'none.pub' cannot be read"),
         (["tiny", "--key", "gate"], "key: 'gate' is not a public key in PEM; write the .pub file"),
-        (["tiny", "--max-age", "90"], "max_age: '90' is not valid; write days or hours, such as 90d or 12h"),
+        (["tiny", "--max-age", "90"], "age: '90' is not valid; write days or hours, such as 90d or 12h"),
         (["tny"], "has no release 'tny'; write the URI that a run printed"),
         (["tiny/000007"], "there is no release"),
         (["tiny", "--store", "elsewhere"], "elsewhere has no release 'tiny'"),
@@ -110,3 +111,19 @@ def test_a_run_that_must_sign_and_cannot(released, trimtab, monkeypatch):
     monkeypatch.delenv(signing.KEY, raising=False)
     code, said = trimtab("run", "--model", "model", "--require-signature")
     assert (code, "TRIMTAB_SIGNING_KEY: is not set, and releases must be signed" in said) == (2, True), said
+
+
+def test_garbage(released, trimtab, tmp_path):
+    """All of the release stays, whatever its age; the rest goes, after a look at what that would be."""
+    store = open_store("trimtab-store")
+    store.put_json("ladder", {"unused": True})
+    code, said = trimtab("gc", "--dry-run")
+    assert code == 0 and "would remove 0 trees, 0 results" in said and "keeping 5 trees" in said
+    for path in (tmp_path / "trimtab-store").rglob("*"):
+        os.utime(path, (0, 0))
+    for options, word in ((["--dry-run"], "would remove"), ([], "removed")):
+        code, said = trimtab("gc", "--older-than", "30d", *options)
+        assert code == 0 and f"{word} 1 trees (1 ladder), 0 results freeing 0.0 MB in 1 files" in said, said
+    assert trimtab("verify", "tiny", "--key", "gate.pub")[0] == 0
+    code, said = trimtab("gc", "--older-than", "1d")
+    assert code == 2 and "older_than: 1 days is too short" in said

@@ -19,6 +19,7 @@ from trimtab.store.local import blob_key
 from trimtab.store.s3_client import connect
 from trimtab.store.s3_errors import explain_code, explain_connection
 from trimtab.store.transfer import CHUNK, Meter, changed, chunks, explained, pump, settle
+from trimtab.store.tree import Entry
 
 #: Bytes of a part of a large upload. 8 files x (3 parts sent + 1 read) are in memory at most: 256 MiB.
 PART, PARTS_AT_ONCE, MAX_PARTS = 8 << 20, 3, 10_000
@@ -84,6 +85,25 @@ class S3Back:
             return sorted(item.object_name.removeprefix(prefix) for item in listed if not item.is_dir)
 
         return self._insist(f"list {folder}", names)
+
+    def modified(self, key: str) -> float | None:
+        """Returns when an object was written, in seconds since 1970, None when it is absent."""
+        when = self._insist(f"look at {key}", lambda: self._stat(key, "last_modified"))
+        return when and when.timestamp()
+
+    def entries(self, folder: str) -> list[Entry]:
+        """Lists all objects below a folder, in any order."""
+        prefix, start = f"{self._key(folder)}/", len(self._key(""))
+
+        def entries() -> list[Entry]:
+            listed = self._client.list_objects(self.bucket, prefix=prefix, recursive=True)
+            return [Entry(item.object_name[start:], item.size, item.last_modified.timestamp()) for item in listed]
+
+        return self._insist(f"list {folder}", entries)
+
+    def remove(self, key: str) -> None:
+        """Removes an object, if it is there."""
+        self._insist(f"remove {key}", lambda: self._client.remove_object(self.bucket, self._key(key)))
 
     def write(self, key: str, data: bytes) -> None:
         """Writes a small object atomically; replaces an earlier one."""

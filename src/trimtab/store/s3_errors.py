@@ -12,8 +12,8 @@ REMEDIES = {
     "ExpiredToken": "the credentials have expired: get new ones with a new AWS_SESSION_TOKEN",
     "InvalidToken": "AWS_SESSION_TOKEN is not valid: get new credentials or unset it",
     "InvalidTokenId": "AWS_SESSION_TOKEN is not valid: get new credentials or unset it",
-    "AccessDenied": "the credentials do not allow it: grant s3:ListBucket, s3:GetObject and s3:PutObject on "
-    "bucket '{bucket}', or correct AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "AccessDenied": "the credentials do not allow it: grant s3:ListBucket, s3:GetObject, s3:PutObject and "
+    "s3:DeleteObject on bucket '{bucket}', or correct AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "NoSuchBucket": "the bucket '{bucket}' does not exist: create it or correct the store's address",
     "AuthorizationHeaderMalformed": "the bucket is in another region: set AWS_REGION",
     "PermanentRedirect": "the bucket is in another region: set AWS_REGION",
