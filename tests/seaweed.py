@@ -62,9 +62,9 @@ class SeaweedFS:
         self.server = S3Server(f"http://127.0.0.1:{self.port}", bucket)
         self.process: subprocess.Popen | None = None
 
-    def start(self, *more: str, secret: str = "", wait: bool = True) -> None:
-        """Starts it, with more flags or another secret than before; `wait` until it takes objects."""
-        credentials = [{"accessKey": self.server.key, "secretKey": secret or self.server.secret}]
+    def start(self, *more: str, takes_objects: bool = True) -> None:
+        """Starts it, with more flags, and returns when it answers; `takes_objects` is False where it cannot."""
+        credentials = [{"accessKey": self.server.key, "secretKey": self.server.secret}]
         identity = {"name": "test", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List"]}
         (self.home / "s3.json").write_text(json.dumps({"identities": [identity]}))
         flags = [f"-{part}.port={port}" for part, port in zip(self.PARTS, self.ports, strict=False)]
@@ -77,8 +77,7 @@ class SeaweedFS:
         with open(self.home / "log", "ab") as log:
             command = [weed(), f"-logdir={self.home}", "server", *flags]
             self.process = subprocess.Popen(command, cwd=self.home, stdout=log, stderr=log)
-        if wait:
-            self._wait()
+        self._wait(takes_objects)
 
     def kill(self) -> None:
         """Ends it as a power cut would: its orderly end takes five seconds."""
@@ -96,7 +95,7 @@ class SeaweedFS:
         address = self.server.endpoint.removeprefix("http://")
         return minio.Minio(address, self.server.key, self.server.secret, secure=False, region="us-east-1")
 
-    def _wait(self) -> None:
+    def _wait(self, takes_objects: bool) -> None:
         client = self.client()
         for _ in range(240):
             if self.process.poll() is not None:
@@ -105,7 +104,8 @@ class SeaweedFS:
                 urllib.request.urlopen(f"{self.server.endpoint}/healthz", timeout=1).close()
                 if not client.bucket_exists(self.server.bucket):
                     client.make_bucket(self.server.bucket)
-                client.put_object(self.server.bucket, "ready", (self.home / "log").open("rb"), 1)
+                if takes_objects:
+                    client.put_object(self.server.bucket, "ready", (self.home / "log").open("rb"), 1)
                 return
             except Exception:
                 time.sleep(0.25)

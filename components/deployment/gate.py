@@ -43,18 +43,24 @@ def run(state_json: str, artifact: Any) -> str:
         )
         return statement.release_record(signing.seal(statement.payload(said), signer))
 
-    uri = _released_before(store, state.name, record("")) or store.release(state.name, record)
+    same = {
+        "artifact": document["export"],
+        "engine": accepted.engine.model_dump() if accepted.engine else None,
+        "evidence": accepted.evaluation.model_dump(),
+        "signed_by": signer.public_key.keyid if signer else signing.UNSIGNED,
+    }
+    uri = _released_before(store, state.name, same) or store.release(state.name, record)
     stages.describe_tree(artifact, Tree.model_validate(document["export"]))
     artifact.metadata["release"] = uri
     progress.report("release", uri if signer else f"{uri} (unsigned)")
     return uri
 
 
-def _released_before(store: Store, name: str, record: dict[str, Any]) -> str | None:
+def _released_before(store: Store, name: str, same: dict[str, Any]) -> str | None:
     """The newest release's URI when it is this very artifact with this very evidence, signed alike and still valid."""
     newest = store.newest(name)
     before = store.read_release(newest) if newest else {}
-    if any(before.get(key) != record[key] for key in ("artifact", "evidence", "engine", "signed_by")):
+    if any(before.get(field) != value for field, value in same.items()):
         return None
     try:
         said = statement.read(signing.unseal(before["attestation"])).predicate

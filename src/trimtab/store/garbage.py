@@ -74,7 +74,7 @@ def collect(store: Store, age: timedelta = AGE, dry_run: bool = False, now: date
 
 
 def _find(store: Store, age: timedelta, now: datetime, keep_up: Callable[[], None]) -> Garbage:
-    back, nothing, before = store._back, Meter(0), (now - age).timestamp()
+    back, before = store._back, (now - age).timestamp()
     modified = {_digest_in(entry.key): entry.modified for entry in back.entries("trees")}
     roots = {digest for digest, when in modified.items() if when >= before}
     for entry in [*back.entries("releases"), *back.entries("pins")]:
@@ -83,17 +83,14 @@ def _find(store: Store, age: timedelta, now: datetime, keep_up: Callable[[], Non
     todo = roots & modified.keys()
     while todo:
         kept |= todo
-        keep_up()
         progress.report("gc", "following references", len(kept), len(modified))
-        found = in_parallel(lambda digest: _references(store, digest), sorted(todo), nothing)
+        found = _each(lambda digest: _references(store, digest), todo, keep_up)
         wanted |= {blob for blobs, _ in found for blob in blobs}
         todo = {digest for _, names in found for digest in names & modified.keys()} - kept
     dead = modified.keys() - kept
-    keep_up()
-    kinds = Counter(in_parallel(lambda digest: _kind(store, digest), dead, nothing))
-    keep_up()
+    kinds = Counter(_each(lambda digest: _kind(store, digest), dead, keep_up))
     records = [entry.key for entry in back.entries("index")]
-    gone = in_parallel(lambda key: bool(_named([back.read(key)]) & dead), records, nothing)
+    gone = _each(lambda key: bool(_named([back.read(key)]) & dead), records, keep_up)
     old = [entry for entry in back.entries("blobs") if entry.modified < before]
     blobs = [entry for entry in old if _digest_in(entry.key) not in wanted]
     return Garbage(
@@ -152,8 +149,15 @@ def _remove(back: Any, garbage: Garbage, collection: Collection) -> None:
     total = len(garbage.records) + len(garbage.manifests) + len(garbage.blobs)
     done = 0
     for keys in (garbage.records, garbage.manifests, garbage.blobs):  # each kind is gone before the next begins
-        for start in range(0, len(keys), 256):
-            collection.keep_up()
-            in_parallel(back.remove, keys[start : start + 256], Meter(0))
-            done += len(keys[start : start + 256])
-            progress.report("gc", "removing", done, total)
+        _each(back.remove, keys, collection.keep_up)
+        done += len(keys)
+        progress.report("gc", "removing", done, total)
+
+
+def _each(work: Callable[[str], Any], keys: Iterable[str], keep_up: Callable[[], None]) -> list[Any]:
+    """Does something with each key, eight at a time, and keeps the right to remove things up meanwhile."""
+    keys, done = list(keys), []
+    for start in range(0, len(keys), 1000):
+        keep_up()
+        done += in_parallel(work, keys[start : start + 1000], Meter(0))
+    return done
