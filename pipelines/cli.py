@@ -1,4 +1,5 @@
-"""The `trimtab` command: run, plan, compile, serve, serve-config and artifact. Exit codes: `trimtab.errors`."""
+"""The `trimtab` command: run, plan, compile, serve, serve-config and artifact; custody.py has the rest. Exit codes are
+those of `trimtab.errors`."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from trimtab import __version__, hardware
+from trimtab import __version__, hardware, signing
 from trimtab.errors import InputError, TrimtabError, nearest
 from trimtab.errors import __doc__ as exit_codes
+from trimtab.pipelines import custody
 from trimtab.recipe import Engine, Recipe
 from trimtab.state import GOALS, Evaluation
 
@@ -66,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--evaluation", default="", metavar="FILE", help="items, windows and text to measure, YAML"
     )
+    run.add_argument("--require-signature", action="store_true", help="release nothing that cannot be signed")
     run.add_argument("--runs", default=RUNS, metavar="DIR", help=f"logs and reports of runs (./{RUNS})")
     run.set_defaults(command=_run)
 
@@ -117,6 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     import_.set_defaults(command=_import_artifact)
     for action in (export, import_):
         action.add_argument("--store", default=STORE, help=f"s3://bucket/prefix or a folder (./{STORE})")
+
+    custody.add_commands(commands, STORE)
     return parser
 
 
@@ -152,6 +157,7 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     """Checks everything that can be checked in a second, before a long run begins."""
     _check_attempts(arguments.max_attempts)
     _check_choice("goal", arguments.goal, GOALS)
+    _check_signing(arguments.require_signature)
     hardware.target(arguments.target)
     recipe = _read(arguments.recipe, "recipe")
     if recipe:
@@ -316,6 +322,14 @@ def _check_attempts(number: int) -> None:
 def _check_choice(field: str, value: str, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise InputError(f"{field}: '{value}' is not valid; {nearest(value, valid)}")
+
+
+def _check_signing(required: bool) -> None:
+    """A key that the gate could not use is refused now rather than after hours of work."""
+    if required:
+        os.environ[signing.REQUIRED] = "1"  # the gate's process inherits it
+    if signing.signer() is None and signing.is_required():
+        raise InputError(f"{signing.KEY}: is not set, and releases must be signed; `trimtab keygen FILE` makes a key")
 
 
 def _check_texts(recipe: Recipe) -> None:

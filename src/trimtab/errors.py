@@ -7,6 +7,7 @@
 | 2 | bad input: a field, a file, an address or a credential must be changed |
 | 3 | no recipe passed: the run is complete and explained, nothing was released |
 | 4 | a stage failed: infrastructure trouble (disk, network, store), worth running again |
+| 5 | a release does not verify: the message says what was altered, by which key it is not signed, or when it expired |
 """
 
 from __future__ import annotations
@@ -41,6 +42,20 @@ class StageError(TrimtabError):
 
 class StoreError(StageError):
     """The store could not be read or written; nothing partial is visible in it."""
+
+
+class Unreachable(StoreError):
+    """The store gave no answer, or one that another try may change: the only trouble that is waited for."""
+
+
+class Damaged(StoreError):
+    """An object of the store is missing, or is not what its checksum says: no other try will change that."""
+
+
+class NotVerified(TrimtabError):
+    """A release is not what was judged and signed, or cannot be shown to be; the message says why."""
+
+    exit_code = 5
 
 
 class Failure(TrimtabError):

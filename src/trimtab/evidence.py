@@ -134,6 +134,12 @@ def check(store: Store, state: State, brief: Brief) -> str | None:
     if recipe.digest != brief.recipe.digest or recipe.accept != brief.recipe.accept:
         return "the evidence is of another recipe"
     store.manifest(Tree.model_validate(document["export"]))
+    return judge_anew(store, document)
+
+
+def judge_anew(store: Store, document: Mapping[str, Any]) -> str | None:
+    """Judges the stored answers that a document of evidence names; returns why they do not suffice, or None."""
+    recipe = Recipe.parse(document["recipe"])
     filed = Verdict.model_validate(document["verdict"])
     measured = {name: Tree.model_validate(tree) for name, tree in document["measured"].items()}
     again = judge_looks(store, measured, recipe, filed.looks)

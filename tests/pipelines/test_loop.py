@@ -17,15 +17,16 @@ from typing import Any
 import pytest
 from kfp import local
 
-from trimtab import evidence, flow, plan, stages
+from trimtab import evidence, flow, plan, signing, stages
 from trimtab.components.deployment import gate
 from trimtab.components.deployment.component import gate as gate_component
 from trimtab.components.fetch.source import fetch
 from trimtab.components.validation import stage as validation
-from trimtab.errors import Failure, NotReleased, StoreError
+from trimtab.errors import Failure, InputError, NotReleased, NotVerified, StoreError
 from trimtab.recipe import Acceptance, Recipe
 from trimtab.state import Evaluation, State
 from trimtab.store import Store, Tree, open_store
+from trimtab.verification import verify
 
 pytestmark = pytest.mark.slow
 
@@ -535,6 +536,40 @@ def test_gate_releases_once(script, accepted, tmp_path):
     record = script.store.read_release(first)
     assert record["evidence"] == accepted.history[-1].evaluation.model_dump()
     assert record["verdict"]["outcome"] == "accepted"
+
+
+def test_gate_signs(script, accepted, tmp_path, monkeypatch):
+    """With a key the release is signed, once; without one it says that it is not; another key signs it anew."""
+    monkeypatch.delenv(signing.KEY, raising=False)
+    unsigned = release(accepted, tmp_path / "gate")
+    assert script.store.read_release(unsigned)["signed_by"] == "unsigned"
+    for number, name in enumerate(("first", "second"), start=2):
+        public, identity = signing.generate(tmp_path / name)
+        monkeypatch.setenv(signing.KEY, str(tmp_path / name))
+        signed = release(accepted, tmp_path / "gate")
+        assert signed == release(accepted, tmp_path / "gate") == f"{script.store.uri}/releases/tiny/{number:06d}"
+        assert script.store.read_release(signed)["signed_by"] == identity
+        key = signing.public_key(public)
+        assert verify(script.store, signed, [key]).predicate.artifact == accepted.trees["export"]
+        with pytest.raises(NotVerified, match="it is unsigned"):
+            verify(script.store, unsigned, [key])
+
+
+def test_gate_signs_anew_what_has_expired(script, accepted, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIMTAB_SIGNATURE_DAYS", "0.000001")
+    first = release(accepted, tmp_path / "gate")
+    assert release(accepted, tmp_path / "gate") != first
+
+
+def test_gate_that_must_sign(script, accepted, tmp_path, monkeypatch):
+    monkeypatch.setenv(signing.REQUIRED, "1")
+    monkeypatch.delenv(signing.KEY, raising=False)
+    with pytest.raises(NotReleased, match="must be signed and the gate has no key: set TRIMTAB_SIGNING_KEY"):
+        release(accepted, tmp_path / "gate")
+    monkeypatch.setenv(signing.KEY, str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match="TRIMTAB_SIGNING_KEY: the file cannot be read"):
+        release(accepted, tmp_path / "gate")
+    assert script.store.releases("tiny") == []
 
 
 def test_gate_fails_its_task(script, accepted, tmp_path, capfd):

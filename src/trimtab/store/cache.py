@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trimtab.errors import StoreError
+from trimtab.errors import Damaged
 from trimtab.store.local import blob_key
 from trimtab.store.transfer import Meter, Progress, chunks, explained, in_parallel, pump
 from trimtab.store.tree import Manifest
@@ -34,7 +34,8 @@ def bring(
         manifest: reads the manifest; called only when the tree is not in the cache.
 
     Raises:
-        StoreError: a file is missing or corrupted in the store, or the disk is full; the message names it.
+        Damaged: a file is missing or corrupted in the store; the message names it.
+        StoreError: the store could not be read, or the disk is full.
         InputError: the cache folder cannot be written.
     """
     root = cache_folder()
@@ -78,7 +79,7 @@ def _fill(staging: Path, back, uri: str, contents: Manifest, progress: Progress 
         if found != blob.sha256:
             state = "missing" if found is None else "corrupted"
             remedy = f"delete {back.uri}/{key}, if it is there, and put the tree again"
-            raise StoreError(f"the file {path!r} of {uri} is {state} in the store: {remedy}")
+            raise Damaged(f"the file {path!r} of {uri} is {state} in the store: {remedy}")
         target.chmod(0o444)
 
     _set_folders(staging, 0o755)

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from trimtab.errors import InputError, StoreError
 from trimtab.store.transfer import Meter, changed, chunks, explained, pump, settle
+from trimtab.store.tree import Entry
 
 #: A smaller file is hashed before it is copied: its second reading comes from memory.
 LARGE = 64 << 20
@@ -63,6 +64,30 @@ class LocalBack:
                 return sorted(os.listdir(self.root / folder))
             except FileNotFoundError:
                 return []
+
+    def modified(self, key: str) -> float | None:
+        """Returns when an object was written, in seconds since 1970, None when it is absent."""
+        with explained(f"{key} in {self.uri}"):
+            try:
+                return (self.root / key).stat().st_mtime
+            except FileNotFoundError:
+                return None
+
+    def entries(self, folder: str) -> list[Entry]:
+        """Lists all objects below a folder, in any order."""
+        found = []
+        with explained(f"{folder} in {self.uri}"):
+            for path in (self.root / folder).rglob("*"):
+                with contextlib.suppress(FileNotFoundError):  # a lease may end meanwhile
+                    if path.is_file():
+                        about = path.stat()
+                        found.append(Entry(path.relative_to(self.root).as_posix(), about.st_size, about.st_mtime))
+        return found
+
+    def remove(self, key: str) -> None:
+        """Removes an object, if it is there."""
+        with explained(f"{key} in {self.uri}"):
+            (self.root / key).unlink(missing_ok=True)
 
     def write(self, key: str, data: bytes) -> None:
         """Writes a small object atomically; replaces an earlier one."""
@@ -133,6 +158,14 @@ class LocalBack:
                 checksum, _ = pump(chunks(blob), file.write, meter.advance)
                 settle(file)
             return checksum
+
+    def checksum(self, key: str, size: int, meter: Meter) -> str | None:
+        """Returns the SHA-256 of a blob's content, None when it is absent."""
+        with explained(f"{key} in {self.uri}"):
+            try:
+                return pump(chunks(self.root / key), None, meter.advance)[0]
+            except FileNotFoundError:
+                return None
 
     def check(self) -> None:
         """See `Store.check`."""

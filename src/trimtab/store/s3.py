@@ -8,22 +8,26 @@ import io
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-from trimtab.errors import InputError, StoreError
+from trimtab import progress
+from trimtab.errors import InputError, StoreError, Unreachable
 from trimtab.store.local import blob_key
 from trimtab.store.s3_client import connect
 from trimtab.store.s3_errors import explain_code, explain_connection
 from trimtab.store.transfer import CHUNK, Meter, changed, chunks, explained, pump, settle
+from trimtab.store.tree import Entry
 
 #: Bytes of a part of a large upload. 8 files x (3 parts sent + 1 read) are in memory at most: 256 MiB.
 PART, PARTS_AT_ONCE, MAX_PARTS = 8 << 20, 3, 10_000
 
-#: How often a download goes on where it broke off.
-RESUMES = 5
+#: A server that has answered once is waited for so many seconds after its last answer: it may be restarting.
+PATIENCE = 60.0
+
+Result = TypeVar("Result")
 
 
 class S3Back:
@@ -53,33 +57,58 @@ class S3Back:
         self.endpoint, self._secrets = connection.endpoint, connection.secrets
         self._client, self._http = connection.client, connection.http
         self._atomic_create = False
+        self._heard: float | None = None  # when the server last answered
 
     def prepare(self) -> None:
         """Nothing to do: S3 has no partial objects."""
 
     def size(self, key: str) -> int | None:
         """Returns an object's bytes, None when it is absent."""
-        with self._explained(f"look at {key}"), _absent():
-            return self._client.stat_object(self.bucket, self._key(key)).size
-        return None
+        return self._insist(f"look at {key}", lambda: self._stat(key, "size"))
 
     def read(self, key: str) -> bytes | None:
         """Returns a small object's content, None when it is absent."""
-        with self._explained(f"read {key}"), _absent(), self._open(key) as response:
-            return response.read()
-        return None
+
+        def read() -> bytes | None:
+            with _absent(), self._open(key) as response:
+                return response.read()
+            return None
+
+        return self._insist(f"read {key}", read)
 
     def names(self, folder: str) -> list[str]:
         """Returns the names of the objects in a folder, sorted."""
         prefix = f"{self._key(folder)}/".removeprefix("/").replace("//", "/")
-        with self._explained(f"list {folder}"):
+
+        def names() -> list[str]:
             listed = self._client.list_objects(self.bucket, prefix=prefix)
             return sorted(item.object_name.removeprefix(prefix) for item in listed if not item.is_dir)
 
+        return self._insist(f"list {folder}", names)
+
+    def modified(self, key: str) -> float | None:
+        """Returns when an object was written, in seconds since 1970, None when it is absent."""
+        when = self._insist(f"look at {key}", lambda: self._stat(key, "last_modified"))
+        return when and when.timestamp()
+
+    def entries(self, folder: str) -> list[Entry]:
+        """Lists all objects below a folder, in any order."""
+        prefix, start = f"{self._key(folder)}/", len(self._key(""))
+
+        def entries() -> list[Entry]:
+            listed = self._client.list_objects(self.bucket, prefix=prefix, recursive=True)
+            return [Entry(item.object_name[start:], item.size, item.last_modified.timestamp()) for item in listed]
+
+        return self._insist(f"list {folder}", entries)
+
+    def remove(self, key: str) -> None:
+        """Removes an object, if it is there."""
+        self._insist(f"remove {key}", lambda: self._client.remove_object(self.bucket, self._key(key)))
+
     def write(self, key: str, data: bytes) -> None:
         """Writes a small object atomically; replaces an earlier one."""
-        with self._explained(f"write {key}"):
-            self._client.put_object(self.bucket, self._key(key), io.BytesIO(data), len(data))
+        put = self._client.put_object
+        self._insist(f"write {key}", lambda: put(self.bucket, self._key(key), io.BytesIO(data), len(data)))
 
     def create(self, key: str, data: bytes) -> bool:
         """Writes a small object unless there is one already; returns whether it wrote. Atomic.
@@ -93,7 +122,11 @@ class S3Back:
                 problem = f"{self.endpoint} ignores If-None-Match, which releases need to be numbered safely"
                 raise InputError(f"{problem}: update that server or keep releases in another store")
             self._atomic_create = True
-        return self._put_if_absent(key, data)
+        try:
+            return self._put_if_absent(key, data)
+        except Unreachable:  # it may have been written, and only the answer lost
+            found = self.read(key)
+            return self._put_if_absent(key, data) if found is None else found == data
 
     def add(self, source: Path, size: int, meter: Meter, move: bool) -> str:
         """Brings a file into blobs/ and returns its SHA-256; sends nothing that is there already."""
@@ -101,52 +134,45 @@ class S3Back:
             checksum, count = pump(chunks(source), None, meter.touch)
             if count != size:
                 raise changed(source)
-            if self.size(blob_key(checksum)) == size:
+            key, part = blob_key(checksum), max(PART, -(-size // MAX_PARTS))
+            sent = 0
+
+            def send() -> None:
+                nonlocal sent
+                if sent:
+                    meter.advance(-sent)
+                with open(source, "rb") as file:
+                    body = _Checked(file, source, size, checksum, meter)
+                    try:
+                        self._client.put_object(
+                            self.bucket, self._key(key), body, size, part_size=part, num_parallel_uploads=PARTS_AT_ONCE
+                        )
+                    finally:
+                        sent = body.sent
+
+            if self.size(key) == size:
                 meter.advance(size)
-                return checksum
-            part = max(PART, -(-size // MAX_PARTS))
-            with open(source, "rb") as file, self._explained(f"write {blob_key(checksum)}"):
-                body = _Checked(file, source, size, checksum, meter)
-                key = self._key(blob_key(checksum))
-                self._client.put_object(
-                    self.bucket, key, body, size, part_size=part, num_parallel_uploads=PARTS_AT_ONCE
-                )
+            else:
+                self._insist(f"write {key}", send, meter)
             return checksum
 
     def fetch(self, key: str, size: int, target: Path, meter: Meter) -> str | None:
-        """Brings a blob to `target`, which must not exist, and returns its SHA-256; None when it is absent.
-
-        A download that breaks off goes on where it stopped.
-        """
-        from urllib3.exceptions import ProtocolError, TimeoutError
-
-        checksum, done = hashlib.sha256(), 0
-        with open(target, "xb") as file, self._explained(f"read {key}"), _absent():
-            for attempt in range(RESUMES + 1):
-                try:
-                    with self._open(key, done) as response:
-                        for piece in response.stream(CHUNK):
-                            file.write(piece)
-                            checksum.update(piece)
-                            done += len(piece)
-                            meter.advance(len(piece))
-                    break
-                except (ProtocolError, TimeoutError):
-                    if done >= size:
-                        break
-                    if attempt == RESUMES:
-                        raise
-                    time.sleep(0.2 * 2**attempt)
+        """Brings a blob to `target`, which must not exist, and returns its SHA-256; None when it is absent."""
+        with open(target, "xb") as file:
+            checksum = self._stream(key, size, file.write, meter)
             settle(file)
-            return checksum.hexdigest()
-        return None
+            return checksum
+
+    def checksum(self, key: str, size: int, meter: Meter) -> str | None:
+        """Returns the SHA-256 of a blob's content, None when it is absent."""
+        return self._stream(key, size, None, meter)
 
     def download(self, folder: Path, suffixes: tuple[str, ...]) -> None:
         """Brings what lies directly below the prefix into a folder: a model that somebody else put there."""
         for name in self.names(""):
             if name.endswith(suffixes):
-                with self._explained(f"download {name}"):
-                    self._client.fget_object(self.bucket, self._key(name), str(folder / name))
+                get = self._client.fget_object
+                self._insist(f"download {name}", lambda: get(self.bucket, self._key(name), str(folder / name)))  # noqa: B023
 
     def check(self) -> None:
         """See `Store.check`."""
@@ -162,6 +188,69 @@ class S3Back:
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
+
+    def _stat(self, key: str, what: str) -> Any:
+        from minio.error import S3Error
+
+        with _absent():
+            try:
+                return getattr(self._client.stat_object(self.bucket, self._key(key)), what)
+            except S3Error as error:
+                if error.code == "AccessDenied":  # an answer to HEAD has no body that says why; one to a listing has
+                    next(iter(self._client.list_objects(self.bucket, prefix=self._key(key))), None)
+                raise
+        return None
+
+    def _stream(self, key: str, size: int, write: Callable[[bytes], Any] | None, meter: Meter) -> str | None:
+        """Passes a blob's content to `write` (if given) and returns its SHA-256; None when it is absent.
+
+        A download that breaks off goes on where it stopped.
+        """
+        from urllib3.exceptions import ProtocolError
+
+        checksum, done = hashlib.sha256(), 0
+
+        def rest() -> bool:
+            nonlocal done
+            with _absent():
+                try:
+                    with self._open(key, done) as response:
+                        for piece in response.stream(CHUNK):
+                            if write:
+                                write(piece)
+                            checksum.update(piece)
+                            done += len(piece)
+                            meter.advance(len(piece))
+                            self._heard = time.monotonic()
+                except ProtocolError:
+                    if done < size:
+                        raise
+                return True
+            return False
+
+        return checksum.hexdigest() if self._insist(f"read {key}", rest, meter) else None
+
+    def _insist(self, what: str, action: Callable[[], Result], meter: Meter | None = None) -> Result:
+        """Returns what an action returns; repeats it while a server that has answered before does not.
+
+        Raises:
+            StoreError: what the action met, in one sentence.
+        """
+        pause = 0.25
+        while True:
+            try:
+                with self._explained(what):
+                    result = action()
+                self._heard = time.monotonic()
+                return result
+            except Unreachable as error:
+                if self._heard is None or time.monotonic() - self._heard > PATIENCE:
+                    raise
+                progress.report("store", f"waiting up to {PATIENCE:.0f} s: {error}")
+            if meter:
+                meter.touch()
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
 
     @contextlib.contextmanager
     def _open(self, key: str, offset: int = 0) -> Iterator[Any]:
@@ -218,13 +307,14 @@ class _Checked:
 
     def __init__(self, file: BinaryIO, source: Path, size: int, checksum: str, meter: Meter):
         self._file, self._source, self._meter = file, source, meter
-        self._left, self._expected = size, checksum
+        self._left, self._expected, self.sent = size, checksum, 0
         self._checksum = hashlib.sha256()
 
     def read(self, count: int) -> bytes:
         piece = self._file.read(count)
         self._checksum.update(piece)
         self._left -= len(piece)
+        self.sent += len(piece)
         if not piece or (not self._left and not self._is_unchanged()):
             raise changed(self._source)
         self._meter.advance(len(piece))

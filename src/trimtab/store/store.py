@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import InputError, StoreError
+from trimtab.errors import Damaged, InputError
+from trimtab.store import leases
 from trimtab.store.address import canonical, folder_of, split_release, split_tree
 from trimtab.store.cache import bring
-from trimtab.store.local import LocalBack
+from trimtab.store.local import LocalBack, blob_key
 from trimtab.store.transfer import Meter, Progress, explained, in_parallel
 from trimtab.store.tree import Blob, Manifest, Tree, list_files
+
+#: A tree that is put again or looked up is written anew when it is older: see `trimtab.store.garbage`.
+RENEW = timedelta(days=1)
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -42,8 +48,9 @@ class Store:
     """Immutable, content-addressed trees; the results of stages by key; numbered releases.
 
     Layout: `blobs/<first two digits>/<SHA-256>`, `trees/<digest>.json` (the manifest, written last: what is
-    half written is never visible), `index/<key>.json`, `releases/<name>/<version>.json`; in a folder also
-    `.partial/` for temporary files. Threads and processes may share a store.
+    half written is never visible), `index/<key>.json`, `releases/<name>/<version>.json`, `pins/<name>.json`;
+    `leases/` and `collecting.json` say who is at work; in a folder also `.partial/` for temporary files. Threads
+    and processes may share a store.
 
     Every method raises StoreError when the store fails (network, disk, a damaged object) and InputError when
     something given is wrong (address, credentials, permissions, arguments).
@@ -82,12 +89,13 @@ class Store:
         metadata = json.loads(_json(metadata or {}, "metadata"))
         self._back.prepare()
         meter = Meter(sum(sizes.values()), progress)
-        sums = in_parallel(lambda path: self._back.add(folder / path, sizes[path], meter, move), sizes, meter)
-        files = {path: Blob(sha256=sha, bytes=sizes[path]) for path, sha in zip(sizes, sums, strict=True)}
-        manifest = Manifest.parse({"kind": kind, "metadata": metadata, "files": files})
-        key = f"trees/{manifest.digest}.json"
-        if self._back.size(key) is None:
-            self._back.write(key, _json(manifest.document, "the manifest"))
+        with leases.working(self._back):
+            sums = in_parallel(lambda path: self._back.add(folder / path, sizes[path], meter, move), sizes, meter)
+            files = {path: Blob(sha256=sha, bytes=sizes[path]) for path, sha in zip(sizes, sums, strict=True)}
+            manifest = Manifest.parse({"kind": kind, "metadata": metadata, "files": files})
+            key = f"trees/{manifest.digest}.json"
+            if _is_old(self._back.modified(key)):
+                self._back.write(key, _json(manifest.document, "the manifest"))
         if move:
             with explained(str(folder)):
                 for path in sizes:
@@ -130,14 +138,42 @@ class Store:
         digest = self._digest(tree)
         data = self._back.read(f"trees/{digest}.json")
         if data is None:
-            raise StoreError(f"there is no tree {digest} in {self.uri}: it was never completed, or deleted")
+            raise Damaged(f"there is no tree {digest} in {self.uri}: it was never completed, or deleted")
         try:
             manifest = Manifest.parse(json.loads(data))
         except (ValueError, InputError) as error:
-            raise StoreError(f"the manifest of {self.uri}/trees/{digest} is damaged: {error}") from None
+            raise Damaged(f"the manifest of {self.uri}/trees/{digest} is damaged: {error}") from None
         if manifest.digest != digest:
-            raise StoreError(f"the manifest of {self.uri}/trees/{digest} is damaged: it has another digest")
+            raise Damaged(f"the manifest of {self.uri}/trees/{digest} is damaged: it has another digest")
+        if data != _json(manifest.document, "the manifest"):  # 1e5 for 1E5: the same manifest, other bytes
+            raise Damaged(f"the manifest of {self.uri}/trees/{digest} is damaged: it was written by something else")
         return manifest
+
+    def examine(self, tree: Tree | str, progress: Progress | None = None) -> Manifest:
+        """Reads every file of a tree in the store, past the cache, and returns the manifest that all of them meet.
+
+        Raises:
+            InputError: not a tree of this store.
+            Damaged: the manifest or a file is missing, or has another checksum; the message names it.
+            StoreError: the store could not be read.
+        """
+        uri = f"{self.uri}/trees/{self._digest(tree)}"
+        manifest = self.manifest(uri)
+        meter = Meter(manifest.size, progress)
+
+        def hash_again(path: str) -> None:
+            blob = manifest.files[path]
+            found = self._back.checksum(blob_key(blob.sha256), blob.bytes, meter)
+            if found != blob.sha256:
+                state = "missing" if found is None else "corrupted"
+                raise Damaged(f"the file {path!r} of {uri} is {state} in the store")
+
+        in_parallel(hash_again, manifest.files, meter)
+        return manifest
+
+    def tree(self, digest: str, size: int = 0) -> Tree:
+        """Returns the name of the tree with this digest in this store, wherever it was made."""
+        return Tree(uri=f"{self.uri}/trees/{digest}", digest=digest, bytes=size)
 
     def record(self, key: str, value: Mapping[str, Any]) -> None:
         """Keeps the result of a stage (small JSON) under its key (64 hex digits); the last writer wins."""
@@ -154,17 +190,27 @@ class Store:
             return None
         return value if all(self._exists(*where) for where in _trees(value)) else None
 
-    def release(self, name: str, record: Mapping[str, Any]) -> str:
+    def release(self, name: str, record: Mapping[str, Any] | Callable[[str], Mapping[str, Any]]) -> str:
         """Adds a release and returns its URI, `<store>/releases/<name>/<version>`.
 
         The version is one more than the highest, in six digits; two writers never take the same one.
+
+        Args:
+            record: JSON, or a function of the version that returns it, for a record that holds its own version.
         """
-        data = _json(record, "a release")
-        self._back.prepare()
+        make = record if callable(record) else lambda _version: record
         number = max((int(version) for version in self._versions(name)), default=0) + 1
+        data = _json(make(f"{number:06d}"), "a release")
+        self._back.prepare()
         while not self._back.create(f"releases/{name}/{number:06d}.json", data):
             number += 1
+            data = _json(make(f"{number:06d}"), "a release")
         return f"{self.uri}/releases/{name}/{number:06d}"
+
+    def newest(self, name: str) -> str | None:
+        """Returns the URI of the newest release of this name, None when there is none; reads no record."""
+        versions = self._versions(name)
+        return f"{self.uri}/releases/{name}/{versions[-1]}" if versions else None
 
     def releases(self, name: str) -> list[dict[str, Any]]:
         """Returns [{"uri", "version", "record"}, …] of all releases of this name, oldest first."""
@@ -176,6 +222,7 @@ class Store:
 
         Raises:
             InputError: there is no such release in this store.
+            Damaged: it is not as `release` wrote it.
         """
         parts = split_release(uri)
         if not parts or not _NAME.fullmatch(parts[1]) or canonical(parts[0]) != self.uri:
@@ -186,9 +233,35 @@ class Store:
             versions = ", ".join(self._versions(parts[1])[-5:]) or "none"
             raise InputError(f"there is no release {uri} (the latest are: {versions})")
         try:
-            return json.loads(data)
+            record = json.loads(data)
         except ValueError:
-            raise StoreError(f"the release {uri} is damaged: it is not JSON") from None
+            raise Damaged(f"the release {uri} is damaged: it is not JSON") from None
+        if not isinstance(record, dict) or _json(record, "a release") != data:
+            raise Damaged(f"the release {uri} is damaged: it was written by something else")
+        return record
+
+    def pin(self, name: str, trees: Iterable[Tree | str], until: datetime | None = None) -> None:
+        """Keeps trees, and what their documents name, from being collected: those that a schedule will ask for.
+
+        Args:
+            name: whose trees they are, as a release's name; an earlier pin of this name is replaced.
+            until: when the pin may be forgotten; None for never.
+
+        Raises:
+            InputError: the name is not valid, `until` has no time zone, or not trees of this store.
+            Damaged: one of them is not there.
+        """
+        if until and until.tzinfo is None:
+            raise InputError(f"until: {until} has no time zone; write datetime.now(UTC) and so on")
+        with leases.working(self._back):
+            kept = [self.manifest(tree).digest for tree in trees]
+            pinned = {"trees": kept, "until": until.isoformat() if until else None}
+            self._back.prepare()
+            self._back.write(f"pins/{_name(name, 'pin')}.json", _json(pinned, "a pin"))
+
+    def unpin(self, name: str) -> None:
+        """Forgets a pin, if there is one."""
+        self._back.remove(f"pins/{_name(name, 'pin')}.json")
 
     def check(self) -> None:
         """Finds out in seconds whether the store can be used: reachable, right credentials, there, writable.
@@ -208,13 +281,23 @@ class Store:
         return parts[1]
 
     def _exists(self, address: str, digest: str) -> bool:
+        """Tells whether a tree is there, and keeps an old one from being collected before it is used."""
         store = self if canonical(address) == self.uri else open_store(address)
-        return store._back.size(f"trees/{digest}.json") is not None
+        key = f"trees/{digest}.json"
+        when = store._back.modified(key)
+        if when is None or not _is_old(when):
+            return when is not None
+        try:
+            with leases.working(store._back):
+                data = store._back.read(key)
+                if data is not None:
+                    store._back.write(key, data)
+            return data is not None
+        except InputError:  # a store that may only be read
+            return True
 
     def _versions(self, name: str) -> list[str]:
-        if not _NAME.fullmatch(name):
-            raise InputError(f"the release name {name!r} is not valid: write letters, digits, '.', '_', '-'")
-        names = (entry.removesuffix(".json") for entry in self._back.names(f"releases/{name}"))
+        names = (entry.removesuffix(".json") for entry in self._back.names(f"releases/{_name(name, 'release')}"))
         return sorted((entry for entry in names if entry.isdigit()), key=int)
 
 
@@ -229,6 +312,16 @@ def _json(value: Any, what: str) -> bytes:
         return text.encode()
     except (TypeError, ValueError) as error:
         raise InputError(f"{what} is not JSON: {error}") from None
+
+
+def _name(name: str, what: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise InputError(f"the {what} name {name!r} is not valid: write letters, digits, '.', '_', '-'")
+    return name
+
+
+def _is_old(modified: float | None) -> bool:
+    return modified is None or time.time() - modified > RENEW.total_seconds()
 
 
 def _index_key(key: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,6 +61,15 @@ class Manifest(Document):
     def digest(self) -> str:
         """The SHA-256 of the canonical JSON of the manifest: the name of the tree."""
         return digest(self.document)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object of the store in a listing: its key, its size in bytes, and when it was written, seconds since 1970."""
+
+    key: str
+    bytes: int
+    modified: float
 
 
 def list_files(folder: Path) -> dict[str, int]:

@@ -1,0 +1,129 @@
+"""The commands verify, keygen and gc: what they print, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from trimtab import evidence, signing, statement
+from trimtab.evidence import look_name
+from trimtab.pipelines import cli
+from trimtab.recipe import Recipe
+from trimtab.state import State
+from trimtab.store import open_store
+
+
+@pytest.fixture
+def trimtab(capsys):
+    """A function: runs the command and returns its exit code and what it prints, on one line."""
+
+    def run(*options: object) -> tuple[int, str]:
+        code = cli.main([str(option) for option in options])
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        return code, " ".join((said.out + said.err).split())
+
+    return run
+
+
+@pytest.fixture
+def released(tmp_path, monkeypatch, trimtab):
+    """A store with one signed release, by the key `gate`; the working directory is beside it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    code, said = trimtab("keygen", "gate")
+    assert code == 0 and "public gate.pub" in said
+    store = open_store("trimtab-store")
+    trees = {}
+    for baseline in (True, False):
+        folder = tmp_path / f"answers-{baseline}"
+        folder.mkdir()
+        rows = [{"id": str(n), "score": float(n % 5 > 0), "chance": 0.25} for n in range(300)]
+        (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        nll = [300.0 + n % 3 for n in range(16)]
+        (folder / "windows.json").write_text(json.dumps({"start": 0, "nll": nll, "tokens": [100] * 16}))
+        trees[look_name(1, baseline)] = store.put(folder, kind="evaluation", metadata={"baseline": baseline})
+    export = store.put_json("export", {})
+    state = State(store=store.uri, goal="lower_latency", target="cpu", model=export, recipe=Recipe())
+    verdict = evidence.judge_looks(store, trees, Recipe(), 1)
+    filed = evidence.write(store, state, verdict, export, trees, {})
+    signer = signing.signer({signing.KEY: "gate"})
+
+    def record(version: str) -> dict:
+        said = statement.make("tiny", version, evidence.read(store, filed), filed, None, verdict.to_dict())
+        return statement.release_record(signing.seal(statement.payload(said), signer))
+
+    return store.release("tiny", record)
+
+
+@pytest.mark.parametrize("written", ["uri", "tiny/000001", "tiny", "trimtab-store/releases/tiny/000001"])
+def test_verified(released, trimtab, written):
+    release = released if written == "uri" else written
+    code, said = trimtab("verify", release, "--key", "gate.pub", "--max-age", "1d")
+    assert code == 0, said
+    assert said.startswith(f"verified {released} artifact ")
+    assert "judged accepted again" in said and "signed with " in said
+
+
+def test_without_a_key(released, trimtab):
+    code, said = trimtab("verify", "tiny")
+    assert (code, "signed not checked, for no --key was given" in said) == (0, True)
+
+
+def test_refused(released, trimtab, tmp_path):
+    trimtab("keygen", "other")
+    code, said = trimtab("verify", "tiny", "--key", "other.pub")
+    assert code == 5 and f"trimtab: {released} is refused: it is signed by another key" in said
+    assert trimtab("verify", "tiny", "--key", "other.pub", "--key", "gate.pub")[0] == 0
+    code, said = trimtab("verify", "tiny", "--key", "gate.pub", "--max-age", "0h")
+    assert code == 5 and "days old, more than 0: release it anew" in said
+    (record,) = (tmp_path / "trimtab-store/releases/tiny").iterdir()
+    record.write_bytes(record.read_bytes()[:-1])
+    code, said = trimtab("verify", "tiny", "--key", "gate.pub")
+    assert code == 5 and "is damaged: it is not JSON" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["tiny", "--key", "none.pub"], "key: 'none.pub' cannot be read"),
+        (["tiny", "--key", "gate"], "key: 'gate' is not a public key in PEM; write the .pub file"),
+        (["tiny", "--max-age", "90"], "age: '90' is not valid; write days or hours, such as 90d or 12h"),
+        (["tny"], "has no release 'tny'; write the URI that a run printed"),
+        (["tiny/000007"], "there is no release"),
+        (["tiny", "--store", "elsewhere"], "elsewhere has no release 'tiny'"),
+    ],
+)
+def test_bad_input(released, trimtab, options, message):
+    code, said = trimtab("verify", *options)
+    assert (code, message in said) == (2, True), said
+
+
+def test_keys_are_not_overwritten(released, trimtab):
+    code, said = trimtab("keygen", "gate")
+    assert (code, "write the path of a new file" in said) == (2, True)
+
+
+def test_a_run_that_must_sign_and_cannot(released, trimtab, monkeypatch):
+    monkeypatch.setenv(signing.REQUIRED, "")
+    monkeypatch.delenv(signing.KEY, raising=False)
+    code, said = trimtab("run", "--model", "model", "--require-signature")
+    assert (code, "TRIMTAB_SIGNING_KEY: is not set, and releases must be signed" in said) == (2, True), said
+
+
+def test_garbage(released, trimtab, tmp_path):
+    """All of the release stays, whatever its age; the rest goes, after a look at what that would be."""
+    store = open_store("trimtab-store")
+    store.put_json("ladder", {"unused": True})
+    code, said = trimtab("gc", "--dry-run")
+    assert code == 0 and "would remove 0 trees, 0 results" in said and "keeping 5 trees" in said
+    for path in (tmp_path / "trimtab-store").rglob("*"):
+        os.utime(path, (0, 0))
+    for options, word in ((["--dry-run"], "would remove"), ([], "removed")):
+        code, said = trimtab("gc", "--older-than", "30d", *options)
+        assert code == 0 and f"{word} 1 trees (1 ladder), 0 results freeing 0.0 MB in 1 files" in said, said
+    assert trimtab("verify", "tiny", "--key", "gate.pub")[0] == 0
+    code, said = trimtab("gc", "--older-than", "1d")
+    assert code == 2 and "older_than: 1 days is too short" in said
