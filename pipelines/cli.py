@@ -1,9 +1,8 @@
-"""The `trimtab` command: run, plan, compile and artifact. Exit codes are those of `trimtab.errors`."""
+"""The `trimtab` command. What speaks to a cluster is in `cluster_commands`; exit codes are in `trimtab.errors`."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from trimtab import __version__, hardware
-from trimtab.errors import InputError, TrimtabError, nearest
+from trimtab.errors import InputError, TrimtabError
 from trimtab.errors import __doc__ as exit_codes
+from trimtab.pipelines import cluster_commands
+from trimtab.pipelines.inputs import check_attempts, check_choice, read, release_name
 from trimtab.recipe import Recipe
 from trimtab.state import GOALS, Evaluation
 
@@ -82,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--image", default="", help="container image of all stages")
     compile_.set_defaults(command=_compile)
 
+    cluster_commands.add(commands)
+
     artifact = commands.add_parser("artifact", help="carry a stage's result, such as a calibration, to another store")
     actions = artifact.add_subparsers(required=True, metavar="ACTION", parser_class=_Parser)
     export = actions.add_parser("export", help="write a tree and what is known of it into a folder")
@@ -126,13 +129,13 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
 
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     """Checks everything that can be checked in a second, before a long run begins."""
-    _check_attempts(arguments.max_attempts)
-    _check_choice("goal", arguments.goal, GOALS)
+    check_attempts(arguments.max_attempts)
+    check_choice("goal", arguments.goal, GOALS)
     hardware.target(arguments.target)
-    recipe = _read(arguments.recipe, "recipe")
+    recipe = read(arguments.recipe, "recipe")
     if recipe:
         _check_texts(Recipe.parse(recipe))
-    evaluation = Evaluation.parse(_read(arguments.evaluation, "evaluation") or "{}").model_copy(
+    evaluation = Evaluation.parse(read(arguments.evaluation, "evaluation") or "{}").model_copy(
         update={
             "tasks": tuple(task.strip() for task in arguments.tasks.split(",") if task.strip()),
             "task_path": str(Path(arguments.task_path).absolute()) if arguments.task_path else "",
@@ -150,7 +153,7 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
         "target": arguments.target,
         "recipe": recipe,
         "max_attempts": arguments.max_attempts,
-        "name": arguments.name or _name(model),
+        "name": arguments.name or release_name(model),
         "evaluation": evaluation.to_json(),
     }
 
@@ -158,8 +161,8 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
 def _plan(arguments: argparse.Namespace, console: Console) -> int:
     from rich.table import Table
 
-    _check_choice("goal", arguments.goal, GOALS)
-    recipe = _read(arguments.recipe, "recipe")
+    check_choice("goal", arguments.goal, GOALS)
+    recipe = read(arguments.recipe, "recipe")
     table = Table("", "recipe", "why", title=f"{arguments.goal} on {arguments.target}")
     for number, rung in enumerate(_ladder(arguments, recipe), start=1):
         table.add_row(str(number), rung.recipe.title, rung.why)
@@ -177,18 +180,12 @@ def _ladder(arguments: argparse.Namespace, recipe: str) -> list[Rung]:
 
 
 def _compile(arguments: argparse.Namespace, console: Console) -> int:
-    _check_attempts(arguments.max_attempts)
-    if arguments.image:
-        os.environ["TRIMTAB_IMAGE"] = arguments.image  # read where the components are declared
-    from kfp import compiler
+    from trimtab.pipelines import package
 
-    from trimtab.pipelines.optimize import optimize_pipeline
-
-    output = Path(arguments.output)
-    if output.suffix not in (".yaml", ".yml", ".json") or not output.absolute().parent.is_dir():
-        raise InputError(f"output: '{output}' must be a .yaml or .json file in a folder that exists")
-    compiler.Compiler().compile(optimize_pipeline(arguments.max_attempts), str(output))
-    console.print(f"wrote {output} for Kubeflow Pipelines >= 2.17.0, up to {arguments.max_attempts} attempts")
+    check_attempts(arguments.max_attempts)
+    package.write(Path(arguments.output), arguments.max_attempts, arguments.image)
+    most = f"up to {arguments.max_attempts} attempts"
+    console.print(f"wrote {arguments.output} for Kubeflow Pipelines >= 2.17.0, {most}")
     return 0
 
 
@@ -213,16 +210,6 @@ def _import_artifact(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _check_attempts(number: int) -> None:
-    if not 1 <= number <= 10:
-        raise InputError(f"max_attempts: {number} is not valid; write 1 to 10")
-
-
-def _check_choice(field: str, value: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise InputError(f"{field}: '{value}' is not valid; {nearest(value, valid)}")
-
-
 def _check_texts(recipe: Recipe) -> None:
     """Calibration text that is missing or empty is refused now rather than after the baseline."""
     from trimtab.runtime import documents
@@ -241,17 +228,6 @@ def _check_tasks(evaluation: Evaluation) -> None:
         tasks.load(list(evaluation.tasks), evaluation.task_path)
 
 
-def _read(path: str, field: str) -> str:
-    if not path:
-        return ""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{field}: '{path}' cannot be read ({error.__class__.__name__}); write a YAML file"
-        ) from None
-
-
 def _store(address: str) -> str:
     from trimtab.store import open_store
 
@@ -265,12 +241,6 @@ def _model(model: str) -> str:
     from trimtab.components.fetch.source import check
 
     return check(model)
-
-
-def _name(model: str) -> str:
-    """A release name out of the model's: its last part without the ending, in the characters a name may have."""
-    stem = Path(model.rstrip("/")).name.removesuffix(".gguf")
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in stem).strip("._-")[:100] or "model"
 
 
 if __name__ == "__main__":

@@ -74,18 +74,20 @@ def prepare(state: str, checkpoint: dsl.Output[dsl.Model]) -> NamedTuple(
 
 
 @dsl.component(base_image=images.CPU, install_kfp_package=False)
-def decide(state: str) -> str:
+def decide(state: str, run: str) -> str:
     """Says whether another attempt is worth it.
 
     Args:
         state: The state after an attempt, JSON.
+        run: The id of the run, under which its verdicts are told.
 
     Returns:
         'retry' or 'stop'.
     """
-    from trimtab import flow
+    from trimtab import bulletin, flow
     from trimtab.state import State
 
+    bulletin.tell(State.parse(state), run)
     return flow.decide(State.parse(state))
 
 
@@ -121,6 +123,7 @@ def carry(state: str) -> str:
 @dsl.component(base_image=images.CPU, install_kfp_package=False)
 def summarize(
     state: str,
+    run: str,
     report: dsl.Output[dsl.HTML],
     summary: dsl.Output[dsl.Markdown],
     outcome: dsl.Output[dsl.Artifact],
@@ -129,6 +132,7 @@ def summarize(
 
     Args:
         state: The state after the last attempt, JSON.
+        run: The id of the run, under which its verdicts are told.
         report: All attempts, the frontier and the verdict.
         summary: The same in brief.
         outcome: The state itself, for programs.
@@ -138,10 +142,12 @@ def summarize(
     """
     from pathlib import Path
 
+    from trimtab import bulletin
     from trimtab import report as pages
     from trimtab.state import State
 
     told = State.parse(state)
+    bulletin.tell(told, run)
     Path(report.path).write_text(pages.summary_html(told), encoding="utf-8")
     Path(summary.path).write_text(pages.summary_markdown(told), encoding="utf-8")
     Path(outcome.path).write_text(state, encoding="utf-8")

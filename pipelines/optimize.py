@@ -22,6 +22,7 @@ from trimtab.stages import TASKS
 #: The most attempts that are unrolled; `max_attempts` of a run is at most this.
 MAX_ATTEMPTS = 10
 ACCELERATOR = "nvidia.com/gpu"
+RUN_ID = dsl.PIPELINE_JOB_ID_PLACEHOLDER
 
 
 def _uncached(task: dsl.PipelineTask, name: str, accelerators: object = None) -> dsl.PipelineTask:
@@ -129,14 +130,14 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS):
         begun = _uncached(adjust(state=measured.output), "choose the first recipe")
         state = attempt(state=begun.output).set_display_name("attempt 1").output
         for number in range(2, unrolled + 1):
-            decision = _uncached(decide(state=state), f"retry after attempt {number - 1}?")
+            decision = _uncached(decide(state=state, run=RUN_ID), f"retry after attempt {number - 1}?")
             with dsl.If(decision.output == "retry", name=f"retry-{number}"):
                 adjusted = _uncached(adjust(state=state), "adjust the recipe")
                 again = attempt(state=adjusted.output).set_display_name(f"attempt {number}")
             with dsl.Else(name=f"keep-{number}"):
                 kept = _uncached(carry(state=state), "keep the verdict")
             state = dsl.OneOf(again.output, kept.output)
-        told = _uncached(summarize(state=state), "summary").outputs["Output"]
+        told = _uncached(summarize(state=state, run=RUN_ID), "summary").outputs["Output"]
         return _uncached(gate(state=told), "deploy gate").outputs["Output"]
 
     return optimize
