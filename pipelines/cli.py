@@ -13,7 +13,7 @@ from trimtab import __version__, hardware
 from trimtab.errors import InputError, TrimtabError
 from trimtab.errors import __doc__ as exit_codes
 from trimtab.pipelines import cluster_commands
-from trimtab.pipelines.inputs import check_attempts, check_choice, read, release_name
+from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_profile, release_name
 from trimtab.recipe import Recipe
 from trimtab.state import GOALS, Evaluation
 
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument(
         "--max-attempts", type=int, default=10, metavar="N", help="attempts to unroll, 1 to 10 (10)"
     )
-    compile_.add_argument("--image", default="", help="container image of all stages")
+    cluster_commands.add_package(compile_)
     compile_.set_defaults(command=_compile)
 
     cluster_commands.add(commands)
@@ -183,7 +183,8 @@ def _compile(arguments: argparse.Namespace, console: Console) -> int:
     from trimtab.pipelines import package
 
     check_attempts(arguments.max_attempts)
-    package.write(Path(arguments.output), arguments.max_attempts, arguments.image)
+    profile = read_profile(arguments.profile)
+    package.write(Path(arguments.output), arguments.max_attempts, arguments.image, profile)
     most = f"up to {arguments.max_attempts} attempts"
     console.print(f"wrote {arguments.output} for Kubeflow Pipelines >= 2.17.0, {most}")
     return 0

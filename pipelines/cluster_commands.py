@@ -12,7 +12,7 @@ from rich.console import Console
 
 from trimtab import hardware
 from trimtab.errors import InputError
-from trimtab.pipelines.inputs import check_attempts, check_choice, read, release_name
+from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_profile, release_name
 from trimtab.recipe import Recipe
 from trimtab.state import GOALS, Evaluation
 
@@ -26,7 +26,7 @@ EXPERIMENT = "trimtab"
 def add(commands: Any) -> None:
     """Adds the commands to the parser of `trimtab`."""
     upload = commands.add_parser("upload", help="bring the pipeline to a Kubeflow Pipelines server, once a version")
-    _add_package(upload)
+    add_package(upload)
     upload.set_defaults(command=_upload)
 
     submit = commands.add_parser("submit", help="run the pipeline on a cluster")
@@ -57,8 +57,9 @@ def add(commands: Any) -> None:
         command.add_argument("--ca", default="", metavar="FILE", help="PEM file of the server's certificate authority")
 
 
-def _add_package(parser: argparse.ArgumentParser) -> None:
+def add_package(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", default="", help="container image of all stages")
+    parser.add_argument("--profile", default="", metavar="FILE", help="what the cluster offers the stages, YAML")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +73,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="", help="name of the release, the run and the schedule (the model's)")
     parser.add_argument("--experiment", default=EXPERIMENT, help=f"experiment that the runs belong to ({EXPERIMENT})")
     parser.add_argument("--service-account", default="", metavar="NAME", help="Kubernetes service account of the run")
-    _add_package(parser)
+    add_package(parser)
 
 
 def _connect(arguments: argparse.Namespace, console: Console) -> Connection:
@@ -88,7 +89,7 @@ def _uploaded(arguments: argparse.Namespace, connection: Connection) -> Uploaded
 
     with tempfile.TemporaryDirectory() as folder:
         compiled = Path(folder) / "optimize.yaml"
-        package.write(compiled, MAX_ATTEMPTS, arguments.image)
+        package.write(compiled, MAX_ATTEMPTS, arguments.image, read_profile(arguments.profile))
         return upload(connection, compiled)
 
 

@@ -50,17 +50,32 @@ def plan(
 
 
 @dsl.component(base_image=images.CPU, install_kfp_package=False)
-def prepare(state: str, checkpoint: dsl.Output[dsl.Model]) -> NamedTuple(
-    "Prepared", state=str, calibrate=str, prune=str, distill=str, recalibrate=str, quantize=str, engine=str
+def prepare(state: str, nodes: dict, checkpoint: dsl.Output[dsl.Model]) -> NamedTuple(
+    "Prepared",
+    state=str,
+    calibrate=str,
+    prune=str,
+    distill=str,
+    recalibrate=str,
+    quantize=str,
+    engine=str,
+    calibrate_nodes=dict,
+    prune_nodes=dict,
+    distill_nodes=dict,
+    recalibrate_nodes=dict,
+    quantize_nodes=dict,
+    engine_nodes=dict,
 ):
-    """Refuses what the target cannot run, and says how many accelerators each task needs.
+    """Refuses what the target cannot run, and says how many accelerators each task needs, and on which nodes.
 
     Args:
         state: The state with which the attempt begins, JSON.
+        nodes: The node selector of tasks that need an accelerator.
         checkpoint: Names the model.
 
     Returns:
-        The state, and for each task its count of accelerators, "0" for a pass-through or a result that exists.
+        The state, and for each task its count of accelerators, "0" for a pass-through or a result that exists,
+        and its node selector, {} where the count is "0".
     """
     from collections import namedtuple
 
@@ -70,7 +85,8 @@ def prepare(state: str, checkpoint: dsl.Output[dsl.Model]) -> NamedTuple(
     ready = flow.prepare(State.parse(state))
     stages.describe_tree(checkpoint, ready.model)
     need = stages.accelerators(ready)
-    return namedtuple("Prepared", ["state", *need])(ready.to_json(), *need.values())
+    where = {f"{task}_nodes": nodes if count != "0" else {} for task, count in need.items()}
+    return namedtuple("Prepared", ["state", *need, *where])(ready.to_json(), *need.values(), *where.values())
 
 
 @dsl.component(base_image=images.CPU, install_kfp_package=False)

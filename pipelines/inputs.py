@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trimtab.errors import InputError, nearest
+from trimtab.profile import Profile
 
 
 def check_attempts(number: int) -> None:
@@ -27,6 +28,11 @@ def read(path: str, field: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{field}: '{path}' cannot be read ({error.__class__.__name__}); write a YAML file") from None
+
+
+def read_profile(path: str) -> Profile:
+    """Returns the profile of the cluster in a YAML file; the empty one for no path."""
+    return Profile.parse(read(path, "profile") or "{}")
 
 
 def release_name(model: str) -> str:

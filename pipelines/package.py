@@ -6,15 +6,17 @@ import os
 from pathlib import Path
 
 from trimtab.errors import InputError
+from trimtab.profile import Profile
 
 
-def write(output: Path, unrolled: int, image: str = "") -> None:
+def write(output: Path, unrolled: int, image: str = "", profile: Profile | None = None) -> None:
     """Compiles `optimize` into a YAML file.
 
     Args:
         output: a .yaml, .yml or .json file in a folder that exists.
         unrolled: the most attempts that a run may ask for, 1 to 10.
         image: container image of all stages; "" for that of this version.
+        profile: the cluster's; None for none.
 
     Raises:
         InputError: the file cannot be written there.
@@ -27,4 +29,4 @@ def write(output: Path, unrolled: int, image: str = "") -> None:
 
     from trimtab.pipelines.optimize import optimize_pipeline
 
-    compiler.Compiler().compile(optimize_pipeline(unrolled), str(output))
+    compiler.Compiler().compile(optimize_pipeline(unrolled, profile), str(output))

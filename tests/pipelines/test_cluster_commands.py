@@ -12,6 +12,7 @@ from kfp_server import KfpServer
 from trimtab import bulletin, progress
 from trimtab.pipelines import cli, connection, watch
 from trimtab.pipelines.optimize import MAX_ATTEMPTS
+from trimtab.profile import Profile
 from trimtab.schema import digest
 from trimtab.store import open_store
 
@@ -30,7 +31,7 @@ def server(package: Path, monkeypatch: pytest.MonkeyPatch):
     """A server, to which a pipeline that was compiled once goes; no pause between two looks."""
     found = KfpServer()
 
-    def write(output: Path, unrolled: int, image: str = "", **_: Any) -> None:
+    def write(output: Path, unrolled: int, image: str, profile: Profile) -> None:
         assert unrolled == MAX_ATTEMPTS
         output.write_bytes(package.read_bytes() + f"# {image}\n".encode())
 
