@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument(
         "--max-attempts", type=int, default=10, metavar="N", help="attempts to unroll, 1 to 10 (10)"
     )
+    compile_.add_argument(
+        "--objects", action="store_true", help="write objects for KFP in its Kubernetes-native mode"
+    )
     cluster_commands.add_package(compile_)
     compile_.set_defaults(command=_compile)
 
@@ -184,7 +187,8 @@ def _compile(arguments: argparse.Namespace, console: Console) -> int:
 
     check_attempts(arguments.max_attempts)
     profile = read_profile(arguments.profile)
-    package.write(Path(arguments.output), arguments.max_attempts, arguments.image, profile)
+    write = package.write_objects if arguments.objects else package.write
+    write(Path(arguments.output), arguments.max_attempts, arguments.image, profile)
     most = f"up to {arguments.max_attempts} attempts"
     console.print(f"wrote {arguments.output} for Kubeflow Pipelines >= 2.17.0, {most}")
     return 0

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from trimtab.errors import InputError
 from trimtab.profile import Profile
+
+#: What the pipeline is called on a server.
+PIPELINE = "trimtab-optimize"
 
 
 def write(output: Path, unrolled: int, image: str = "", profile: Profile | None = None) -> None:
@@ -30,3 +37,30 @@ def write(output: Path, unrolled: int, image: str = "", profile: Profile | None 
     from trimtab.pipelines.optimize import optimize_pipeline
 
     compiler.Compiler().compile(optimize_pipeline(unrolled, profile), str(output))
+
+
+def version_name(package: Path) -> str:
+    """Returns what a version of the pipeline is called: after the digest of its file, so that it is there once."""
+    return f"{PIPELINE}-{hashlib.sha256(package.read_bytes()).hexdigest()[:12]}"
+
+
+def write_objects(output: Path, unrolled: int, image: str = "", profile: Profile | None = None) -> None:
+    """Compiles `optimize` into a Pipeline and a PipelineVersion, objects of a cluster whose KFP keeps them there.
+
+    Arguments and errors are those of `write`.
+    """
+    write(output, unrolled, image, profile)
+    spec, *platform = yaml.load_all(output.read_text(encoding="utf-8"), yaml.CSafeLoader)
+    name = version_name(output)
+    version = {"pipelineName": PIPELINE, "displayName": name, "pipelineSpec": spec}
+    if platform:
+        version["platformSpec"] = platform[0]
+    about = {"description": spec["pipelineInfo"]["description"]}
+    objects = [_object("Pipeline", PIPELINE, about), _object("PipelineVersion", name, version)]
+    partial = output.with_name(output.name + ".partial")
+    partial.write_text(yaml.dump_all(objects, Dumper=yaml.CSafeDumper, sort_keys=False), encoding="utf-8")
+    partial.replace(output)
+
+
+def _object(kind: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    return {"apiVersion": "pipelines.kubeflow.org/v2beta1", "kind": kind, "metadata": {"name": name}, "spec": spec}

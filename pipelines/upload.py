@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +12,7 @@ from kfp_server_api import V2beta1Pipeline
 
 from trimtab.errors import InputError
 from trimtab.pipelines.connection import Connection
-
-PIPELINE = "trimtab-optimize"
+from trimtab.pipelines.package import PIPELINE, version_name
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Uploaded:
 
 def upload(connection: Connection, package: Path) -> Uploaded:
     """Uploads the compiled pipeline unless the server has this very one. Two uploads at once end in one version."""
-    name = f"{PIPELINE}-{hashlib.sha256(package.read_bytes()).hexdigest()[:12]}"
+    name = version_name(package)
     pipeline = _found(_pipelines(connection)) or _created(connection)
     version = _found(_versions(connection, pipeline.pipeline_id, name))
     if version:
