@@ -12,7 +12,7 @@ from rich.console import Console
 from trimtab import __version__, hardware
 from trimtab.errors import InputError, TrimtabError
 from trimtab.errors import __doc__ as exit_codes
-from trimtab.pipelines import cluster_commands
+from trimtab.pipelines import cluster_commands, deploy_command
 from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_profile, release_name
 from trimtab.recipe import Recipe
 from trimtab.state import GOALS, Evaluation
@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     compile_.set_defaults(command=_compile)
 
     cluster_commands.add(commands)
+    deploy_command.add(commands)
 
     artifact = commands.add_parser("artifact", help="carry a stage's result, such as a calibration, to another store")
     actions = artifact.add_subparsers(required=True, metavar="ACTION", parser_class=_Parser)
