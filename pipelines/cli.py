@@ -1,10 +1,9 @@
-"""The `trimtab` command: run, plan, compile, serve, serve-config and artifact; custody.py has the rest. Exit codes are
-those of `trimtab.errors`."""
+"""The `trimtab` command: run, plan, compile and artifact here, the rest in the modules beside it; exit codes are in
+`trimtab.errors`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from trimtab import __version__, hardware, signing
-from trimtab.errors import InputError, TrimtabError, nearest
+from trimtab.errors import InputError, TrimtabError
 from trimtab.errors import __doc__ as exit_codes
-from trimtab.pipelines import custody
-from trimtab.recipe import Engine, Recipe
+from trimtab.pipelines import cluster_commands, custody, deploy_command, serving_commands
+from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_profile, release_name
+from trimtab.recipe import Recipe
 from trimtab.state import GOALS, Evaluation
 
 if TYPE_CHECKING:
@@ -86,28 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument(
         "--max-attempts", type=int, default=10, metavar="N", help="attempts to unroll, 1 to 10 (10)"
     )
-    compile_.add_argument("--image", default="", help="container image of all stages")
+    compile_.add_argument(
+        "--objects", action="store_true", help="write objects for KFP in its Kubernetes-native mode"
+    )
+    cluster_commands.add_package(compile_)
     compile_.set_defaults(command=_compile)
 
-    serve = commands.add_parser("serve", help="answer OpenAI's HTTP requests from an export, on the torch engine")
-    serve.add_argument("artifact", metavar="WHAT", help="a model's folder, or the URI of a release or of a tree")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    serve.add_argument("--port", type=int, default=8000, help="port to listen on (8000)")
-    serve.add_argument("--name", default="", help="the model's name for clients (the folder's or the release's)")
-    serve.add_argument("--recipe", default="", metavar="FILE", help="its section `engine` says how (the release's)")
-    serve.add_argument("--strategy", default="in-flight", help="in-flight, dynamic or static batching (in-flight)")
-    serve.add_argument("--device", default="auto", help="cpu, cuda, or auto for CUDA where there is one (auto)")
-    serve.set_defaults(command=_serve)
-
-    config = commands.add_parser("serve-config", help="write what trtllm-serve, Triton and KServe need for an artifact")
-    config.add_argument("artifact", metavar="ARTIFACT", help="STORE/releases/NAME/VERSION, or the folder of an export")
-    config.add_argument("folder", metavar="FOLDER", help="a new folder")
-    config.add_argument("--recipe", default="", metavar="FILE", help="a recipe whose engine serves, not the artifact's")
-    config.add_argument("--model-path", default="", metavar="DIR", help="the checkpoint on the server")
-    config.add_argument("--engine-path", default="", metavar="DIR", help="built engines on the server (trtllm-legacy)")
-    config.add_argument("--model-uri", default="", metavar="URI", help="the checkpoint for KServe, s3://… or pvc://…")
-    config.add_argument("--image", default="", help="container image for KServe (NVIDIA's)")
-    config.set_defaults(command=_serve_config)
+    serving_commands.add(commands)
+    cluster_commands.add(commands)
+    deploy_command.add(commands)
 
     artifact = commands.add_parser("artifact", help="carry a stage's result, such as a calibration, to another store")
     actions = artifact.add_subparsers(required=True, metavar="ACTION", parser_class=_Parser)
@@ -155,14 +142,14 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
 
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     """Checks everything that can be checked in a second, before a long run begins."""
-    _check_attempts(arguments.max_attempts)
-    _check_choice("goal", arguments.goal, GOALS)
+    check_attempts(arguments.max_attempts)
+    check_choice("goal", arguments.goal, GOALS)
     _check_signing(arguments.require_signature)
     hardware.target(arguments.target)
-    recipe = _read(arguments.recipe, "recipe")
+    recipe = read(arguments.recipe, "recipe")
     if recipe:
         _check_texts(Recipe.parse(recipe))
-    evaluation = Evaluation.parse(_read(arguments.evaluation, "evaluation") or "{}").model_copy(
+    evaluation = Evaluation.parse(read(arguments.evaluation, "evaluation") or "{}").model_copy(
         update={
             "tasks": tuple(task.strip() for task in arguments.tasks.split(",") if task.strip()),
             "task_path": str(Path(arguments.task_path).absolute()) if arguments.task_path else "",
@@ -180,7 +167,7 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
         "target": arguments.target,
         "recipe": recipe,
         "max_attempts": arguments.max_attempts,
-        "name": arguments.name or _name(model),
+        "name": arguments.name or release_name(model),
         "evaluation": evaluation.to_json(),
     }
 
@@ -188,10 +175,10 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
 def _plan(arguments: argparse.Namespace, console: Console) -> int:
     from rich.table import Table
 
-    _check_choice("goal", arguments.goal, GOALS)
+    check_choice("goal", arguments.goal, GOALS)
     if arguments.engine:
         return _plan_engine(arguments)
-    recipe = _read(arguments.recipe, "recipe")
+    recipe = read(arguments.recipe, "recipe")
     table = Table("", "recipe", "why", title=f"{arguments.goal} on {arguments.target}")
     for number, rung in enumerate(_ladder(arguments, recipe), start=1):
         table.add_row(str(number), rung.recipe.title, rung.why)
@@ -207,11 +194,11 @@ def _plan_engine(arguments: argparse.Namespace) -> int:
     from trimtab.serving.plan import plan_engine
     from trimtab.serving.workload import Workload
 
-    target, text = hardware.target(arguments.target), _read(arguments.recipe, "recipe")
+    target, text = hardware.target(arguments.target), read(arguments.recipe, "recipe")
     recipe = Recipe.parse(text) if text else Recipe.parse({"engine": {"backend": target.default_backend}})
     model = Path(arguments.model)
     known = outline(model) if model.suffix == ".json" else facts(_model(arguments.model))
-    workload = Workload.parse(_read(arguments.workload, "workload") or "{}")
+    workload = Workload.parse(read(arguments.workload, "workload") or "{}")
     plan = plan_engine(known, recipe, target, workload, gpus=arguments.gpus)
     title = f"{recipe.title} on {arguments.target}, {recipe.engine.backend}"
     table = Table("setting", "value", "why", title=title)
@@ -220,18 +207,6 @@ def _plan_engine(arguments: argparse.Namespace) -> int:
     out = Console()
     out.print(table)
     out.print("engine:", plan.recipe.engine.to_json(), soft_wrap=True, highlight=False)
-    return 0
-
-
-def _serve_config(arguments: argparse.Namespace, console: Console) -> int:
-    from trimtab.serving import artifact
-    from trimtab.serving.write import write
-
-    text = _read(arguments.recipe, "recipe")
-    recipe = Recipe.parse(text) if text else None
-    served = artifact.find(arguments.artifact, recipe, arguments.model_path, arguments.engine_path)
-    for path in write(served, Path(arguments.folder), arguments.model_uri, arguments.image):
-        console.print(f"wrote {Path(arguments.folder) / path}", soft_wrap=True, highlight=False)
     return 0
 
 
@@ -245,52 +220,15 @@ def _ladder(arguments: argparse.Namespace, recipe: str) -> list[Rung]:
 
 
 def _compile(arguments: argparse.Namespace, console: Console) -> int:
-    _check_attempts(arguments.max_attempts)
-    if arguments.image:
-        os.environ["TRIMTAB_IMAGE"] = arguments.image  # read where the components are declared
-    from kfp import compiler
+    from trimtab.pipelines import package
 
-    from trimtab.pipelines.optimize import optimize_pipeline
-
-    output = Path(arguments.output)
-    if output.suffix not in (".yaml", ".yml", ".json") or not output.absolute().parent.is_dir():
-        raise InputError(f"output: '{output}' must be a .yaml or .json file in a folder that exists")
-    compiler.Compiler().compile(optimize_pipeline(arguments.max_attempts), str(output))
-    console.print(f"wrote {output} for Kubeflow Pipelines >= 2.17.0, up to {arguments.max_attempts} attempts")
+    check_attempts(arguments.max_attempts)
+    profile = read_profile(arguments.profile)
+    write = package.write_objects if arguments.objects else package.write
+    write(Path(arguments.output), arguments.max_attempts, arguments.image, profile)
+    most = f"up to {arguments.max_attempts} attempts"
+    console.print(f"wrote {arguments.output} for Kubeflow Pipelines >= 2.17.0, {most}")
     return 0
-
-
-def _serve(arguments: argparse.Namespace, console: Console) -> int:
-    _check_choice("device", arguments.device, ("auto", "cpu", "cuda"))
-    if not 0 <= arguments.port <= 65535:
-        raise InputError(f"port: {arguments.port} is not valid; write 0 to 65535")
-    try:
-        from trimtab.components.engine.server import serve
-    except ModuleNotFoundError as error:
-        raise InputError(f"serve: the package {error.name} is missing; pip install 'trimtab[serve,torch]'") from None
-    folder, name, recipe = _artifact(arguments.artifact)
-    recipe = _read(arguments.recipe, "recipe") or recipe
-    settings = Recipe.parse(recipe).engine if recipe else Engine(enable_chunked_prefill=True)
-    serve.main(
-        folder, arguments.name or name, settings, arguments.device, arguments.strategy, arguments.host, arguments.port
-    )
-    return 0
-
-
-def _artifact(what: str) -> tuple[Path, str, str]:
-    """Returns the folder of an artifact, a name for it, and the recipe of a release or ""."""
-    from trimtab.store import open_store
-    from trimtab.store.address import split_release, split_tree
-
-    if parts := split_release(what):
-        store = open_store(parts[0])
-        record = store.read_release(what)
-        return store.get(record["artifact"]["uri"]), parts[1], json.dumps(record["recipe"])
-    if parts := split_tree(what):
-        return open_store(parts[0]).get(what), parts[1][:12], ""
-    if not (Path(what) / "config.json").is_file():
-        raise InputError(f"WHAT: '{what}' is no model: write a folder with a config.json, or a release's URI")
-    return Path(what), _name(what), ""
 
 
 def _export_artifact(arguments: argparse.Namespace, console: Console) -> int:
@@ -312,16 +250,6 @@ def _import_artifact(arguments: argparse.Namespace, console: Console) -> int:
     tree, about = import_artifact(store, Path(arguments.folder))
     console.print(f"{about.manifest.kind}  {tree.uri}", soft_wrap=True, highlight=False)
     return 0
-
-
-def _check_attempts(number: int) -> None:
-    if not 1 <= number <= 10:
-        raise InputError(f"max_attempts: {number} is not valid; write 1 to 10")
-
-
-def _check_choice(field: str, value: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise InputError(f"{field}: '{value}' is not valid; {nearest(value, valid)}")
 
 
 def _check_signing(required: bool) -> None:
@@ -350,17 +278,6 @@ def _check_tasks(evaluation: Evaluation) -> None:
         tasks.load(list(evaluation.tasks), evaluation.task_path)
 
 
-def _read(path: str, field: str) -> str:
-    if not path:
-        return ""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{field}: '{path}' cannot be read ({error.__class__.__name__}); write a YAML file"
-        ) from None
-
-
 def _store(address: str) -> str:
     from trimtab.store import open_store
 
@@ -374,12 +291,6 @@ def _model(model: str) -> str:
     from trimtab.components.fetch.source import check
 
     return check(model)
-
-
-def _name(model: str) -> str:
-    """A release name out of the model's: its last part without the ending, in the characters a name may have."""
-    stem = Path(model.rstrip("/")).name.removesuffix(".gguf")
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in stem).strip("._-")[:100] or "model"
 
 
 if __name__ == "__main__":

@@ -50,17 +50,32 @@ def plan(
 
 
 @dsl.component(base_image=images.CPU, install_kfp_package=False)
-def prepare(state: str, checkpoint: dsl.Output[dsl.Model]) -> NamedTuple(
-    "Prepared", state=str, calibrate=str, prune=str, distill=str, recalibrate=str, quantize=str, engine=str
+def prepare(state: str, nodes: dict, checkpoint: dsl.Output[dsl.Model]) -> NamedTuple(
+    "Prepared",
+    state=str,
+    calibrate=str,
+    prune=str,
+    distill=str,
+    recalibrate=str,
+    quantize=str,
+    engine=str,
+    calibrate_nodes=dict,
+    prune_nodes=dict,
+    distill_nodes=dict,
+    recalibrate_nodes=dict,
+    quantize_nodes=dict,
+    engine_nodes=dict,
 ):
-    """Refuses what the target cannot run, and says how many accelerators each task needs.
+    """Refuses what the target cannot run, and says how many accelerators each task needs, and on which nodes.
 
     Args:
         state: The state with which the attempt begins, JSON.
+        nodes: The node selector of tasks that need an accelerator.
         checkpoint: Names the model.
 
     Returns:
-        The state, and for each task its count of accelerators, "0" for a pass-through or a result that exists.
+        The state, and for each task its count of accelerators, "0" for a pass-through or a result that exists,
+        and its node selector, {} where the count is "0".
     """
     from collections import namedtuple
 
@@ -70,22 +85,25 @@ def prepare(state: str, checkpoint: dsl.Output[dsl.Model]) -> NamedTuple(
     ready = flow.prepare(State.parse(state))
     stages.describe_tree(checkpoint, ready.model)
     need = stages.accelerators(ready)
-    return namedtuple("Prepared", ["state", *need])(ready.to_json(), *need.values())
+    where = {f"{task}_nodes": nodes if count != "0" else {} for task, count in need.items()}
+    return namedtuple("Prepared", ["state", *need, *where])(ready.to_json(), *need.values(), *where.values())
 
 
 @dsl.component(base_image=images.CPU, install_kfp_package=False)
-def decide(state: str) -> str:
+def decide(state: str, run: str) -> str:
     """Says whether another attempt is worth it.
 
     Args:
         state: The state after an attempt, JSON.
+        run: The id of the run, under which its verdicts are told.
 
     Returns:
         'retry' or 'stop'.
     """
-    from trimtab import flow
+    from trimtab import bulletin, flow
     from trimtab.state import State
 
+    bulletin.tell(State.parse(state), run)
     return flow.decide(State.parse(state))
 
 
@@ -121,6 +139,7 @@ def carry(state: str) -> str:
 @dsl.component(base_image=images.CPU, install_kfp_package=False)
 def summarize(
     state: str,
+    run: str,
     report: dsl.Output[dsl.HTML],
     summary: dsl.Output[dsl.Markdown],
     outcome: dsl.Output[dsl.Artifact],
@@ -129,6 +148,7 @@ def summarize(
 
     Args:
         state: The state after the last attempt, JSON.
+        run: The id of the run, under which its verdicts are told.
         report: All attempts, the frontier and the verdict.
         summary: The same in brief.
         outcome: The state itself, for programs.
@@ -138,10 +158,12 @@ def summarize(
     """
     from pathlib import Path
 
+    from trimtab import bulletin
     from trimtab import report as pages
     from trimtab.state import State
 
     told = State.parse(state)
+    bulletin.tell(told, run)
     Path(report.path).write_text(pages.summary_html(told), encoding="utf-8")
     Path(summary.path).write_text(pages.summary_markdown(told), encoding="utf-8")
     Path(outcome.path).write_text(state, encoding="utf-8")

@@ -7,6 +7,7 @@ branch of cache hits alone never completes on the backend (the store's index is 
 """
 
 from kfp import dsl
+from kfp.dsl.base_component import BaseComponent
 
 from trimtab.components.calibration.component import calibrate
 from trimtab.components.deployment.component import gate
@@ -16,69 +17,84 @@ from trimtab.components.fetch.component import fetch
 from trimtab.components.pruning.component import prune
 from trimtab.components.quantization.component import quantize
 from trimtab.components.validation.component import validate
+from trimtab.hardware import TARGETS
 from trimtab.pipelines.decisions import adjust, carry, decide, plan, prepare, summarize
+from trimtab.pipelines.placement import place, reach
+from trimtab.profile import Profile
 from trimtab.stages import TASKS
+from trimtab.state import GOALS
 
 #: The most attempts that are unrolled; `max_attempts` of a run is at most this.
 MAX_ATTEMPTS = 10
-ACCELERATOR = "nvidia.com/gpu"
+RUN_ID = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+#: What the run form offers for a parameter.
+CHOICES = {"goal": GOALS, "target": TARGETS}
 
 
-def _uncached(task: dsl.PipelineTask, name: str, accelerators: object = None) -> dsl.PipelineTask:
-    task.set_caching_options(False)
-    task.set_display_name(name)
-    if accelerators is not None:
-        task.set_accelerator_type(ACCELERATOR).set_accelerator_limit(accelerators)
-    return task
+def _uncached(task: dsl.PipelineTask, name: str) -> dsl.PipelineTask:
+    return task.set_caching_options(False).set_display_name(name)
 
 
-@dsl.pipeline(
-    name="attempt", description="One recipe: prepare, calibrate, prune, distill, quantize, build, validate"
-)
-def attempt(state: str) -> str:
-    """One recipe carried through all stages; a stage that the recipe does not ask for passes its input on.
+def attempt_pipeline(profile: Profile):
+    """Returns the pipeline `attempt`: one recipe, its tasks placed as the profile says."""
+
+    @dsl.pipeline(
+        name="attempt", description="One recipe: prepare, calibrate, prune, distill, quantize, build, validate"
+    )
+    def attempt(state: str) -> str:
+        """One recipe carried through all stages; a stage that the recipe does not ask for passes its input on.
+
+        Args:
+            state: The state with which the attempt begins, JSON.
+
+        Returns:
+            The state with the verdict, JSON.
+        """
+        ready = _uncached(prepare(state=state, nodes=profile.gpu.node_selector), "prepare")
+        need = reach(ready, profile).outputs
+
+        def staged(task: dsl.PipelineTask, stage: str, name: str = "", as_for: str = "") -> dict[str, object]:
+            counted = as_for or stage
+            _uncached(task, name or stage)
+            return place(task, stage, profile, need[counted], need[f"{counted}_nodes"]).outputs
+
+        calibrated = staged(calibrate(state=need["state"], checkpoint=need["checkpoint"]), "calibrate")
+        pruned = staged(
+            prune(
+                state=calibrated["Output"], checkpoint=need["checkpoint"], calibration=calibrated["calibration"]
+            ),
+            "prune",
+        )
+        distilled = staged(distill(state=pruned["Output"], checkpoint=pruned["pruned"]), "distill")
+        again = staged(
+            calibrate(
+                state=distilled["Output"], checkpoint=distilled["distilled"], stages=" ".join(TASKS["recalibrate"])
+            ),
+            "recalibrate",
+        )
+        quantized = staged(
+            quantize(state=again["Output"], checkpoint=distilled["distilled"], calibration=again["calibration"]),
+            "quantize",
+        )
+        built = staged(build_engine(state=quantized["Output"], export=quantized["export"]), "engine", "build engine")
+        judged = staged(validate(state=built["Output"], engine=built["engine"]), "validate", as_for="engine")
+        return judged["Output"]
+
+    return attempt
+
+
+def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = None):
+    """Returns the pipeline `optimize` with its loop unrolled for at most `unrolled` attempts.
 
     Args:
-        state: The state with which the attempt begins, JSON.
-
-    Returns:
-        The state with the verdict, JSON.
+        unrolled: the most attempts.
+        profile: where the tasks find GPUs, memory, credentials and a cache; None where they need no such thing.
     """
-    need = _uncached(prepare(state=state), "prepare").outputs
-    calibrated = _uncached(
-        calibrate(state=need["state"], checkpoint=need["checkpoint"]), "calibrate", need["calibrate"]
-    ).outputs
-    pruned = _uncached(
-        prune(
-            state=calibrated["Output"], checkpoint=need["checkpoint"], calibration=calibrated["calibration"]
-        ),
-        "prune",
-        need["prune"],
-    ).outputs
-    distilled = _uncached(
-        distill(state=pruned["Output"], checkpoint=pruned["pruned"]), "distill", need["distill"]
-    ).outputs
-    again = _uncached(
-        calibrate(
-            state=distilled["Output"], checkpoint=distilled["distilled"], stages=" ".join(TASKS["recalibrate"])
-        ),
-        "recalibrate",
-        need["recalibrate"],
-    ).outputs
-    quantized = _uncached(
-        quantize(state=again["Output"], checkpoint=distilled["distilled"], calibration=again["calibration"]),
-        "quantize",
-        need["quantize"],
-    ).outputs
-    built = _uncached(
-        build_engine(state=quantized["Output"], export=quantized["export"]), "build engine", need["engine"]
-    ).outputs
-    judged = _uncached(validate(state=built["Output"], engine=built["engine"]), "validate", need["engine"])
-    return judged.outputs["Output"]
+    profile = profile or Profile()
+    attempt = attempt_pipeline(profile)
 
-
-def optimize_pipeline(unrolled: int = MAX_ATTEMPTS):
-    """Returns the pipeline `optimize` with its loop unrolled for at most `unrolled` attempts."""
+    def small(task: dsl.PipelineTask, name: str) -> dsl.PipelineTask:
+        return reach(_uncached(task, name), profile)
 
     @dsl.pipeline(
         name="optimize",
@@ -111,8 +127,9 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS):
         Returns:
             The URI of the release.
         """
-        source = _uncached(fetch(model=model, store=store), "fetch model").outputs["Output"]
-        planned = _uncached(
+        brought = _uncached(fetch(model=model, store=store), "fetch model")
+        source = place(brought, "fetch", profile).outputs["Output"]
+        planned = small(
             plan(
                 model=source,
                 name=name,
@@ -126,17 +143,26 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS):
             "plan",
         )
         measured = attempt(state=planned.output).set_display_name("baseline")
-        begun = _uncached(adjust(state=measured.output), "choose the first recipe")
+        begun = small(adjust(state=measured.output), "choose the first recipe")
         state = attempt(state=begun.output).set_display_name("attempt 1").output
         for number in range(2, unrolled + 1):
-            decision = _uncached(decide(state=state), f"retry after attempt {number - 1}?")
+            decision = small(decide(state=state, run=RUN_ID), f"retry after attempt {number - 1}?")
             with dsl.If(decision.output == "retry", name=f"retry-{number}"):
-                adjusted = _uncached(adjust(state=state), "adjust the recipe")
+                adjusted = small(adjust(state=state), "adjust the recipe")
                 again = attempt(state=adjusted.output).set_display_name(f"attempt {number}")
             with dsl.Else(name=f"keep-{number}"):
-                kept = _uncached(carry(state=state), "keep the verdict")
+                kept = small(carry(state=state), "keep the verdict")
             state = dsl.OneOf(again.output, kept.output)
-        told = _uncached(summarize(state=state), "summary").outputs["Output"]
-        return _uncached(gate(state=told), "deploy gate").outputs["Output"]
+        told = small(summarize(state=state, run=RUN_ID), "summary").outputs["Output"]
+        return small(gate(state=told), "deploy gate").outputs["Output"]
 
+    _offer_choices(optimize)
     return optimize
+
+
+def _offer_choices(pipeline: BaseComponent) -> None:
+    """Makes the run form show lists to choose from: the format has them, KFP's SDK has no way to say them."""
+    parameters = pipeline.pipeline_spec.root.input_definitions.parameters
+    for name, choices in CHOICES.items():
+        for choice in choices:
+            parameters[name].literals.add().string_value = choice

@@ -10,8 +10,10 @@ import yaml
 from kfp import components
 
 from trimtab.components import images
+from trimtab.hardware import TARGETS
 from trimtab.pipelines import cli
 from trimtab.stages import TASKS
+from trimtab.state import GOALS
 
 MEGABYTE = 2**20
 STEPS = ["prepare", "calibrate", "prune", "distill", "recalibrate", "quantize", "build engine", "validate"]
@@ -157,7 +159,7 @@ def test_accelerators_are_asked_for_by_prepare(ir):
 
 def test_prepare_returns_a_count_for_every_task(ir):
     outputs = ir["components"]["comp-prepare"]["outputDefinitions"]["parameters"]
-    assert set(outputs) == {"state", *TASKS}
+    assert set(outputs) == {"state", *TASKS, *(f"{task}_nodes" for task in TASKS)}
 
 
 @pytest.mark.parametrize(
@@ -175,3 +177,86 @@ def test_bad_input(options, message, tmp_path, monkeypatch, capsys):
     assert cli.main(["compile", *options]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert list(tmp_path.iterdir()) == []
+
+
+PROFILE = """
+gpu:
+  node_selector: {nvidia.com/gpu.product: H100}
+  tolerations: [{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]
+images: {cuda: registry/trimtab-cuda:1, pull_secrets: [registry]}
+secrets: {trimtab-s3: {access_key: AWS_ACCESS_KEY_ID}}
+environment: {AWS_ENDPOINT_URL: "http://s3:8333"}
+cache: {claim: trimtab-cache}
+shared_memory: 16Gi
+labels: {team: compression}
+stage: {memory: 16Gi, cpu: "4", timeout_hours: 2, retries: 3}
+stages: {distill: {memory: 64Gi, timeout_hours: 48}}
+"""
+ACCELERATED = ["calibrate", "prune", "distill", "recalibrate", "quantize", "build engine", "validate"]
+
+
+@pytest.fixture(scope="module")
+def placed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """By the name of a task: its executor, its settings for Kubernetes and its retries."""
+    folder = tmp_path_factory.mktemp("placed")
+    (folder / "profile.yaml").write_text(PROFILE)
+    options = ["--max-attempts", "1", "--profile", str(folder / "profile.yaml")]
+    assert cli.main(["compile", "-o", str(folder / "optimize.yaml"), *options]) == 0
+    spec, platform = yaml.load_all((folder / "optimize.yaml").read_text(), yaml.CSafeLoader)
+    settings = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    found = {}
+    for task in tasks(spec):
+        label = spec["components"][task["componentRef"]["name"]]["executorLabel"]
+        container = spec["deploymentSpec"]["executors"][label]["container"]
+        found[task["taskInfo"]["name"]] = {**container, **settings[label], "retry": task.get("retryPolicy")}
+    return found
+
+
+def test_a_profile_places_the_stages_that_need_gpus(placed):
+    for name in ACCELERATED:
+        task = placed[name]
+        assert task["image"] == "registry/trimtab-cuda:1"
+        assert task["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+        assert task["emptyDirMounts"] == [
+            {"volumeName": "shared-memory", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "16Gi"}
+        ]
+        assert task["retry"]["maxRetryCount"] == 3
+        selector = task["nodeSelector"]["nodeSelectorJson"]["taskOutputParameter"]
+        assert selector["producerTask"] == "prepare" and selector["outputParameterKey"].endswith("_nodes")
+        memory, hours = ("64Gi", 48) if name == "distill" else ("16Gi", 2)
+        assert task["activeDeadlineSeconds"] == str(hours * 3600)
+        assert task["resources"]["resourceMemoryLimit"] == task["resources"]["resourceMemoryRequest"] == memory
+
+
+def test_small_tasks_want_no_gpu_node(placed):
+    others = {name: task for name, task in placed.items() if name not in ACCELERATED}
+    assert {"fetch model", "plan", "prepare", "summary", "deploy gate"} <= set(others)
+    for task in others.values():
+        assert not {"tolerations", "nodeSelector", "emptyDirMounts"} & set(task)
+        assert task["image"] == images.CPU and "accelerator" not in task.get("resources", {})
+
+
+def test_a_refusal_of_the_gate_is_not_tried_again(placed):
+    assert placed["deploy gate"]["retry"] is None
+
+
+def test_every_task_reaches_the_store(placed):
+    for task in placed.values():
+        variables = {variable["name"]: variable["value"] for variable in task["env"]}
+        assert variables == {"AWS_ENDPOINT_URL": "http://s3:8333", "TRIMTAB_CACHE": "/cache"}
+        (secret,) = task["secretAsEnv"]
+        assert secret["keyToEnv"] == [{"secretKey": "access_key", "envVar": "AWS_ACCESS_KEY_ID"}]
+        assert task["pvcMount"][0]["mountPath"] == "/cache"
+        assert task["podMetadata"]["labels"] == {"team": "compression"}
+
+
+def test_without_a_profile_nothing_is_bound_to_kubernetes(path):
+    assert len(list(yaml.load_all(path.read_text(), yaml.CSafeLoader))) == 1
+
+
+def test_the_form_offers_what_is_valid(ir):
+    parameters = ir["root"]["inputDefinitions"]["parameters"]
+    assert {name for name, parameter in parameters.items() if "literals" in parameter} == {"goal", "target"}
+    assert parameters["goal"]["literals"] == list(GOALS) and parameters["target"]["literals"] == list(TARGETS)
+    for name in ("goal", "target"):
+        assert parameters[name]["defaultValue"] in parameters[name]["literals"]

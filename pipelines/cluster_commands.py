@@ -1,0 +1,204 @@
+"""The commands that speak to a Kubeflow Pipelines server: upload, submit, watch, schedule, schedules, unschedule."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from trimtab import hardware
+from trimtab.errors import InputError
+from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_profile, release_name
+from trimtab.recipe import Recipe
+from trimtab.state import GOALS, Evaluation
+
+if TYPE_CHECKING:
+    from trimtab.pipelines.connection import Connection
+    from trimtab.pipelines.upload import Uploaded
+
+EXPERIMENT = "trimtab"
+
+
+def add(commands: Any) -> None:
+    """Adds the commands to the parser of `trimtab`."""
+    upload = commands.add_parser("upload", help="bring the pipeline to a Kubeflow Pipelines server, once a version")
+    add_package(upload)
+    upload.set_defaults(command=_upload)
+
+    submit = commands.add_parser("submit", help="run the pipeline on a cluster")
+    _add_run(submit)
+    submit.add_argument("--watch", action="store_true", help="follow the run, and exit with its result")
+    submit.set_defaults(command=_submit)
+
+    watch = commands.add_parser("watch", help="follow a run on a cluster; exits with its result")
+    watch.add_argument("run", metavar="RUN", help="id of the run, or the address of its page")
+    watch.set_defaults(command=_watch)
+
+    schedule = commands.add_parser("schedule", help="run the pipeline again and again")
+    schedule.add_argument("--cron", required=True, help="5 fields (minute first) or 6 (second first), UTC: '0 3 * * 1'")
+    _add_run(schedule)
+    schedule.set_defaults(command=_schedule)
+
+    schedules = commands.add_parser("schedules", help="show the schedules of the namespace")
+    schedules.set_defaults(command=_schedules)
+
+    unschedule = commands.add_parser("unschedule", help="end a schedule; runs that it started go on")
+    unschedule.add_argument("name", metavar="NAME", help="name or id of the schedule")
+    unschedule.set_defaults(command=_unschedule)
+
+    for command in (upload, submit, watch, schedule, schedules, unschedule):
+        command.add_argument("--host", default="", help="https://… of the server (TRIMTAB_KFP_HOST, or kfp's own)")
+        command.add_argument("--namespace", default="", help="your namespace, where each user has one")
+        command.add_argument("--token", default="", help="bearer token; better in TRIMTAB_KFP_TOKEN, which ps hides")
+        command.add_argument("--ca", default="", metavar="FILE", help="PEM file of the server's certificate authority")
+
+
+def add_package(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image", default="", help="container image of all stages")
+    parser.add_argument("--profile", default="", metavar="FILE", help="what the cluster offers the stages, YAML")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="s3://bucket/prefix, a hub id org/name, or a path there")
+    parser.add_argument("--store", required=True, help="s3://bucket/prefix, or a folder of a shared volume")
+    parser.add_argument("--goal", default="fit_larger_model", help=f"one of {', '.join(GOALS)} (fit_larger_model)")
+    parser.add_argument("--target", default="cpu", help=f"one of {', '.join(hardware.TARGETS)} (cpu)")
+    parser.add_argument("--recipe", default="", metavar="FILE", help="a recipe to try first, YAML or JSON")
+    parser.add_argument("--max-attempts", type=int, default=5, metavar="N", help="the most attempts, 1 to 10 (5)")
+    parser.add_argument("--evaluation", default="", metavar="FILE", help="items, windows and text to measure, YAML")
+    parser.add_argument("--name", default="", help="name of the release, the run and the schedule (the model's)")
+    parser.add_argument("--experiment", default=EXPERIMENT, help=f"experiment that the runs belong to ({EXPERIMENT})")
+    parser.add_argument("--service-account", default="", metavar="NAME", help="Kubernetes service account of the run")
+    add_package(parser)
+
+
+def _connect(arguments: argparse.Namespace, console: Console) -> Connection:
+    from trimtab.pipelines.connection import connect
+
+    return connect(console, arguments.host, arguments.namespace, arguments.token, arguments.ca)
+
+
+def _uploaded(arguments: argparse.Namespace, connection: Connection) -> Uploaded:
+    from trimtab.pipelines import package
+    from trimtab.pipelines.optimize import MAX_ATTEMPTS
+    from trimtab.pipelines.upload import upload
+
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = Path(folder) / "optimize.yaml"
+        package.write(compiled, MAX_ATTEMPTS, arguments.image, read_profile(arguments.profile))
+        return upload(connection, compiled)
+
+
+def _upload(arguments: argparse.Namespace, console: Console) -> int:
+    uploaded = _uploaded(arguments, _connect(arguments, console))
+    print(f"{uploaded.name}  {'uploaded' if uploaded.new else 'is there already'}")
+    return 0
+
+
+def _submit(arguments: argparse.Namespace, console: Console) -> int:
+    from trimtab.pipelines.upload import start
+
+    parameters = _parameters(arguments)
+    connection = _connect(arguments, console)
+    uploaded = _uploaded(arguments, connection)
+    run_id = start(
+        connection,
+        uploaded,
+        parameters,
+        name=f"{parameters['name']} {parameters['goal']} {parameters['target']}",
+        experiment=arguments.experiment,
+        service_account=arguments.service_account,
+    )
+    print(f"{run_id}  {connection.host}/#/runs/details/{run_id}", flush=True)
+    return _followed(connection, run_id, console) if arguments.watch else 0
+
+
+def _watch(arguments: argparse.Namespace, console: Console) -> int:
+    from trimtab.pipelines.watch import read_run_id
+
+    run_id = read_run_id(arguments.run)
+    return _followed(_connect(arguments, console), run_id, console)
+
+
+def _followed(connection: Connection, run_id: str, console: Console) -> int:
+    from trimtab.pipelines.watch import watch
+
+    error = watch(connection, run_id)
+    if error:
+        raise error
+    console.print("the run released its model")
+    return 0
+
+
+def _schedule(arguments: argparse.Namespace, console: Console) -> int:
+    from trimtab.pipelines.cron import Cron
+    from trimtab.pipelines.schedule import schedule
+
+    cron, parameters = Cron.parse(arguments.cron), _parameters(arguments)
+    connection = _connect(arguments, console)
+    name = parameters["name"]
+    schedule(
+        connection,
+        _uploaded(arguments, connection),
+        parameters,
+        cron=cron,
+        name=name,
+        experiment=arguments.experiment,
+        service_account=arguments.service_account,
+    )
+    print(f"{name}  {cron.text}  first at {cron.next(datetime.now(UTC).replace(tzinfo=None)):%Y-%m-%d %H:%M:%S} UTC")
+    return 0
+
+
+def _schedules(arguments: argparse.Namespace, console: Console) -> int:
+    from trimtab.pipelines.schedule import schedules
+
+    for item in schedules(_connect(arguments, console)):
+        cron = item.trigger.cron_schedule.cron if item.trigger and item.trigger.cron_schedule else "–"
+        print(f"{item.display_name}  {cron} UTC  {(item.status or item.mode or '').lower()}  {item.recurring_run_id}")
+    return 0
+
+
+def _unschedule(arguments: argparse.Namespace, console: Console) -> int:
+    from trimtab.pipelines.schedule import unschedule
+
+    unschedule(_connect(arguments, console), arguments.name)
+    print(f"{arguments.name}  ended")
+    return 0
+
+
+def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Checks what can be known without the cluster: the model and the store are seen only from there."""
+    check_attempts(arguments.max_attempts)
+    check_choice("goal", arguments.goal, GOALS)
+    hardware.target(arguments.target)
+    recipe = read(arguments.recipe, "recipe")
+    if recipe:
+        Recipe.parse(recipe)
+    evaluation = Evaluation.parse(read(arguments.evaluation, "evaluation") or "{}")
+    for field in ("model", "store"):
+        _check_seen_from_cluster(field, getattr(arguments, field))
+    return {
+        "model": arguments.model,
+        "store": arguments.store,
+        "goal": arguments.goal,
+        "target": arguments.target,
+        "recipe": recipe,
+        "max_attempts": arguments.max_attempts,
+        "name": arguments.name or release_name(arguments.model),
+        "evaluation": evaluation.to_json(),
+    }
+
+
+def _check_seen_from_cluster(field: str, value: str) -> None:
+    hub = field == "model" and value.count("/") == 1 and not value.startswith((".", "/")) and not Path(value).exists()
+    if not hub and not value.startswith(("s3://", "/")):
+        other = ", a hub id org/name" if field == "model" else ""
+        raise InputError(
+            f"{field}: '{value}' is of this machine, which the cluster does not see; write s3://bucket/prefix{other} "
+            "or the absolute path of a volume there"
+        )

@@ -1,0 +1,66 @@
+"""The pipeline as a file for a Kubeflow Pipelines server."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trimtab.errors import InputError
+from trimtab.profile import Profile
+
+#: What the pipeline is called on a server.
+PIPELINE = "trimtab-optimize"
+
+
+def write(output: Path, unrolled: int, image: str = "", profile: Profile | None = None) -> None:
+    """Compiles `optimize` into a YAML file.
+
+    Args:
+        output: a .yaml, .yml or .json file in a folder that exists.
+        unrolled: the most attempts that a run may ask for, 1 to 10.
+        image: container image of all stages; "" for that of this version.
+        profile: the cluster's; None for none.
+
+    Raises:
+        InputError: the file cannot be written there.
+    """
+    if output.suffix not in (".yaml", ".yml", ".json") or not output.absolute().parent.is_dir():
+        raise InputError(f"output: '{output}' must be a .yaml or .json file in a folder that exists")
+    if image:
+        os.environ["TRIMTAB_IMAGE"] = image  # read where the components are declared
+    from kfp import compiler
+
+    from trimtab.pipelines.optimize import optimize_pipeline
+
+    compiler.Compiler().compile(optimize_pipeline(unrolled, profile), str(output))
+
+
+def version_name(package: Path) -> str:
+    """Returns what a version of the pipeline is called: after the digest of its file, so that it is there once."""
+    return f"{PIPELINE}-{hashlib.sha256(package.read_bytes()).hexdigest()[:12]}"
+
+
+def write_objects(output: Path, unrolled: int, image: str = "", profile: Profile | None = None) -> None:
+    """Compiles `optimize` into a Pipeline and a PipelineVersion, objects of a cluster whose KFP keeps them there.
+
+    Arguments and errors are those of `write`.
+    """
+    write(output, unrolled, image, profile)
+    spec, *platform = yaml.load_all(output.read_text(encoding="utf-8"), yaml.CSafeLoader)
+    name = version_name(output)
+    version = {"pipelineName": PIPELINE, "displayName": name, "pipelineSpec": spec}
+    if platform:
+        version["platformSpec"] = platform[0]
+    about = {"description": spec["pipelineInfo"]["description"]}
+    objects = [_object("Pipeline", PIPELINE, about), _object("PipelineVersion", name, version)]
+    partial = output.with_name(output.name + ".partial")
+    partial.write_text(yaml.dump_all(objects, Dumper=yaml.CSafeDumper, sort_keys=False), encoding="utf-8")
+    partial.replace(output)
+
+
+def _object(kind: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    return {"apiVersion": "pipelines.kubeflow.org/v2beta1", "kind": kind, "metadata": {"name": name}, "spec": spec}

@@ -1,0 +1,125 @@
+"""Follows a run on a server: tasks as they begin and end, verdicts as they come, and the exit code at the end.
+
+The server names a task by its key in the compiled pipeline, without the box that it stands in. Attempts follow one
+another, so a stage belongs to the attempt that began last before it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+
+from trimtab import bulletin
+from trimtab.errors import InputError, NotReleased, StageError, TrimtabError
+from trimtab.pipelines.connection import TIMEOUT, Connection
+from trimtab.store import Store, open_store
+
+FINISHED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
+SHOWN = {"RUNNING": "running", "SUCCEEDED": "done", "FAILED": "failed", "CANCELED": "canceled"}
+#: Seconds between two looks.
+INTERVAL = 10.0
+
+
+def watch(connection: Connection, run_id: str, interval: float = INTERVAL) -> TrimtabError | None:
+    """Prints what happens until the run ends; returns the error with its result's exit code, None when it released.
+
+    Raises:
+        InputError: there is no such run, or it may not be seen.
+        StageError: the server stays unreachable.
+    """
+    seen: dict[str, str] = {}
+    verdicts = _Verdicts(run_id, connection.console)
+    while True:
+        get = connection.client.runs.run_service_get_run
+        run = connection.read(f"read run '{run_id}'", get, run_id=run_id, _request_timeout=TIMEOUT)
+        tasks = list(_tasks(run))
+        for key, name, state in tasks:
+            if state in SHOWN and seen.get(key) != state:
+                seen[key] = state
+                style = "red" if state == "FAILED" else "default" if state == "RUNNING" else "dim"
+                connection.console.print(f"{name}: {SHOWN[state]}", style=style, highlight=False, markup=False)
+        verdicts.show(run)
+        if run.state in FINISHED:
+            return _result(run, tasks, verdicts.attempts)
+        time.sleep(interval)
+
+
+class _Verdicts:
+    """Prints each verdict once, as far as the run's store can be read from here."""
+
+    def __init__(self, run_id: str, console: Console):
+        self.attempts: list[dict[str, Any]] = []
+        self._run_id, self._console = run_id, console
+        self._store: Store | None = None
+        self._blind = False
+
+    def show(self, run: Any) -> None:
+        if self._blind:
+            return
+        try:
+            if self._store is None:
+                self._store = open_store(str((run.runtime_config.parameters or {})["store"]))
+            attempts = bulletin.told(self._store, self._run_id)
+        except (TrimtabError, AttributeError, KeyError) as error:
+            self._blind = True
+            self._console.print(f"verdicts are not shown, the run's page has them: {error}", style="dim", markup=False)
+            return
+        for number, attempt in list(enumerate(attempts))[len(self.attempts) :]:
+            name = f"attempt {number}" if number else "baseline"
+            line = f"{name}, {attempt['recipe']}: {attempt['outcome']}; {attempt['reason']}"
+            self._console.print(line, style="bold", markup=False, highlight=False)
+        self.attempts = attempts
+
+
+def _tasks(run: Any) -> Iterator[tuple[str, str, str]]:
+    """Yields (id, name for people, state) of the tasks that people know, in the order in which they began."""
+    names, stages = _names(run.pipeline_spec or {})
+    details = (run.run_details.task_details if run.run_details else None) or []
+    attempt = ""
+    for task in sorted(details, key=lambda task: (task.create_time is None, str(task.create_time))):
+        if task.display_name in names:
+            name = names[task.display_name]
+            attempt = name if name.startswith(("baseline", "attempt")) else attempt
+            yield task.task_id, name, task.state or ""
+        elif task.display_name in stages and attempt:
+            yield task.task_id, f"{attempt}, {stages[task.display_name]}", task.state or ""
+
+
+def _names(spec: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """The keys of the tasks → their display names: outside the attempts, and inside any attempt."""
+    spec = spec.get("pipeline_spec", spec)
+    outside: dict[str, str] = {}
+    inside: dict[str, str] = {}
+    parts = {"root": spec.get("root", {}), **spec.get("components", {})}
+    for component, part in parts.items():
+        for key, task in part.get("dag", {}).get("tasks", {}).items():
+            if key.startswith("condition"):
+                continue  # a branch: what is in it has names of its own
+            names = inside if component.startswith("comp-attempt") else outside
+            names[key] = task["taskInfo"]["name"]
+    return outside, inside
+
+
+def _result(run: Any, tasks: list[tuple[str, str, str]], attempts: list[dict[str, Any]]) -> TrimtabError | None:
+    if run.state == "SUCCEEDED":
+        return None
+    if run.state == "CANCELED":
+        return StageError("the run was canceled; submit it again: stages that were complete are not run again")
+    failed = [name for _, name, state in tasks if state == "FAILED"]
+    told = f": {attempts[-1]['reason']}" if attempts else ""
+    if any(name == "deploy gate" for name in failed) and not (attempts and attempts[-1]["outcome"] == "accepted"):
+        return NotReleased(f"no recipe passed{told or '; the summary of the run says why'}")
+    where = failed[-1] if failed else "a task"
+    said = getattr(run.error, "message", "") or ""
+    return StageError(f"{where} failed{f' ({said})' if said else ''}; its log is on the run's page")
+
+
+def read_run_id(text: str) -> str:
+    """Returns the id in what people paste: the id itself, or the address of the run's page."""
+    run_id = text.rstrip("/").rpartition("/")[2]
+    if not run_id or not all(c.isalnum() or c == "-" for c in run_id):
+        raise InputError(f"run: '{text}' is not valid; write the id of a run, or the address of its page")
+    return run_id

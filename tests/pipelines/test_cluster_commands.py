@@ -1,0 +1,253 @@
+"""What the commands for a cluster say to a Kubeflow Pipelines server, and it to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kfp_server import KfpServer
+
+from trimtab import bulletin, progress
+from trimtab.pipelines import cli, connection, watch
+from trimtab.pipelines.optimize import MAX_ATTEMPTS
+from trimtab.profile import Profile
+from trimtab.schema import digest
+from trimtab.store import open_store
+
+RUN = ["--model", "org/tiny", "--store", "s3://bucket/store"]
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("package") / "optimize.yaml"
+    assert cli.main(["compile", "-o", str(output), "--max-attempts", "2"]) == 0
+    return output
+
+
+@pytest.fixture
+def server(package: Path, monkeypatch: pytest.MonkeyPatch):
+    """A server, to which a pipeline that was compiled once goes; no pause between two looks."""
+    found = KfpServer()
+
+    def write(output: Path, unrolled: int, image: str, profile: Profile) -> None:
+        assert unrolled == MAX_ATTEMPTS
+        output.write_bytes(package.read_bytes() + f"# {image}\n".encode())
+
+    monkeypatch.setattr("trimtab.pipelines.package.write", write)
+    monkeypatch.setattr(watch, "INTERVAL", 0.0)
+    monkeypatch.setattr(watch.watch, "__defaults__", (0.0,))
+    monkeypatch.setenv("TRIMTAB_KFP_HOST", found.host)
+    monkeypatch.setenv("HOME", str(package.parent))
+    for name in ("TRIMTAB_KFP_NAMESPACE", "TRIMTAB_KFP_TOKEN", "TRIMTAB_KFP_CA", progress.ENVIRONMENT):
+        monkeypatch.delenv(name, raising=False)
+    yield found
+    found.close()
+
+
+def trimtab(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
+    """Runs a command; returns its exit code and all that it says, on one line."""
+    code = cli.main(list(options))
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    return code, " ".join((said.out + said.err).split())
+
+
+def test_a_version_is_uploaded_once(server, capsys):
+    assert trimtab(capsys, "upload")[0] == 0
+    code, said = trimtab(capsys, "upload")
+    assert (code, "is there already" in said) == (0, True)
+    assert trimtab(capsys, "upload", "--image", "registry/other:1")[0] == 0
+    names = [version["display_name"] for version in server.kept["versions"]]
+    assert len(server.kept["pipelines"]) == 1 and len(set(names)) == len(names) == 2
+
+
+def test_another_was_quicker(server, capsys):
+    """The version appears between the question and the upload: a conflict, and no error."""
+    trimtab(capsys, "upload")
+    answer, asked = server.answer, []
+
+    def late(method: str, path: str, query: dict[str, str], sent: Any) -> tuple[int, Any]:
+        if method == "GET" and "versions" in path and not asked:
+            asked.append(path)
+            return 200, {}
+        return answer(method, path, query, sent)
+
+    server.answer = late
+    assert trimtab(capsys, "upload")[0] == 0
+    assert asked and len(server.kept["versions"]) == 1
+
+
+def test_submit(server, capsys):
+    code, said = trimtab(capsys, "submit", *RUN, "--goal", "lower_cost", "--service-account", "trimtab-runner")
+    (run,) = server.kept["runs"]
+    assert code == 0 and f"{server.host}/#/runs/details/{run['run_id']}" in said
+    assert run["pipeline_version_reference"]["pipeline_version_id"] == "pipeline-version-1"
+    assert run["service_account"] == "trimtab-runner" and "pipeline_spec" not in run
+    parameters = run["runtime_config"]["parameters"]
+    assert parameters["goal"] == "lower_cost" and parameters["name"] == "tiny" and parameters["max_attempts"] == 5
+
+
+def test_namespace_and_token(server, capsys, monkeypatch):
+    server.multi_user = True
+    code, said = trimtab(capsys, "submit", *RUN)
+    assert (code, "has a namespace for each user; write --namespace NAME" in said) == (2, True)
+    monkeypatch.setenv("TRIMTAB_KFP_TOKEN", "of-the-environment")
+    assert trimtab(capsys, "submit", *RUN, "--namespace", "team")[0] == 0
+    assert server.kept["experiments"][0]["namespace"] == server.kept["pipelines"][0]["namespace"] == "team"
+    assert server.headers[-1]["authorization"] == "Bearer of-the-environment"
+    assert trimtab(capsys, "submit", *RUN, "--namespace", "team", "--token", "of-the-flag")[0] == 0
+    assert server.headers[-1]["authorization"] == "Bearer of-the-flag"
+
+
+def test_schedules(server, capsys):
+    for name in ("nightly", "weekly", "monthly"):
+        assert trimtab(capsys, "schedule", *RUN, "--cron", "0 3 * * 1", "--name", name)[0] == 0
+    for item in server.kept["recurringruns"]:
+        assert item["trigger"]["cron_schedule"]["cron"] == "0 0 3 * * 1"
+        assert (item["no_catchup"], int(item["max_concurrency"])) == (True, 1)
+    code, said = trimtab(capsys, "schedules")
+    assert code == 0 and all(name in said for name in ("nightly", "weekly", "monthly")), said  # two a page
+    code, said = trimtab(capsys, "schedule", *RUN, "--cron", "0 3 * * 1", "--name", "weekly")
+    assert (code, "a schedule 'weekly' exists; write trimtab unschedule weekly first" in said) == (2, True)
+    assert trimtab(capsys, "unschedule", "monthly")[0] == 0
+    assert [item["display_name"] for item in server.kept["recurringruns"]] == ["nightly", "weekly"]
+    code, said = trimtab(capsys, "unschedule", "nightli")
+    assert (code, "there is no 'nightli'; write 'nightly'" in said) == (2, True)
+
+
+def story(package: Path, *looks: tuple[str, list[tuple[str, str]]], store: str) -> list[dict[str, Any]]:
+    """Looks at a run: (its state, [(key of a task, its state), …]), as the server shows them."""
+    spec = yaml.safe_load(package.read_text())
+    return [
+        {
+            "state": state,
+            "pipeline_spec": spec,
+            "runtime_config": {"parameters": {"store": store}},
+            "run_details": {
+                "task_details": [
+                    {
+                        "task_id": str(number),
+                        "display_name": key,
+                        "state": task,
+                        "create_time": f"2026-11-24T10:00:{number:02d}Z",
+                    }
+                    for number, (key, task) in enumerate(tasks)
+                ]
+            },
+        }
+        for state, tasks in looks
+    ]
+
+
+def attempts_told(store: Path, run: str, *outcomes: str) -> None:
+    lines = [
+        {"recipe": f"recipe {number}", "outcome": outcome, "reason": f"reason {number}"}
+        for number, outcome in enumerate(outcomes)
+    ]
+    open_store(str(store)).record(digest(["bulletin", run]), {"attempts": lines})
+
+
+BEGINNING = [("fetch", "SUCCEEDED"), ("attempt", "SUCCEEDED"), ("prepare", "SUCCEEDED"), ("attempt-2", "RUNNING")]
+ENDS = [
+    ("SUCCEEDED", "accepted", [("gate", "SUCCEEDED")], 0, "the run released its model"),
+    ("FAILED", "rejected", [("summarize", "SUCCEEDED"), ("gate", "FAILED")], 3, "no recipe passed: reason 1"),
+    ("FAILED", "accepted", [("gate", "FAILED")], 4, "deploy gate failed"),
+    ("FAILED", "rejected", [("quantize", "FAILED")], 4, "attempt 1, quantize failed"),
+    ("CANCELED", "rejected", [], 4, "the run was canceled; submit it again"),
+]
+
+
+@pytest.mark.parametrize(("state", "outcome", "last", "exit_code", "says"), ENDS)
+def test_watch(state, outcome, last, exit_code, says, server, package, capsys, tmp_path):
+    server.kept["runs"].append({"run_id": "r-1"})
+    server.story = story(
+        package, ("PENDING", []), ("RUNNING", BEGINNING), (state, [*BEGINNING, *last]), store=str(tmp_path / "store")
+    )
+    attempts_told(tmp_path / "store", "r-1", "baseline", outcome)
+    code, said = trimtab(capsys, "watch", f"{server.host}/#/runs/details/r-1")
+    assert (code, says in said) == (exit_code, True), said
+    assert "fetch model: done baseline: done baseline, prepare: done attempt 1: running" in said
+    assert said.count(f"attempt 1, recipe 1: {outcome}; reason 1") == 1
+
+
+def test_watch_without_the_store(server, package, capsys):
+    server.kept["runs"].append({"run_id": "r-1"})
+    server.story = story(package, ("RUNNING", BEGINNING), ("SUCCEEDED", BEGINNING), store="gs://elsewhere")
+    code, said = trimtab(capsys, "watch", "r-1")
+    assert code == 0 and said.count("verdicts are not shown, the run's page has them") == 1
+
+
+def test_a_lost_connection_is_tried_again(server, package, capsys, monkeypatch):
+    monkeypatch.setattr(connection.time, "sleep", lambda seconds: None)
+    server.kept["runs"].append({"run_id": "r-1"})
+    server.story = story(package, ("SUCCEEDED", BEGINNING), store="gs://elsewhere")
+    server.faults = [("drop", "")] * 5 + [(503, "busy")] * 2
+    code, said = trimtab(capsys, "watch", "r-1")
+    assert (code, "does not answer; trying again" in said) == (0, True), said
+    assert server.faults == []
+
+
+def test_what_must_not_happen_twice_is_not_tried_again(server, capsys):
+    trimtab(capsys, "upload")
+    answer = server.answer
+
+    def broken(method: str, path: str, query: dict[str, str], sent: Any) -> tuple[int, Any]:
+        return (503, {"message": "busy"}) if (method, path) == ("POST", "runs") else answer(method, path, query, sent)
+
+    server.answer = broken
+    code, said = trimtab(capsys, "submit", *RUN)
+    assert (code, "cannot start a run" in said) == (4, True), said
+    assert [path for method, path, _ in server.requests if (method, path) == ("POST", "runs")] == ["runs"]
+
+
+REFUSALS = [
+    (401, 2, "token: cannot list pipelines at {host}: it does not know who you are; write --token"),
+    (403, 2, "namespace: cannot list pipelines at {host}: you may not;"),
+    (404, 2, "cannot list pipelines at {host}: there is no such thing; correct the name, or --host"),
+    (400, 2, "it answered 400 (it says: no); correct what it names"),
+]
+
+
+@pytest.mark.parametrize(("status", "exit_code", "message"), REFUSALS)
+def test_refusals(status, exit_code, message, server, capsys):
+    server.faults = [(status, "no")]
+    code, said = trimtab(capsys, "upload", "--token", "secret-token")
+    assert (code, message.format(host=server.host) in said) == (exit_code, True), said
+    assert "secret-token" not in said
+
+
+def test_no_such_run(server, capsys):
+    code, said = trimtab(capsys, "watch", "r-9")
+    assert (code, "cannot read run 'r-9'" in said and "Run r-9 not found" in said) == (2, True)
+
+
+def test_an_old_server(server, capsys):
+    server.tag = "2.5.0"
+    code, said = trimtab(capsys, "upload")
+    assert (code, "runs Kubeflow Pipelines 2.5.0, which cannot run this pipeline" in said) == (2, True)
+
+
+BAD = [
+    (["upload", "--host", "kfp.example"], 2, "host: 'kfp.example' is not valid; write https://host[:port][/path]"),
+    (["upload", "--host", "http://127.0.0.1:1"], 4, "it refuses the connection; correct --host"),
+    (["upload", "--ca", "no.pem"], 2, "ca: 'no.pem' is not a file"),
+    (["watch", "a run?"], 2, "run: 'a run?' is not valid"),
+    (["submit", "--model", "./tiny", "--store", "s3://b/s"], 2, "model: './tiny' is of this machine"),
+    (["submit", "--model", "org/tiny", "--store", "store"], 2, "store: 'store' is of this machine"),
+    (["submit", *RUN, "--goal", "cheaper"], 2, "goal: 'cheaper' is not valid"),
+    (["schedule", *RUN, "--cron", "0 0 30 2 *"], 2, "cron: '0 0 30 2 *' never fires"),
+]
+
+
+@pytest.mark.parametrize(("options", "exit_code", "message"), BAD)
+def test_bad_input(options, exit_code, message, server, capsys):
+    code, said = trimtab(capsys, *options)
+    assert (code, message in said) == (exit_code, True), said
+    assert not server.kept["runs"] and not server.kept["recurringruns"]
+
+
+def test_a_run_on_this_machine_leaves_no_bulletin(tmp_path, monkeypatch):
+    monkeypatch.setenv(progress.ENVIRONMENT, str(tmp_path / "events"))
+    bulletin.tell(None, "r-1")  # would fail if it looked at the state

@@ -1,0 +1,78 @@
+"""`trimtab deploy`: from a release in S3 to a service, through a kubeconfig."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from kubernetes_server import KubernetesServer
+
+from trimtab.pipelines import cli
+from trimtab.store import open_store
+
+SETTINGS = """
+service: assistant
+namespace: serving
+image: registry/vllm:1
+command: [vllm, serve, "{model}"]
+loader: registry/trimtab:1
+"""
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = KubernetesServer()
+    found.slow = 0
+    config = {
+        "clusters": [{"name": "a", "cluster": {"server": found.host}}],
+        "users": [{"name": "a", "user": {}}],
+        "contexts": [{"name": "a", "context": {"cluster": "a", "user": "a"}}],
+        "current-context": "a",
+    }
+    (tmp_path / "config").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "config"))
+    (tmp_path / "rollout.yaml").write_text(SETTINGS)
+    monkeypatch.chdir(tmp_path)
+    yield found
+    found.close()
+
+
+def trimtab(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
+    code = cli.main(["deploy", *options, "--rollout", "rollout.yaml"])
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    return code, " ".join((said.out + said.err).split())
+
+
+def test_deploy(server, s3_server, capsys, monkeypatch):
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    store = open_store(f"s3://{s3_server.bucket}/deploy")
+    export = {"digest": "a" * 64}
+    seen = store.put_json("evidence", {"export": export}).model_dump()
+    accepted = {"verdict": {"outcome": "accepted"}, "evidence": seen, "artifact": export}
+    uri = store.release("model", accepted)
+    code, said = trimtab(capsys, uri, "--dry-run")
+    assert (code, "+ name: assistant" in said, server.service) == (0, True, None)
+    code, said = trimtab(capsys, uri)
+    assert (code, f"assistant serves {'a' * 12}" in said) == (0, True), said
+    server.answers = {"b" * 64: None}
+    other = {"digest": "b" * 64}
+    worse = {**accepted, "artifact": other, "evidence": store.put_json("evidence", {"export": other}).model_dump()}
+    code, said = trimtab(capsys, store.release("model", worse))
+    assert (code, "leaves 8 of 8 prompts without an answer" in said) == (3, True), said
+    assert trimtab(capsys, uri, "--context", "elsewhere")[0] == 2
+
+
+BAD = [
+    (["releases/model/000001"], "cannot be read from a cluster; write s3://bucket/prefix/releases/NAME/VERSION"),
+    (["/store/releases/model/000001"], "cannot be read from a cluster"),
+    (["s3://bucket/prefix"], "cannot be read from a cluster"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_bad_input(options, message, server, capsys):
+    code, said = trimtab(capsys, *options)
+    assert (code, message in said) == (2, True), said
