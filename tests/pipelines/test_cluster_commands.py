@@ -9,7 +9,7 @@ import pytest
 import yaml
 from kfp_server import KfpServer
 
-from trimtab import bulletin, progress
+from trimtab import progress
 from trimtab.pipelines import cli, connection, watch
 from trimtab.pipelines.optimize import MAX_ATTEMPTS
 from trimtab.profile import Profile
@@ -246,8 +246,3 @@ def test_bad_input(options, exit_code, message, server, capsys):
     code, said = trimtab(capsys, *options)
     assert (code, message in said) == (exit_code, True), said
     assert not server.kept["runs"] and not server.kept["recurringruns"]
-
-
-def test_a_run_on_this_machine_leaves_no_bulletin(tmp_path, monkeypatch):
-    monkeypatch.setenv(progress.ENVIRONMENT, str(tmp_path / "events"))
-    bulletin.tell(None, "r-1")  # would fail if it looked at the state

@@ -254,6 +254,14 @@ def test_without_a_profile_nothing_is_bound_to_kubernetes(path):
     assert len(list(yaml.load_all(path.read_text(), yaml.CSafeLoader))) == 1
 
 
+def test_the_root_shows_a_summary(ir):
+    """As a page and as text, before the gate, which may fail the run."""
+    artifacts = ir["components"]["comp-summarize"]["outputDefinitions"]["artifacts"]
+    shown = {name: port["artifactType"]["schemaTitle"] for name, port in artifacts.items()}
+    assert shown == {"report": "system.HTML", "summary": "system.Markdown", "outcome": "system.Artifact"}
+    assert "summarize" in ir["root"]["dag"]["tasks"]
+
+
 def test_the_form_offers_what_is_valid(ir):
     parameters = ir["root"]["inputDefinitions"]["parameters"]
     assert {name for name, parameter in parameters.items() if "literals" in parameter} == {"goal", "target"}
