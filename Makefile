@@ -36,7 +36,7 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet $(TORCH)
-	$(VENV)/bin/python -m pip install --quiet --editable '.[torch,test]'
+	$(VENV)/bin/python -m pip install --quiet --editable '.[torch,serve,test]'
 	touch $@
 
 clean:

@@ -22,9 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from trimtab import stages
 from trimtab.components.calibration.work import statistics as measure
-from trimtab.components.quantization.sensitivity import gradient_energy
 from trimtab.recipe import Recipe
-from trimtab.runtime import checkpoint, observe
+from trimtab.runtime import checkpoint, gradients, observe
 from trimtab.state import State
 from trimtab.store import open_store
 
@@ -39,7 +38,7 @@ def main() -> int:
     samples, rounds = (2, 3) if options.quick else (options.samples, options.rounds)
     model = checkpoint.load_for_measuring(options.model)[0] if options.model else _random_model()
     tokens = torch.randint(model.config.vocab_size, (samples, 512), device=model.device)
-    passes = {"forward": _forward, "statistics": measure, "gram": _gram, "gradients": gradient_energy}
+    passes = {"forward": _forward, "statistics": measure, "gram": _gram, "gradients": _gradients}
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     _forward(model, tokens)  # the first pass allocates
     for _ in range(rounds):
@@ -81,8 +80,13 @@ def _forward(model: PreTrainedModel, tokens: torch.Tensor) -> None:
 
 @torch.inference_mode()
 def _gram(model: PreTrainedModel, tokens: torch.Tensor) -> None:
-    with observe.grams(model, [group.layers[0] for group in observe.linear_groups(model)]):
+    layers = observe.linears(model)
+    with observe.grams({g.layers[0]: layers[g.layers[0]] for g in observe.linear_groups(model)}):
         _forward(model, tokens)
+
+
+def _gradients(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    gradients.energy(model, tokens, "benchmark")
 
 
 Pass = Callable[[PreTrainedModel, torch.Tensor], object]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import functools
 import gc
 import importlib.metadata
 import json
@@ -386,7 +387,7 @@ def measure(row: dict[str, Any], engine: Any, baseline: Any, batches: tuple[int,
         row["texts"] = [engine.tokenizer.decode(answer) for answer in answers]
         row["perplexity"] = round(perplexity(engine, text), 3)
     new_tokens = EMULATED_NEW_TOKENS if slow or not CUDA else NEW_TOKENS
-    row["speed"], row["over_bf16"] = {}, {}
+    row["speed"], row["over_bf16"], row["of_limit"] = {}, {}, {}
     for batch in batches[:1] if slow and not text else batches:
         own, ratios = [], []
         for _ in range(1 if slow and not text else ROUNDS):
@@ -394,9 +395,34 @@ def measure(row: dict[str, Any], engine: Any, baseline: Any, batches: tuple[int,
             own += engine.decode_speed(batch, PROMPT_TOKENS, new_tokens, 1)
             ratios.append(own[-1] / reference)
         row["speed"][str(batch)] = round(statistics.median(own), 1)
+        limit = speed_limit(engine.model, batch, PROMPT_TOKENS + new_tokens / 2)
+        row["of_limit"][str(batch)] = round(row["speed"][str(batch)] / limit, 3)
         if baseline:
             row["over_bf16"][str(batch)] = round(statistics.median(ratios), 3)
         row["decode_path"] = engine.decode_path
+
+
+def speed_limit(model: Any, batch: int, tokens: float) -> float:
+    """Tokens a second if a step took as long as reading, once, what it must: the weights, and keys and values.
+
+    The torch engine holds these in 16 bits. Of an embedding that is not the head too, a step reads a row.
+    """
+    from trimtab.runtime.paged import attention_layers
+
+    embedding = model.get_input_embeddings().weight
+    read = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    if embedding is not model.get_output_embeddings().weight:
+        read -= embedding.nbytes
+    keys_and_values = sum(2 * 2 * module.k_proj.out_features for module in attention_layers(model))
+    return batch * copy_bandwidth() / (read + batch * tokens * keys_and_values)
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes a second that a copy reads and writes, the best of several."""
+    source = torch.zeros((2 << 30) if CUDA else (64 << 20), dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source)) for _ in range(8))
 
 
 def perplexity(engine: Any, source: str) -> float:
@@ -540,7 +566,8 @@ def model_lines(model: dict[str, Any]) -> list[str]:
     first = model["rows"][0] if model["rows"] else {}
     if "loop_speed" in first:
         speed = f"{first['loop_speed']} tokens/s in a Python loop at batch 1; below: {first.get('decode_path')}"
-        lines += [f"BF16 decodes {speed}. GiB are of the GPU at most, beside the baseline held there.", ""]
+        lines += [f"BF16 decodes {speed}. GiB are of the GPU at most, beside the baseline held there. "
+                  "In brackets: times BF16's speed, and the share of what the memory's bandwidth allows.", ""]
     batches = list(dict.fromkeys(batch for row in model["rows"] for batch in row.get("speed", {})))
     header = ["format", "kernel", "emulated", "GB", *(f"tokens/s, batch {batch}" for batch in batches), "perplexity",
               "largest layer error", "quantize s", "quantize GiB", "serve GiB"]  # fmt: skip
@@ -554,7 +581,9 @@ def model_lines(model: dict[str, Any]) -> list[str]:
         for batch in batches:
             ratio = row.get("over_bf16", {}).get(batch)
             speed = row.get("speed", {}).get(batch)
-            cells.append("" if speed is None else f"{speed:,.0f}" + (f" ({ratio:.2f}x)" if ratio else ""))
+            share = row.get("of_limit", {}).get(batch)
+            notes = ", ".join([f"{ratio:.2f}x"] * bool(ratio) + [f"{share:.0%}"] * bool(share))
+            cells.append("" if speed is None else f"{speed:,.0f}" + f" ({notes})" * bool(notes))
         names = ("perplexity", "largest_layer_error", "quantize_seconds", "quantize_gib", "serve_gib")
         lines.append(f"| {' | '.join(str(cell) for cell in [*cells, *(row.get(name, '') for name in names)])} |")
     if "left_out" in model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from trimtab.errors import InputError, TrimtabError
 from trimtab.errors import __doc__ as exit_codes
 from trimtab.pipelines import cluster_commands, deploy_command
 from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_profile, release_name
-from trimtab.recipe import Recipe
+from trimtab.recipe import Engine, Recipe
 from trimtab.state import GOALS, Evaluation
 
 if TYPE_CHECKING:
@@ -85,6 +86,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     cluster_commands.add_package(compile_)
     compile_.set_defaults(command=_compile)
+
+    serve = commands.add_parser("serve", help="answer OpenAI's HTTP requests from an export, on the torch engine")
+    serve.add_argument("artifact", metavar="WHAT", help="a model's folder, or the URI of a release or of a tree")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, help="port to listen on (8000)")
+    serve.add_argument("--name", default="", help="the model's name for clients (the folder's or the release's)")
+    serve.add_argument("--recipe", default="", metavar="FILE", help="its section `engine` says how (the release's)")
+    serve.add_argument("--strategy", default="in-flight", help="in-flight, dynamic or static batching (in-flight)")
+    serve.add_argument("--device", default="auto", help="cpu, cuda, or auto for CUDA where there is one (auto)")
+    serve.set_defaults(command=_serve)
 
     cluster_commands.add(commands)
     deploy_command.add(commands)
@@ -193,6 +204,39 @@ def _compile(arguments: argparse.Namespace, console: Console) -> int:
     most = f"up to {arguments.max_attempts} attempts"
     console.print(f"wrote {arguments.output} for Kubeflow Pipelines >= 2.17.0, {most}")
     return 0
+
+
+def _serve(arguments: argparse.Namespace, console: Console) -> int:
+    check_choice("device", arguments.device, ("auto", "cpu", "cuda"))
+    if not 0 <= arguments.port <= 65535:
+        raise InputError(f"port: {arguments.port} is not valid; write 0 to 65535")
+    try:
+        from trimtab.components.engine.server import serve
+    except ModuleNotFoundError as error:
+        raise InputError(f"serve: the package {error.name} is missing; pip install 'trimtab[serve,torch]'") from None
+    folder, name, recipe = _artifact(arguments.artifact)
+    recipe = read(arguments.recipe, "recipe") or recipe
+    settings = Recipe.parse(recipe).engine if recipe else Engine(enable_chunked_prefill=True)
+    serve.main(
+        folder, arguments.name or name, settings, arguments.device, arguments.strategy, arguments.host, arguments.port
+    )
+    return 0
+
+
+def _artifact(what: str) -> tuple[Path, str, str]:
+    """Returns the folder of an artifact, a name for it, and the recipe of a release or ""."""
+    from trimtab.store import open_store
+    from trimtab.store.address import split_release, split_tree
+
+    if parts := split_release(what):
+        store = open_store(parts[0])
+        record = store.read_release(what)
+        return store.get(record["artifact"]["uri"]), parts[1], json.dumps(record["recipe"])
+    if parts := split_tree(what):
+        return open_store(parts[0]).get(what), parts[1][:12], ""
+    if not (Path(what) / "config.json").is_file():
+        raise InputError(f"WHAT: '{what}' is no model: write a folder with a config.json, or a release's URI")
+    return Path(what), release_name(what), ""
 
 
 def _export_artifact(arguments: argparse.Namespace, console: Console) -> int:

@@ -38,28 +38,34 @@ metadata:
 """
 
 
-def write_model(folder: Path, layers: int = 2, hidden: int = 64, seed: int = 0) -> Path:
-    """Writes a Llama with random weights in bfloat16 and a byte-level tokenizer of 300 tokens."""
+def write_model(folder: Path, layers: int = 2, hidden: int = 64, seed: int = 0, family: str = "llama") -> Path:
+    """Writes a model with random weights in bfloat16 and a byte-level tokenizer of 300 tokens.
+
+    Args:
+        family: transformers' model type. A Llama ties its embeddings, the others do not.
+    """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = _tokenizer()
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=hidden // 4,
         max_position_embeddings=2048,
         initializer_range=0.1,  # large enough that the model prefers some continuations clearly
-        tie_word_embeddings=True,
+        tie_word_embeddings=family == "llama",
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        architectures=["LlamaForCausalLM"],
+        pad_token_id=tokenizer.pad_token_id,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

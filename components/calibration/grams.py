@@ -31,11 +31,11 @@ def measure(
     model, _ = checkpoints.load_for_measuring(Path(checkpoint))
     tokens = load_file(Path(calibration) / "tokens.safetensors")["tokens"].long()
     batches = observe.batches(model, tokens)
-    chunks = _chunks(model)
+    modules, chunks = observe.linears(model), _chunks(model)
     written = 0
     for number, layers in enumerate(chunks, start=1):
         title = f"measuring Gram matrices, part {number} of {len(chunks)}"
-        with torch.inference_mode(), observe.grams(model, layers) as sums:
+        with torch.inference_mode(), observe.grams({n: modules[n] for n in layers}) as sums:
             for windows in progress.track(batches, "gram", title, len(batches)):
                 model(windows, use_cache=False, logits_to_keep=1)
         for block in sorted({block_of(layer) for layer in layers}):

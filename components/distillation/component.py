@@ -14,6 +14,9 @@ def distill(
 ) -> str:
     """Trains the pruned student on the teacher's logits; passes the model on when the recipe does not distil.
 
+    Before that, where the recipe asks for it, the teacher generates text and its logits are stored; each is a result
+    of its own, which other attempts find.
+
     Args:
         state: The state of the attempt, JSON; names the teacher, the unpruned model.
         checkpoint: The student.
@@ -25,4 +28,4 @@ def distill(
     """
     from trimtab.stages import run
 
-    return run("distill", state, distilled, metrics)
+    return run("generate teach distill", state, distilled, metrics, shown="distill")

@@ -1,160 +1,192 @@
-"""Trains a pruned student on its teacher's logits, with exact resume and a gate of its own."""
+"""Trains a pruned student on its teacher's logits, with a gate of its own."""
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from trimtab import files, progress
-from trimtab.components.distillation.loss import distillation_loss
-from trimtab.errors import Failure
-from trimtab.recipe import Distillation
+from trimtab import child, files, hardware, progress
+from trimtab.components.distillation import data, processes
+from trimtab.components.distillation.masks import KeptZeros
+from trimtab.components.distillation.movement import Movement
+from trimtab.components.distillation.objective import Objective
+from trimtab.components.distillation.optimization import schedule
+from trimtab.components.distillation.reparametrization import Reparametrization, Together
+from trimtab.components.distillation.resume import Curve
+from trimtab.components.distillation.teacher import StoredLogits
+from trimtab.components.distillation.training import Training, heldout_loss
+from trimtab.errors import Failure, InputError, StageError
+from trimtab.model import inspect
+from trimtab.recipe import Distillation, MovementPruning, Quantization
 from trimtab.runtime import checkpoint as checkpoints
-from trimtab.runtime import text
 
-#: A kill costs at most this many steps.
-STEPS_BETWEEN_CHECKPOINTS = 20
-HELDOUT_WINDOWS = 4
+#: Points of the training loss in the picture.
+MOST_POINTS = 100
 
 
 def distill(
-    checkpoint: str, model: str, output: str, scratch: str, parameters: dict[str, Any]
-) -> dict[str, float]:
-    """Distils and writes the better of the student before and after, by held-out loss.
+    checkpoint: str,
+    model: str,
+    output: str,
+    scratch: str,
+    parameters: dict[str, Any],
+    generated: str | None = None,
+    teacher_logits: str | None = None,
+) -> dict[str, Any]:
+    """Distils, in as many processes as the recipe says; returns and raises what `train` does."""
+    folders = {"checkpoint": checkpoint, "model": model, "generated": generated, "teacher_logits": teacher_logits}
+    arguments = {**folders, "output": output, "scratch": scratch, "parameters": parameters}
+    count = parameters.get("processes", 1)
+    if count == 1:
+        return train(**arguments)
+    folder = Path(scratch)
+    folder.mkdir(parents=True, exist_ok=True)
+    request, answer = folder / "request.json", folder / "answer.json"
+    answer.unlink(missing_ok=True)
+    request.write_text(json.dumps(arguments), encoding="utf-8")
+    if not processes.launch(count, ["--request", str(request), "--answer", str(answer)]) and not answer.exists():
+        raise StageError(f"distill: one of {count} processes ended without an answer; see its log above")
+    found = child.done(json.loads(answer.read_text(encoding="utf-8"))).value
+    shutil.rmtree(scratch, ignore_errors=True)
+    return found
 
-    Narrow data can make a student worse; then the untrained one is returned and `improved` is 0.
+
+def train(
+    checkpoint: str,
+    model: str,
+    output: str,
+    scratch: str,
+    parameters: dict[str, Any],
+    generated: str | None = None,
+    teacher_logits: str | None = None,
+) -> dict[str, Any]:
+    """Distils and writes the better of the student before and after, by held-out loss; in every process of a group.
+
+    Narrow data can make a student worse; then the untrained one is returned and `improved` is 0. A GPU computes in
+    bfloat16, with a float32 master of each weight; a CPU in float32. `distillation.json` has the losses of every step
+    in `train` and of every evaluation in `heldout`, with steps, tokens and learning rates, for the picture of the page.
+
+    Args:
+        generated, teacher_logits: the trees of the stages `generate` and `teach`, where the recipe has them.
 
     Returns:
-        steps, heldout_loss_before, heldout_loss_after (distillation loss in nats a token), improved.
+        steps, tokens, heldout_loss_before, heldout_loss_after (distillation loss in nats a token), improved,
+        stopped_early; `curve`, {"train", "heldout"} with pairs of tokens and loss to draw; `zeros`, the share of
+        zeros in the linear layers, of a student that is pruned while it trains.
 
     Raises:
         Failure: `training_diverged`, a loss that is not finite; names the step.
-        InputError: too little text for the held-out windows and one batch.
+        InputError: too little text; a student with other tokens than its teacher, or more parameters.
     """
-    settings = Distillation.model_validate(files.without(parameters))
-    student, tokenizer = checkpoints.load(Path(checkpoint), torch.float32)
-    teacher, _ = checkpoints.load(Path(model), torch.float32)
-    data = _Data(tokenizer, settings)
-    before = _heldout_loss(student, teacher, data.heldout, settings)
-    untrained = copy.deepcopy(student.state_dict())
-    losses = _train(student, teacher, data, settings, Path(scratch))
-    after = _heldout_loss(student, teacher, data.heldout, settings)
-    if not after < before:
-        student.load_state_dict(untrained)
-    checkpoints.save(student.bfloat16(), tokenizer, Path(output))
-    (Path(output) / "distillation.json").write_text(json.dumps({"loss": losses}), encoding="utf-8")
-    shutil.rmtree(scratch, ignore_errors=True)
+    own = {name: value for name, value in files.without(parameters).items() if name != "weights"}
+    settings = Distillation.model_validate(own)
+    student, tokenizer = checkpoints.load_for_measuring(Path(checkpoint))
+    _check_pair(Path(checkpoint), Path(model), tokenizer)
+    windows = data.read(tokenizer, settings.texts, settings.length, Path(generated) if generated else None)
+    batches = data.Batches(windows.training, settings)
+    teacher = teacher_of(Path(model), teacher_logits, windows, student.device)
+    change = _change(parameters.get("weights", {}), Path(checkpoint))
+    change.attach(student)
+    objective = Objective(student, teacher, settings)
+    before = heldout_loss(objective, windows.heldout)
+    curve = Training(objective, windows.heldout, batches, settings, Path(scratch), change).run()
+    after = heldout_loss(objective, windows.heldout)
+    measures = change.measures()
+    change.finish(student)
+    improved = after < before
+    stopped = len(curve.train) < batches.steps
+    if processes.rank() == 0:
+        kept, outcome = student, ""
+        if change.untrained_is_an_answer and not improved:
+            kept, _ = checkpoints.load(Path(checkpoint), torch.bfloat16)
+            outcome = "; the student is kept as it was"
+        progress.report("distill", f"held-out loss {before:.4f} before, {after:.4f} after{outcome}")
+        checkpoints.save(kept.bfloat16(), tokenizer, Path(output))
+        told = _told(curve, batches, settings, before, after, improved)
+        (Path(output) / "distillation.json").write_text(json.dumps(told), encoding="utf-8")
+        if processes.count() == 1:
+            shutil.rmtree(scratch, ignore_errors=True)
     return {
-        "steps": len(losses),
+        "steps": len(curve.train),
+        "tokens": len(curve.train) * batches.tokens_per_step,
         "heldout_loss_before": before,
         "heldout_loss_after": after,
-        "improved": float(after < before),
+        "improved": float(improved),
+        "stopped_early": float(stopped),
+        "curve": _drawn(curve, batches.tokens_per_step, before),
+        **measures,
     }
 
 
-class _Data:
-    """Windows of text: the first are held out, the rest are shuffled by epoch with the recipe's seed."""
+def teacher_of(model: Path, stored: str | None, windows: data.Windows, device: torch.device) -> Any:
+    """Returns the teacher on the device that trains: the model, or its logits where they were stored."""
+    if stored:
+        return StoredLogits(Path(stored), windows.all, device)
+    teacher, _ = checkpoints.load_for_measuring(model)
+    return teacher.requires_grad_(False)
 
-    def __init__(self, tokenizer: Any, settings: Distillation):
-        source = text.read_text(settings.text, text.CALIBRATION_TEXT, tokenizer, "distill.text")
-        available = len(tokenizer(source, add_special_tokens=False).input_ids) // settings.length
-        least = HELDOUT_WINDOWS + settings.batch_size
-        windows = text.windows(tokenizer, source, settings.length, max(available, least))
-        self.heldout, self.training = windows[:HELDOUT_WINDOWS], windows[HELDOUT_WINDOWS:]
-        self.settings = settings
-        self.steps = max(1, round(settings.tokens / (settings.batch_size * settings.length)))
 
-    def batch(self, step: int) -> torch.Tensor:
-        """Returns the batch of a step, int64 [batch, length]: a function of the step alone, so resume is exact."""
-        size = self.settings.batch_size
-        epoch, position = divmod(step * size, len(self.training) // size * size)
-        order = torch.randperm(
-            len(self.training), generator=torch.Generator().manual_seed(self.settings.seed + epoch)
+def _check_pair(student: Path, teacher: Path, tokenizer: Any) -> None:
+    """Checks that a teacher can teach this student; reads no weights."""
+    ours, theirs = inspect(student), inspect(teacher)
+    if ours.vocab_size != theirs.vocab_size or tokenizer.get_vocab() != checkpoints.load_tokenizer(teacher).get_vocab():
+        raise InputError(
+            f"distill: the student has other tokens ({ours.vocab_size:,}) than its teacher ({theirs.vocab_size:,}), so "
+            f"their logits cannot be compared; distil from a model with the same tokenizer"
         )
-        return self.training[order[position : position + size]]
+    if ours.parameters > theirs.parameters:
+        raise InputError(
+            f"distill: the student has {ours.parameters:,} parameters, more than its teacher's {theirs.parameters:,}; "
+            f"name the smaller model as the student"
+        )
 
 
-def _loss(student: Any, teacher: Any, tokens: torch.Tensor, settings: Distillation) -> torch.Tensor:
-    with torch.no_grad():
-        target = teacher(tokens).logits[:, :-1].flatten(0, 1)
-    logits = student(tokens).logits[:, :-1].flatten(0, 1)
-    labels = tokens[:, 1:].flatten()
-    return distillation_loss(logits, target, labels, settings.temperature, settings.label_weight)
+def _drawn(curve: Curve, tokens_per_step: int, before: float) -> dict[str, list[tuple[int, float]]]:
+    """The curve in at most a hundred points of the training loss, each the mean of as many steps."""
+    run = math.ceil(len(curve.train) / MOST_POINTS)
+    parts = [(start, curve.train[start : start + run]) for start in range(0, len(curve.train), run)]
+    return {
+        "train": [((start + len(part)) * tokens_per_step, statistics.fmean(part)) for start, part in parts],
+        "heldout": [(0, before), *((taken * tokens_per_step, loss) for taken, loss in curve.heldout)],
+    }
 
 
-def _heldout_loss(student: Any, teacher: Any, windows: torch.Tensor, settings: Distillation) -> float:
-    student.eval()
-    with torch.no_grad():
-        return sum(_loss(student, teacher, w[None], settings).item() for w in windows) / len(windows)
+def _told(
+    curve: Curve, batches: data.Batches, settings: Distillation, before: float, after: float, improved: bool
+) -> dict[str, Any]:
+    """What distillation.json says; losses in nats a token."""
+    shares = (schedule(s, batches.steps, settings.schedule, settings.warmup) for s in range(len(curve.train)))
+    return {
+        "tokens_per_step": batches.tokens_per_step,
+        "steps": batches.steps,
+        "train": curve.train,
+        "learning_rate": [settings.learning_rate * share for share in shares],
+        "heldout": [[0, before], *map(list, curve.heldout)],
+        "heldout_loss_before": before,
+        "heldout_loss_after": after,
+        "best": curve.best,
+        "improved": improved,
+    }
 
 
-def _learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over a twentieth of the steps, then a cosine down to a tenth of the peak."""
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    share = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+def _change(weights: dict[str, Any], checkpoint: Path) -> Reparametrization:
+    """What the recipe wants of the student's weights while they train: zeros first, then rounding."""
+    changes: list[Reparametrization] = []
+    if weights.get("keep_zeros"):
+        changes.append(KeptZeros())
+    if "movement" in weights:
+        changes.append(Movement(MovementPruning.model_validate(weights["movement"])))
+    if "rounded" in weights:
+        from trimtab.components.distillation.rehearsal import Rehearsal  # imports ModelOpt
 
-
-def _train(student: Any, teacher: Any, data: _Data, settings: Distillation, scratch: Path) -> list[float]:
-    """Trains in place and returns the loss of every step, those before a kill included."""
-    optimizer = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, weight_decay=0.0)
-    saved = _Checkpoint(scratch, student, optimizer)
-    losses = saved.resume()
-    student.train()
-    for step in range(len(losses), data.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(step, data.steps, settings.learning_rate)
-        loss = _loss(student, teacher, data.batch(step), settings)
-        if not torch.isfinite(loss):
-            reason = f"the distillation loss is {loss.item()} at step {step + 1} of {data.steps}"
-            raise Failure("training_diverged", f"{reason}; a lower learning_rate may help")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        progress.report("distill", f"loss {losses[-1]:.3f}", step + 1, data.steps)
-        if (step + 1) % STEPS_BETWEEN_CHECKPOINTS == 0:
-            saved.save(losses)
-    return losses
-
-
-class _Checkpoint:
-    """Weights, optimizer moments and losses as safetensors; replaced as a whole, so a kill leaves the last one."""
-
-    def __init__(self, folder: Path, student: Any, optimizer: torch.optim.AdamW):
-        self.path = folder / "training.safetensors"
-        self.student, self.optimizer = student, optimizer
-
-    def save(self, losses: list[float]) -> None:
-        tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
-        for name, parameter in self.student.named_parameters():
-            state = self.optimizer.state[parameter]
-            tensors[f"weight.{name}"] = parameter.detach()
-            tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq", "step")}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        save_file(tensors, partial)
-        partial.replace(self.path)
-
-    def resume(self) -> list[float]:
-        """Loads what a killed run saved, and returns its losses; an empty list where there is nothing."""
-        if not self.path.exists():
-            return []
-        tensors = load_file(self.path)
-        for name, parameter in self.student.named_parameters():
-            parameter.data.copy_(tensors[f"weight.{name}"])
-            keys = ("exp_avg", "exp_avg_sq", "step")
-            self.optimizer.state[parameter] = {key: tensors[f"{key}.{name}"] for key in keys}
-        losses = tensors["losses"].tolist()
-        progress.report("distill", f"resumed after step {len(losses)}")
-        return losses
+        quantize, facts = Quantization.model_validate(weights["rounded"]), inspect(checkpoint)
+        if reason := hardware.check_packing(quantize, facts):
+            raise Failure("unsupported", reason)
+        changes.append(Rehearsal(quantize, {layer.name for layer in hardware.quantized_layers(facts, quantize)}))
+    return Together(changes)

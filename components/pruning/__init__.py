@@ -1,1 +1,1 @@
-"""Pruning: fewer weights (magnitude) or fewer blocks (depth)."""
+"""Pruning: fewer weights (magnitude, Wanda, SparseGPT), fewer blocks (depth) or narrower ones (width)."""

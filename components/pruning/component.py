@@ -13,12 +13,12 @@ def prune(
     pruned: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
 ) -> str:
-    """Removes weights or whole blocks; passes the model on when the recipe does not prune.
+    """Zeroes weights, or removes whole blocks or parts of them; passes the model on when the recipe does not prune.
 
     Args:
         state: The state of the attempt, JSON.
         checkpoint: The model to prune.
-        calibration: Block influence, which depth pruning ranks by.
+        calibration: What was measured of activations, for all methods but magnitude, and the tokens.
         pruned: Names the pruned checkpoint.
         metrics: Parameters, share of zeros, blocks.
 

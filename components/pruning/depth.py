@@ -19,6 +19,19 @@ def least_influential(influence: torch.Tensor, count: int) -> list[int]:
     return sorted(influence.argsort(stable=True)[:count].tolist())
 
 
+def least_influential_run(influence: torch.Tensor, count: int) -> list[int]:
+    """Returns the indices of `count` consecutive blocks whose influence has the least sum; the first among equals.
+
+    Gromov et al. 2024, "The Unreasonable Ineffectiveness of the Deeper Layers", take the angle between the input of a
+    run and its output. Calibration measures each block apart, and the sum of its parts is what it has of a run.
+
+    Args:
+        influence: [blocks], at least `count`.
+    """
+    first = int(influence.unfold(0, count, 1).sum(dim=1).argmin())
+    return list(range(first, first + count))
+
+
 def remove_blocks(model: nn.Module, removed: list[int]) -> None:
     """Removes the blocks in place; config, cache indices and generation stay consistent."""
     blocks = observe.blocks(model)

@@ -1,23 +1,22 @@
-"""Unstructured magnitude pruning: a pure function of one weight matrix."""
+"""Magnitude pruning: a pure function of one weight matrix."""
 
 from __future__ import annotations
 
 import torch
 
+from trimtab.components.pruning import mask
 
-def prune(weight: torch.Tensor, sparsity: float) -> torch.Tensor:
+
+def prune(weight: torch.Tensor, sparsity: float, n_m: tuple[int, int] | None = None) -> torch.Tensor:
     """Returns the matrix with the `sparsity` share of its smallest absolute values set to zero.
 
     Args:
         weight: [out_features, in_features].
         sparsity: share of zeros, 0 to 1.
+        n_m: keep n of each m weights along a row instead.
 
     Source: Han et al. 2015, "Learning both Weights and Connections", applied to each layer by itself.
     """
-    zeros = round(sparsity * weight.numel())
-    if zeros == 0:
-        return weight.clone()
-    smallest = weight.abs().flatten().argsort(stable=True)[:zeros]
-    pruned = weight.flatten().clone()
-    pruned[smallest] = 0
-    return pruned.reshape(weight.shape)
+    size = weight.abs()
+    gone = mask.n_of_m(size, *n_m) if n_m else mask.lowest(size.reshape(1, -1), sparsity).reshape(weight.shape)
+    return weight.masked_fill(gone, 0)

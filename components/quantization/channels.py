@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from trimtab.components.quantization.scales import INT8, from_maximum
+from trimtab.runtime.scales import INT8, from_maximum
 
 ALPHAS = torch.linspace(0, 1, 21).tolist()
 

@@ -11,10 +11,10 @@ import torch
 from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 from modelopt.torch.export.quant_utils import process_layer_quant_config
 
-from trimtab.components.quantization.formats import MODELOPT_NAMES
 from trimtab.model import ModelFacts
 from trimtab.runtime.formats import Layout
 from trimtab.runtime.kv_cache import ALGORITHMS as KV_CACHES
+from trimtab.runtime.rounding import MODELOPT_NAMES
 
 
 def write(

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from trimtab.components.quantization.scales import Numbers
-from trimtab.errors import Failure
+from trimtab.runtime import hessian
+from trimtab.runtime.scales import Numbers
 
 #: What is added to the diagonal, as a share of its mean. The paper has 1 %, for some 260,000 tokens; with the few
 #: thousand of trimtab's own text more of what they correlate is chance. SmolLM2-135M's perplexity ratio, calibrated on
@@ -35,7 +35,7 @@ def round_weights(
     columns = weight.shape[1]
     order = gram.diagonal().argsort(descending=True, stable=True)
     weight, scale = weight[:, order], scale[:, order]
-    upper = _inverse_factor(gram[order][:, order])
+    upper = hessian.inverse_factor(gram[order][:, order], DAMPING)
     rounded = torch.empty_like(weight)
     for begin in range(0, columns, BLOCK):
         end = min(begin + BLOCK, columns)
@@ -49,21 +49,3 @@ def round_weights(
             block[:, i + 1 :] -= errors[:, i, None] * factor[i, None, i + 1 :]
         weight[:, end:] -= errors @ upper[begin:end, end:]
     return rounded[:, order.argsort()]
-
-
-def _inverse_factor(gram: torch.Tensor) -> torch.Tensor:
-    """Returns the upper Cholesky factor of the inverse of the damped matrix, [in, in].
-
-    Too few tokens leave the matrix singular; then damping grows until it can be factored.
-    """
-    damping = DAMPING * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    for _ in range(10):
-        damped = gram.clone()
-        damped.diagonal().add_(damping)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed:
-            return upper
-        damping = damping * 10
-    raise Failure("unsupported", "GPTQ cannot invert the second moments of a layer's input; calibrate on more text")

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from trimtab.components.quantization.scales import scale_of
 from trimtab.fusion import block_of
 from trimtab.runtime.formats import E4M3_MAX
+from trimtab.runtime.scales import scale_of
 
 #: What the largest key or value becomes. NVFP4's is ModelOpt's own, which current TensorRT-LLM reads: the blocks'
 #: scales, a sixth of their largest value, then use e4m3 up to a sixth of its range.

@@ -11,27 +11,21 @@ activations adds to E[x_j²] counts in the same way for the weights themselves.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import nn
 
 from trimtab import progress
 from trimtab.components.quantization import formats
 from trimtab.components.quantization.formats import Input
 from trimtab.recipe import Quantization
 from trimtab.runtime import checkpoint as checkpoints
-from trimtab.runtime import measurements, observe
+from trimtab.runtime import gradients, measurements, observe
 from trimtab.runtime.formats import Quantized, dequantize
 from trimtab.runtime.measurements import Measurements
 
-#: Tokens that gradients are averaged over: the mean of squares over these settles far sooner than a Gram matrix.
-TOKENS = 4096
 #: Formats whose error is computed with that of another: GPTQ's rounding is AWQ's with errors made up for, and what
 #: it leaves is not seen by second moments without correlation.
 _STAND_INS = {"int4_gptq": "int4_awq"}
@@ -52,7 +46,7 @@ def measure(
     """
     model, _ = checkpoints.load_for_measuring(Path(checkpoint))
     tokens = load_file(Path(calibration) / "tokens.safetensors")["tokens"].long().to(model.device)
-    energy = gradient_energy(model, tokens[: max(1, TOKENS // tokens.shape[1])])
+    energy = gradients.energy(model, gradients.enough(tokens), "sensitivity")
     measured = Measurements(Path(calibration), Path(checkpoint), "calibration")
     layers = observe.linears(model)
     harms = {}
@@ -69,44 +63,6 @@ def measure(
 def read(folder: Path) -> dict[str, dict[str, float]]:
     """Reads what `measure` wrote: first layer of a group -> format -> harm."""
     return json.loads((folder / "sensitivity.json").read_text(encoding="utf-8"))
-
-
-def gradient_energy(model: nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns for every linear layer E[g_i²], float32 [out_features].
-
-    Args:
-        model: as loaded; its weights get no gradients.
-        tokens: int64 [samples, length].
-    """
-    model.requires_grad_(False)
-    generator = torch.Generator(model.device).manual_seed(0)
-    with _backward_energy(model) as energy:
-        for window in progress.track(tokens, "sensitivity", "measuring gradients", len(tokens)):
-            embedded = model.get_input_embeddings()(window[None]).requires_grad_(True)
-            logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            F.cross_entropy(logits, drawn, reduction="sum").backward()
-    return {name: total / tokens.numel() for name, total in energy.items()}
-
-
-@contextmanager
-def _backward_energy(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Sums the squares of the gradients of every linear layer's output while the body runs backward."""
-    energy = {n: torch.zeros(m.out_features, device=m.weight.device) for n, m in observe.linears(model).items()}
-
-    def watch(name: str, output: torch.Tensor) -> None:
-        def add(gradient: torch.Tensor) -> None:
-            energy[name] += gradient.flatten(0, -2).float().square().sum(0)
-
-        output.register_hook(add)
-
-    layers = observe.linears(model).items()
-    handles = [layer.register_forward_hook(lambda _, __, out, n=name: watch(n, out)) for name, layer in layers]
-    try:
-        yield energy
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _activation_noise(stored: Quantized, seen: Input, scale: torch.Tensor) -> torch.Tensor | float:

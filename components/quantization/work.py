@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,15 @@ from typing import Any
 import torch
 
 from trimtab import fusion, hardware, progress
-from trimtab.components.quantization import assignment, configuration, formats, kv_cache, stream
+from trimtab.components.quantization import assignment, configuration, formats, kv_cache
 from trimtab.components.quantization.formats import Input
 from trimtab.errors import Failure
 from trimtab.fusion import Group
 from trimtab.model import inspect as read_facts
 from trimtab.recipe import Quantization
 from trimtab.runtime import formats as stored
-from trimtab.runtime import measurements
-from trimtab.runtime.checkpoint import INDEX, Export, check_finite, weight_file_bytes
+from trimtab.runtime import measurements, stream
+from trimtab.runtime.checkpoint import Export, check_finite, weight_file_bytes
 from trimtab.runtime.measurements import Measurements
 
 
@@ -58,11 +57,13 @@ def quantize(
     if sensitivity:
         measurements.check(Path(sensitivity), source, "sensitivity")
     chosen = assignment.choose(groups, facts, settings, Path(sensitivity) if sensitivity else None)
-    measured = [Measurements(Path(f), source, n) for n, f in (("calibration", calibration), ("gram", gram)) if f]
+    # A calibration of which nothing is read may be the one that pruning read, of the model before.
+    read = (("calibration", calibration, settings.needs_statistics), ("gram", gram, settings.needs_grams))
+    measured = [Measurements(Path(folder), source, name) for name, folder, needed in read if folder and needed]
     quantizer = _Quantizer(source, settings, groups, chosen, measured)
     skip = ["lm_head.weight"] if facts.tied_embeddings else []
     stream.rewrite(source, folder, Path(scratch) / "shards", skip, quantizer)
-    _copy_the_rest(source, folder)
+    stream.copy_the_rest(source, folder)
     layouts = {layer: stored.layout_of(form, settings) for layer, form in chosen.items()}
     configuration.write(folder, facts, layouts, settings.kv_cache, quantizer.dtype)
     return {"bytes": weight_file_bytes(folder), "effective_bits": stored.mean_bits(facts, layouts)}
@@ -146,10 +147,3 @@ def _finite(shard: Export, name: str) -> torch.Tensor:
     tensor = shard.view(name)
     check_finite(name, tensor)
     return tensor
-
-
-def _copy_the_rest(source: Path, folder: Path) -> None:
-    """Config, tokenizer and chat template go along; weights and their index have been written anew."""
-    for path in source.iterdir():
-        if path.is_file() and path.suffix in (".json", ".model", ".txt", ".jinja") and path.name != INDEX:
-            shutil.copyfile(path, folder / path.name)

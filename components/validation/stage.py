@@ -74,6 +74,7 @@ def run(state_json: str, page: Any, metrics: Any) -> str:
         layers=judge.read("layers.json"),
         calibration=judge.read("calibration.json"),
         reload=judge.read("reload.json"),
+        distillation=judge.distillation(),
     )
     Path(page.path).write_text(shown, encoding="utf-8")
     stages.log_metrics(metrics, _numbers(result))
@@ -268,6 +269,14 @@ class _Judge:
             if path.exists():
                 return json.loads(path.read_text(encoding="utf-8"))
         return None
+
+    def distillation(self) -> dict[str, Any] | None:
+        """Returns the metrics of this attempt's training, for the page; its tree, a whole model, stays where it is."""
+        checkpoint = self.state.trees.get("checkpoint")
+        if not (self.state.recipe.distill and checkpoint):
+            return None
+        record = self.store.lookup(self.store.manifest(checkpoint).metadata["key"])
+        return record["metrics"] if record and "curve" in record["metrics"] else None
 
 
 def evaluation_parameters(

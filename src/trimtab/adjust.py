@@ -13,8 +13,9 @@ Each verdict rules recipes out, and stays in force for the whole run:
 
 Some failures have a nearer remedy than the next rung, a recipe made from the failed one (`_remedies`): the KV
 cache in 16 bits; a smaller batch; a tenth of the learning rate; after pruning, four times the distillation
-tokens, then half the blocks. Every remedy takes something away that can be taken away only so often, and no
-recipe is tried twice, so the loop ends.
+tokens, then half the pruning, or twice the weights; zeros anywhere instead of a pattern n:m, then half of them.
+Every remedy takes something away that can be taken away only so often, and no recipe is tried twice, so the loop
+ends.
 
 Mixed precision has a model of its own, to skip rungs that would cost minutes to fail. As bits grow, the
 logarithm of the perplexity ratio falls about geometrically, so log(log ratio) is fitted as a line in the bits
@@ -25,11 +26,18 @@ trimtab's own text, had 1.109 in INT4 GPTQ and 1.054 mixed at 5 bits: log ratio 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from trimtab.hardware import removed_blocks
 from trimtab.plan import Rung
-from trimtab.recipe import STATIC_ACTIVATIONS, MagnitudePruning, Quantization, Recipe
+from trimtab.recipe import (
+    STATIC_ACTIVATIONS,
+    DepthPruning,
+    MovementPruning,
+    Quantization,
+    Recipe,
+    SparsePruning,
+    WidthPruning,
+)
 from trimtab.schema import Document
 from trimtab.state import Brief
 
@@ -38,6 +46,10 @@ HALVING_BITS = 1.0
 #: A rung is skipped when its predicted log ratio exceeds this multiple of the limit's. Acceptance wants the
 #: whole interval below the limit, so a prediction at the limit itself already fails more often than not.
 CLEARLY = 1.1
+#: The least share of neurons or channels that is worth a try: it makes a model hardly smaller.
+LEAST_SHARE = 0.05
+#: A penalty on movement pruning's scores that drops next to nothing.
+LEAST_PENALTY = 0.1
 #: Formats that also multiply in few bits.
 _ROUNDS_ACTIVATIONS = (*STATIC_ACTIVATIONS, "fp8_per_channel")
 #: What ends the line of mixed precision at four bits, the nearest first.
@@ -52,16 +64,22 @@ _HARSHNESS = {
     "fp32": 0.0, "fp16": 0.0, "bf16": 0.0, "int8_wo": 1.0, "fp8_per_channel": 1.5, "fp8": 2.0, "int8_sq": 3.0,
     "int4_gptq": 8.0, "int4_awq": 9.0, "w4a8_awq": 9.5, "nvfp4": 9.5, "mxfp4": 10.0, "int4_rtn": 10.0,
 }  # fmt: skip
+#: How blindly a method chooses the weights that become zero. At 50 % the log-perplexity of SmolLM2-135M rises by 0.39
+#: with SparseGPT, 0.55 with Wanda and 2.64 by magnitude (benchmarks/pruning.py).
+_BLINDNESS = {"sparsegpt": 0.0, "wanda": 1.0, "magnitude": 2.0}
 #: How much a KV cache takes away, which is in the same order how much it saves.
 _KV_CACHE = {"none": 0, "fp8": 1, "int8": 1, "nvfp4": 2}
 
 
-def next_recipe(ladder: Sequence[Rung], history: Sequence[Brief]) -> tuple[Rung | None, str]:
+def next_recipe(
+    ladder: Sequence[Rung], history: Sequence[Brief], runs: Callable[[Recipe], bool] = lambda recipe: True
+) -> tuple[Rung | None, str]:
     """Returns the rung to try next and one sentence that says why; or None, and why the run stops.
 
     Args:
         ladder: the recipes of the plan, in order.
         history: the finished attempts, oldest first; a baseline among them is ignored.
+        runs: whether the target can run a recipe on this model, asked of remedies: what is on the ladder can.
     """
     history = [brief for brief in history if brief.verdict.outcome != "baseline"]
     if not history:
@@ -74,7 +92,7 @@ def next_recipe(ladder: Sequence[Rung], history: Sequence[Brief]) -> tuple[Rung 
     rungs = {rung.recipe.digest: rung for rung in ladder}
     for recipe, why in _remedies(last, history, ladder):
         others = (brief for brief in history if brief is not last)
-        if recipe.digest not in tried and not any(_rules_out(brief, recipe) for brief in others):
+        if recipe.digest not in tried and runs(recipe) and not any(_rules_out(brief, recipe) for brief in others):
             rung = rungs.get(recipe.digest) or Rung(recipe=recipe, why=why)
             return rung, f"{failed}: next is {why}"
     open_rungs = [rung for rung in ladder if rung.recipe.digest not in tried]
@@ -121,6 +139,19 @@ def _kv(recipe: Recipe) -> int:
     return _KV_CACHE[_quantize(recipe).kv_cache]
 
 
+def _kind(recipe: Recipe) -> tuple[object, object]:
+    """How a recipe prunes, whatever the amount."""
+    return getattr(recipe.prune, "method", None), getattr(recipe.prune, "n_m", None)
+
+
+def _removed(recipe: Recipe) -> tuple[float, ...]:
+    """What structured pruning removes: blocks, and of every block neurons, KV groups and hidden channels."""
+    prune = recipe.prune
+    blocks = prune.blocks if isinstance(prune, DepthPruning) else 0
+    width = (prune.ffn, prune.kv_groups, prune.hidden) if isinstance(prune, WidthPruning) else (None, None, None)
+    return blocks, *(part or 0 for part in width)
+
+
 def _bits(recipe: Recipe) -> float:
     quantize = _quantize(recipe)
     return quantize.effective_bits or _BITS[quantize.format]
@@ -130,26 +161,38 @@ def _risk(recipe: Recipe) -> tuple[float, ...]:
     """What the recipe takes away, each respect apart; more is riskier."""
     quantize = _quantize(recipe)
     harsh = 12 - quantize.effective_bits if quantize.effective_bits else _HARSHNESS[quantize.format]
-    sparsity = recipe.prune.sparsity if isinstance(recipe.prune, MagnitudePruning) else 0.0
     group = quantize.group_size if _bits(recipe) < 8 else 0
     # Teaching repairs what pruning broke; where nothing was pruned, nothing is as good.
     untaught = (-recipe.distill.tokens if recipe.distill else 0) if recipe.prune else -math.inf
-    return harsh, _kv(recipe), removed_blocks(recipe), sparsity, group, untaught, -_excluded(quantize)
+    taken = (harsh, _kv(recipe), *_removed(recipe), *_sparsity(recipe), group, untaught)
+    return (*taken, -_excluded(quantize))
+
+
+def _sparsity(recipe: Recipe) -> tuple[float, ...]:
+    """How many weights become zero, how little freedom there is in which, how blindly they are chosen, in each layer
+    and among the layers, and how dear the scores are that choose them."""
+    prune = recipe.prune
+    if isinstance(prune, MovementPruning):
+        return prune.sparsity or 0.0, 0.0, 0.0, 0.0, prune.penalty or 0.0
+    if not isinstance(prune, SparsePruning):
+        return 0.0, 0.0, 0.0, 0.0, 0.0
+    rigid = 1 / prune.n_m[1] if prune.n_m else 0.0
+    return prune.sparsity, rigid, _BLINDNESS[prune.method], float(prune.allocation == "uniform"), 0.0
 
 
 def _ambition(recipe: Recipe) -> tuple[float, ...]:
     """What the recipe saves, each respect apart; more is better at the goal. Sparsity saves nothing."""
     quantize = _quantize(recipe)
     arithmetic = quantize.format in _ROUNDS_ACTIVATIONS
-    return -_bits(recipe), arithmetic, _kv(recipe), removed_blocks(recipe), -_excluded(quantize)
+    return -_bits(recipe), arithmetic, _kv(recipe), *_removed(recipe), -_excluded(quantize)
 
 
 def _footprint(recipe: Recipe) -> tuple[float, ...]:
     """What the recipe needs of each device's memory, each respect apart."""
     quantize, engine = _quantize(recipe), recipe.engine
     devices = engine.tensor_parallel_size * engine.pipeline_parallel_size
-    kept = _excluded(quantize)
-    return (_bits(recipe), -_kv(recipe), -removed_blocks(recipe), kept, engine.max_batch_size, engine.max_seq_len,
+    kept, removed = _excluded(quantize), (-part for part in _removed(recipe))
+    return (_bits(recipe), -_kv(recipe), *removed, kept, engine.max_batch_size, engine.max_seq_len,
             engine.max_num_tokens, -devices, bool(recipe.distill))  # fmt: skip
 
 
@@ -174,7 +217,7 @@ def _rules_out(brief: Brief, recipe: Recipe) -> bool:
         return recipe.distill.learning_rate >= failed.distill.learning_rate
     mine, theirs = _quantize(recipe), _quantize(failed)
     if theirs.format == "bf16" and theirs.kv_cache == "none":
-        return bool(failed.prune) and type(recipe.prune) is type(failed.prune)
+        return bool(failed.prune) and _kind(recipe) == _kind(failed)
     return mine.format == theirs.format and theirs.kv_cache in ("none", mine.kv_cache)
 
 
@@ -214,14 +257,17 @@ def _remedies(last: Brief, history: Sequence[Brief], ladder: Sequence[Rung]) -> 
 def _gentler_pruning(
     recipe: Recipe, history: Sequence[Brief], ladder: Sequence[Rung]
 ) -> Iterator[tuple[Recipe, str]]:
-    if isinstance(recipe.prune, MagnitudePruning):
-        if recipe.prune.sparsity >= 0.2:
+    if isinstance(recipe.prune, SparsePruning):
+        if recipe.prune.n_m:
+            # Free to stand anywhere, as many zeros harm far less, and no engine of today is faster with either.
+            yield _change(recipe, "prune", pattern="unstructured"), "the same with its zeros anywhere in a row"
+        elif recipe.prune.sparsity >= 0.2:
             sparsity = round(recipe.prune.sparsity / 2, 3)
             yield _change(recipe, "prune", sparsity=sparsity), f"the same with a sparsity of {sparsity:g}"
         return
     tried = {brief.recipe.digest for brief in history}
-    if any(0 < removed_blocks(r.recipe) < removed_blocks(recipe) and r.recipe.digest not in tried for r in ladder):
-        return  # the ladder itself goes on with fewer blocks
+    if any(_removes_less(rung.recipe, recipe) and rung.recipe.digest not in tried for rung in ladder):
+        return  # the ladder itself goes on with less
     # Teaching costs the most time, so it is prolonged once in a run.
     taught = [brief.recipe for brief in history if brief.recipe.prune and brief.recipe.distill]
     pairs = ((a, b) for a in taught for b in taught if a.prune == b.prune)
@@ -229,9 +275,40 @@ def _gentler_pruning(
     if recipe.distill and not prolonged:
         tokens = 4 * recipe.distill.tokens
         yield _change(recipe, "distill", tokens=tokens), f"the same with {tokens:,} distillation tokens"
-    if recipe.prune.blocks > 1:
-        blocks = recipe.prune.blocks // 2
-        yield _change(recipe, "prune", blocks=blocks), f"the same with {blocks} blocks removed"
+    if isinstance(recipe.prune, MovementPruning):
+        yield from _gentler_movement(recipe)
+    elif halved := _halved(recipe.prune):
+        gentler = recipe.model_copy(update={"prune": halved, "name": ""})
+        yield gentler, f"the same with half of the pruning, {halved.title}"
+
+
+def _removes_less(recipe: Recipe, other: Recipe) -> bool:
+    """Whether a recipe removes something, in no respect more than another and in some respect less."""
+    less, more = _removed(recipe), _removed(other)
+    return any(less) and less != more and _at_least(more, less)
+
+
+def _halved(prune: DepthPruning | WidthPruning) -> DepthPruning | WidthPruning | None:
+    """Returns the pruning that removes half of everything, or None when that is nothing."""
+    if isinstance(prune, DepthPruning):
+        return prune.model_copy(update={"blocks": prune.blocks // 2}) if prune.blocks > 1 else None
+    groups = (prune.kv_groups or 0) // 2 or None
+    ffn, hidden = (share / 2 if share and share >= 2 * LEAST_SHARE else None for share in (prune.ffn, prune.hidden))
+    if not (ffn or groups or hidden):
+        return None
+    return WidthPruning(method="width", ffn=ffn, kv_groups=groups, hidden=hidden)
+
+
+def _gentler_movement(recipe: Recipe) -> Iterator[tuple[Recipe, str]]:
+    """Twice the weights, until there would be none to drop; or a quarter of the penalty."""
+    if recipe.prune.penalty:
+        penalty = recipe.prune.penalty / 4
+        if penalty >= LEAST_PENALTY:
+            yield _change(recipe, "prune", penalty=penalty), f"the same with a penalty of {penalty:g}"
+        return
+    sparsity = round(1 - 2 * (1 - recipe.prune.sparsity), 3)
+    if sparsity >= 0.1:
+        yield _change(recipe, "prune", sparsity=sparsity), f"the same with a sparsity of {sparsity:g}"
 
 
 def _work(recipe: Recipe) -> str:

@@ -60,13 +60,21 @@ def call(work: str, **arguments: Any) -> Done:
             raise StageError(
                 f"{work} ended with exit code {process.returncode} and no answer; see its log above"
             )
-        result = json.loads(answer.read_text(encoding="utf-8"))
-    if "failure" in result:
-        raise Failure(*result["failure"])
-    if "error" in result:
-        name, message = result["error"]
+        return done(json.loads(answer.read_text(encoding="utf-8")))
+
+
+def done(answer: dict[str, Any]) -> Done:
+    """Returns what an answer of `answer_of` says, or raises what it says.
+
+    Raises:
+        Failure, TrimtabError: as `call`.
+    """
+    if "failure" in answer:
+        raise Failure(*answer["failure"])
+    if "error" in answer:
+        name, message = answer["error"]
         raise getattr(errors, name, StageError)(message)
-    return Done(result["value"], result["seconds"], result["peak_memory_bytes"])
+    return Done(answer["value"], answer["seconds"], answer["peak_memory_bytes"])
 
 
 def follow_run() -> None:
@@ -83,7 +91,7 @@ def follow_run() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Asks Linux to kill this process when its parent dies; elsewhere `follow_run` must do."""
     pr_set_pdeathsig = 1
     if sys.platform == "linux":
@@ -92,7 +100,8 @@ def _die_with(parent: int) -> None:
             os._exit(1)
 
 
-def _answer(work: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def answer_of(work: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Calls "package.module:function" here and returns its result, or how it failed, as JSON that `done` reads."""
     module, _, function = work.partition(":")
     started = time.monotonic()
     try:
@@ -121,8 +130,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _main() -> None:
     request = json.load(sys.stdin)
-    _die_with(request["parent"])
-    answer = _answer(request["work"], request["arguments"])
+    die_with(request["parent"])
+    answer = answer_of(request["work"], request["arguments"])
     Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
 
 

@@ -113,5 +113,7 @@ def facts_of(store: Store, model: Tree) -> ModelFacts:
 
 
 def _next(state: State) -> tuple[Rung | None, str]:
-    ladder = open_store(state.store).get_json("ladder", state.ladder)
-    return adjust.next_recipe([Rung.model_validate(rung) for rung in ladder], state.history)
+    store, machine = open_store(state.store), hardware.target(state.target)
+    ladder, facts = store.get_json("ladder", state.ladder), facts_of(store, state.model)
+    rungs = [Rung.model_validate(rung) for rung in ladder]
+    return adjust.next_recipe(rungs, state.history, lambda recipe: hardware.check(recipe, machine, facts) is None)

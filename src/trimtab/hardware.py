@@ -28,10 +28,11 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 
+from trimtab import shapes
 from trimtab.errors import InputError, nearest
-from trimtab.fusion import block_of, groups
+from trimtab.fusion import groups
 from trimtab.model import Linear, ModelFacts
-from trimtab.recipe import CASTS, GROUPED_FORMATS, DepthPruning, Format, KVCache, Quantization, Recipe
+from trimtab.recipe import CASTS, GROUPED_FORMATS, Format, KVCache, Quantization, Recipe
 from trimtab.schema import Document
 
 GB = 10**9
@@ -191,12 +192,15 @@ def check(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> str | None:
 
     Memory is not looked at here: `trimtab.memory` does that.
     """
+    if reason := (
+        _check_backend(recipe, hardware) or _check_format(recipe, hardware) or shapes.check(facts, recipe.prune)
+    ):
+        return reason
+    facts = shapes.pruned(facts, recipe.prune)
     return (
-        _check_backend(recipe, hardware)
-        or _check_format(recipe, hardware)
-        or _check_kv_cache(recipe, hardware, facts)
+        _check_kv_cache(recipe, hardware, facts)
         or _check_exclusions(recipe, facts)
-        or _check_blocks(recipe, facts)
+        or _check_stages(recipe, facts)
         or _check_parallelism(recipe, facts)
         or (check_packing(recipe.quantize, facts) if recipe.quantize else None)
         or _check_group_size(recipe, hardware, facts)
@@ -285,8 +289,7 @@ def _check_exclusions(recipe: Recipe, facts: ModelFacts) -> str | None:
         return "quantize.exclude: leaves no layer to quantize; remove a pattern, or write format: bf16"
     if not quantize.exclude_sensitive:  # a plan asks thousands of times, and grouping layers takes longest
         return None
-    blocks = facts.layers - removed_blocks(recipe)
-    left = len(groups([layer.name for layer in layers if (block_of(layer.name) or 0) < blocks], facts.model_type))
+    left = len(groups([layer.name for layer in layers], facts.model_type))
     if 0 < left <= quantize.exclude_sensitive:
         return (
             f"quantize.exclude_sensitive: {quantize.exclude_sensitive} of {left} groups of layers leave nothing to "
@@ -295,13 +298,10 @@ def _check_exclusions(recipe: Recipe, facts: ModelFacts) -> str | None:
     return None
 
 
-def _check_blocks(recipe: Recipe, facts: ModelFacts) -> str | None:
-    blocks, most = removed_blocks(recipe), facts.layers - 1
-    if blocks > most:
-        return f"prune.blocks: {blocks} of {facts.layers} blocks cannot be removed; write at most {most}"
-    stages, left = recipe.engine.pipeline_parallel_size, facts.layers - blocks
-    if stages > left:
-        return f"engine.pipeline_parallel_size: {stages} stages for {left} blocks; write at most {left}"
+def _check_stages(recipe: Recipe, facts: ModelFacts) -> str | None:
+    stages, blocks = recipe.engine.pipeline_parallel_size, facts.layers
+    if stages > blocks:
+        return f"engine.pipeline_parallel_size: {stages} stages for {blocks} blocks; write at most {blocks}"
     return None
 
 
@@ -363,11 +363,6 @@ def _check_group_size(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> 
                 f"of {layer.name}; {'write one of: ' + ', '.join(divide) if divide else keep}"
             )
     return None
-
-
-def removed_blocks(recipe: Recipe) -> int:
-    """Returns how many transformer blocks the recipe removes."""
-    return recipe.prune.blocks if isinstance(recipe.prune, DepthPruning) else 0
 
 
 def _features_per_rank(layer: Linear, ranks: int) -> int:

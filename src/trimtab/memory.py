@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from trimtab.hardware import FIXED_BLOCKS, GB, NVFP4_BLOCK, Hardware, quantized_layers, removed_blocks
+from trimtab import shapes
+from trimtab.hardware import FIXED_BLOCKS, GB, NVFP4_BLOCK, Hardware, quantized_layers
 from trimtab.model import ModelFacts
 from trimtab.recipe import CASTS, GROUPED_FORMATS, Quantization, Recipe
 from trimtab.schema import Document
@@ -45,17 +46,17 @@ def weight_bytes(facts: ModelFacts, recipe: Recipe) -> tuple[int, int]:
 
     INT4 takes half a byte a weight and a 2-byte scale a group; INT8 and FP8 take one byte and a 2-byte scale
     a row; FP4 takes half a byte and a one-byte scale a block; `mixed` at b bits has (8 - b) / 4 of its weights in
-    INT4. What is not quantized takes 2 bytes, or 4 in `fp32`.
+    INT4. What is not quantized takes 2 bytes, or 4 in `fp32`. `facts` are those of the model before it is pruned.
     """
-    left = (facts.layers - removed_blocks(recipe)) / facts.layers
+    facts = shapes.pruned(facts, recipe.prune)
     rest = 2 * (facts.parameters - facts.linear_parameters)
     if recipe.quantize is None or recipe.quantize.format in CASTS:
         wide = 2 if recipe.quantize and recipe.quantize.format == "fp32" else 1
-        return round(2 * facts.linear_parameters * left) * wide, rest * wide
+        return 2 * facts.linear_parameters * wide, rest * wide
     q = recipe.quantize
     if q.format in FIXED_BLOCKS:  # a one-byte scale a block
         each = 0.5 + 1 / FIXED_BLOCKS[q.format] - 2
-        return round((2 * facts.linear_parameters + each * _quantized_parameters(facts, q)) * left), rest
+        return round(2 * facts.linear_parameters + each * _quantized_parameters(facts, q)), rest
     four = float(q.format in GROUPED_FORMATS)  # the share of the weights that has four bits
     if q.effective_bits:
         four = (8 - q.effective_bits) / 4
@@ -63,7 +64,7 @@ def weight_bytes(facts: ModelFacts, recipe: Recipe) -> tuple[int, int]:
     for layer in quantized_layers(facts, q):
         per_weight = four * (0.5 + 2 / q.group_size) + (1 - four)
         linears += layer.parameters * (per_weight - 2) + (1 - four) * 2 * layer.out_features
-    return round(linears * left), rest
+    return round(linears), rest
 
 
 def _quantized_parameters(facts: ModelFacts, quantize: Quantization) -> int:
@@ -75,8 +76,9 @@ def kv_bytes_per_token(facts: ModelFacts, recipe: Recipe) -> int:
 
     One scale a layer is not counted. Where the format is only emulated the cache holds 16 bits: see `memory`.
     """
+    facts = shapes.pruned(facts, recipe.prune)
     heads = math.ceil(facts.kv_heads / recipe.engine.tensor_parallel_size)
-    blocks = math.ceil((facts.layers - removed_blocks(recipe)) / recipe.engine.pipeline_parallel_size)
+    blocks = math.ceil(facts.layers / recipe.engine.pipeline_parallel_size)
     each = KV_CACHE_BYTES[recipe.quantize.kv_cache if recipe.quantize else "none"]
     return math.ceil(2 * blocks * heads * facts.head_dim * each)
 
@@ -94,14 +96,14 @@ def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
     engine = recipe.engine
     served = _as_held(recipe, hardware)
     linears, rest = weight_bytes(facts, served)
-    left = facts.layers - removed_blocks(recipe)
-    stage = math.ceil(left / engine.pipeline_parallel_size) / left
+    left = shapes.pruned(facts, recipe.prune)
+    stage = math.ceil(left.layers / engine.pipeline_parallel_size) / left.layers
     length = min(engine.max_seq_len, facts.max_position_embeddings)
     tokens = min(engine.max_num_tokens, engine.max_batch_size * length)
-    width = 4 * facts.hidden_size + 3 * math.ceil(facts.intermediate_size / engine.tensor_parallel_size)
+    width = 4 * left.hidden_size + 3 * math.ceil(left.intermediate_size / engine.tensor_parallel_size)
     activations = tokens * width * 2 + engine.max_batch_size * facts.vocab_size * 4
     if engine.backend == "torch" and recipe.quantize:
-        activations += 2 * max((layer.parameters for layer in facts.linears), default=0)
+        activations += 2 * max((layer.parameters for layer in left.linears), default=0)
     return Memory(
         weights=round(linears * stage / engine.tensor_parallel_size) + rest,
         kv_cache=engine.max_batch_size * length * kv_bytes_per_token(facts, served),

@@ -83,6 +83,8 @@ def _explain(cls: type[BaseModel], item: Mapping[str, Any]) -> str:
     if kind == "tuple_type":
         return f"{where}: {item['input']!r} is not a list; write [{item['input']}]"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if not path:  # what two sections say together; the message names them, and the input is the whole document
+        return message
     return f"{where}: {item['input']!r} {message}"
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from trimtab import child, files, progress
 from trimtab.errors import Failure
-from trimtab.recipe import DepthPruning, Recipe, Source
+from trimtab.recipe import Distillation, MovementPruning, Recipe, Source
 from trimtab.schema import digest
 from trimtab.state import State
 from trimtab.store import Store, open_store
@@ -66,7 +66,7 @@ class Result:
 
 
 def _needs_statistics(recipe: Recipe) -> bool:
-    return isinstance(recipe.prune, DepthPruning) or _quantize_needs("statistics")(recipe)
+    return (recipe.prune is not None and recipe.prune.needs_statistics) or _quantize_needs("statistics")(recipe)
 
 
 def _quantize_needs(what: str) -> Callable[[Recipe], bool]:
@@ -88,13 +88,38 @@ def _calibration_data(recipe: Recipe) -> dict[str, Any]:
     return files.with_files(_part("calibrate")(recipe), recipe.calibrate.sources)
 
 
-def _distillation_data(recipe: Recipe) -> dict[str, Any]:
-    return files.with_files(_part("distill")(recipe), [Source(text=recipe.distill.text)])
+def _distillation(*fields: str) -> Callable[[Recipe], dict[str, Any]]:
+    """These fields of the recipe's `distill`; `text` as a list, and with what its files hold."""
+
+    def parameters(recipe: Recipe) -> dict[str, Any]:
+        chosen = recipe.distill.model_dump(mode="json", include=set(fields))
+        sources = [Source(text=text) for text in recipe.distill.texts]
+        return files.with_files({**chosen, "text": list(recipe.distill.texts)}, sources)
+
+    return parameters
+
+
+def _training(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's `distill`, with `weights`: what other sections want of the weights while they train."""
+    weights: dict[str, Any] = {}
+    if isinstance(recipe.prune, MovementPruning):
+        weights["movement"] = _part("prune")(recipe)
+    if recipe.keeps_zeros:
+        weights["keep_zeros"] = True
+    if recipe.distill.quantization_aware:  # no more of it than training sees, so that recipes share a student
+        fields = {"format", "group_size", "exclude"}
+        weights["rounded"] = recipe.quantize.model_dump(mode="json", include=fields)
+    return _distillation(*Distillation.model_fields)(recipe) | ({"weights": weights} if weights else {})
+
+
+def _distills(field: str) -> Callable[[Recipe], bool]:
+    return lambda recipe: recipe.distill is not None and getattr(recipe.distill, field) > 0
 
 
 #: In the order of an attempt. `recalibrate` is `calibrate` on what prune and distill left: the same key, and
 #: so a hit, when they left the model alone. `gram` and `sensitivity` are passes of their own over the same text,
-#: each once a model, for the recipes that need more than the statistics.
+#: each once a model, for the recipes that need more than the statistics. `generate` and `teach` read the teacher
+#: alone, so that a recipe that only trains otherwise finds their results.
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
@@ -104,16 +129,34 @@ STAGES: dict[str, Stage] = {
             work="trimtab.components.pruning.work:prune",
             inputs=("checkpoint", "calibration"),
             output="checkpoint",
-            wanted=lambda recipe: recipe.prune is not None,
+            wanted=lambda recipe: recipe.prune is not None and not isinstance(recipe.prune, MovementPruning),
             parameters=_part("prune"),
+            version=2,
+        ),
+        Stage(
+            name="generate",
+            work="trimtab.components.distillation.generation:generate",
+            inputs=("model",),
+            output="generated",
+            wanted=_distills("generate"),
+            parameters=_distillation("text", "length", "generate", "seed"),
+        ),
+        Stage(
+            name="teach",
+            work="trimtab.components.distillation.teacher:teach",
+            inputs=("model", "generated"),
+            output="teacher_logits",
+            wanted=_distills("stored_logits"),
+            parameters=_distillation("text", "length", "temperature", "stored_logits"),
         ),
         Stage(
             name="distill",
             work="trimtab.components.distillation.work:distill",
-            inputs=("checkpoint", "model"),
+            inputs=("checkpoint", "model", "generated", "teacher_logits"),
             output="checkpoint",
             wanted=lambda recipe: recipe.distill is not None,
-            parameters=_distillation_data,
+            parameters=_training,
+            version=2,
         ),
         _calibrate("recalibrate", _quantize_needs("statistics")),
         Stage(
@@ -156,12 +199,14 @@ STAGES: dict[str, Stage] = {
     )
 }
 
-#: The tasks of the pipeline, and the stages that each runs: what is measured on the model that quantization gets is
-#: measured in one task, for all of it needs the same checkpoint, tokens and device.
+#: Tasks that run several stages: what is measured on the model that quantization gets is measured in one task, for all
+#: of it needs the same checkpoint, tokens and device; and what a teacher says is for distillation alone.
+_TOGETHER = {"recalibrate": ("recalibrate", "gram", "sensitivity"), "distill": ("generate", "teach", "distill")}
+#: The tasks of the pipeline, and the stages that each runs.
 TASKS: dict[str, tuple[str, ...]] = {
-    name: ("recalibrate", "gram", "sensitivity") if name == "recalibrate" else (name,)
+    name: _TOGETHER.get(name, (name,))
     for name in STAGES
-    if name not in ("gram", "sensitivity")
+    if not any(name in stages and name != task for task, stages in _TOGETHER.items())
 }
 
 
@@ -257,11 +302,12 @@ def fail(state: State, name: str, failure: Failure) -> State:
     return state.model_copy(update={"verdict": verdict})
 
 
-def run(names: str, state_json: str, artifact: Any, metrics: Any) -> str:
+def run(names: str, state_json: str, artifact: Any, metrics: Any, shown: str = "") -> str:
     """The body of a stage's component: runs the named stages and fills the artifacts that the UI shows.
 
     Args:
-        names: names of STAGES, separated by spaces; the artifact stands for the tree of the first.
+        names: names of STAGES, separated by spaces.
+        shown: the stage whose tree the artifact stands for; the first when empty.
         state_json: the state as the previous stage returned it.
         artifact: KFP output artifact; gets a few kB that name the tree, so that the UI draws the lineage.
         metrics: KFP Metrics artifact, or None.
@@ -275,7 +321,7 @@ def run(names: str, state_json: str, artifact: Any, metrics: Any) -> str:
         state, result = advance(name, state)
         if metrics is not None and result:
             log_metrics(metrics, {**result.metrics, "seconds": result.seconds, "from_store": float(result.hit)})
-    describe_tree(artifact, tree_of(STAGES[names.split()[0]].output, state))
+    describe_tree(artifact, tree_of(STAGES[shown or names.split()[0]].output, state))
     return state.to_json()
 
 
@@ -310,7 +356,9 @@ def accelerators(state: State) -> dict[str, str]:
 
 def _needed(state: State) -> dict[str, int]:
     """The accelerators of the stages that must run."""
-    world = state.recipe.engine.tensor_parallel_size * state.recipe.engine.pipeline_parallel_size
+    several = {"engine": state.recipe.engine.tensor_parallel_size * state.recipe.engine.pipeline_parallel_size}
+    if state.recipe.distill:
+        several["distill"] = state.recipe.distill.processes
     store, known, counts = open_store(state.store), True, {}
     for name, stage in STAGES.items():
         if not stage.wanted(state.recipe):
@@ -321,5 +369,5 @@ def _needed(state: State) -> dict[str, int]:
             state = state.model_copy(update={"trees": trees})
         else:
             known = False
-            counts[name] = world if name == "engine" else 1
+            counts[name] = several.get(name, 1)
     return counts

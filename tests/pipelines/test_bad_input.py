@@ -111,7 +111,14 @@ PLANNED = [
      "quantize.exclude_sensitive: 16 of 16 groups of layers leave nothing to quantize; write at most 15"),
     ("{prune: {method: depth, blocks: 3}, quantize: {format: int8_wo, exclude_sensitive: 5}}", "cpu",
      "quantize.exclude_sensitive: 5 of 4 groups of layers leave nothing to quantize; write at most 3"),
+    ("prune: {method: wanda, pattern: '1:3'}", "cpu",
+     "prune.pattern: 1:3 wants input features in groups of 3, which do not divide the 128 of "
+     "model.layers.0.mlp.down_proj; write 'unstructured'"),
     ("prune: {method: depth, blocks: 9}", "cpu", "prune.blocks: 9 of 4 blocks cannot be removed; write at most 3"),
+    ("prune: {method: width, kv_groups: 4}", "cpu",
+     "prune.kv_groups: 4 of 4 KV groups cannot be removed; write at most 3"),
+    ("prune: {method: width, hidden: 0.5}", "cpu",
+     "prune.hidden: channels are kept in multiples of 64, and the model has 64; remove it"),
 ]  # fmt: skip
 
 

@@ -34,7 +34,7 @@ window_tokens: 64
 """
 #: Every stage has work, enough that a kill hits it.
 LONG_RECIPE = """
-prune: {method: depth, blocks: 1}
+prune: {method: width, ffn: 0.5, kv_groups: 1}
 distill: {tokens: 10240, batch_size: 4, length: 64}
 quantize: {format: mixed, effective_bits: 6, group_size: 32}
 calibrate: {samples: 4, length: 64}
@@ -196,7 +196,7 @@ def test_killed_and_started_again(home, tmp_path):
     events = [event for run in range(1, command.runs + 1) for event in command.events(run)]
     done = Counter(event["stage"] for event in events if event["text"].startswith("done in"))
     assert all(count <= (2 if stage == "engine" else 1) for stage, count in done.items()), done
-    assert any(event["text"] == "resumed after step 20" for event in events)
+    assert any(event["text"].startswith("resumed after step") for event in events)
 
 
 def _wait_for(command: Command, process: subprocess.Popen, stage: str, text: str) -> None:

@@ -205,10 +205,125 @@ def test_pruning_is_eased_before_it_is_given_up():
     assert title_after(rungs, *history) == "fp8"
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_a_pattern_is_loosened_and_then_sparsity_halved(method):
+    rungs = [rung(f"prune: {{method: {method}, pattern: '2:4'}}"), *quantized("int8_wo")]
+    history, titles = [], []
+    while not titles or titles[-1] != "int8_wo":
+        found, _ = next_recipe(rungs, history)
+        titles.append(found.recipe.title)
+        assert Recipe.parse(found.recipe.to_json()) == found.recipe, "what a remedy makes is a recipe that can be read"
+        history.append(failed(found, "accuracy"))
+    assert titles == [f"{method} {amount}" for amount in ("2:4", "50 %", "25 %", "12.5 %")] + ["int8_wo"]
+
+
+@pytest.mark.parametrize(
+    ("fails", "other", "ruled_out"),
+    [
+        ("wanda, sparsity: 0.5", "wanda, sparsity: 0.6", True),
+        ("wanda, sparsity: 0.5", "wanda, sparsity: 0.4", False),
+        ("wanda, sparsity: 0.5", "magnitude, sparsity: 0.5", True),
+        ("wanda, sparsity: 0.5", "sparsegpt, sparsity: 0.5", False),
+        ("wanda, sparsity: 0.5", "wanda, sparsity: 0.5, allocation: sensitivity", False),
+        ("wanda, sparsity: 0.5, allocation: sensitivity", "wanda, sparsity: 0.5", True),
+        ("wanda, sparsity: 0.5", "wanda, pattern: '4:8'", True),
+        ("wanda, pattern: '4:8'", "wanda, pattern: '2:4'", True),
+        ("wanda, pattern: '2:4'", "wanda, pattern: '4:8'", False),
+        ("wanda, pattern: '2:4'", "wanda, pattern: '1:4'", True),
+        ("sparsegpt, pattern: '2:4'", "magnitude, pattern: '2:4'", True),
+        ("sparsegpt, pattern: '2:4'", "magnitude, sparsity: 0.5", False),  # freer, but chosen more blindly
+    ],
+)
+def test_what_a_sparse_failure_rules_out(fails, other, ruled_out):
+    rungs = [rung(f"prune: {{method: {settings}}}") for settings in (fails, other)]
+    history = [failed(rungs[0], "accuracy")]
+    while (found := next_recipe(rungs, history)[0]) and found not in rungs:  # the remedies come first
+        history.append(failed(found, "kv_cache_accuracy"))
+    assert (found is None) == ruled_out
+
+
+def test_a_pattern_that_cannot_be_is_no_word_against_other_zeros():
+    rungs = [rung(f"prune: {{method: wanda, {amount}}}") for amount in ("pattern: '2:4'", "sparsity: 0.5")]
+    assert next_recipe(rungs, [failed(rungs[0], "unsupported")])[0] is rungs[1]
+def narrow(sizes: str, tokens: int = 1000) -> Rung:
+    return rung(f"{{prune: {{method: width, {sizes}}}, distill: {{tokens: {tokens}}}, quantize: {{format: fp8}}}}")
+
+
+def test_width_pruning_is_taught_longer_then_halved():
+    rungs = [narrow("ffn: 0.25, kv_groups: 3, hidden: 0.08"), *quantized("fp8")]
+    history = [failed(rungs[0], "accuracy")]
+    found = []
+    while (following := next_recipe(rungs, history)[0]) and following is not rungs[1]:
+        found.append((following.recipe.distill.tokens, following.recipe.prune.title))
+        history.append(failed(following, "accuracy"))
+    assert found == [
+        (4000, "-25 % FFN, -3 KV groups, -8 % hidden"),
+        (4000, "-12.5 % FFN, -1 KV group"),  # half of 8 % of the channels makes no model smaller
+        (4000, "-6.25 % FFN"),
+    ]
+    assert following is rungs[1], "then a format without pruning"
+
+
+def test_the_ladder_goes_on_with_less_width_by_itself():
+    rungs = [narrow("ffn: 0.25, hidden: 0.125"), narrow("ffn: 0.25")]
+    assert next_recipe(rungs, [failed(rungs[0], "perplexity")])[0] is rungs[1]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "open"),
+    [
+        (narrow("ffn: 0.25"), narrow("ffn: 0.5"), False),
+        (narrow("ffn: 0.25"), narrow("ffn: 0.25, kv_groups: 1"), False),
+        (narrow("ffn: 0.25"), narrow("kv_groups: 1"), True),
+        (narrow("ffn: 0.25"), student(4), True),  # depth and width break different things
+        (student(4), narrow("ffn: 0.25"), True),
+        (narrow("ffn: 0.25", tokens=9), narrow("ffn: 0.25"), True),  # taught longer
+    ],
+)
+def test_what_a_width_that_was_too_much_rules_out(first, second, open):
+    following, _ = next_recipe([first, second], [failed(first, "accuracy"), failed(quantized("bf16")[0], "no_gain")])
+    assert (following is second) == open
+
+
+def test_a_narrower_model_gains_and_needs_less():
+    rungs = [*quantized("fp8"), narrow("kv_groups: 2")]
+    assert next_recipe(rungs, [failed(rungs[0], "no_gain")])[0] is rungs[1]
+    tight = [rung(f"{{prune: {{method: width, ffn: {share}}}, engine: {{max_batch_size: 1, max_seq_len: 512}}}}")
+             for share in (0.5, 0.25)]  # fmt: skip
+    assert next_recipe(tight, [failed(tight[0], "does_not_fit")])[0] is None
+    assert next_recipe(tight, [failed(tight[1], "does_not_fit")])[0] is tight[0]
+
+
+def test_a_remedy_that_the_target_cannot_run_is_passed_over():
+    rungs = [narrow("ffn: 0.25"), *quantized("int8_wo")]
+    taught = rungs[0].recipe.distill.tokens * 4
+    history = [failed(rungs[0], "accuracy")]
+    found, _ = next_recipe(rungs, history, lambda recipe: recipe.distill.tokens != taught)
+    assert found.recipe.prune.title == "-12.5 % FFN"
+    assert next_recipe(rungs, history, lambda recipe: False)[0] is rungs[1]
+
+
 def test_sparsity_is_halved():
     rungs = [rung("prune: {method: magnitude, sparsity: 0.5}"), *quantized("int8_wo")]
     found, _ = next_recipe(rungs, [failed(rungs[0], "accuracy")])
     assert found.recipe.prune.sparsity == 0.25
+
+
+def test_movement_pruning_is_eased_before_it_is_given_up():
+    """More tokens once, then twice the weights until half are kept."""
+    rungs = [rung("{prune: {method: movement, sparsity: 0.85}, distill: {tokens: 1000}}"), *quantized("fp8")]
+    history, tried = [failed(rungs[0], "accuracy")], []
+    while (found := next_recipe(rungs, history)[0]) is not rungs[1]:
+        tried.append((found.recipe.distill.tokens, found.recipe.prune.sparsity))
+        history.append(failed(found, "accuracy"))
+    assert tried == [(4000, 0.85), (4000, 0.7), (4000, 0.4)]
+
+
+def test_soft_movement_pruning_pays_less_for_scores():
+    rungs = [rung("{prune: {method: movement, penalty: 40}, distill: {tokens: 1000}}")]
+    longer = rung("{prune: {method: movement, penalty: 40}, distill: {tokens: 4000}}")
+    history = [failed(rungs[0], "accuracy"), failed(longer, "accuracy")]
+    assert next_recipe(rungs, history)[0].recipe.prune.penalty == 10
 
 
 def test_a_changed_recipe_loses_its_name():
@@ -291,7 +406,11 @@ LADDERS = {
     "pruned": [
         student(8),
         student(4),
+        rung("{prune: {method: width, ffn: 0.5, kv_groups: 2}, distill: {tokens: 1000}}"),
         rung("prune: {method: magnitude, sparsity: 0.9}"),
+        rung("prune: {method: sparsegpt, pattern: '2:4'}"),
+        rung("{prune: {method: movement, sparsity: 0.85}, distill: {tokens: 1000}}"),
+        rung("{prune: {method: movement, penalty: 40}, distill: {tokens: 1000}}"),
         *quantized("bf16+kv"),
     ],
 }

@@ -188,6 +188,12 @@ def test_an_unlike_target_lists_all():
             "prune.blocks: 30 of 30 blocks cannot be removed; write at most 29",
         ),
         (
+            "cpu",
+            "prune: {method: wanda, pattern: '2:5'}",
+            "prune.pattern: 2:5 wants input features in groups of 5, which do not divide the 576 of "
+            "model.layers.0.self_attn.q_proj; write 'unstructured'",
+        ),
+        (
             "h100",
             "{engine: {backend: trtllm, tensor_parallel_size: 2}}",
             "engine.tensor_parallel_size: 2 does not divide 9 attention heads and 3 KV heads; "
@@ -197,6 +203,30 @@ def test_an_unlike_target_lists_all():
             "h100",
             "{prune: {method: depth, blocks: 28}, engine: {backend: trtllm, pipeline_parallel_size: 4}}",
             "engine.pipeline_parallel_size: 4 stages for 2 blocks; write at most 2",
+        ),
+        (
+            "cpu",
+            "prune: {method: width, ffn: 0.01}",
+            "prune.ffn: 0.01 of 1536 neurons rounds to none, because neurons are kept in multiples of 64; write at "
+            "least 0.042",
+        ),
+        (
+            "cpu",  # 12 groups of 128 fit into 1536 neurons, 8.5 into 1088
+            "{prune: {method: width, ffn: 0.29}, quantize: {format: int4_awq, group_size: 128, exclude: "
+            "['*.q_proj', '*.o_proj', '*.up_proj']}}",
+            "quantize.group_size: 128 does not divide the 1088 input features of model.layers.0.mlp.down_proj; write "
+            "one of: 64, 32",
+        ),
+        (
+            "h100",  # two of three KV groups are left, which three ranks do not divide
+            "{prune: {method: width, kv_groups: 1}, engine: {backend: trtllm, tensor_parallel_size: 3}}",
+            "engine.tensor_parallel_size: 3 does not divide 6 attention heads and 2 KV heads; write one of: 1, 2, 6",
+        ),
+        (
+            "cpu",  # a pattern means the pruned model, whose blocks are numbered anew
+            "{prune: {method: depth, blocks: 4}, quantize: {format: int8_wo, exclude: [model.layers.29.mlp.up_proj]}}",
+            "quantize.exclude: 'model.layers.29.mlp.up_proj' matches no layer; write 'model.layers.9.mlp.up_proj' "
+            "(valid: *.down_proj, *.o_proj, *.q_proj, *.up_proj, lm_head)",
         ),
         (
             "h100",
@@ -220,6 +250,8 @@ def test_refused(name, recipe, sentence):
         ("b200", "{quantize: {format: fp8, kv_cache: nvfp4}, engine: {backend: trtllm}}"),
         ("h100", "{engine: {backend: trtllm, tensor_parallel_size: 3}}"),
         ("cpu", "{prune: {method: depth, blocks: 29}}"),
+        ("cpu", "{prune: {method: sparsegpt, pattern: '4:8'}}"),
+        ("cpu", "{prune: {method: width, ffn: 0.29, kv_groups: 2}, quantize: {format: int4_awq}}"),
     ],
 )
 def test_allowed(name, recipe):

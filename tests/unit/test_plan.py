@@ -1,41 +1,16 @@
 """The ladders of the decision matrix, and memory against hand computation."""
 
 import pytest
+from facts import LLAMA_8B, LLAMA_70B, SMOLLM2, llama
 
 from trimtab.errors import InputError
 from trimtab.hardware import GB, check, target
 from trimtab.memory import max_context_tokens, memory
-from trimtab.model import Linear, ModelFacts
 from trimtab.plan import MAX_RUNGS, ladder
-from trimtab.recipe import Acceptance, MagnitudePruning, Recipe
+from trimtab.recipe import Acceptance, Recipe, SparsePruning
+from trimtab.shapes import pruned
 from trimtab.state import GOALS
 
-
-def llama(layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, positions, tied) -> ModelFacts:
-    shapes = {
-        "self_attn.q_proj": (heads * head_dim, hidden),
-        "self_attn.k_proj": (kv_heads * head_dim, hidden),
-        "self_attn.v_proj": (kv_heads * head_dim, hidden),
-        "self_attn.o_proj": (hidden, heads * head_dim),
-        "mlp.gate_proj": (intermediate, hidden),
-        "mlp.up_proj": (intermediate, hidden),
-        "mlp.down_proj": (hidden, intermediate),
-    }
-    names = [(f"model.layers.{n}.{name}", shape) for n in range(layers) for name, shape in shapes.items()]
-    linears = tuple(Linear(name, *shape) for name, shape in names)
-    parameters = sum(layer.parameters for layer in linears)
-    parameters += (1 if tied else 2) * vocab * hidden + (2 * layers + 1) * hidden
-    return ModelFacts(
-        architecture="LlamaForCausalLM", model_type="llama", layers=layers, hidden_size=hidden,
-        intermediate_size=intermediate, heads=heads, kv_heads=kv_heads, head_dim=head_dim, vocab_size=vocab,
-        max_position_embeddings=positions, tied_embeddings=tied, parameters=parameters, bytes=2 * parameters,
-        dtype="bfloat16", linears=linears,
-    )  # fmt: skip
-
-
-SMOLLM2 = llama(30, 576, 1536, 9, 3, 64, 49152, 8192, True)
-LLAMA_8B = llama(32, 4096, 14336, 32, 8, 128, 128256, 131072, False)
-LLAMA_70B = llama(80, 8192, 28672, 64, 8, 128, 128256, 131072, False)
 MODELS = {"SmolLM2-135M": SMOLLM2, "Llama-3.1-8B": LLAMA_8B, "Llama-3.1-70B": LLAMA_70B}
 TARGETS = ("cpu", "a100-40", "a100-80", "l4", "l40s", "h100", "h200", "b200", "rtx4090")
 
@@ -44,7 +19,7 @@ def on(name: str, memory_gb: int = 1000):
     return target(name, memory_gb * GB if name == "cpu" else None)
 
 
-def test_parameters_of_the_facts_above():
+def test_parameters_are_those_of_the_cards():
     # from the models' cards: 134,515,008; 8,030,261,248; 70,553,706,496
     assert [facts.parameters for facts in MODELS.values()] == [134_515_008, 8_030_261_248, 70_553_706_496]
 
@@ -98,6 +73,7 @@ def test_weights(quantize, weights):
         ("{quantize: {format: int8_wo, kv_cache: nvfp4}}", 8 * 2048 * 131_072),
         ("engine: {max_batch_size: 1, max_seq_len: 999999}", 131_072 * 131_072),  # the model ends at 131,072
         ("{prune: {method: depth, blocks: 8}}", 8 * 2048 * 131_072 * 24 // 32),
+        ("{prune: {method: width, kv_groups: 2}}", 8 * 2048 * 131_072 * 6 // 8),
         ("engine: {backend: trtllm, tensor_parallel_size: 4}", 8 * 2048 * 131_072 // 4),
         ("engine: {backend: trtllm, pipeline_parallel_size: 4}", 8 * 2048 * 131_072 // 4),
         # sixteen ranks share eight KV heads: one each
@@ -141,6 +117,17 @@ def test_depth_pruning_removes_its_share_of_the_linears():
     assert memory(LLAMA_8B, recipe, on("h100")).weights == 2 * 24 * 218_103_808 + REST
 
 
+def test_width_pruning_narrows_weights_and_activations():
+    recipe = Recipe.parse("{prune: {method: width, ffn: 0.5, hidden: 0.25}, quantize: {format: int8_wo}}")
+    found = memory(LLAMA_8B, recipe, on("h100"))
+    # a block: 2 * 4096 * 3072 (q, o) + 2 * 1024 * 3072 (k, v) + 3 * 7168 * 3072 (mlp) = 97,517,568 weights of a byte,
+    # and 4096 + 2 * 1024 + 3072 + 2 * 7168 + 3072 = 26,624 rows with a scale; embeddings and head keep three quarters
+    rest = REST - 2 * 2 * 128_256 * 1024
+    assert found.weights == 32 * (97_517_568 + 2 * 26_624) + rest
+    # 8192 tokens * (4 * 3072 + 3 * 7168) * 2 bytes, 8 rows of logits, and the largest layer in 16 bits
+    assert found.activations == 8192 * 33_792 * 2 + 8 * 128_256 * 4 + 2 * 7168 * 3072
+
+
 def test_an_emulated_format_is_held_in_16_bits():
     emulated, plain = Recipe.parse("quantize: {format: fp8}"), Recipe()
     assert memory(LLAMA_8B, emulated, on("cpu")).weights == memory(LLAMA_8B, plain, on("cpu")).weights
@@ -171,51 +158,52 @@ def titles(goal, facts, name, **options):
     return [rung.recipe.title for rung in ladder(goal, facts, on(name), **options)]
 
 
-STUDENTS_CPU = ["-7 blocks + distill 65,536 tokens + ", "-3 blocks + distill 65,536 tokens + "]
+# As many parameters as 7 and 3 of 30 blocks, 8 and 4 of 32: of SmolLM2's 79.6 million in the FFN 24.8 and 10.6, of
+# Llama's 5.64 billion 1.74 and 0.87.
+STUDENTS_CPU = ["-31 % FFN + distill 65,536 tokens + ", "-13 % FFN + distill 65,536 tokens + "]
 
 
-def students(first: int, second: int, rest: str = "") -> list[str]:
-    taught = "blocks + distill 100,000,000 tokens"
-    return [f"-{blocks} {taught}{rest and ' + ' + rest}" for blocks in (first, second)]
+def students(rest: str = "") -> list[str]:
+    return [f"-{share} % FFN + distill 100,000,000 tokens{rest and ' + ' + rest}" for share in (31, 15)]
 
 
 LADDERS = [
     ("fit_larger_model", SMOLLM2, "cpu", [
         "int4_rtn", "int4_gptq", "mixed 5 bits", "mixed 6 bits", "mixed 7 bits", "int8_wo",
     ]),
-    ("fit_larger_model", LLAMA_8B, "h100", ["int4_awq", "int4_gptq", *students(8, 4, "fp8"), "fp8"]),
+    ("fit_larger_model", LLAMA_8B, "h100", ["int4_awq", "int4_gptq", *students("fp8"), "fp8"]),
     # NVFP4 where it is served: by TensorRT-LLM on Blackwell, and nowhere by torch
-    ("fit_larger_model", LLAMA_8B, "b200", ["nvfp4", "int4_awq", "int4_gptq", *students(8, 4, "fp8"), "fp8"]),
+    ("fit_larger_model", LLAMA_8B, "b200", ["nvfp4", "int4_awq", "int4_gptq", *students("fp8"), "fp8"]),
     ("fit_larger_model", LLAMA_8B, "a100-80", [
-        "int4_awq", "int4_gptq", "int4_awq, down_proj in 16 bits", *students(8, 4),
+        "int4_awq", "int4_gptq", "int4_awq, down_proj in 16 bits", *students(),
     ]),
     ("lower_latency", SMOLLM2, "cpu", [
         "int8_wo", "int8_sq", "int4_awq", "int4_gptq", "mixed 5 bits",
         *(title + "int8_wo" for title in STUDENTS_CPU), "int8_wo, down_proj in 16 bits",
     ]),
     ("lower_latency", LLAMA_8B, "h100", [
-        "fp8 + fp8 KV", "fp8", "int4_awq", "int4_gptq", *students(8, 4, "fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
+        "fp8 + fp8 KV", "fp8", "int4_awq", "int4_gptq", *students("fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
     ]),
     ("lower_latency", LLAMA_8B, "a100-80", [
-        "int4_awq", "int4_gptq", *students(8, 4, "bf16 + fp8 KV"), "int4_awq, down_proj in 16 bits",
+        "int4_awq", "int4_gptq", *students("bf16 + fp8 KV"), "int4_awq, down_proj in 16 bits",
     ]),
     ("higher_throughput", SMOLLM2, "cpu", [
         "int8_sq", "int8_wo", *(title + "int8_sq" for title in STUDENTS_CPU), "int8_wo, down_proj in 16 bits",
     ]),
     ("higher_throughput", LLAMA_8B, "h100", [
-        "fp8 + fp8 KV", "fp8", *students(8, 4, "fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
+        "fp8 + fp8 KV", "fp8", *students("fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
     ]),
-    ("higher_throughput", LLAMA_8B, "a100-80", ["bf16 + fp8 KV", *students(8, 4, "bf16 + fp8 KV")]),
+    ("higher_throughput", LLAMA_8B, "a100-80", ["bf16 + fp8 KV", *students("bf16 + fp8 KV")]),
     ("long_context", SMOLLM2, "cpu", ["int8_wo", "int8_sq", "int4_awq"]),
     ("long_context", LLAMA_8B, "h100", ["fp8 + fp8 KV", "fp8", "int4_awq + fp8 KV", "bf16 + fp8 KV"]),
     ("long_context", LLAMA_8B, "a100-80", ["int4_awq + fp8 KV", "bf16 + fp8 KV"]),
     # where eight bits leave too little for the whole context, INT4 stands first
     ("long_context", LLAMA_70B, "h100", ["int4_awq + fp8 KV", "fp8 + fp8 KV", "fp8", "bf16 + fp8 KV"]),
     ("lower_cost", LLAMA_8B, "h100", [
-        "fp8 + fp8 KV", "fp8", *students(8, 4, "fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
+        "fp8 + fp8 KV", "fp8", *students("fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
     ]),
     ("lower_cost", LLAMA_8B, "a100-80", [
-        "int4_awq", *students(8, 4, "bf16 + fp8 KV"), "int4_awq, down_proj in 16 bits",
+        "int4_awq", *students("bf16 + fp8 KV"), "int4_awq, down_proj in 16 bits",
     ]),
 ]  # fmt: skip
 
@@ -223,6 +211,18 @@ LADDERS = [
 @pytest.mark.parametrize(("goal", "facts", "name", "expected"), LADDERS)
 def test_ladder(goal, facts, name, expected):
     assert titles(goal, facts, name) == expected
+
+
+def test_students_of_what_cannot_be_narrowed_have_fewer_blocks():
+    neox = SMOLLM2.model_copy(update={"model_type": "gpt_neox"})
+    found = [rung for rung in ladder("lower_latency", neox, on("cpu")) if rung.recipe.prune]
+    assert [rung.recipe.prune.blocks for rung in found] == [7, 3]
+    assert all(rung.why.startswith("fewer blocks, taught by") for rung in found)
+    narrow = [rung for rung in ladder("lower_latency", SMOLLM2, on("cpu")) if rung.recipe.prune]
+    assert all(rung.why.startswith("a narrower FFN") for rung in narrow)
+    for less, fewer in zip(narrow, found, strict=True):  # of as many parameters, to a multiple of 64 neurons
+        left = [pruned(facts, rung.recipe.prune).parameters for facts, rung in ((SMOLLM2, less), (neox, fewer))]
+        assert left[0] == pytest.approx(left[1], rel=0.015)
 
 
 @pytest.mark.parametrize("goal", GOALS)
@@ -244,7 +244,7 @@ def test_every_rung_runs_fits_differs_and_says_why(goal, name, model):
             assert check(recipe, hardware, facts) is None
             assert not hardware.is_emulated(recipe) and not hardware.is_kv_cache_emulated(recipe)
             assert memory(facts, recipe, hardware).fits
-            assert not isinstance(recipe.prune, MagnitudePruning)
+            assert not isinstance(recipe.prune, SparsePruning)
             assert recipe.engine.max_num_tokens >= recipe.engine.max_batch_size
             assert recipe.engine.enable_chunked_prefill or (
                 recipe.engine.max_num_tokens >= recipe.engine.max_seq_len

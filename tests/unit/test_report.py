@@ -289,6 +289,17 @@ def hostile(given: State) -> State:
     )
 
 
+def test_a_training_is_drawn():
+    curve = {"train": [(4096, 1.2), (8192, 0.6)], "heldout": [(0, 1.5), (8192, 0.7)]}
+    told = {"tokens": 8192, "steps": 2, "heldout_loss_before": 1.5, "heldout_loss_after": 0.7, "improved": 1.0,
+            "stopped_early": 0.0, "curve": curve}  # fmt: skip
+    text = attempt_html(RELEASED, distillation=told)
+    assert "8,192 tokens in 2 steps. Held-out loss 1.5000 before, 0.7000 after.</p>" in text
+    assert "distillation loss: held out 1.5000 before and 0.7000 after" in text and text.count("held-out loss ") == 2
+    assert "training did not help" in attempt_html(RELEASED, distillation={**told, "improved": 0.0})
+    assert "Distillation</h2>" not in attempt_html(RELEASED)
+
+
 def test_every_stage_has_a_colour_of_its_own():
     seconds = dict.fromkeys([*reversed(STAGES), "validate", "another"], 1.0)
     page = attempt_html(state(verdict=BASELINE.verdict, seconds=seconds))

@@ -14,8 +14,9 @@ from trimtab.stages import STAGES, TASKS, Stage
 from trimtab.state import State
 from trimtab.store import open_store
 
-FULL = "{prune: {method: depth, blocks: 1}, distill: {tokens: 99}, quantize: {format: mixed, effective_bits: 6}}"
-ALL = ["calibrate", "prune", "distill", "recalibrate", "gram", "sensitivity", "quantize", "engine"]
+DISTILL = "{tokens: 99, generate: 9, stored_logits: 8}"
+FULL = f"{{prune: {{method: depth, blocks: 1}}, distill: {DISTILL}, quantize: {{format: mixed, effective_bits: 6}}}}"
+ALL = ["calibrate", "prune", "generate", "teach", "distill", "recalibrate", "gram", "sensitivity", "quantize", "engine"]
 
 
 @pytest.fixture
@@ -75,8 +76,20 @@ def worked(monkeypatch):
         ("quantize: {format: int4_rtn, exclude_sensitive: 1}",
          ["calibrate", "recalibrate", "sensitivity", "quantize", "engine"]),
         ("prune: {method: magnitude, sparsity: 0.5}", ["prune", "engine"]),
+        ("prune: {method: magnitude, pattern: '2:4'}", ["prune", "engine"]),
+        ("prune: {method: magnitude, sparsity: 0.5, allocation: sensitivity}", ["calibrate", "prune", "engine"]),
+        ("prune: {method: wanda, sparsity: 0.5}", ["calibrate", "prune", "engine"]),
+        ("{prune: {method: sparsegpt, pattern: '2:4'}, quantize: {format: int8_wo}}",
+         ["calibrate", "prune", "quantize", "engine"]),
         ("prune: {method: depth, blocks: 1}", ["calibrate", "prune", "engine"]),
+        ("prune: {method: width, ffn: 0.5}", ["calibrate", "prune", "engine"]),
         ("distill: {tokens: 99}", ["distill", "engine"]),
+        ("distill: {tokens: 99, generate: 9}", ["generate", "distill", "engine"]),
+        ("distill: {tokens: 99, stored_logits: 8}", ["teach", "distill", "engine"]),
+        ("{prune: {method: movement, sparsity: 0.5}, distill: {tokens: 99}}", ["distill", "engine"]),
+        ("{prune: {method: magnitude, sparsity: 0.5}, distill: {tokens: 99}}", ["prune", "distill", "engine"]),
+        ("{distill: {tokens: 99, quantization_aware: true}, quantize: {format: int4_rtn}}",
+         ["distill", "quantize", "engine"]),
         (FULL, ALL),
     ],
 )
@@ -85,6 +98,25 @@ def test_wanted(recipe, wanted):
     assert [name for name, stage in STAGES.items() if stage.wanted(parsed)] == wanted
     for name in wanted:
         json.dumps(STAGES[name].parameters(parsed))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "weights"),
+    [
+        ("{distill: {tokens: 99}, prune: {method: depth, blocks: 1}}", None),
+        ("{distill: {tokens: 99}, prune: {method: magnitude, sparsity: 0.5}}", {"keep_zeros": True}),
+        ("{distill: {tokens: 99, quantization_aware: true}, quantize: {format: int4_rtn, kv_cache: fp8}}",
+         {"rounded": {"format": "int4_rtn", "group_size": 64, "exclude": ["lm_head"]}}),
+    ],
+)
+def test_what_distillation_knows_of_the_weights(recipe, weights):
+    assert STAGES["distill"].parameters(Recipe.parse(recipe)).get("weights") == weights
+
+
+def test_movement_pruning_is_a_part_of_distillation():
+    prune = {"method": "movement", "sparsity": 0.5, "magnitude_weight": 0.5}
+    recipe = Recipe.parse({"prune": prune, "distill": {"tokens": 99}})
+    assert STAGES["distill"].parameters(recipe)["weights"]["movement"].items() >= prune.items()
 
 
 def test_what_a_key_depends_on(store, tmp_path):
@@ -108,6 +140,7 @@ def test_the_name_of_a_stage_is_not_part_of_its_key(store, tmp_path):
         ("recalibrate", "{{calibrate: {{text: [{{text: builtin}}, {{text: {file}}}]}}, quantize: {{format: fp8}}}}"),
         ("calibrate", "{{calibrate: {{text: 'hf:{folder}'}}, quantize: {{format: fp8}}}}"),
         ("distill", "distill: {{tokens: 99, text: {file}}}"),
+        ("distill", "distill: {{tokens: 99, text: [builtin, {file}]}}"),
     ],
 )
 def test_an_edited_text_is_another_input(name, recipe, state, worked, tmp_path):
@@ -191,6 +224,7 @@ def test_every_stage_runs_in_one_task_in_order():
         ("{quantize: {format: fp8}, engine: {tensor_parallel_size: 4}}", "h100",
          {"calibrate": "1", "recalibrate": "1", "quantize": "1", "engine": "4"}),
         ("engine: {tensor_parallel_size: 2, pipeline_parallel_size: 2}", "h100", {"engine": "4"}),
+        ("distill: {tokens: 99, processes: 4}", "h100", {"distill": "4", "engine": "1"}),
     ],
 )  # fmt: skip
 def test_accelerators(recipe, target, expected, state):
@@ -210,6 +244,8 @@ def test_what_exists_needs_no_accelerator(state, worked):
     assert seen == {
         "calibrate": ["prune", "distill", "recalibrate", "quantize", "engine"],
         "prune": ["distill", "recalibrate", "quantize", "engine"],
+        "generate": ["distill", "recalibrate", "quantize", "engine"],
+        "teach": ["distill", "recalibrate", "quantize", "engine"],
         "distill": ["recalibrate", "quantize", "engine"],
         "recalibrate": ["recalibrate", "quantize", "engine"],
         "gram": ["recalibrate", "quantize", "engine"],
@@ -225,6 +261,16 @@ def test_a_later_stage_of_a_task_alone_needs_an_accelerator(recipe, state, worke
     stages.advance("calibrate", state("quantize: {format: fp8}"))
     needed = stages.accelerators(state(f"quantize: {recipe}"))
     assert (needed["calibrate"], needed["recalibrate"]) == ("0", "1")
+
+
+def test_what_a_teacher_says_is_found_by_other_trainings(state, worked):
+    """Another learning rate, budget or student needs neither its text nor its logits anew; another text does."""
+    recipe = "distill: {{tokens: {tokens}, learning_rate: {rate}, text: {text}, generate: 9, stored_logits: 8}}"
+    for tokens, rate, text in ((99, 1e-4, "builtin"), (999, 1e-5, "builtin"), (99, 1e-4, "other.txt")):
+        current = state(recipe.format(tokens=tokens, rate=rate, text=text))
+        for name in TASKS["distill"]:
+            current, _ = stages.advance(name, current)
+    assert worked == ["generate", "teach", "distill", "distill", "generate", "teach", "distill"]
 
 
 def test_a_verdict_needs_no_accelerator(state):
@@ -248,6 +294,13 @@ def test_run_of_several_stages_names_the_tree_of_the_first(state, worked, tmp_pa
         before = state(f"quantize: {recipe}").to_json()
         after = State.parse(stages.run(" ".join(TASKS["recalibrate"]), before, artifact, None))
         assert json.loads((tmp_path / "artifact").read_text()) == after.trees["calibration"].model_dump()
+
+
+def test_run_of_several_stages_may_name_the_tree_of_another(state, worked, tmp_path):
+    artifact = SimpleNamespace(path=str(tmp_path / "artifact"), metadata={})
+    before = state(f"distill: {DISTILL}").to_json()
+    after = State.parse(stages.run(" ".join(TASKS["distill"]), before, artifact, None, shown="distill"))
+    assert json.loads((tmp_path / "artifact").read_text()) == after.trees["checkpoint"].model_dump()
 
 
 def test_run_of_a_pass_through_names_its_input(state, tmp_path):

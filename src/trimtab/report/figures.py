@@ -169,7 +169,7 @@ def key(outcome: str) -> Markup:
     return _tag("svg", _shape(outcome, 9, 9), viewBox="0 0 18 18", class_="key", aria_hidden="true")
 
 
-def _grid(across: Axis, up: Axis, x: Dimension, y: Dimension) -> Markup:
+def _grid(across: Axis, up: Axis, x: Dimension, y: Dimension, arrow: bool = True) -> Markup:
     parts = []
     for tick in up.ticks():
         parts.append(_line(LEFT, up(tick), WIDTH - RIGHT, up(tick), "grid"))
@@ -178,6 +178,7 @@ def _grid(across: Axis, up: Axis, x: Dimension, y: Dimension) -> Markup:
         parts.append(_text(_tick(tick, across), across(tick), HEIGHT - BOTTOM + 19, "tick", text_anchor="middle"))
     parts.append(_line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "axis"))
     sideways = f"← {x.name}, less is better" if x.less_is_better else f"{x.name}, more is better →"
+    sideways = sideways if arrow else x.name
     anchor, place = ("start", LEFT) if x.less_is_better else ("end", WIDTH - RIGHT)
     parts.append(_text(sideways, place, HEIGHT - 8, "name", text_anchor=anchor))
     return Markup("").join(parts)

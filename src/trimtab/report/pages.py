@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from trimtab.report import figures, story
+from trimtab.report import curves, figures, story
 from trimtab.report.figures import Dimension, Point
 from trimtab.report.rows import COLUMNS, DASH, INTERVALS, Row, fraction, interval_text, number, rows, spent
 from trimtab.stages import STAGES
@@ -57,6 +57,7 @@ def attempt_html(
     layers: Sequence[Mapping[str, Any]] | None = None,
     calibration: Mapping[str, Any] | None = None,
     reload: Mapping[str, Any] | None = None,
+    distillation: Mapping[str, Any] | None = None,
 ) -> str:
     """Returns the page of the current attempt: verdict, intervals, measurements, kernels, layers, data, trees.
 
@@ -66,6 +67,7 @@ def attempt_html(
         layers: {"layer", "relative_error", "cosine"} at least of each, source against dequantised weights.
         calibration: the report of what the attempt was calibrated on: `sources`, `samples`, `length` and
             `document_tokens` in tokens, `vocabulary_coverage` as a share.
+        distillation: the metrics of the training, `curve` among them, or None.
         reload: `skipped`, why the embedded engine could not run the export, or None.
     """
     verdict = state.verdict
@@ -86,6 +88,8 @@ def attempt_html(
         layers=sorted(layers or (), key=lambda layer: layer["relative_error"], reverse=True)[:WORST_LAYERS],
         calibration=calibration,
         skipped=(reload or {}).get("skipped"),
+        distillation=distillation,
+        curve=curves.loss_curve(**distillation["curve"]) if distillation else "",
         trees=[(name, tree) for name, tree in {"model": state.model, **state.trees}.items()],
     )
 

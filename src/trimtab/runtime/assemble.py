@@ -28,7 +28,7 @@ def assemble(folder: Path, device: torch.device, kv_cache: ServedKVCache = "expo
         Failure: `export_damaged`, a tensor is missing, superfluous or wrong; `unsupported`, a format.
     """
     export = Export(folder)
-    model = _skeleton(folder)
+    model = skeleton(folder)
     used = set()
     for name in export.layers:
         used |= _replace(model, export, name, device)
@@ -43,8 +43,12 @@ def assemble(folder: Path, device: torch.device, kv_cache: ServedKVCache = "expo
     return model.requires_grad_(False).eval().to(device)
 
 
-def _skeleton(folder: Path) -> PreTrainedModel:
-    """The model with its parameters on the meta device; buffers such as rotary frequencies are real."""
+def skeleton(folder: Path) -> PreTrainedModel:
+    """Returns the model with its parameters on the meta device; buffers such as rotary frequencies are real.
+
+    Raises:
+        InputError: no config, or an architecture that transformers does not know.
+    """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config.__dict__.pop("quantization_config", None)

@@ -1,4 +1,4 @@
-"""Greedy decoding of one batch, a token at a time: what decode speed is measured on.
+"""Decoding of one batch, a token at a time: what decode speed is measured on, and text is generated with.
 
 On a GPU a step of a small model takes less time than Python takes to launch its thousand kernels, and a clock around
 such a loop measures Python. So there the step is recorded once as a CUDA graph, over a KV cache of fixed size, and
@@ -11,6 +11,9 @@ from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedModel, StaticCache
+
+#: logits [batch, V] -> the next tokens, int64 [batch, 1].
+Choice = Callable[[torch.Tensor], torch.Tensor]
 
 #: Steps before the recording, in which libraries choose and load their kernels.
 _WARM_UP = 2
@@ -27,15 +30,18 @@ class Growing:
     def prefill(self, prompt: torch.Tensor) -> None:
         """Reads a prompt, int64 [batch, length], and chooses the first token."""
         output = self.model(prompt, use_cache=True, logits_to_keep=1)
-        self._cache, self._token = output.past_key_values, _likeliest(output.logits)
+        self._cache, self._logits = output.past_key_values, output.logits
+        self._token = _likeliest(output.logits)
 
-    def steps(self, count: int) -> torch.Tensor:
-        """Returns the next tokens, int64 [batch, count], one forward pass each."""
+    def steps(self, count: int, choose: Choice | None = None) -> torch.Tensor:
+        """Returns the next tokens, int64 [batch, count], one pass each: the likeliest, or what `choose` says."""
         tokens = []
         for _ in range(count):
+            if choose:
+                self._token = choose(self._logits[:, -1])
             tokens.append(self._token)
             output = self.model(self._token, past_key_values=self._cache, use_cache=True)
-            self._token = _likeliest(output.logits)
+            self._logits, self._token = output.logits, _likeliest(output.logits)
         return torch.cat(tokens, dim=1)
 
 
@@ -44,13 +50,17 @@ class Static:
 
     Args:
         batch_size, prompt_tokens, new_tokens: of every prompt and continuation that it is used for, at most.
+        compiled: lets TorchInductor fuse the small kernels of a step, which takes minutes for a large model.
     """
 
     path = "loop, static cache"
 
     @torch.inference_mode()
-    def __init__(self, model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int):
+    def __init__(
+        self, model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int, compiled: bool = False
+    ):
         self.model = model
+        self._forward = torch.compile(model.forward, dynamic=False) if compiled else model
         length = max(prompt_tokens + new_tokens, _TRIAL[0] + max(_TRIAL[1], _WARM_UP))
         self._cache = StaticCache(config=model.config, max_cache_len=length)
         self._token = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.device)
@@ -60,12 +70,15 @@ class Static:
         """Reads a prompt, int64 [batch, length], and chooses the first token."""
         self._cache.reset()
         output = self.model(prompt, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._logits = output.logits
         self._token.copy_(_likeliest(output.logits))
 
-    def steps(self, count: int) -> torch.Tensor:
-        """Returns the next tokens, int64 [batch, count], one forward pass each."""
+    def steps(self, count: int, choose: Choice | None = None) -> torch.Tensor:
+        """Returns the next tokens, int64 [batch, count], one pass each: the likeliest, or what `choose` says."""
         step, tokens = self._replay or self._step, []
         for _ in range(count):
+            if choose:
+                self._token.copy_(choose(self._logits[:, -1]))
             tokens.append(self._token.clone())
             step()
         return torch.cat(tokens, dim=1)
@@ -90,7 +103,13 @@ class Static:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._step()
-        self._replay, self.path = graph.replay, "CUDA graph"
+        recorded = self._logits
+
+        def replay() -> None:
+            graph.replay()
+            self._logits = recorded  # a prefill puts its own there
+
+        self._replay, self.path = replay, "CUDA graph"
         found = self._trial(prompt)
         if (found - expected).abs().max() > 0.02 * expected.abs().max():
             raise RuntimeError("a replayed step has other logits than the step itself")
@@ -101,7 +120,7 @@ class Static:
         return self._logits.float().clone()
 
     def _step(self) -> None:
-        self._logits = self.model(self._token, past_key_values=self._cache, use_cache=True).logits
+        self._logits = self._forward(self._token, past_key_values=self._cache, use_cache=True).logits
         self._token.copy_(_likeliest(self._logits))
 
 
@@ -118,6 +137,8 @@ def decoder(
     try:
         found = Static(model, batch_size, prompt_tokens, new_tokens)
         found.capture()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a model does that a recording or a fixed cache does not allow
         first = str(error).strip().partition("\n")[0]
         return Growing(model, f"loop, as no CUDA graph could be made: {type(error).__name__}: {first}")

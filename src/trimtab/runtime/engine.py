@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trimtab import progress
-from trimtab.errors import Failure, InputError
+from trimtab.errors import InputError
 from trimtab.recipe import Engine as Settings
-from trimtab.runtime import batching, decode, head
+from trimtab.runtime import batching, decode, fewer_kernels, gpu_memory, head
 from trimtab.runtime.assemble import assemble
 from trimtab.runtime.batching import Request
 from trimtab.runtime.checkpoint import load_tokenizer
@@ -64,21 +63,25 @@ class TorchEngine:
 
     Raises:
         InputError: not a model folder.
-        Failure: `export_damaged` or `unsupported`.
+        Failure: `export_damaged`, `unsupported`, or `does_not_fit`, naming the part, as every method does.
     """
 
     def __init__(self, folder: Path, settings: Settings, device: str = "auto", kv_cache: ServedKVCache = "export"):
         self.folder, self.settings = Path(folder), settings
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.device = torch.device(name)
-        self.model = assemble(self.folder, self.device, kv_cache)
+        with gpu_memory.part("weights", self.device):
+            self.model = assemble(self.folder, self.device, kv_cache)
+        if self.device.type == "cuda":
+            fewer_kernels.fuse_norms(self.model)
+            fewer_kernels.group_queries(self.model)
         self.body, self.head = self.model.base_model, self.model.get_output_embeddings()
         # A branch's mask says nothing of a sliding window, so there every request gets a row of its own.
         self._share_contexts = not getattr(self.model.config, "sliding_window", None)
         self._decoders: dict[tuple[int, int, int], Growing | Static] = {}
         #: How `decode_speed` last ran its steps: "CUDA graph", or "loop" and on a GPU why.
         self.decode_path = ""
-        self._check_head()
+        head.check(self.model)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -110,8 +113,9 @@ class TorchEngine:
         misses = torch.zeros(len(requests), dtype=torch.int64)
         for group in batching.batches(batching.rows(requests, self._share_contexts, budget), budget):
             batch = batching.to_tensors(group)
-            hidden = self._hidden(batch.tokens, batch.positions, batch.mask)[batch.rows, batch.columns]
-            log_probs, likeliest = head.score(self.head, hidden, batch.targets.to(self.device))
+            with gpu_memory.part("activations", self.device):
+                hidden = self._hidden(batch.tokens, batch.positions, batch.mask)[batch.rows, batch.columns]
+                log_probs, likeliest = head.score(self.head, hidden, batch.targets.to(self.device))
             sums.index_add_(0, batch.owners, log_probs.cpu().double())
             misses.index_add_(0, batch.owners, (~likeliest).cpu().long())
         return list(zip(sums.tolist(), (misses == 0).tolist(), strict=True))
@@ -129,8 +133,9 @@ class TorchEngine:
             raise InputError(f"a window of {length} tokens predicts nothing; give at least 2")
         totals = []
         for batch in windows.split(max(1, self.settings.max_num_tokens // length)):
-            hidden = self._hidden(batch[:, :-1]).flatten(0, 1)
-            log_probs, _ = head.score(self.head, hidden, batch[:, 1:].flatten().to(self.device))
+            with gpu_memory.part("activations", self.device):
+                hidden = self._hidden(batch[:, :-1]).flatten(0, 1)
+                log_probs, _ = head.score(self.head, hidden, batch[:, 1:].flatten().to(self.device))
             totals += (-log_probs).double().view(len(batch), -1).sum(1).tolist()
         return totals
 
@@ -152,7 +157,8 @@ class TorchEngine:
         size = self.settings.max_batch_size
         for start in range(0, len(order), size):
             some = order[start : start + size]
-            answers |= zip(some, self._generate([prompts[i] for i in some], max_new_tokens), strict=True)
+            with gpu_memory.part("KV cache and activations", self.device):
+                answers |= zip(some, self._generate([prompts[i] for i in some], max_new_tokens), strict=True)
         return [answers[i] for i in range(len(prompts))]
 
     @torch.inference_mode()
@@ -166,9 +172,10 @@ class TorchEngine:
         generator = torch.Generator().manual_seed(0)
         shape = (batch_size, prompt_tokens)
         prompt = torch.randint(self.model.config.vocab_size, shape, generator=generator).to(self.device)
-        decoder = self._decoder(batch_size, prompt_tokens, new_tokens)
+        with gpu_memory.part("KV cache and activations", self.device):
+            decoder = self._decoder(batch_size, prompt_tokens, new_tokens)
+            seconds = [self._decode(decoder, prompt, new_tokens) for _ in range(repeats + 1)]
         self.decode_path = decoder.path
-        seconds = [self._decode(decoder, prompt, new_tokens) for _ in range(repeats + 1)]
         return [batch_size * new_tokens / s for s in seconds[1:]]
 
     def _hidden(
@@ -220,19 +227,4 @@ class TorchEngine:
         if tokens > limit:
             raise InputError(
                 f"{what} has {tokens} tokens, more than engine.max_seq_len {limit}; raise it or cut"
-            )
-
-    @torch.inference_mode()
-    def _check_head(self) -> None:
-        """Checks on two tokens that logits are the head's product alone: some models scale or cap them."""
-        if not isinstance(self.head, nn.Linear):
-            raise Failure(
-                "unsupported", f"{type(self.head).__name__} as output head does not run on this engine"
-            )
-        tokens = torch.tensor([[0, 1]])
-        expected = self.model(tokens.to(self.device), use_cache=False).logits[0].float()
-        found = torch.cat([part for _, part in head.logit_slices(self.head, self._hidden(tokens)[0])], dim=-1)
-        if (found - expected).abs().max() > 0.02 * expected.abs().max() + 1e-3:
-            raise Failure(
-                "unsupported", f"{type(self.model).__name__} changes its logits after the output head"
             )

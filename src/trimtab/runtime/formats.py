@@ -252,14 +252,24 @@ def scaled_weight(layer: Quantized) -> torch.Tensor:
     return round_fp8(weight, layer.weight_scale_2.float()) if layout.algo == "W4A8_AWQ" else weight
 
 
+def to_fp8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """Returns float32 x in units of `scale` as e4m3 numbers; beyond their range it saturates."""
+    return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
 def round_fp8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     """Returns float32 x as e4m3 numbers times `scale` represent it; beyond their range it saturates."""
-    return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
+    return to_fp8(x, scale).float() * scale
+
+
+def to_int8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """Returns float32 x in units of `scale` as whole numbers from -128 to 127."""
+    return (x / scale).round().clamp(-128, 127).to(torch.int8)
 
 
 def round_int8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     """Returns float32 x as whole numbers from -128 to 127 times `scale` represent it."""
-    return (x / scale).round().clamp(-128, 127) * scale
+    return to_int8(x, scale).float() * scale
 
 
 def round_nvfp4(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:

@@ -12,10 +12,31 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+
+from trimtab.errors import Failure
 
 #: Rows scored at once, and tokens of the vocabulary in a slice: 16 MB of float32 logits.
 ROWS = 1024
 SLICE = 4096
+
+
+@torch.inference_mode()
+def check(model: PreTrainedModel) -> None:
+    """Checks on two tokens that the model's logits are its head's product alone: some models scale or cap them.
+
+    Raises:
+        Failure: `unsupported`, they are not.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise Failure("unsupported", f"{type(head).__name__} as output head does not run on this engine")
+    tokens = torch.tensor([[0, 1]], device=model.device)
+    expected = model(tokens, use_cache=False).logits[0].float()
+    hidden = model.base_model(tokens, use_cache=False).last_hidden_state[0]
+    found = torch.cat([part for _, part in logit_slices(head, hidden)], dim=-1)
+    if (found - expected).abs().max() > 0.02 * expected.abs().max() + 1e-3:
+        raise Failure("unsupported", f"{type(model).__name__} changes its logits after the output head")
 
 
 def score(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

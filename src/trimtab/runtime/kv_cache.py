@@ -20,13 +20,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from trimtab.errors import Failure
 from trimtab.hardware import NVFP4_BLOCK
 from trimtab.runtime import formats
 from trimtab.runtime.checkpoint import Export
+from trimtab.runtime.fewer_kernels import grouped_attention
 
 #: Which KV cache an export is run with: the one that it asks for, or 16 bits whatever it asks for.
 ServedKVCache = Literal["export", "none"]
@@ -104,7 +104,7 @@ def _attention(
 ):
     algorithm, k_scale, v_scale = module.kv_cache
     key, value = rounded(algorithm, key, k_scale), rounded(algorithm, value, v_scale)
-    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    return grouped_attention(module, query, key, value, *args, **kwargs)
 
 
 def rounded(algorithm: str, x: torch.Tensor, scale: float) -> torch.Tensor:

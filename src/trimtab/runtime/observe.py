@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,6 @@ from torch import nn
 
 from trimtab.errors import Failure
 from trimtab.fusion import Group, groups
-from trimtab.runtime.reductions import column_extremes, row_cosines
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
@@ -55,9 +54,8 @@ class InputStatistics:
 
     def add(self, activations: torch.Tensor) -> None:
         rows = activations.detach().flatten(0, -2)
-        largest, squares = column_extremes(rows)
-        torch.maximum(self.amax, largest, out=self.amax)
-        self.square_sum += squares
+        torch.maximum(self.amax, torch.linalg.vector_norm(rows, torch.inf, dim=0).float(), out=self.amax)
+        self.square_sum += torch.linalg.vector_norm(rows, 2, dim=0, dtype=torch.float32).square()
         self.rows += len(rows)
 
     @property
@@ -68,41 +66,43 @@ class InputStatistics:
 class Similarity:
     """Running mean of the cosine between a block's input and output, over tokens."""
 
-    def __init__(self) -> None:
-        self.total = torch.zeros((), dtype=torch.float64)
+    def __init__(self, device: torch.device):
+        self.total = torch.zeros((), dtype=torch.float64, device=device)
         self.tokens = 0
 
     def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        cosine = row_cosines(before.detach().flatten(0, -2), after.detach().flatten(0, -2))
-        self.total = self.total.to(cosine.device) + cosine.sum()
-        self.tokens += cosine.numel()
+        self.total += torch.cosine_similarity(before.detach().float(), after.detach().float(), dim=-1).sum()
+        self.tokens += before.shape[:-1].numel()
 
     @property
-    def mean(self) -> float:
-        return float(self.total) / max(self.tokens, 1)
+    def mean(self) -> torch.Tensor:
+        return self.total / max(self.tokens, 1)
 
 
 class CacheRange:
     """Running largest magnitude of a block's keys, behind their rotary embedding, and values."""
 
-    def __init__(self) -> None:
-        self.key = self.value = torch.zeros(())
+    def __init__(self, device: torch.device):
+        self.key, self.value = torch.zeros((), device=device), torch.zeros((), device=device)
 
     def add(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        self.key = torch.maximum(self.key.to(key.device), key.abs().amax().float())
-        self.value = torch.maximum(self.value.to(value.device), value.abs().amax().float())
+        self.key = torch.maximum(self.key, key.abs().amax().float())
+        self.value = torch.maximum(self.value, value.abs().amax().float())
 
 
 class Observation:
-    """What one pass tells of a model: by the first layer of each group, and by block."""
+    """What one pass tells of a model: by the first layer of each group, and by block.
+
+    Nothing of it is read before the end, and then in one copy: each would make a GPU wait.
+    """
 
     def __init__(self, model: nn.Module):
         layers = linears(model)
         self.groups = linear_groups(model)
         device = next(model.parameters()).device
         self.inputs = {g.layers[0]: InputStatistics(layers[g.layers[0]].in_features, device) for g in self.groups}
-        self.similarities = [Similarity() for _ in blocks(model)]
-        self.caches = [CacheRange() for _ in blocks(model)]
+        self.similarities = [Similarity(device) for _ in blocks(model)]
+        self.caches = [CacheRange(device) for _ in blocks(model)]
 
     def run(self, model: nn.Module, windows: torch.Tensor) -> None:
         """Passes windows of tokens, int64 [n, length], through the observed model."""
@@ -113,16 +113,16 @@ class Observation:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns `<layer>.amax` and `<layer>.second_moment`, float32 [in_features], for every linear layer;
         and for the blocks, float32 [blocks], `block_influence` and the largest `key_amax` and `value_amax`."""
+        ends = [1 - torch.stack([s.mean for s in self.similarities]).float()]
+        ends += [torch.stack([c.key for c in self.caches]), torch.stack([c.value for c in self.caches])]
+        parts = [tensor for seen in self.inputs.values() for tensor in (seen.amax, seen.second_moment)] + ends
+        copied = iter(torch.cat(parts).cpu().split([len(part) for part in parts]))
         found: dict[str, torch.Tensor] = {}  # layers first: of what overflows, the earliest one is named
         for group in self.groups:
-            seen = self.inputs[group.layers[0]]
+            amax, second_moment = next(copied), next(copied)
             for layer in group.layers:
-                found[f"{layer}.amax"] = seen.amax.clone()
-                found[f"{layer}.second_moment"] = seen.second_moment
-        found["block_influence"] = torch.tensor([1 - s.mean for s in self.similarities])
-        found["key_amax"] = torch.stack([c.key for c in self.caches])
-        found["value_amax"] = torch.stack([c.value for c in self.caches])
-        return {name: tensor.cpu() for name, tensor in found.items()}
+                found |= {f"{layer}.amax": amax.clone(), f"{layer}.second_moment": second_moment.clone()}
+        return found | {name: next(copied).clone() for name in ("block_influence", "key_amax", "value_amax")}
 
 
 def check_finite(measured: dict[str, torch.Tensor]) -> None:
@@ -160,17 +160,15 @@ def observed(model: nn.Module) -> Iterator[Observation]:
 
 
 @contextmanager
-def grams(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Sums x xᵀ over the inputs of the named layers while the body runs the model: float32 [in, in] each."""
-    modules = linears(model)
-    device = next(model.parameters()).device
-    sums = {n: torch.zeros(modules[n].in_features, modules[n].in_features, device=device) for n in layers}
+def grams(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, torch.Tensor]]:
+    """Sums x xᵀ over the inputs of the layers while the body runs the model: float32 [in, in] each."""
+    sums = {n: torch.zeros(m.in_features, m.in_features, device=m.weight.device) for n, m in layers.items()}
 
     def add(name: str, activations: torch.Tensor) -> None:
         rows = activations.detach().flatten(0, -2).float()
         sums[name].addmm_(rows.t(), rows)
 
-    handles = [modules[n].register_forward_pre_hook(lambda _, a, n=n: add(n, a[0])) for n in layers]
+    handles = [m.register_forward_pre_hook(lambda _, a, n=n: add(n, a[0])) for n, m in layers.items()]
     try:
         yield sums
     finally:

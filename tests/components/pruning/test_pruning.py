@@ -1,4 +1,4 @@
-"""Magnitude and depth pruning: on tensors of four by eight, and to a smaller ordinary checkpoint."""
+"""Depth pruning: which blocks go, and a smaller ordinary checkpoint."""
 
 from __future__ import annotations
 
@@ -7,31 +7,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from trimtab.components.pruning import depth, magnitude
+from trimtab.components.pruning import depth
 from trimtab.components.pruning.work import prune
 from trimtab.errors import Failure
 from trimtab.model import inspect
-
-#: 1 to 32 with changing signs, four by eight.
-WEIGHT = (torch.arange(1.0, 33) * torch.tensor([1.0, -1.0]).repeat(16)).reshape(4, 8)
-
-
-@pytest.mark.parametrize(("sparsity", "zeros"), [(0.25, 8), (0.5, 16), (0.9, 29), (0.01, 0)])
-def test_magnitude_zeroes_the_smallest(sparsity, zeros):
-    pruned = magnitude.prune(WEIGHT, sparsity)
-    assert (pruned == 0).flatten().tolist() == [n < zeros for n in range(32)]
-    assert torch.equal(pruned[pruned != 0], WEIGHT.flatten()[zeros:])
-
-
-def test_magnitude_leaves_its_argument_alone():
-    before = WEIGHT.clone()
-    magnitude.prune(WEIGHT, 0.5)
-    magnitude.prune(WEIGHT, 0.0).zero_()
-    assert torch.equal(WEIGHT, before)
-
-
-def test_magnitude_is_exact_among_equals():
-    assert (magnitude.prune(torch.ones(4, 8), 0.5) == 0).sum() == 16
 
 
 @pytest.mark.parametrize(
@@ -48,6 +27,19 @@ def test_the_least_influential_blocks(influence, count, removed):
     assert depth.least_influential(torch.tensor(influence), count) == removed
 
 
+@pytest.mark.parametrize(
+    ("influence", "count", "removed"),
+    [
+        ([0.1, 0.9, 0.2, 0.3], 1, [0]),
+        ([0.1, 0.9, 0.2, 0.3], 2, [2, 3]),  # the two weakest, 0 and 2, do not follow one another
+        ([0.1, 0.2, 0.2, 0.1], 3, [0, 1, 2]),  # the first among equals
+        ([0.1, 0.2, 0.2, 0.1], 4, [0, 1, 2, 3]),
+    ],
+)
+def test_the_least_influential_run(influence, count, removed):
+    assert depth.least_influential_run(torch.tensor(influence), count) == removed
+
+
 def test_depth_pruning_leaves_an_ordinary_checkpoint(model, calibration, tmp_path):
     metrics = prune(str(model), str(calibration), str(tmp_path), "", {"method": "depth", "blocks": 1})
     assert metrics["blocks"] == 3 and inspect(tmp_path).layers == 3
@@ -60,9 +52,16 @@ def test_depth_pruning_leaves_an_ordinary_checkpoint(model, calibration, tmp_pat
         assert torch.equal(after[f"model.layers.{place}.{name}"], before[f"model.layers.{origin}.{name}"])
 
 
-@pytest.mark.parametrize("parameters", [{"method": "depth", "blocks": 2}, {"method": "magnitude", "sparsity": 0.5}])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"method": "depth", "blocks": 2},
+        {"method": "depth", "blocks": 2, "contiguous": True},
+        {"method": "magnitude", "sparsity": 0.5},
+    ],
+)
 def test_what_is_left_generates(parameters, model, calibration, tmp_path):
-    metrics = prune(str(model), str(calibration), str(tmp_path), "", parameters)
+    metrics = prune(str(model), str(calibration), str(tmp_path), str(tmp_path / "scratch"), parameters)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     tokens = torch.tensor([[5, 6, 7, 8]])
     cached = reloaded.generate(tokens, max_new_tokens=8, min_new_tokens=8, do_sample=False)
@@ -72,6 +71,6 @@ def test_what_is_left_generates(parameters, model, calibration, tmp_path):
 
 
 def test_no_more_blocks_than_there_are(model, calibration, tmp_path):
-    with pytest.raises(Failure, match="cannot remove 4 of 4 blocks; write at most 3") as caught:
+    with pytest.raises(Failure, match="4 of 4 blocks cannot be removed; write at most 3") as caught:
         prune(str(model), str(calibration), str(tmp_path), "", {"method": "depth", "blocks": 4})
     assert caught.value.failure_class == "unsupported" and list(tmp_path.iterdir()) == []

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trimtab import child
-from trimtab.components.quantization import formats, scales, sensitivity, work
+from trimtab.components.quantization import sensitivity, work
 from trimtab.errors import Failure, InputError
 from trimtab.fusion import groups
 from trimtab.hardware import target
 from trimtab.model import inspect
 from trimtab.recipe import Engine
-from trimtab.runtime import checkpoint
+from trimtab.runtime import checkpoint, rounding, scales
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.engine import TorchEngine
 from trimtab.runtime.formats import dequantize
@@ -133,7 +133,7 @@ def assert_same(expected: dict, found: dict, name: str, shared: torch.Tensor) ->
 @pytest.mark.parametrize("name", FORMATS)
 def test_slices_change_nothing(name, export, model, calibration, gram, tmp_path, monkeypatch):
     """Two rows at a time, where otherwise a whole matrix of the tiny model fits one slice."""
-    monkeypatch.setattr(formats, "SLICE", 1)
+    monkeypatch.setattr(rounding, "SLICE", 1)
     quantize(model, tmp_path / "q", calibration, gram, format=name)
     sliced, whole = Export(tmp_path / "q" / "output"), Export(export(name))
     assert sliced.names == whole.names
@@ -295,7 +295,7 @@ def test_weights_that_are_not_finite_are_refused(name, form, model, tmp_path):
 
 
 def test_a_kill_between_shards_costs_only_the_open_one(model, calibration, monkeypatch, tmp_path):
-    from trimtab.components.quantization import stream
+    from trimtab.runtime import stream
 
     monkeypatch.setattr(stream, "SHARD_BYTES", 1)
     (tmp_path / "whole").mkdir()

@@ -69,6 +69,23 @@ def test_a_model_that_is_not_quantized(model, tmp_path):
     assert metrics["quantized_share"] == 1 and metrics["bytes"] > metrics["tensor_bytes"] > 0
 
 
+@pytest.mark.parametrize("settings", [{}, {"format": "int8_wo"}], ids=["as it is", "int8_wo"])
+def test_a_sparse_model_passes(settings, model, calibration, tmp_path):
+    from trimtab.components.pruning.work import prune
+    from trimtab.components.quantization.work import quantize
+
+    folders = {name: tmp_path / name for name in ("sparse", "quantized", "output")}
+    for folder in folders.values():
+        folder.mkdir()
+    sparse, quantized, output = map(str, folders.values())
+    scratch = str(tmp_path / "scratch")
+    prune(str(model), str(calibration), sparse, scratch, {"method": "wanda", "pattern": "2:4"})
+    if settings:
+        quantize(sparse, str(calibration), None, None, quantized, scratch, settings)  # as the pipeline has it
+    metrics = inspect(quantized if settings else sparse, sparse, output, "", settings)
+    assert metrics["reload_skipped"] == "" and (metrics["quantized_share"] == 1) == (not settings)
+
+
 # --- tensors ----------------------------------------------------------------------------------------------------
 
 

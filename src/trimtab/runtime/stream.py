@@ -68,6 +68,13 @@ def rewrite(source: Path, output: Path, scratch: Path, skip: Sequence[str], conv
     shutil.rmtree(scratch)
 
 
+def copy_the_rest(source: Path, output: Path) -> None:
+    """Config, tokenizer and chat template go along; weights and their index have been written anew."""
+    for path in source.iterdir():
+        if path.is_file() and path.suffix in (".json", ".model", ".txt", ".jinja") and path.name != INDEX:
+            shutil.copyfile(path, output / path.name)
+
+
 def _publish(shards: Sequence[Path], output: Path) -> None:
     """Gives the shards the names that transformers reads."""
     if len(shards) == 1:

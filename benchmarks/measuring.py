@@ -1,0 +1,102 @@
+"""What the quality benchmarks share: texts, BLiMP's pairs, and what a model folder scores on them."""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trimtab.recipe import Engine
+from trimtab.runtime import text
+from trimtab.runtime.engine import TorchEngine
+
+LENGTH = 512
+
+
+def add_arguments(parser: argparse.ArgumentParser, needs_model: bool = True) -> None:
+    """Adds what says on which model and data a benchmark runs."""
+    parser.add_argument("--model", type=Path, required=needs_model, help="a Hugging Face model folder")
+    parser.add_argument("--text", type=Path, help="a text file; trimtab's own when absent")
+    parser.add_argument("--blimp", type=Path, help="a folder of BLiMP's .jsonl files")
+    parser.add_argument("--pairs", type=int, default=94, help="pairs of each BLiMP file")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=32, help=f"calibration windows of {LENGTH} tokens")
+    parser.add_argument("--windows", type=int, default=48, help=f"test windows of {LENGTH} tokens, at most")
+
+
+class Measuring:
+    """Scores model folders on the held-out text and on BLiMP.
+
+    Args:
+        options: parsed from what `add_arguments` adds.
+        folder: where the calibration text is written.
+    """
+
+    def __init__(self, options: argparse.Namespace, folder: Path):
+        self.options = options
+        self._text, self._test = _texts(options.text, folder)
+        self.sentences = _pairs(options.blimp, options.pairs) if options.blimp else []
+
+    def calibration(self, seed: int) -> dict[str, Any]:
+        """The recipe's `calibrate` for one seed."""
+        return {"samples": self.options.samples, "length": LENGTH, "seed": seed, "text": self._text}
+
+    @property
+    def seeds(self) -> range:
+        return range(self.options.first_seed, self.options.first_seed + self.options.seeds)
+
+    def measure(self, folder: Path) -> dict[str, Any]:
+        """Returns the perplexity of a reloaded folder, and `right`, 1 or 0 for each pair of BLiMP."""
+        engine = TorchEngine(folder, Engine())
+        windows = text.windows(engine.tokenizer, self._test, LENGTH, self.options.windows)
+        nll = engine.nll(windows)
+        found: dict[str, Any] = {"perplexity": math.exp(sum(nll) / (windows.numel() - len(windows)))}
+        if self.sentences:
+            start = [engine.tokenizer.eos_token_id]
+            tokens = [engine.tokenizer(s, add_special_tokens=False).input_ids for s in self.sentences]
+            scores = [score for score, _ in engine.loglikelihood([(start, t) for t in tokens])]
+            found["right"] = [float(good > bad) for good, bad in zip(scores[::2], scores[1::2], strict=True)]
+        return found
+
+
+def blimp(rows: Sequence[dict[str, Any]]) -> float:
+    """The share of pairs whose good sentence is the likelier one, mean over seeds."""
+    return statistics.fmean(statistics.fmean(row["right"]) for row in rows)
+
+
+def short(found: dict[str, Any]) -> dict[str, float]:
+    """A measurement without its single pairs."""
+    return {"perplexity": found["perplexity"], **({"blimp": blimp([found])} if "right" in found else {})}
+
+
+def paired(ours: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]]) -> list[float]:
+    """Accuracy of ours minus plain's: the mean over seeds and pairs, and its 95 % interval over pairs."""
+    pairs = zip(*(r["right"] for r in ours), strict=True), zip(*(r["right"] for r in plain), strict=True)
+    differences = [statistics.fmean(a) - statistics.fmean(b) for a, b in zip(*pairs, strict=True)]
+    mean = statistics.fmean(differences)
+    half = 1.96 * statistics.stdev(differences) / math.sqrt(len(differences))
+    return [round(x, 4) for x in (mean, mean - half, mean + half)]
+
+
+def _texts(path: Path | None, folder: Path) -> tuple[str, str]:
+    """Returns the calibration text as a recipe names it, and the test text itself."""
+    if path is None:
+        heldout = ("trimtab.components.validation.suite", "heldout.txt")
+        return "builtin", text.read_text("builtin", heldout)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    cut = int(0.8 * len(lines))
+    (folder / "calibration.txt").write_text("".join(lines[:cut]), encoding="utf-8")
+    return str(folder / "calibration.txt"), "".join(lines[cut:])
+
+
+def _pairs(folder: Path, count: int) -> list[str]:
+    """The first pairs of each file: a good sentence, then its bad twin, and so on."""
+    sentences = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines()[:count]:
+            pair = json.loads(line)
+            sentences += [pair["sentence_good"], pair["sentence_bad"]]
+    return sentences

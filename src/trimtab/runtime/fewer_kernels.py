@@ -1,0 +1,79 @@
+"""Fewer and cheaper kernels a decoding step on a GPU, where a small kernel's launch costs more than its work.
+
+Both replacements compute what they replace: one is tried against it, the other is the same product in another shape.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+_NAME = "trimtab_grouped"
+
+
+class FusedRMSNorm(nn.Module):
+    """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) in one kernel instead of seven."""
+
+    def __init__(self, weight: nn.Parameter, epsilon: float):
+        super().__init__()
+        self.weight, self.epsilon = weight, epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.epsilon)
+
+
+@torch.inference_mode()
+def fuse_norms(model: nn.Module) -> int:
+    """Replaces every RMSNorm that computes what PyTorch's does, found by trying, and returns how many."""
+    found = 0
+    for name, module in list(model.named_modules()):
+        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        weight = getattr(module, "weight", None)
+        if not type(module).__name__.endswith("RMSNorm") or epsilon is None or weight is None or weight.dim() != 1:
+            continue
+        fused = FusedRMSNorm(weight, epsilon)
+        x = torch.linspace(-3, 5, 4 * len(weight), device=weight.device).view(4, -1).to(weight.dtype)
+        expected = module(x).float()
+        if (fused(x).float() - expected).abs().max() <= 0.01 * expected.abs().max():  # bfloat16 rounds to 0.004
+            model.set_submodule(name, fused)
+            found += 1
+    return found
+
+
+def group_queries(model: PreTrainedModel) -> None:
+    """Makes a model that uses SDPA decode without repeating its keys and values for each query head."""
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(_NAME, grouped_attention)
+        AttentionMaskInterface.register(_NAME, sdpa_mask)
+        model.set_attn_implementation(_NAME)
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' SDPA; for one token, [B, H, 1, D], the query heads that share a head of keys stand where several
+    queries would, [B, K, H / K, D]: with a mask, transformers copies keys and values H / K times instead.
+
+    Returns [B, 1, H, D].
+    """
+    batch, heads, length, size = query.shape
+    per_head = attention_mask is not None and attention_mask.shape[1] != 1
+    if length != 1 or heads == key.shape[1] or per_head or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if attention_mask is not None:
+        attention_mask = attention_mask[..., : key.shape[-2]]
+    grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], size)
+    out = F.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
+    return out.reshape(batch, 1, heads, size), None

@@ -1,0 +1,231 @@
+"""A paged KV cache for transformers' models, and the attention that reads it; FP8 and INT8 are held in 8 bits.
+
+transformers has a paged cache of its own (`generate_batch`), and it runs with packed linears. It holds 16 bits alone,
+so an export's FP8 or INT8 KV cache would be another in service than in judgement; and without FlashAttention its SDPA
+path lays all sequences side by side and lets each look at all, work that grows with the square of the batch.
+
+Axes in names: T packed tokens of a pass, S sequences that decode, L tokens of the longest, W blocks of a table,
+H query heads, K heads of keys and values, D numbers of a head. A pass has S single tokens first, then prompts' chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from trimtab.errors import Failure
+from trimtab.runtime import formats, kv_cache
+
+_NAME = "trimtab_paged"
+#: Formats that are stored in 8 bits: how codes are made, and the type that they are read as. What is rounded and
+#: multiplied by its scale again is, bit for bit, `kv_cache.rounded`.
+_CODES = {"FP8": (formats.to_fp8, torch.float8_e4m3fn), "INT8": (formats.to_int8, torch.int8)}
+
+
+class PagedKVCache:
+    """Keys and values of every layer in blocks, [blocks + 1, block_size, K, D] each; the last block is nobody's.
+
+    What padding computes is written into that block. NVFP4 is rounded and held in 16 bits: PyTorch has no kernel
+    that reads it, and two codes a byte would be unpacked at every step.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: int, block_size: int):
+        self.block_size = block_size
+        self.algorithm = algorithm_of(model)
+        stored = torch.uint8 if self.algorithm in _CODES else torch.bfloat16
+        self._pairs, self._scales = {}, {}
+        for module in attention_layers(model):
+            self._scales[module.layer_idx] = getattr(module, "kv_cache", (None, 1.0, 1.0))[1:]
+            heads = module.k_proj.out_features // module.head_dim
+            shape = (2, blocks + 1, block_size, heads, module.head_dim)
+            self._pairs[module.layer_idx] = torch.zeros(shape, dtype=stored, device=model.device)
+
+    @property
+    def padding_slot(self) -> int:
+        """Where a token that nobody reads is written."""
+        return (next(iter(self._pairs.values())).shape[1] - 1) * self.block_size
+
+    @property
+    def storage(self) -> str:
+        """How a number is held, for people."""
+        return f"{self.algorithm}, 8 bits" if self.algorithm in _CODES else "16 bits"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return sum(pair.nbytes for pair in self._pairs.values())
+
+    def write(self, layer: int, slots_T: torch.Tensor, keys_TKD: torch.Tensor, values_TKD: torch.Tensor) -> None:
+        """Stores a layer's keys and values at slots, `block * block_size + offset`."""
+        for stored, x, scale in zip(self._pairs[layer], (keys_TKD, values_TKD), self._scales[layer], strict=True):
+            stored.flatten(0, 1).index_copy_(0, slots_T, self._encode(x, scale))
+
+    def read(self, layer: int, tables_SW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the keys and values of sequences, [S, K, W * block_size, D] each, in bfloat16."""
+        sequences, width = tables_SW.shape
+        found = []
+        for stored, scale in zip(self._pairs[layer], self._scales[layer], strict=True):
+            blocks = stored.index_select(0, tables_SW.flatten())
+            rows_SLKD = blocks.view(sequences, width * self.block_size, *stored.shape[2:])
+            found.append(self._decode(rows_SLKD, scale).transpose(1, 2))
+        return found[0], found[1]
+
+    def _encode(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        if self.algorithm is None:
+            return x
+        if self.algorithm not in _CODES:
+            return kv_cache.rounded(self.algorithm, x, scale)
+        return _CODES[self.algorithm][0](x.float(), scale).view(torch.uint8)
+
+    def _decode(self, stored: torch.Tensor, scale: float) -> torch.Tensor:
+        if self.algorithm not in _CODES:
+            return stored
+        return stored.view(_CODES[self.algorithm][1]).bfloat16() * scale  # codes fit, so this rounds once
+
+
+def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Returns the model's attention layers.
+
+    Raises:
+        Failure: `unsupported`, not every block has one.
+    """
+    found = [module for module in model.modules() if isinstance(getattr(module, "k_proj", None), nn.Module)]
+    blocks = model.config.num_hidden_layers
+    if len(found) != blocks:
+        what = f"{type(model).__name__} has {len(found)} attention layers with a k_proj in {blocks} blocks"
+        raise Failure("unsupported", f"{what}; a paged KV cache needs one in each")
+    return found
+
+
+def algorithm_of(model: PreTrainedModel) -> str | None:
+    """Returns ModelOpt's name of the format in which `kv_cache.apply` made the model read its KV cache."""
+    return getattr(attention_layers(model)[0], "kv_cache", (None,))[0]
+
+
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """Returns the bytes of keys and values of one token over all layers, as they are held here."""
+    each = 1 if algorithm_of(model) in _CODES else 2
+    return sum(2 * module.k_proj.out_features * each for module in attention_layers(model))
+
+
+# ------------------------------------------------------------------------------------------------------ attention
+
+
+@dataclass
+class Chunk:
+    """`count` tokens of a prompt that follow `before` others of it; `table_1W` are its blocks."""
+
+    count: int
+    before: int
+    table_1W: torch.Tensor
+
+
+@dataclass
+class Pass:
+    """Where the tokens of one forward pass stand in the cache.
+
+    Args:
+        slots_T: where each token's keys and values go.
+        tables_SW, lengths_S: blocks and tokens, with the new one, of each sequence that decodes.
+    """
+
+    cache: PagedKVCache
+    slots_T: torch.Tensor
+    tables_SW: torch.Tensor
+    lengths_S: torch.Tensor
+    chunks: list[Chunk]
+    _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+    def decode_mask(self, window: int | None) -> torch.Tensor:
+        """Returns bool [S, 1, 1, L], True where a token may look; made once a pass, not once a layer."""
+        if ("decode", window) not in self._masks:
+            length = self.tables_SW.shape[1] * self.cache.block_size
+            positions_L = torch.arange(length, device=self.lengths_S.device)
+            seen_SL = positions_L < self.lengths_S[:, None]
+            if window:
+                seen_SL &= positions_L >= self.lengths_S[:, None] - window
+            self._masks["decode", window] = seen_SL[:, None, None]
+        return self._masks["decode", window]
+
+    def chunk_mask(self, number: int, window: int | None) -> torch.Tensor | None:
+        """Returns bool [count, before + count], or None where "causal" says it all."""
+        chunk = self.chunks[number]
+        length = chunk.before + chunk.count
+        window = window if window and window < length else None
+        if not chunk.before and not window:
+            return None
+        if (number, window) not in self._masks:
+            positions_L = torch.arange(length, device=self.slots_T.device)
+            own_T = positions_L[chunk.before :, None]
+            seen_TL = positions_L <= own_T
+            if window:
+                seen_TL &= positions_L > own_T - window
+            self._masks[number, window] = seen_TL
+        return self._masks[number, window]
+
+
+def use_paged_attention(model: PreTrainedModel) -> None:
+    """Makes a model's forward pass read and write the cache of its argument `paged`, a `Pass`."""
+    AttentionInterface.register(_NAME, _attention)  # without a mask of its own: a pass has them
+    model.set_attn_implementation(_NAME)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    paged: Pass,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of T packed tokens, query [1, H, T, D] and key and value [1, K, T, D], over their sequences."""
+    if softcap is not None or s_aux is not None:
+        raise Failure("unsupported", f"{type(module).__name__} caps its scores or has sinks, which is not paged")
+    query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
+    paged.cache.write(module.layer_idx, paged.slots_T, key_TKD, value_TKD)
+    start = len(paged.lengths_S)
+    parts = [_decode(module, query_THD[:start], paged, scaling, sliding_window)] if start else []
+    for number, chunk in enumerate(paged.chunks):
+        mask = paged.chunk_mask(number, sliding_window)
+        parts.append(_read_chunk(module, query_THD[start : start + chunk.count], paged, chunk, mask, scaling))
+        start += chunk.count
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+def _decode(
+    module: nn.Module, query_SHD: torch.Tensor, paged: Pass, scaling: float | None, window: int | None
+) -> torch.Tensor:
+    """One query a sequence. The query heads that share a head of keys stand where several queries would: so keys and
+    values are neither repeated for them nor need a kernel that knows of groups."""
+    keys, values = paged.cache.read(module.layer_idx, paged.tables_SW)
+    sequences, heads, size = query_SHD.shape
+    query_SKGD = query_SHD.reshape(sequences, keys.shape[1], -1, size)
+    out = F.scaled_dot_product_attention(query_SKGD, keys, values, paged.decode_mask(window), scale=scaling)
+    return out.reshape(sequences, heads, size)
+
+
+def _read_chunk(
+    module: nn.Module,
+    query_THD: torch.Tensor,
+    paged: Pass,
+    chunk: Chunk,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    keys, values = (x[:, :, : chunk.before + chunk.count] for x in paged.cache.read(module.layer_idx, chunk.table_1W))
+    groups = query_THD.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
+    query = query_THD.transpose(0, 1)[None]
+    out = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None, scale=scaling)
+    return out[0].transpose(0, 1)

@@ -1,0 +1,100 @@
+"""Quantization-aware distillation: training sees the numbers that quantization will store."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from trimtab.components.distillation import work
+from trimtab.components.distillation.rehearsal import Rehearsal, Rounding
+from trimtab.components.pruning.work import prune
+from trimtab.components.quantization.work import quantize
+from trimtab.errors import Failure
+from trimtab.recipe import NEAREST_FORMATS, Quantization
+from trimtab.runtime import checkpoint, observe
+from trimtab.runtime.checkpoint import Export
+from trimtab.runtime.formats import dequantize
+
+SETTINGS = {"tokens": 6 * 4 * 32, "batch_size": 4, "length": 32, "learning_rate": 0.001}
+
+
+def test_rounding_by_hand():
+    """INT8: a row whose largest weight is 127 has the scale 1, and its weights become whole numbers."""
+    layer = nn.Linear(8, 4, bias=False)
+    rows = torch.tensor([127.0, 0.4, -0.4, 0.75, -3.25, 2.0, 100.75, -64.0])
+    layer.weight.data = torch.stack([rows, 2 * rows, -rows, rows / 2])
+    parametrize.register_parametrization(layer, "weight", Rounding(Quantization(format="int8_wo"), []))
+    whole = torch.tensor([127.0, 0, 0, 1, -3, 2, 101, -64])
+    assert torch.equal(layer.weight, torch.stack([whole, 2 * whole, -whole, whole / 2]))
+    coefficients = torch.arange(32.0).reshape(4, 8)
+    (coefficients * layer.weight).sum().backward()
+    assert torch.equal(layer.parametrizations.weight.original.grad, coefficients), "straight through"
+
+
+@pytest.mark.parametrize("form", NEAREST_FORMATS)
+def test_the_export_holds_what_training_saw(form, model, calibration, tmp_path):
+    """Bit for bit, for students that training moved off bfloat16's numbers, with some of a group excluded."""
+    settings = Quantization(format=form, group_size=32, exclude=("lm_head", "*.v_proj"))
+    student, tokenizer = checkpoint.load(model, torch.float32)
+    layers = observe.linears(student)
+    generator = torch.Generator().manual_seed(0)
+    for layer in layers.values():
+        layer.weight.data *= 1 + 0.01 * torch.randn(layer.weight.shape, generator=generator)
+    change = Rehearsal(settings, {name for name in layers if not name.endswith("v_proj")})
+    change.attach(student)
+    seen = {name: layer.weight.detach() for name, layer in layers.items() if not name.endswith("v_proj")}
+    change.finish(student)
+    plain, export = tmp_path / "plain", tmp_path / "export"
+    checkpoint.save(student.bfloat16(), tokenizer, plain)
+    export.mkdir()
+    measured = str(rebound(calibration, plain, tmp_path)) if settings.needs_statistics else None
+    quantize(str(plain), measured, None, None, str(export), str(tmp_path / "scratch"), settings.model_dump(mode="json"))
+    stored = Export(export)
+    assert set(stored.layers) == set(seen)
+    for name, weight in seen.items():
+        assert torch.equal(dequantize(stored.layer(name)), weight), name
+
+
+def rebound(calibration, plain, folder):
+    """The statistics, measured on the student."""
+    from trimtab.components.calibration.work import calibrate
+
+    (folder / "calibration").mkdir()
+    calibrate(str(plain), str(folder / "calibration"), "", {"samples": 2, "length": 32})
+    return folder / "calibration"
+
+
+def distill(student, model, folder, weights, name="run", **settings):
+    output = folder / name
+    output.mkdir()
+    parameters = {**SETTINGS, **settings, "weights": weights}
+    return work.distill(str(student), str(model), str(output), str(folder / "scratch"), parameters), output
+
+
+def test_the_loss_is_that_of_the_rounded_student(model, tmp_path):
+    """INT4 rounding costs an unpruned student something, and a rehearsal wins some of it back."""
+    weights = {"rounded": {"format": "int4_rtn", "group_size": 32}}
+    metrics, output = distill(model, model, tmp_path, weights, tokens=20 * 4 * 32, learning_rate=3e-4)
+    assert metrics["heldout_loss_before"] > 0.001, "the student is its teacher, but for the rounding"
+    assert metrics["heldout_loss_after"] < 0.9 * metrics["heldout_loss_before"]
+    weight = checkpoint.load(output, torch.float32)[0].model.layers[0].mlp.up_proj.weight
+    assert len(weight[0, :32].unique()) > 16, "what is saved is not rounded yet"
+
+
+def test_zeros_stay_in_a_rounded_student(model, calibration, tmp_path):
+    sparse = tmp_path / "sparse"
+    prune(str(model), str(calibration), str(sparse), "", {"method": "magnitude", "sparsity": 0.5})
+    weights = {"keep_zeros": True, "rounded": {"format": "int4_rtn", "group_size": 32}}
+    _, output = distill(sparse, model, tmp_path, weights)
+    before, after = (checkpoint.load(folder, torch.float32)[0] for folder in (sparse, output))
+    for old, new in zip(observe.linears(before).values(), observe.linears(after).values(), strict=True):
+        assert (new.weight[old.weight == 0] == 0).all() and not torch.equal(old.weight, new.weight)
+
+
+def test_a_format_that_cannot_store_a_layer(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(work.hardware.FIXED_BLOCKS, "nvfp4", 48)
+    with pytest.raises(Failure, match="do not divide the .* of model.layers.0") as caught:
+        distill(model, model, tmp_path, {"rounded": {"format": "nvfp4"}})
+    assert caught.value.failure_class == "unsupported"

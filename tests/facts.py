@@ -1,0 +1,30 @@
+"""Facts of models by their published shapes, for tests that compute nothing."""
+
+from trimtab.model import Linear, ModelFacts
+
+
+def llama(layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, positions, tied) -> ModelFacts:
+    shapes = {
+        "self_attn.q_proj": (heads * head_dim, hidden),
+        "self_attn.k_proj": (kv_heads * head_dim, hidden),
+        "self_attn.v_proj": (kv_heads * head_dim, hidden),
+        "self_attn.o_proj": (hidden, heads * head_dim),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }
+    names = [(f"model.layers.{n}.{name}", shape) for n in range(layers) for name, shape in shapes.items()]
+    linears = tuple(Linear(name, *shape) for name, shape in names)
+    parameters = sum(layer.parameters for layer in linears)
+    parameters += (1 if tied else 2) * vocab * hidden + (2 * layers + 1) * hidden
+    return ModelFacts(
+        architecture="LlamaForCausalLM", model_type="llama", layers=layers, hidden_size=hidden,
+        intermediate_size=intermediate, heads=heads, kv_heads=kv_heads, head_dim=head_dim, vocab_size=vocab,
+        max_position_embeddings=positions, tied_embeddings=tied, parameters=parameters, bytes=2 * parameters,
+        dtype="bfloat16", linears=linears,
+    )  # fmt: skip
+
+
+SMOLLM2 = llama(30, 576, 1536, 9, 3, 64, 49152, 8192, True)
+LLAMA_8B = llama(32, 4096, 14336, 32, 8, 128, 128256, 131072, False)
+LLAMA_70B = llama(80, 8192, 28672, 64, 8, 128, 128256, 131072, False)
