@@ -41,7 +41,12 @@ class _Client(kfp.Client):
     """kfp's client, without its own five silent tries of five seconds when the server refuses the first call."""
 
     def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
-        return self._healthz_api.healthz_service_get_healthz(_request_timeout=TIMEOUT)
+        ask = self._healthz_api.healthz_service_get_healthz_with_http_info
+        health, _, headers = ask(_request_timeout=TIMEOUT)
+        if "json" not in (headers.get("Content-Type") or ""):
+            # A proxy led to its login page, of which kfp's client makes an empty answer, and so of all that follow.
+            raise ApiException(status=303, reason="a page")
+        return health
 
     def version(self) -> str:
         """Returns the server's version, which only the older API tells; "" where it does not."""
@@ -163,7 +168,7 @@ def _explain_status(status: int, message: str, where: str, namespace: str) -> Tr
     if status == 409:
         return InputError(f"{where}: something of that name exists already{said}")
     if status in (301, 302, 303, 307, 308):
-        return InputError(f"token: {where}: it sends you to a login page; write --token")
+        return InputError(f"token: {where}: it answers with a page, such as a login; write --token, or correct --host")
     if status in PASSING:
         return StageError(f"{where}: it answered {status}{said}; run the command again")
     return InputError(f"{where}: it answered {status}{said}; correct what it names")

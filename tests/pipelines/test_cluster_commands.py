@@ -223,6 +223,12 @@ def test_no_such_run(server, capsys):
     assert (code, "cannot read run 'r-9'" in said and "Run r-9 not found" in said) == (2, True)
 
 
+def test_a_login_page(server, capsys):
+    server.page = "<html>Log in</html>"
+    code, said = trimtab(capsys, "upload")
+    assert (code, "it answers with a page, such as a login; write --token" in said) == (2, True), said
+
+
 def test_an_old_server(server, capsys):
     server.tag = "2.5.0"
     code, said = trimtab(capsys, "upload")
