@@ -4,6 +4,7 @@ PYTHON ?= python3
 # A plain `pip install torch` may bring a CUDA build of several GB; this version has a CPU build for everyone:
 # add PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu to prefer it.
 TORCH ?= torch==2.13.0
+WORKERS ?= 2
 VENV := .venv
 BUILD := build
 MODEL := $(BUILD)/model/SmolLM2-135M-Instruct.gguf
@@ -15,8 +16,9 @@ demo: $(VENV)/installed $(MODEL)
 	$(VENV)/bin/trimtab run --model $(MODEL) --goal fit_larger_model --target cpu \
 	    --store $(BUILD)/store --runs $(BUILD)/runs
 
+# A process a core, each with one thread: threads of one would wait for the other's.
 test: $(VENV)/installed lint
-	$(VENV)/bin/python -m pytest -m "not containers"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not containers" --numprocesses $(WORKERS) --dist loadfile
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -41,7 +41,26 @@ class _Client(kfp.Client):
     """kfp's client, without its own five silent tries of five seconds when the server refuses the first call."""
 
     def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
-        return self._healthz_api.healthz_service_get_healthz()
+        ask = self._healthz_api.healthz_service_get_healthz_with_http_info
+        health, _, headers = ask(_request_timeout=TIMEOUT)
+        if "json" not in (headers.get("Content-Type") or ""):
+            # A proxy led to its login page, of which kfp's client makes an empty answer, and so of all that follow.
+            raise ApiException(status=303, reason="a page")
+        return health
+
+    def version(self) -> str:
+        """Returns the server's version, which only the older API tells; "" where it does not."""
+        try:
+            answer = self._healthz_api.api_client.call_api(
+                "/apis/v1beta1/healthz",
+                "GET",
+                response_type="object",
+                auth_settings=["Bearer"],
+                _request_timeout=TIMEOUT,
+            )
+        except ApiException:
+            return ""
+        return str((answer[0] or {}).get("tag_name") or "")
 
 
 @dataclass
@@ -101,33 +120,21 @@ def connect(
         with _quiet():
             client = _Client(host=host or None, existing_token=token or None, ssl_ca_cert=ca or None)
             health = client.get_kfp_healthz()
-            tag = _tag(client)
+            version = client.version()
     except (ApiException, network.HTTPError, OSError) as error:
         raise explain(error, "ask for its health", shown, namespace) from None
-    _check_version(tag, shown)
+    _check_version(version, shown)
     namespace = namespace or client.get_user_namespace()
     if health.multi_user and not namespace:
         raise InputError(f"namespace: {shown} has a namespace for each user; write --namespace NAME")
     return Connection(client, namespace if health.multi_user else "", console, patience)
 
 
-def _tag(client: kfp.Client) -> str:
-    """The server's version, which only the older API tells; "" where it does not."""
-    health = client.healthzs.healthz_service_get_healthz.__self__
-    try:
-        answer = health.api_client.call_api(
-            "/apis/v1beta1/healthz", "GET", response_type="object", auth_settings=["Bearer"], _request_timeout=TIMEOUT
-        )
-    except ApiException:
-        return ""
-    return str((answer[0] or {}).get("tag_name") or "")
-
-
-def _check_version(tag: str, host: str) -> None:
-    found = re.match(r"v?(\d+)\.(\d+)", tag)
+def _check_version(version: str, host: str) -> None:
+    found = re.match(r"v?(\d+)\.(\d+)", version)
     if found and tuple(map(int, found.groups())) < OLDEST:
         raise InputError(
-            f"host: {host} runs Kubeflow Pipelines {tag}, which cannot run this pipeline; upgrade it to "
+            f"host: {host} runs Kubeflow Pipelines {version}, which cannot run this pipeline; upgrade it to "
             f"{'.'.join(map(str, OLDEST))}.0 or later"
         )
 
@@ -161,7 +168,7 @@ def _explain_status(status: int, message: str, where: str, namespace: str) -> Tr
     if status == 409:
         return InputError(f"{where}: something of that name exists already{said}")
     if status in (301, 302, 303, 307, 308):
-        return InputError(f"token: {where}: it sends you to a login page; write --token")
+        return InputError(f"token: {where}: it answers with a page, such as a login; write --token, or correct --host")
     if status in PASSING:
         return StageError(f"{where}: it answered {status}{said}; run the command again")
     return InputError(f"{where}: it answered {status}{said}; correct what it names")

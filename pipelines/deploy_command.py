@@ -19,11 +19,13 @@ def add(commands: Any) -> None:
     deploy.add_argument("--context", default="", help="context of the kubeconfig (the current one)")
     deploy.add_argument("--dry-run", action="store_true", help="print what would change, and change nothing")
     deploy.add_argument("--force", action="store_true", help="take over fields that someone else owns")
+    deploy.add_argument("--registry", default="", metavar="URL", help="Kubeflow Model Registry to enter it in then")
     deploy.set_defaults(command=_deploy)
 
 
 def _deploy(arguments: argparse.Namespace, console: Console) -> int:
     from trimtab.components.deployment.cluster import Cluster
+    from trimtab.components.deployment.registry import register
     from trimtab.components.deployment.rollout import accepted_artifact, difference, roll_out
     from trimtab.components.deployment.serving import Rollout
     from trimtab.store import open_store
@@ -42,5 +44,9 @@ def _deploy(arguments: argparse.Namespace, console: Console) -> int:
         shown = difference(cluster, rollout, store.uri, digest, arguments.force)
         print(shown or f"{rollout.service} would stay as it is")
         return 0
-    print(roll_out(cluster, rollout, store.uri, digest, arguments.force))
+    print(roll_out(cluster, rollout, store.uri, digest, arguments.force), flush=True)
+    if arguments.registry:
+        _, name, version = parts
+        new = register(arguments.registry, name, version, arguments.release, store.read_release(arguments.release))
+        print(f"{name} {version} {'entered in' if new else 'is already in'} the registry")
     return 0

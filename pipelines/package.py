@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from trimtab.components import images
 from trimtab.errors import InputError
 from trimtab.profile import Profile
+
+if TYPE_CHECKING:
+    from kfp.dsl.base_component import BaseComponent
 
 #: What the pipeline is called on a server.
 PIPELINE = "trimtab-optimize"
@@ -30,13 +33,23 @@ def write(output: Path, unrolled: int, image: str = "", profile: Profile | None 
     """
     if output.suffix not in (".yaml", ".yml", ".json") or not output.absolute().parent.is_dir():
         raise InputError(f"output: '{output}' must be a .yaml or .json file in a folder that exists")
-    if image:
-        os.environ["TRIMTAB_IMAGE"] = image  # read where the components are declared
     from kfp import compiler
 
     from trimtab.pipelines.optimize import optimize_pipeline
 
-    compiler.Compiler().compile(optimize_pipeline(unrolled, profile), str(output))
+    pipeline = optimize_pipeline(unrolled, profile)
+    if image:
+        _use_image(pipeline, image)
+    compiler.Compiler().compile(pipeline, str(output))
+
+
+def _use_image(pipeline: BaseComponent, image: str) -> None:
+    """Puts another image in place of the stages' own; what a profile chose stays."""
+    executors = pipeline.pipeline_spec.deployment_spec.fields["executors"].struct_value.fields
+    for executor in executors.values():
+        container = executor.struct_value.fields["container"].struct_value.fields
+        if container["image"].string_value == images.CPU:
+            container["image"].string_value = image
 
 
 def version_name(package: Path) -> str:

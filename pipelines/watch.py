@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from trimtab import bulletin
-from trimtab.errors import InputError, NotReleased, StageError, TrimtabError
+from trimtab.errors import InputError, NotReleased, StageError, StoreError, TrimtabError
 from trimtab.pipelines.connection import TIMEOUT, Connection
 from trimtab.store import Store, open_store
 
@@ -63,6 +63,8 @@ class _Verdicts:
             if self._store is None:
                 self._store = open_store(str((run.runtime_config.parameters or {})["store"]))
             attempts = bulletin.told(self._store, self._run_id)
+        except StoreError:
+            return  # away for a moment; the next look may see it
         except (TrimtabError, AttributeError, KeyError) as error:
             self._blind = True
             self._console.print(f"verdicts are not shown, the run's page has them: {error}", style="dim", markup=False)

@@ -27,6 +27,8 @@ class KfpServer:
         self.headers: list[dict[str, str]] = []
         self.faults: list[tuple[int | str, str]] = []
         self.multi_user, self.tag = False, "2.17.0"
+        #: What a proxy answers to everything instead, such as its login page.
+        self.page = ""
         #: What each further look at a run shows; the last stays.
         self.story: list[dict[str, Any]] = []
         server = self
@@ -55,9 +57,9 @@ class KfpServer:
                     status, answer = fault[0], {"message": fault[1]}
                 else:
                     status, answer = server.answer(self.command, path, query, sent)
-                data = json.dumps(answer).encode()
+                data = server.page.encode() or json.dumps(answer).encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", "text/html" if server.page else "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)

@@ -71,8 +71,10 @@ def roll_out(
             f"service: '{rollout.service}' has no version that a canary could stand beside (KServe without Knative, or "
             "it was never ready); write another service, or delete this one"
         )
+    wanted = inference_service(rollout, store, digest, canary=old is not None)
+    cluster.apply(wanted, force=force, dry=True)  # what the cluster refuses, it refuses before anything has changed
     try:
-        cluster.apply(inference_service(rollout, store, digest, canary=old is not None), force=force)
+        cluster.apply(wanted, force=force)
         beside = f"with {rollout.canary_percent} % of the traffic" if old else "as the first version"
         progress.report("rollout", f"{rollout.service}: applied {beside}")
         ready = _until_ready(cluster, rollout, old, poll)
@@ -97,7 +99,9 @@ def _unchanged(
 
 
 def _roll_back(cluster: Cluster, rollout: Rollout, store: str, digest: str, old: str | None) -> None:
-    """Gives the traffic back to the version before; a service that had none is deleted."""
+    """Gives the traffic back to the version before; a service that had none is deleted, one that is gone stays so."""
+    if cluster.read(rollout.service) is None:
+        return
     if old is None:
         cluster.delete(rollout.service)
         progress.report("rollout", f"{rollout.service}: deleted, it had no version before")

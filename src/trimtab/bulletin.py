@@ -6,7 +6,7 @@ the store's index under a key of the run, and `trimtab watch` reads them there.
 
 from __future__ import annotations
 
-import os
+import re
 from typing import Any
 
 from trimtab import progress
@@ -15,13 +15,16 @@ from trimtab.schema import digest
 from trimtab.state import Brief, State
 from trimtab.store import Store, open_store
 
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
 
 def tell(state: State, run: str) -> None:
-    """Writes the verdicts of a run down; the last writer wins. A run on this machine tells its terminal instead.
+    """Writes the verdicts of a run down; the last writer wins. A run on this machine tells its terminal instead: its
+    id is a number of kfp.local's, where a server's is a UUID.
 
     Trouble of the store is reported and does not fail the task: the run itself goes on without a watcher.
     """
-    if not run or os.environ.get(progress.ENVIRONMENT):
+    if not UUID.fullmatch(run):
         return
     briefs = [state.baseline, *state.history] if state.baseline else []
     try:

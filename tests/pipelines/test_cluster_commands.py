@@ -9,7 +9,7 @@ import pytest
 import yaml
 from kfp_server import KfpServer
 
-from trimtab import bulletin, progress
+from trimtab import progress
 from trimtab.pipelines import cli, connection, watch
 from trimtab.pipelines.optimize import MAX_ATTEMPTS
 from trimtab.profile import Profile
@@ -223,6 +223,12 @@ def test_no_such_run(server, capsys):
     assert (code, "cannot read run 'r-9'" in said and "Run r-9 not found" in said) == (2, True)
 
 
+def test_a_login_page(server, capsys):
+    server.page = "<html>Log in</html>"
+    code, said = trimtab(capsys, "upload")
+    assert (code, "it answers with a page, such as a login; write --token" in said) == (2, True), said
+
+
 def test_an_old_server(server, capsys):
     server.tag = "2.5.0"
     code, said = trimtab(capsys, "upload")
@@ -246,8 +252,3 @@ def test_bad_input(options, exit_code, message, server, capsys):
     code, said = trimtab(capsys, *options)
     assert (code, message in said) == (exit_code, True), said
     assert not server.kept["runs"] and not server.kept["recurringruns"]
-
-
-def test_a_run_on_this_machine_leaves_no_bulletin(tmp_path, monkeypatch):
-    monkeypatch.setenv(progress.ENVIRONMENT, str(tmp_path / "events"))
-    bulletin.tell(None, "r-1")  # would fail if it looked at the state

@@ -200,7 +200,7 @@ def placed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     """By the name of a task: its executor, its settings for Kubernetes and its retries."""
     folder = tmp_path_factory.mktemp("placed")
     (folder / "profile.yaml").write_text(PROFILE)
-    options = ["--max-attempts", "1", "--profile", str(folder / "profile.yaml")]
+    options = ["--max-attempts", "1", "--profile", str(folder / "profile.yaml"), "--image", "registry/trimtab:2"]
     assert cli.main(["compile", "-o", str(folder / "optimize.yaml"), *options]) == 0
     spec, platform = yaml.load_all((folder / "optimize.yaml").read_text(), yaml.CSafeLoader)
     settings = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
@@ -233,7 +233,7 @@ def test_small_tasks_want_no_gpu_node(placed):
     assert {"fetch model", "plan", "prepare", "summary", "deploy gate"} <= set(others)
     for task in others.values():
         assert not {"tolerations", "nodeSelector", "emptyDirMounts"} & set(task)
-        assert task["image"] == images.CPU and "accelerator" not in task.get("resources", {})
+        assert task["image"] == "registry/trimtab:2" and "accelerator" not in task.get("resources", {})
 
 
 def test_a_refusal_of_the_gate_is_not_tried_again(placed):
@@ -252,6 +252,14 @@ def test_every_task_reaches_the_store(placed):
 
 def test_without_a_profile_nothing_is_bound_to_kubernetes(path):
     assert len(list(yaml.load_all(path.read_text(), yaml.CSafeLoader))) == 1
+
+
+def test_the_root_shows_a_summary(ir):
+    """As a page and as text, before the gate, which may fail the run."""
+    artifacts = ir["components"]["comp-summarize"]["outputDefinitions"]["artifacts"]
+    shown = {name: port["artifactType"]["schemaTitle"] for name, port in artifacts.items()}
+    assert shown == {"report": "system.HTML", "summary": "system.Markdown", "outcome": "system.Artifact"}
+    assert "summarize" in ir["root"]["dag"]["tasks"]
 
 
 def test_the_form_offers_what_is_valid(ir):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from kubernetes_server import KubernetesServer
+from registry_server import RegistryServer
 
 from trimtab.pipelines import cli
 from trimtab.store import open_store
@@ -55,7 +56,11 @@ def test_deploy(server, s3_server, capsys, monkeypatch):
     uri = store.release("model", accepted)
     code, said = trimtab(capsys, uri, "--dry-run")
     assert (code, "+ name: assistant" in said, server.service) == (0, True, None)
-    code, said = trimtab(capsys, uri)
+    registry = RegistryServer()
+    code, said = trimtab(capsys, uri, "--registry", registry.host)
+    registry.close()
+    assert "model 000001 entered in the registry" in said
+    assert registry.kept["artifacts"][0]["uri"] == uri
     assert (code, f"assistant serves {'a' * 12}" in said) == (0, True), said
     server.answers = {"b" * 64: None}
     other = {"digest": "b" * 64}

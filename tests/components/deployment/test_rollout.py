@@ -130,6 +130,21 @@ def test_slow_readiness(server, go):
     assert server.serving() == {OLD: 100}
 
 
+def test_a_service_that_someone_deletes_stays_deleted(server, go):
+    go(OLD)
+    answer = server.answer
+
+    def deleted(method: str, path: str, *rest: Any) -> tuple[int, Any]:
+        if server.serving().get(NEW):
+            server.service = None
+        return answer(method, path, *rest)
+
+    server.answer = deleted
+    with pytest.raises(StageError, match="was deleted while it was rolled out"):
+        go(NEW, approval_minutes=1)
+    assert server.service is None
+
+
 def test_approval(server, go, monkeypatch):
     go(OLD)
     approved = server.answer
@@ -151,6 +166,7 @@ def test_conflicts(server, go):
         go(NEW)
     assert 'someone else owns a field (conflict with "argocd"' in str(raised.value)
     assert "write --force" in str(raised.value)
+    assert len(server.applied) == 1 and server.serving() == {OLD: 100}
     go(NEW, force=True)
     assert server.serving() == {NEW: 100}
 

@@ -1,0 +1,59 @@
+"""What a run tells those who watch it from elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+
+from trimtab import bulletin, progress
+from trimtab.recipe import Recipe
+from trimtab.state import Brief, State
+from trimtab.store import open_store
+from trimtab.verdict import Verdict
+
+RUN, OTHER = "0b0c4b6e-3b7d-4c57-9d55-6f2b7c1d8a90", "7d1f2a34-5b6c-4d7e-8f90-a1b2c3d4e5f6"
+
+
+@pytest.fixture
+def state(tmp_path) -> State:
+    store = open_store(str(tmp_path / "store"))
+    verdicts = [
+        Verdict(outcome="baseline", reason="the model unchanged"),
+        Verdict(outcome="rejected", failure_class="accuracy", reason="recovery is below the limit"),
+    ]
+    recipes = [Recipe(), Recipe.parse("quantize: {format: int8_wo}")]
+    briefs = [Brief(recipe=recipe, verdict=verdict) for recipe, verdict in zip(recipes, verdicts, strict=True)]
+    model = store.put_json("model", {})
+    return State(
+        store=store.uri, goal="lower_cost", target="cpu", model=model, baseline=briefs[0], history=(briefs[1],)
+    )
+
+
+def test_told(state):
+    store = open_store(state.store)
+    assert bulletin.told(store, RUN) == []
+    bulletin.tell(state.model_copy(update={"history": ()}), RUN)
+    bulletin.tell(state, RUN)
+    told = bulletin.told(store, RUN)
+    assert [line["outcome"] for line in told] == ["baseline", "rejected"]
+    assert told[1] == {"recipe": "int8_wo", "outcome": "rejected", "reason": "recovery is below the limit"}
+    assert bulletin.told(store, OTHER) == []
+
+
+def test_told_though_its_trees_are_gone(state, tmp_path):
+    """The record names no tree, so what is collected later takes no verdict with it."""
+    bulletin.tell(state, RUN)
+    for path in (tmp_path / "store" / "trees").iterdir():
+        path.unlink()
+    assert len(bulletin.told(open_store(state.store), RUN)) == 2
+
+
+def test_trouble_of_the_store_does_not_fail_the_run(state, monkeypatch, capsys):
+    monkeypatch.delenv(progress.ENVIRONMENT, raising=False)
+    bulletin.tell(state.model_copy(update={"store": "gs://elsewhere"}), RUN)
+    assert "those who watch see no verdict" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("run", ["", "4711471147", "{{$.pipeline_job_uuid}}"])
+def test_a_run_on_this_machine_tells_its_terminal(run, state):
+    bulletin.tell(state, run)
+    assert bulletin.told(open_store(state.store), run) == []
