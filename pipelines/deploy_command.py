@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from trimtab import signing
 from trimtab.errors import InputError
 from trimtab.pipelines.inputs import read
 
@@ -16,6 +17,9 @@ def add(commands: Any) -> None:
     deploy = commands.add_parser("deploy", help="serve a release on KServe: canary, comparison, promotion or rollback")
     deploy.add_argument("release", metavar="RELEASE", help="its URI: s3://bucket/prefix/releases/NAME/VERSION")
     deploy.add_argument("--rollout", required=True, metavar="FILE", help="service, image, limits and prompts, YAML")
+    deploy.add_argument(
+        "--key", action="append", default=[], metavar="PUB", help="a public key to trust, PEM; may be repeated"
+    )
     deploy.add_argument("--context", default="", help="context of the kubeconfig (the current one)")
     deploy.add_argument("--dry-run", action="store_true", help="print what would change, and change nothing")
     deploy.add_argument("--force", action="store_true", help="take over fields that someone else owns")
@@ -26,10 +30,11 @@ def add(commands: Any) -> None:
 def _deploy(arguments: argparse.Namespace, console: Console) -> int:
     from trimtab.components.deployment.cluster import Cluster
     from trimtab.components.deployment.registry import register
-    from trimtab.components.deployment.rollout import accepted_artifact, difference, roll_out
+    from trimtab.components.deployment.rollout import difference, roll_out
     from trimtab.components.deployment.serving import Rollout
     from trimtab.store import open_store
     from trimtab.store.address import split_release
+    from trimtab.verification import verify
 
     rollout = Rollout.parse(read(arguments.rollout, "rollout"))
     parts = split_release(arguments.release)
@@ -38,7 +43,8 @@ def _deploy(arguments: argparse.Namespace, console: Console) -> int:
             f"release: '{arguments.release}' cannot be read from a cluster; write s3://bucket/prefix/releases/NAME/VERSION"
         )
     store = open_store(parts[0])
-    digest = accepted_artifact(store, arguments.release)
+    keys = [signing.public_key(path) for path in arguments.key]
+    digest = verify(store, arguments.release, keys).predicate.artifact.digest
     cluster = Cluster.connect(rollout.namespace, arguments.context)
     if arguments.dry_run:
         shown = difference(cluster, rollout, store.uri, digest, arguments.force)

@@ -13,31 +13,15 @@ from typing import Any
 
 import yaml
 
-from trimtab import evidence, progress
+from trimtab import progress
 from trimtab.components.deployment import comparison
 from trimtab.components.deployment.cluster import Cluster
 from trimtab.components.deployment.serving import APPROVED, ARTIFACT, Rollout, inference_service
 from trimtab.errors import InputError, NotReleased, StageError
-from trimtab.store import Store, Tree
 
 POLL_SECONDS = 5.0
 #: What Kubernetes and KServe write into an object, which is no difference.
 BOOKKEEPING = ("managedFields", "resourceVersion", "generation", "uid", "creationTimestamp")
-
-
-def accepted_artifact(store: Store, uri: str) -> str:
-    """Returns the digest of what a release released.
-
-    Raises:
-        InputError: no such release, one that was not accepted, or evidence of another artifact.
-    """
-    record = store.read_release(uri)
-    if (record.get("verdict") or {}).get("outcome") != "accepted" or not record.get("evidence"):
-        raise InputError(f"release: {uri} was never accepted; write a release of the deploy gate")
-    about = evidence.read(store, Tree.model_validate(record["evidence"]))
-    if about["export"]["digest"] != record["artifact"]["digest"]:
-        raise InputError(f"release: the evidence of {uri} is for another artifact; release the model again")
-    return record["artifact"]["digest"]
 
 
 def difference(cluster: Cluster, rollout: Rollout, store: str, digest: str, force: bool = False) -> str:

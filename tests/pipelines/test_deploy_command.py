@@ -8,6 +8,7 @@ import pytest
 import yaml
 from kubernetes_server import KubernetesServer
 from registry_server import RegistryServer
+from releases import Released, scores_in
 
 from trimtab.pipelines import cli
 from trimtab.store import open_store
@@ -46,26 +47,28 @@ def trimtab(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str
     return code, " ".join((said.out + said.err).split())
 
 
-def test_deploy(server, s3_server, capsys, monkeypatch):
+def test_deploy(server, s3_server, capsys, monkeypatch, tmp_path):
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     store = open_store(f"s3://{s3_server.bucket}/deploy")
-    export = {"digest": "a" * 64}
-    seen = store.put_json("evidence", {"export": export}).model_dump()
-    accepted = {"verdict": {"outcome": "accepted"}, "evidence": seen, "artifact": export}
-    uri = store.release("model", accepted)
-    code, said = trimtab(capsys, uri, "--dry-run")
-    assert (code, "+ name: assistant" in said, server.service) == (0, True, None)
+    released = []
+    for name in ("first", "second"):
+        (folder := tmp_path / name).mkdir()
+        released.append(Released(store, scores_in(store, folder), folder, weights=name.encode()))
+    (uri, digest), (other, worse) = ((made.uri, made.evidence["export"]["digest"]) for made in released)
+    key = ("--key", str(tmp_path / "first" / "gate.pub"))
+    code, said = trimtab(capsys, uri, *key, "--dry-run")
+    assert (code, "+ name: assistant" in said, server.service) == (0, True, None), said
     registry = RegistryServer()
-    code, said = trimtab(capsys, uri, "--registry", registry.host)
+    code, said = trimtab(capsys, uri, *key, "--registry", registry.host)
     registry.close()
-    assert "model 000001 entered in the registry" in said
+    assert "tiny 000001 entered in the registry" in said
     assert registry.kept["artifacts"][0]["uri"] == uri
-    assert (code, f"assistant serves {'a' * 12}" in said) == (0, True), said
-    server.answers = {"b" * 64: None}
-    other = {"digest": "b" * 64}
-    worse = {**accepted, "artifact": other, "evidence": store.put_json("evidence", {"export": other}).model_dump()}
-    code, said = trimtab(capsys, store.release("model", worse))
+    assert (code, f"assistant serves {digest[:12]}" in said) == (0, True), said
+    code, said = trimtab(capsys, other, *key)
+    assert (code, f"{other} is refused: " in said) == (5, True), "another key's"
+    server.answers = {worse: None}
+    code, said = trimtab(capsys, other)
     assert (code, "leaves 8 of 8 prompts without an answer" in said) == (3, True), said
     assert trimtab(capsys, uri, "--context", "elsewhere")[0] == 2
 

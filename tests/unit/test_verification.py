@@ -13,61 +13,14 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from releases import Released
 
-from trimtab import evidence, signing, statement
+from trimtab import signing, statement
 from trimtab.errors import InputError, NotVerified, StoreError
-from trimtab.evidence import CONFIRMATION, look_name
-from trimtab.recipe import Recipe
-from trimtab.state import State
 from trimtab.store import open_store
 from trimtab.verification import verify
 
 NOW = datetime.now(UTC)
-
-
-class Released:
-    """A store with a release in it, signed by `gate`, and what an attacker would do to it."""
-
-    def __init__(self, store, scored, folder: Path, lost: float = 0.0):
-        self.store, self.folder = store, folder
-        public, _ = signing.generate(folder / "gate")
-        self.gate, self.key = signing.signer({signing.KEY: str(folder / "gate")}), signing.public_key(public)
-        (folder / "export").mkdir()
-        (folder / "export" / "config.json").write_text("{}")
-        (folder / "export" / "model.safetensors").write_bytes(bytes(range(256)) * 4)
-        export = store.put(folder / "export", kind="export", metadata={"limit": 1e-05})
-        self.engine = store.put_json("engine", {"settings": {}})
-        measured = {}
-        for look in (1, CONFIRMATION):
-            measured |= {look_name(look, baseline=True): scored(look), look_name(look): scored(look, lost, 1.01)}
-        state = State(store=store.uri, goal="lower_latency", target="cpu", model=export, recipe=Recipe())
-        accepted = evidence.judge_looks(store, measured, state.recipe, 1)
-        self.verdict = evidence.confirm(store, measured, state.recipe, accepted, 5) if not lost else accepted
-        self.evidence_tree = evidence.write(store, state, self.verdict, export, measured, {"python": "3"})
-        self.evidence = evidence.read(store, self.evidence_tree)
-        self.uri = store.release("tiny", self.record)
-
-    def record(self, version: str) -> dict:
-        return self.signed(self.statement(version))
-
-    def statement(self, version: str) -> statement.Statement:
-        said = self.verdict.to_dict()
-        return statement.make("tiny", version, self.evidence, self.evidence_tree, self.engine, said)
-
-    def signed(self, said: statement.Statement, by: object = "gate") -> dict:
-        return statement.release_record(signing.seal(statement.payload(said), self.gate if by == "gate" else by))
-
-    def verify(self, uri: str = "", **options):
-        return verify(self.store, uri or self.uri, [self.key], **options)
-
-    def file(self, record: dict, name: str = "tiny") -> str:
-        """Files a record as whoever may write to the store could."""
-        return self.store.release(name, record)
-
-    @property
-    def files(self) -> list[Path]:
-        root = Path(self.folder / "store")
-        return sorted(path for path in root.rglob("*") if path.is_file())
 
 
 @pytest.fixture

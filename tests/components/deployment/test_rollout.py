@@ -11,10 +11,9 @@ from kubernetes_server import KubernetesServer, status
 from trimtab.components.deployment import rollout as rollouts
 from trimtab.components.deployment.cluster import Cluster
 from trimtab.components.deployment.comparison import Answer, percentile, refusal
-from trimtab.components.deployment.rollout import accepted_artifact, difference, roll_out
+from trimtab.components.deployment.rollout import difference, roll_out
 from trimtab.components.deployment.serving import ARTIFACT, Rollout, inference_service
 from trimtab.errors import InputError, NotReleased, StageError
-from trimtab.store import open_store
 
 OLD, NEW = "a" * 64, "b" * 64
 STORE = "s3://bucket/store"
@@ -275,21 +274,3 @@ def test_comparison(new, old, reason):
 def test_percentile():
     assert percentile([float(n) for n in range(1, 21)], 0.95) == 19
     assert percentile([3.0, 1.0], 0.95) == 3.0
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"verdict": {"outcome": "rejected"}}, "was never accepted"),
-        ({"verdict": {"outcome": "accepted"}}, "was never accepted"),  # without evidence
-        ({"verdict": {"outcome": "accepted"}, "evidence": True}, "is for another artifact"),
-    ],
-)
-def test_only_what_was_accepted(record, message, tmp_path):
-    store = open_store(str(tmp_path))
-    if record.get("evidence"):
-        record["evidence"] = store.put_json("evidence", {"export": {"digest": OLD}}).model_dump()
-        record["artifact"] = {"digest": NEW}
-    uri = store.release("model", record)
-    with pytest.raises(InputError, match=message):
-        accepted_artifact(store, uri)
