@@ -1,0 +1,121 @@
+"""The recipe: what is done to one model, in order, how it is served, and what it must still be able to do.
+
+Each section is a file of its own.
+"""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from trimtab.recipe.calibration import MAX_CALIBRATION_BYTES, Calibration, Source
+from trimtab.recipe.distillation import Distillation
+from trimtab.recipe.engine import Acceptance, Engine
+from trimtab.recipe.pruning import DepthPruning, MovementPruning, Pruning, SparsePruning, WidthPruning
+from trimtab.recipe.quantization import (
+    AWQ_FORMATS,
+    CASTS,
+    GROUPED_FORMATS,
+    MIXED_FORMATS,
+    NEAREST_FORMATS,
+    STATIC_ACTIVATIONS,
+    Format,
+    KVCache,
+    Quantization,
+)
+from trimtab.schema import Document, digest
+
+__all__ = [
+    "AWQ_FORMATS",
+    "Acceptance",
+    "CASTS",
+    "Calibration",
+    "DepthPruning",
+    "Distillation",
+    "Engine",
+    "Format",
+    "GROUPED_FORMATS",
+    "KVCache",
+    "MAX_CALIBRATION_BYTES",
+    "MIXED_FORMATS",
+    "MovementPruning",
+    "NEAREST_FORMATS",
+    "Pruning",
+    "Quantization",
+    "Recipe",
+    "STATIC_ACTIVATIONS",
+    "Source",
+    "SparsePruning",
+    "WidthPruning",
+]
+
+
+class Recipe(Document):
+    """What is done to one model; an absent step is not done.
+
+    Example::
+
+        name: mixed 6 bits
+        quantize: {format: mixed, effective_bits: 6}
+        accept: {min_recovery: 0.95}
+    """
+
+    name: str = ""
+    calibrate: Calibration = Calibration()
+    prune: Pruning | None = None
+    distill: Distillation | None = None
+    quantize: Quantization | None = None
+    engine: Engine = Engine()
+    accept: Acceptance = Acceptance()
+
+    @model_validator(mode="after")
+    def _learns_while_it_trains(self) -> Recipe:
+        if isinstance(self.prune, MovementPruning) and self.distill is None:
+            raise ValueError("prune.method: 'movement' prunes while training; add distill: {tokens: 1000000}")
+        return self
+
+    @model_validator(mode="after")
+    def _rehearses_what_can_be(self) -> Recipe:
+        if not (self.distill and self.distill.quantization_aware):
+            return self
+        field, formats = "distill.quantization_aware: true", ", ".join(NEAREST_FORMATS)
+        if self.quantize is None:
+            raise ValueError(f"{field} needs a format; add quantize: {{format: int4_rtn}} (or {formats})")
+        if self.quantize.format not in NEAREST_FORMATS:
+            why = "is not rounded to nearest by the weights alone, and cannot be trained with"
+            raise ValueError(f"{field}: format '{self.quantize.format}' {why}; write one of: {formats}")
+        if self.quantize.scale_search == "mse" or self.quantize.exclude_sensitive:
+            what = "exclude_sensitive" if self.quantize.exclude_sensitive else "scale_search: mse"
+            raise ValueError(f"{field}: quantize.{what} is decided by what is measured after training; remove one")
+        return self
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether distillation gets a sparse student, and must leave its zeros alone."""
+        return isinstance(self.prune, SparsePruning)
+
+    @property
+    def title(self) -> str:
+        """A short name for tables: the recipe's own, or one made of its steps."""
+        return self.name or " + ".join(self._steps()) or "unchanged (bf16)"
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of what makes the artifact: not of the name, nor of what it is accepted for.
+
+        Defaults are included, so a changed default changes the digest.
+        """
+        return digest(self.model_dump(mode="json", exclude={"name", "accept"}))
+
+    def _steps(self) -> list[str]:
+        steps = []
+        if self.prune:
+            steps.append(self.prune.title)
+        if self.distill:
+            aware = ", rounded" if self.distill.quantization_aware else ""
+            steps.append(f"distill {self.distill.tokens:,} tokens{aware}")
+        if self.quantize:
+            bits = self.quantize.effective_bits
+            steps.append(self.quantize.format + (f" {bits:g} bits" if bits else ""))
+            if self.quantize.kv_cache != "none":
+                steps.append(f"{self.quantize.kv_cache} KV")
+        return steps

@@ -1,0 +1,98 @@
+"""The sections `engine` and `accept`: how the artifact is served, and what it must still be able to do."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_serializer, model_validator
+
+from trimtab.contracts import version as tensorrt_llm
+from trimtab.errors import InputError
+from trimtab.recipe.fields import Count, Ratio
+from trimtab.schema import Document
+
+#: Fields of `Engine` that are written down only where they differ from their defaults.
+_LATER = ("tensorrt_llm", "kv_cache_tokens", "tokens_per_block", "enable_block_reuse", "scheduler_policy")
+
+
+class Engine(Document):
+    """How the artifact is served; lengths in tokens.
+
+    `tensorrt_llm` is the version that it is served with; without one, the image's own. Given alone, it chooses the
+    back end that this version has. The KV cache gets `kv_cache_fraction` of what weights and activations leave free,
+    and must hold `kv_cache_tokens`, or the largest batch at full length.
+
+    The rest is of paged KV caches, which the torch engine does not have: blocks of `tokens_per_block`, of which
+    `enable_block_reuse` keeps those of shared beginnings. `scheduler_policy` says when a request joins the running
+    batch: when all it may ever need is there, when its prompt fits (others may be paused later), or, `static_batch`,
+    when the whole batch before it is done.
+    """
+
+    backend: Literal["torch", "trtllm", "trtllm-legacy", "vllm"] = "torch"
+    tensorrt_llm: str | None = None
+    tensor_parallel_size: Count = 1
+    pipeline_parallel_size: Count = 1
+    max_batch_size: Count = 8
+    max_seq_len: Count = 2048
+    max_num_tokens: Count = 8192
+    kv_cache_fraction: Ratio = 0.9
+    kv_cache_tokens: Count | None = None
+    enable_chunked_prefill: bool = False
+    tokens_per_block: Literal[16, 32, 64, 128] = 32
+    enable_block_reuse: bool = True
+    scheduler_policy: Literal["guaranteed_no_evict", "max_utilization", "static_batch"] = "guaranteed_no_evict"
+
+    @property
+    def world_size(self) -> int:
+        """The devices that serve one copy of the model."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @model_serializer(mode="wrap")
+    def _without_what_came_later(self, handler: Any) -> dict[str, Any]:
+        # Recipes from before these fields keep their digests, and the results of their stages are found.
+        fields = type(self).model_fields
+        return {k: v for k, v in handler(self).items() if k not in _LATER or v != fields[k].default}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _version_chooses_the_back_end(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not value.get("tensorrt_llm") or "backend" in value:
+            return value
+        try:
+            found = tensorrt_llm.backends(str(value["tensorrt_llm"]))
+        except InputError:
+            return value  # the field itself says what is wrong with it
+        return {**value, "backend": found[0]} if found else value
+
+    @field_validator("tensorrt_llm")
+    @classmethod
+    def _is_a_version(cls, value: str | None) -> str | None:
+        try:
+            return value and str(tensorrt_llm.parse(value))
+        except InputError as error:
+            raise ValueError(str(error).partition(" ")[2]) from None
+
+    @model_validator(mode="after")
+    def _version_has_the_back_end(self) -> Engine:
+        if self.tensorrt_llm and self.backend not in tensorrt_llm.RANGES:
+            raise ValueError(
+                f"has tensorrt_llm {self.tensorrt_llm}, which back end '{self.backend}' does not need; remove it, or "
+                f"write backend: {' or '.join(tensorrt_llm.backends(self.tensorrt_llm)) or 'trtllm'}"
+            )
+        if self.tensorrt_llm and (reason := tensorrt_llm.refusal(self.backend, self.tensorrt_llm)):
+            raise ValueError(f"cannot be: {reason}")
+        return self
+
+
+class Acceptance(Document):
+    """What the artifact must keep of the baseline, and how sure one must be of it.
+
+    `min_recovery` is a share of the baseline's accuracy above chance; `max_perplexity_ratio` is candidate
+    over baseline on the same windows; `confidence` is one minus the probability of a false acceptance;
+    `min_gain` is the relative improvement at the goal below which the artifact is useless.
+    """
+
+    min_recovery: Annotated[float, Field(gt=0, le=1)] = 0.95
+    max_perplexity_ratio: Annotated[float, Field(gt=1)] = 1.10
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    min_gain: Annotated[float, Field(ge=0)] = 0.02
