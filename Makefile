@@ -16,9 +16,11 @@ demo: $(VENV)/installed $(MODEL)
 	$(VENV)/bin/trimtab run --model $(MODEL) --goal fit_larger_model --target cpu \
 	    --store $(BUILD)/store --runs $(BUILD)/runs
 
-# A process a core, each with one thread: threads of one would wait for the other's.
+# A process a core, each with one thread: threads of one would wait for the other's. Files keep their order, or the few
+# long tests of the whole pipeline would come last, one after the other.
 test: $(VENV)/installed lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not containers" --numprocesses $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not containers" --numprocesses $(WORKERS) --dist loadfile \
+	    --no-loadscope-reorder
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
