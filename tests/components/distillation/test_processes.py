@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import free_ports
+from seaweed import free_ports
 
 from trimtab.components import distillation
 from trimtab.components.distillation import __main__ as command

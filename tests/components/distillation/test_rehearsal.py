@@ -85,7 +85,9 @@ def test_the_loss_is_that_of_the_rounded_student(model, tmp_path):
 
 def test_zeros_stay_in_a_rounded_student(model, calibration, tmp_path):
     sparse = tmp_path / "sparse"
-    prune(str(model), str(calibration), str(sparse), "", {"method": "magnitude", "sparsity": 0.5})
+    sparse.mkdir()
+    parameters = {"method": "magnitude", "sparsity": 0.5}
+    prune(str(model), str(calibration), str(sparse), str(tmp_path / "pruning"), parameters)
     weights = {"keep_zeros": True, "rounded": {"format": "int4_rtn", "group_size": 32}}
     _, output = distill(sparse, model, tmp_path, weights)
     before, after = (checkpoint.load(folder, torch.float32)[0] for folder in (sparse, output))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.pipelines import cli
+from trimtab.pipelines import cli, serving_commands
 from trimtab.runtime.checkpoint import load_tokenizer
 from trimtab.store import open_store
 
@@ -47,10 +47,10 @@ def test_a_release_names_its_artifact_and_its_recipe(model: Path, tmp_path: Path
     store = open_store(str(tmp_path / "store"))
     tree = store.put(model, kind="checkpoint")
     release = store.release("small", {"artifact": tree.model_dump(), "recipe": {"engine": {"max_seq_len": 99}}})
-    folder, name, recipe = cli._artifact(release)
+    folder, name, recipe = serving_commands._artifact(release)
     assert (folder / "config.json").read_bytes() == (model / "config.json").read_bytes()
     assert (name, json.loads(recipe)["engine"]) == ("small", {"max_seq_len": 99})
-    assert cli._artifact(tree.uri)[0] == folder
+    assert serving_commands._artifact(tree.uri)[0] == folder
 
 
 def complete(url: str, tokens: int) -> tuple[int, dict]:
