@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,19 @@ class _Benchmark:
         print(f"{name}: {told}, seconds {time.perf_counter() - started:.1f}", flush=True)
         return output
 
+    @cached_property
+    def generated(self) -> dict[str, str]:
+        """The tree of text by the teacher, once for all rows; none where --generate is 0."""
+        settings = self.settings()
+        if not settings.generate:
+            return {}
+        return {"generated": self.stage("generate", generation.generate, settings, model=self.model)}
+
 
 def recovery(benchmark: _Benchmark) -> dict[str, Any]:
     """Perplexity and BLiMP of the model, of the pruned student, and of the same distilled."""
     settings, started = benchmark.settings(), time.perf_counter()
-    trees: dict[str, str] = {}
-    if settings.generate:
-        trees["generated"] = benchmark.stage("generate", generation.generate, settings, model=benchmark.model)
+    trees = dict(benchmark.generated)
     if settings.stored_logits:
         stored = benchmark.stage("teach", teacher.teach, settings, model=benchmark.model, **trees)
         trees["teacher_logits"] = stored
@@ -230,15 +237,15 @@ def _options() -> argparse.Namespace:
     add_arguments(parser, needs_model=False)
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS))
     parser.add_argument("--blocks", type=int, default=6, help="blocks that the student lacks")
-    parser.add_argument("--tokens", type=int, default=50_000_000, help="tokens to train on")
-    parser.add_argument("--generate", type=int, default=6_000_000, help="tokens by the teacher")
+    parser.add_argument("--tokens", type=int, default=10_000_000, help="tokens to train on")
+    parser.add_argument("--generate", type=int, default=1_000_000, help="tokens by the teacher")
     parser.add_argument("--batch-size", type=int, default=64, help="windows a step")
     parser.add_argument("--gradient-accumulation", type=int, default=1)
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--loss", choices=("forward_kl", "reverse_kl"), default="forward_kl")
     parser.add_argument("--stored-logits", type=int, default=0, help="for `recovery`; throughput's are 64")
-    parser.add_argument("--comparison-tokens", type=int, default=5_000_000, help="of each student that is compared")
+    parser.add_argument("--comparison-tokens", type=int, default=2_500_000, help="of each student that is compared")
     parser.add_argument("--comparison-batch-size", type=int, default=16, help="windows a step of theirs")
     parser.add_argument("--comparison-learning-rate", type=float, default=3e-4)
     parser.add_argument("--sparsities", type=float, nargs="*", default=[0.85, 0.5], help="of `movement`")

@@ -1,7 +1,7 @@
 """Rows of benchmarks/distillation.py that compare students of the same tokens: sparse, rounded, of equal bytes."""
 
 import math
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from measuring import short
 
 from trimtab.components.calibration import grams
 from trimtab.components.calibration.work import calibrate
-from trimtab.components.distillation import generation, work
+from trimtab.components.distillation import work
 from trimtab.components.pruning.work import prune
 from trimtab.components.quantization import sensitivity
 from trimtab.components.quantization.work import quantize
@@ -17,14 +17,6 @@ from trimtab.recipe import MIXED_FORMATS, MovementPruning, Quantization
 
 #: Equal bytes: how near the peer's must come, as a share.
 NEAR = 0.005
-
-
-@cache
-def _generated(benchmark: Any) -> dict[str, str]:
-    settings = benchmark.settings()
-    if not settings.generate:
-        return {}
-    return {"generated": benchmark.stage("generate", generation.generate, settings, model=benchmark.model)}
 
 
 def _distilled(benchmark: Any, student: str, weights: dict[str, Any]) -> str:
@@ -41,7 +33,7 @@ def _distilled(benchmark: Any, student: str, weights: dict[str, Any]) -> str:
     def distill(parameters: dict[str, Any], **folders: str) -> dict[str, float]:
         return work.distill(parameters={**parameters, "weights": weights}, **folders)
 
-    trees = {"checkpoint": student, "model": benchmark.model, **_generated(benchmark)}
+    trees = {"checkpoint": student, "model": benchmark.model, **benchmark.generated}
     return benchmark.stage("distill", distill, settings, **trees)
 
 

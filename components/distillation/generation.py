@@ -13,7 +13,7 @@ from trimtab import progress
 from trimtab.components.distillation import data
 from trimtab.errors import InputError
 from trimtab.runtime import checkpoint as checkpoints
-from trimtab.runtime import decode
+from trimtab.runtime import decode, fewer_kernels
 
 #: How tokens are drawn: from the likeliest `TOP_K`, of these from the likeliest that have `TOP_P` of the mass.
 TEMPERATURE, TOP_K, TOP_P = 1.0, 256, 0.95
@@ -44,6 +44,9 @@ def generate(model: str, output: str, scratch: str, parameters: dict[str, Any]) 
         InputError: no text, and a tokenizer that marks no beginning or end of a document.
     """
     network, tokenizer = checkpoints.load_for_measuring(Path(model))
+    if network.device.type == "cuda":
+        fewer_kernels.fuse_norms(network)
+        fewer_kernels.group_queries(network)
     length, seed = parameters["length"], parameters["seed"]
     count = math.ceil(parameters["generate"] / length)
     prompts = _prompts(tokenizer, parameters["text"], length, count, seed)
@@ -71,8 +74,8 @@ def choose(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
     Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration".
     """
-    best, indices = logits.float().topk(min(TOP_K, logits.shape[-1]), dim=-1)
-    shares = (best / TEMPERATURE).softmax(-1)
+    best, indices = logits.topk(min(TOP_K, logits.shape[-1]), dim=-1)
+    shares = (best.float() / TEMPERATURE).softmax(-1)
     before = shares.cumsum(-1) - shares
     drawn = torch.multinomial(shares.masked_fill(before >= TOP_P, 0.0), 1, generator=generator)
     return indices.gather(-1, drawn)
