@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from trimtab import child, progress
 from trimtab.components.engine import smoke
 from trimtab.errors import InputError
 from trimtab.recipe import Engine
+from trimtab.serving import vllm
 from trimtab.serving.record import Built
 from trimtab.serving.settings import llm_args
 
@@ -24,7 +26,7 @@ def build(export: str, output: str, scratch: str, parameters: dict[str, Any]) ->
     """Makes the export servable, and shows that it serves.
 
     Writes `engine.json` (`trimtab.serving.record`); for `trtllm` also `llm_args.yaml`, which trtllm-serve reads; for
-    `trtllm-legacy` also `engine/`, an engine for each rank.
+    `trtllm-legacy` also `engine/`, an engine for each rank; for `vllm` also `serve.sh`, its server's command.
 
     Returns:
         layers, emulated_layers (run in another precision than the export's), weight_bytes, device_bytes.
@@ -32,7 +34,7 @@ def build(export: str, output: str, scratch: str, parameters: dict[str, Any]) ->
     Raises:
         Failure: `unsupported`, a back end that this image does not have; `export_damaged`, the export does not
             load or its outputs are not numbers; `degenerate_output`; `does_not_fit`.
-        StageError: TensorRT-LLM took longer than the time limit.
+        StageError: TensorRT-LLM or vLLM took longer than the time limit.
     """
     from trimtab.runtime import backends
 
@@ -44,6 +46,9 @@ def build(export: str, output: str, scratch: str, parameters: dict[str, Any]) ->
         from trimtab.components.engine import legacy
 
         legacy.build(Path(export), folder / backends.RANKS, Path(scratch), settings, _time_limit())
+    elif settings.backend == "vllm":
+        command = shlex.join(vllm.serve_command(settings, "MODEL")).replace("MODEL", '"${1:?folder of the export}"')
+        (folder / "serve.sh").write_text(f"#!/bin/sh\nexec {command}\n", encoding="utf-8")
     built = Built(
         settings=settings,
         checkpoint=backends.checkpoint_digest(Path(export)),
@@ -53,7 +58,7 @@ def build(export: str, output: str, scratch: str, parameters: dict[str, Any]) ->
     built.write(folder)
     if settings.backend == "torch":  # this process is a child already
         figures = smoke.smoke(output, export)
-    else:  # TensorRT-LLM can hang, and starts processes of its own
+    else:  # these libraries can hang, and start processes of their own
         progress.report("engine", f"at most {_time_limit():g} s")
         work = "trimtab.components.engine.smoke:smoke"
         figures = child.call(work, time_limit=_time_limit(), engine=output, export=export).value

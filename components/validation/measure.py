@@ -68,7 +68,7 @@ def compare_speed(
 ) -> dict[str, float]:
     """Measures candidate and baseline in turn in one process, so that a busy machine disturbs both alike.
 
-    Engines of TensorRT-LLM claim the GPU's memory, so there one is closed before the other is opened.
+    Engines of TensorRT-LLM and vLLM claim the GPU's memory, so there one is closed before the other is opened.
 
     Returns:
         decode and throughput tokens/s of the candidate, and those of the baseline with the prefix `baseline_`.

@@ -34,6 +34,7 @@ from trimtab.fusion import groups
 from trimtab.model import Linear, ModelFacts
 from trimtab.recipe import CASTS, GROUPED_FORMATS, Format, KVCache, Quantization, Recipe
 from trimtab.schema import Document
+from trimtab.serving import vllm
 
 GB = 10**9
 BACKENDS = ("torch", "trtllm", "trtllm-legacy", "vllm")
@@ -226,7 +227,7 @@ def _check_backend(recipe: Recipe, hardware: Hardware) -> str | None:
     if backend not in hardware.formats:
         remedy = nearest(backend, hardware.backends)
         return f"engine.backend: '{backend}' does not run on {hardware.name}; {remedy}"
-    return None
+    return vllm.check(recipe.engine) if backend == "vllm" else None
 
 
 def _check_format(recipe: Recipe, hardware: Hardware) -> str | None:

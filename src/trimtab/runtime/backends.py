@@ -14,11 +14,11 @@ from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.engine import Engine, TorchEngine
 from trimtab.runtime.kv_cache import ServedKVCache
 from trimtab.schema import digest
-from trimtab.serving import record
+from trimtab.serving import record, vllm
 from trimtab.serving.record import Device
 
 #: Back ends that claim most of a GPU's memory for their KV cache: a second engine beside them finds none.
-EXCLUSIVE = ("trtllm", "trtllm-legacy")
+EXCLUSIVE = ("trtllm", "trtllm-legacy", "vllm")
 #: Folder of the serialized engines, beside `engine.json`.
 RANKS = "engine"
 
@@ -27,16 +27,16 @@ def check(settings: recipe.Engine) -> None:
     """Refuses a back end that this image cannot serve with.
 
     Raises:
-        Failure: `unsupported`; TensorRT-LLM is not installed, or not in a version that has the back end.
+        Failure: `unsupported`; TensorRT-LLM or vLLM is not installed, or not in a version that has the back end.
     """
     backend = settings.backend
     if backend == "torch":
         return
-    installed = version.installed()
-    if backend not in version.RANGES or installed is None:
-        lacks = ", for it has no TensorRT-LLM" if backend in version.RANGES else ""
-        raise Failure("unsupported", f"engine.backend: '{backend}' is not part of this image{lacks}; write 'torch'")
-    if reason := version.refusal(backend, installed):
+    library, installed = ("vLLM", vllm.installed()) if backend == "vllm" else ("TensorRT-LLM", version.installed())
+    if installed is None:
+        lacks = f"'{backend}' is not part of this image, for it has no {library}"
+        raise Failure("unsupported", f"engine.backend: {lacks}; write 'torch'")
+    if reason := vllm.refusal(installed) if backend == "vllm" else version.refusal(backend, installed):
         raise Failure("unsupported", reason)
     if settings.tensorrt_llm and version.parse(settings.tensorrt_llm) != version.parse(installed):
         reason = f"engine.tensorrt_llm: {settings.tensorrt_llm} is asked for, and this image has {installed}"
@@ -61,6 +61,10 @@ def open_engine(engine: Path, export: Path, kv_cache: ServedKVCache = "export") 
         return TorchEngine(export, built.settings, kv_cache=kv_cache)
     if kv_cache != "export":
         raise Failure("unsupported", f"{built.settings.backend} serves the KV cache that the export asks for alone")
+    if built.settings.backend == "vllm":
+        from trimtab.runtime.vllm import VllmEngine
+
+        return VllmEngine(export, built.settings)
     from trimtab.runtime.trtllm import TrtllmEngine
 
     if built.settings.backend == "trtllm":
@@ -80,7 +84,7 @@ def checkpoint_digest(export: Path) -> str:
 def versions() -> dict[str, str]:
     """Returns the versions of what runs engines, by the names of their packages."""
     found = {}
-    for package in ("torch", "tensorrt_llm", "tensorrt"):
+    for package in ("torch", "tensorrt_llm", "tensorrt", "vllm"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -98,6 +98,14 @@ def weight_file_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
+def end_tokens(folder: Path) -> list[int]:
+    """Returns the tokens that end an answer: the generation config's, else the model's."""
+    path = Path(folder) / "generation_config.json"
+    own = _json(path) if path.is_file() else {}
+    ends = own.get("eos_token_id", _json(Path(folder) / "config.json").get("eos_token_id"))
+    return [ends] if isinstance(ends, int) else list(ends or [])
+
+
 class Export:
     """A model folder as its files describe it; tensors are read when asked for, one at a time.
 

@@ -46,3 +46,11 @@ def does_not_fit(name: str, needed: int, free: int, total: int) -> Failure:
 def free(device: torch.device) -> int:
     """Returns the bytes that PyTorch can still take on a GPU, with what it keeps for itself and does not use."""
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def used() -> int:
+    """Returns the bytes in use on the first GPU, by any process: other back ends work in processes of their own."""
+    if not torch.cuda.is_available():
+        return 0
+    available, total = torch.cuda.mem_get_info()
+    return total - available

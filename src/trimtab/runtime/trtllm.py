@@ -8,7 +8,6 @@ OpenAI server none at all.
 from __future__ import annotations
 
 import json
-import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from trimtab import progress
 from trimtab.errors import Failure
 from trimtab.recipe import Engine as Settings
+from trimtab.runtime import decode_time, gpu_memory
 from trimtab.runtime.batching import Request
-from trimtab.runtime.checkpoint import Export, load_tokenizer, weight_file_bytes
+from trimtab.runtime.checkpoint import Export, end_tokens, load_tokenizer, weight_file_bytes
 from trimtab.runtime.engine import check_length, check_prompts, check_requests
 from trimtab.serving.settings import compiled_args, llm_args
 
@@ -40,7 +40,7 @@ class TrtllmEngine:
 
     def __init__(self, export: Path, settings: Settings, engine: Path | None = None):
         self.export, self.settings, self._compiled = Path(export), settings, engine is not None
-        before = _used()
+        before = gpu_memory.used()
         measured = settings.model_copy(update={"enable_block_reuse": False, "enable_chunked_prefill": False})
         if engine:
             from tensorrt_llm._tensorrt_engine import LLM
@@ -50,7 +50,7 @@ class TrtllmEngine:
         arguments = compiled_args(measured) if engine else llm_args(measured)
         progress.report("engine", f"loading {settings.backend}")
         self._llm = LLM(model=str(engine or export), tokenizer=str(export), **arguments)
-        self._loaded = _used() - before
+        self._loaded = gpu_memory.used() - before
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -109,7 +109,7 @@ class TrtllmEngine:
         check_prompts(prompts, max_new_tokens, self.settings.max_seq_len)
         for number, prompt in enumerate(prompts):
             check_length(f"prompt {number}", len(prompt), self.settings.max_num_tokens, "engine.max_num_tokens")
-        ends = self._ends
+        ends = end_tokens(self.export)
         stop = {"end_id": ends[0], "stop_token_ids": ends[1:] or None} if ends else {"ignore_eos": True}
         # The likeliest token alone is greedy decoding.
         outputs = self._ask(prompts, max_tokens=max_new_tokens, top_k=1, **stop)
@@ -123,16 +123,11 @@ class TrtllmEngine:
             InputError: prompt and new tokens exceed `max_seq_len`.
         """
         check_length("a sequence of decode_speed", prompt_tokens + new_tokens + 1, self.settings.max_seq_len)
-        generator = torch.Generator().manual_seed(0)
-        prompts = torch.randint(self._vocabulary, (batch_size, prompt_tokens), generator=generator).tolist()
 
-        def seconds(tokens: int) -> float:
-            started = time.perf_counter()
+        def write(prompts: list[list[int]], tokens: int) -> None:
             self._ask(prompts, max_tokens=tokens, top_k=1, ignore_eos=True)
-            return time.perf_counter() - started
 
-        spans = [seconds(1 + new_tokens) - seconds(1) for _ in range(repeats + 1)][1:]
-        return [batch_size * new_tokens / max(span, 1e-9) for span in spans]
+        return decode_time.speeds(write, self._vocabulary, batch_size, prompt_tokens, new_tokens, repeats)
 
     def close(self) -> None:
         self._llm.shutdown()
@@ -156,19 +151,8 @@ class TrtllmEngine:
         return found
 
     @cached_property
-    def _config(self) -> dict[str, Any]:
-        return json.loads((self.export / "config.json").read_text(encoding="utf-8"))
-
-    @property
     def _vocabulary(self) -> int:
-        return self._config["vocab_size"]
-
-    @cached_property
-    def _ends(self) -> list[int]:
-        path = self.export / "generation_config.json"
-        own = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        ends = own.get("eos_token_id", self._config.get("eos_token_id"))
-        return [ends] if isinstance(ends, int) else list(ends or [])
+        return json.loads((self.export / "config.json").read_text(encoding="utf-8"))["vocab_size"]
 
 
 def _score(
@@ -187,11 +171,3 @@ def _score(
     targets = torch.tensor(continuation, device=rows.device)
     likelihood = rows.log_softmax(-1).gather(1, targets[:, None]).double().sum().item()
     return likelihood, bool((rows.argmax(-1) == targets).all())
-
-
-def _used() -> int:
-    """Bytes in use on the first GPU, by any process: the engine's workers are processes of their own."""
-    if not torch.cuda.is_available():
-        return 0
-    free, total = torch.cuda.mem_get_info()
-    return total - free
