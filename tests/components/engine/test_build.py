@@ -175,7 +175,7 @@ def test_an_engine_is_opened_with_its_own_export_only(export, tmp_path):
     ("version", "settings", "message"),
     [
         (None, TRTLLM, "engine.backend: 'trtllm' is not part of this image, for it has no TensorRT-LLM; write 'torch'"),
-        ("1.2.1", {"backend": "vllm"}, "engine.backend: 'vllm' is not part of this image; write 'torch'"),
+        ("1.2.1", {"backend": "vllm"}, "engine.backend: 'vllm' is not part of this image, for it has no vLLM; write"),
         ("1.1.0", TRTLLM, "1.1.0 has no 'trtllm', which is in 1.2.0 and later; write engine.backend: trtllm-legacy"),
         ("1.3.0rc22", LEGACY, "TensorRT-LLM 1.3.0rc22 has no 'trtllm-legacy', which ends with 1.2.1 and 1.3.0rc20"),
         ("1.2.1", {**TRTLLM, "tensorrt_llm": "1.3.0rc5"}, "1.3.0rc5 is asked for, and this image has 1.2.1"),
