@@ -49,8 +49,11 @@ class Measuring:
         return range(self.options.first_seed, self.options.first_seed + self.options.seeds)
 
     def measure(self, folder: Path) -> dict[str, Any]:
-        """Returns the perplexity of a reloaded folder, and `right`, 1 or 0 for each pair of BLiMP."""
-        engine = TorchEngine(folder, Engine())
+        """Returns what `score` does of a reloaded folder in the torch engine."""
+        return self.score(TorchEngine(folder, Engine()))
+
+    def score(self, engine: Any) -> dict[str, Any]:
+        """Returns the perplexity of a model in an engine, and `right`, 1 or 0 for each pair of BLiMP."""
         windows = text.windows(engine.tokenizer, self._test, LENGTH, self.options.windows)
         nll = engine.nll(windows)
         found: dict[str, Any] = {"perplexity": math.exp(sum(nll) / (windows.numel() - len(windows)))}

@@ -250,7 +250,8 @@ def work_stage(name: str, work: str, output: str, version: int = 1) -> Stage:
 def versions() -> dict[str, str]:
     """Returns the versions of what made and measured an artifact, for the evidence."""
     found = {"python": platform.python_version()}
-    for package in ("trimtab", "torch", "transformers", "nvidia-modelopt", "lm-eval", "tensorrt_llm", "tensorrt", "vllm"):
+    libraries = ("torch", "transformers", "nvidia-modelopt", "lm-eval", "tensorrt_llm", "tensorrt", "vllm")
+    for package in ("trimtab", *libraries):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -183,8 +183,8 @@ def score(told: list[dict[int, Any] | None] | None, prompt: list[int], continuat
     """
     places = list(zip(prompt, told or [], strict=False))[-continuation:]
     if len(told or []) != len(prompt) or not all(found and token in found for token, found in places):
-        reason = f"vLLM returns {len(told or [])} log-probabilities for {len(prompt)} tokens, or not those of the tokens"
-        raise Failure("unsupported", reason)
+        what = f"vLLM returns {len(told or [])} log-probabilities for {len(prompt)} tokens"
+        raise Failure("unsupported", f"{what}, or those of others")
     own = [found[token].logprob for token, found in places]
     best = [max(entry.logprob for entry in found.values()) for _, found in places]
     return sum(own), all(a >= b for a, b in zip(own, best, strict=True))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 
@@ -81,7 +81,7 @@ class LLM:
     ):
         config = json.loads((Path(model) / "config.json").read_text())
         if max_model_len > config["max_position_embeddings"]:
-            raise ValueError(f"User-specified max_model_len ({max_model_len}) is greater than the derived max_model_len")
+            raise ValueError(f"User-specified max_model_len ({max_model_len}) is greater than the derived one")
         if max_num_batched_tokens < max_model_len and not enable_chunked_prefill:
             raise ValueError(f"max_num_batched_tokens ({max_num_batched_tokens}) is smaller than max_model_len")
         if max_num_batched_tokens < max_num_seqs:
@@ -113,7 +113,7 @@ class LLM:
         if not prompt:
             raise ValueError("The decoder prompt cannot be empty")
         if len(prompt) >= self._longest:
-            raise ValueError(f"The decoder prompt (length {len(prompt)}) plus at least 1 is longer than {self._longest}")
+            raise ValueError(f"The decoder prompt (length {len(prompt)}) plus 1 is longer than {self._longest}")
         if sampling.temperature or sampling.detokenize:
             raise NotImplementedError("the stand-in is greedy and has no tokenizer")
         logits = self._logits(prompt)
