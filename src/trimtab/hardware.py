@@ -15,8 +15,9 @@ What a back end runs on which compute capability, and where that is said:
 - `trtllm`: the matrix of TensorRT-LLM's docs/source/features/quantization.md. Its NVFP4 KV cache is that of
   10.0 and 10.3; consumer Blackwell (12.0) has none (TensorRT-LLM issue #10241). Its KvCacheConfig has no INT8.
 - `trtllm-legacy`: the support matrix of TensorRT-LLM 0.18 (INT8 and INT4 up to compute capability 9.0).
-- `vllm`: FP8 from ModelOpt's unified checkpoint. (vLLM also runs FP8 files on Ampere, as weight-only Marlin
-  kernels. That is another computation than the one that was calibrated, so trimtab does not offer it.)
+- `vllm`: FP8 from ModelOpt's unified checkpoint; it reads no INT4 there. (vLLM also runs FP8 files on Ampere, as
+  weight-only Marlin kernels. That is another computation than the one that was calibrated, so trimtab does not offer
+  it.)
 
 No prices: they differ by provider and day, so a ledger gets them from its user.
 """

@@ -168,13 +168,7 @@ def test_an_unlike_target_lists_all():
         ),
         (
             "h100",
-            "engine: {backend: vllm, max_num_tokens: 1024}",
-            "engine.max_num_tokens: 1024 is less than max_seq_len 2048, and vllm reads prompts in one piece; write at "
-            "least 2048, or enable_chunked_prefill: true",
-        ),
-        (
-            "h100",
-            "engine: {backend: vllm, max_num_tokens: 64, max_batch_size: 128, enable_chunked_prefill: true}",
+            "engine: {backend: vllm, max_num_tokens: 64, max_batch_size: 128}",
             "engine.max_num_tokens: 64 is less than max_batch_size 128, and each sequence adds a token a step; write "
             "at least 128",
         ),

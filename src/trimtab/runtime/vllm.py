@@ -36,7 +36,7 @@ class VllmEngine:
     Args:
         export: the exported checkpoint.
         settings: as it is served. While it is measured there is room for one more token, since vLLM reads the last
-            one too and writes another, and the KV cache gives way to the logits of the longest prompt.
+            one too and writes another, and the KV cache gives way to the logits of the prompts.
 
     Raises:
         InputError: settings that vLLM does not serve with.
@@ -149,14 +149,9 @@ class VllmEngine:
         longest += longest != limit  # beyond its positions vLLM runs no model
         share = served["gpu_memory_utilization"]
         if torch.cuda.is_available():
-            logits = _LOGITS * 4 * longest * self._config["vocab_size"]
+            logits = _LOGITS * 4 * min(longest, served["max_num_batched_tokens"]) * self._config["vocab_size"]
             share = max(share / 2, min(share, 1 - logits / torch.cuda.mem_get_info()[1]))
-        step = served["max_num_batched_tokens"]
-        return served | {
-            "max_model_len": longest,
-            "max_num_batched_tokens": step if served["enable_chunked_prefill"] else max(step, longest),
-            "gpu_memory_utilization": share,
-        }
+        return served | {"max_model_len": longest, "gpu_memory_utilization": share}
 
     def _check_fit(self, share: float) -> None:
         """Refuses what vLLM would refuse in a process of its own, from where only the log tells why."""

@@ -39,12 +39,7 @@ def refusal(version: str) -> str | None:
 
 def check(settings: Engine) -> str | None:
     """Returns why vLLM does not serve so, in one sentence, or None: it would refuse it less plainly, or ignore it."""
-    tokens, length, sequences = settings.max_num_tokens, settings.max_seq_len, settings.max_batch_size
-    if tokens < length and not settings.enable_chunked_prefill:
-        return (
-            f"engine.max_num_tokens: {tokens} is less than max_seq_len {length}, and vllm reads prompts in one piece; "
-            f"write at least {length}, or enable_chunked_prefill: true"
-        )
+    tokens, sequences = settings.max_num_tokens, settings.max_batch_size
     if tokens < sequences:
         return (
             f"engine.max_num_tokens: {tokens} is less than max_batch_size {sequences}, and each sequence adds a token "
@@ -58,6 +53,8 @@ def check(settings: Engine) -> str | None:
 def vllm_args(settings: Engine) -> dict[str, Any]:
     """Returns the arguments of vLLM's LLM class. Quantization and the KV cache's type are read from the checkpoint.
 
+    Prompts are read in chunks whatever the recipe says: without them, vLLM warns, outputs may be wrong.
+
     Raises:
         InputError: as `check` says.
     """
@@ -70,7 +67,7 @@ def vllm_args(settings: Engine) -> dict[str, Any]:
         "max_model_len": settings.max_seq_len,
         "max_num_seqs": settings.max_batch_size,
         "max_num_batched_tokens": settings.max_num_tokens,
-        "enable_chunked_prefill": settings.enable_chunked_prefill,
+        "enable_chunked_prefill": True,
         "enable_prefix_caching": settings.enable_block_reuse,
         "block_size": settings.tokens_per_block,
     }

@@ -18,7 +18,7 @@ from trimtab.runtime.vllm import VllmEngine, score
 from trimtab.serving.record import read
 from trimtab.serving.vllm import VERSIONS
 
-SETTINGS = {"backend": "vllm", "max_batch_size": 4, "max_seq_len": 96, "max_num_tokens": 128}
+SETTINGS = {"backend": "vllm", "max_batch_size": 4, "max_seq_len": 96, "max_num_tokens": 80}
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_what_is_written_beside_the_engine(export, tmp_path, vllm):
     told = subprocess.run([*run, "/models/a b"], env={"PATH": path}, text=True, capture_output=True, check=True).stdout
     assert told.strip() == (
         "serve /models/a b --tensor-parallel-size 1 --pipeline-parallel-size 1 --gpu-memory-utilization 0.8 "
-        "--max-model-len 96 --max-num-seqs 4 --max-num-batched-tokens 128 --no-enable-chunked-prefill "
+        "--max-model-len 96 --max-num-seqs 4 --max-num-batched-tokens 80 --enable-chunked-prefill "
         "--no-enable-prefix-caching --block-size 64"
     )
     silent = subprocess.run(run, env={"PATH": path}, text=True, capture_output=True)
