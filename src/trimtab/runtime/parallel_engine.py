@@ -35,8 +35,8 @@ _END = 30.0
 class ParallelEngine:
     """Runs an export folder in `settings.world_size` processes, behind the protocol of `runtime.engine`.
 
-    Each is a `TorchEngine` with a part of the model (`runtime.parallel`), on a GPU of its own or on the CPU's cores. All
-    compute the same answers; that they do is checked.
+    Each is a `TorchEngine` with a part of the model (`runtime.parallel`), on a GPU of its own or on the CPU's cores.
+    All compute the same answers; that they do is checked.
 
     Raises:
         Failure: `unsupported`, the machine has fewer GPUs, or the model cannot be shared out so; and as `TorchEngine`.
@@ -157,7 +157,8 @@ class ParallelEngine:
                 try:
                     answer = json.loads(rank.recv_bytes())
                 except (EOFError, ConnectionResetError):
-                    raise failure or StageError("a rank of the engine ended without an answer; see its log above") from None
+                    ended = StageError("a rank of the engine ended without an answer; see its log above")
+                    raise failure or ended from None
                 self._waiting.remove(rank)
                 answers[answer["rank"]] = answer
                 try:
