@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import child
-from trimtab.components.distillation import processes
 from trimtab.errors import Failure, TrimtabError
 from trimtab.recipe import Distillation
+from trimtab.runtime import processes
 
 _WORK = "trimtab.components.distillation.work:train"
 

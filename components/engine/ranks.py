@@ -24,12 +24,11 @@ import torch
 from safetensors.torch import save_file
 
 from trimtab import progress
-from trimtab.components.engine import split
 from trimtab.components.engine.rank_config import config
 from trimtab.errors import Failure
 from trimtab.hardware import LEGACY_ARCHITECTURES
 from trimtab.recipe import Engine
-from trimtab.runtime import formats, kv_cache
+from trimtab.runtime import formats, kv_cache, split
 from trimtab.runtime.checkpoint import Export
 
 #: What a layer stores, and TensorRT-LLM's name for it.

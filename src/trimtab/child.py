@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,9 +133,17 @@ def die_with(parent: int) -> None:
 def answer_of(work: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Calls "package.module:function" here and returns its result, or how it failed, as JSON that `done` reads."""
     module, _, function = work.partition(":")
+    return outcome(function, lambda: getattr(importlib.import_module(module), function)(**arguments))
+
+
+def outcome(name: str, work: Callable[[], Any]) -> dict[str, Any]:
+    """Returns what a call returns, or how it failed, as `answer_of` does; messages call it `name`.
+
+    The peak memory is that of this process, or of the largest that it started and waited for.
+    """
     started = time.monotonic()
     try:
-        value = getattr(importlib.import_module(module), function)(**arguments)
+        value = work()
     except Failure as failure:
         return {"failure": [failure.failure_class, failure.reason]}
     except TrimtabError as error:
@@ -143,10 +152,10 @@ def answer_of(work: str, arguments: dict[str, Any]) -> dict[str, Any]:
         traceback.print_exc()
         if isinstance(error, MemoryError) or _is_out_of_memory(error):
             first_line = str(error).strip().partition("\n")[0]
-            return {"failure": ["does_not_fit", f"{function} ran out of memory: {first_line}"]}
-        return {"error": ["StageError", f"{function}: {type(error).__name__}: {error}"]}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"value": value, "seconds": time.monotonic() - started, "peak_memory_bytes": peak}
+            return {"failure": ["does_not_fit", f"{name} ran out of memory: {first_line}"]}
+        return {"error": ["StageError", f"{name}: {type(error).__name__}: {error}"]}
+    largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return {"value": value, "seconds": time.monotonic() - started, "peak_memory_bytes": largest * 1024}
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -45,6 +45,8 @@ NVFP4_BLOCK = 16
 LEGACY_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 #: Layers that tensor parallelism splits along their input, by the last part of their name (Llama's names).
 ROW_PARALLEL = ("o_proj", "down_proj")
+#: And along their output.
+COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 _ANY = ((8, 0), (99, 0))
 _CUDA_CASTS = dict.fromkeys(CASTS, _ANY)
@@ -212,6 +214,7 @@ def check(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> str | None:
         or _check_parallelism(recipe, facts)
         or (check_packing(recipe.quantize, facts) if recipe.quantize else None)
         or _check_group_size(recipe, hardware, facts)
+        or _check_blocks(recipe, facts)
     )
 
 
@@ -325,8 +328,10 @@ def _check_stages(recipe: Recipe, facts: ModelFacts) -> str | None:
 
 def _check_parallelism(recipe: Recipe, facts: ModelFacts) -> str | None:
     engine, ranks = recipe.engine, recipe.engine.tensor_parallel_size
-    if engine.backend == "torch" and ranks * engine.pipeline_parallel_size > 1:
-        return "engine.tensor_parallel_size: torch uses one device; write 1 for it and the pipeline"
+    if engine.backend == "torch" and ranks > 1:
+        for layer in facts.linears:
+            if layer.name.rpartition(".")[2] not in COLUMN_PARALLEL + ROW_PARALLEL:
+                return f"engine.tensor_parallel_size: torch has no way to split {layer.name}; write 1"
     good = [size for size in range(1, facts.heads + 1) if splits(facts, size)]
     if ranks not in good:
         return (
@@ -380,6 +385,21 @@ def _check_group_size(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> 
             return (
                 f"quantize.group_size: {quantize.group_size} does not divide the {features} input features "
                 f"of {layer.name}; {'write one of: ' + ', '.join(divide) if divide else keep}"
+            )
+    return None
+
+
+def _check_blocks(recipe: Recipe, facts: ModelFacts) -> str | None:
+    """A rank holds whole blocks of a row in formats that have their own."""
+    quantize, ranks = recipe.quantize, recipe.engine.tensor_parallel_size
+    if quantize is None or quantize.format not in FIXED_BLOCKS:
+        return None
+    for layer in quantized_layers(facts, quantize):
+        if (features := _features_per_rank(layer, ranks)) % FIXED_BLOCKS[quantize.format]:
+            return (
+                f"engine.tensor_parallel_size: {ranks} leaves a rank {features} input features of {layer.name}, which "
+                f"{quantize.format}'s blocks of {FIXED_BLOCKS[quantize.format]} do not divide; write 1, or add "
+                f"'{layer.name}' to quantize.exclude"
             )
     return None
 

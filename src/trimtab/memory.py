@@ -92,7 +92,7 @@ def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
     four hidden vectors and three intermediate ones in 16 bits (one block at a time), and the logits of one
     token for each sequence in 32 bits; for `torch`, which computes long inputs so, one dequantised layer too.
     Weights or a KV cache in a format that is emulated are held in 16 bits. Training memory (distillation) is
-    not counted.
+    not counted. On a CPU the ranks share one memory, so each has its part of it.
     """
     engine = recipe.engine
     served = _as_held(recipe, hardware)
@@ -109,7 +109,7 @@ def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
         weights=round(linears * stage / engine.tensor_parallel_size) + rest,
         kv_cache=(engine.kv_cache_tokens or engine.max_batch_size * length) * kv_bytes_per_token(facts, served),
         activations=activations,
-        available=hardware.memory_bytes,
+        available=hardware.memory_bytes // (1 if hardware.compute_capability else engine.world_size),
         kv_cache_fraction=engine.kv_cache_fraction,
     )
 

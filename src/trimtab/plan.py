@@ -184,7 +184,8 @@ def _engines(goal: str, recipe: Recipe, facts: ModelFacts) -> Iterator[Engine]:
     length = min(length or longest, longest)
     lengths = [length // 2**n for n in range(32) if n == 0 or length // 2**n >= MIN_CONTEXT]
     batches = [batch // 2**n for n in range(batch.bit_length()) if batch // 2**n >= min(least, batch)]
-    for tensor, pipeline in worlds(MAX_GPUS):
+    # The embedded engine spreads a model where a recipe says so: it serves on one device.
+    for tensor, pipeline in worlds(1 if backend == "torch" else MAX_GPUS):
         for length_ in lengths:
             for batch_ in batches:
                 yield Engine(

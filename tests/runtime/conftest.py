@@ -55,6 +55,12 @@ def tiny_llama(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCa
 
 
 @pytest.fixture(scope="session")
+def tiny() -> Any:
+    """`tiny_llama`, for models of other settings."""
+    return tiny_llama
+
+
+@pytest.fixture(scope="session")
 def windows() -> torch.Tensor:
     """Random tokens, int64 [6, 24]."""
     return torch.randint(3, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(1))

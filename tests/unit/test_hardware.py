@@ -1,10 +1,11 @@
 """What each target runs, and the sentence that a recipe gets which its target cannot run."""
 
+import facts
 import pytest
 
 from trimtab import hardware
 from trimtab.errors import InputError
-from trimtab.hardware import GB, GPUS, TARGETS, check, largest_group_size, machine_memory, target
+from trimtab.hardware import FIXED_BLOCKS, GB, GPUS, TARGETS, check, largest_group_size, machine_memory, target
 from trimtab.model import Linear, ModelFacts
 from trimtab.recipe import GROUPED_FORMATS, Quantization, Recipe
 
@@ -241,8 +242,13 @@ def test_an_unlike_target_lists_all():
         ),
         (
             "h100",
-            "{engine: {backend: torch, tensor_parallel_size: 3}}",
-            "engine.tensor_parallel_size: torch uses one device; write 1 for it and the pipeline",
+            "{engine: {backend: torch, tensor_parallel_size: 2}}",
+            "engine.tensor_parallel_size: 2 does not divide 9 attention heads and 3 KV heads; write one of: 1, 3",
+        ),
+        (
+            "cpu",
+            "{engine: {backend: torch, pipeline_parallel_size: 4}}",
+            "engine.pipeline_parallel_size: 4 does not divide 30 blocks; write one of: 1, 2, 3, 5, 6, 10, 15, 30",
         ),
     ],
 )
@@ -260,6 +266,8 @@ def test_refused(name, recipe, sentence):
         ("a100-80", "{quantize: {format: int8_wo, kv_cache: int8}, engine: {backend: trtllm-legacy}}"),
         ("b200", "{quantize: {format: fp8, kv_cache: nvfp4}, engine: {backend: trtllm}}"),
         ("h100", "{engine: {backend: trtllm, tensor_parallel_size: 3}}"),
+        ("cpu", "{engine: {backend: torch, tensor_parallel_size: 3}}"),
+        ("h100", "{quantize: {format: fp8}, engine: {backend: torch, pipeline_parallel_size: 2}}"),
         ("cpu", "{prune: {method: depth, blocks: 29}}"),
         ("cpu", "{prune: {method: sparsegpt, pattern: '4:8'}}"),
         ("cpu", "{prune: {method: width, ffn: 0.29, kv_groups: 2}, quantize: {format: int4_awq}}"),
@@ -415,6 +423,24 @@ def test_a_layer_that_no_group_divides_is_named_with_the_way_out():
 def test_largest_group_size(down_features, exclude, size):
     quantize = Quantization(format="int4_rtn", exclude=exclude)
     assert largest_group_size(smollm2(down_features), quantize, "torch") == size
+
+
+def test_torch_splits_the_layers_of_a_llama_alone():
+    model = smollm2()
+    fused = model.linears[0]._replace(name="model.layers.0.self_attn.qkv_proj")
+    model = model.model_copy(update={"linears": (fused, *model.linears[1:])})
+    reason = "engine.tensor_parallel_size: torch has no way to split model.layers.0.self_attn.qkv_proj; write 1"
+    assert check(Recipe.parse("engine: {tensor_parallel_size: 3}"), target("cpu"), model) == reason
+
+
+def test_a_rank_holds_whole_blocks_of_a_row():
+    model = facts.llama(2, 64, 160, 4, 2, 16, 300, 128, True)  # 80 of 160 neurons each: blocks of 16, not of 32
+    recipes = {form: f"{{quantize: {{format: {form}}}, engine: {{tensor_parallel_size: 2}}}}" for form in FIXED_BLOCKS}
+    found = {form: check(Recipe.parse(recipe), target("cpu"), model) for form, recipe in recipes.items()}
+    assert found["nvfp4"] is None
+    assert found["mxfp4"].startswith(
+        "engine.tensor_parallel_size: 2 leaves a rank 80 input features of model.layers.0.mlp.down_proj"
+    )
 
 
 def test_tensor_parallelism_splits_the_input_of_row_parallel_layers():

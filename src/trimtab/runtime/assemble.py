@@ -11,24 +11,30 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from trimtab.errors import Failure, InputError
 from trimtab.runtime import kv_cache as cache
-from trimtab.runtime import linear
+from trimtab.runtime import linear, parallel
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.formats import SCALES
 from trimtab.runtime.kv_cache import ServedKVCache
+from trimtab.runtime.parallel import Place
 
 
-def assemble(folder: Path, device: torch.device, kv_cache: ServedKVCache = "export") -> PreTrainedModel:
+def assemble(
+    folder: Path, device: torch.device, kv_cache: ServedKVCache = "export", place: Place | None = None
+) -> PreTrainedModel:
     """Returns the model of an export folder in eval mode: packed linears, everything else in bfloat16.
 
     Args:
         kv_cache: "export" rounds keys and values as the export says, "none" leaves them in 16 bits.
+        place: of this process among several, for its part of the model; None for the whole.
 
     Raises:
         InputError: no config, or an architecture that transformers does not know.
-        Failure: `export_damaged`, a tensor is missing, superfluous or wrong; `unsupported`, a format.
+        Failure: `export_damaged`, a tensor is missing, superfluous or wrong; `unsupported`, a format, or a model that
+            cannot be shared out.
     """
-    export = Export(folder)
     model = skeleton(folder)
+    cut = parallel.cut(model, place) if place else None
+    export = parallel.Part(folder, cut) if cut else Export(folder)
     used = set()
     for name in export.layers:
         used |= _replace(model, export, name, device)
@@ -40,6 +46,8 @@ def assemble(folder: Path, device: torch.device, kv_cache: ServedKVCache = "expo
             raise Failure("export_damaged", f"{name.rpartition('.')[0]}: tensor {name} is missing")
     if kv_cache == "export":
         cache.apply(model, export)
+    if cut:
+        parallel.join(model, cut)
     return model.requires_grad_(False).eval().to(device)
 
 

@@ -13,6 +13,7 @@ from trimtab.errors import Failure
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.engine import Engine, TorchEngine
 from trimtab.runtime.kv_cache import ServedKVCache
+from trimtab.runtime.parallel_engine import ParallelEngine
 from trimtab.schema import digest
 from trimtab.serving import record, vllm
 from trimtab.serving.record import Device
@@ -58,6 +59,8 @@ def open_engine(engine: Path, export: Path, kv_cache: ServedKVCache = "export") 
     check(built.settings)
     built.check(checkpoint_digest(export), versions(), device())
     if built.settings.backend == "torch":
+        if built.settings.world_size > 1:
+            return ParallelEngine(export, built.settings, kv_cache)
         return TorchEngine(export, built.settings, kv_cache=kv_cache)
     if kv_cache != "export":
         raise Failure("unsupported", f"{built.settings.backend} serves the KV cache that the export asks for alone")

@@ -20,6 +20,7 @@ from trimtab.runtime.checkpoint import load_tokenizer
 from trimtab.runtime.decode import Growing, Static
 from trimtab.runtime.kv_cache import ServedKVCache
 from trimtab.runtime.linear import PackedLinear
+from trimtab.runtime.parallel import Place
 
 
 class Engine(Protocol):
@@ -102,18 +103,27 @@ class TorchEngine:
         settings: `max_seq_len` bounds a sequence, `max_num_tokens` a forward pass, `max_batch_size` `generate`.
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
         kv_cache: "export" for the KV cache that the export asks for, "none" for 16 bits whatever it asks for.
+        place: of this process among several that answer together, each on its part of the model; all must be asked
+            the same, in the same order. `runtime.parallel_engine` sees to that.
 
     Raises:
         InputError: not a model folder.
         Failure: `export_damaged`, `unsupported`, or `does_not_fit`, naming the part, as every method does.
     """
 
-    def __init__(self, folder: Path, settings: Settings, device: str = "auto", kv_cache: ServedKVCache = "export"):
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        device: str = "auto",
+        kv_cache: ServedKVCache = "export",
+        place: Place | None = None,
+    ):
         self.folder, self.settings = Path(folder), settings
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.device = torch.device(name)
         with gpu_memory.part("weights", self.device):
-            self.model = assemble(self.folder, self.device, kv_cache)
+            self.model = assemble(self.folder, self.device, kv_cache, place)
         if self.device.type == "cuda":
             fewer_kernels.fuse_norms(self.model)
             fewer_kernels.group_queries(self.model)

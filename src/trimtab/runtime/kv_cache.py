@@ -57,7 +57,7 @@ def apply(model: PreTrainedModel, export: Export) -> None:
         what = f"{type(model).__name__} has no layer with a k_proj"
         raise Failure("unsupported", f"a KV cache in {algorithm}: {what}, so none that its scales belong to")
     for name, module in attentions.items():
-        head = module.k_proj.out_features // model.config.num_key_value_heads
+        head = getattr(module, "head_dim", 0) or module.k_proj.out_features // model.config.num_key_value_heads
         if algorithm == "NVFP4" and head % NVFP4_BLOCK:
             what = f"{name} has heads of {head}, which blocks of {NVFP4_BLOCK} do not divide"
             raise Failure("unsupported", f"a KV cache in NVFP4: {what}")
