@@ -20,8 +20,6 @@ from trimtab.errors import InputError, NotVerified, StoreError
 from trimtab.store import open_store
 from trimtab.verification import verify
 
-NOW = datetime.now(UTC)
-
 
 @pytest.fixture
 def released(store, scored, tmp_path, monkeypatch):
@@ -125,7 +123,7 @@ def test_what_is_gone_is_refused(released, kind):
     ],
 )
 def test_time(released, days, max_age, refusal):
-    options = {"now": NOW + timedelta(days=days), "max_age": max_age and timedelta(days=max_age)}
+    options = {"now": datetime.now(UTC) + timedelta(days=days), "max_age": max_age and timedelta(days=max_age)}
     with pytest.raises(NotVerified, match=refusal) if refusal else contextlib.nullcontext():
         released.verify(**options)
 
@@ -134,7 +132,7 @@ def test_a_shorter_life(released, monkeypatch):
     monkeypatch.setenv(statement.VALID_DAYS, "7")
     uri = released.store.release("tiny", released.record)
     with pytest.raises(NotVerified, match="expired"):
-        released.verify(uri, now=NOW + timedelta(days=8))
+        released.verify(uri, now=datetime.now(UTC) + timedelta(days=8))
     for wrong in ("0", "soon", "-1", "nan"):
         monkeypatch.setenv(statement.VALID_DAYS, wrong)
         with pytest.raises(InputError, match=f"TRIMTAB_SIGNATURE_DAYS: '{wrong}' is not valid; write a number"):

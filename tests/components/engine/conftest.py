@@ -14,7 +14,8 @@ from trimtab.runtime.checkpoint import load_tokenizer
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks, a chat template, and whole characters."""
     folder = tiny.write_model(tmp_path_factory.mktemp("served") / "tiny")
     _speak_ascii(folder)
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -32,6 +33,6 @@ def _speak_ascii(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def running(model: Path) -> Iterator[Running]:
-    with serving(model) as found:
+def running(served: Path) -> Iterator[Running]:
+    with serving(served) as found:
         yield found

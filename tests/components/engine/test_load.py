@@ -55,8 +55,8 @@ def test_the_interval_is_student_s() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["static", "in-flight"])
-def test_a_replay_serves_every_request(model: Path, strategy: str) -> None:
-    engine = PagedEngine(model, SETTINGS, "cpu", strategy=strategy)
+def test_a_replay_serves_every_request(served: Path, strategy: str) -> None:
+    engine = PagedEngine(served, SETTINGS, "cpu", strategy=strategy)
     run = replay(engine, Workload(20, 400.0, Lengths(8, 20), Lengths(6, 20)).draw(0, 300))
     assert all(len(r.times) == len(r.new_tokens) == r.max_new_tokens for r in run.requests)
     assert all(r.times[0] > r.arrived for r in run.requests)

@@ -36,19 +36,19 @@ RECIPE = "engine: {max_seq_len: 1200, max_num_tokens: 64, max_batch_size: 2, ena
         (["/nowhere/releases/x/000001"], "there is no release"),
     ],
 )
-def test_bad_input(model: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+def test_bad_input(served: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        known = {"MODEL": str(model), "TAKEN": str(taken.getsockname()[1])}
+        known = {"MODEL": str(served), "TAKEN": str(taken.getsockname()[1])}
         assert cli.main(["serve", *(known.get(option, option) for option in options)]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_release_names_its_artifact_and_its_recipe(model: Path, tmp_path: Path) -> None:
+def test_a_release_names_its_artifact_and_its_recipe(served: Path, tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
-    tree = store.put(model, kind="checkpoint")
+    tree = store.put(served, kind="checkpoint")
     release = store.release("small", {"artifact": tree.model_dump(), "recipe": {"engine": {"max_seq_len": 99}}})
     folder, name, recipe = serving_commands._artifact(release)
-    assert (folder / "config.json").read_bytes() == (model / "config.json").read_bytes()
+    assert (folder / "config.json").read_bytes() == (served / "config.json").read_bytes()
     assert (name, json.loads(recipe)["engine"]) == ("small", {"max_seq_len": 99})
     assert serving_commands._artifact(tree.uri)[0] == folder
 
@@ -62,9 +62,9 @@ def complete(url: str, tokens: int) -> tuple[int, dict]:
         return error.code, json.load(error)
 
 
-def test_sigterm_finishes_what_was_accepted_and_refuses_what_is_new(model: Path, tmp_path: Path) -> None:
+def test_sigterm_finishes_what_was_accepted_and_refuses_what_is_new(served: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    command = [sys.executable, "-m", "trimtab.pipelines.cli", "serve", str(model), "--port", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "trimtab.pipelines.cli", "serve", str(served), "--port", "0", "--device", "cpu"]
     command += ["--recipe", str(tmp_path / "recipe.yaml")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -79,7 +79,7 @@ def test_sigterm_finishes_what_was_accepted_and_refuses_what_is_new(model: Path,
         for client in clients:
             client.start()
         health = url.removesuffix("/v1")
-        accepted = f"trimtab_prompt_tokens_total {4 * len(load_tokenizer(model)(PROMPT).input_ids)}.0"
+        accepted = f"trimtab_prompt_tokens_total {4 * len(load_tokenizer(served)(PROMPT).input_ids)}.0"
         end = time.monotonic() + 20
         while accepted not in urllib.request.urlopen(f"{health}/metrics").read().decode():
             assert time.monotonic() < end

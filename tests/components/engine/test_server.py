@@ -225,9 +225,9 @@ def test_many_clients_at_once(running: Running, client: OpenAI) -> None:
     assert sum(a == b for a, b in zip(alone, (answers[0], answers[2], answers[3]), strict=True)) >= 2
 
 
-def test_an_engine_that_fails_tells_those_who_wait(model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_fails_tells_those_who_wait(served, monkeypatch: pytest.MonkeyPatch) -> None:
     """And all who come later, and whoever asks for its health."""
-    server = Server(PagedEngine(model, SETTINGS, "cpu"), "tiny")
+    server = Server(PagedEngine(served, SETTINGS, "cpu"), "tiny")
 
     def fail() -> None:
         raise Failure("does_not_fit", "activations did not fit: 2.00 GB more were needed")

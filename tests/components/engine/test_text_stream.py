@@ -12,8 +12,8 @@ from trimtab.runtime.checkpoint import load_tokenizer
 TEXTS = ["The river runs.", "naïve café – 東京 🚤🚤 ok", "\ta\n\n  b", "🚤"]
 
 
-def stream(model: Path, text: str, stops: list[str]) -> tuple[list[str], bool]:
-    tokenizer = load_tokenizer(model)
+def stream(served: Path, text: str, stops: list[str]) -> tuple[list[str], bool]:
+    tokenizer = load_tokenizer(served)
     made = TextStream(tokenizer, stops)
     parts = []
     for token in tokenizer(text).input_ids:
@@ -24,8 +24,8 @@ def stream(model: Path, text: str, stops: list[str]) -> tuple[list[str], bool]:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_parts_make_the_text(model: Path, text: str) -> None:
-    parts, stopped = stream(model, text, [])
+def test_parts_make_the_text(served: Path, text: str) -> None:
+    parts, stopped = stream(served, text, [])
     assert "".join(parts) == text and not stopped
     assert not any("\ufffd" in part for part in parts)
 
@@ -41,13 +41,13 @@ def test_parts_make_the_text(model: Path, text: str) -> None:
         (["", "er r"], "The riv"),
     ],
 )
-def test_stops(model: Path, stops: list[str], expected: str) -> None:
-    parts, stopped = stream(model, "The river runs.", stops)
+def test_stops(served: Path, stops: list[str], expected: str) -> None:
+    parts, stopped = stream(served, "The river runs.", stops)
     assert "".join(parts) == expected and stopped == (expected != "The river runs.")
 
 
-def test_a_character_that_stays_broken_is_told_at_the_end(model: Path) -> None:
-    tokenizer = load_tokenizer(model)
+def test_a_character_that_stays_broken_is_told_at_the_end(served: Path) -> None:
+    tokenizer = load_tokenizer(served)
     made = TextStream(tokenizer)
     tokens = tokenizer("a🚤").input_ids[:-1]
     assert "".join([*map(made.push, tokens), made.finish()]) == tokenizer.decode(tokens)
