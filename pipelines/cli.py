@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(command=_plan)
 
     compile_ = commands.add_parser(
-        "compile", help="write the pipeline for a Kubeflow Pipelines backend >= 2.17.0"
+        "compile", help="write a pipeline for a Kubeflow Pipelines backend >= 2.17.0"
     )
     compile_.add_argument("-o", "--output", required=True, metavar="FILE", help="the pipeline's YAML")
     compile_.add_argument(
@@ -223,9 +223,10 @@ def _compile(arguments: argparse.Namespace, console: Console) -> int:
     from trimtab.pipelines import package
 
     check_attempts(arguments.max_attempts)
+    check_choice("pipeline", arguments.pipeline, tuple(package.PIPELINES))
     profile = read_profile(arguments.profile)
     write = package.write_objects if arguments.objects else package.write
-    write(Path(arguments.output), arguments.max_attempts, arguments.image, profile)
+    write(Path(arguments.output), arguments.max_attempts, arguments.image, profile, pipeline=arguments.pipeline)
     most = f"up to {arguments.max_attempts} attempts"
     console.print(f"wrote {arguments.output} for Kubeflow Pipelines >= 2.17.0, {most}")
     return 0

@@ -13,6 +13,7 @@ from rich.console import Console
 from trimtab import hardware
 from trimtab.errors import InputError
 from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_profile, release_name
+from trimtab.pipelines.package import PIPELINES
 from trimtab.recipe import Recipe
 from trimtab.state import GOALS, Evaluation
 
@@ -25,7 +26,7 @@ EXPERIMENT = "trimtab"
 
 def add(commands: Any) -> None:
     """Adds the commands to the parser of `trimtab`."""
-    upload = commands.add_parser("upload", help="bring the pipeline to a Kubeflow Pipelines server, once a version")
+    upload = commands.add_parser("upload", help="bring a pipeline to a Kubeflow Pipelines server, once a version")
     add_package(upload)
     upload.set_defaults(command=_upload)
 
@@ -38,9 +39,9 @@ def add(commands: Any) -> None:
     watch.add_argument("run", metavar="RUN", help="id of the run, or the address of its page")
     watch.set_defaults(command=_watch)
 
-    schedule = commands.add_parser("schedule", help="run the pipeline again and again")
+    schedule = commands.add_parser("schedule", help="run a pipeline again and again: rebuild, where something changed")
     schedule.add_argument("--cron", required=True, help="5 fields (minute first) or 6 (second first), UTC: '0 3 * * 1'")
-    _add_run(schedule)
+    _add_run(schedule, pipeline="rebuild")
     schedule.set_defaults(command=_schedule)
 
     schedules = commands.add_parser("schedules", help="show the schedules of the namespace")
@@ -57,12 +58,14 @@ def add(commands: Any) -> None:
         command.add_argument("--ca", default="", metavar="FILE", help="PEM file of the server's certificate authority")
 
 
-def add_package(parser: argparse.ArgumentParser) -> None:
+def add_package(parser: argparse.ArgumentParser, pipeline: str = "optimize") -> None:
+    known = " or ".join(PIPELINES)
+    parser.add_argument("--pipeline", default=pipeline, metavar="NAME", help=f"{known} ({pipeline})")
     parser.add_argument("--image", default="", help="container image of all stages")
     parser.add_argument("--profile", default="", metavar="FILE", help="what the cluster offers the stages, YAML")
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
+def _add_run(parser: argparse.ArgumentParser, pipeline: str = "optimize") -> None:
     parser.add_argument("--model", required=True, help="s3://bucket/prefix, a hub id org/name, or a path there")
     parser.add_argument("--store", required=True, help="s3://bucket/prefix, or a folder of a shared volume")
     parser.add_argument("--goal", default="fit_larger_model", help=f"one of {', '.join(GOALS)} (fit_larger_model)")
@@ -73,7 +76,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="", help="name of the release, the run and the schedule (the model's)")
     parser.add_argument("--experiment", default=EXPERIMENT, help=f"experiment that the runs belong to ({EXPERIMENT})")
     parser.add_argument("--service-account", default="", metavar="NAME", help="Kubernetes service account of the run")
-    add_package(parser)
+    add_package(parser, pipeline)
 
 
 def _connect(arguments: argparse.Namespace, console: Console) -> Connection:
@@ -88,12 +91,15 @@ def _uploaded(arguments: argparse.Namespace, connection: Connection) -> Uploaded
     from trimtab.pipelines.upload import upload
 
     with tempfile.TemporaryDirectory() as folder:
-        compiled = Path(folder) / "optimize.yaml"
-        package.write(compiled, MAX_ATTEMPTS, arguments.image, read_profile(arguments.profile))
-        return upload(connection, compiled)
+        compiled = Path(folder) / f"{arguments.pipeline}.yaml"
+        package.write(
+            compiled, MAX_ATTEMPTS, arguments.image, read_profile(arguments.profile), pipeline=arguments.pipeline
+        )
+        return upload(connection, compiled, arguments.pipeline)
 
 
 def _upload(arguments: argparse.Namespace, console: Console) -> int:
+    check_choice("pipeline", arguments.pipeline, tuple(PIPELINES))
     uploaded = _uploaded(arguments, _connect(arguments, console))
     print(f"{uploaded.name}  {'uploaded' if uploaded.new else 'is there already'}")
     return 0
@@ -127,10 +133,7 @@ def _watch(arguments: argparse.Namespace, console: Console) -> int:
 def _followed(connection: Connection, run_id: str, console: Console) -> int:
     from trimtab.pipelines.watch import watch
 
-    error = watch(connection, run_id)
-    if error:
-        raise error
-    console.print("the run released its model")
+    console.print(watch(connection, run_id))
     return 0
 
 
@@ -173,6 +176,7 @@ def _unschedule(arguments: argparse.Namespace, console: Console) -> int:
 
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     """Checks what can be known without the cluster: the model and the store are seen only from there."""
+    check_choice("pipeline", arguments.pipeline, tuple(PIPELINES))
     check_attempts(arguments.max_attempts)
     check_choice("goal", arguments.goal, GOALS)
     hardware.target(arguments.target)

@@ -17,6 +17,7 @@ def plan(
     recipe: str,
     max_attempts: int,
     evaluation: str,
+    images: str,
 ) -> str:
     """Turns goal, model and hardware into the ladder of recipes to try.
 
@@ -29,6 +30,7 @@ def plan(
         recipe: A recipe to try first, YAML or JSON; or empty.
         max_attempts: The most attempts.
         evaluation: What to measure, YAML or JSON; or empty.
+        images: The container images of the stages.
 
     Returns:
         The state with which the baseline is measured, JSON.
@@ -46,6 +48,7 @@ def plan(
         recipe=recipe,
         max_attempts=max_attempts,
         evaluation=Evaluation.parse(evaluation or "{}"),
+        images=images,
     ).to_json()
 
 

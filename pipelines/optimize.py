@@ -1,4 +1,4 @@
-"""The flow: an attempt, and the loop that adjusts the recipe and tries again.
+"""The flow: an attempt, the loop that adjusts the recipe and tries again, and the pipeline `optimize` around them.
 
 The loop is unrolled when it is compiled, for KFP has none. What keeps it correct (each a silent failure
 elsewhere): only strings pass through `dsl.OneOf`; conditions read the one output of `decide`, whose vocabulary
@@ -6,9 +6,12 @@ is closed; there are no conditions inside `attempt`; the chain ends in a gate; K
 branch of cache hits alone never completes on the backend (the store's index is the cache).
 """
 
+from collections.abc import Callable
+
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
 
+from trimtab.components import images
 from trimtab.components.calibration.component import calibrate
 from trimtab.components.deployment.component import gate
 from trimtab.components.distillation.component import distill
@@ -31,7 +34,12 @@ RUN_ID = dsl.PIPELINE_JOB_ID_PLACEHOLDER
 CHOICES = {"goal": GOALS, "target": TARGETS}
 
 
-def _uncached(task: dsl.PipelineTask, name: str) -> dsl.PipelineTask:
+#: Gives a small task its name and what it needs to reach the store.
+Small = Callable[[dsl.PipelineTask, str], dsl.PipelineTask]
+
+
+def uncached(task: dsl.PipelineTask, name: str) -> dsl.PipelineTask:
+    """Names a task, and turns KFP's cache off: see the module."""
     return task.set_caching_options(False).set_display_name(name)
 
 
@@ -50,12 +58,12 @@ def attempt_pipeline(profile: Profile):
         Returns:
             The state with the verdict, JSON.
         """
-        ready = _uncached(prepare(state=state, nodes=profile.gpu.node_selector), "prepare")
+        ready = uncached(prepare(state=state, nodes=profile.gpu.node_selector), "prepare")
         need = reach(ready, profile).outputs
 
         def staged(task: dsl.PipelineTask, stage: str, name: str = "", as_for: str = "") -> dict[str, object]:
             counted = as_for or stage
-            _uncached(task, name or stage)
+            uncached(task, name or stage)
             return place(task, stage, profile, need[counted], need[f"{counted}_nodes"]).outputs
 
         calibrated = staged(calibrate(state=need["state"], checkpoint=need["checkpoint"]), "calibrate")
@@ -83,18 +91,50 @@ def attempt_pipeline(profile: Profile):
     return attempt
 
 
-def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = None):
+def small_tasks(profile: Profile) -> Small:
+    """Returns what places a task that does no work on a model."""
+    return lambda task, name: reach(uncached(task, name), profile)
+
+
+def image_names(profile: Profile, image: str = "") -> str:
+    """Returns the container images of the stages, which are materials of the run."""
+    return " ".join(filter(None, (image or images.CPU, profile.images.cuda)))
+
+
+def loop(planned: object, attempt: BaseComponent, small: Small, unrolled: int) -> object:
+    """Adds the baseline, the attempts, the summary and the gate to the pipeline that is being traced.
+
+    Args:
+        planned: the state with which the baseline is measured, an output of a task.
+
+    Returns:
+        The URI of the release, an output of the gate.
+    """
+    measured = attempt(state=planned).set_display_name("baseline")
+    begun = small(adjust(state=measured.output), "choose the first recipe")
+    state = attempt(state=begun.output).set_display_name("attempt 1").output
+    for number in range(2, unrolled + 1):
+        decision = small(decide(state=state, run=RUN_ID), f"retry after attempt {number - 1}?")
+        with dsl.If(decision.output == "retry", name=f"retry-{number}"):
+            adjusted = small(adjust(state=state), "adjust the recipe")
+            again = attempt(state=adjusted.output).set_display_name(f"attempt {number}")
+        with dsl.Else(name=f"keep-{number}"):
+            kept = small(carry(state=state), "keep the verdict")
+        state = dsl.OneOf(again.output, kept.output)
+    told = small(summarize(state=state, run=RUN_ID), "summary").outputs["Output"]
+    return small(gate(state=told), "deploy gate").outputs["Output"]
+
+
+def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = None, image: str = ""):
     """Returns the pipeline `optimize` with its loop unrolled for at most `unrolled` attempts.
 
     Args:
         unrolled: the most attempts.
         profile: where the tasks find GPUs, memory, credentials and a cache; None where they need no such thing.
+        image: the container image that the stages will have; "" for that of this version.
     """
     profile = profile or Profile()
-    attempt = attempt_pipeline(profile)
-
-    def small(task: dsl.PipelineTask, name: str) -> dsl.PipelineTask:
-        return reach(_uncached(task, name), profile)
+    attempt, small = attempt_pipeline(profile), small_tasks(profile)
 
     @dsl.pipeline(
         name="optimize",
@@ -127,7 +167,7 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = No
         Returns:
             The URI of the release.
         """
-        brought = _uncached(fetch(model=model, store=store), "fetch model")
+        brought = uncached(fetch(model=model, store=store), "fetch model")
         source = place(brought, "fetch", profile).outputs["Output"]
         planned = small(
             plan(
@@ -139,28 +179,17 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = No
                 recipe=recipe,
                 max_attempts=max_attempts,
                 evaluation=evaluation,
+                images=image_names(profile, image),
             ),
             "plan",
         )
-        measured = attempt(state=planned.output).set_display_name("baseline")
-        begun = small(adjust(state=measured.output), "choose the first recipe")
-        state = attempt(state=begun.output).set_display_name("attempt 1").output
-        for number in range(2, unrolled + 1):
-            decision = small(decide(state=state, run=RUN_ID), f"retry after attempt {number - 1}?")
-            with dsl.If(decision.output == "retry", name=f"retry-{number}"):
-                adjusted = small(adjust(state=state), "adjust the recipe")
-                again = attempt(state=adjusted.output).set_display_name(f"attempt {number}")
-            with dsl.Else(name=f"keep-{number}"):
-                kept = small(carry(state=state), "keep the verdict")
-            state = dsl.OneOf(again.output, kept.output)
-        told = small(summarize(state=state, run=RUN_ID), "summary").outputs["Output"]
-        return small(gate(state=told), "deploy gate").outputs["Output"]
+        return loop(planned.output, attempt, small, unrolled)
 
-    _offer_choices(optimize)
+    offer_choices(optimize)
     return optimize
 
 
-def _offer_choices(pipeline: BaseComponent) -> None:
+def offer_choices(pipeline: BaseComponent) -> None:
     """Makes the run form show lists to choose from: the format has them, KFP's SDK has no way to say them."""
     parameters = pipeline.pipeline_spec.root.input_definitions.parameters
     for name, choices in CHOICES.items():

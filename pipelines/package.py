@@ -1,4 +1,4 @@
-"""The pipeline as a file for a Kubeflow Pipelines server."""
+"""The pipelines as files for a Kubeflow Pipelines server."""
 
 from __future__ import annotations
 
@@ -15,18 +15,31 @@ from trimtab.profile import Profile
 if TYPE_CHECKING:
     from kfp.dsl.base_component import BaseComponent
 
-#: What the pipeline is called on a server.
-PIPELINE = "trimtab-optimize"
+#: The pipelines, and what each is for. On a server they are called `server_name`.
+PIPELINES = {
+    "optimize": "Compresses a language model and releases it only when measurements say that it is still good.",
+    "rebuild": "Releases a model anew when what it is made of has changed; for schedules.",
+}
+#: What the first task of `rebuild` is called on the page of a run.
+REVIEW = "what changed?"
 
 
-def write(output: Path, unrolled: int, image: str = "", profile: Profile | None = None) -> None:
-    """Compiles `optimize` into a YAML file.
+def server_name(pipeline: str) -> str:
+    """Returns what a pipeline is called on a server."""
+    return f"trimtab-{pipeline}"
+
+
+def write(
+    output: Path, unrolled: int, image: str = "", profile: Profile | None = None, pipeline: str = "optimize"
+) -> None:
+    """Compiles a pipeline into a YAML file.
 
     Args:
         output: a .yaml, .yml or .json file in a folder that exists.
         unrolled: the most attempts that a run may ask for, 1 to 10.
         image: container image of all stages; "" for that of this version.
         profile: the cluster's; None for none.
+        pipeline: one of PIPELINES.
 
     Raises:
         InputError: the file cannot be written there.
@@ -36,11 +49,13 @@ def write(output: Path, unrolled: int, image: str = "", profile: Profile | None 
     from kfp import compiler
 
     from trimtab.pipelines.optimize import optimize_pipeline
+    from trimtab.pipelines.rebuild import rebuild_pipeline
 
-    pipeline = optimize_pipeline(unrolled, profile)
+    builders = {"optimize": optimize_pipeline, "rebuild": rebuild_pipeline}
+    built = builders[pipeline](unrolled, profile, image)
     if image:
-        _use_image(pipeline, image)
-    compiler.Compiler().compile(pipeline, str(output))
+        _use_image(built, image)
+    compiler.Compiler().compile(built, str(output))
 
 
 def _use_image(pipeline: BaseComponent, image: str) -> None:
@@ -52,24 +67,26 @@ def _use_image(pipeline: BaseComponent, image: str) -> None:
             container["image"].string_value = image
 
 
-def version_name(package: Path) -> str:
+def version_name(package: Path, pipeline: str) -> str:
     """Returns what a version of the pipeline is called: after the digest of its file, so that it is there once."""
-    return f"{PIPELINE}-{hashlib.sha256(package.read_bytes()).hexdigest()[:12]}"
+    return f"{server_name(pipeline)}-{hashlib.sha256(package.read_bytes()).hexdigest()[:12]}"
 
 
-def write_objects(output: Path, unrolled: int, image: str = "", profile: Profile | None = None) -> None:
-    """Compiles `optimize` into a Pipeline and a PipelineVersion, objects of a cluster whose KFP keeps them there.
+def write_objects(
+    output: Path, unrolled: int, image: str = "", profile: Profile | None = None, pipeline: str = "optimize"
+) -> None:
+    """Compiles a pipeline into a Pipeline and a PipelineVersion, objects of a cluster whose KFP keeps them there.
 
     Arguments and errors are those of `write`.
     """
-    write(output, unrolled, image, profile)
+    write(output, unrolled, image, profile, pipeline)
     spec, *platform = yaml.load_all(output.read_text(encoding="utf-8"), yaml.CSafeLoader)
-    name = version_name(output)
-    version = {"pipelineName": PIPELINE, "displayName": name, "pipelineSpec": spec}
+    whole, name = server_name(pipeline), version_name(output, pipeline)
+    version = {"pipelineName": whole, "displayName": name, "pipelineSpec": spec}
     if platform:
         version["platformSpec"] = platform[0]
     about = {"description": spec["pipelineInfo"]["description"]}
-    objects = [_object("Pipeline", PIPELINE, about), _object("PipelineVersion", name, version)]
+    objects = [_object("Pipeline", whole, about), _object("PipelineVersion", name, version)]
     partial = output.with_name(output.name + ".partial")
     partial.write_text(yaml.dump_all(objects, Dumper=yaml.CSafeDumper, sort_keys=False), encoding="utf-8")
     partial.replace(output)

@@ -12,7 +12,7 @@ from kfp_server_api import V2beta1Pipeline
 
 from trimtab.errors import InputError
 from trimtab.pipelines.connection import Connection
-from trimtab.pipelines.package import PIPELINE, version_name
+from trimtab.pipelines.package import PIPELINES, server_name, version_name
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,13 @@ class Uploaded:
     new: bool
 
 
-def upload(connection: Connection, package: Path) -> Uploaded:
-    """Uploads the compiled pipeline unless the server has this very one. Two uploads at once end in one version."""
-    name = version_name(package)
-    pipeline = _found(_pipelines(connection)) or _created(connection)
+def upload(connection: Connection, package: Path, kind: str) -> Uploaded:
+    """Uploads the compiled pipeline, one of PIPELINES, unless the server has this very one.
+
+    Two uploads at once end in one version.
+    """
+    name = version_name(package, kind)
+    pipeline = _found(_pipelines(connection, kind)) or _created(connection, kind)
     version = _found(_versions(connection, pipeline.pipeline_id, name))
     if version:
         return Uploaded(pipeline.pipeline_id, version.pipeline_version_id, name, new=False)
@@ -73,26 +76,26 @@ def experiment_id(connection: Connection, name: str) -> str:
     return connection.read(f"open experiment '{name}'", create, name, namespace=connection.namespace).experiment_id
 
 
-def _pipelines(connection: Connection) -> Any:
+def _pipelines(connection: Connection, kind: str) -> Any:
     answer = connection.read(
         "list pipelines",
         connection.client.list_pipelines,
         namespace=connection.namespace or None,
-        filter=named(PIPELINE),
+        filter=named(server_name(kind)),
     )
     return answer.pipelines
 
 
-def _created(connection: Connection) -> Any:
+def _created(connection: Connection, kind: str) -> Any:
     wanted = V2beta1Pipeline(
-        display_name=PIPELINE,
+        display_name=server_name(kind),
         namespace=connection.namespace or None,
-        description="Compresses a language model and releases it only when measurements say that it is still good.",
+        description=PIPELINES[kind],
     )
     create = connection.client.pipelines.pipeline_service_create_pipeline
     return _once(
         lambda: connection.change("create the pipeline", create, pipeline=wanted),
-        lambda: _found(_pipelines(connection)),
+        lambda: _found(_pipelines(connection, kind)),
     )
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from trimtab import bulletin
 from trimtab.errors import InputError, NotReleased, StageError, StoreError, TrimtabError
 from trimtab.pipelines.connection import TIMEOUT, Connection
+from trimtab.pipelines.package import REVIEW
 from trimtab.store import Store, open_store
 
 FINISHED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
@@ -23,12 +24,13 @@ SHOWN = {"RUNNING": "running", "SUCCEEDED": "done", "FAILED": "failed", "CANCELE
 INTERVAL = 10.0
 
 
-def watch(connection: Connection, run_id: str, interval: float = INTERVAL) -> TrimtabError | None:
-    """Prints what happens until the run ends; returns the error with its result's exit code, None when it released.
+def watch(connection: Connection, run_id: str, interval: float = INTERVAL) -> str:
+    """Prints what happens until the run ends, and returns what it did, in a few words for people.
 
     Raises:
         InputError: there is no such run, or it may not be seen.
-        StageError: the server stays unreachable.
+        NotReleased: the run is complete, and no recipe passed.
+        StageError: a stage of it failed, it was canceled, or the server stays unreachable.
     """
     seen: dict[str, str] = {}
     verdicts = _Verdicts(run_id, connection.console)
@@ -36,6 +38,7 @@ def watch(connection: Connection, run_id: str, interval: float = INTERVAL) -> Tr
         get = connection.client.runs.run_service_get_run
         run = connection.read(f"read run '{run_id}'", get, run_id=run_id, _request_timeout=TIMEOUT)
         tasks = list(_tasks(run))
+        ends = {(name, state) for _, name, state in tasks}
         for key, name, state in tasks:
             if state in SHOWN and seen.get(key) != state:
                 seen[key] = state
@@ -43,7 +46,10 @@ def watch(connection: Connection, run_id: str, interval: float = INTERVAL) -> Tr
                 connection.console.print(f"{name}: {SHOWN[state]}", style=style, highlight=False, markup=False)
         verdicts.show(run)
         if run.state in FINISHED:
-            return _result(run, tasks, verdicts.attempts)
+            if error := _error(run, tasks, verdicts.attempts):
+                raise error
+            kept = any(name == REVIEW for _, name, _ in tasks) and ("deploy gate", "SUCCEEDED") not in ends
+            return "nothing has changed, so the run kept the last release" if kept else "the run released its model"
         time.sleep(interval)
 
 
@@ -105,7 +111,7 @@ def _names(spec: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
     return outside, inside
 
 
-def _result(run: Any, tasks: list[tuple[str, str, str]], attempts: list[dict[str, Any]]) -> TrimtabError | None:
+def _error(run: Any, tasks: list[tuple[str, str, str]], attempts: list[dict[str, Any]]) -> TrimtabError | None:
     if run.state == "SUCCEEDED":
         return None
     if run.state == "CANCELED":

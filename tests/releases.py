@@ -13,6 +13,7 @@ from trimtab.evidence import CONFIRMATION, look_name
 from trimtab.recipe import Recipe
 from trimtab.state import State
 from trimtab.store import Store, Tree
+from trimtab.verdict import Verdict
 from trimtab.verification import verify
 
 ITEMS, WINDOWS = 300, 16
@@ -81,3 +82,16 @@ class Released:
     def files(self) -> list[Path]:
         root = Path(self.folder / "store")
         return sorted(path for path in root.rglob("*") if path.is_file())
+
+
+def file_release(store: Store, state: State, export: Tree) -> str:
+    """Releases an export as the accepted attempt of a state, unsigned and without answers, and returns the URI."""
+    accepted = Verdict(outcome="accepted", reason="good")
+    filed = evidence.write(store, state, accepted, export, {}, {})
+    document = evidence.read(store, filed)
+
+    def record(version: str) -> dict:
+        said = statement.make(state.name, version, document, filed, None, accepted.to_dict())
+        return statement.release_record(signing.seal(statement.payload(said), None))
+
+    return store.release(state.name, record)

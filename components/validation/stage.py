@@ -273,7 +273,7 @@ class _Judge:
     def distillation(self) -> dict[str, Any] | None:
         """Returns the metrics of this attempt's training, for the page; its tree, a whole model, stays where it is."""
         checkpoint = self.state.trees.get("checkpoint")
-        if not (self.state.recipe.distill and checkpoint):
+        if checkpoint is None or "distill" not in self.state.seconds:  # it may be an earlier run's student
             return None
         record = self.store.lookup(self.store.manifest(checkpoint).metadata["key"])
         return record["metrics"] if record and "curve" in record["metrics"] else None

@@ -105,6 +105,7 @@ def write(
         "target": state.target,
         "max_attempts": state.max_attempts,
         "evaluation": state.evaluation.to_dict(),
+        "materials": store.get_json("materials", state.ladder) if state.ladder else None,
         "trees": {name: tree.model_dump() for name, tree in state.trees.items()},
         "measured": {name: tree.model_dump() for name, tree in measured.items()},
         "verdict": result.to_dict(),

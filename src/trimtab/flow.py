@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import textwrap
 
-from trimtab import adjust, hardware, memory, plan, progress
+from trimtab import adjust, hardware, materials, memory, plan, progress
 from trimtab.errors import Failure, InputError, nearest
 from trimtab.model import ModelFacts
-from trimtab.plan import Rung
+from trimtab.plan import MAX_RUNGS, Rung
 from trimtab.recipe import Recipe
 from trimtab.stages import MAX_REASON, fail
 from trimtab.state import GOALS, Evaluation, State
@@ -24,11 +24,17 @@ def begin(
     recipe: str,
     max_attempts: int,
     evaluation: Evaluation,
+    images: str = "",
+    released: Rung | None = None,
 ) -> State:
     """Plans the run and returns the state with which the baseline is measured.
 
     A recipe that names no step is not tried as one; its `accept`, `calibrate` and `engine` hold for the whole
     ladder all the same.
+
+    Args:
+        images: the container images of the stages, which count among the materials.
+        released: the recipe of a release with its student, which then stands first.
 
     Raises:
         InputError: an unknown goal or target, a bad recipe, or a model or recipe that the target cannot run.
@@ -50,6 +56,18 @@ def begin(
         r.model_copy(update={"recipe": r.recipe.model_copy(update={"calibrate": wanted.calibrate})})
         for r in rungs
     ]
+    if released:
+        others = [r for r in calibrated if r.recipe.digest != released.recipe.digest]
+        calibrated = [released, *others][:MAX_RUNGS]
+    made_of = materials.gather(
+        model=model,
+        recipe=wanted,
+        goal=goal,
+        target=machine.name,
+        max_attempts=max_attempts,
+        evaluation=evaluation,
+        images=images,
+    )
     return State(
         store=store.uri,
         name=name,
@@ -58,7 +76,9 @@ def begin(
         evaluation=evaluation,
         model=model,
         max_attempts=max_attempts,
-        ladder=store.put_json("ladder", [rung.to_dict() for rung in calibrated]),
+        ladder=store.put_json(
+            "ladder", [rung.to_dict() for rung in calibrated], materials=made_of.model_dump(mode="json")
+        ),
         recipe=Recipe(engine=rungs[0].recipe.engine),
         why="the model unchanged",
     )
@@ -100,7 +120,7 @@ def next_attempt(state: State) -> State:
             "attempt": len(state.history) + 1,
             "recipe": rung.recipe,
             "why": textwrap.shorten(why, MAX_REASON, placeholder=" …"),
-            "trees": {},
+            "trees": {"checkpoint": rung.student} if rung.student else {},
             "verdict": None,
             "seconds": {},
         }
@@ -116,4 +136,14 @@ def _next(state: State) -> tuple[Rung | None, str]:
     store, machine = open_store(state.store), hardware.target(state.target)
     ladder, facts = store.get_json("ladder", state.ladder), facts_of(store, state.model)
     rungs = [Rung.model_validate(rung) for rung in ladder]
-    return adjust.next_recipe(rungs, state.history, lambda recipe: hardware.check(recipe, machine, facts) is None)
+    rung, why = adjust.next_recipe(
+        rungs, state.history, lambda recipe: hardware.check(recipe, machine, facts) is None
+    )
+    return rung and rung.model_copy(update={"student": _student(rungs, rung.recipe)}), why
+
+
+def _student(rungs: list[Rung], recipe: Recipe) -> Tree | None:
+    """The student that a recipe goes on from: that of a rung which prunes alike, for remedies are on no rung."""
+    if recipe.distill is None:
+        return None
+    return next((rung.student for rung in rungs if rung.student and rung.recipe.prune == recipe.prune), None)

@@ -38,6 +38,7 @@ from trimtab.recipe import (
 from trimtab.schema import Document
 from trimtab.serving.parallelism import worlds
 from trimtab.state import GOALS
+from trimtab.store.tree import Tree
 
 MAX_RUNGS = 10
 MAX_GPUS = 8
@@ -86,10 +87,14 @@ _SERVING = {
 
 
 class Rung(Document):
-    """A recipe on the ladder, and why it stands there."""
+    """A recipe on the ladder, and why it stands there.
+
+    `student` is a distilled model from which its training goes on, instead of from a newly pruned one.
+    """
 
     recipe: Recipe
     why: str
+    student: Tree | None = None
 
 
 def ladder(

@@ -211,6 +211,10 @@ TASKS: dict[str, tuple[str, ...]] = {
 }
 
 
+#: The stages before distillation, in whose place there may be a student already.
+_MAKE_A_STUDENT = ("calibrate", "prune")
+
+
 def cached(
     store: Store, stage: Stage, parameters: dict[str, Any], inputs: Mapping[str, Tree | None]
 ) -> Result:
@@ -271,6 +275,11 @@ def tree_of(name: str, state: State) -> Tree | None:
     return known.get(name)
 
 
+def _asked(stage: Stage, state: State) -> bool:
+    """Whether the recipe wants the stage; what makes a student is not done where the attempt begins with one."""
+    return stage.wanted(state.recipe) and not (stage.name in _MAKE_A_STUDENT and "checkpoint" in state.trees)
+
+
 def inputs_of(stage: Stage, state: State) -> dict[str, Tree | None]:
     """Returns the trees that the stage reads."""
     return {name: tree_of(name, state) for name in stage.inputs}
@@ -282,7 +291,7 @@ def advance(name: str, state: State) -> tuple[State, Result | None]:
     An expected failure becomes the state's verdict; only infrastructure trouble raises.
     """
     stage = STAGES[name]
-    if state.verdict or not stage.wanted(state.recipe):
+    if state.verdict or not _asked(stage, state):
         return state, None
     started = time.monotonic()
     try:
@@ -363,7 +372,7 @@ def _needed(state: State) -> dict[str, int]:
         several["distill"] = state.recipe.distill.processes
     store, known, counts = open_store(state.store), True, {}
     for name, stage in STAGES.items():
-        if not stage.wanted(state.recipe):
+        if not _asked(stage, state):
             continue
         record = known and store.lookup(stage.key(stage.parameters(state.recipe), inputs_of(stage, state)))
         if record:

@@ -66,9 +66,9 @@ class State(Document):
 
     `trees` names what the stages of the current attempt have made: `checkpoint` (the model, then its pruned
     and distilled successors), `calibration`, `export`, `engine`, `evaluation`. `ladder` is the tree that
-    holds the recipes to try. `verdict` is set when the current attempt is over; every later stage of that
-    attempt then passes the state on untouched. Once the attempt is filed in `baseline` or `history`, that has
-    its numbers, and of `trees` only the artifact is left.
+    holds the recipes to try, and what the run is made of. `verdict` is set when the current attempt is over; every
+    later stage of that attempt then passes the state on untouched. Once the attempt is filed in `baseline` or
+    `history`, that has its numbers, and of `trees` only the artifact is left.
     """
 
     store: str

@@ -10,11 +10,12 @@ import yaml
 from kfp_server import KfpServer
 
 from trimtab import progress
+from trimtab.errors import StoreError
 from trimtab.pipelines import cli, connection, watch
 from trimtab.pipelines.optimize import MAX_ATTEMPTS
 from trimtab.profile import Profile
 from trimtab.schema import digest
-from trimtab.store import open_store
+from trimtab.store import Store, open_store
 
 RUN = ["--model", "org/tiny", "--store", "s3://bucket/store"]
 
@@ -26,14 +27,21 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.fixture(scope="module")
+def rebuilding(package: Path) -> Path:
+    output = package.with_name("rebuild.yaml")
+    assert cli.main(["compile", "-o", str(output), "--max-attempts", "1", "--pipeline", "rebuild"]) == 0
+    return output
+
+
 @pytest.fixture
 def server(package: Path, monkeypatch: pytest.MonkeyPatch):
     """A server, to which a pipeline that was compiled once goes; no pause between two looks."""
     found = KfpServer()
 
-    def write(output: Path, unrolled: int, image: str, profile: Profile) -> None:
+    def write(output: Path, unrolled: int, image: str, profile: Profile, pipeline: str) -> None:
         assert unrolled == MAX_ATTEMPTS
-        output.write_bytes(package.read_bytes() + f"# {image}\n".encode())
+        output.write_bytes(package.read_bytes() + f"# {image}, {pipeline}\n".encode())
 
     monkeypatch.setattr("trimtab.pipelines.package.write", write)
     monkeypatch.setattr(watch, "INTERVAL", 0.0)
@@ -104,6 +112,7 @@ def test_namespace_and_token(server, capsys, monkeypatch):
 def test_schedules(server, capsys):
     for name in ("nightly", "weekly", "monthly"):
         assert trimtab(capsys, "schedule", *RUN, "--cron", "0 3 * * 1", "--name", name)[0] == 0
+    assert [pipeline["display_name"] for pipeline in server.kept["pipelines"]] == ["trimtab-rebuild"]
     for item in server.kept["recurringruns"]:
         assert item["trigger"]["cron_schedule"]["cron"] == "0 0 3 * * 1"
         assert (item["no_catchup"], int(item["max_concurrency"])) == (True, 1)
@@ -115,6 +124,48 @@ def test_schedules(server, capsys):
     assert [item["display_name"] for item in server.kept["recurringruns"]] == ["nightly", "weekly"]
     code, said = trimtab(capsys, "unschedule", "nightli")
     assert (code, "there is no 'nightli'; write 'nightly'" in said) == (2, True)
+
+
+def test_a_schedule_of_another_pipeline(server, capsys):
+    assert trimtab(capsys, "schedule", *RUN, "--cron", "0 3 * * 1", "--pipeline", "optimize")[0] == 0
+    assert [pipeline["display_name"] for pipeline in server.kept["pipelines"]] == ["trimtab-optimize"]
+
+
+@pytest.fixture
+def scheduled(tmp_path, server) -> tuple[Store, str, list[str]]:
+    """A store, its only tree, and what schedules it as a model."""
+    store = open_store(str(tmp_path / "store"))
+    model = store.put_json("checkpoint", {}).uri.removeprefix("file://")
+    return store, model, ["schedule", "--model", model, "--store", str(tmp_path / "store"), "--cron", "0 3 * * 1"]
+
+
+def pins(store: Store) -> list[Path]:
+    return list(Path(store.uri.removeprefix("file://")).glob("pins/*.json"))
+
+
+def test_a_schedule_pins_its_model(server, capsys, scheduled):
+    """The model that is a tree of the store is kept for as long as the schedule lasts."""
+    store, model, command = scheduled
+    for name in ("nightly", "weekly"):
+        assert trimtab(capsys, *command, "--name", name)[0] == 0
+    assert len(pins(store)) == 2 and all(model.rpartition("/")[2] in pin.read_text() for pin in pins(store))
+    assert trimtab(capsys, "unschedule", "nightly")[0] == 0
+    (left,) = pins(store)
+    assert left.stem == f"schedule-{server.kept['recurringruns'][0]['recurring_run_id']}"
+
+
+def test_no_schedule_without_its_model(server, capsys, scheduled, monkeypatch):
+    store, model, command = scheduled
+    gone = model[:-4] + "0000"
+    code, said = trimtab(capsys, *[gone if option == model else option for option in command], "--name", "nightly")
+    assert (code, "there is no tree" in said, server.kept["recurringruns"]) == (4, True, []), said
+
+    def refuse(*_: Any) -> None:
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(Store, "pin", refuse)
+    code, said = trimtab(capsys, *command, "--name", "nightly")
+    assert (code, "the disk is full" in said, server.kept["recurringruns"]) == (4, True, []), said
 
 
 def story(package: Path, *looks: tuple[str, list[tuple[str, str]]], store: str) -> list[dict[str, Any]]:
@@ -170,6 +221,21 @@ def test_watch(state, outcome, last, exit_code, says, server, package, capsys, t
     assert (code, says in said) == (exit_code, True), said
     assert "fetch model: done baseline: done baseline, prepare: done attempt 1: running" in said
     assert said.count(f"attempt 1, recipe 1: {outcome}; reason 1") == 1
+
+
+@pytest.mark.parametrize(
+    ("tasks", "says"),
+    [
+        (["review"], "nothing has changed, so the run kept the last release"),
+        (["review", "attempt", "gate"], "the run released its model"),
+    ],
+)
+def test_watch_a_rebuild(tasks, says, rebuilding, server, tmp_path, capsys):
+    server.kept["runs"].append({"run_id": "r-1"})
+    done = [(key, "SUCCEEDED") for key in tasks]
+    server.story = story(rebuilding, ("SUCCEEDED", done), store=str(tmp_path / "store"))
+    code, said = trimtab(capsys, "watch", "r-1")
+    assert (code, says in said, "what changed?: done" in said) == (0, True, True), said
 
 
 def test_watch_without_the_store(server, package, capsys):
@@ -242,6 +308,8 @@ BAD = [
     (["watch", "a run?"], 2, "run: 'a run?' is not valid"),
     (["submit", "--model", "./tiny", "--store", "s3://b/s"], 2, "model: './tiny' is of this machine"),
     (["submit", "--model", "org/tiny", "--store", "store"], 2, "store: 'store' is of this machine"),
+    (["upload", "--pipeline", "rebuid"], 2, "pipeline: 'rebuid' is not valid; write 'rebuild'"),
+    (["schedule", *RUN, "--cron", "0 3 * * 1", "--pipeline", "all"], 2, "pipeline: 'all' is not valid"),
     (["submit", *RUN, "--goal", "cheaper"], 2, "goal: 'cheaper' is not valid"),
     (["schedule", *RUN, "--cron", "0 0 30 2 *"], 2, "cron: '0 0 30 2 *' never fires"),
 ]

@@ -102,16 +102,17 @@ class Store:
                     (folder / path).unlink()
         return Tree(uri=f"{self.uri}/trees/{manifest.digest}", digest=manifest.digest, bytes=manifest.size)
 
-    def put_json(self, kind: str, document: Any) -> Tree:
-        """Stores a JSON document as a tree with one file, `<kind>.json`."""
+    def put_json(self, kind: str, document: Any, **others: Any) -> Tree:
+        """Stores a JSON document as a tree with one file, `<kind>.json`, and others beside it by their names."""
         with tempfile.TemporaryDirectory(prefix=f"trimtab-{kind}-") as folder:
-            text = json.dumps(document, indent=1, sort_keys=True)
-            (Path(folder) / f"{kind}.json").write_text(text, encoding="utf-8")
+            for name, content in {kind: document, **others}.items():
+                text = json.dumps(content, indent=1, sort_keys=True)
+                (Path(folder) / f"{name}.json").write_text(text, encoding="utf-8")
             return self.put(folder, kind=kind)
 
-    def get_json(self, kind: str, tree: Tree | str) -> Any:
-        """Reads what `put_json` stored."""
-        return json.loads((self.get(tree) / f"{kind}.json").read_text(encoding="utf-8"))
+    def get_json(self, name: str, tree: Tree | str) -> Any:
+        """Reads a document that `put_json` stored."""
+        return json.loads((self.get(tree) / f"{name}.json").read_text(encoding="utf-8"))
 
     def get(self, tree: Tree | str, progress: Progress | None = None) -> Path:
         """Returns a read-only local folder with a tree's files, verified against its manifest.

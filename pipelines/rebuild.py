@@ -1,0 +1,129 @@
+"""The pipeline `rebuild`, for schedules: its first task alone says whether anything has changed since the last release.
+
+The condition on that task has no Else: a run without changes is one task. It reads the output named `Output`, the only
+name that `kfp.local` resolves for a condition without Else beside its producer (elsewhere it is silently false).
+"""
+
+from typing import NamedTuple
+
+from kfp import dsl
+
+from trimtab.components import images as names
+from trimtab.pipelines.optimize import (
+    MAX_ATTEMPTS,
+    attempt_pipeline,
+    image_names,
+    loop,
+    offer_choices,
+    small_tasks,
+    uncached,
+)
+from trimtab.pipelines.package import REVIEW
+from trimtab.pipelines.placement import place
+from trimtab.profile import Profile
+
+
+@dsl.component(base_image=names.CPU, install_kfp_package=False)
+def review(
+    model: str,
+    name: str,
+    store: str,
+    goal: str,
+    target: str,
+    recipe: str,
+    max_attempts: int,
+    evaluation: str,
+    images: str,
+    changes: dsl.Output[dsl.Markdown],
+) -> NamedTuple("Review", Output=str, state=str):
+    """Compares what a run would be made of now with what the last release is made of, and plans the run.
+
+    Args:
+        model: Where the base model is.
+        name: The name of the release.
+        store: URI of the store.
+        goal: What to improve.
+        target: The hardware that will serve the model.
+        recipe: A recipe to try first, YAML or JSON; or empty.
+        max_attempts: The most attempts.
+        evaluation: What to measure, YAML or JSON; or empty.
+        images: The container images of the stages.
+        changes: What changed.
+
+    Returns:
+        Output: 'rebuild' or 'keep'. state: The state with which the baseline is measured, JSON.
+    """
+    from collections import namedtuple
+    from pathlib import Path
+
+    from trimtab import child, rebuild
+    from trimtab.components.fetch.source import fetch
+    from trimtab.state import Evaluation
+    from trimtab.store import open_store
+
+    child.follow_run()
+    found, state = rebuild.plan(
+        model=fetch(model, open_store(store)),
+        store_uri=store,
+        name=name,
+        goal=goal,
+        target=target,
+        recipe=recipe,
+        max_attempts=max_attempts,
+        evaluation=Evaluation.parse(evaluation or "{}"),
+        images=images,
+    )
+    Path(changes.path).write_text(found.markdown, encoding="utf-8")
+    return namedtuple("Review", ["Output", "state"])(found.outcome, state.to_json())
+
+
+def rebuild_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = None, image: str = ""):
+    """Returns the pipeline `rebuild`; the arguments are those of `optimize_pipeline`."""
+    profile = profile or Profile()
+    attempt, small = attempt_pipeline(profile), small_tasks(profile)
+
+    @dsl.pipeline(
+        name="rebuild",
+        display_name="trimtab: rebuild a release where something changed",
+        description="Compares the base model, the data, the recipe, the images, the versions and the target with those "
+        "of the last release. Where nothing changed, that is all; otherwise the model is optimized anew.",
+    )
+    def rebuild(
+        model: str,
+        store: str,
+        goal: str = "fit_larger_model",
+        target: str = "cpu",
+        recipe: str = "",
+        max_attempts: int = 5,
+        name: str = "model",
+        evaluation: str = "",
+    ):
+        """Releases a model anew when what it is made of has changed.
+
+        Args:
+            model: A folder, a .gguf file, s3://bucket/prefix, a tree of the store, or a hub id such as org/name.
+            store: Where trees, results and releases are kept: s3://bucket/prefix or a folder.
+            goal: lower_latency, higher_throughput, fit_larger_model, long_context or lower_cost.
+            target: The hardware that will serve it: a100-40, a100-80, l4, l40s, h100, h200, b200, rtx4090 or cpu.
+            recipe: A recipe to try first, YAML or JSON; empty for the planned ladder.
+            max_attempts: The most attempts, 1 to 10.
+            name: The name of the release, whose newest version is compared.
+            evaluation: Tasks, items and windows to measure, YAML or JSON; empty for trimtab's own suite.
+        """
+        reviewed = review(
+            model=model,
+            name=name,
+            store=store,
+            goal=goal,
+            target=target,
+            recipe=recipe,
+            max_attempts=max_attempts,
+            evaluation=evaluation,
+            images=image_names(profile, image),
+        )
+        found = place(uncached(reviewed, REVIEW), "fetch", profile).outputs
+        with dsl.If(found["Output"] == "rebuild", name="something-changed"):
+            loop(found["state"], attempt, small, unrolled)
+
+    offer_choices(rebuild)
+    return rebuild
