@@ -50,6 +50,7 @@ def main() -> int:
     found: dict[str, Any] = {"versions": versions() | backends.versions(), "rows": []}
     with tempfile.TemporaryDirectory() as name:
         os.environ["TRIMTAB_PROGRESS"] = str(Path(name) / "progress.jsonl")  # the terminal is for results
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # it logs to stdout
         measure = Measuring(options, Path(name))
         scored: dict[tuple[str, str], dict[str, Any]] = {}
         print(f"{'format':<10}{'engine':<8}{'perplexity':>12}{'BLiMP':>8}{'seconds':>9}  tokens/s at batch", flush=True)

@@ -279,6 +279,9 @@ def _check_kv_cache(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> st
     # TensorRT-LLM issue #1113: this pair asserts in the engine build.
     if backend == "trtllm-legacy" and _format(recipe) == "int8_wo" and kv_cache == "fp8":
         return "quantize.kv_cache: trtllm-legacy cannot build int8_wo with an fp8 KV cache; write 'none'"
+    # vLLM refuses a ModelOpt checkpoint that names no format of weights ("Missing 'quant_algo'").
+    if backend == "vllm" and kv_cache != "none" and _format(recipe) in CASTS:
+        return f"quantize.kv_cache: vllm reads {kv_cache} beside quantized weights alone; write 'none', or format: fp8"
     if kv_cache == "nvfp4" and facts.head_dim % NVFP4_BLOCK:
         return (
             f"quantize.kv_cache: nvfp4 has a scale for each {NVFP4_BLOCK} numbers of a head, which do not divide "

@@ -169,6 +169,11 @@ def test_an_unlike_target_lists_all():
         ),
         (
             "h100",
+            "{quantize: {format: bf16, kv_cache: fp8}, engine: {backend: vllm}}",
+            "quantize.kv_cache: vllm reads fp8 beside quantized weights alone; write 'none', or format: fp8",
+        ),
+        (
+            "h100",
             "engine: {backend: vllm, max_num_tokens: 64, max_batch_size: 128}",
             "engine.max_num_tokens: 64 is less than max_batch_size 128, and each sequence adds a token a step; write "
             "at least 128",

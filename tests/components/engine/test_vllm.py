@@ -134,14 +134,16 @@ def test_nothing_is_truncated(export, vllm):
         ("0.23.1", "bf16", {}, "engine.backend: 'vllm' needs vLLM 0.24, and this image has 0.23.1"),
         ("0.25.0", "bf16", {}, "engine.backend: 'vllm' needs vLLM 0.24, and this image has 0.25.0"),
         ("0.24.0", "int4_awq", {}, "vLLM reads FP8, FP8_PER_CHANNEL_PER_TOKEN, NVFP4 of ModelOpt's layers, and no W4"),
+        ("0.24.0", "fp8 KV cache alone", {}, "vLLM refuses the export or its settings: Missing 'quant_algo'"),
         ("0.24.0", "bf16", {"max_seq_len": 4096, "max_num_tokens": 8192}, "vLLM refuses the export or its settings: "
          "User-specified max_model_len (4097) is greater"),
     ],
 )  # fmt: skip
 def test_what_vllm_does_not_serve(export, tmp_path, monkeypatch, vllm, version, form, settings, message):
     standin.install_vllm(tmp_path / "other", monkeypatch, version)
+    folder = export("bf16", kv_cache="fp8") if form == "fp8 KV cache alone" else export(form)
     with pytest.raises(Failure) as failure:
-        build(export(form), tmp_path / "built", **{**SETTINGS, **settings})
+        build(folder, tmp_path / "built", **{**SETTINGS, **settings})
     assert failure.value.failure_class == "unsupported" and message in failure.value.reason
 
 

@@ -86,9 +86,11 @@ class LLM:
             raise ValueError(f"max_num_batched_tokens ({max_num_batched_tokens}) is smaller than max_model_len")
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(f"max_num_batched_tokens ({max_num_batched_tokens}) must be >= max_num_seqs")
-        algo = config.get("quantization_config", {}).get("quant_algo")
-        if algo and algo not in ALGOS:
-            raise ValueError(f"ModelOpt currently only supports: {ALGOS} quantizations in vLLM.")
+        if quantization := config.get("quantization_config"):
+            if not quantization.get("quant_algo"):
+                raise ValueError("Missing 'quant_algo' in quantization config")
+            if quantization["quant_algo"].upper() not in ALGOS:
+                raise ValueError(f"ModelOpt currently only supports: {ALGOS} quantizations in vLLM.")
         from trimtab.runtime.assemble import assemble
 
         self._model = assemble(Path(model), torch.device("cpu"))
