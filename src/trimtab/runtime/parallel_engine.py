@@ -48,9 +48,9 @@ class ParallelEngine:
         count = settings.world_size
         if torch.cuda.is_available() and torch.cuda.device_count() < count:
             have = torch.cuda.device_count()
-            what = f"{settings.tensor_parallel_size} x pipeline_parallel_size: {settings.pipeline_parallel_size}"
-            reason = f"engine.tensor_parallel_size: {what} need {count} GPUs, and there are {have}"
-            raise Failure("unsupported", reason)
+            tensor, pipeline = settings.tensor_parallel_size, settings.pipeline_parallel_size
+            what = f"engine: tensor_parallel_size {tensor} x pipeline_parallel_size {pipeline}"
+            raise Failure("unsupported", f"{what} needs {count} GPUs, and there are {have}")
         self._scratch = tempfile.TemporaryDirectory(prefix="trimtab-ranks-")  # nobody else may enter it
         address = f"{self._scratch.name}/asked"
         request = {
@@ -182,10 +182,9 @@ class ParallelEngine:
 
 
 def _start(count: int, request: dict[str, Any], scratch: str) -> subprocess.Popen:
-    """Starts torchrun, which takes care that a rank does not outlive another that failed."""
+    """Starts torchrun, which ends all ranks when one has died."""
     options = ["--standalone", f"--nproc-per-node={count}", f"--log-dir={scratch}", "-m", "trimtab.runtime.rank"]
     # torchrun would give each rank a single core.
-    threads = str(max(1, len(os.sched_getaffinity(0)) // count))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    environment = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count)), **os.environ}
     command = [sys.executable, "-m", "torch.distributed.run", *options, json.dumps(request)]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
