@@ -30,6 +30,7 @@ _LOOK = 1.0
 _GRACE = 10.0
 #: Seconds that the processes have to end when they are told to.
 _END = 30.0
+_ENDED = "a rank of the engine ended without an answer; see its log above"
 
 
 class ParallelEngine:
@@ -115,11 +116,11 @@ class ParallelEngine:
 
     def close(self) -> None:
         """Ends the processes; the engine answers no more."""
-        for rank in self._ranks:
-            rank.send_bytes(b"null")
         try:
+            for rank in self._ranks:
+                rank.send_bytes(b"null")
             self._process.wait(_END)
-        except subprocess.TimeoutExpired:
+        except (BrokenPipeError, subprocess.TimeoutExpired):
             self._kill()
         self._close()
 
@@ -136,9 +137,13 @@ class ParallelEngine:
             raise StageError("the engine was closed, or one of its ranks failed before; open it again")
         call = json.dumps([name, arguments]).encode()
         try:
+            self._waiting = list(self._ranks)
             for rank in self._ranks:
                 rank.send_bytes(call)
             return self._collect()
+        except BrokenPipeError:
+            self._kill()
+            raise StageError(_ENDED) from None
         except BaseException:
             if self._process.poll() is not None or self._waiting:
                 self._kill()
@@ -157,8 +162,7 @@ class ParallelEngine:
                 try:
                     answer = json.loads(rank.recv_bytes())
                 except (EOFError, ConnectionResetError):
-                    ended = StageError("a rank of the engine ended without an answer; see its log above")
-                    raise failure or ended from None
+                    raise failure or StageError(_ENDED) from None
                 self._waiting.remove(rank)
                 answers[answer["rank"]] = answer
                 try:

@@ -73,6 +73,7 @@ def test_pipeline_parallel_until_a_rank_dies(model, alone):
     children = Path(f"/proc/{engine._process.pid}/task/{engine._process.pid}/children").read_text().split()
     first, second = (os.pidfd_open(int(child)) for child in children)
     signal.pidfd_send_signal(second, signal.SIGKILL)
+    assert wait([second], timeout=10)
     with pytest.raises(StageError, match="a rank of the engine ended without an answer"):
         engine.nll(WINDOWS)
     assert engine._process.poll() is not None
