@@ -80,6 +80,8 @@ def compare_speed(
     else:
         baseline, candidate = (open_engine(*place) for place in places)
         rounds = [(decode_speed(baseline), decode_speed(candidate)) for _ in range(parameters["rounds"])]
+        baseline.close()
+        candidate.close()
     metrics = {}
     for position, prefix in ((0, "baseline_"), (1, "")):
         for name in rounds[0][0]:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from trimtab.errors import Failure
-from trimtab.runtime import parallel
+from trimtab.runtime import decode, parallel
 from trimtab.runtime.assemble import assemble, skeleton
 from trimtab.runtime.parallel import Place
 
@@ -108,6 +108,24 @@ def test_stages_compute_exactly_what_one_process_does(exported, windows, monkeyp
         assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
     held = [[n for n, _ in part.named_parameters() if "layers" in n] for part in parts]
     assert all(name.startswith(f"model.layers.{stage}.") for stage, names in enumerate(held) for name in names)
+
+
+@pytest.mark.parametrize("sizes", [{"tensors": 2}, {"stages": 2}])
+def test_a_fixed_cache_is_that_of_the_rank(plain_folder, windows, monkeypatch, sizes):
+    """What decode speed is measured on, on a GPU: here the same steps without a recording."""
+
+    def steps(model: PreTrainedModel) -> torch.Tensor:
+        decoder = decode.Static(model, batch_size=2, prompt_tokens=24, new_tokens=4)
+        for _ in range(2):  # a cache is used again
+            decoder.prefill(windows[:2])
+            found = decoder.steps(4)
+        return found
+
+    threads, parts = models(plain_folder, monkeypatch, **sizes)
+    with torch.inference_mode():
+        expected = steps(assemble(plain_folder, CPU))
+    for found in threads.run(lambda rank: steps(parts[rank])):
+        assert torch.equal(found, expected)
 
 
 def test_a_bias_is_added_once(tiny, tmp_path, windows, monkeypatch):

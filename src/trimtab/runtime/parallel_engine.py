@@ -30,6 +30,7 @@ _LOOK = 1.0
 _GRACE = 10.0
 #: Seconds that the processes have to end when they are told to.
 _END = 30.0
+_ENDED = "a rank of the engine ended without an answer; see its log above"
 
 
 class ParallelEngine:
@@ -48,9 +49,9 @@ class ParallelEngine:
         count = settings.world_size
         if torch.cuda.is_available() and torch.cuda.device_count() < count:
             have = torch.cuda.device_count()
-            what = f"{settings.tensor_parallel_size} x pipeline_parallel_size: {settings.pipeline_parallel_size}"
-            reason = f"engine.tensor_parallel_size: {what} need {count} GPUs, and there are {have}"
-            raise Failure("unsupported", reason)
+            tensor, pipeline = settings.tensor_parallel_size, settings.pipeline_parallel_size
+            what = f"engine: tensor_parallel_size {tensor} x pipeline_parallel_size {pipeline}"
+            raise Failure("unsupported", f"{what} needs {count} GPUs, and there are {have}")
         self._scratch = tempfile.TemporaryDirectory(prefix="trimtab-ranks-")  # nobody else may enter it
         address = f"{self._scratch.name}/asked"
         request = {
@@ -115,11 +116,11 @@ class ParallelEngine:
 
     def close(self) -> None:
         """Ends the processes; the engine answers no more."""
-        for rank in self._ranks:
-            rank.send_bytes(b"null")
         try:
+            for rank in self._ranks:
+                rank.send_bytes(b"null")
             self._process.wait(_END)
-        except subprocess.TimeoutExpired:
+        except (BrokenPipeError, subprocess.TimeoutExpired):
             self._kill()
         self._close()
 
@@ -136,9 +137,13 @@ class ParallelEngine:
             raise StageError("the engine was closed, or one of its ranks failed before; open it again")
         call = json.dumps([name, arguments]).encode()
         try:
+            self._waiting = list(self._ranks)
             for rank in self._ranks:
                 rank.send_bytes(call)
             return self._collect()
+        except BrokenPipeError:
+            self._kill()
+            raise StageError(_ENDED) from None
         except BaseException:
             if self._process.poll() is not None or self._waiting:
                 self._kill()
@@ -157,8 +162,7 @@ class ParallelEngine:
                 try:
                     answer = json.loads(rank.recv_bytes())
                 except (EOFError, ConnectionResetError):
-                    ended = StageError("a rank of the engine ended without an answer; see its log above")
-                    raise failure or ended from None
+                    raise failure or StageError(_ENDED) from None
                 self._waiting.remove(rank)
                 answers[answer["rank"]] = answer
                 try:
@@ -182,10 +186,9 @@ class ParallelEngine:
 
 
 def _start(count: int, request: dict[str, Any], scratch: str) -> subprocess.Popen:
-    """Starts torchrun, which takes care that a rank does not outlive another that failed."""
+    """Starts torchrun, which ends all ranks when one has died."""
     options = ["--standalone", f"--nproc-per-node={count}", f"--log-dir={scratch}", "-m", "trimtab.runtime.rank"]
     # torchrun would give each rank a single core.
-    threads = str(max(1, len(os.sched_getaffinity(0)) // count))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    environment = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count)), **os.environ}
     command = [sys.executable, "-m", "torch.distributed.run", *options, json.dumps(request)]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
