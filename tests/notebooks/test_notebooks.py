@@ -12,6 +12,7 @@ import pytest
 import tiny
 from kfp_server import KfpServer
 
+from trimtab.schema import digest
 from trimtab.store import open_store
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
@@ -55,6 +56,25 @@ def test_no_output_is_kept(path):
         assert cell["cell_type"] == "markdown" or (cell["outputs"], cell["execution_count"]) == ([], None)
 
 
+#: In the place of torch: work on a model takes minutes, and ends here in its first second.
+TORCH = """
+from trimtab.errors import Failure
+raise Failure("export_damaged", "this model cannot be measured")
+"""
+
+
+@pytest.mark.slow
+def test_optimize(write_model, tmp_path):
+    """All of it, on a model that nobody can measure: the plan, the run, its page and why nothing is released."""
+    (tmp_path / "path" / "torch").mkdir(parents=True)
+    (tmp_path / "path" / "torch" / "__init__.py").write_text(TORCH)
+    model, path = write_model(tmp_path / "model"), str(tmp_path / "path")
+    said = execute("optimize", tmp_path, MODEL=str(model), STORE=str(tmp_path / "store"), PYTHONPATH=path)
+    assert "int4_rtn" in said and "nothing is released: this model cannot be measured" in " ".join(said.split())
+    (page,) = tmp_path.glob("runs/*/*/summarize/report.html")
+    assert str(page) in said and "this model cannot be measured" in page.read_text()
+
+
 def test_compose(model, tmp_path):
     said = execute("compose", tmp_path, MODEL=str(model), STORE=str(tmp_path / "store"))
     assert "/trees/" in said and "'model.safetensors'" in said
@@ -64,11 +84,17 @@ def test_compose(model, tmp_path):
 def test_submit(tmp_path):
     server = KfpServer()
     server.story = [{"state": "SUCCEEDED"}]
-    open_store(str(tmp_path / "store")).release("tiny", {"recipe": {}, "verdict": {"reason": "recovery is enough"}})
+    store = open_store(str(tmp_path / "store"))
+    store.record(
+        digest(["bulletin", "run-1"]),
+        {"attempts": [{"recipe": "fp8", "outcome": "accepted", "reason": "it is still good"}]},
+    )
+    store.release("tiny", {"recipe": {}, "verdict": {"reason": "recovery is enough"}})
     try:
         said = execute("submit", tmp_path, HOST=server.host, STORE=str(tmp_path / "store"))
     finally:
         server.close()
     (run,) = server.kept["runs"]
-    assert run["display_name"] == "tiny lower_latency l40s" and "SUCCEEDED" in said and "recovery is enough" in said
+    assert run["display_name"] == "tiny lower_latency l40s" and "SUCCEEDED" in said
+    assert "fp8: accepted; it is still good" in said and "recovery is enough" in said
     assert run["runtime_config"]["parameters"]["store"] == str(tmp_path / "store")
