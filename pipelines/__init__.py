@@ -1,1 +1,1 @@
-"""The flow: `attempt`, the loop `optimize`, and the `trimtab` command."""
+"""The flow: `attempt`, the loop `optimize`, `rebuild` for schedules, and the `trimtab` command."""

@@ -17,7 +17,7 @@ def plan(
     recipe: str,
     max_attempts: int,
     evaluation: str,
-    images: str,
+    images: str = "",
 ) -> str:
     """Turns goal, model and hardware into the ladder of recipes to try.
 

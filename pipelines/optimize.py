@@ -32,8 +32,6 @@ MAX_ATTEMPTS = 10
 RUN_ID = dsl.PIPELINE_JOB_ID_PLACEHOLDER
 #: What the run form offers for a parameter.
 CHOICES = {"goal": GOALS, "target": TARGETS}
-
-
 #: Gives a small task its name and what it needs to reach the store.
 Small = Callable[[dsl.PipelineTask, str], dsl.PipelineTask]
 

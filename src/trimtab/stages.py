@@ -209,8 +209,6 @@ TASKS: dict[str, tuple[str, ...]] = {
     for name in STAGES
     if not any(name in stages and name != task for task, stages in _TOGETHER.items())
 }
-
-
 #: The stages before distillation, in whose place there may be a student already.
 _MAKE_A_STUDENT = ("calibrate", "prune")
 

@@ -23,6 +23,7 @@ from trimtab.components.deployment.component import gate as gate_component
 from trimtab.components.fetch.source import fetch
 from trimtab.components.validation import stage as validation
 from trimtab.errors import Failure, InputError, NotReleased, NotVerified, StoreError
+from trimtab.pipelines.rebuild import rebuild_pipeline
 from trimtab.recipe import Acceptance, Recipe
 from trimtab.state import Evaluation, State
 from trimtab.store import Store, Tree, open_store
@@ -291,11 +292,15 @@ def test_loop(name, script, run_dag, tripwire, tmp_path, monkeypatch):
 
 
 def test_again(script, run_dag, tripwire, tmp_path):
-    """The same run once more finds everything, and the release too."""
+    """The same run once more finds everything, and the release too; a rebuild finds nothing to do."""
     script.file({})
     first = run_dag(arguments(script, 1), tmp_path / "runs-1")
     again = run_dag(arguments(script, 1), tmp_path / "runs-2")
     assert first.release == again.release == f"{script.store.uri}/releases/tiny/000001"
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "runs-3"), raise_on_error=False)
+    rebuild_pipeline(unrolled=1)(**arguments(script, 1))
+    (task,) = (tmp_path / "runs-3").glob("rebuild-*/*")
+    assert (task / "changes").read_text().startswith(f"# Nothing changed: {first.release} stands")
     assert len(script.store.releases("tiny")) == 1
     assert not tripwire.touched
 
