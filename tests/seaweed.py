@@ -116,6 +116,7 @@ class Network:
     """A TCP proxy on loopback before a server, as bad as a test asks for.
 
     Attributes:
+        target: the server's port. With another one the connections of before break off.
         rate: bytes a second of each connection, each way; 0 for no limit.
         drops: how many of the next connections break off, each after `after` bytes from the server or to it.
         answer: an HTTP answer that is given instead of the server's, empty for none.
@@ -144,8 +145,9 @@ class Network:
 
     def _carry(self, near: socket.socket) -> None:
         self.connections += 1
+        port = self.target
         try:
-            far = socket.create_connection(("127.0.0.1", self.target))
+            far = socket.create_connection(("127.0.0.1", port))
         except OSError:
             near.close()
             return
@@ -154,16 +156,18 @@ class Network:
             if self.drops:
                 self.drops -= 1
                 budget = [self.after]
-        back = threading.Thread(target=self._pass, args=(far, near, budget, False), daemon=True)
+        back = threading.Thread(target=self._pass, args=(far, near, port, budget, False), daemon=True)
         back.start()
-        self._pass(near, far, budget, True)
+        self._pass(near, far, port, budget, True)
         back.join()
         near.close()
         far.close()
 
-    def _pass(self, source: socket.socket, target: socket.socket, budget: list[int | None], out: bool) -> None:
+    def _pass(
+        self, source: socket.socket, target: socket.socket, port: int, budget: list[int | None], out: bool
+    ) -> None:
         with contextlib.suppress(OSError):
-            while data := source.recv(65536):
+            while (data := source.recv(65536)) and self.target == port:
                 self.requests += out and data.startswith(self.METHODS)
                 if out and self.answer:
                     source.sendall(self.answer)

@@ -32,9 +32,11 @@ def assemble(
         Failure: `export_damaged`, a tensor is missing, superfluous or wrong; `unsupported`, a format, or a model that
             cannot be shared out.
     """
+    export = Export(folder)
     model = skeleton(folder)
     cut = parallel.cut(model, place) if place else None
-    export = parallel.Part(folder, cut) if cut else Export(folder)
+    if cut:
+        export = parallel.Part(folder, cut)
     used = set()
     for name in export.layers:
         used |= _replace(model, export, name, device)
