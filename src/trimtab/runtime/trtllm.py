@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from trimtab import progress
 from trimtab.errors import Failure
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime import decode_time, gpu_memory
 from trimtab.runtime.batching import Request
-from trimtab.runtime.checkpoint import Export, end_tokens, load_tokenizer, weight_file_bytes
 from trimtab.runtime.engine import check_length, check_prompts, check_requests
+from trimtab.runtime.library_engine import LibraryEngine
 from trimtab.serving.settings import compiled_args, llm_args
 
 
-class TrtllmEngine:
+class TrtllmEngine(LibraryEngine):
     """An LLM of TensorRT-LLM, of its PyTorch back end or of a built engine, behind the protocol of `runtime.engine`.
 
     Args:
@@ -39,7 +38,7 @@ class TrtllmEngine:
     """
 
     def __init__(self, export: Path, settings: Settings, engine: Path | None = None):
-        self.export, self.settings, self._compiled = Path(export), settings, engine is not None
+        super().__init__(export, settings, "tensorrt" if engine else "trtllm")
         before = gpu_memory.used()
         measured = settings.model_copy(update={"enable_block_reuse": False, "enable_chunked_prefill": False})
         if engine:
@@ -51,25 +50,6 @@ class TrtllmEngine:
         progress.report("engine", f"loading {settings.backend}")
         self._llm = LLM(model=str(engine or export), tokenizer=str(export), **arguments)
         self._loaded = gpu_memory.used() - before
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.export)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the export's weights: the library does not tell what it made of them."""
-        return weight_file_bytes(self.export)
-
-    @property
-    def device_bytes(self) -> int:
-        return max(0, self._loaded)
-
-    def kernels(self) -> dict[str, dict[str, Any]]:
-        """As the protocol says; TensorRT-LLM chooses kernels itself, so their name is that of the format."""
-        prefix = "tensorrt" if self._compiled else "trtllm"
-        layers = Export(self.export).layers
-        return {name: {"kernel": f"{prefix} {layout.algo}", "emulated": False} for name, layout in layers.items()}
 
     @torch.inference_mode()
     def loglikelihood(self, requests: list[Request]) -> list[tuple[float, bool]]:
@@ -91,15 +71,6 @@ class TrtllmEngine:
                 answers[i] = _score(output.context_logits, prompt, requests[i][1], self._vocabulary)
         return [answers[i] for i in range(len(requests))]
 
-    def nll(self, windows: torch.Tensor) -> list[float]:
-        """As the protocol says.
-
-        Raises:
-            InputError: as `loglikelihood`; a window of one token predicts nothing.
-        """
-        requests = [(window[:1], window[1:]) for window in windows.tolist()]
-        return [-likelihood for likelihood, _ in self.loglikelihood(requests)]
-
     def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """As the protocol says.
 
@@ -109,12 +80,10 @@ class TrtllmEngine:
         check_prompts(prompts, max_new_tokens, self.settings.max_seq_len)
         for number, prompt in enumerate(prompts):
             check_length(f"prompt {number}", len(prompt), self.settings.max_num_tokens, "engine.max_num_tokens")
-        ends = end_tokens(self.export)
+        ends = self._ends
         stop = {"end_id": ends[0], "stop_token_ids": ends[1:] or None} if ends else {"ignore_eos": True}
         # The likeliest token alone is greedy decoding.
-        outputs = self._ask(prompts, max_tokens=max_new_tokens, top_k=1, **stop)
-        answers = [list(output.outputs[0].token_ids) for output in outputs]
-        return [answer[: next((i for i, t in enumerate(answer) if t in ends), None)] for answer in answers]
+        return self._until_end(self._ask(prompts, max_tokens=max_new_tokens, top_k=1, **stop))
 
     def decode_speed(self, batch_size: int, prompt_tokens: int, new_tokens: int, repeats: int) -> list[float]:
         """As the protocol says: the time of `new_tokens` more tokens than one; one untimed repeat comes first.

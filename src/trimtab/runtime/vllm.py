@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from trimtab import progress
 from trimtab.errors import Failure
@@ -22,15 +20,16 @@ from trimtab.hardware import GB
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime import decode_time, gpu_memory
 from trimtab.runtime.batching import Request
-from trimtab.runtime.checkpoint import Export, end_tokens, load_tokenizer, weight_file_bytes
+from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.engine import check_length, check_prompts, check_requests
+from trimtab.runtime.library_engine import LibraryEngine
 from trimtab.serving.vllm import READS, vllm_args
 
 #: Tensors of a prompt's float32 logits that vLLM holds at once while it scores, and does not count when it plans.
 _LOGITS = 3
 
 
-class VllmEngine:
+class VllmEngine(LibraryEngine):
     """An LLM of vLLM behind the protocol of `runtime.engine`; its workers are processes of their own.
 
     Args:
@@ -44,7 +43,7 @@ class VllmEngine:
     """
 
     def __init__(self, export: Path, settings: Settings):
-        self.export, self.settings = Path(export), settings
+        super().__init__(export, settings, "vllm")
         self._config = json.loads((self.export / "config.json").read_text(encoding="utf-8"))
         _check_readable(self.export)
         arguments = self._measured(vllm_args(settings))
@@ -61,24 +60,6 @@ class VllmEngine:
             reason = " ".join(str(error).split())
             raise Failure("unsupported", f"vLLM refuses the export or its settings: {reason[:400]}") from error
         self._loaded = gpu_memory.used() - before
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.export)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the export's weights: the library does not tell what it made of them."""
-        return weight_file_bytes(self.export)
-
-    @property
-    def device_bytes(self) -> int:
-        return max(0, self._loaded)
-
-    def kernels(self) -> dict[str, dict[str, Any]]:
-        """As the protocol says; vLLM chooses kernels itself, so their name is that of the format."""
-        layers = Export(self.export).layers
-        return {name: {"kernel": f"vllm {layout.algo}", "emulated": False} for name, layout in layers.items()}
 
     def loglikelihood(self, requests: list[Request]) -> list[tuple[float, bool]]:
         """As the protocol says.
@@ -97,15 +78,6 @@ class VllmEngine:
             for output, prompt, (_, continuation) in zip(outputs, prompts, requests, strict=True)
         ]
 
-    def nll(self, windows: torch.Tensor) -> list[float]:
-        """As the protocol says.
-
-        Raises:
-            InputError: as `loglikelihood`; a window of one token predicts nothing.
-        """
-        requests = [(window[:1], window[1:]) for window in windows.tolist()]
-        return [-likelihood for likelihood, _ in self.loglikelihood(requests)]
-
     def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """As the protocol says.
 
@@ -114,10 +86,8 @@ class VllmEngine:
         """
         check_prompts(prompts, max_new_tokens, self.settings.max_seq_len)
         # vLLM would end at the tokenizer's token too, where the model's generation config names another.
-        ends = end_tokens(self.export)
-        outputs = self._ask(prompts, max_tokens=max_new_tokens, ignore_eos=True, stop_token_ids=ends)
-        answers = [list(output.outputs[0].token_ids) for output in outputs]
-        return [answer[: next((i for i, t in enumerate(answer) if t in ends), None)] for answer in answers]
+        stop = {"ignore_eos": True, "stop_token_ids": self._ends}
+        return self._until_end(self._ask(prompts, max_tokens=max_new_tokens, **stop))
 
     def decode_speed(self, batch_size: int, prompt_tokens: int, new_tokens: int, repeats: int) -> list[float]:
         """As the protocol says: the time of `new_tokens` more tokens than one; one untimed repeat comes first.
