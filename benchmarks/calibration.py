@@ -13,12 +13,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from functools import partial
 from operator import truediv
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from machine import seconds_of
+from random_model import SMALL, random_model
+from transformers import PreTrainedModel
 
 from trimtab import stages
 from trimtab.components.calibration.work import statistics as measure
@@ -36,14 +38,16 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="two windows, three rounds")
     options = parser.parse_args()
     samples, rounds = (2, 3) if options.quick else (options.samples, options.rounds)
-    model = checkpoint.load_for_measuring(options.model)[0] if options.model else _random_model()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.model or random_model(Path(scratch) / "model", SMALL)
+        model = checkpoint.load_for_measuring(folder)[0]
     tokens = torch.randint(model.config.vocab_size, (samples, 512), device=model.device)
     passes = {"forward": _forward, "statistics": measure, "gram": _gram, "gradients": _gradients}
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     _forward(model, tokens)  # the first pass allocates
     for _ in range(rounds):
         for name, run in passes.items():
-            seconds[name].append(_seconds(run, model, tokens))
+            seconds[name].append(seconds_of(partial(run, model, tokens.clone())))
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     ratios = {name: statistics.median(map(truediv, taken, seconds["forward"])) for name, taken in seconds.items()}
     print(f"{samples} x 512 tokens on {model.device.type}, {rounds} rounds")
@@ -54,22 +58,6 @@ def main() -> int:
     print(f"a calibration that the store holds: {second:.3f} s, without loading the model")
     print(json.dumps({"device": model.device.type, "seconds": medians, "ratios": ratios, "second_attempt": second}))
     return 0
-
-
-def _random_model() -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    cuda = torch.cuda.is_available()
-    model = LlamaForCausalLM(config).to(torch.bfloat16 if cuda else torch.float32).eval()
-    return model.to("cuda" if cuda else "cpu")
 
 
 @torch.inference_mode()
@@ -87,19 +75,6 @@ def _gram(model: PreTrainedModel, tokens: torch.Tensor) -> None:
 
 def _gradients(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     gradients.energy(model, tokens, "benchmark")
-
-
-Pass = Callable[[PreTrainedModel, torch.Tensor], object]
-
-
-def _seconds(run: Pass, model: PreTrainedModel, tokens: torch.Tensor) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    run(model, tokens.clone())
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def _second_attempt() -> float:
