@@ -92,10 +92,9 @@ def model_lines(model: dict[str, Any]) -> list[str]:
         cells = [row["format"], ", ".join(row.get("kernels", [])) or "dense", f"{row.get('emulated', 0)} of "
                  f"{row.get('layers', 0)}", row.get("weight_gb", "")]  # fmt: skip
         for batch in batches:
-            ratio = row.get("over_bf16", {}).get(batch)
+            told = ("over_bf16", "{:.2f}x"), ("of_limit", "{:.0%}")
+            notes = ", ".join(form.format(row[name][batch]) for name, form in told if row.get(name, {}).get(batch))
             speed = row.get("speed", {}).get(batch)
-            share = row.get("of_limit", {}).get(batch)
-            notes = ", ".join([f"{ratio:.2f}x"] * bool(ratio) + [f"{share:.0%}"] * bool(share))
             cells.append("" if speed is None else f"{speed:,.0f}" + f" ({notes})" * bool(notes))
         names = ("perplexity", "largest_layer_error", "quantize_seconds", "quantize_gib", "serve_gib")
         lines.append(f"| {' | '.join(str(cell) for cell in [*cells, *(row.get(name, '') for name in names)])} |")
