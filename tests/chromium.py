@@ -52,9 +52,12 @@ class Chromium:
         if os.geteuid() == 0:  # Chromium's sandbox wants a user of its own
             flags.append("--no-sandbox")
         self.log = (self.home / "log").open("wb")
-        self.process = subprocess.Popen([chromium, *flags, "about:blank"], stdout=self.log, stderr=self.log)
+        surroundings = {**os.environ, "TMPDIR": str(self.home)}
+        self.process = subprocess.Popen(
+            [chromium, *flags, "about:blank"], stdout=self.log, stderr=self.log, env=surroundings
+        )
         self.socket: WebSocket | None = None
-        self.session, self.number, self.page = "", 0, Page()
+        self.session, self.number, self.page, self.loaded = "", 0, Page(), False
         try:
             self._connect()
         except BaseException:
@@ -72,8 +75,7 @@ class Chromium:
         )
         scheme = [{"name": "prefers-color-scheme", "value": screen.scheme}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
-        self.page = Page()
-        self.loaded = False
+        self.page, self.loaded = Page(), False
         self.call("Page.navigate", url=path.as_uri())
         while not self.loaded:
             self._receive()

@@ -37,7 +37,7 @@ PAGES: dict[str, str] = {
 #: The body of a page with a fault, and what is said of it.
 FAULTY = [
     ('<div style="width: 2000px">wide</div>', "the page is 2008 px wide"),
-    ('<figure style="overflow: auto"><div style="width: 2000px">wide</div></figure>', "scrolls where there is room: wide"),
+    ('<figure style="overflow: auto"><div style="width: 2000px">wide</div></figure>', "scrolls, where there is room"),
     ('<p style="position: absolute">one</p><p style="position: absolute">two</p>', "one covers the other: one | two"),
     ('<div style="width: 20px; overflow: hidden"><nobr>too long</nobr></div>', "cut off: too long"),
     ('<svg width="90"><rect width="9" height="9"/><text x="70" y="20">outside</text></svg>', "cut off: outside"),
