@@ -127,10 +127,11 @@ def _defined_in(module: str) -> list[BaseComponent]:
 
 def _section(component: BaseComponent) -> str:
     function = getattr(component, "pipeline_func", None) or component.python_func
-    told, spec = docstring_parser.parse(function.__doc__), component.component_spec
+    docstring, spec = function.__doc__ or "", component.component_spec
+    told = docstring_parser.parse(docstring)
     inputs, outputs = spec.inputs or {}, spec.outputs or {}
     about = {param.arg_name: param.description for param in told.params}
-    returned = _returned(function.__doc__, [name for name, port in outputs.items() if not _is_artifact(port)])
+    returned = _returned(docstring, [name for name, port in outputs.items() if not _is_artifact(port)])
     given = [
         (f"`{name}`", _type(port), f"`{port.default!r}`" if port.optional else "required", about.get(name))
         for name, port in inputs.items()
@@ -152,9 +153,9 @@ def _section(component: BaseComponent) -> str:
 
 
 def _returned(docstring: str, names: list[str]) -> dict[str, str]:
-    """Returns what `Returns:` says of each: in a line `name: text` of its own, or of all together."""
+    """Returns what `Returns:` says of each: in lines `name: text` of its own, or of all together."""
     text = docstring.partition("Returns:\n")[2]
-    own = dict(re.findall(r"^ *(\w+): (.*)$", text, re.MULTILINE))
+    own = dict(re.findall(r"^ *(\w+): (.*?)(?=\n *\w+: |\Z)", text, re.MULTILINE | re.DOTALL))
     return own if set(own) == set(names) else dict.fromkeys(names, text)
 
 

@@ -1,15 +1,15 @@
 """Each room's README says what its component says, and its metadata.yaml is as kubeflow/pipelines-components asks."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import rooms
 import yaml
+from kfp import dsl
 
 from trimtab.errors import InputError
 
@@ -21,6 +21,22 @@ VALID = {
     "lastVerified": datetime(2026, 11, 24, tzinfo=UTC),
     "links": {"documentation": "https://example.org"},
 }
+METADATA = rooms.Metadata.model_validate(VALID)
+INTERFACE = """## `face`
+
+Returns two things.
+
+| input | type | default | meaning |
+|---|---|---|---|
+| `first` | String | required | Why &#124; not. |
+| `second` | Integer | `3` | A number. |
+
+| output | type | meaning |
+|---|---|---|
+| `one` | String | The first, at length. |
+| `two` | Integer | The second. |
+
+Stability: beta, Pipelines >=2.17.0. Last verified 2026-11-24."""
 PIPELINES = {"kubeflow": [{"name": "Pipelines", "version": "2.17.0"}]}
 #: What differs from VALID, and what the message says.
 INVALID = [
@@ -62,6 +78,27 @@ def test_every_room_is_told_of():
     faces = {path.parent.name for path in rooms.ROOT.glob("components/*/__init__.py")}
     assert {room.name for room in rooms.rooms()} == faces | {"pipelines"}
     assert all(rooms.rooms().values())
+
+
+@dsl.component(base_image="registry/image:1")
+def face(first: str, second: int = 3) -> NamedTuple("Out", one=str, two=int):
+    """Returns two things.
+
+    Args:
+        first: Why | not.
+
+    Returns:
+        one: The first,
+            at length.
+        two: The second.
+    """
+
+
+def test_what_a_docstring_says_is_in_the_tables():
+    with pytest.raises(InputError, match="the docstring of face does not describe `second`"):
+        rooms.interface(METADATA, [face])
+    face.python_func.__doc__ = face.python_func.__doc__.replace("not.", "not.\n        second: A number.")
+    assert rooms.interface(METADATA, [face]) == INTERFACE
 
 
 def test_metadata_is_read(tmp_path):
