@@ -1,10 +1,10 @@
 """What measuring a model costs beside only running it on the same tokens, and what the second attempt pays.
 
-Run: python benchmarks/calibration.py [--model FOLDER] [--quick]
+Run: python benchmarks/calibration.py [--model FOLDER | --eight-billion] [--profile] [--quick]
 
-Without --model, a Llama of SmolLM2-135M's shape with random weights. Passes alternate, so that a busy machine
-disturbs all alike. The last line is one JSON object: seconds of each pass, their ratio to the bare forward pass, and
-the seconds of a calibration that the store already holds.
+Without --model, a Llama of SmolLM2-135M's shape with random weights, or of Llama-3.1-8B's. Passes alternate, so that
+a busy machine disturbs all alike. The last line is one JSON object: seconds of each pass, their ratio to the bare
+forward pass, and the seconds of a calibration that the store already holds.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from machine import seconds_of
-from random_model import SMALL, random_model
+from random_model import EIGHT_BILLION, SMALL, random_model
 from transformers import PreTrainedModel
 
 from trimtab import stages
@@ -33,16 +33,23 @@ from trimtab.store import open_store
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a Hugging Face model folder")
+    parser.add_argument(
+        "--eight-billion", action="store_true", help="Llama-3.1-8B's shape, forward and statistics alone (16 GB)"
+    )
+    parser.add_argument("--profile", action="store_true", help="print the kernels on which statistics spend a GPU")
     parser.add_argument("--samples", type=int, default=8, help="windows of 512 tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="two windows, three rounds")
     options = parser.parse_args()
     samples, rounds = (2, 3) if options.quick else (options.samples, options.rounds)
+    shape = EIGHT_BILLION if options.eight_billion else SMALL
     with tempfile.TemporaryDirectory() as scratch:
-        folder = options.model or random_model(Path(scratch) / "model", SMALL)
+        folder = options.model or random_model(Path(scratch) / "model", shape)
         model = checkpoint.load_for_measuring(folder)[0]
     tokens = torch.randint(model.config.vocab_size, (samples, 512), device=model.device)
     passes = {"forward": _forward, "statistics": measure, "gram": _gram, "gradients": _gradients}
+    if options.eight_billion:  # Gram matrices of this shape take 33 GB and gradients as much as the weights
+        passes = {name: passes[name] for name in ("forward", "statistics")}
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     _forward(model, tokens)  # the first pass allocates
     for _ in range(rounds):
@@ -54,6 +61,8 @@ def main() -> int:
     print(f"{'pass':<12}{'seconds':>9}{'ratio':>8}")
     for name in passes:
         print(f"{name:<12}{medians[name]:>9.2f}{ratios[name]:>8.3f}")
+    if options.profile:
+        _profile(model, tokens)
     second = _second_attempt()
     print(f"a calibration that the store holds: {second:.3f} s, without loading the model")
     print(json.dumps({"device": model.device.type, "seconds": medians, "ratios": ratios, "second_attempt": second}))
@@ -75,6 +84,14 @@ def _gram(model: PreTrainedModel, tokens: torch.Tensor) -> None:
 
 def _gradients(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     gradients.energy(model, tokens, "benchmark")
+
+
+def _profile(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiled:
+        seconds_of(partial(measure, model, tokens))
+    print(profiled.key_averages().table(sort_by="self_device_time_total", row_limit=16, max_name_column_width=60))
+    print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=10, max_name_column_width=60))
 
 
 def _second_attempt() -> float:
