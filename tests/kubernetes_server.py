@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import threading
 import time
@@ -39,7 +38,7 @@ class KubernetesServer:
         self.written: list[dict[str, str]] = []
         self.applied: list[dict[str, Any]] = []
         self.asked: list[str] = []
-        self._reads = 0
+        self._reads, self._template = 0, None
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -128,9 +127,11 @@ class KubernetesServer:
             return
         digest = self.service["metadata"]["annotations"]["trimtab/artifact"]
         predictor = {name: part for name, part in self.service["spec"]["predictor"].items() if "canary" not in name}
-        template = [predictor, self.service["metadata"]["annotations"]]  # which KServe hands on to the pods
-        latest = "r" + hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:8]
-        self.revisions[latest] = digest
+        template = copy.deepcopy([predictor, self.service["metadata"]["annotations"]])  # KServe hands both on
+        if template != self._template:
+            self._template = template
+            self.revisions[f"r{len(self.revisions) + 1}"] = digest
+        latest = f"r{len(self.revisions)}"
         percent = self.service["spec"]["predictor"].get("canaryTrafficPercent")
         was = self.service["status"].get("components", {}).get("predictor", {})
         before, previous = was.get("latestRolledoutRevision"), was.get("previousRolledoutRevision", "")
@@ -139,7 +140,7 @@ class KubernetesServer:
             previous = before
         shares = {latest: 100} if percent is None else {latest: percent, before: 100 - percent}
         self.service["status"] = {
-            "observedGeneration": self.service["metadata"]["generation"],
+            "observedGeneration": 1,  # of Knative's service, which KServe passes off as its own
             "url": f"{self.host}/{latest}",
             "conditions": [{"type": "Ready", "status": "True"}],
             "components": {

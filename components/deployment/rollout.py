@@ -111,7 +111,7 @@ class _Delivery:
         if self.rollout.approval_minutes:
             approval.check(self.cluster)
             self.is_open = bool(self._answered().word)
-        if self.old and share is None and _ready(before) and self._unchanged(before):
+        if self.old and share is None and _settled(before) and self._unchanged(before):
             # A first version has all of the traffic while it waits, and its rollout may have been killed then.
             if not self.is_open or _predictor(before).get("previousRolledoutRevision"):
                 return f"{service} serves this release already"
@@ -135,7 +135,8 @@ class _Delivery:
             self.cluster.apply(wanted, force=self.force)
             beside = f"with {self.rollout.canary_percent} % of the traffic" if self.old else "as the first version"
             self.account.say(f"{service}: applied {beside}")
-            ready = self._until_ready()
+            changed = _template(would_be) != _template(before)
+            ready = self._until_ready(_predictor(before).get("latestCreatedRevision") if changed else None)
             compared = self._compare(ready)
             if self.rollout.approval_minutes:
                 if not (taken_up and self.is_open):
@@ -203,13 +204,18 @@ class _Delivery:
         except TrimtabError as error:
             self.account.say(f"its approval is not marked as used: {error}")
 
-    def _until_ready(self) -> dict[str, Any]:
-        """Waits until the new revision is ready and, beside an old one, has an address of its own."""
+    def _until_ready(self, replaced: str | None) -> dict[str, Any]:
+        """Waits until the new revision is ready and, beside an old one, has an address of its own.
+
+        Args:
+            replaced: the latest revision before, when there must be another one now. The status tells nothing of its
+                own age: `observedGeneration` is the one of Knative's service, which counts other changes.
+        """
 
         def reached(service: dict[str, Any]) -> bool:
             predictor = _predictor(service)
             latest = predictor.get("latestReadyRevision")
-            fresh = latest and latest == predictor.get("latestCreatedRevision") and latest != self.old
+            fresh = latest and latest == predictor.get("latestCreatedRevision") and latest not in (self.old, replaced)
             return bool(_ready(service) and fresh and (self.old is None or _url(service, latest)))
 
         return self._until(self.rollout.ready_minutes, reached, "is not ready")
@@ -321,12 +327,24 @@ def _annotation(service: dict[str, Any] | None, name: str) -> str | None:
     return ((service or {}).get("metadata", {}).get("annotations") or {}).get(name)
 
 
+def _template(service: dict[str, Any] | None) -> Any:
+    """What KServe makes a revision of: another one where this differs."""
+    predictor = ((service or {}).get("spec") or {}).get("predictor") or {}
+    template = {name: part for name, part in predictor.items() if name != "canaryTrafficPercent"}
+    return template, (service or {}).get("metadata", {}).get("annotations")
+
+
+def _settled(service: dict[str, Any]) -> bool:
+    """Whether one revision is the latest, ready and alone."""
+    predictor = _predictor(service)
+    names = ("latestCreatedRevision", "latestReadyRevision", "latestRolledoutRevision")
+    return _ready(service) and len({predictor.get(name) for name in names}) == 1
+
+
 def _ready(service: dict[str, Any]) -> bool:
-    """Whether the status is of the object as it is now, and good."""
-    status = service.get("status") or {}
-    current = status.get("observedGeneration", 0) >= service["metadata"].get("generation", 0)
-    return current and any(
-        item["type"] == "Ready" and item["status"] == "True" for item in status.get("conditions") or ()
+    return any(
+        item["type"] == "Ready" and item["status"] == "True"
+        for item in (service.get("status") or {}).get("conditions") or ()
     )
 
 

@@ -136,6 +136,21 @@ def test_other_settings_are_rolled_out_too(server, go):
     assert server.service["spec"]["predictor"]["containers"][0]["image"] == "registry/vllm:2"
 
 
+def test_a_revision_that_was_rolled_back_is_not_taken_for_the_next(server, go):
+    """The status shows the last revision until KServe has seen the change."""
+    go(OLD)
+    server.answers = {NEW: None}
+    with pytest.raises(NotReleased):
+        go(NEW)
+    server.slow = 0
+    server.answer("GET", "/", {}, None, {})  # the status is of that now
+    server.slow, server.asked = 4, []
+    go("c" * 64, ready_minutes=1)
+    assert NEW not in server.asked and server.serving() == {"c" * 64: 100}
+    go(OLD, ready_minutes=1)  # and what served once can serve again
+    assert server.serving() == {OLD: 100}
+
+
 def test_slow_readiness(server, go):
     server.slow = 6
     go(OLD, ready_minutes=1)
