@@ -104,7 +104,7 @@ def decide(cluster: Cluster, service: str, digest: str, word: str, who: str = ""
         if said == wanted:  # also when an answer of the cluster was lost on its way, and it was sent twice
             return
         if said.word != "waiting":
-            state = f"'{service}' has {said.said} {short(digest)} already" if said.word else said.fault
+            state = f"{short(digest)} was {said.said} already" if said.word else said.fault
             raise InputError(f"release: no rollout of it waits for approval: {state}")
         if cluster.change_config(CONFIG_MAP, {service: entry}, version=found["metadata"].get("resourceVersion", "")):
             return

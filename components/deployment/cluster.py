@@ -84,6 +84,7 @@ class Cluster:
 
         Raises:
             InputError: there is no such ConfigMap, or it may not be changed.
+            StageError: others change it all the time.
         """
         thing = _config(name)
         body = {"metadata": {"resourceVersion": version} if version else {}, "data": data}
@@ -91,7 +92,9 @@ class Cluster:
         try:
             self._call("change", thing, lambda: self._request("PATCH", thing, query, body, MERGE))
         except _Conflict:
-            return False
+            if version:
+                return False
+            raise StageError(f"ConfigMap '{name}' changes all the time; run the command again") from None
         return True
 
     def _read(self, thing: _Thing) -> dict[str, Any] | None:

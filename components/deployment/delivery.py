@@ -84,7 +84,8 @@ def run(release: str, rollout: str, run_id: str, page: Any, metrics: Any) -> tup
         with unwinding():
             end, sentence = SERVES, roll_out(cluster, wanted, store.uri, digest, account=account)
     except NotReleased as error:
-        end, sentence = ROLLED_BACK, f"{release} does not serve: {error}"
+        end = ROLLED_BACK
+        sentence = f"{release} does not serve: {error} (the release stays: `trimtab deploy` rolls it out again)"
     stages.log_metrics(metrics, account.figures)
     return _told(page, end, sentence, account)
 

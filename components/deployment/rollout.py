@@ -107,7 +107,11 @@ class _Delivery:
         before = self.cluster.read(service)
         self.old, share = _serving(before), _canary_percent(before)
         if share and _annotation(before, ARTIFACT) != self.digest:
-            raise InputError(f"service: a rollout to '{service}' is under way ({share} %); wait for it, or end it")
+            other = approval.short(_annotation(before, ARTIFACT) or "unknown")
+            raise InputError(
+                f"service: a rollout to '{service}' is under way ({other}, {share} %); wait for it, or roll that "
+                "release out again, which takes up what was killed"
+            )
         if self.rollout.approval_minutes:
             approval.check(self.cluster)
             self.is_open = bool(self._answered().word)

@@ -313,10 +313,16 @@ def test_decide_beside_others(server, cluster):
     assert server.approvals == {"assistant": f"refused {ID}", "other": "refused aaa"}
 
 
+def test_a_question_that_could_not_be_asked_is_an_error(server, cluster):
+    server.faults = [("PATCH", *status(409, "Conflict", "the object has been modified"))]
+    with pytest.raises(StageError, match="ConfigMap 'trimtab-approvals' changes all the time; run the command again"):
+        approval.ask(cluster, "assistant", NEW, "4 prompts")
+
+
 NOT_WAITING = [
     ({}, "no rollout of it waits for approval: trimtab-approvals: there is no entry 'assistant'"),
     ({"assistant": f"waiting {OLD[:12]}: 4 prompts"}, "is of another artifact"),
-    ({"assistant": f"refused {ID} by her"}, f"'assistant' has refused by her {ID} already"),
+    ({"assistant": f"refused {ID} by her"}, f"{ID} was refused by her already"),
     ({"assistant": f"promoted {ID}, approved by her"}, f"'promoted {ID}, approved by her' is not valid"),
     (None, "ConfigMap 'trimtab-approvals' is gone from namespace 'serving'; apply manifests/release there"),
 ]

@@ -124,7 +124,7 @@ def test_a_pod_that_is_ended_rolls_back(server, go):
 def test_a_killed_rollout_is_taken_up(server, go, cluster):
     go(OLD)
     cluster.apply(inference_service(ROLLOUT, STORE, NEW, canary=True))  # and then the process was killed
-    with pytest.raises(InputError, match="a rollout to 'assistant' is under way"):
+    with pytest.raises(InputError, match=r"a rollout to 'assistant' is under way \(bbbbbbbbbbbb, 10 %\); wait"):
         go("c" * 64)
     go(NEW)
     assert server.serving() == {NEW: 100}
