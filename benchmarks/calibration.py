@@ -13,13 +13,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from functools import partial
 from operator import truediv
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from machine import seconds_of
+from random_model import EIGHT_BILLION, SMALL, random_model
+from transformers import PreTrainedModel
 
 from trimtab import stages
 from trimtab.components.calibration.work import statistics as measure
@@ -27,25 +28,6 @@ from trimtab.recipe import Recipe
 from trimtab.runtime import checkpoint, gradients, observe
 from trimtab.state import State
 from trimtab.store import open_store
-
-SMOLLM2 = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-}
-EIGHT_BILLION = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
-DTYPE = {True: torch.bfloat16, False: torch.float32}  # with and without a GPU
 
 
 def main() -> int:
@@ -60,8 +42,10 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="two windows, three rounds")
     options = parser.parse_args()
     samples, rounds = (2, 3) if options.quick else (options.samples, options.rounds)
-    shape = EIGHT_BILLION if options.eight_billion else SMOLLM2
-    model = checkpoint.load_for_measuring(options.model)[0] if options.model else _random_model(shape)
+    shape = EIGHT_BILLION if options.eight_billion else SMALL
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.model or random_model(Path(scratch) / "model", shape)
+        model = checkpoint.load_for_measuring(folder)[0]
     tokens = torch.randint(model.config.vocab_size, (samples, 512), device=model.device)
     passes = {"forward": _forward, "statistics": measure, "gram": _gram, "gradients": _gradients}
     if options.eight_billion:  # Gram matrices of this shape take 33 GB and gradients as much as the weights
@@ -70,7 +54,7 @@ def main() -> int:
     _forward(model, tokens)  # the first pass allocates
     for _ in range(rounds):
         for name, run in passes.items():
-            seconds[name].append(_seconds(run, model, tokens))
+            seconds[name].append(seconds_of(partial(run, model, tokens.clone())))
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     ratios = {name: statistics.median(map(truediv, taken, seconds["forward"])) for name, taken in seconds.items()}
     print(f"{samples} x 512 tokens on {model.device.type}, {rounds} rounds")
@@ -78,18 +62,11 @@ def main() -> int:
     for name in passes:
         print(f"{name:<12}{medians[name]:>9.2f}{ratios[name]:>8.3f}")
     if options.profile:
-        _profile(measure, model, tokens)
+        _profile(model, tokens)
     second = _second_attempt()
     print(f"a calibration that the store holds: {second:.3f} s, without loading the model")
     print(json.dumps({"device": model.device.type, "seconds": medians, "ratios": ratios, "second_attempt": second}))
     return 0
-
-
-def _random_model(shape: dict[str, Any]) -> PreTrainedModel:
-    torch.manual_seed(0)
-    cuda = torch.cuda.is_available()
-    with torch.device("cuda" if cuda else "cpu"):
-        return LlamaForCausalLM._from_config(LlamaConfig(**shape), dtype=DTYPE[cuda]).eval()
 
 
 @torch.inference_mode()
@@ -109,23 +86,10 @@ def _gradients(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     gradients.energy(model, tokens, "benchmark")
 
 
-Pass = Callable[[PreTrainedModel, torch.Tensor], object]
-
-
-def _seconds(run: Pass, model: PreTrainedModel, tokens: torch.Tensor) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    run(model, tokens.clone())
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def _profile(run: Pass, model: PreTrainedModel, tokens: torch.Tensor) -> None:
+def _profile(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiled:
-        _seconds(run, model, tokens)
+        seconds_of(partial(measure, model, tokens))
     print(profiled.key_averages().table(sort_by="self_device_time_total", row_limit=16, max_name_column_width=60))
     print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=10, max_name_column_width=60))
 
