@@ -71,7 +71,7 @@ def test_the_loader_reads_it(path):
     loaded = components.load_component_from_file(str(path))
     assert loaded.name == "optimize"
     assert set(loaded.component_spec.inputs) == {
-        "model", "store", "goal", "target", "recipe", "max_attempts", "name", "evaluation",
+        "model", "store", "goal", "target", "recipe", "max_attempts", "name", "evaluation", "rollout",
     }  # fmt: skip
 
 
@@ -118,19 +118,22 @@ def test_an_attempt_is_a_chain_without_conditions(ir):
         assert not any("triggerPolicy" in task or "iterator" in task for task in attempt.values())
 
 
-def test_conditions_read_only_decide(ir):
-    """An operand that a lone condition cannot resolve is silently false; `decide` has a closed vocabulary."""
+def test_conditions_read_closed_vocabularies(ir):
+    """An operand that a lone condition cannot resolve is silently false, but for an output named `Output`."""
     conditions = [
         task["triggerPolicy"]["condition"]
         for dag in dags(ir).values()
         for task in dag["tasks"].values()
         if "condition" in task.get("triggerPolicy", {})
     ]
-    assert len(conditions) == 2 * 9  # If and Else behind each of nine decisions
-    assert all("decide" in condition and "'retry'" in condition for condition in conditions)
+    (rolled,) = (condition for condition in conditions if "decide" not in condition)
+    assert rolled == "inputs.parameter_values['pipelinechannel--roll-out-Output'] == 'rolled_back'"
+    decided = [condition for condition in conditions if condition != rolled]
+    assert len(decided) == 2 * 9  # If and Else behind each of nine decisions
+    assert all("decide" in condition and "'retry'" in condition for condition in decided)
 
 
-def test_the_chain_ends_in_the_gate(ir):
+def test_the_chain_ends_in_the_gate_and_the_rollout_behind_it(ir):
     root = ir["root"]["dag"]["tasks"]
     readers = {
         name: {
@@ -142,7 +145,11 @@ def test_the_chain_ends_in_the_gate(ir):
     }
     assert readers["gate"] == {"summarize"}
     (last,) = readers["summarize"]
-    assert last.startswith("condition-branches-") and not [n for n, producers in readers.items() if "gate" in producers]
+    assert last.startswith("condition-branches-")
+    assert [name for name, producers in readers.items() if "gate" in producers] == ["roll-out"]
+    assert root["roll-out"]["inputs"]["parameters"]["rollout"] == {"componentInputParameter": "rollout"}
+    (failing,) = (dag for name, dag in dags(ir).items() if "fail-rollout" in dag["tasks"])
+    assert list(failing["tasks"]) == ["fail-rollout"]
 
 
 def test_accelerators_are_asked_for_by_prepare(ir):
@@ -230,14 +237,19 @@ def test_a_profile_places_the_stages_that_need_gpus(placed):
 
 def test_small_tasks_want_no_gpu_node(placed):
     others = {name: task for name, task in placed.items() if name not in ACCELERATED}
-    assert {"fetch model", "plan", "prepare", "summary", "deploy gate"} <= set(others)
+    assert {"fetch model", "plan", "prepare", "summary", "deploy gate", "rollout"} <= set(others)
     for task in others.values():
         assert not {"tolerations", "nodeSelector", "emptyDirMounts"} & set(task)
         assert task["image"] == "registry/trimtab:2" and "accelerator" not in task.get("resources", {})
 
 
-def test_a_refusal_of_the_gate_is_not_tried_again(placed):
-    assert placed["deploy gate"]["retry"] is None
+def test_refusals_are_not_tried_again(placed):
+    for name in ("deploy gate", "rollout", "rolled back"):
+        assert placed[name]["retry"] is None
+
+
+def test_the_rollout_may_wait_for_days(placed):
+    assert "activeDeadlineSeconds" not in placed["rollout"]
 
 
 def test_every_task_reaches_the_store(placed):
