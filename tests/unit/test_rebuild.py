@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from releases import file_release
 
-from trimtab import flow, rebuild, stages
+from trimtab import flow, rebuild, signing, stages, statement
 from trimtab.components.fetch.source import fetch
 from trimtab.errors import Damaged
 from trimtab.recipe import Recipe
@@ -123,6 +123,80 @@ def test_goes_on_from_the_student(change, store, run, another_model, monkeypatch
     assert begun.trees == {"checkpoint": student}
     inputs = stages.inputs_of(stages.STAGES["distill"], begun)
     assert (inputs["checkpoint"], inputs["model"]) == (student, asked["model"])
+
+
+SERVED = "{prune: {method: depth, blocks: 1}, quantize: {format: int8_wo}, workload: {recorded: traffic.jsonl}}"
+
+
+def record(requests: int = 2000, output: int = 20) -> None:
+    """Records a request each second, which takes a second."""
+    line = '{{"time": {}, "input_tokens": 100, "output_tokens": {}, "seconds": 1}}\n'
+    Path("traffic.jsonl").write_text("".join(line.format(second, output) for second in range(requests)))
+
+
+def test_the_same_traffic_in_another_week(store, run):
+    record()
+    uri, _ = released(store, run(SERVED))
+    assert statement_of(store, uri)["materials"]["traffic"]["requests"] == 2000, "the shape is kept in the release"
+    record(3000, output=29)
+    found, _ = rebuild.plan(**run(SERVED))
+    same = "the recorded traffic is the same to within 1.5 times: output p95: 20 → 29 tokens, 1.45 times"
+    assert (found.outcome, found.reasons[1:]) == ("keep", (same,)) and same in found.markdown
+
+
+def test_traffic_that_drifted(store, run):
+    """The released recipe is tried first, for what is asked now; the stages before its engine are found by key."""
+    record()
+    _, state = rebuild.plan(**run(SERVED))
+    sized = flow.next_attempt(state.model_copy(update={"baseline": BASELINE}))
+    assert (sized.recipe.engine.max_batch_size, sized.recipe.engine.max_seq_len) == (1, 120)
+    released(store, run(SERVED), recipe=sized.recipe)
+    record(output=40)
+    found, state = rebuild.plan(**run(SERVED))
+    moved = [f"traffic: output {quantile}: 20 → 40 tokens, 2.00 times, more than 1.5" for quantile in ("p50", "p95")]
+    assert (found.outcome, list(found.reasons)) == ("rebuild", moved)
+    assert "First is the recipe of the last release, sized anew." in found.markdown
+    begun = flow.next_attempt(state.model_copy(update={"baseline": BASELINE}))
+    assert begun.recipe.engine.max_seq_len == 140 and begun.trees == {}
+    for stage in ("prune", "quantize"):
+        parameters = [stages.STAGES[stage].parameters(recipe) for recipe in (sized.recipe, begun.recipe)]
+        assert parameters[0] == parameters[1]
+
+
+def test_how_far_traffic_may_drift_is_said_by_the_run(store, run):
+    record()
+    released(store, run(SERVED))
+    record(output=40)
+    assert rebuild.plan(**run(SERVED.replace("jsonl", "jsonl, drift: 2.5")))[0].outcome == "keep"
+
+
+def test_traffic_is_recorded_for_the_first_time_or_no_more(store, run):
+    stated = SERVED.replace("recorded: traffic.jsonl", "concurrency: 1, input: {mean: 9, p95: 9, max: 9}, total: 120")
+    stated = stated.replace("total", "output: {mean: 9, p95: 9, max: 99}, total")
+    released(store, run(stated))
+    record()
+    reasons = rebuild.plan(**run(SERVED))[0].reasons
+    assert reasons[0].startswith("workload: {") and reasons[1].startswith("traffic: none → 2,000 requests in")
+    released(store, run(SERVED))
+    changed = stated.replace("120", "119")
+    assert [reason.partition(":")[0] for reason in rebuild.plan(**run(changed))[0].reasons] == ["workload", "traffic"]
+    released(store, run(stated))
+    assert rebuild.plan(**run(changed))[0].reasons == ("workload.total: 120 → 119",)
+
+
+def test_new_lessons_and_new_traffic_go_on_from_the_student(store, run):
+    recipe = DISTILLED + "workload: {recorded: traffic.jsonl}"
+    record()
+    _, student = released(store, run(recipe))
+    Path("lessons.txt").write_text("a new lesson")
+    record(output=40)
+    _, state = rebuild.plan(**run(recipe))
+    begun = flow.next_attempt(state.model_copy(update={"baseline": BASELINE}))
+    assert begun.trees == {"checkpoint": student} and begun.recipe.engine.max_seq_len == 140
+
+
+def statement_of(store: Store, uri: str) -> dict[str, Any]:
+    return statement.read(signing.unseal(store.read_release(uri)["attestation"])).predicate.evidence
 
 
 BASELINE = Brief(recipe=Recipe(), verdict=Verdict(outcome="baseline", reason="the model unchanged"))
