@@ -10,7 +10,6 @@ from trimtab.model import ModelFacts
 from trimtab.plan import MAX_RUNGS, Rung
 from trimtab.recipe import Recipe
 from trimtab.serving import traffic as recorded
-from trimtab.serving.plan import plan_engine
 from trimtab.serving.traffic import Traffic
 from trimtab.stages import MAX_REASON, fail
 from trimtab.state import GOALS, Evaluation, State
@@ -54,7 +53,7 @@ def begin(
     rungs = ladder(goal, facts, machine, wanted)
     if released:
         if wanted.workload:
-            sized = plan_engine(facts, released.recipe, machine, wanted.workload).recipe
+            sized = plan.sized(released.recipe, facts, machine, wanted.workload)
             released = released.model_copy(update={"recipe": sized})
         others = [rung for rung in rungs if rung.recipe.digest != released.recipe.digest]
         rungs = [released, *others][:MAX_RUNGS]

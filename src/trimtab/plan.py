@@ -128,7 +128,7 @@ def ladder(
     if backend not in hardware.formats:
         known = "does not run on " + hardware.name if backend in BACKENDS else "is not known"
         raise InputError(f"engine.backend: '{backend}' {known}; {nearest(backend, hardware.backends)}")
-    if workload:
+    if workload:  # once, and not as what is wrong with a recipe
         check_length(facts, workload)
     own = _users_own(first, facts, hardware, workload) if first else None
     rungs = {own.recipe.digest: own} if own else {}
@@ -149,7 +149,7 @@ def _users_own(recipe: Recipe, facts: ModelFacts, hardware: Hardware, workload: 
     if reason := check(recipe, hardware, facts):
         raise InputError(reason)
     if workload:
-        recipe = plan_engine(facts, recipe, hardware, workload, MAX_GPUS).recipe
+        recipe = sized(recipe, facts, hardware, workload)
     need = memory(facts, recipe, hardware)
     if not need.fits:
         raise InputError(
@@ -157,7 +157,7 @@ def _users_own(recipe: Recipe, facts: ModelFacts, hardware: Hardware, workload: 
         )
     why = "the recipe that the user gave"
     if workload:
-        why += f"; {_sized(recipe, workload)}"
+        why += f"; {_for(workload, recipe)}"
     if hardware.is_emulated(recipe):
         why += f"; judged by emulation, because {hardware.name} does not compute in {recipe.quantize.format}"
     if hardware.is_kv_cache_emulated(recipe):
@@ -165,7 +165,19 @@ def _users_own(recipe: Recipe, facts: ModelFacts, hardware: Hardware, workload: 
     return Rung(recipe=recipe, why=why)
 
 
-def _sized(recipe: Recipe, workload: Workload) -> str:
+def sized(recipe: Recipe, facts: ModelFacts, hardware: Hardware, workload: Workload) -> Recipe:
+    """Returns the recipe with an engine for the workload.
+
+    Its context is `MIN_CONTEXT` at least, however short requests are: what is measured before a release needs some.
+
+    Raises:
+        InputError: the workload is beyond the model's context, or does not fit.
+    """
+    total = max(workload.longest, min(MIN_CONTEXT, facts.max_position_embeddings))
+    return plan_engine(facts, recipe, hardware, workload.model_copy(update={"total": total}), MAX_GPUS).recipe
+
+
+def _for(workload: Workload, recipe: Recipe) -> str:
     held = recipe.engine.max_batch_size
     waiting = f", of which {held:,} are served at once" if held < workload.concurrency else ""
     return f"for {workload.concurrency:,} requests at a time{waiting}, of at most {workload.longest:,} tokens"
@@ -236,10 +248,10 @@ class _Kit:
             return None, f"{recipe.title}: only emulated on {hardware.name}"
         if self.workload:
             try:
-                placed = plan_engine(facts, recipe, hardware, self.workload, MAX_GPUS).recipe
+                placed = sized(recipe, facts, hardware, self.workload)
             except InputError as error:
                 return None, f"{recipe.title}: {error}"
-            return placed, "; ".join([*_devices(placed, hardware), _sized(placed, self.workload)])
+            return placed, "; ".join([*_devices(placed, hardware), _for(self.workload, placed)])
         reason = ""
         for engine in _engines(self.goal, recipe, facts):
             placed = recipe.model_copy(update={"engine": engine})

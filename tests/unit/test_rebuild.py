@@ -128,10 +128,10 @@ def test_goes_on_from_the_student(change, store, run, another_model, monkeypatch
 SERVED = "{prune: {method: depth, blocks: 1}, quantize: {format: int8_wo}, workload: {recorded: traffic.jsonl}}"
 
 
-def record(requests: int = 2000, output: int = 20) -> None:
-    """Records a request each second, which takes a second."""
-    line = '{{"time": {}, "input_tokens": 100, "output_tokens": {}, "seconds": 1}}\n'
-    Path("traffic.jsonl").write_text("".join(line.format(second, output) for second in range(requests)))
+def record(requests: int = 2000, output: int = 20, seconds: int = 1) -> None:
+    """Records a request each second, and how many seconds it takes, which is how many there are at a time."""
+    line = '{{"time": {}, "input_tokens": 100, "output_tokens": {}, "seconds": {}}}\n'
+    Path("traffic.jsonl").write_text("".join(line.format(second, output, seconds) for second in range(requests)))
 
 
 def test_the_same_traffic_in_another_week(store, run):
@@ -149,15 +149,15 @@ def test_traffic_that_drifted(store, run):
     record()
     _, state = rebuild.plan(**run(SERVED))
     sized = flow.next_attempt(state.model_copy(update={"baseline": BASELINE}))
-    assert (sized.recipe.engine.max_batch_size, sized.recipe.engine.max_seq_len) == (1, 120)
+    assert (sized.recipe.engine.max_batch_size, sized.recipe.engine.max_seq_len) == (1, 256)
     released(store, run(SERVED), recipe=sized.recipe)
-    record(output=40)
+    record(output=40, seconds=3)
     found, state = rebuild.plan(**run(SERVED))
     moved = [f"traffic: output {quantile}: 20 → 40 tokens, 2.00 times, more than 1.5" for quantile in ("p50", "p95")]
     assert (found.outcome, list(found.reasons)) == ("rebuild", moved)
     assert "First is the recipe of the last release, sized anew." in found.markdown
     begun = flow.next_attempt(state.model_copy(update={"baseline": BASELINE}))
-    assert begun.recipe.engine.max_seq_len == 140 and begun.trees == {}
+    assert begun.recipe.engine.max_batch_size == 3 and begun.trees == {}
     for stage in ("prune", "quantize"):
         parameters = [stages.STAGES[stage].parameters(recipe) for recipe in (sized.recipe, begun.recipe)]
         assert parameters[0] == parameters[1]
@@ -189,10 +189,10 @@ def test_new_lessons_and_new_traffic_go_on_from_the_student(store, run):
     record()
     _, student = released(store, run(recipe))
     Path("lessons.txt").write_text("a new lesson")
-    record(output=40)
+    record(output=40, seconds=3)
     _, state = rebuild.plan(**run(recipe))
     begun = flow.next_attempt(state.model_copy(update={"baseline": BASELINE}))
-    assert begun.trees == {"checkpoint": student} and begun.recipe.engine.max_seq_len == 140
+    assert begun.trees == {"checkpoint": student} and begun.recipe.engine.max_batch_size == 3
 
 
 def statement_of(store: Store, uri: str) -> dict[str, Any]:
