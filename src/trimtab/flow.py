@@ -11,6 +11,7 @@ from trimtab.plan import MAX_RUNGS, Rung
 from trimtab.recipe import Recipe
 from trimtab.serving import traffic as recorded
 from trimtab.serving.traffic import Traffic
+from trimtab.serving.workload import Workload
 from trimtab.stages import MAX_REASON, fail
 from trimtab.state import GOALS, Evaluation, State
 from trimtab.store import Store, Tree, open_store
@@ -51,10 +52,9 @@ def begin(
     traffic = traffic or recorded.of(wanted.workload)
     wanted = _for_traffic(wanted, traffic)
     rungs = ladder(goal, facts, machine, wanted)
+    if released and wanted.workload:
+        released = _sized(released, facts, machine, wanted.workload)
     if released:
-        if wanted.workload:
-            sized = plan.sized(released.recipe, facts, machine, wanted.workload)
-            released = released.model_copy(update={"recipe": sized})
         others = [rung for rung in rungs if rung.recipe.digest != released.recipe.digest]
         rungs = [released, *others][:MAX_RUNGS]
     made_of = materials.gather(
@@ -105,6 +105,16 @@ def ladder(goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Rec
     )
     calibrated = {"calibrate": wanted.calibrate}
     return [rung.model_copy(update={"recipe": rung.recipe.model_copy(update=calibrated)}) for rung in rungs]
+
+
+def _sized(released: Rung, facts: ModelFacts, machine: hardware.Hardware, workload: Workload) -> Rung | None:
+    """Gives a released recipe an engine for another workload; None where it does not fit any more."""
+    try:
+        sized = plan.sized(released.recipe, facts, machine, workload)
+    except InputError as error:
+        progress.report("plan", f"the recipe of the last release is not tried: {error}")
+        return None
+    return released.model_copy(update={"recipe": sized})
 
 
 def _for_traffic(wanted: Recipe, traffic: Traffic | None) -> Recipe:

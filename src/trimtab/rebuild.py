@@ -93,7 +93,9 @@ def review(store: Store, name: str, now: Materials, most: float = DRIFT) -> Revi
     changed = differences(before, now, most)
     if not changed:
         return Review("keep", ("the materials of a run are those of this release", *_steady(before, now, most)), uri)
-    if changed.keys() <= _SIZES:
+    if changed.keys() & _SIZES and not (now.workload or now.traffic):
+        first = None  # its engine has sizes of a workload that is no more
+    elif changed.keys() <= _SIZES:
         first = Rung(recipe=Recipe.parse(last.evidence["recipe"]), why="the recipe of the last release, sized anew")
     else:
         first = going_on(store, last.evidence, now.model, set(changed))

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from releases import file_release
 
-from trimtab import flow, rebuild, signing, stages, statement
+from trimtab import flow, plan, rebuild, signing, stages, statement
 from trimtab.components.fetch.source import fetch
-from trimtab.errors import Damaged
+from trimtab.errors import Damaged, InputError
 from trimtab.recipe import Recipe
 from trimtab.state import Brief, Evaluation
 from trimtab.store import Store, Tree
@@ -163,6 +163,26 @@ def test_traffic_that_drifted(store, run):
         assert parameters[0] == parameters[1]
 
 
+def test_a_released_recipe_that_does_not_fit_any_more(store, run, monkeypatch, capsys):
+    """The rest of the ladder is tried without it."""
+    record()
+    better = Recipe.parse(DISTILLED.replace("blocks: 1", "blocks: 2"))
+    released(store, run(SERVED), recipe=better)
+    record(output=40)
+    plan_engine = plan.plan_engine
+
+    def refuses(facts: Any, recipe: Recipe, *others: Any) -> Any:
+        if recipe.prune == better.prune:
+            raise InputError("target: not one request fits")
+        return plan_engine(facts, recipe, *others)
+
+    monkeypatch.setattr(plan, "plan_engine", refuses)
+    _, state = rebuild.plan(**run(SERVED))
+    assert "the recipe of the last release is not tried: target: not one request fits" in capsys.readouterr().err
+    ladder = [Recipe.model_validate(rung["recipe"]) for rung in store.get_json("ladder", state.ladder)]
+    assert ladder[0].prune == Recipe.parse(SERVED).prune and better.prune not in [recipe.prune for recipe in ladder]
+
+
 def test_how_far_traffic_may_drift_is_said_by_the_run(store, run):
     record()
     released(store, run(SERVED))
@@ -180,6 +200,8 @@ def test_traffic_is_recorded_for_the_first_time_or_no_more(store, run):
     released(store, run(SERVED))
     changed = stated.replace("120", "119")
     assert [reason.partition(":")[0] for reason in rebuild.plan(**run(changed))[0].reasons] == ["workload", "traffic"]
+    found, _ = rebuild.plan(**run(stated.partition(", workload")[0] + "}"))
+    assert found.reasons[0].endswith("→ none") and found.first is None, "its engine was sized for what is no more"
     released(store, run(stated))
     assert rebuild.plan(**run(changed))[0].reasons == ("workload.total: 120 → 119",)
 

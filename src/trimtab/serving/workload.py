@@ -98,7 +98,8 @@ class Workload(Document):
 class Recorded(Document):
     """Requests that were recorded are the workload: `trimtab.serving.request_log` says what a log is.
 
-    `recorded` is a log or a folder of logs, a path or s3://bucket/key; of it the newest `days` count, or all.
+    `recorded` is a log or a folder of logs, a path or s3://bucket/key, which is entered as a store in S3 is; of it the
+    newest `days` count, or all.
     A release stands until a length or the load is `drift` times what it was, or as small a part of it.
     `concurrency` is for logs that do not say how long requests took.
 
