@@ -33,7 +33,7 @@ def begin(
 ) -> State:
     """Plans the run and returns the state with which the baseline is measured.
 
-    A recipe that names no step is not tried as one; its `accept`, `calibrate` and `engine` hold for the whole
+    A recipe that names no step is not tried as one; its `accept`, `calibrate` and back end hold for the whole
     ladder all the same, and its `workload` sizes all engines.
 
     Args:
@@ -99,7 +99,7 @@ def ladder(goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Rec
         facts,
         machine,
         accept=wanted.accept,
-        backend=wanted.engine.backend if first else None,
+        backend=wanted.engine.backend if first or "backend" in wanted.engine.model_fields_set else None,
         first=first,
         workload=wanted.workload,
     )

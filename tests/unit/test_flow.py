@@ -74,6 +74,13 @@ def test_the_ladder(begin, recipe, own_first):
     assert len({rung.digest for rung in ladder}) == len(ladder)
 
 
+@pytest.mark.parametrize("recipe", ["", "engine: {backend: torch}", "engine: {tensorrt_llm: 1.1.0}"])
+def test_a_back_end_alone_holds_for_the_ladder(begin, recipe):
+    """Without one it is what the target serves with."""
+    wanted = Recipe.parse(recipe).engine.backend if recipe else "trtllm"
+    assert {rung.engine.backend for rung in rungs(begin(recipe, target="h100"))} == {wanted}
+
+
 @pytest.mark.parametrize("recipe", ["", "quantize: {format: int8_wo}\n", "accept: {min_recovery: 0.9}\n"])
 def test_a_workload_sizes_every_engine(begin, recipe):
     """It is no part of the recipes themselves, which travel in the state."""
