@@ -15,6 +15,7 @@ from trimtab.errors import InputError
 from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_profile, release_name
 from trimtab.pipelines.package import PIPELINES
 from trimtab.recipe import Recipe
+from trimtab.serving.workload import Recorded
 from trimtab.state import GOALS, Evaluation
 
 if TYPE_CHECKING:
@@ -184,8 +185,9 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     check_choice("goal", arguments.goal, GOALS)
     hardware.target(arguments.target)
     recipe = read(arguments.recipe, "recipe")
-    if recipe:
-        Recipe.parse(recipe)
+    workload = Recipe.parse(recipe or "{}").workload
+    if isinstance(workload, Recorded):
+        _check_seen_from_cluster("workload.recorded", workload.recorded)
     evaluation = Evaluation.parse(read(arguments.evaluation, "evaluation") or "{}")
     for field in ("model", "store"):
         _check_seen_from_cluster(field, getattr(arguments, field))

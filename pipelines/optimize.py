@@ -25,13 +25,15 @@ from trimtab.components.validation.component import validate
 from trimtab.hardware import TARGETS
 from trimtab.pipelines.decisions import adjust, carry, decide, plan, prepare, summarize
 from trimtab.pipelines.package import ROLLED_BACK, ROLLOUT
-from trimtab.pipelines.placement import place, reach
+from trimtab.pipelines.placement import place, reach, sign
 from trimtab.profile import Profile
 from trimtab.stages import TASKS
 from trimtab.state import GOALS
 
 #: The most attempts that are unrolled; `max_attempts` of a run is at most this.
 MAX_ATTEMPTS = 10
+#: What the gate is called on the page of a run: the only task that sees the signing key.
+GATE = "deploy gate"
 RUN_ID = dsl.PIPELINE_JOB_ID_PLACEHOLDER
 #: What the run form offers for a parameter.
 CHOICES = {"goal": GOALS, "target": TARGETS}
@@ -94,12 +96,17 @@ def attempt_pipeline(profile: Profile):
 
 def small_tasks(profile: Profile) -> Small:
     """Returns what places a task that does no work on a model."""
-    return lambda task, name: reach(uncached(task, name), profile)
+
+    def small(task: dsl.PipelineTask, name: str) -> dsl.PipelineTask:
+        reach(uncached(task, name), profile)
+        return sign(task, profile) if name == GATE else task
+
+    return small
 
 
 def image_names(profile: Profile, image: str = "") -> str:
     """Returns the container images of the stages, which are materials of the run."""
-    return " ".join(filter(None, (image or images.CPU, profile.images.cuda)))
+    return " ".join(filter(None, (image or images.CPU, profile.images.cuda, profile.images.engine)))
 
 
 def loop(planned: object, rollout: object, attempt: BaseComponent, small: Small, unrolled: int) -> object:
@@ -124,7 +131,7 @@ def loop(planned: object, rollout: object, attempt: BaseComponent, small: Small,
             kept = small(carry(state=state), "keep the verdict")
         state = dsl.OneOf(again.output, kept.output)
     told = small(summarize(state=state, run=RUN_ID), "summary").outputs["Output"]
-    released = small(gate(state=told), "deploy gate").outputs["Output"]
+    released = small(gate(state=told), GATE).outputs["Output"]
     deliver(released, rollout, small)
     return released
 

@@ -90,8 +90,9 @@ def rebuild_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = Non
     @dsl.pipeline(
         name="rebuild",
         display_name="trimtab: rebuild a release where something changed",
-        description="Compares the base model, the data, the recipe, the images, the versions and the target with those "
-        "of the last release. Where nothing changed, that is all; otherwise the model is optimized anew.",
+        description="Compares the base model, the data, the recipe, the images, the versions, the target and the "
+        "recorded traffic with those of the last release. Where nothing changed, that is all; otherwise the model is "
+        "optimized anew.",
     )
     def rebuild(
         model: str,

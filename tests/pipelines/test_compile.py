@@ -190,12 +190,13 @@ PROFILE = """
 gpu:
   node_selector: {nvidia.com/gpu.product: H100}
   tolerations: [{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]
-images: {cuda: registry/trimtab-cuda:1, pull_secrets: [registry]}
+images: {cuda: registry/trimtab-cuda:1, engine: registry/trimtab-trtllm:1, pull_secrets: [registry]}
 secrets: {trimtab-s3: {access_key: AWS_ACCESS_KEY_ID}}
 environment: {AWS_ENDPOINT_URL: "http://s3:8333"}
 cache: {claim: trimtab-cache}
 shared_memory: 16Gi
 labels: {team: compression}
+signing: {secret: trimtab-gate, key: gate.pem, password: gate.password}
 stage: {memory: 16Gi, cpu: "4", timeout_hours: 2, retries: 3}
 stages: {distill: {memory: 64Gi, timeout_hours: 48}}
 """
@@ -222,7 +223,8 @@ def placed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
 def test_a_profile_places_the_stages_that_need_gpus(placed):
     for name in ACCELERATED:
         task = placed[name]
-        assert task["image"] == "registry/trimtab-cuda:1"
+        image = "trtllm" if name in ("build engine", "validate") else "cuda"
+        assert task["image"] == f"registry/trimtab-{image}:1"
         assert task["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
         assert task["emptyDirMounts"] == [
             {"volumeName": "shared-memory", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "16Gi"}
@@ -255,11 +257,20 @@ def test_the_rollout_may_wait_for_days(placed):
 def test_every_task_reaches_the_store(placed):
     for task in placed.values():
         variables = {variable["name"]: variable["value"] for variable in task["env"]}
-        assert variables == {"AWS_ENDPOINT_URL": "http://s3:8333", "TRIMTAB_CACHE": "/cache"}
-        (secret,) = task["secretAsEnv"]
+        assert variables.items() >= {"AWS_ENDPOINT_URL": "http://s3:8333", "TRIMTAB_CACHE": "/cache"}.items()
+        secret = task["secretAsEnv"][0]
         assert secret["keyToEnv"] == [{"secretKey": "access_key", "envVar": "AWS_ACCESS_KEY_ID"}]
         assert task["pvcMount"][0]["mountPath"] == "/cache"
         assert task["podMetadata"]["labels"] == {"team": "compression"}
+
+
+def test_the_gate_alone_sees_the_signing_key(placed):
+    """And must sign, with the key in its environment; models that somebody else made are read elsewhere."""
+    names = ["TRIMTAB_SIGNING_KEY", "TRIMTAB_SIGNING_PASSWORD"]
+    for name, task in placed.items():
+        variables = [entry["envVar"] for secret in task["secretAsEnv"] for entry in secret["keyToEnv"]]
+        required = [variable["value"] for variable in task["env"] if variable["name"] == "TRIMTAB_REQUIRE_SIGNING"]
+        assert (variables[1:], required) == ((names, ["1"]) if name == "deploy gate" else ([], []))
 
 
 def test_without_a_profile_nothing_is_bound_to_kubernetes(path):
