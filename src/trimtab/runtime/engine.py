@@ -13,13 +13,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trimtab import progress
 from trimtab.errors import InputError
 from trimtab.recipe import Engine as Settings
-from trimtab.runtime import batching, decode, fewer_kernels, gpu_memory, head
+from trimtab.runtime import batching, decode, fewer_kernels, fused, gpu_memory, head
 from trimtab.runtime.assemble import assemble
 from trimtab.runtime.batching import Request
 from trimtab.runtime.checkpoint import load_tokenizer
 from trimtab.runtime.decode import Growing, Static
 from trimtab.runtime.kv_cache import ServedKVCache
-from trimtab.runtime.linear import PackedLinear
 from trimtab.runtime.parallel import Place
 
 
@@ -149,7 +148,7 @@ class TorchEngine:
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
 
     def kernels(self) -> dict[str, dict[str, Any]]:
-        packed = {n: m for n, m in self.model.named_modules() if isinstance(m, PackedLinear)}
+        packed = fused.packed_layers(self.model)
         return {name: {"kernel": m.kernel, "emulated": m.emulated} for name, m in packed.items()}
 
     @torch.inference_mode()
