@@ -102,7 +102,7 @@ class PagedEngine:
         self.body, self.head = self.model.base_model, self.model.get_output_embeddings()
         blocks = blocks or self._affordable_blocks(block_size)
         with gpu_memory.part("KV cache", self.device):
-            self.cache = PagedKVCache(self.model, blocks, block_size)
+            self.cache = PagedKVCache.for_model(self.model, blocks, block_size)
         paged.use_paged_attention(self.model)
         self.pool = BlockPool(blocks, block_size)
         limits = (settings.max_batch_size, settings.max_num_tokens)
