@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from trimtab import runtime
 from trimtab.runtime import formats, linear, one_row, small_kernels
 from trimtab.runtime.formats import Layout, Quantized
 from trimtab.runtime.paged import PagedKVCache
@@ -82,6 +84,13 @@ def test_attention_reads_every_token_of_a_sequence_once(
         keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
         shares = (torch.einsum("hd,lhd->hl", query[number], keys) * 0.3).softmax(-1)
         assert torch.allclose(found[number], torch.einsum("hl,lhd->hd", shares, values), atol=1e-4)
+
+
+def test_rounding_to_e4m3_saturates(triton_kernels: ModuleType) -> None:
+    x, factor = torch.linspace(-3, 3, 1500).view(3, -1).bfloat16(), torch.tensor([200.0])
+    found, expected = (function(x, factor).float() for function in (triton_kernels.to_e4m3, small_kernels.to_e4m3))
+    assert found.max() == expected.max() == formats.E4M3_MAX
+    assert (found - expected).norm() <= INTERPRETED_FP8 * expected.norm()
 
 
 def test_few_sequences_are_cut_into_more_parts_than_many(triton_kernels: ModuleType) -> None:
@@ -164,6 +173,16 @@ def test_a_kernel_that_fails_or_computes_something_else_is_not_used() -> None:
     assert "other numbers" in small_kernels.try_out("add_norm", wrong, sizes, CPU)
 
 
+def test_what_is_left_as_it_was_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "trimtab.runtime.triton_kernels", None)
+    monkeypatch.delattr(runtime, "triton_kernels", raising=False)
+    assert small_kernels.choose(SIZES["grouped"], torch.device("cuda")) == small_kernels.Kernels()
+    assert capsys.readouterr().err.count("runs without a kernel of its own: ") == 4
+
+
 def test_a_cpu_has_no_kernels_of_its_own() -> None:
     found = small_kernels.choose(SIZES["grouped"], CPU)
-    assert (found.add_norm, found.attend, found.eager) == (small_kernels.add_norm, small_kernels.attend, {})
+    assert found == small_kernels.Kernels()
+    assert small_kernels.rounding(CPU) is small_kernels.to_e4m3

@@ -1,7 +1,7 @@
 """What stands between the products of a decoding step, each as one kernel on a GPU.
 
 Here each is written with PyTorch, which is what a CPU runs and what Triton's is tried against when a model is loaded:
-one that fails, or computes something else, is not used, and `Kernels.eager` says why.
+one that fails, or computes something else, is not used, and a report says why.
 
 Axes in names: S sequences, N hidden size, F intermediate size, H query heads, K heads of keys and values, D numbers
 of a head, P positions.
@@ -9,8 +9,10 @@ of a head, P positions.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -72,11 +74,9 @@ def rotate_and_store(
     return turned[:, :-kv_heads]
 
 
-def attend(
-    query_SHD: torch.Tensor, where: Pass, layer: int, scaling: float, window: int | None = None
-) -> torch.Tensor:
+def attend(query_SHD: torch.Tensor, where: Pass, layer: int, scaling: float) -> torch.Tensor:
     """Returns the attention of one query a sequence to what the cache holds of it, [S, H, D]."""
-    return paged.decode_attention(query_SHD, where, layer, scaling, window)
+    return paged.decode_attention(query_SHD, where, layer, scaling, None)
 
 
 def to_e4m3(x: torch.Tensor, to_codes_1: torch.Tensor) -> torch.Tensor:
@@ -85,40 +85,46 @@ def to_e4m3(x: torch.Tensor, to_codes_1: torch.Tensor) -> torch.Tensor:
     return (x * to_codes_1).clamp_(-formats.E4M3_MAX, formats.E4M3_MAX).to(torch.float8_e4m3fn)
 
 
+@functools.cache
+def rounding(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Returns `to_e4m3`, or on a GPU Triton's in its place."""
+    return _replacement("to_e4m3", device) or to_e4m3
+
+
 @dataclass
 class Kernels:
-    """The functions above, or what stands in for them; `eager` names those that do not, and why."""
+    """What a step does between its products."""
 
     add_norm: Callable[..., Any] = add_norm
     silu_mul: Callable[..., Any] = silu_mul
     rotate_and_store: Callable[..., Any] = rotate_and_store
     attend: Callable[..., Any] = attend
-    eager: dict[str, str] = field(default_factory=dict)
 
 
 @torch.inference_mode()
 def choose(sizes: Sizes, device: torch.device) -> Kernels:
     """Returns the kernels for a model on a device: Triton's where they run and agree."""
     found = Kernels()
+    for field in dataclasses.fields(found):
+        if function := _replacement(field.name, device, sizes):
+            setattr(found, field.name, function)
+    return found
+
+
+def _replacement(name: str, device: torch.device, sizes: Sizes | None = None) -> Callable[..., Any] | None:
+    """Returns Triton's function on a GPU where it does what it should, else None, and reports why."""
     if device.type != "cuda":
-        return found
+        return None
     try:
         from trimtab.runtime import triton_kernels
 
-        fast = adapted(triton_kernels)
+        function = adapted(triton_kernels)[name]
+        reason = try_out(name, function, sizes or Sizes(4, 2, 32, 128, 256), device)
     except Exception as error:  # without Triton, or with one that does not know this card
-        found.eager = dict.fromkeys(TRIALS, _describe(error))
-    else:
-        for name, function in fast.items():
-            reason = try_out(name, function, sizes, device)
-            if reason:
-                found.eager[name] = reason
-            else:
-                setattr(found, name, function)
-    if found.eager:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.eager.items())
-        progress.report("engine", f"without kernels of its own: {reasons}")
-    return found
+        reason = _describe(error)
+    if reason:
+        progress.report("engine", f"{name} runs without a kernel of its own: {reason}")
+    return None if reason else function
 
 
 def adapted(fast: ModuleType) -> dict[str, Callable[..., Any]]:
@@ -132,15 +138,16 @@ def adapted(fast: ModuleType) -> dict[str, Callable[..., Any]]:
         pair = cache.tensors(layer)
         return fast.rotate_and_store(qkv, angles.cos_PD, angles.sin_PD, positions, where.slots_T, *pair, scales)
 
-    def look(query: torch.Tensor, where: Pass, layer: int, scaling: float, window: int | None = None) -> torch.Tensor:
+    def look(query: torch.Tensor, where: Pass, layer: int, scaling: float) -> torch.Tensor:
         cache = where.cache
-        if cache.algorithm not in _DIRECT or window:
-            return attend(query, where, layer, scaling, window)
+        if cache.algorithm not in _DIRECT:
+            return attend(query, where, layer, scaling)
         scales = cache.scales(layer) if cache.algorithm else None
         pair = cache.tensors(layer)
         return fast.attend(query, *pair, where.tables_SW, where.lengths_S, scaling, scales)
 
-    return {"add_norm": fast.add_norm, "silu_mul": fast.silu_mul, "rotate_and_store": store, "attend": look}
+    same = {name: getattr(fast, name) for name in ("add_norm", "silu_mul", "to_e4m3")}
+    return {**same, "rotate_and_store": store, "attend": look}
 
 
 # ---------------------------------------------------------------------------------------------------- trying them out
@@ -176,6 +183,11 @@ def _try_add_norm(function: Callable[..., Any], sizes: Sizes, device: torch.devi
 
 def _try_silu_mul(function: Callable[..., Any], sizes: Sizes, device: torch.device) -> list[torch.Tensor]:
     return [function(_normal(0, device, 3, 2 * sizes.intermediate))]
+
+
+def _try_to_e4m3(function: Callable[..., Any], sizes: Sizes, device: torch.device) -> list[torch.Tensor]:
+    factors = torch.tensor([[9.0], [400.0]], device=device)  # within the range, and beyond
+    return [function(_normal(0, device, 3, sizes.hidden), factor) for factor in factors]
 
 
 def _try_rotate_and_store(function: Callable[..., Any], sizes: Sizes, device: torch.device) -> list[torch.Tensor]:
@@ -222,6 +234,7 @@ def one_token_each(cache: paged.PagedKVCache, device: torch.device, positions: l
 TRIALS = {
     "add_norm": _try_add_norm,
     "silu_mul": _try_silu_mul,
+    "to_e4m3": _try_to_e4m3,
     "rotate_and_store": _try_rotate_and_store,
     "attend": _try_attend,
 }
