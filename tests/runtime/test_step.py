@@ -118,7 +118,7 @@ def test_a_model_that_computes_something_else_has_none(capsys: pytest.CaptureFix
 def test_products_of_one_row_are_used_for_one_row(plain_folder: Path) -> None:
     model = assemble(plain_folder, CPU)
     fewer_kernels.fuse_norms(model)
-    layers, used = step._layers(model), []
+    layers, used = step.layers(model), []
     assert len(layers) == 2 * 4 + 1
     assert all(one_row.operands(layer) for layer in layers)
 
