@@ -5,9 +5,9 @@ Run: python benchmarks/decode.py [--eight-billion] [--formats NAME ...] [--batch
 
 Weights are random and made on the device; a model has them as an export of its format would, and is run by the engine's
 own decoder. The limit is bytes of weights, keys and values of a step over the measured speed of a copy. With --out
-every row is written as a line of JSON when it is found: `speed` in tokens a second of all sequences; for the first batch
-`kernels`, the microseconds a step that each takes; and `products`, the GB/s of weights that those of few rows read by
-the block of a program ("own": the layer's kernel). vLLM's row is the same shape with its dummy weights.
+every row is written as a line of JSON when it is found: `speed` in tokens a second of all sequences; for the first
+batch `kernels`, the microseconds a step that each takes; and `products`, the GB/s of weights that those of few rows
+read by the block of a program ("own": the layer's kernel). vLLM's row is the same shape with its dummy weights.
 """
 
 from __future__ import annotations
