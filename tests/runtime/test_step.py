@@ -154,7 +154,9 @@ def test_the_server_decodes_by_the_same_step(plain_folder: Path, windows: torch.
     assert sum(same) > 0.8 * len(same)  # bfloat16 may settle a tie another way
 
 
-def test_a_gpu_without_a_step_of_the_models_own_records_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_cannot_record_a_step_records_transformers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, made = make("Llama"), []
     monkeypatch.setattr(type(model), "device", torch.device("cuda"), raising=False)
 
@@ -172,3 +174,4 @@ def test_a_gpu_without_a_step_of_the_models_own_records_transformers(monkeypatch
     monkeypatch.setattr(decode, "Stepping", Broken)
     monkeypatch.setattr(decode, "Static", Fine)
     assert decode.decoder(model, 1, 4, 4, step=object()) is made[0]
+    assert "could not be recorded: RuntimeError: a kernel that no card has" in capsys.readouterr().err
