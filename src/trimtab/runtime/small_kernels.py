@@ -24,7 +24,6 @@ from trimtab.runtime import formats, paged
 from trimtab.runtime.paged import Pass
 
 
-
 @dataclass(frozen=True)
 class Angles:
     """The cosines and sines of rotary embeddings (Su et al. 2021, arXiv 2104.09864), [P, D] each: halves turn."""
