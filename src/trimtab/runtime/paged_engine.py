@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import InputError
 from trimtab.recipe import Engine as Settings
-from trimtab.runtime import fewer_kernels, gpu_memory, head, paged, replay, sampling
+from trimtab.runtime import fewer_kernels, gpu_memory, head, paged, replay, sampling, step
 from trimtab.runtime.assemble import assemble
 from trimtab.runtime.blocks import BlockPool
 from trimtab.runtime.checkpoint import load_tokenizer
@@ -97,12 +97,14 @@ class PagedEngine:
         with gpu_memory.part("weights", self.device):
             self.model = assemble(self.folder, self.device, kv_cache)
         head.check(self.model)
+        own = None
         if self.device.type == "cuda":
             fewer_kernels.fuse_norms(self.model)
+            own = step.build(self.model, settings.max_seq_len)
         self.body, self.head = self.model.base_model, self.model.get_output_embeddings()
         blocks = blocks or self._affordable_blocks(block_size)
         with gpu_memory.part("KV cache", self.device):
-            self.cache = PagedKVCache(self.model, blocks, block_size)
+            self.cache = PagedKVCache.for_model(self.model, blocks, block_size)
         paged.use_paged_attention(self.model)
         self.pool = BlockPool(blocks, block_size)
         limits = (settings.max_batch_size, settings.max_num_tokens)
@@ -110,7 +112,7 @@ class PagedEngine:
         self.counts = Counts()
         ends = self.model.generation_config.eos_token_id
         self.ends = frozenset([ends] if isinstance(ends, int) else ends or [])
-        self._replays = replay.Replays(self._logits, self.cache, self.device)
+        self._replays = replay.Replays(own or self._logits, self.cache, self.device)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
