@@ -47,8 +47,8 @@ class Shape:
         width = max(WIDTH, _power_of_2(max(len(item.blocks) for item in items)))
         tokens = sum(len(item.tokens) for item in items) + padding
         if all(len(item.tokens) == 1 for item in items):
-            return cls.decoding(_power_of_2(tokens), width)
-        return cls.mixed(rounded_up(max(tokens, SPAN)) if tokens <= RECORDED else tokens, most, width)
+            return cls.decoding(rounded_up(tokens), width)
+        return cls.mixed(_eighths(tokens) if tokens <= RECORDED else tokens, most, width)
 
     @classmethod
     def decoding(cls, tokens: int, width: int = WIDTH) -> Shape:
@@ -116,9 +116,15 @@ def unpack(
 
 def shapes(most: int, budget: int) -> list[Shape]:
     """Returns the usual shapes of an engine that computes `most` sequences and `budget` tokens in a step."""
-    found = [Shape.decoding(1 << n) for n in range(_power_of_2(most).bit_length())]
-    sizes = {rounded_up(tokens) for tokens in range(SPAN, min(RECORDED, budget) + 1)}
-    return found + [Shape.mixed(tokens, most) for tokens in sorted(sizes)]
+    alone = sorted({rounded_up(tokens) for tokens in range(1, most + 1)})
+    mixed = sorted({_eighths(tokens) for tokens in range(2, min(RECORDED, budget) + 1)})
+    return [Shape.decoding(tokens) for tokens in alone] + [Shape.mixed(tokens, most) for tokens in mixed]
+
+
+def _eighths(tokens: int) -> int:
+    """Rounds up by less than a quarter: a prompt's tokens cost a GPU as much as they are many, unlike single ones."""
+    step = max(2 * SPAN, _power_of_2(tokens) // 8)
+    return -(-tokens // step) * step
 
 
 def _power_of_2(number: int) -> int:

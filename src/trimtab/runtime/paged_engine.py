@@ -121,8 +121,12 @@ class PagedEngine:
         blocks: int = 0,
         strategy: Strategy = "in-flight",
         timeout: float = 0.1,
+        recorded: bool = True,
     ) -> None:
         """Gives the engine another cache and other limits, and forgets what it computed; the model stays.
+
+        Args:
+            recorded: whether a GPU's steps may be recorded; the others are those of the class.
 
         Raises:
             InputError: settings that fit no sequence.
@@ -139,7 +143,7 @@ class PagedEngine:
         limits = (settings.max_batch_size, settings.max_num_tokens)
         self.scheduler = Scheduler(self.pool, *limits, strategy, settings.enable_chunked_prefill, timeout)
         self.counts = Counts()
-        self._recordings = replay.Recordings(self.device)
+        self._recordings = replay.Recordings(self.device, recorded)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

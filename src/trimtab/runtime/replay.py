@@ -48,10 +48,10 @@ def rounded_up(number: int) -> int:
 class Recordings:
     """Runs steps, recorded on a GPU: `path` says how, and on a GPU why no faster."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, wanted: bool = True):
         self._device = device
         self._graphs: dict[Hashable, tuple[torch.Tensor, torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self.records = device.type == "cuda"
+        self.records = wanted and device.type == "cuda"
         self.path = "CUDA graph" if self.records else "loop"
 
     def __call__(self, shape: Hashable, numbers: torch.Tensor, step: Callable[[torch.Tensor], torch.Tensor]):
