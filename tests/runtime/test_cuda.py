@@ -127,7 +127,7 @@ def test_a_replayed_step_gives_the_tokens_of_the_model(engine: TorchEngine, wind
 
 def test_decoding_is_replayed(engine: TorchEngine) -> None:
     assert len(engine.decode_speed(2, 8, 8, 2)) == 2
-    assert engine.decode_path == "CUDA graph"
+    assert engine.decode_path == "CUDA graph, step of its own"
 
 
 @pytest.mark.parametrize("make", [nvfp4, lambda: int4(64, 128, "W4A16_AWQ"), fp8_per_token, fp8])
@@ -142,7 +142,7 @@ def test_a_layer_can_be_captured(make: Callable[[], Quantized]) -> None:
     assert torch.equal(found, expected)
 
 
-def _tokens(decoder: decode.Static | decode.Growing, prompt: torch.Tensor) -> torch.Tensor:
+def _tokens(decoder: decode.Recorded | decode.Growing, prompt: torch.Tensor) -> torch.Tensor:
     decoder.prefill(prompt)
     return decoder.steps(24)
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,29 +11,16 @@ import torch
 from tiny import write_kv_cache
 
 from trimtab.recipe import Engine as Settings
+from trimtab.runtime import fewer_kernels
 from trimtab.runtime.paged import why_no_kernel
 from trimtab.runtime.paged_engine import PagedEngine, Request
+from trimtab.runtime.step import Step
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-#: Triton decides when it is imported whether it interprets, and other tests of this process may have imported it.
-INTERPRETS = CUDA or os.environ.get("TRITON_INTERPRET") == "1"
 BLOCKS, BLOCK, LONGEST = 40, 16, 150
-
-
-def test_in_the_interpreter() -> None:
-    """Runs this file, and the paged engine on this attention, in a process whose Triton interprets."""
-    if INTERPRETS:
-        pytest.skip("the other tests run here")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-4000:]
-
-
-needs_kernel = pytest.mark.skipif(not INTERPRETS, reason="runs in a process of its own")
 
 
 def plain(query_THD, keys_LKD, values_LKD, position, scale, window):
@@ -63,7 +47,6 @@ CASES = {
 }
 
 
-@needs_kernel
 @pytest.mark.parametrize("name", CASES)
 def test_attention_is_that_of_the_formula(name: str) -> None:
     from trimtab.runtime import paged_kernel
@@ -105,19 +88,21 @@ SETTINGS = Settings(max_seq_len=64, max_num_tokens=24, max_batch_size=3, enable_
 NEW_TOKENS = 4
 
 
-@needs_kernel
-@pytest.mark.parametrize("kind", ["none", "FP8"])
+@pytest.mark.parametrize("kind", ["none", "FP8", "none, by a step of its own"])
 def test_the_engine_gives_the_logits_of_gathered_blocks(
     plain_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """Through chunks, preemption and padding: the same tokens are fed to both, and every step's logits compared."""
     if not CUDA:
         monkeypatch.setattr("trimtab.runtime.paged_kernel.MAX_PARTS", 2)  # the interpreter runs them one by one
-    folder = plain_folder if kind == "none" else write_kv_cache(plain_folder, tmp_path, kind, 0.03, 0.03)
+    folder = plain_folder if "none" in kind else write_kv_cache(plain_folder, tmp_path, kind, 0.03, 0.03)
     prompts = [torch.arange(3, 3 + length).tolist() for length in (8, 7, 8, 30)]
     blocks = {"block_size": 8, "blocks": 5}
     engines = [PagedEngine(folder, SETTINGS, DEVICE.type, attention=a, **blocks) for a in ("kernel", "gathered")]
     assert engines[0].attention_path == "kernel"
+    if "own" in kind and not CUDA:  # where an engine has it anyway
+        fewer_kernels.fuse_norms(engines[0].model)
+        engines[0]._step = Step(engines[0].model, SETTINGS.max_seq_len)
     requests = [[Request(list(prompt), NEW_TOKENS) for prompt in prompts] for _ in engines]
     for served, some in zip(engines, requests, strict=True):
         for request in some:
@@ -141,7 +126,6 @@ def test_the_engine_gives_the_logits_of_gathered_blocks(
     assert any(request.preemptions for request in requests[0])
 
 
-@needs_kernel
 def test_a_kernel_that_computes_something_else_is_not_used(plain_folder: Path, monkeypatch) -> None:
     from trimtab.runtime import paged_kernel
 
@@ -151,7 +135,6 @@ def test_a_kernel_that_computes_something_else_is_not_used(plain_folder: Path, m
     assert re.fullmatch("its results differ by [4-6].[0-9]% from those of PyTorch's attention", why_no_kernel(model))
 
 
-@needs_kernel
 def test_a_warm_engine_serves(plain_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the padding of a static batch."""
     if not CUDA:

@@ -32,18 +32,41 @@ class PagedKVCache:
 
     What padding computes is written into that block. NVFP4 is rounded and held in 16 bits: PyTorch has no kernel
     that reads it, and two codes a byte would be unpacked at every step.
+
+    Args:
+        shapes: (K, D) of each layer.
+        algorithm: ModelOpt's name of the format, None for 16 bits.
+        scales: of keys and values, by layer.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: int, block_size: int):
-        self.block_size = block_size
-        self.algorithm = algorithm_of(model)
-        stored = torch.uint8 if self.algorithm in _CODES else torch.bfloat16
-        self._pairs, self._scales = {}, {}
-        for module in attention_layers(model):
-            self._scales[module.layer_idx] = getattr(module, "kv_cache", (None, 1.0, 1.0))[1:]
-            heads = module.k_proj.out_features // module.head_dim
-            shape = (2, blocks + 1, block_size, heads, module.head_dim)
-            self._pairs[module.layer_idx] = torch.zeros(shape, dtype=stored, device=model.device)
+    def __init__(
+        self,
+        shapes: dict[int, tuple[int, int]],
+        blocks: int,
+        block_size: int,
+        device: torch.device,
+        algorithm: str | None = None,
+        scales: dict[int, tuple[float, float]] | None = None,
+    ):
+        self.block_size, self.algorithm = block_size, algorithm
+        self._scales = scales or dict.fromkeys(shapes, (1.0, 1.0))
+        stored = torch.uint8 if algorithm in _CODES else torch.bfloat16
+        self._pairs = {
+            layer: torch.zeros((2, blocks + 1, block_size, *shape), dtype=stored, device=device)
+            for layer, shape in shapes.items()
+        }
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, blocks: int, block_size: int) -> PagedKVCache:
+        """Returns the cache of a model, in the format that its export asks for.
+
+        Raises:
+            Failure: `unsupported`, not every block has attention.
+        """
+        modules = attention_layers(model)
+        shapes = {m.layer_idx: (m.k_proj.out_features // m.head_dim, m.head_dim) for m in modules}
+        scales = {m.layer_idx: getattr(m, "kv_cache", (None, 1.0, 1.0))[1:] for m in modules}
+        return cls(shapes, blocks, block_size, model.device, algorithm_of(model), scales)
 
     @property
     def padding_slot(self) -> int:
@@ -59,6 +82,16 @@ class PagedKVCache:
     def nbytes(self) -> int:
         """Bytes of all blocks."""
         return sum(pair.nbytes for pair in self._pairs.values())
+
+    def tensors(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns a layer's keys and values, [blocks + 1, block_size, K, D] each, in the type that they are held in."""
+        keys, values = self._pairs[layer]
+        held = _CODES[self.algorithm][1] if self.algorithm in _CODES else keys.dtype
+        return keys.view(held), values.view(held)
+
+    def scales(self, layer: int) -> tuple[float, float]:
+        """Returns what a layer's stored keys, and its values, are multiplied by."""
+        return self._scales[layer]
 
     def write(self, layer: int, slots_T: torch.Tensor, keys_TKD: torch.Tensor, values_TKD: torch.Tensor) -> None:
         """Stores a layer's keys and values at slots, `block * block_size + offset`."""
@@ -76,16 +109,13 @@ class PagedKVCache:
         return found[0], found[1]
 
     def attend(
-        self, layer: int, query_THD: torch.Tensor, spans: Spans, scale: float | None, window: int | None
+        self, layer: int, query_THD: torch.Tensor, spans: Spans, scale: float | None, window: int | None = None
     ) -> torch.Tensor:
         """Returns the attention of tokens over what is stored, [T, H, D], by the kernel of `runtime.paged_kernel`."""
         from trimtab.runtime import paged_kernel  # Triton is not on every machine
 
-        keys, values = self._pairs[layer]
-        if self.algorithm in _CODES:
-            keys, values = (stored.view(_CODES[self.algorithm][1]) for stored in (keys, values))
         scale = query_THD.shape[-1] ** -0.5 if scale is None else scale
-        return paged_kernel.attend(query_THD, keys, values, spans, scale, self._scales[layer], window)
+        return paged_kernel.attend(query_THD, *self.tensors(layer), spans, scale, self._scales[layer], window)
 
     def _encode(self, x: torch.Tensor, scale: float) -> torch.Tensor:
         if self.algorithm is None:
@@ -205,7 +235,7 @@ def why_no_kernel(model: PreTrainedModel) -> str:
     It is tried on one layer against the attention that it replaces: a lone token, and a chunk of a prompt.
     """
     module = attention_layers(model)[0]
-    cache = PagedKVCache(model, blocks=4, block_size=16)
+    cache = PagedKVCache.for_model(model, blocks=4, block_size=16)
     size, device = module.head_dim, model.device
     generator = torch.Generator().manual_seed(0)
 
@@ -269,7 +299,7 @@ def _attention(
     if paged.spans:
         return paged.cache.attend(module.layer_idx, query_THD, paged.spans, scaling, sliding_window)[None], None
     start = len(paged.lengths_S)
-    parts = [_decode(module, query_THD[:start], paged, scaling, sliding_window)] if start else []
+    parts = [decode_attention(query_THD[:start], paged, module.layer_idx, scaling, sliding_window)] if start else []
     for number, chunk in enumerate(paged.chunks):
         mask = paged.chunk_mask(number, sliding_window)
         parts.append(_read_chunk(module, query_THD[start : start + chunk.count], paged, chunk, mask, scaling))
@@ -277,12 +307,12 @@ def _attention(
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 
-def _decode(
-    module: nn.Module, query_SHD: torch.Tensor, paged: Pass, scaling: float | None, window: int | None
+def decode_attention(
+    query_SHD: torch.Tensor, paged: Pass, layer: int, scaling: float | None, window: int | None
 ) -> torch.Tensor:
     """One query a sequence. The query heads that share a head of keys stand where several queries would: so keys and
     values are neither repeated for them nor need a kernel that knows of groups."""
-    keys, values = paged.cache.read(module.layer_idx, paged.tables_SW)
+    keys, values = paged.cache.read(layer, paged.tables_SW)
     sequences, heads, size = query_SHD.shape
     query_SKGD = query_SHD.reshape(sequences, keys.shape[1], -1, size)
     out = F.scaled_dot_product_attention(query_SKGD, keys, values, paged.decode_mask(window), scale=scaling)

@@ -17,6 +17,7 @@ from trimtab import progress
 from trimtab.errors import Failure, InputError
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime import fewer_kernels, gpu_memory, head, packing, paged, replay, sampling
+from trimtab.runtime import step as own_step
 from trimtab.runtime.assemble import assemble
 from trimtab.runtime.blocks import BlockPool
 from trimtab.runtime.checkpoint import load_tokenizer
@@ -25,7 +26,9 @@ from trimtab.runtime.linear import PackedLinear
 from trimtab.runtime.packing import Item, Shape
 from trimtab.runtime.paged import Chunk, PagedKVCache, Pass
 from trimtab.runtime.sampling import Chosen, Sampling
-from trimtab.runtime.scheduler import Scheduler, Sequence, Step, Strategy, Work
+from trimtab.runtime.scheduler import Scheduler, Sequence, Strategy, Work
+from trimtab.runtime.scheduler import Step as Planned
+from trimtab.runtime.step import Step
 
 #: Tokens of a block: fewer waste less at a sequence's end, more make shorter tables.
 BLOCK_SIZE = 16
@@ -104,8 +107,11 @@ class PagedEngine:
         with gpu_memory.part("weights", self.device):
             self.model = assemble(self.folder, self.device, kv_cache)
         head.check(self.model)
+        self._step: Step | None = None
+        self._positions = settings.max_seq_len
         if self.device.type == "cuda":
             fewer_kernels.fuse_norms(self.model)
+            self._step = own_step.build(self.model, self._positions)
         self.body, self.head = self.model.base_model, self.model.get_output_embeddings()
         ends = self.model.generation_config.eos_token_id
         self.ends = frozenset([ends] if isinstance(ends, int) else ends or [])
@@ -129,16 +135,19 @@ class PagedEngine:
             recorded: whether a GPU's steps may be recorded; the others are those of the class.
 
         Raises:
-            InputError: settings that fit no sequence.
+            InputError: settings that fit no sequence, or longer ones than the engine was made for.
             Failure: `does_not_fit`.
         """
+        if settings.max_seq_len > self._positions:
+            longer = f"{settings.max_seq_len} is more than {self._positions}, which the engine was made for"
+            raise InputError(f"engine.max_seq_len: {longer}; open another engine")
         self.settings = settings
         self.cache = self._recordings = None  # their memory first
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         blocks = blocks or self._affordable_blocks(block_size)
         with gpu_memory.part("KV cache", self.device):
-            self.cache = PagedKVCache(self.model, blocks, block_size)
+            self.cache = PagedKVCache.for_model(self.model, blocks, block_size)
         self.pool = BlockPool(blocks, block_size)
         limits = (settings.max_batch_size, settings.max_num_tokens)
         self.scheduler = Scheduler(self.pool, *limits, strategy, settings.enable_chunked_prefill, timeout)
@@ -257,17 +266,17 @@ class PagedEngine:
         progress.report("serve", f"attention: {found}")
         return found
 
-    def _compute(self, step: Step) -> tuple[list[Work], torch.Tensor]:
+    def _compute(self, planned: Planned) -> tuple[list[Work], torch.Tensor]:
         """Returns the works that end with a choice, and the logits for it, [n, vocabulary]."""
-        singles = [work for work in step.works if work.count == 1]
-        chunks = [work for work in step.works if work.count > 1]
-        works, padding = singles + chunks, step.padding
+        singles = [work for work in planned.works if work.count == 1]
+        chunks = [work for work in planned.works if work.count > 1]
+        works, padding = singles + chunks, planned.padding
         if self._has_kernel:
             items = [self._item(work) for work in works]
             logits = self._run(items, Shape.of(items, padding, self.settings.max_batch_size))[: len(works)]
         else:
             if chunks:
-                padding += -(step.tokens + padding) % ROUNDING
+                padding += -(planned.tokens + padding) % ROUNDING
             nobody = self.cache.padding_slot
             rows = [self._row(work) for work in singles]
             rows += [replay.Row(0, 0, nobody, [nobody // self.pool.block_size])] * padding
@@ -331,6 +340,8 @@ class PagedEngine:
     def _logits(
         self, tokens: torch.Tensor, positions: torch.Tensor, where: Pass, last: torch.Tensor | None = None
     ) -> torch.Tensor:
+        if self._step and (where.spans or not where.chunks):
+            return self._step(tokens, positions, where, last)
         hidden = self.body(input_ids=tokens, position_ids=positions, use_cache=False, paged=where).last_hidden_state[0]
         return self.head(hidden if last is None else hidden[last])
 
