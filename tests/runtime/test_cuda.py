@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from trimtab.recipe import Engine
-from trimtab.runtime import decode, formats, linear
+from trimtab.runtime import decode, formats, linear, one_row, small_kernels
 from trimtab.runtime.engine import TorchEngine
 from trimtab.runtime.formats import Layout, Quantized
 from trimtab.runtime.paged_engine import Attention, PagedEngine
+from trimtab.runtime.small_kernels import Sizes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -26,9 +28,16 @@ def int8(algo: str, input_scale: float | None = None, columns: int = 128) -> Qua
     return Quantized(Layout(algo), weight, torch.rand(OUT) * 0.01 + 0.001, given)
 
 
-def fp8() -> Quantized:
-    weight = torch.randn(OUT, 128).to(torch.float8_e4m3fn)
-    return Quantized(Layout("FP8"), weight, torch.tensor(0.02), torch.tensor(0.01))
+def fp8(columns: int = 128, by_row: bool = False) -> Quantized:
+    weight = torch.randn(OUT, columns).to(torch.float8_e4m3fn)
+    scale = torch.rand(OUT) * 0.02 + 0.01 if by_row else torch.tensor(0.02)
+    return Quantized(Layout("FP8"), weight, scale, torch.tensor(0.01))
+
+
+def triton_kernels() -> ModuleType:
+    from trimtab.runtime import triton_kernels
+
+    return triton_kernels
 
 
 def fp8_per_token() -> Quantized:
@@ -63,6 +72,7 @@ CASES = {
     "int4, 16": (lambda: int4(16), "dequantize + mm"),
     "nvfp4": (nvfp4, "dequantize + mm"),
     "fp8": (fp8, "_scaled_mm"),
+    "fp8, a scale a row": (lambda: fp8(by_row=True), "_scaled_mm"),
     "fp8_per_channel": (fp8_per_token, "_scaled_mm, row-wise"),
 }
 
@@ -145,6 +155,56 @@ def test_a_layer_can_be_captured(make: Callable[[], Quantized]) -> None:
 def _tokens(decoder: decode.Recorded | decode.Growing, prompt: torch.Tensor) -> torch.Tensor:
     decoder.prefill(prompt)
     return decoder.steps(24)
+
+
+@pytest.mark.parametrize("name", list(small_kernels.TRIALS))
+@pytest.mark.parametrize("sizes", [Sizes(32, 8, 128, 4096, 14336), Sizes(9, 3, 64, 576, 1536), Sizes(4, 2, 16, 64, 128)])
+def test_a_small_kernel_computes_what_it_replaces(name: str, sizes: Sizes) -> None:
+    function = small_kernels.adapted(triton_kernels())[name]
+    assert small_kernels.try_out(name, function, sizes, CUDA) == ""
+
+
+@needs_fp8
+def test_rounding_to_e4m3_is_pytorchs() -> None:
+    x = torch.cat([torch.linspace(-600, 600, 100_001), torch.linspace(-0.1, 0.1, 10_001)]).bfloat16().cuda()
+    factor = torch.ones(1, device=CUDA)
+    found, expected = (f(x, factor).view(torch.uint8) for f in (triton_kernels().to_e4m3, small_kernels.to_e4m3))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("columns", [256, 576])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda columns: torch.nn.Linear(columns, OUT, device=CUDA, dtype=torch.bfloat16),
+        lambda columns: linear.build(int8("W8A16", columns=columns), None, CUDA),
+        lambda columns: linear.build(int8("W8A8_SQ_PER_CHANNEL", 0.03, columns), torch.randn(OUT), CUDA),
+        pytest.param(lambda columns: linear.build(fp8(columns), None, CUDA), marks=needs_fp8),
+        pytest.param(lambda columns: linear.build(fp8(columns, by_row=True), None, CUDA), marks=needs_fp8),
+    ],
+    ids=["bf16", "int8_wo", "int8_sq", "fp8", "fp8, by row"],
+)
+@torch.inference_mode()
+def test_every_block_computes_the_product_of_one_row(make: Callable[[int], torch.nn.Module], columns: int) -> None:
+    torch.manual_seed(0)
+    (members,) = one_row.by_shape([make(columns) for _ in range(3)])
+    found = one_row.measure(members)
+    assert set(found) == {None, *one_row.BLOCKS}
+    assert all(0 < seconds < 1 for seconds in found.values())
+
+
+@torch.inference_mode()
+def test_a_step_of_the_engines_own_gives_the_tokens_of_the_model(engine: TorchEngine, windows: torch.Tensor) -> None:
+    prompt = windows[:, :8].cuda()
+    assert engine._step
+    assert engine._step.kernels.attend is not small_kernels.attend
+    stepping = decode.Stepping(engine._step, engine.model, *prompt.shape, 40)
+    launched = _tokens(stepping, prompt)
+    stepping.capture()
+    assert torch.equal(_tokens(stepping, prompt), launched)
+    assert torch.equal(_tokens(stepping, prompt), launched)  # a second run begins anew
+    plain = _tokens(decode.Growing(engine.model), prompt)
+    assert (launched == plain).float().mean() > 0.8  # a tie may fall otherwise
 
 
 @pytest.mark.parametrize("attention", ["kernel", "gathered"])

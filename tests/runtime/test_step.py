@@ -117,7 +117,7 @@ def test_a_model_that_computes_something_else_has_none(capsys: pytest.CaptureFix
 def test_products_of_one_row_are_used_for_one_row(plain_folder: Path) -> None:
     model = assemble(plain_folder, CPU)
     fewer_kernels.fuse_norms(model)
-    layers, used = step._layers(model), []
+    layers, used = step.layers(model), []
     assert len(layers) == 2 * 4 + 1
     assert all(one_row.operands(layer) for layer in layers)
 
@@ -163,7 +163,7 @@ def test_a_gpu_without_a_step_of_the_models_own_records_transformers(monkeypatch
         def __init__(self, *_: Any):
             made.append(self)
 
-        def capture(self) -> None:
+        def capture(self, agree: Any) -> None:
             pass
 
     monkeypatch.setattr(decode, "Stepping", Broken)

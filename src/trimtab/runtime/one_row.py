@@ -45,9 +45,20 @@ def operands(layer: nn.Module) -> dict[str, Any] | None:
 
 @torch.inference_mode()
 def choose(layers: Iterable[nn.Module]) -> dict[nn.Module, Product]:
-    """Returns a faster product of one row, [1, I] -> [1, O], for those layers on a GPU that have one.
+    """Returns a faster product of one row, [1, I] -> [1, O], for those layers on a GPU that have one."""
+    found: dict[nn.Module, Product] = {}
+    for members in by_shape(layers):
+        times = measure(members)
+        block = min(times, key=times.get)
+        if block is not None:
+            found |= {layer: _product(given, block) for layer, given in members}
+    return found
 
-    A layer that others wait for, as in tensor parallelism, keeps its own.
+
+def by_shape(layers: Iterable[nn.Module]) -> list[list[tuple[nn.Module, dict[str, Any]]]]:
+    """Returns the layers that `matvec` can stand in for, with their operands, those of one kind and shape together.
+
+    A layer that others wait for, as in tensor parallelism, keeps its own product.
     """
     kinds: dict[tuple, list[tuple[nn.Module, dict[str, Any]]]] = {}
     for layer in dict.fromkeys(layers):
@@ -55,17 +66,14 @@ def choose(layers: Iterable[nn.Module]) -> dict[nn.Module, Product]:
         if given and not layer._forward_hooks:
             key = (type(layer), given["weight_OI"].dtype, *given["weight_OI"].shape, given["bias"] is None)
             kinds.setdefault(key, []).append((layer, given))
-    found: dict[nn.Module, Product] = {}
-    for members in kinds.values():
-        if (block := fastest(members)) is not None:
-            found |= {layer: _product(given, block) for layer, given in members}
-    return found
+    return list(kinds.values())
 
 
-def fastest(members: list[tuple[nn.Module, dict[str, Any]]]) -> tuple[int, int, int] | None:
-    """Returns which of `BLOCKS` multiplies layers of one shape fastest, or None where their own product does.
+@torch.inference_mode()
+def measure(members: list[tuple[nn.Module, dict[str, Any]]]) -> dict[tuple[int, int, int] | None, float]:
+    """Returns the seconds of a product by its block, None for the layers' own.
 
-    A block that fails or computes other numbers than the first layer is left out.
+    A block that fails, or computes other numbers than the first layer, is left out.
     """
     layer, given = members[0]
     weight = given["weight_OI"]
@@ -75,20 +83,17 @@ def fastest(members: list[tuple[nn.Module, dict[str, Any]]]) -> tuple[int, int, 
     x = x.bfloat16()
     expected = layer(x).float()
     some = members[: -(-_COLD_BYTES // weight.nbytes)]
-    best, least = None, _seconds([layer for layer, _ in some], x)
+    found: dict[tuple[int, int, int] | None, float] = {None: _seconds([layer for layer, _ in some], x)}
     for block in BLOCKS:
         products = [_product(given, block) for _, given in some]
         try:
-            if (products[0](x).float() - expected).norm() > 0.01 * expected.norm():
-                continue
-            taken = _seconds(products, x)
+            if (products[0](x).float() - expected).norm() <= 0.01 * expected.norm():
+                found[block] = _seconds(products, x)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # whatever a compiler says about a card
             continue
-        if taken < least:
-            best, least = block, taken
-    return best
+    return found
 
 
 def _product(given: dict[str, Any], block: tuple[int, int, int]) -> Product:
@@ -98,7 +103,7 @@ def _product(given: dict[str, Any], block: tuple[int, int, int]) -> Product:
 
 
 def _seconds(products: list[Product], x: torch.Tensor) -> float:
-    """Returns the seconds of all products together, the least of several replays of one CUDA graph."""
+    """Returns the seconds of one of the products, in the fastest of several replays of a CUDA graph of all."""
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):
@@ -117,4 +122,4 @@ def _seconds(products: list[Product], x: torch.Tensor) -> float:
         end.record()
         end.synchronize()
         taken.append(begin.elapsed_time(end) / 1000)
-    return min(taken)
+    return min(taken) / len(products)

@@ -188,7 +188,7 @@ def build(model: PreTrainedModel, positions: int) -> Step | None:
         kernels, one = small_kernels.choose(sizes(model), model.device), {}
         if model.device.type == "cuda":
             progress.report("engine", "measuring products of one row")
-            one = one_row.choose(_layers(model))
+            one = one_row.choose(layers(model))
         step = Step(model, positions, kernels, one)
         reason = disagreement(model, step, positions)
     if reason:
@@ -197,8 +197,8 @@ def build(model: PreTrainedModel, positions: int) -> Step | None:
     return step
 
 
-def _layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers that a step multiplies with, and the head."""
+def layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Returns the layers that a step multiplies with, and the head."""
     found = [model.get_output_embeddings()]
     for module in model.base_model.modules():
         if isinstance(module, fused.Part):
