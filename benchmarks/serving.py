@@ -55,8 +55,8 @@ def main() -> int:
     parser.add_argument("--eight-billion", action="store_true", help="a random model in the shape of Llama 3 8B")
     parser.add_argument("--out", type=Path, default=Path("build/serving"), help="folder of the results")
     parser.add_argument("--batch", type=int, default=0, help="sequences at once; 64 on a GPU, 8 on a CPU")
-    parser.add_argument("--requests", type=int, default=0, help="requests of a repeat; 4 batches of them")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=0, help="requests of a repeat; 3 batches of them")
+    parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=5, help="repeats that would end later are left out")
     parser.add_argument("--attention", choices=["auto", "kernel", "gathered"], default="auto")
     parser.add_argument("--quick", action="store_true", help="a tiny model and two repeats, below a minute on a CPU")
@@ -157,8 +157,8 @@ def measure(results: Results, folder: Path, options: argparse.Namespace) -> None
 
     batch = options.batch or (64 if CUDA else 8)
     repeats = 2 if options.quick else options.repeats
-    requests = options.requests or (6 if options.quick else 4) * batch
-    lengths, longest = (Lengths(128, 512), Lengths(96, 512)), 1024
+    requests = options.requests or (6 if options.quick else 3) * batch
+    lengths, longest = (Lengths(128, 512), Lengths(64, 512)), 1024
     if not CUDA:
         lengths, longest = (Lengths(16, 64), Lengths(16, 96)), 160
     settings = Engine(

@@ -128,7 +128,8 @@ class Recorded:
     def _record(self) -> Callable[[], None]:
         """Returns what replays the step."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # NCCL's own thread may look at its events meanwhile, which forbids nothing of this one.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
         recorded = self._logits
 

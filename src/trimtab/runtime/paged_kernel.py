@@ -78,7 +78,7 @@ def attend(
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _attend(
     found, query, keys, values, spans, tables, sums, states,
     query_token, query_head, key_token, key_head, table_row,
@@ -145,7 +145,7 @@ def _attend(
         tl.store(states + 2 * at_part + 1, total, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _merge(
     found, sums, states, spans, tokens, heads, SIZE: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr
 ):
