@@ -1,10 +1,11 @@
-"""What the quality benchmarks share: texts, BLiMP's pairs, and what a model folder scores on them."""
+"""What the quality benchmarks share: their command line, texts, BLiMP's pairs, and what a model scores on them."""
 
 import argparse
 import json
 import math
 import statistics
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,36 @@ def add_arguments(parser: argparse.ArgumentParser, needs_model: bool = True) -> 
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=32, help=f"calibration windows of {LENGTH} tokens")
     parser.add_argument("--windows", type=int, default=48, help=f"test windows of {LENGTH} tokens, at most")
+
+
+def main(
+    doc: str | None,
+    what: str,
+    rows: Iterable[str],
+    quick: Sequence[str],
+    benchmark: Callable[[argparse.Namespace, Path], Any],
+) -> int:
+    """Reads the command line, runs a benchmark of many rows, and prints its figures as the last line.
+
+    Args:
+        doc: the benchmark's docstring.
+        what: the option that chooses rows; they become `options.rows`.
+        rows: the rows there are.
+        quick: those of --quick.
+        benchmark: (options, scratch folder) -> what has a `run` that returns the figures.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument(f"--{what}", dest="rows", nargs="*", choices=rows, default=list(rows))
+    parser.add_argument("--quick", action="store_true", help=f"one seed, {len(quick)} {what}, little text")
+    options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.samples, options.windows, options.pairs = 1, 2, 2, 5
+        options.rows = list(quick)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = benchmark(options, Path(folder)).run()
+    print(json.dumps(figures))
+    return 0
 
 
 class Measuring:
@@ -68,6 +99,12 @@ class Measuring:
 def blimp(rows: Sequence[dict[str, Any]]) -> float:
     """The share of pairs whose good sentence is the likelier one, mean over seeds."""
     return statistics.fmean(statistics.fmean(row["right"]) for row in rows)
+
+
+def columns(found: dict[str, Any], seconds: float, between: str = "") -> str:
+    """A measurement as the end of a line: perplexity, what the benchmark adds behind it, BLiMP and seconds."""
+    right = f"{blimp([found]):>9.4f}" if "right" in found else " " * 9
+    return f"{found['perplexity']:>12.3f}{between}{right}{seconds:>9.1f}"
 
 
 def short(found: dict[str, Any]) -> dict[str, float]:

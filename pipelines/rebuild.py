@@ -51,7 +51,8 @@ def review(
         changes: What changed.
 
     Returns:
-        Output: 'rebuild' or 'keep'. state: The state with which the baseline is measured, JSON.
+        Output: 'rebuild' or 'keep'.
+        state: The state with which the baseline is measured, JSON.
     """
     from collections import namedtuple
     from pathlib import Path

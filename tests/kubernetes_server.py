@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+
+from json_server import JsonServer
 
 
 def status(code: int, reason: str, message: str, **details: str) -> tuple[int, dict[str, Any]]:
@@ -17,7 +16,7 @@ def status(code: int, reason: str, message: str, **details: str) -> tuple[int, d
     return code, {"kind": "Status", "status": "Failure", "reason": reason, "message": message, "details": details}
 
 
-class KubernetesServer:
+class KubernetesServer(JsonServer):
     """One service, as KServe on Knative keeps it: each change of what is served is a revision.
 
     `slow`: reads of the service until a new revision is ready; None for never. `answers`: text by artifact digest, or
@@ -35,33 +34,7 @@ class KubernetesServer:
         self.applied: list[dict[str, Any]] = []
         self.asked: list[str] = []
         self._reads = 0
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *arguments: Any) -> None: ...
-
-            def _answer(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null")
-                url = urlsplit(self.path)
-                code, answer = server.answer(self.command, url.path, parse_qs(url.query), body, self.headers)
-                data = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
-                self.send_response(code)
-                self.send_header("Content-Type", "text/plain" if isinstance(answer, str) else "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            do_GET = do_POST = do_PATCH = do_DELETE = _answer
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.host = f"http://127.0.0.1:{self._http.server_port}"
-        threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+        super().__init__()
 
     def serving(self) -> dict[str, int]:
         """The share of the traffic by artifact."""

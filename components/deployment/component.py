@@ -9,6 +9,8 @@ from trimtab.components import images
 def gate(state: str, released: dsl.Output[dsl.Model]) -> str:
     """Releases the accepted artifact; fails the run when there is none or its evidence does not hold.
 
+    It reads the evidence again from the store, judges anew, and signs what it found.
+
     Args:
         state: The state after the last attempt, JSON.
         released: Names the released checkpoint, with the release's URI in its metadata.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,23 @@ from trimtab.errors import InputError
 from trimtab.runtime import checkpoint as checkpoints
 from trimtab.runtime import decode, fewer_kernels
 
-#: How tokens are drawn: from the likeliest `TOP_K`, of these from the likeliest that have `TOP_P` of the mass.
-TEMPERATURE, TOP_K, TOP_P = 1.0, 256, 0.95
+#: Tokens less likely than this are not drawn, as a small model's text loses its way by them; 3e-4 is the paper's
+#: middle value.
+LEAST_PROBABILITY = 3e-4
 #: Tokens of the recipe's text that a window begins with; at most a quarter of it.
 PROMPT_TOKENS = 16
 #: Windows generated at once, at most, and the bytes of KV cache that they may take.
 WINDOWS_AT_ONCE = {"cpu": 16, "cuda": 1024}
 CACHE_BYTES = 16 << 30
+#: Tokens of each window between two looks at the clock.
+TOKENS_BETWEEN_LOOKS = 32
+SECONDS_BETWEEN_REPORTS = 2.0
 
 
 @torch.inference_mode()
-def generate(model: str, output: str, scratch: str, parameters: dict[str, Any]) -> dict[str, float]:
+def generate(
+    model: str, output: str, scratch: str, parameters: dict[str, Any], seconds: float = math.inf
+) -> dict[str, float]:
     """Writes `generated.safetensors` with `tokens`, int32 [windows, length], which the teacher samples.
 
     Each window begins with a few tokens from one of the windows for training, never from a held-out one; without a
@@ -36,9 +43,10 @@ def generate(model: str, output: str, scratch: str, parameters: dict[str, Any]) 
 
     Args:
         parameters: `text` (a list), `length`, `generate` (tokens) and `seed` of the recipe's `distill`.
+        seconds: for sampling; the batches that are finished by then are written, possibly none.
 
     Returns:
-        windows, tokens, distinct (share of different tokens among those of the vocabulary).
+        windows, tokens, distinct (share of different tokens among those of the vocabulary), tokens_per_second.
 
     Raises:
         InputError: no text, and a tokenizer that marks no beginning or end of a document.
@@ -55,30 +63,61 @@ def generate(model: str, output: str, scratch: str, parameters: dict[str, Any]) 
     progress.report("generate", f"{count:,} windows of {length} tokens, {at_once} at once, by {decoder.path}")
     folder = Path(scratch)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = prompts.split(at_once)
-    found = []
-    for number, part in enumerate(progress.track(parts, "generate", "sampling the teacher's text", len(parts))):
+    clock = _Clock(count * length, seconds)
+    found = [torch.empty(0, length, dtype=torch.int32)]
+    for number, part in enumerate(prompts.split(at_once)):
         path = folder / f"generated-{number:05d}.safetensors"
         if not path.exists():
-            tokens = _sample(decoder, part, at_once, length, network.device, (seed << 20) + number)
+            tokens = _sample(decoder, part, at_once, length, network.device, (seed << 20) + number, clock)
+            if tokens is None:
+                progress.report("generate", f"ends after {seconds:.0f} s, before all was written")
+                break
             save_file({"tokens": tokens.int().cpu()}, path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)
         found.append(load_file(path)["tokens"])
     tokens = torch.cat(found)
     save_file({"tokens": tokens}, Path(output) / "generated.safetensors")
-    return {"windows": len(tokens), "tokens": tokens.numel(), "distinct": len(tokens.unique()) / len(tokenizer)}
+    distinct = len(tokens.unique()) / len(tokenizer)
+    return {
+        "windows": len(tokens), "tokens": tokens.numel(), "distinct": distinct, "tokens_per_second": clock.speed
+    }
+
+
+class _Clock:
+    """Tells how fast text is written, and when its time is over."""
+
+    def __init__(self, tokens: int, seconds: float):
+        self.tokens, self.started, self.told_at, self.written = tokens, time.monotonic(), 0.0, 0
+        self.ends = self.started + seconds
+
+    @property
+    def speed(self) -> float:
+        return self.written / max(time.monotonic() - self.started, 1e-9)
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() >= self.ends
+
+    def count(self, written: int) -> None:
+        self.written += written
+        if time.monotonic() - self.told_at >= SECONDS_BETWEEN_REPORTS:
+            progress.report("generate", f"{self.speed:,.0f} tokens/s", self.written, self.tokens)
+            self.told_at = time.monotonic()
 
 
 def choose(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draws a token of each row of logits, [n, V], by temperature, top-k and top-p; returns int64 [n, 1].
+    """Draws a token of each row of logits, [n, V], from those that are likely enough; returns int64 [n, 1].
 
-    Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration".
+    Nothing is sorted: a top-k of 1,024 rows of a vocabulary takes a GPU as long as a small model's whole step. The
+    token is the argmax of p / e with e exponentially distributed, which is drawn as often as it is likely.
+
+    Source: Hewitt et al. 2022, "Truncation Sampling as Language Model Desmoothing" (arXiv 2210.15191), epsilon
+    sampling; Gumbel 1954, "Statistical Theory of Extreme Values", the draw by an argmax.
     """
-    best, indices = logits.topk(min(TOP_K, logits.shape[-1]), dim=-1)
-    shares = (best.float() / TEMPERATURE).softmax(-1)
-    before = shares.cumsum(-1) - shares
-    drawn = torch.multinomial(shares.masked_fill(before >= TOP_P, 0.0), 1, generator=generator)
-    return indices.gather(-1, drawn)
+    p = logits.float().softmax(-1)
+    least = p.amax(-1, keepdim=True).clamp_max(LEAST_PROBABILITY)
+    draws = torch.empty_like(p).exponential_(generator=generator)
+    return (p / draws).masked_fill_(p < least, 0.0).argmax(-1, keepdim=True)
 
 
 def _prompts(tokenizer: Any, sources: list[str], length: int, count: int, seed: int) -> torch.Tensor:
@@ -108,11 +147,23 @@ def _windows_at_once(network: Any, length: int) -> int:
 
 
 def _sample(
-    decoder: Any, prompts: torch.Tensor, at_once: int, length: int, device: torch.device, seed: int
-) -> torch.Tensor:
-    """Returns windows [n, length] that begin with the prompts [n, tokens]; the decoder works on `at_once` of them."""
+    decoder: Any, prompts: torch.Tensor, at_once: int, length: int, device: torch.device, seed: int, clock: _Clock
+) -> torch.Tensor | None:
+    """Returns windows [n, length] that begin with the prompts [n, tokens], or None where the time is over.
+
+    The decoder works on `at_once` of them.
+    """
     generator = torch.Generator(device).manual_seed(seed)
-    full = prompts.repeat(math.ceil(at_once / len(prompts)), 1)[:at_once].to(device)
-    decoder.prefill(full)
-    sampled = decoder.steps(length - full.shape[1], lambda logits: choose(logits, generator))
-    return torch.cat([full, sampled], dim=1)[: len(prompts)]
+    parts = [prompts.repeat(math.ceil(at_once / len(prompts)), 1)[:at_once].to(device)]
+    decoder.prefill(parts[0])
+    done = parts[0].shape[1]
+    while done < length:
+        if clock.is_over:
+            return None
+        steps = min(TOKENS_BETWEEN_LOOKS, length - done)
+        parts.append(decoder.steps(steps, lambda logits: choose(logits, generator)))
+        done += steps
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        clock.count(len(prompts) * steps)
+    return torch.cat(parts, dim=1)[: len(prompts)]

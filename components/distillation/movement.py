@@ -6,8 +6,9 @@ moves away from zero and loses it as it shrinks, and one that is dropped goes on
 
 The paper fine-tunes for another task, whose gradient tells weights apart from the first step. Here an unpruned student
 is its own teacher: there is no gradient before weights are dropped, and Adam would make scores of its rounding. So
-dropping begins at once, and weights are ranked by S + a · |W| / rms(W), of the weights of that step. A small Llama at
-85 % and 400 steps: a held-out loss of 0.61 with a = 0 and the paper's warm-up, 0.26 with a = 1, 0.29 by |W| alone.
+dropping begins at once, and weights are ranked by S + a · |W| ‖x‖, the latter over the layer's root mean square, of
+the weights and inputs x of that step: what a weight adds to the layer's output, as Wanda has it, decides until training
+has told more.
 
 The hard variant drops a given share, along a cubic schedule. The soft one drops what scores below a threshold,
 sigmoid(S) < τ, and pays for scores, λ · mean(sigmoid(S)): what share that is, training finds. With |W| for a score
@@ -15,20 +16,23 @@ the same schedule is gradual magnitude pruning, which is what movement pruning i
 each by itself: all together lost more, at 85 % and at 50 %.
 
 Source: Sanh, Wolf, Rush 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning" (arXiv 2005.07683); the schedule
-is that of Zhu and Gupta 2017, "To prune, or not to prune" (arXiv 1710.01878).
+is that of Zhu and Gupta 2017, "To prune, or not to prune" (arXiv 1710.01878); |W| ‖x‖, Sun et al. 2023, "A Simple and
+Effective Pruning Approach for Large Language Models" (arXiv 2306.11695).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
-from trimtab.components.distillation import masks
+from trimtab.components.distillation import masks, processes
 from trimtab.components.distillation.reparametrization import Reparametrization
 from trimtab.recipe import MovementPruning
 from trimtab.runtime import observe
@@ -54,6 +58,11 @@ def schedule(step: int, steps: int) -> float:
     return 1.0 if step >= last else 1 - (1 - step / last) ** 3
 
 
+def _ranks_before(step: int, steps: int) -> bool:
+    """Whether masks are made anew before a step; never after the last, whose masks the student is judged by."""
+    return step < steps and (step % STEPS_BETWEEN_MASKS == 0 or step == first_final_step(steps))
+
+
 def rms(weight: torch.Tensor) -> torch.Tensor:
     """Returns the root of the mean square, a scalar; one for a matrix of zeros."""
     found = weight.square().mean().sqrt()
@@ -75,11 +84,27 @@ class _Scored(torch.autograd.Function):
 
 
 class ScoredMask(masks.Mask):
-    """A mask whose scores are learned: float32, of the weight's shape."""
+    """A mask whose scores are learned: float32, of the weight's shape.
+
+    `inputs`, float32 [in], is the sum of squares that each input of the layer was seen to have; only its proportions
+    count.
+    """
 
     def __init__(self, mask: torch.Tensor):
         super().__init__(mask)
         self.scores = nn.Parameter(torch.zeros_like(mask, dtype=torch.float32))
+        self.register_buffer("inputs", torch.zeros(mask.shape[1], dtype=torch.float32, device=mask.device))
+
+    @torch.no_grad()
+    def see(self, inputs: torch.Tensor) -> None:
+        """Counts inputs [..., in]."""
+        self.inputs += torch.linalg.vector_norm(inputs.flatten(0, -2), dim=0, dtype=torch.float32).square()
+
+    def contributions(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns what each weight [out, in] adds to the output, |W| ‖x‖, in units of their root mean square."""
+        norms = self.inputs.sqrt()
+        sizes = weight.abs().float() * torch.where(norms.any(), norms, 1.0)
+        return sizes / rms(sizes)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return _Scored.apply(weight, self.scores, self.mask)
@@ -98,6 +123,8 @@ class Movement(Reparametrization):
     def __init__(self, settings: MovementPruning):
         self.settings = settings
         self.layers: Mapping[str, nn.Linear] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._looks = False
 
     @property
     def _masks(self) -> list[masks.Mask]:
@@ -111,8 +138,10 @@ class Movement(Reparametrization):
         self.layers = observe.linears(student)
         kind = masks.Mask if self.settings.scores == "magnitude" else ScoredMask
         for layer in self._all:
-            mask = torch.ones_like(layer.weight, dtype=torch.bool)
-            parametrize.register_parametrization(layer, "weight", kind(mask))
+            mask = kind(torch.ones_like(layer.weight, dtype=torch.bool))
+            parametrize.register_parametrization(layer, "weight", mask)
+            if self.settings.sparsity and self.settings.magnitude_weight and isinstance(mask, ScoredMask):
+                self._hooks.append(layer.register_forward_pre_hook(partial(self._see, mask)))
         if self.settings.sparsity:
             self._keep_top(self._magnitudes(), self.settings.sparsity)
 
@@ -122,10 +151,12 @@ class Movement(Reparametrization):
 
     def before_step(self, step: int, steps: int) -> None:
         self.share = schedule(step, steps)
-        if step == steps or (step % STEPS_BETWEEN_MASKS and step != first_final_step(steps)):
-            return  # what the last step was trained with is what the student is judged by
+        self._looks = _ranks_before(step + 1, steps)
+        if not _ranks_before(step, steps):
+            return
         with torch.no_grad():
             if self.settings.sparsity:
+                processes.average([mask.inputs for mask in self._masks if isinstance(mask, ScoredMask)])
                 self._keep_top(self._ranks(), self.share * self.settings.sparsity)
             else:
                 self._keep_above(self.share * THRESHOLD)
@@ -139,6 +170,11 @@ class Movement(Reparametrization):
     def is_settled(self, step: int, steps: int) -> bool:
         """The last of the schedule's masks is in place: earlier students are better and not sparse enough."""
         return step > first_final_step(steps)
+
+    def finish(self, student: nn.Module) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        super().finish(student)
 
     def measures(self) -> dict[str, float]:
         kept = sum(int(mask.mask.sum()) for mask in self._masks)
@@ -155,7 +191,13 @@ class Movement(Reparametrization):
         if self.settings.scores == "magnitude":
             return self._magnitudes()
         weight = self.settings.magnitude_weight
-        return (s + weight * m / rms(m) for s, m in zip(self._scores(), self._magnitudes(), strict=True))
+        stored = (layer.parametrizations.weight.original.detach() for layer in self._all)
+        return (mask.scores + weight * mask.contributions(w) for mask, w in zip(self._masks, stored, strict=True))
+
+    def _see(self, mask: ScoredMask, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Watches what a layer reads in the steps before masks are made anew; others are much the same."""
+        if self._looks and layer.training:
+            mask.see(inputs[0])
 
     def _keep_top(self, scores: Iterable[torch.Tensor], sparsity: float) -> None:
         for mask, score in zip(self._masks, scores, strict=True):

@@ -19,6 +19,8 @@ from trimtab.components.distillation.optimization import Optimizer
 
 #: Seconds of training for each second that a checkpoint takes: a kill costs as much, of any size of model.
 TRAINING_OVER_SAVING = 20
+#: What is expected of the disk before the first was saved.
+BYTES_A_SECOND = 1e9
 
 
 @dataclass
@@ -45,7 +47,8 @@ class Checkpoint:
     def __init__(self, folder: Path, student: nn.Module, optimizer: Optimizer):
         self.path, self.best_path = folder / "training.safetensors", folder / "best.safetensors"
         self.student, self.optimizer = student, optimizer
-        self.saved_at, self.took = time.monotonic(), 0.0
+        masters = sum(master.nbytes for _, master in optimizer.pairs)  # beside two moments each
+        self.saved_at, self.took = time.monotonic(), 3 * masters / BYTES_A_SECOND
 
     @property
     def is_due(self) -> bool:

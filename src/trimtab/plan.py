@@ -336,9 +336,8 @@ def _lower_cost(kit: _Kit) -> Iterator[_Candidate]:
     rungs = [*kit.eight_bits(), kit.quantized("int4_awq"), *kit.students(kv=True), *kit.safest()]
     for recipe, why in rungs:
         smaller = _smaller_gpu(recipe, kit)
-        form = recipe.quantize.format if recipe.quantize else "bf16"
         # INT4 is slow at the batches that cost little: it is here only when it makes a smaller GPU enough.
-        if form == "int4_awq" and kit.eights and not (smaller and not _smaller_gpu(rungs[0][0], kit)):
+        if recipe.weight_format == "int4_awq" and kit.eights and not (smaller and not _smaller_gpu(rungs[0][0], kit)):
             continue
         yield recipe, f"{why}; {smaller}" if smaller else why
 

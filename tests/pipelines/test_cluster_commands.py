@@ -74,7 +74,7 @@ def test_a_version_is_uploaded_once(server, capsys):
 def test_another_was_quicker(server, capsys):
     """The version appears between the question and the upload: a conflict, and no error."""
     trimtab(capsys, "upload")
-    answer, asked = server.answer, []
+    answer, asked = server.reply, []
 
     def late(method: str, path: str, query: dict[str, str], sent: Any) -> tuple[int, Any]:
         if method == "GET" and "versions" in path and not asked:
@@ -82,7 +82,7 @@ def test_another_was_quicker(server, capsys):
             return 200, {}
         return answer(method, path, query, sent)
 
-    server.answer = late
+    server.reply = late
     assert trimtab(capsys, "upload")[0] == 0
     assert asked and len(server.kept["versions"]) == 1
 
@@ -257,12 +257,12 @@ def test_a_lost_connection_is_tried_again(server, package, capsys, monkeypatch):
 
 def test_what_must_not_happen_twice_is_not_tried_again(server, capsys):
     trimtab(capsys, "upload")
-    answer = server.answer
+    answer = server.reply
 
     def broken(method: str, path: str, query: dict[str, str], sent: Any) -> tuple[int, Any]:
         return (503, {"message": "busy"}) if (method, path) == ("POST", "runs") else answer(method, path, query, sent)
 
-    server.answer = broken
+    server.reply = broken
     code, said = trimtab(capsys, "submit", *RUN)
     assert (code, "cannot start a run" in said) == (4, True), said
     assert [path for method, path, _ in server.requests if (method, path) == ("POST", "runs")] == ["runs"]

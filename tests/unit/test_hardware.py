@@ -83,7 +83,7 @@ def test_formats(name, backend, formats, kv_caches):
 
 @pytest.mark.parametrize("capability", [(12, 0), (12, 1)])
 def test_consumer_blackwell_has_no_nvfp4_kv_cache(capability):
-    served = hardware._gpu("consumer", 32, 1792, capability).kv_caches
+    served = hardware.gpu("consumer", 32, 1792, capability).kv_caches
     assert served == {"torch": ("none",), "trtllm": ("none", "fp8"), "trtllm-legacy": ("none", "fp8"),
                       "vllm": ("none", "fp8")}  # fmt: skip
 

@@ -30,16 +30,10 @@ FILES = {"config.json": b"{}", "empty": b"", "a/b/c/weights.bin": random.Random(
 KEY = "ab" * 32
 
 
-@pytest.fixture(params=["folder", "s3"])
-def store(request, tmp_path, monkeypatch):
-    """An empty store and an empty cache; subprocesses find both through the environment."""
-    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
-    if request.param == "folder":
-        return open_store(str(tmp_path / "store"))
-    server = request.getfixturevalue("s3_server")
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    return open_store(f"s3://{server.bucket}/{uuid.uuid4().hex}/deep")
+@pytest.fixture
+def store(both):
+    """Every case is one of a folder and one of S3."""
+    return both
 
 
 def is_local(store) -> bool:

@@ -89,6 +89,16 @@ class Recipe(Document):
         return self
 
     @property
+    def weight_format(self) -> str:
+        """The format that weights are stored in; bf16 where the recipe does not quantize."""
+        return self.quantize.format if self.quantize else "bf16"
+
+    @property
+    def kv_cache_format(self) -> str:
+        """The format of the KV cache; none, for 16 bits, where the recipe does not quantize."""
+        return self.quantize.kv_cache if self.quantize else "none"
+
+    @property
     def keeps_zeros(self) -> bool:
         """Whether distillation gets a sparse student, and must leave its zeros alone."""
         return isinstance(self.prune, SparsePruning)

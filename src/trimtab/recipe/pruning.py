@@ -142,8 +142,9 @@ class MovementPruning(Document):
     """Zeroes weights while distillation trains: those whose learned scores are lowest in their layer (unstructured).
 
     `sparsity` is the share of zeros in the end. The soft variant has a `penalty` on the scores in its place, and
-    finds the share. `magnitude_weight` is what a weight's size, over that of its layer, counts beside its score; the
-    paper has 0. With `scores: magnitude` the smallest weights of the moment go: gradual magnitude pruning.
+    finds the share. `magnitude_weight` is what a weight's size times its input's, over that of its layer, counts beside
+    its score; the paper has 0. With `scores: magnitude` the smallest weights of the moment go: gradual magnitude
+    pruning.
 
     Example::
 

@@ -140,8 +140,9 @@ class Recorded:
         return replay
 
     def _trial(self, prompt: torch.Tensor) -> torch.Tensor:
+        """Logits behind given tokens: of a thousand rows, some have two likeliest tokens, and either may be taken."""
         self.prefill(prompt)
-        self.steps(_TRIAL[1])
+        self.steps(_TRIAL[1], lambda _: prompt[:, :1])
         return self._logits.float().clone()
 
     def _step(self) -> None:

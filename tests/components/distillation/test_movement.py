@@ -93,6 +93,25 @@ def test_what_is_kept(settings, first_is_kept):
     assert [name for name, _ in network.named_parameters()] == ["layers.0.weight", "layers.1.weight"]
 
 
+def test_a_weight_counts_as_much_as_it_adds_to_the_output():
+    """Ones in every place, and inputs that grow: the larger half of the inputs stays, whatever the weights say."""
+    network, change = attached(first=torch.ones(4, 8), second=torch.ones(4, 8), sparsity=0.5)
+    inputs = torch.arange(1.0, 9).expand(2, 3, 8)
+    for step in range(71):
+        change.before_step(step, 100)
+        for layer in network.layers:
+            layer(inputs)
+    seen = [step for step in range(70) if (step + 1) % 8 == 0 or step == 69]
+    torch.testing.assert_close(change._masks[0].inputs, len(seen) * 6 * inputs[0, 0].square())
+    assert all(torch.equal(layer.weight[0] != 0, inputs[0, 0] > 4) for layer in network.layers)
+    network.eval()
+    change.before_step(7, 100)
+    network.layers[0](inputs)
+    assert change._masks[0].inputs[0].item() == pytest.approx(len(seen) * 6), "held-out text is not counted"
+    change.finish(network)
+    assert not any(layer._forward_pre_hooks for layer in network.layers)
+
+
 def test_only_scores_have_a_learning_rate_of_their_own():
     _, change = attached(sparsity=0.5, score_learning_rate=0.5)
     (group,) = change.parameter_groups()

@@ -75,14 +75,46 @@ def test_without_a_text_documents_are_begun(model, tmp_path):
     assert len(data.read(None, [], 32, tmp_path / "generated").heldout) == 4
 
 
+def test_what_is_finished_in_time_is_kept(model, generated, tmp_path, monkeypatch, capsys):
+    """Each look at the clock is a second later: the third batch is under way when the time is over."""
+    clock = iter(range(100))
+    monkeypatch.setattr(generation.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(generation, "SECONDS_BETWEEN_REPORTS", 0)
+    monkeypatch.setattr(generation._Clock, "speed", 7.0)
+    monkeypatch.setattr(generation, "TOKENS_BETWEEN_LOOKS", 12)
+    output = tmp_path / "some"
+    output.mkdir()
+    metrics = generation.generate(str(model), str(output), str(tmp_path / "scratch"), GENERATE, seconds=12)
+    expected = load_file(generated / "generated.safetensors")["tokens"]
+    assert metrics["windows"] == 32
+    assert torch.equal(load_file(output / "generated.safetensors")["tokens"], expected[:32])
+    told = capsys.readouterr().err
+    assert "generate: 7 tokens/s (384/1280)" in told and "ends after 12 s, before all was written" in told
+
+
+def test_no_time_at_all(model, tmp_path):
+    output = tmp_path / "none"
+    output.mkdir()
+    metrics = generation.generate(str(model), str(output), str(tmp_path / "scratch"), GENERATE, seconds=0)
+    assert metrics["windows"] == 0
+    found = data.read(load_tokenizer(model), ["builtin"], 32, output)
+    assert torch.equal(found.training, data.read(load_tokenizer(model), ["builtin"], 32).training)
+
+
 def test_tokens_are_drawn_as_often_as_they_are_likely(monkeypatch):
-    """0.5, 0.3, 0.15 and 0.05: the last lies behind 0.95 of the mass and is never drawn; nor is what top-k leaves."""
-    monkeypatch.setattr(generation, "TOP_K", 4)
-    logits = torch.tensor([0.3, 0.05, 0.5, 0.15, 1e-9]).log().expand(20_000, 5)
+    """0.5, 0.3 and 0.15 of what is left without 0.04 and 0.01, which are less than the least that is drawn."""
+    monkeypatch.setattr(generation, "LEAST_PROBABILITY", 0.05)
+    logits = torch.tensor([0.3, 0.04, 0.5, 0.15, 0.01]).log().expand(20_000, 5)
     drawn = generation.choose(logits, torch.Generator().manual_seed(0))
     shares = drawn.flatten().bincount(minlength=5) / 20_000
     expected = torch.tensor([0.3, 0, 0.5, 0.15, 0]) / 0.95
     torch.testing.assert_close(shares, expected, atol=0.015, rtol=0)
+
+
+def test_where_no_token_is_likely_the_likeliest_are_drawn(monkeypatch):
+    monkeypatch.setattr(generation, "LEAST_PROBABILITY", 0.5)
+    logits = torch.tensor([0.4, 0.4, 0.2]).log().expand(100, 3)
+    assert generation.choose(logits, torch.Generator().manual_seed(0)).unique().tolist() == [0, 1]
 
 
 def teach(model, folder, name="logits", trees=(), **settings):
