@@ -67,8 +67,8 @@ class Rows:
 
     def add(self, row: dict[str, Any]) -> None:
         if "speed" in row:
-            share = f"{row['of_limit']:>7.1%} of the limit" if "of_limit" in row else ""
-            told = f"{row['speed']:>10,.1f} tokens/s {row['milliseconds']:>8.3f} ms a step {share} {row.get('path', '')}"
+            told = f"{row['speed']:>10,.1f} tokens/s {row['milliseconds']:>8.3f} ms a step "
+            told += f"{row['of_limit']:>7.1%} of the limit, {row['path']}" if "of_limit" in row else ""
         else:
             told = row.get("error") or json.dumps(row)
         named = [str(row[key]) for key in ("engine", "format", "variant", "batch") if key in row]
@@ -113,7 +113,7 @@ def main() -> int:
 def random_model(shape: dict[str, Any], form: str, fuse: bool) -> Any:
     """Returns a Llama on the device, its layers stored in a format and joined as `assemble` joins them."""
     from accelerate import init_empty_weights
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     from trimtab.runtime import fused, linear
     from trimtab.runtime.formats import Layout
@@ -121,7 +121,7 @@ def random_model(shape: dict[str, Any], form: str, fuse: bool) -> Any:
     rotary = {"rope_type": "default", "rope_theta": 500000.0}
     config = LlamaConfig(**shape, max_position_embeddings=8192, rope_parameters=rotary)
     with init_empty_weights(include_buffers=False):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if FORMATS[form]:
         names = [name for name, m in model.base_model.named_modules(prefix="model") if isinstance(m, nn.Linear)]
         for family in fused.families(names) if fuse else [[name] for name in names]:
@@ -158,7 +158,8 @@ def random_layer(layout: Any, rows: int, columns: int) -> Any:
         scale = torch.full((rows,), 0.02 / 73, device=DEVICE)
     else:
         weight = torch.empty(rows, columns, device=DEVICE).normal_(std=80).to(storage.dtype)
-        scale = torch.full(() if layout.algo == "FP8" else (rows,), 0.02 / 80, device=DEVICE)
+        # No two layers have the same scale, as in an export: what is joined then has one a row.
+        scale = (1 + torch.rand(() if layout.algo == "FP8" else (rows,), device=DEVICE)) * 0.02 / 120
     if "input_scale" in layout.scales:
         given["input_scale"] = torch.tensor(0.02 if storage.activations == "fp8" else 0.05, device=DEVICE)
     return Quantized(layout, weight, scale, **given)

@@ -158,7 +158,9 @@ def _tokens(decoder: decode.Recorded | decode.Growing, prompt: torch.Tensor) -> 
 
 
 @pytest.mark.parametrize("name", list(small_kernels.TRIALS))
-@pytest.mark.parametrize("sizes", [Sizes(32, 8, 128, 4096, 14336), Sizes(9, 3, 64, 576, 1536), Sizes(4, 2, 16, 64, 128)])
+@pytest.mark.parametrize(
+    "sizes", [Sizes(32, 8, 128, 4096, 14336), Sizes(9, 3, 64, 576, 1536), Sizes(4, 2, 16, 64, 128)]
+)
 def test_a_small_kernel_computes_what_it_replaces(name: str, sizes: Sizes) -> None:
     function = small_kernels.adapted(triton_kernels())[name]
     assert small_kernels.try_out(name, function, sizes, CUDA) == ""

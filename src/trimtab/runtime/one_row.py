@@ -17,7 +17,9 @@ from torch import nn
 from trimtab.runtime import linear
 
 #: Outputs and inputs that a program has at a time, and its warps.
-BLOCKS = ((1, 2048, 4), (2, 1024, 4), (4, 1024, 4), (8, 512, 4), (16, 256, 4), (8, 1024, 8))
+BLOCKS = (
+    (1, 2048, 4), (2, 1024, 4), (4, 512, 4), (4, 1024, 4), (8, 512, 4), (8, 1024, 4), (16, 512, 4), (8, 1024, 8),
+)  # fmt: skip
 #: Bytes that are read before a matrix comes again: more than twice the L2 cache of an H200.
 _COLD_BYTES = 160 << 20
 _ROUNDS = 3

@@ -29,7 +29,7 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 _BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_MLP = {"gate_proj", "up_proj", "down_proj"}
 #: Rotary embeddings whose angles depend on nothing but the position.
 _ROTARY = ("default", "linear", "llama3", "yarn")
 #: Tokens of the prompts that a step is tried on, and of a block of their cache.
@@ -155,17 +155,17 @@ def refusal(model: PreTrainedModel, positions: int) -> str:
     blocks = getattr(body, "layers", None)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         return "has no list of blocks"
-    if not {name for name, _ in body.named_children()} <= {"embed_tokens", "layers", "norm", "rotary_emb"}:
+    if not _holding(body) <= {"embed_tokens", "layers", "norm", "rotary_emb"}:
         return "has more than an embedding, blocks and a norm"
     rotary = getattr(config, "rope_parameters", None) or {}
     if rotary.get("rope_type", "default") not in _ROTARY:
         return f"has rotary embeddings of type {rotary.get('rope_type')}"
     for number, block in enumerate(blocks):
-        if {name for name, _ in block.named_children()} != _BLOCK or block._forward_hooks:
+        if _holding(block) != _BLOCK or block._forward_hooks:
             return f"block {number} is built another way"
         attention, mlp = block.self_attn, block.mlp
-        extra = {name for name, _ in attention.named_children()} ^ _ATTENTION
-        if extra not in (set(), {"q_norm", "k_norm"}) or {name for name, _ in mlp.named_children()} != _MLP:
+        extra = _holding(attention) ^ _ATTENTION
+        if extra not in (set(), {"q_norm", "k_norm"}) or _holding(mlp) != _MLP:
             return f"block {number} has other layers"
         norms = (block.input_layernorm, block.post_attention_layernorm, body.norm)
         if not all(isinstance(norm, FusedRMSNorm) for norm in norms):
@@ -175,9 +175,15 @@ def refusal(model: PreTrainedModel, positions: int) -> str:
         window = getattr(attention if hasattr(attention, "sliding_window") else config, "sliding_window", None)
         if window and window < positions:
             return f"block {number} looks at {window} tokens alone"
-        if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
-            return f"block {number} has the activation {type(mlp.act_fn).__name__}"
+        activation = type(getattr(mlp, "act_fn", None)).__name__
+        if activation not in ("SiLU", "SiLUActivation"):
+            return f"block {number} has the activation {activation}"
     return ""
+
+
+def _holding(module: nn.Module) -> set[str]:
+    """Names of a module's parts that hold numbers."""
+    return {n for n, m in module.named_children() if [*m.parameters(), *m.buffers()]}
 
 
 @torch.inference_mode()

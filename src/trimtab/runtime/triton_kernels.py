@@ -241,16 +241,16 @@ def attend(
 
 @triton.jit
 def _matvec(
-    x, weight, scale, to_codes, bias, y,
-    rows: tl.constexpr, columns: tl.constexpr, ROUND: tl.constexpr, BY_COLUMN: tl.constexpr, SCALED: tl.constexpr,
-    BIASED: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
+    x, weight, scale, to_codes, bias, y, rows, columns,
+    ROUND: tl.constexpr, BY_COLUMN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr,
+    OUT: tl.constexpr, IN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * OUT + tl.arange(0, OUT)
     start = row.to(tl.int64)[:, None] * columns
     sums = tl.zeros([OUT, IN], tl.float32)
     for begin in range(0, columns, IN):
         column = begin + tl.arange(0, IN)
-        if columns % IN == 0 and rows % OUT == 0:
+        if EVEN:
             value = tl.load(x + column).to(tl.float32)
             w = tl.load(weight + start + column[None, :], eviction_policy="evict_first")
         else:
@@ -302,8 +302,9 @@ def matvec(
     scaled = "" if scale is None else "once" if scale.numel() == 1 else "by row"
     given = [x_1I if tensor is None else tensor for tensor in (scale, to_codes, bias)]
     _matvec[(triton.cdiv(rows, outputs),)](
-        x_1I, weight_OI, *given, y_1O,
-        rows=rows, columns=columns, ROUND=rounding, BY_COLUMN=to_codes is not None and to_codes.numel() > 1,
-        SCALED=scaled, BIASED=bias is not None, OUT=outputs, IN=inputs, num_warps=warps,
+        x_1I, weight_OI, *given, y_1O, rows, columns,
+        ROUND=rounding, BY_COLUMN=to_codes is not None and to_codes.numel() > 1, SCALED=scaled,
+        BIASED=bias is not None, EVEN=rows % outputs == 0 and columns % inputs == 0,
+        OUT=outputs, IN=inputs, num_warps=warps,
     )  # fmt: skip
     return y_1O
