@@ -59,6 +59,9 @@ def main(
     recorder = Recorder(record) if record else None
     progress.report("serve", f"loading {folder}")
     engine = PagedEngine(folder, settings, device, strategy=strategy)
+    if engine.attention_path == "kernel":
+        progress.report("serve", "recording the usual steps")  # else the first clients would wait for it
+        engine.warm_up(settings.max_seq_len)
     server = Server(engine, name, recorder)
     host, port = listening.getsockname()[:2]
     cache = f"{engine.pool.blocks * engine.pool.block_size:,} tokens of KV cache in {engine.cache.storage}"
