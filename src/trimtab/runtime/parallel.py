@@ -36,8 +36,8 @@ from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.formats import Layout
 
 _SPLIT = ("colwise", "rowwise")
-#: Of transformers' styles, what needs nothing at inference: norms of a head, which every rank has.
-_WHOLE = ("replicated_with_grad_allreduce",)
+#: Of transformers' styles, those of what every rank has whole: norms of a head, and the embedding.
+_WHOLE = ("replicated_with_grad_allreduce", "embedding_rowwise")
 
 
 @dataclass(frozen=True)
