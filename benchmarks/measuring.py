@@ -1,12 +1,15 @@
-"""What the quality benchmarks share: texts, BLiMP's pairs, and what a model folder scores on them."""
+"""What the quality benchmarks share: their command line, texts, BLiMP's pairs, and what a model scores on them."""
 
 import argparse
 import json
 import math
 import statistics
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from trimtab.recipe import Engine
 from trimtab.runtime import text
@@ -25,6 +28,36 @@ def add_arguments(parser: argparse.ArgumentParser, needs_model: bool = True) -> 
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=32, help=f"calibration windows of {LENGTH} tokens")
     parser.add_argument("--windows", type=int, default=48, help=f"test windows of {LENGTH} tokens, at most")
+
+
+def main(
+    doc: str | None,
+    what: str,
+    rows: Iterable[str],
+    quick: Sequence[str],
+    benchmark: Callable[[argparse.Namespace, Path], Any],
+) -> int:
+    """Reads the command line, runs a benchmark of many rows, and prints its figures as the last line.
+
+    Args:
+        doc: the benchmark's docstring.
+        what: the option that chooses rows; they become `options.rows`.
+        rows: the rows there are.
+        quick: those of --quick.
+        benchmark: (options, scratch folder) -> what has a `run` that returns the figures.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument(f"--{what}", dest="rows", nargs="*", choices=rows, default=list(rows))
+    parser.add_argument("--quick", action="store_true", help=f"one seed, {len(quick)} {what}, little text")
+    options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.samples, options.windows, options.pairs = 1, 2, 2, 5
+        options.rows = list(quick)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = benchmark(options, Path(folder)).run()
+    print(json.dumps(figures))
+    return 0
 
 
 class Measuring:
@@ -54,20 +87,33 @@ class Measuring:
 
     def score(self, engine: Any) -> dict[str, Any]:
         """Returns the perplexity of a model in an engine, and `right`, 1 or 0 for each pair of BLiMP."""
-        windows = text.windows(engine.tokenizer, self._test, LENGTH, self.options.windows)
-        nll = engine.nll(windows)
-        found: dict[str, Any] = {"perplexity": math.exp(sum(nll) / (windows.numel() - len(windows)))}
+        windows = self.windows(engine)
+        found: dict[str, Any] = {"perplexity": math.exp(sum(engine.nll(windows)) / (windows.numel() - len(windows)))}
         if self.sentences:
-            start = [engine.tokenizer.eos_token_id]
-            tokens = [engine.tokenizer(s, add_special_tokens=False).input_ids for s in self.sentences]
-            scores = [score for score, _ in engine.loglikelihood([(start, t) for t in tokens])]
+            scores = self.likelihoods(engine)
             found["right"] = [float(good > bad) for good, bad in zip(scores[::2], scores[1::2], strict=True)]
         return found
+
+    def windows(self, engine: Any) -> torch.Tensor:
+        """Returns the test text as the engine's tokenizer has it, int64 [windows, LENGTH]."""
+        return text.windows(engine.tokenizer, self._test, LENGTH, self.options.windows)
+
+    def likelihoods(self, engine: Any) -> list[float]:
+        """Returns the nats of each sentence of BLiMP's pairs."""
+        start = [engine.tokenizer.eos_token_id]
+        tokens = [engine.tokenizer(s, add_special_tokens=False).input_ids for s in self.sentences]
+        return [score for score, _ in engine.loglikelihood([(start, t) for t in tokens])]
 
 
 def blimp(rows: Sequence[dict[str, Any]]) -> float:
     """The share of pairs whose good sentence is the likelier one, mean over seeds."""
     return statistics.fmean(statistics.fmean(row["right"]) for row in rows)
+
+
+def columns(found: dict[str, Any], seconds: float, between: str = "") -> str:
+    """A measurement as the end of a line: perplexity, what the benchmark adds behind it, BLiMP and seconds."""
+    right = f"{blimp([found]):>9.4f}" if "right" in found else " " * 9
+    return f"{found['perplexity']:>12.3f}{between}{right}{seconds:>9.1f}"
 
 
 def short(found: dict[str, Any]) -> dict[str, float]:

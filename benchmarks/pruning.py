@@ -9,7 +9,6 @@ Rows of one title have equal parameters. The last line is one JSON object.
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 import measuring
 import naive
 import torch
-from measuring import Measuring, blimp, short
+from measuring import Measuring, blimp, columns, short
 from pydantic import TypeAdapter
 
 from trimtab import shapes
@@ -63,21 +62,6 @@ ROWS |= {name: recipe for name, (recipe, _) in NAIVE.items()}
 #: They read no calibration data, so one seed tells all.
 SEEDLESS = ("magnitude 50 %", "magnitude 4:8", "magnitude 2:4") + tuple(n for n in NAIVE if not n.endswith("random"))
 QUICK = ("magnitude 50 %", "wanda 50 %")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    measuring.add_arguments(parser)
-    parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--quick", action="store_true", help="one seed, two rows, little text")
-    options = parser.parse_args()
-    if options.quick:
-        options.seeds, options.samples, options.windows, options.pairs = 1, 2, 2, 5
-        options.rows = list(QUICK)
-    with tempfile.TemporaryDirectory() as folder:
-        figures = _Benchmark(options, Path(folder)).run()
-    print(json.dumps(figures))
-    return 0
 
 
 class _Benchmark:
@@ -121,9 +105,8 @@ class _Benchmark:
         structured.write(source, choose(source, sizes, measured, torch.Generator().manual_seed(seed)), folder, scratch)
 
     def _print(self, name: str, seed: int | str, found: dict[str, Any]) -> None:
-        right = f"{blimp([found]):>9.4f}" if "right" in found else " " * 9
-        numbers = f"{found['perplexity']:>12.3f}{found['gap']:>8.3f}{right}{found['seconds']:>9.1f}"
-        print(f"{name:<28}{seed:>5}{numbers}", flush=True)
+        gap = f"{found['gap']:>8.3f}"
+        print(f"{name:<28}{seed:>5}{columns(found, found['seconds'], gap)}", flush=True)
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -135,4 +118,4 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measuring.main(__doc__, "rows", ROWS, QUICK, _Benchmark))

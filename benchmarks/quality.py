@@ -9,7 +9,6 @@ measured on a reloaded export. The last line is one JSON object.
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from typing import Any
 import measuring
 import modelopt.torch.quantization as mtq
 import torch
-from measuring import Measuring, blimp, paired, short
+from measuring import Measuring, blimp, columns, paired, short
 from modelopt.torch.export import export_hf_checkpoint
 from safetensors.torch import load_file
 
@@ -56,21 +55,6 @@ SEEDLESS = ("fp8_per_channel", "int8_wo", "int4_rtn")
 QUICK = ("int8_sq", "int4_rtn")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    measuring.add_arguments(parser)
-    parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument("--quick", action="store_true", help="one seed, three formats, little text")
-    options = parser.parse_args()
-    if options.quick:
-        options.seeds, options.samples, options.windows, options.pairs = 1, 2, 2, 5
-        options.formats = list(QUICK)
-    with tempfile.TemporaryDirectory() as folder:
-        figures = _Benchmark(options, Path(folder)).run()
-    print(json.dumps(figures))
-    return 0
-
-
 class _Benchmark:
     def __init__(self, options: argparse.Namespace, folder: Path):
         self.options, self.folder = options, folder
@@ -80,11 +64,11 @@ class _Benchmark:
         dense = self.measuring.measure(self.options.model)
         print(f"{'format':<22}{'by':<10}{'seed':>5}{'perplexity':>12}{'BLiMP':>9}{'seconds':>9}")
         self._print("dense", "", "", dense, 0.0)
-        rows: dict[str, dict[str, list[dict]]] = {name: {"ours": [], "plain": []} for name in self.options.formats}
+        rows: dict[str, dict[str, list[dict]]] = {name: {"ours": [], "plain": []} for name in self.options.rows}
         for seed in self.measuring.seeds:
             trees = self._calibrate(seed)
             plain: dict[str, dict] = {}
-            for name in self.options.formats:
+            for name in self.options.rows:
                 preset = FORMATS[name][1]
                 if name in SEEDLESS and rows[name]["ours"]:
                     continue
@@ -97,7 +81,7 @@ class _Benchmark:
 
     def _calibrate(self, seed: int) -> tuple[Path, Path, Path]:
         """The measurements of one seed: statistics, and Gram matrices and sensitivity where a format needs them."""
-        wanted = [_settings(name) for name in self.options.formats]
+        wanted = [_settings(name) for name in self.options.rows]
         folders = tuple(self.folder / f"{what}-{seed}" for what in ("calibration", "gram", "sensitivity"))
         for folder in folders:
             folder.mkdir()
@@ -170,8 +154,7 @@ class _Benchmark:
         return found
 
     def _print(self, name: str, by: str, seed: int | str, found: dict[str, Any], seconds: float) -> None:
-        right = f"{blimp([found]):>9.4f}" if self.measuring.sentences else " " * 9
-        print(f"{name:<22}{by:<10}{seed:>5}{found['perplexity']:>12.3f}{right}{seconds:>9.1f}", flush=True)
+        print(f"{name:<22}{by:<10}{seed:>5}{columns(found, seconds)}", flush=True)
 
 
 def _settings(name: str) -> Quantization:
@@ -179,4 +162,4 @@ def _settings(name: str) -> Quantization:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measuring.main(__doc__, "formats", FORMATS, QUICK, _Benchmark))

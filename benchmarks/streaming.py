@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -18,64 +17,21 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from random_model import EIGHT_BILLION, random_model
 
 from trimtab import child, progress
 from trimtab.errors import StageError
 
 WORK = "trimtab.components.quantization.work:quantize"
 FORMATS = {"fp8": {"format": "fp8", "scale_search": "max"}, "int4_rtn": {"format": "int4_rtn", "group_size": 128}}
-VOCABULARY = 128256
-#: What the hub's shards hold at most, in bytes.
-FILE_BYTES = 5 * 10**9
-#: Random numbers that all tensors are cut from, each from another place: drawing 8 billion takes longer than writing
-#: them. Coprime to every row, so that no two rows are alike.
-POOL = (1 << 24) + 3
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What tells one Llama from another: blocks, and the widths in numbers."""
-
-    blocks: int
-    hidden: int = 4096
-    intermediate: int = 14336
-    heads: int = 32
-    kv_heads: int = 8
-
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of every tensor."""
-        hidden, inner = self.hidden, self.intermediate
-        keys = hidden // self.heads * self.kv_heads
-        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
-        for number in range(self.blocks):
-            block = f"model.layers.{number}"
-            found |= {f"{block}.{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
-            for name, rows in (("q", hidden), ("k", keys), ("v", keys), ("o", hidden)):
-                found[f"{block}.self_attn.{name}_proj.weight"] = (rows, hidden)
-            found |= {f"{block}.mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
-            found[f"{block}.mlp.down_proj.weight"] = (hidden, inner)
-        return found | {"model.norm.weight": (hidden,), "lm_head.weight": (VOCABULARY, hidden)}
-
-    def config(self) -> dict[str, Any]:
-        """Returns the model's config.json."""
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "num_hidden_layers": self.blocks,
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "vocab_size": VOCABULARY,
-            "max_position_embeddings": 131072,
-            "rope_theta": 500000.0,
-            "tie_word_embeddings": False,
-            "torch_dtype": "bfloat16",
-        }
+#: Two blocks of a quarter of the width.
+QUARTER = {**EIGHT_BILLION, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 2,
+           "num_attention_heads": 8, "num_key_value_heads": 2}  # fmt: skip
 
 
 def main() -> int:
@@ -84,7 +40,7 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=32, help="blocks of the full width (32)")
     parser.add_argument("--folder", type=Path, help="an empty folder for the model, which stays there")
     arguments = parser.parse_args()
-    shape = Shape(2, 1024, 3584, 8, 2) if arguments.quick else Shape(arguments.blocks)
+    shape = QUARTER if arguments.quick else {**EIGHT_BILLION, "num_hidden_layers": arguments.blocks}
     if arguments.folder:
         arguments.folder.mkdir(parents=True, exist_ok=True)
         if any(arguments.folder.iterdir()):
@@ -96,10 +52,10 @@ def main() -> int:
     return 0
 
 
-def measure(folder: Path, shape: Shape) -> dict[str, Any]:
+def measure(folder: Path, shape: dict[str, Any]) -> dict[str, Any]:
     """Makes the model, quantizes it, prints the tables and returns their figures."""
     model, statistics = folder / "model", folder / "statistics"
-    _apart(write_model, model, shape)
+    _apart(random_model, model, shape)
     _apart(write_statistics, model, statistics)
     source = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     print(f"{source / 1e9:.2f} GB of BF16 in {len(list(model.glob('*.safetensors')))} files")
@@ -197,66 +153,13 @@ def _quantize(**arguments: Any) -> None:
     work.quantize(**arguments)
 
 
-def _apart(function: Callable[..., None], *arguments: Any) -> None:
+def _apart(function: Callable[..., object], *arguments: Any) -> None:
     """Runs a function in a process of its own: what it holds would count in the peak of processes started later."""
     process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     process.start()
     process.join()
     if process.exitcode:
         raise StageError(f"{function.__name__} ended with exit code {process.exitcode}")
-
-
-def write_model(folder: Path, shape: Shape) -> None:
-    """Writes a checkpoint of random weights, a piece of a tensor at a time, and a tokenizer of two words."""
-    import numpy as np
-    from tokenizers import Tokenizer, models
-
-    folder.mkdir()
-    drawn = np.random.default_rng(0).standard_normal(POOL, dtype=np.float32) * 0.02
-    pool = (drawn.view(np.uint32) >> 16).astype(np.uint16).tobytes()  # BF16 is the upper half of a float32
-    ones = np.full(shape.hidden, 0x3F80, np.uint16).tobytes()
-    files = list(_files(shape.tensors()))
-    weight_map, begin = {}, 0
-    for number, tensors in enumerate(files, start=1):
-        path = folder / f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        with path.open("wb") as file:
-            file.write(_header(tensors))
-            for name, dimensions in tensors.items():
-                weight_map[name] = path.name
-                left = 2 * math.prod(dimensions)
-                if len(dimensions) == 1:
-                    file.write(ones)
-                    continue
-                while left:
-                    left -= file.write(memoryview(pool)[begin : begin + left])
-                    begin = 0 if left else (begin + 2 * 1_000_003) % len(pool)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(shape.config()), encoding="utf-8")
-    Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>")).save(str(folder / "tokenizer.json"))
-
-
-def _files(tensors: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Yields what each file holds."""
-    held: dict[str, tuple[int, ...]] = {}
-    size = 0
-    for name, dimensions in tensors.items():
-        if held and size + 2 * math.prod(dimensions) > FILE_BYTES:
-            yield held
-            held, size = {}, 0
-        held[name] = dimensions
-        size += 2 * math.prod(dimensions)
-    yield held
-
-
-def _header(tensors: dict[str, tuple[int, ...]]) -> bytes:
-    entries, end = {}, 0
-    for name, dimensions in tensors.items():
-        begin, end = end, end + 2 * math.prod(dimensions)
-        entries[name] = {"dtype": "BF16", "shape": dimensions, "data_offsets": [begin, end]}
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def write_statistics(model: Path, folder: Path) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+
+from json_server import JsonServer
 
 #: What a list is called in an answer, by its path.
 LISTS = {
@@ -18,7 +17,7 @@ LISTS = {
 }
 
 
-class KfpServer:
+class KfpServer(JsonServer):
     """`kept` holds what was created; `faults` are answered first: a status with a message, or "drop"."""
 
     def __init__(self) -> None:
@@ -31,50 +30,24 @@ class KfpServer:
         self.page = ""
         #: What each further look at a run shows; the last stays.
         self.story: list[dict[str, Any]] = []
-        server = self
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+    def answer(
+        self, method: str, path: str, query: dict[str, list[str]], body: Any, headers: Any
+    ) -> tuple[int, Any] | None:
+        self.headers.append(dict(headers))
+        path = path.removeprefix("/apis/v2beta1/")
+        fault = self.faults.pop(0) if self.faults and "healthz" not in path else None
+        if fault and fault[0] == "drop":
+            return None
+        self.requests.append((method, path, body))
+        if fault:
+            status, answer = fault[0], {"message": fault[1]}
+        else:
+            status, answer = self.reply(method, path, {name: values[0] for name, values in query.items()}, body)
+        return status, self.page or answer
 
-            def log_message(self, *arguments: Any) -> None: ...
-
-            def _answer(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                server.headers.append(dict(self.headers))
-                url = urlsplit(self.path)
-                path = url.path.removeprefix("/apis/v2beta1/")
-                fault = server.faults.pop(0) if server.faults and "healthz" not in path else None
-                if fault and fault[0] == "drop":
-                    self.close_connection = True
-                    return
-                query = {name: values[0] for name, values in parse_qs(url.query).items()}
-                try:
-                    sent = json.loads(body) if body else None
-                except ValueError:
-                    sent = body.decode()
-                server.requests.append((self.command, path, sent))
-                if fault:
-                    status, answer = fault[0], {"message": fault[1]}
-                else:
-                    status, answer = server.answer(self.command, path, query, sent)
-                data = server.page.encode() or json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "text/html" if server.page else "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            do_GET = do_POST = do_DELETE = _answer
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.host = f"http://127.0.0.1:{self._http.server_port}"
-        threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-
-    def answer(self, method: str, path: str, query: dict[str, str], sent: Any) -> tuple[int, Any]:
+    def reply(self, method: str, path: str, query: dict[str, str], sent: Any) -> tuple[int, Any]:
         if path.endswith("healthz"):
             return 200, {"multi_user": self.multi_user, **({"tag_name": self.tag} if "v1beta1" in path else {})}
         if path == "pipelines/upload_version":

@@ -12,7 +12,7 @@ def build_engine(
     engine: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
 ) -> str:
-    """Loads the export in the engine that will serve it and generates from it.
+    """Makes the export servable, then loads it as validation will and lets it score and write a few tokens.
 
     Args:
         state: The state of the attempt, JSON.

@@ -19,7 +19,7 @@ def prune(
         state: The state of the attempt, JSON.
         checkpoint: The model to prune.
         calibration: What was measured of activations, for all methods but magnitude, and the tokens.
-        pruned: Names the pruned checkpoint.
+        pruned: Names the pruned checkpoint, an ordinary one of transformers.
         metrics: Parameters, share of zeros, blocks.
 
     Returns:

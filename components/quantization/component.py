@@ -13,7 +13,7 @@ def quantize(
     export: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
 ) -> str:
-    """Writes a unified Hugging Face checkpoint as ModelOpt exports it; passes the model on otherwise.
+    """Writes a unified checkpoint as ModelOpt exports it; passes the model on when the recipe does not quantize.
 
     Args:
         state: The state of the attempt, JSON.

@@ -231,7 +231,7 @@ class _Judge:
         It answers what was drawn already, nothing else, and is judged look by look as the attempt was.
         """
         recipe = self.state.recipe
-        kv_cache = recipe.quantize.kv_cache if recipe.quantize else "none"
+        kv_cache = recipe.kv_cache_format
         told = result.failure_class in verdict.KV_CACHE_SUSPECT and result.recovery is not None
         if kv_cache == "none" or not told or recipe.engine.backend not in hardware.SWITCHES_KV_CACHE:
             return result

@@ -79,7 +79,7 @@ def kv_bytes_per_token(facts: ModelFacts, recipe: Recipe) -> int:
     facts = shapes.pruned(facts, recipe.prune)
     heads = math.ceil(facts.kv_heads / recipe.engine.tensor_parallel_size)
     blocks = math.ceil(facts.layers / recipe.engine.pipeline_parallel_size)
-    each = KV_CACHE_BYTES[recipe.quantize.kv_cache if recipe.quantize else "none"]
+    each = KV_CACHE_BYTES[recipe.kv_cache_format]
     return math.ceil(2 * blocks * heads * facts.head_dim * each)
 
 

@@ -317,7 +317,8 @@ def run(names: str, state_json: str, artifact: Any, metrics: Any, shown: str = "
 
     Args:
         names: names of STAGES, separated by spaces.
-        shown: the stage whose tree the artifact stands for; the first when empty.
+        shown: the stage whose tree the artifact stands for; the first when empty. The names of the others' metrics
+            begin with their stage's, for all have seconds.
         state_json: the state as the previous stage returned it.
         artifact: KFP output artifact; gets a few kB that name the tree, so that the UI draws the lineage.
         metrics: KFP Metrics artifact, or None.
@@ -327,11 +328,13 @@ def run(names: str, state_json: str, artifact: Any, metrics: Any, shown: str = "
     """
     child.follow_run()
     state = State.parse(state_json)
+    shown = shown or names.split()[0]
     for name in names.split():
         state, result = advance(name, state)
         if metrics is not None and result:
-            log_metrics(metrics, {**result.metrics, "seconds": result.seconds, "from_store": float(result.hit)})
-    describe_tree(artifact, tree_of(STAGES[shown or names.split()[0]].output, state))
+            told = {**result.metrics, "seconds": result.seconds, "from_store": float(result.hit)}
+            log_metrics(metrics, {key if name == shown else f"{name}_{key}": value for key, value in told.items()})
+    describe_tree(artifact, tree_of(STAGES[shown].output, state))
     return state.to_json()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
@@ -18,18 +17,6 @@ from trimtab.store.garbage import collect
 KEY = "ab" * 32
 #: A month from now everything that is there is old.
 LATER = datetime.now(UTC) + timedelta(days=30)
-
-
-@pytest.fixture(params=["folder", "s3"])
-def both(request, tmp_path, monkeypatch):
-    """An empty store of either kind and an empty cache."""
-    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
-    if request.param == "folder":
-        return open_store(str(tmp_path / "store"))
-    server = request.getfixturevalue("s3_server")
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    return open_store(f"s3://{server.bucket}/{uuid.uuid4().hex}")
 
 
 @pytest.fixture

@@ -63,12 +63,12 @@ W4A8 = {"w4a8_awq"}
         ("a100-80", "torch", AMPERE, set()),
         ("a100-80", "trtllm", CASTS | INT4, {"fp8"}),
         ("a100-80", "trtllm-legacy", CASTS | INT4 | {"int8_wo", "int8_sq"}, {"int8"}),
-        ("a100-80", "vllm", CASTS, set()),
+        ("a100-80", "vllm", CASTS | INT4, set()),
         ("l4", "trtllm", CASTS | INT4 | W4A8 | {"fp8"}, {"fp8"}),
         ("h100", "torch", AMPERE | FP8, set()),
         ("h100", "trtllm", CASTS | INT4 | W4A8 | FP8, {"fp8"}),
         ("h100", "trtllm-legacy", CASTS | INT4 | W4A8 | {"fp8", "int8_wo", "int8_sq"}, {"fp8", "int8"}),
-        ("h100", "vllm", CASTS | {"fp8"}, {"fp8"}),
+        ("h100", "vllm", CASTS | INT4 | {"fp8"}, {"fp8"}),
         ("b200", "trtllm", CASTS | INT4 | W4A8 | FP4 | {"fp8"}, {"fp8", "nvfp4"}),
         ("b200", "trtllm-legacy", CASTS | {"fp8"}, {"fp8"}),
         ("b200", "torch", AMPERE | FP8, set()),
@@ -83,7 +83,7 @@ def test_formats(name, backend, formats, kv_caches):
 
 @pytest.mark.parametrize("capability", [(12, 0), (12, 1)])
 def test_consumer_blackwell_has_no_nvfp4_kv_cache(capability):
-    served = hardware._gpu("consumer", 32, 1792, capability).kv_caches
+    served = hardware.gpu("consumer", 32, 1792, capability).kv_caches
     assert served == {"torch": ("none",), "trtllm": ("none", "fp8"), "trtllm-legacy": ("none", "fp8"),
                       "vllm": ("none", "fp8")}  # fmt: skip
 

@@ -303,6 +303,15 @@ def test_run_of_several_stages_may_name_the_tree_of_another(state, worked, tmp_p
     assert json.loads((tmp_path / "artifact").read_text()) == after.trees["checkpoint"].model_dump()
 
 
+def test_run_of_several_stages_tells_their_metrics_apart(state, worked, tmp_path):
+    logged = {}
+    artifact = SimpleNamespace(path=str(tmp_path / "artifact"), metadata={})
+    metrics = SimpleNamespace(log_metric=logged.__setitem__)
+    before = state("quantize: {format: mixed, effective_bits: 6}").to_json()
+    stages.run(" ".join(TASKS["recalibrate"]), before, artifact, metrics)
+    assert [name for name in logged if name.endswith("seconds")] == ["seconds", "gram_seconds", "sensitivity_seconds"]
+
+
 def test_run_of_a_pass_through_names_its_input(state, tmp_path):
     artifact = SimpleNamespace(path=str(tmp_path / "artifact"), metadata={})
     before = state("{}")

@@ -13,6 +13,8 @@ from trimtab.verdict import Interval
 
 #: Width and height of a scatter, and its margins, in SVG units (about a CSS pixel).
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 540, 330, 58, 18, 16, 48
+#: Half the width of a character, and the height of a line, in the larger letters of a telephone.
+CHARACTER, LINE = 5.0, 17
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,9 @@ def _grid(across: Axis, up: Axis, x: Dimension, y: Dimension, arrow: bool = True
         parts.append(_line(LEFT, up(tick), WIDTH - RIGHT, up(tick), "grid"))
         parts.append(_text(_tick(tick, up), LEFT - 8, up(tick) + 4, "tick", text_anchor="end"))
     for tick in across.ticks():
-        parts.append(_text(_tick(tick, across), across(tick), HEIGHT - BOTTOM + 19, "tick", text_anchor="middle"))
+        text = _tick(tick, across)
+        place = min(across(tick), WIDTH - CHARACTER * len(text))  # a long number stays within the picture
+        parts.append(_text(text, place, HEIGHT - BOTTOM + 19, "tick", text_anchor="middle"))
     parts.append(_line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "axis"))
     sideways = f"← {x.name}, less is better" if x.less_is_better else f"{x.name}, more is better →"
     sideways = sideways if arrow else x.name
@@ -186,7 +190,7 @@ def _grid(across: Axis, up: Axis, x: Dimension, y: Dimension, arrow: bool = True
 
 def _limit(place: float, limit: float, y: Dimension, taken: list[Box]) -> Markup:
     """Draws the limit and names it where the name covers no point; its box joins `taken`."""
-    half = 41.0
+    half = 48.0
     spots = [(x, place + rise) for x in (WIDTH - RIGHT - half, LEFT + half) for rise in (-9, 11)]
     spot = _free([s for s in spots if TOP <= s[1] <= HEIGHT - BOTTOM - 8] or spots, half, taken)
     words = f"{'at most' if y.less_is_better else 'at least'} {fraction(limit)}"
@@ -196,7 +200,7 @@ def _limit(place: float, limit: float, y: Dimension, taken: list[Box]) -> Markup
 
 def _free(spots: Sequence[tuple[float, float]], half: float, taken: list[Box]) -> tuple[float, float]:
     """Returns the first spot where a label of half the width `half` covers nothing (or the first), and takes it."""
-    free = (s for s in spots if all(abs(s[0] - x) > half + w or abs(s[1] - y) > 13 for x, y, w in taken))
+    free = (s for s in spots if all(abs(s[0] - x) > half + w or abs(s[1] - y) >= LINE for x, y, w in taken))
     spot = next(free, spots[0])
     taken.append((*spot, half))
     return spot
@@ -238,10 +242,13 @@ def _labels(points: Sequence[Point], across: Axis, up: Axis, taken: list[Box]) -
     """Places each label beside its point, where it covers no other point and no other label."""
     parts = []
     for point in points:
-        x, y, half = across(point.x), up(point.y.estimate), 4.0 * len(point.label)
-        spots = [(x + side * (9 + half), y + rise) for rise in (0, -15, 15, -28, 28) for side in (1, -1)]
+        x, y, half = across(point.x), up(point.y.estimate), CHARACTER * len(point.label)
+        rises = sorted((LINE * step for step in range(-5, 6)), key=abs)
+        spots = [(x + side * (9 + half), y + rise) for rise in rises for side in (1, -1)]
         inside = [s for s in spots if LEFT + half <= s[0] <= WIDTH - RIGHT - half and TOP <= s[1] <= HEIGHT - BOTTOM]
         left, middle = _free(inside or spots, half, taken)
+        if abs(middle - y) > LINE:
+            parts.append(_line(x, y, left - math.copysign(half, left - x), middle, "leader"))
         parts.append(_text(point.label, left, middle + 5, "label", text_anchor="middle"))
     return parts
 

@@ -8,9 +8,9 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from trimtab.errors import InputError, StoreError
 from trimtab.store.transfer import Meter, changed, chunks, explained, pump, settle
@@ -43,35 +43,19 @@ class LocalBack:
 
     def size(self, key: str) -> int | None:
         """Returns an object's bytes, None when it is absent."""
-        with explained(f"{key} in {self.uri}"):
-            try:
-                return (self.root / key).stat().st_size
-            except FileNotFoundError:
-                return None
+        return self._unless_absent(key, lambda path: path.stat().st_size, None)
 
     def read(self, key: str) -> bytes | None:
         """Returns a small object's content, None when it is absent."""
-        with explained(f"{key} in {self.uri}"):
-            try:
-                return (self.root / key).read_bytes()
-            except FileNotFoundError:
-                return None
+        return self._unless_absent(key, Path.read_bytes, None)
 
     def names(self, folder: str) -> list[str]:
         """Returns the names of the objects in a folder, sorted."""
-        with explained(f"{folder} in {self.uri}"):
-            try:
-                return sorted(os.listdir(self.root / folder))
-            except FileNotFoundError:
-                return []
+        return self._unless_absent(folder, lambda path: sorted(os.listdir(path)), [])
 
     def modified(self, key: str) -> float | None:
         """Returns when an object was written, in seconds since 1970, None when it is absent."""
-        with explained(f"{key} in {self.uri}"):
-            try:
-                return (self.root / key).stat().st_mtime
-            except FileNotFoundError:
-                return None
+        return self._unless_absent(key, lambda path: path.stat().st_mtime, None)
 
     def entries(self, folder: str) -> list[Entry]:
         """Lists all objects below a folder, in any order."""
@@ -161,11 +145,7 @@ class LocalBack:
 
     def checksum(self, key: str, size: int, meter: Meter) -> str | None:
         """Returns the SHA-256 of a blob's content, None when it is absent."""
-        with explained(f"{key} in {self.uri}"):
-            try:
-                return pump(chunks(self.root / key), None, meter.advance)[0]
-            except FileNotFoundError:
-                return None
+        return self._unless_absent(key, lambda path: pump(chunks(path), None, meter.advance)[0], None)
 
     def check(self) -> None:
         """See `Store.check`."""
@@ -179,6 +159,13 @@ class LocalBack:
                 settle(file)
         except StoreError as error:
             raise InputError(f"the store cannot be written: {error}") from None
+
+    def _unless_absent(self, key: str, read: Callable[[Path], Any], absent: Any) -> Any:
+        with explained(f"{key} in {self.uri}"):
+            try:
+                return read(self.root / key)
+            except FileNotFoundError:
+                return absent
 
     def _place(self, key: str) -> Path:
         path = self.root / key

@@ -1,4 +1,4 @@
-"""The verdict on one attempt: a statement about the candidate against the baseline, with its certainty.
+"""Judges a candidate against the baseline, by error rates that are stated here.
 
 The error rates, where items and windows are independent draws (simulated in tests/unit/test_verdict.py: a
 candidate exactly at a limit is accepted in 3 to 4 % of runs at confidence 0.95; in up to 6 % where the
@@ -20,16 +20,8 @@ differences of 16 to 48 windows are strongly skewed, which Student's t does not 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
-
 from trimtab.errors import TrimtabError
 from trimtab.recipe import Acceptance
-from trimtab.schema import Document
 from trimtab.statistics import (
     BaselineAtChance,
     Interval,
@@ -39,147 +31,10 @@ from trimtab.statistics import (
     split_alpha,
     wilson,
 )
+from trimtab.verdict.record import KV_CACHE_SUSPECT, Confirmation, Verdict
+from trimtab.verdict.scores import Scores, check_pair
 
-__all__ = [
-    "FAILURE_CLASSES",
-    "Confirmation",
-    "FailureClass",
-    "Interval",
-    "Measurements",
-    "NotPaired",
-    "Scores",
-    "Verdict",
-    "blame_kv_cache",
-    "check_gain",
-    "confirm",
-    "gain",
-    "judge",
-]
-
-FailureClass = Literal[
-    "accuracy",
-    "kv_cache_accuracy",
-    "perplexity",
-    "no_gain",
-    "export_damaged",
-    "degenerate_output",
-    "does_not_fit",
-    "unsupported",
-    "training_diverged",
-]
-FAILURE_CLASSES: tuple[str, ...] = FailureClass.__args__
-#: The classes that a quantized KV cache may be the cause of, and that judging it apart can tell.
-KV_CACHE_SUSPECT = ("accuracy", "perplexity")
 _MORE = "; more are needed"
-
-
-class NotPaired(TrimtabError):
-    """Baseline and candidate did not answer the same items in the same order."""
-
-
-class Measurements(Document):
-    """What the engine cost; 0 means not measured.
-
-    `bytes` of the artifact's files; `quantized_share` is the bytes of the quantized tensors over their bytes
-    in BF16; decode at batch 1 and throughput at batch 8, in tokens a second; the peak memory in bytes; the
-    longest context that fits the target, in tokens.
-    """
-
-    bytes: int = 0
-    quantized_share: float = 1.0
-    decode_tokens_per_second: float = 0.0
-    throughput_tokens_per_second: float = 0.0
-    peak_memory_bytes: int = 0
-    max_context_tokens: int = 0
-
-
-class Confirmation(Document):
-    """What fresh items said of an accepted attempt; interval ends have one-sided confidence `level`."""
-
-    items: int
-    windows: int
-    level: float
-    recovery: Interval | None = None
-    perplexity_ratio: Interval | None = None
-
-
-class Verdict(Document):
-    """What is said of one attempt, and the numbers it rests on.
-
-    `looks` says how often items were drawn, `items` and `windows` how many there were in all. `accuracy` and
-    `perplexity` are the candidate's; `recovery` and `perplexity_ratio` compare it with the baseline. All
-    intervals have the two-sided confidence of their look (see the module). `mcnemar_p`, for the hypothesis
-    that nothing changed, is shown and not decided on. `gain` is the relative improvement at the goal.
-    """
-
-    outcome: Literal["accepted", "rejected", "indeterminate", "baseline"]
-    failure_class: FailureClass | None = None
-    reason: str
-    looks: int = 0
-    items: int = 0
-    windows: int = 0
-    accuracy: Interval | None = None
-    recovery: Interval | None = None
-    perplexity: float | None = None
-    perplexity_ratio: Interval | None = None
-    mcnemar_p: float | None = None
-    gain: float | None = None
-    confirmed: bool = False
-    confirmation: Confirmation | None = None
-    measurements: Measurements = Measurements()
-
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """What one model scored: n items and m windows, in an order that baseline and candidate share.
-
-    Args:
-        items: scores in [0, 1], shape (n,), n >= 1.
-        chance: the score that guessing is expected to have on each item, in [0, 1), shape (n,).
-        nll: total negative log-likelihood of each window in nats, shape (m,), m >= 1.
-        tokens: tokens predicted in each window, positive, shape (m,).
-        item_ids: what identifies each item (a digest or a name), shape (n,).
-        window_ids: what identifies each window, shape (m,).
-
-    Raises:
-        TrimtabError: a wrong shape or range. A likelihood that is not finite is allowed: `judge` reports it.
-    """
-
-    items: np.ndarray
-    chance: np.ndarray
-    nll: np.ndarray
-    tokens: np.ndarray
-    item_ids: np.ndarray | Sequence[str]
-    window_ids: np.ndarray | Sequence[str]
-
-    def __post_init__(self):
-        for name in ("items", "chance", "nll", "tokens"):
-            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=float))
-        for name in ("item_ids", "window_ids"):
-            object.__setattr__(self, name, np.asarray(getattr(self, name)))
-        shapes = [getattr(self, name).shape for name in ("items", "chance", "item_ids")]
-        self._require(
-            len(set(shapes)) == 1 and len(shapes[0]) == 1 and shapes[0][0] > 0, f"items have {shapes}"
-        )
-        shapes = [getattr(self, name).shape for name in ("nll", "tokens", "window_ids")]
-        self._require(
-            len(set(shapes)) == 1 and len(shapes[0]) == 1 and shapes[0][0] > 0, f"windows have {shapes}"
-        )
-        self._require(bool(((self.items >= 0) & (self.items <= 1)).all()), "an item's score is not in [0, 1]")
-        self._require(bool(((self.chance >= 0) & (self.chance < 1)).all()), "a chance is not in [0, 1)")
-        self._require(bool((self.tokens > 0).all()), "a window has no tokens")
-
-    @property
-    def perplexity(self) -> float | None:
-        """exp(nats per token) over all windows; None if not finite."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            value = float(np.exp(self.nll.sum() / self.tokens.sum()))
-        return value if math.isfinite(value) else None
-
-    @staticmethod
-    def _require(condition: bool, what: str) -> None:
-        if not condition:
-            raise TrimtabError(f"scores cannot be judged: {what}")
 
 
 def judge(*, baseline: Scores, candidate: Scores, accept: Acceptance, look: int, looks: int = 3) -> Verdict:
@@ -208,7 +63,7 @@ def judge(*, baseline: Scores, candidate: Scores, accept: Acceptance, look: int,
     if not 1 <= look <= looks:
         raise TrimtabError(f"look {look} is not one of 1 to {looks}")
     confidence = 1 - 2 * split_alpha(1 - accept.confidence, looks)[look - 1]
-    damage = _check_pair(baseline, candidate)
+    damage = check_pair(baseline, candidate)
     n, m = len(candidate.items), len(candidate.nll)
     numbers = {
         "looks": look,
@@ -305,7 +160,7 @@ def confirm(
             }
         )
 
-    damage = _check_pair(baseline, candidate)
+    damage = check_pair(baseline, candidate)
     if damage:
         return rejected("degenerate_output", damage)
     ratio = paired_perplexity_ratio(baseline.nll, candidate.nll, candidate.tokens, 1 - 2 * alpha)
@@ -352,82 +207,6 @@ def blame_kv_cache(verdict: Verdict, kv_cache: str, apart: Verdict) -> Verdict:
         found = apart.reason.removesuffix(_MORE)
         update = {"reason": f"{verdict.reason.removesuffix(_MORE)}; the KV cache {blame} to blame: in 16 bits {found}"}
     return verdict.model_copy(update=update)
-
-
-#: For each goal: what is measured, its name in a sentence, and whether less of it is better.
-_MEASURED = {
-    "lower_latency": ("decode_tokens_per_second", "faster decoding", False),
-    "higher_throughput": ("throughput_tokens_per_second", "more throughput", False),
-    "fit_larger_model": ("bytes", "fewer bytes", True),
-    "long_context": ("max_context_tokens", "longer context", False),
-    "lower_cost": ("throughput_tokens_per_second", "more throughput", False),
-}
-
-
-def gain(goal: str, baseline: Measurements, candidate: Measurements) -> float:
-    """Returns the relative improvement at the goal: 0.25 is a quarter better, negative is worse.
-
-    More is better: candidate / baseline - 1, of decode_tokens_per_second (lower_latency),
-    throughput_tokens_per_second (higher_throughput, lower_cost) or max_context_tokens (long_context). Less is
-    better: 1 - candidate / baseline, of bytes (fit_larger_model), the share that is saved.
-
-    Raises:
-        TrimtabError: an unknown goal, or one of the two was not measured (a baseline of 0, or bytes of 0).
-    """
-    if goal not in _MEASURED:
-        raise TrimtabError(f"goal '{goal}' is unknown; valid: {', '.join(_MEASURED)}")
-    field, _, less = _MEASURED[goal]
-    before, after = getattr(baseline, field), getattr(candidate, field)
-    if before <= 0 or (less and after <= 0):
-        who = "baseline" if before <= 0 else "candidate"
-        raise TrimtabError(f"the {who}'s {field} was not measured, so there is no gain for goal '{goal}'")
-    return 1 - after / before if less else after / before - 1
-
-
-def check_gain(
-    verdict: Verdict, goal: str, accept: Acceptance, baseline: Measurements, candidate: Measurements
-) -> Verdict:
-    """Adds the measurements and the gain, and rejects an accepted verdict that gains less than `min_gain`.
-
-    Ask before `confirm`: a useless artifact needs no fresh items. A verdict that is not accepted keeps its
-    outcome, and may lack the measurements that the gain needs.
-
-    Raises:
-        TrimtabError: an accepted verdict whose gain was not measured.
-    """
-    try:
-        value = gain(goal, baseline, candidate)
-    except TrimtabError:
-        if verdict.outcome == "accepted":
-            raise
-        return verdict.model_copy(update={"measurements": candidate})
-    update: dict[str, object] = {"gain": value, "measurements": candidate}
-    if verdict.outcome == "accepted" and value < accept.min_gain:
-        words = _MEASURED[goal][1]
-        update |= {
-            "outcome": "rejected",
-            "failure_class": "no_gain",
-            "reason": f"accurate but useless for {goal}: {value:+.1%} {words}, less than the "
-            f"{accept.min_gain:.1%} asked for",
-        }
-    return verdict.model_copy(update=update)
-
-
-def _check_pair(baseline: Scores, candidate: Scores) -> str:
-    """Returns what is wrong with the candidate's likelihoods, or "" if nothing is."""
-    for what in ("item_ids", "chance", "window_ids", "tokens"):
-        ours, theirs = getattr(candidate, what), getattr(baseline, what)
-        if not np.array_equal(ours, theirs):
-            place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-            where = (
-                f"lengths {len(theirs)} and {len(ours)}" if place is None else f"first at position {place}"
-            )
-            raise NotPaired(f"baseline and candidate were not given the same items: {what} differ ({where})")
-    if not np.isfinite(baseline.nll).all():
-        raise TrimtabError("the baseline's log-likelihood is not finite: the unchanged model does not run")
-    broken = int((~np.isfinite(candidate.nll)).sum())
-    total = len(candidate.nll)
-    return f"the candidate's log-likelihood is not finite in {broken} of {total} windows" if broken else ""
 
 
 def _compare(

@@ -1,0 +1,101 @@
+"""One layer in every kernel, packed and dense, by the number of rows: where the engine's `packed_rows` come from.
+
+A product's time is that of a CUDA graph over as many copies of the layer as outgrow the cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from gpu_results import Results
+from machine import DEVICE, describe, release
+
+ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
+SHAPES = ((4096, 4096), (14336, 4096))
+#: Bytes of weights that one timed replay reads: more than twice the L2 cache of an H200.
+COLD_BYTES = 160 << 20
+
+
+@torch.inference_mode()
+def time_products(results: Results, rows: tuple[int, ...]) -> None:
+    """Adds a line for each shape and kernel."""
+    for out_features, in_features in SHAPES:
+        lines = {"bf16": lambda: dense_layer(out_features, in_features)}  # noqa: B023, called in this turn
+        for kind, path in (
+            ("Int4WeightOnlyCuda", "packed"), ("Int4WeightOnlyCuda", "dense"), ("Int8WeightOnlyCuda", "packed"),
+            ("Int8WeightOnlyCuda", "dense"), ("Fp8", "dense"), ("Fp8PerToken", "dense"), ("Int8Static", "dense"),
+        ):  # fmt: skip
+            lines[f"{kind}.{path}"] = lambda k=kind, p=path: packed_layer(k, p, out_features, in_features)  # noqa: B023
+        for name, make in lines.items():
+            line: dict[str, Any] = {"shape": f"{out_features} x {in_features}", "product": name, "microseconds": {}}
+            results.found["products"].append(line)
+            try:
+                products = make()
+                for count in rows:
+                    x = torch.randn(count, in_features, device=DEVICE, dtype=torch.bfloat16)
+                    line["microseconds"][str(count)] = round(microseconds(products, x), 1)
+            except Exception as error:
+                line["error"] = describe(error)
+            products = None
+            release()
+
+
+def dense_layer(out_features: int, in_features: int) -> list[Callable]:
+    size = 2 * out_features * in_features
+    weights = [
+        torch.randn(out_features, in_features, device=DEVICE, dtype=torch.bfloat16)
+        for _ in range(math.ceil(COLD_BYTES / size))
+    ]
+    return [lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights]
+
+
+def packed_layer(kind: str, path: str, out_features: int, in_features: int) -> list[Callable]:
+    """The products of copies of a layer whose numbers are drawn at random."""
+    from trimtab.runtime import linear
+    from trimtab.runtime.formats import Layout, Quantized
+
+    algo = {"Int4WeightOnlyCuda": "W4A16_AWQ", "Int8WeightOnlyCuda": "W8A16", "Fp8": "FP8",
+            "Fp8PerToken": "FP8_PER_CHANNEL_PER_TOKEN", "Int8Static": "W8A8_SQ_PER_CHANNEL"}[kind]  # fmt: skip
+    scale = torch.full((out_features,), 0.01, device=DEVICE)
+    given = torch.tensor(0.03, device=DEVICE)
+    if algo == "W4A16_AWQ":
+        weight = torch.randint(256, (out_features // 2, in_features), dtype=torch.uint8, device=DEVICE)
+        layer = Quantized(Layout(algo, 128), weight, scale[:, None].expand(-1, in_features // 128).contiguous())
+    else:
+        weight = torch.randint(-127, 128, (out_features, in_features), dtype=torch.int8, device=DEVICE)
+        if "FP8" in algo:
+            weight = (weight.bfloat16() / 32).to(torch.float8_e4m3fn)
+        layer = Quantized(Layout(algo), weight, scale[0] if algo == "FP8" else scale, given)
+    first = getattr(linear, kind)(layer, None)
+    size = out_features * in_features // (2 if algo == "W4A16_AWQ" else 1)
+    modules = [first, *(copy.deepcopy(first) for _ in range(math.ceil(COLD_BYTES / size) - 1))]
+    return [getattr(module, path) for module in modules]
+
+
+def microseconds(products: list[Callable], x: torch.Tensor) -> float:
+    """Returns the time of one product: the median of replays in which every copy of the layer takes its turn."""
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(2):
+            products[0](x)
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for product in products:
+            product(x)
+    graph.replay()
+    taken = []
+    for _ in range(5):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end))
+    return 1000 * statistics.median(taken) / len(products)

@@ -1,0 +1,45 @@
+"""Which layers of a model a format applies to, and how tensor parallelism shares them among ranks."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from functools import lru_cache
+
+from trimtab.hardware.targets import GROUP_SIZES
+from trimtab.model import Linear, ModelFacts
+from trimtab.recipe import Quantization
+
+#: Layers that tensor parallelism splits along their input, by the last part of their name (Llama's names).
+ROW_PARALLEL = ("o_proj", "down_proj")
+#: And along their output.
+COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+
+def quantized_layers(facts: ModelFacts, quantize: Quantization) -> tuple[Linear, ...]:
+    """Returns the linear layers that the format applies to: all that no pattern of `exclude` matches.
+
+    The output head is never among them: it is often the embedding too.
+    """
+    return tuple(layer for layer in facts.linears if not _excluded(layer.name, quantize.exclude))
+
+
+@lru_cache(maxsize=10_000)  # a plan asks this of every layer for every engine that it considers
+def _excluded(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def splits(facts: ModelFacts, ranks: int) -> bool:
+    """Whether tensor parallelism over so many ranks gives each whole heads and the same share of the MLP."""
+    # More ranks than KV heads is served by copying heads, so either may divide the other.
+    whole_kv = facts.kv_heads % ranks == 0 or ranks % facts.kv_heads == 0
+    return facts.heads % ranks == 0 and whole_kv and facts.intermediate_size % ranks == 0
+
+
+def features_per_rank(layer: Linear, ranks: int) -> int:
+    return layer.in_features // ranks if layer.name.endswith(ROW_PARALLEL) else layer.in_features
+
+
+def largest_group_size(facts: ModelFacts, quantize: Quantization, backend: str, ranks: int = 1) -> int | None:
+    """Returns the largest group size of the back end that divides every quantized layer, or None."""
+    features = {features_per_rank(layer, ranks) for layer in quantized_layers(facts, quantize)}
+    return next((size for size in GROUP_SIZES[backend] if not any(f % size for f in features)), None)
