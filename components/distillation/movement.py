@@ -10,8 +10,8 @@ dropping begins at once, and weights are ranked by S + a · |W| ‖x‖, the lat
 the weights of that step and the inputs x seen so far: what a weight adds to the layer's output, as Wanda has it,
 decides until training has told more. SmolLM2-135M on an H200, 2.5 million tokens, one seed: at 85 % a perplexity of
 71.3, and of 109.9 by |W| alone; at 50 % 34.3 and 33.6, which is the order that the paper found. Few small steps make
-scores of noise: with six blocks of it, 85 %, 40 steps of 128 tokens, the held-out loss was 1.49 by |W| ‖x‖ alone, 1.68
-with a = 1, 2.52 by |W| alone and 3.06 by S + |W|.
+scores of noise: with six blocks of it, 85 %, 40 steps of 128 tokens, the held-out loss was 1.46 with a = 10, 1.49 by
+|W| ‖x‖ alone, 1.68 with a = 1, 2.52 by |W| alone and 3.06 by S + |W|.
 
 The hard variant drops a given share, along a cubic schedule. The soft one drops what scores below a threshold,
 sigmoid(S) < τ, and pays for scores, λ · mean(sigmoid(S)): what share that is, training finds. With |W| for a score
