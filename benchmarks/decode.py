@@ -1,9 +1,13 @@
-"""Where the time of a decoding step goes: BF16 on a GPU, with each way to launch fewer kernels, beside the limit.
+"""Where the time of a decoding step goes, by format and batch, beside what the memory's bandwidth allows.
 
-Run: python benchmarks/decode.py [--model FOLDER | --eight-billion] [--compile] [--quick]
+Run: python benchmarks/decode.py [--eight-billion] [--formats NAME ...] [--batches N ...] [--variants NAME ...]
+         [--engines torch vllm] [--out FILE] [--quick]
 
-The limit is what the memory's bandwidth allows: bytes of weights, keys and values of a step over the measured speed of
-a copy. Steps are replayed as a CUDA graph, and run in a loop on a CPU. The last line is one JSON object.
+Weights are random and made on the device; a model has them as an export of its format would, and is run by the engine's
+own decoder. The limit is bytes of weights, keys and values of a step over the measured speed of a copy. With --out
+every row is written as a line of JSON when it is found: `speed` in tokens a second of all sequences; for the first
+batch `kernels`, the microseconds a step that each takes; and `products`, the GB/s of weights that those of few rows
+read by the block of a program ("own": the layer's kernel). vLLM's row is the same shape with its dummy weights.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ import os
 import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,74 +32,308 @@ from gpu import (
     copy_bandwidth,
     describe,
     log,
-    random_model,
     release,
     seconds_of,
     speed_limit,
     versions,
 )
+from torch import nn
 
-PROMPT_TOKENS, NEW_TOKENS = (128, 256) if CUDA else (16, 8)
-#: Each variant has what those before it have.
-VARIANTS = ("as transformers has it", "queries grouped", "norms fused", "compiled")
+PROMPT_TOKENS, NEW_TOKENS, REPEATS = (128, 256, 3) if CUDA else (16, 8, 1)
+#: "engine" is what an engine does; the others leave something of it out.
+VARIANTS = ("engine", "library products", "library kernels", "not fused", "transformers")
+#: Format -> quant_algo and group size; none for BF16.
+FORMATS = {
+    "bf16": None,
+    "fp8": ("FP8", 0),
+    "fp8_per_channel": ("FP8_PER_CHANNEL_PER_TOKEN", 0),
+    "int8_wo": ("W8A16", 0),
+    "int8_sq": ("W8A8_SQ_PER_CHANNEL", 0),
+    "int4": ("W4A16_AWQ", 64),
+}
+#: Kinds of kernels by parts of their names; what has none of them is small.
+KINDS = {
+    "attention": ("attend", "combine", "flash", "fmha", "attention"),
+    "products": ("matvec", "gemm", "gemv", "cutlass", "nvjet", "splitk", "tinygemm", "int4pack", "xmma"),
+}
+PROFILED_STEPS = 8
+
+
+class Rows:
+    """What was found, printed, and written to a file a line at a time."""
+
+    def __init__(self, path: Path | None):
+        self._file = path.open("w", encoding="utf-8") if path else None
+
+    def add(self, row: dict[str, Any]) -> None:
+        if "speed" in row:
+            told = f"{row['speed']:>10,.1f} tokens/s {row['milliseconds']:>8.3f} ms a step "
+            told += f"{row['of_limit']:>7.1%} of the limit, {row['path']}" if "of_limit" in row else ""
+        else:
+            told = row.get("error") or json.dumps(row)
+        named = [str(row[key]) for key in ("engine", "format", "variant", "batch") if key in row]
+        print(*named, told, flush=True)
+        if self._file:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="an export or a Hugging Face folder; a random model without it")
-    parser.add_argument("--eight-billion", action="store_true", help="a random model in the shape of Llama 3 8B")
+    parser.add_argument("--eight-billion", action="store_true", help="the shape of Llama 3 8B, else of SmolLM2-135M")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["bf16", "fp8"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--compile", action="store_true", help="also through torch.compile, which takes minutes")
-    parser.add_argument("--quick", action="store_true", help="batch 1, two blocks")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["engine"])
+    parser.add_argument("--engines", nargs="+", choices=("torch", "vllm"), default=["torch"])
+    parser.add_argument("--out", type=Path, help="a file for the rows, as JSON lines")
+    parser.add_argument("--quick", action="store_true", help="two blocks, batch 1")
     options = parser.parse_args()
-    shape = EIGHT_BILLION if options.eight_billion else {**SMALL, "num_hidden_layers": 2} if options.quick else SMALL
-    found: dict[str, Any] = {"versions": versions(), "gb_per_second": round(copy_bandwidth() / 1e9), "rows": []}
+    shape = EIGHT_BILLION if options.eight_billion else SMALL
+    if options.quick:
+        shape, options.batches = {**shape, "num_hidden_layers": 2}, [1]
+    rows = Rows(options.out)
+    rows.add({**versions(), "gb_per_second": round(copy_bandwidth() / 1e9)})
     with tempfile.TemporaryDirectory() as name:
-        os.environ["TRIMTAB_PROGRESS"] = str(Path(name) / "progress.jsonl")
-        folder = options.model or random_model(Path(name) / "model", shape)
-        for variant in VARIANTS if options.compile else VARIANTS[:-1]:
-            found["rows"] += measure(folder, variant, options.batches[:1] if options.quick else options.batches)
-    for row in found["rows"]:
-        what = row.get("error") or f"{row['speed']:>10,.1f} tokens/s {row['of_limit']:>6.1%} of the limit"
-        print(f"{row['variant']:<24} batch {row['batch']:>3} {what}")
-    print(json.dumps(found))
+        os.environ["TRIMTAB_PROGRESS"] = str(Path(name) / "progress.jsonl")  # the terminal is for results
+        for form in options.formats:
+            for row in torch_rows(shape, form, options.variants, options.batches) if "torch" in options.engines else ():
+                rows.add(row)
+            release()
+            for row in vllm_rows(shape, form, options.batches, Path(name)) if "vllm" in options.engines else ():
+                rows.add(row)
+        if (said := Path(name) / "progress.jsonl").is_file():
+            for line in dict.fromkeys(json.loads(line)["text"] for line in said.read_text().splitlines()):
+                rows.add({"said": line})
     return 0
 
 
-@torch.inference_mode()
-def measure(folder: Path, variant: str, batches: list[int]) -> list[dict[str, Any]]:
-    """Returns the tokens a second of all sequences together, and its share of the limit, by batch."""
-    from trimtab.runtime import fewer_kernels
-    from trimtab.runtime.assemble import assemble
-    from trimtab.runtime.decode import Static
+# --------------------------------------------------------------------------------------------- a model without files
 
-    log(variant)
-    level, rows = VARIANTS.index(variant), []
-    model = assemble(folder, DEVICE)
-    if level >= 1:
-        fewer_kernels.group_queries(model)
-    if level >= 2:
-        fewer_kernels.fuse_norms(model)
-    for batch in batches:
-        row = {"variant": variant, "batch": batch}
-        rows.append(row)
+
+def random_model(shape: dict[str, Any], form: str, fuse: bool) -> Any:
+    """Returns a Llama on the device, its layers stored in a format and joined as `assemble` joins them."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from trimtab.runtime import fused, linear
+    from trimtab.runtime.formats import Layout
+
+    rotary = {"rope_type": "default", "rope_theta": 500000.0}
+    config = LlamaConfig(**shape, max_position_embeddings=8192, rope_parameters=rotary)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if FORMATS[form]:
+        names = [name for name, m in model.base_model.named_modules(prefix="model") if isinstance(m, nn.Linear)]
+        for family in fused.families(names) if fuse else [[name] for name in names]:
+            shapes = [tuple(model.get_submodule(name).weight.shape) for name in family]
+            stored = [random_layer(Layout(*FORMATS[form]), *sizes) for sizes in shapes]
+            if len(family) == 1:
+                model.set_submodule(family[0], linear.build(stored[0], None, DEVICE))
+            else:
+                packed = linear.build(fused.join(stored), None, DEVICE)
+                fused.place(model, family, packed, [sizes[0] for sizes in shapes])
+    for name, parameter in list(model.named_parameters()):
+        tensor = torch.ones(parameter.shape, dtype=torch.bfloat16, device=DEVICE)
+        if not name.endswith("norm.weight"):
+            tensor.normal_(std=0.02)
+        module, _, own = name.rpartition(".")
+        setattr(model.get_submodule(module), own, nn.Parameter(tensor, requires_grad=False))
+    model.tie_weights()
+    model = model.eval().to(DEVICE)
+    if fuse:
+        fused.fuse_linears(model)
+    return model
+
+
+def random_layer(layout: Any, rows: int, columns: int) -> Any:
+    """Returns a layer as ModelOpt stores it, whose weights have a deviation of about 0.02."""
+    from trimtab.runtime.formats import Quantized
+
+    storage, given = layout.storage, {}
+    if storage.packed:
+        weight = torch.randint(256, (rows // 2, columns), dtype=torch.uint8, device=DEVICE)
+        scale = torch.full((rows, columns // layout.group_size), 0.02 / 5, device=DEVICE)
+    elif storage.dtype == torch.int8:
+        weight = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device=DEVICE)
+        scale = torch.full((rows,), 0.02 / 73, device=DEVICE)
+    else:
+        weight = torch.empty(rows, columns, device=DEVICE).normal_(std=80).to(storage.dtype)
+        # No two layers have the same scale, as in an export: what is joined then has one a row.
+        scale = (1 + torch.rand(() if layout.algo == "FP8" else (rows,), device=DEVICE)) * 0.02 / 120
+    if "input_scale" in layout.scales:
+        given["input_scale"] = torch.tensor(0.02 if storage.activations == "fp8" else 0.05, device=DEVICE)
+    return Quantized(layout, weight, scale, **given)
+
+
+# --------------------------------------------------------------------------------------------------------- measuring
+
+
+@torch.inference_mode()
+def torch_rows(
+    shape: dict[str, Any], form: str, variants: list[str], batches: list[int]
+) -> Iterator[dict[str, Any]]:
+    """Yields a row a variant and batch, and for the first batch one of kernels and one of products."""
+    for variant in variants:
+        what = {"engine": "torch", "format": form, "variant": variant}
+        log(f"{form}, {variant}")
+        model = step = None
         try:
-            decoder = Static(model, batch, PROMPT_TOKENS, NEW_TOKENS, compiled=level == 3)
-            if CUDA:
-                decoder.capture()
-            prompt = torch.ones(batch, PROMPT_TOKENS, dtype=torch.int64, device=DEVICE)
-            taken = []
-            for _ in range(4):
-                decoder.prefill(prompt)
-                taken.append(seconds_of(lambda: decoder.steps(NEW_TOKENS)))  # noqa: B023, called in this turn
-            row["speed"] = round(batch * NEW_TOKENS / statistics.median(taken[1:]), 1)
-            row["of_limit"] = round(row["speed"] / speed_limit(model, batch, PROMPT_TOKENS + NEW_TOKENS / 2), 3)
-            row["path"] = decoder.path
-        except Exception as error:  # the others are worth having
-            row["error"] = describe(error)
-        decoder = None
+            started = time.perf_counter()
+            model = random_model(shape, form, fuse=variant not in ("not fused", "transformers"))
+            step = own_step(model, variant)
+            ready = round(time.perf_counter() - started, 1)
+        except Exception as error:
+            yield {**what, "error": describe(error)}
+            continue
+        for batch in batches:
+            row = {**what, "batch": batch, "seconds_to_be_ready": ready}
+            decoder = None
+            try:
+                decoder = decoder_of(model, step, batch)
+                row |= timed(decoder, batch)
+                row["of_limit"] = round(row["speed"] / speed_limit(model, batch, PROMPT_TOKENS + NEW_TOKENS / 2), 3)
+            except Exception as error:  # the others are worth having
+                row["error"] = describe(error)
+            yield row
+            if batch == batches[0] and CUDA and decoder:
+                yield {**what, "batch": batch, "kernels": part(lambda: kernels(decoder, batch))}  # noqa: B023
+            decoder = None
+            release()
+        if CUDA and variant == "engine" and step:
+            yield {**what, "products": part(lambda: products(model))}  # noqa: B023
+        model = step = None
         release()
-    return rows
+
+
+def own_step(model: Any, variant: str) -> Any:
+    """Returns the step that a variant decodes by, None for transformers' forward pass."""
+    from trimtab.runtime import fewer_kernels, small_kernels
+    from trimtab.runtime import step as steps
+
+    if variant == "transformers":
+        return None
+    fewer_kernels.group_queries(model)
+    fewer_kernels.fuse_norms(model)
+    length = PROMPT_TOKENS + NEW_TOKENS
+    if variant in ("engine", "not fused"):
+        return steps.build(model, length)
+    chosen = small_kernels.choose(steps.sizes(model), DEVICE) if variant == "library products" else None
+    return steps.Step(model, length, chosen)
+
+
+def decoder_of(model: Any, step: Any, batch: int) -> Any:
+    """Returns the engine's decoder, and on a CPU the one that a GPU would record."""
+    from trimtab.runtime import decode
+
+    sizes = (batch, PROMPT_TOKENS, NEW_TOKENS)
+    if CUDA:
+        return decode.decoder(model, *sizes, step)
+    return decode.Stepping(step, model, *sizes) if step else decode.Static(model, *sizes)
+
+
+def timed(decoder: Any, batch: int) -> dict[str, Any]:
+    prompt = torch.ones(batch, PROMPT_TOKENS, dtype=torch.int64, device=DEVICE)
+    taken = []
+    for _ in range(1 + REPEATS):
+        decoder.prefill(prompt)
+        taken.append(seconds_of(lambda: decoder.steps(NEW_TOKENS)))
+    seconds = statistics.median(taken[1:]) / NEW_TOKENS
+    return {"speed": round(batch / seconds, 1), "milliseconds": round(1000 * seconds, 4), "path": decoder.path}
+
+
+def part(work: Callable[[], Any]) -> Any:
+    """Returns what a part of a row is, or why there is none."""
+    try:
+        return work()
+    except Exception as error:
+        return describe(error)
+
+
+def kernels(decoder: Any, batch: int) -> dict[str, Any]:
+    """Returns microseconds and launches a step by kind, and of the twelve kernels that take longest."""
+    from torch.profiler import ProfilerActivity, profile
+
+    decoder.prefill(torch.ones(batch, PROMPT_TOKENS, dtype=torch.int64, device=DEVICE))  # its cache was full
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        decoder.steps(PROFILED_STEPS)
+        torch.cuda.synchronize()
+    single = []
+    for event in found.key_averages():
+        if microseconds := getattr(event, "self_device_time_total", 0):
+            single.append((microseconds / PROFILED_STEPS, event.count / PROFILED_STEPS, event.key))
+    kinds: dict[str, list[float]] = {}
+    for microseconds, count, name in single:
+        kind = next((kind for kind, parts in KINDS.items() if any(p in name.lower() for p in parts)), "small")
+        of_kind = kinds.setdefault(kind, [0.0, 0.0])
+        of_kind[0] += microseconds
+        of_kind[1] += count
+    longest = [[round(time, 1), round(count, 1), name[:120]] for time, count, name in sorted(single, reverse=True)[:12]]
+    return {"kinds": {kind: [round(x, 1) for x in sums] for kind, sums in kinds.items()}, "longest": longest}
+
+
+def products(model: Any) -> dict[str, dict[str, float]]:
+    """Returns by shape and rows the GB/s of the product, in each block that was tried and the layer's own."""
+    from trimtab.runtime import few_rows
+    from trimtab.runtime import step as steps
+
+    found = {}
+    for members in few_rows.by_shape(steps.layers(model)):
+        weight = members[0][1]["weight_OI"]
+        for rows in few_rows.ROWS:
+            times = few_rows.measure(members, rows)
+            found[f"{weight.shape[0]} x {weight.shape[1]}, {str(weight.dtype).removeprefix('torch.')}, {rows} rows"] = {
+                "own" if block is None else "x".join(map(str, block)): round(weight.nbytes / seconds / 1e9)
+                for block, seconds in times.items()
+            }
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- vLLM
+
+
+def vllm_rows(shape: dict[str, Any], form: str, batches: list[int], scratch: Path) -> Iterator[dict[str, Any]]:
+    """Yields vLLM's speeds for the same shape; it makes its weights itself, and decoding takes as long with any."""
+    from transformers import LlamaConfig
+
+    from trimtab.runtime import decode_time
+
+    what = {"engine": "vllm", "format": form}
+    if form not in ("bf16", "fp8"):
+        yield {**what, "error": "left out: of ModelOpt's formats, vLLM's dummy weights are tried in fp8 alone"}
+        return
+    folder = scratch / f"vllm-{form}"
+    config = LlamaConfig(**shape, max_position_embeddings=8192, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    config.save_pretrained(folder)
+    if form == "fp8":
+        producer = {"name": "modelopt", "version": "0.47.0"}
+        own = {"quant_algo": "FP8", "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]}
+        (folder / "hf_quant_config.json").write_text(json.dumps({"producer": producer, "quantization": own}))
+        said = json.loads((folder / "config.json").read_text())
+        said["quantization_config"] = {
+            "quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"], "producer": producer,
+        }  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(said))
+    try:
+        from vllm import LLM, SamplingParams, TokensPrompt
+
+        engine = LLM(
+            model=str(folder), load_format="dummy", skip_tokenizer_init=True, max_model_len=1024,
+            max_num_seqs=max(batches), gpu_memory_utilization=0.8, enable_prefix_caching=False,
+        )  # fmt: skip
+    except Exception as error:
+        yield {**what, "error": describe(error)}
+        return
+
+    def write(prompts: list[list[int]], tokens: int) -> None:
+        asked = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        engine.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], asked, use_tqdm=False)
+
+    for batch in batches:
+        found = decode_time.speeds(write, shape["vocab_size"], batch, PROMPT_TOKENS, NEW_TOKENS, REPEATS)
+        speed = statistics.median(found)
+        yield {**what, "batch": batch, "speed": round(speed, 1), "milliseconds": round(1000 * batch / speed, 4)}
+    engine.llm_engine.engine_core.shutdown()  # LLM itself has no way to end its processes
 
 
 if __name__ == "__main__":

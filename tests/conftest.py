@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 import sys
 from collections.abc import Callable
@@ -14,6 +15,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`: pytest's importlib mode leaves the path alone
 
 import seaweed
+
+# Without a GPU Triton's kernels run interpreted, which it decides when it is first imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

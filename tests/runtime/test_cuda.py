@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from trimtab.recipe import Engine
-from trimtab.runtime import decode, formats, linear
+from trimtab.runtime import decode, few_rows, formats, linear, small_kernels
 from trimtab.runtime.engine import TorchEngine
 from trimtab.runtime.formats import Layout, Quantized
-from trimtab.runtime.paged_engine import PagedEngine
+from trimtab.runtime.paged_engine import Attention, PagedEngine
+from trimtab.runtime.small_kernels import Sizes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -26,9 +28,16 @@ def int8(algo: str, input_scale: float | None = None, columns: int = 128) -> Qua
     return Quantized(Layout(algo), weight, torch.rand(OUT) * 0.01 + 0.001, given)
 
 
-def fp8() -> Quantized:
-    weight = torch.randn(OUT, 128).to(torch.float8_e4m3fn)
-    return Quantized(Layout("FP8"), weight, torch.tensor(0.02), torch.tensor(0.01))
+def fp8(columns: int = 128, by_row: bool = False) -> Quantized:
+    weight = torch.randn(OUT, columns).to(torch.float8_e4m3fn)
+    scale = torch.rand(OUT) * 0.02 + 0.01 if by_row else torch.tensor(0.02)
+    return Quantized(Layout("FP8"), weight, scale, torch.tensor(0.01))
+
+
+def triton_kernels() -> ModuleType:
+    from trimtab.runtime import triton_kernels
+
+    return triton_kernels
 
 
 def fp8_per_token() -> Quantized:
@@ -63,6 +72,7 @@ CASES = {
     "int4, 16": (lambda: int4(16), "dequantize + mm"),
     "nvfp4": (nvfp4, "dequantize + mm"),
     "fp8": (fp8, "_scaled_mm"),
+    "fp8, a scale a row": (lambda: fp8(by_row=True), "_scaled_mm"),
     "fp8_per_channel": (fp8_per_token, "_scaled_mm, row-wise"),
 }
 
@@ -127,7 +137,7 @@ def test_a_replayed_step_gives_the_tokens_of_the_model(engine: TorchEngine, wind
 
 def test_decoding_is_replayed(engine: TorchEngine) -> None:
     assert len(engine.decode_speed(2, 8, 8, 2)) == 2
-    assert engine.decode_path == "CUDA graph"
+    assert engine.decode_path == "CUDA graph, step of its own"
 
 
 @pytest.mark.parametrize("make", [nvfp4, lambda: int4(64, 128, "W4A16_AWQ"), fp8_per_token, fp8])
@@ -142,22 +152,78 @@ def test_a_layer_can_be_captured(make: Callable[[], Quantized]) -> None:
     assert torch.equal(found, expected)
 
 
-def _tokens(decoder: decode.Static | decode.Growing, prompt: torch.Tensor) -> torch.Tensor:
+def _tokens(decoder: decode.Recorded | decode.Growing, prompt: torch.Tensor) -> torch.Tensor:
     decoder.prefill(prompt)
     return decoder.steps(24)
 
 
+@pytest.mark.parametrize("name", list(small_kernels.TRIALS))
+@pytest.mark.parametrize(
+    "sizes", [Sizes(32, 8, 128, 4096, 14336), Sizes(9, 3, 64, 576, 1536), Sizes(4, 2, 16, 64, 128)]
+)
+def test_a_small_kernel_computes_what_it_replaces(name: str, sizes: Sizes) -> None:
+    function = small_kernels.adapted(triton_kernels())[name]
+    assert small_kernels.try_out(name, function, sizes, CUDA) == ""
+
+
+@needs_fp8
+def test_rounding_to_e4m3_is_pytorchs() -> None:
+    x = torch.cat([torch.linspace(-600, 600, 100_001), torch.linspace(-0.1, 0.1, 10_001)]).bfloat16().cuda()
+    factor = torch.ones(1, device=CUDA)
+    found, expected = (f(x, factor).view(torch.uint8) for f in (triton_kernels().to_e4m3, small_kernels.to_e4m3))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 33, 64])
+@pytest.mark.parametrize("columns", [256, 576])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda columns: torch.nn.Linear(columns, OUT, device=CUDA, dtype=torch.bfloat16),
+        lambda columns: linear.build(int8("W8A16", columns=columns), None, CUDA),
+        lambda columns: linear.build(int8("W8A8_SQ_PER_CHANNEL", 0.03, columns), torch.randn(OUT), CUDA),
+        pytest.param(lambda columns: linear.build(fp8(columns), None, CUDA), marks=needs_fp8),
+        pytest.param(lambda columns: linear.build(fp8(columns, by_row=True), None, CUDA), marks=needs_fp8),
+    ],
+    ids=["bf16", "int8_wo", "int8_sq", "fp8", "fp8, by row"],
+)
+@torch.inference_mode()
+def test_every_block_computes_the_product_of_few_rows(
+    make: Callable[[int], torch.nn.Module], columns: int, rows: int
+) -> None:
+    torch.manual_seed(0)
+    (members,) = few_rows.by_shape([make(columns) for _ in range(3)])
+    found = few_rows.measure(members, rows)
+    assert set(found) == {None, *few_rows.blocks(*members[0], rows)}
+    assert all(0 < seconds < 1 for seconds in found.values())
+
+
+@torch.inference_mode()
+def test_a_step_of_the_engines_own_gives_the_tokens_of_the_model(engine: TorchEngine, windows: torch.Tensor) -> None:
+    prompt = windows[:, :8].cuda()
+    assert engine._step
+    assert engine._step.kernels.attend is not small_kernels.attend
+    stepping = decode.Stepping(engine._step, engine.model, *prompt.shape, 40)
+    launched = _tokens(stepping, prompt)
+    stepping.capture()
+    assert torch.equal(_tokens(stepping, prompt), launched)
+    assert torch.equal(_tokens(stepping, prompt), launched)  # a second run begins anew
+    plain = _tokens(decode.Growing(engine.model), prompt)
+    assert (launched == plain).float().mean() > 0.8  # a tie may fall otherwise
+
+
+@pytest.mark.parametrize("attention", ["kernel", "gathered"])
 @pytest.mark.parametrize("block_size", [16, 128])
 def test_replayed_paged_steps_give_the_tokens_of_launched_ones(
-    plain_folder: Path, windows: torch.Tensor, block_size: int
+    plain_folder: Path, windows: torch.Tensor, block_size: int, attention: Attention
 ) -> None:
     settings = Engine(max_seq_len=128, max_batch_size=4, max_num_tokens=32, enable_chunked_prefill=True)
     prompts = [window[: 3 + 4 * n].tolist() for n, window in enumerate(windows)]
-    served = PagedEngine(plain_folder, settings, "cuda", block_size=block_size)
+    served = PagedEngine(plain_folder, settings, "cuda", block_size=block_size, attention=attention)
     found = served.generate(prompts, 40)
-    assert served.decode_path == "CUDA graph"
-    launched = PagedEngine(plain_folder, settings, "cuda", block_size=block_size)
-    launched._replays._records = False
-    expected = launched.generate(prompts, 40)
-    assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 4  # padded, a tie may fall otherwise
+    assert (served.decode_path, served.attention_path.split()[0]) == ("CUDA graph", attention)
     assert served.generate(prompts, 40) == found and served.pool.used == 0
+    served.lay_out(settings, block_size, recorded=False)
+    expected = served.generate(prompts, 40)
+    assert served.decode_path == "loop"
+    assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 4  # padded, a tie may fall otherwise

@@ -10,22 +10,27 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from trimtab.errors import Failure, InputError
+from trimtab.runtime import fused, linear, parallel
 from trimtab.runtime import kv_cache as cache
-from trimtab.runtime import linear, parallel
 from trimtab.runtime.checkpoint import Export
-from trimtab.runtime.formats import SCALES
+from trimtab.runtime.formats import SCALES, Quantized
 from trimtab.runtime.kv_cache import ServedKVCache
 from trimtab.runtime.parallel import Place
 
 
 def assemble(
-    folder: Path, device: torch.device, kv_cache: ServedKVCache = "export", place: Place | None = None
+    folder: Path,
+    device: torch.device,
+    kv_cache: ServedKVCache = "export",
+    place: Place | None = None,
+    fuse: bool = True,
 ) -> PreTrainedModel:
     """Returns the model of an export folder in eval mode: packed linears, everything else in bfloat16.
 
     Args:
         kv_cache: "export" rounds keys and values as the export says, "none" leaves them in 16 bits.
         place: of this process among several, for its part of the model; None for the whole.
+        fuse: makes one product of layers that read one input, see `runtime.fused`; False is to compare with.
 
     Raises:
         InputError: no config, or an architecture that transformers does not know.
@@ -38,8 +43,8 @@ def assemble(
     if cut:
         export = parallel.Part(folder, cut)
     used = set()
-    for name in export.layers:
-        used |= _replace(model, export, name, device)
+    for family in fused.families(export.layers) if fuse else ([name] for name in export.layers):
+        used |= _replace(model, export, family, device)
     rest = [n for n in export.names if n not in used and not n.endswith((".k_scale", ".v_scale"))]
     _assign(model, export, rest)
     model.tie_weights()
@@ -50,7 +55,10 @@ def assemble(
         cache.apply(model, export)
     if cut:
         parallel.join(model, cut)
-    return model.requires_grad_(False).eval().to(device)
+    model = model.requires_grad_(False).eval().to(device)
+    if fuse:
+        fused.fuse_linears(model)
+    return model
 
 
 def skeleton(folder: Path) -> PreTrainedModel:
@@ -71,8 +79,23 @@ def skeleton(folder: Path) -> PreTrainedModel:
     return model
 
 
-def _replace(model: nn.Module, export: Export, name: str, device: torch.device) -> set[str]:
-    """Puts a packed linear in the place of a layer, and returns the names of the tensors that it used."""
+def _replace(model: nn.Module, export: Export, names: list[str], device: torch.device) -> set[str]:
+    """Puts packed linears in the place of layers that read one input, one for all where their scales allow it, and
+    returns the names of the tensors that they used."""
+    layers, biases = zip(*(_read(model, export, name) for name in names), strict=True)
+    biased = all(bias is not None for bias in biases)
+    joined = fused.join(list(layers)) if len(names) > 1 and (biased or not any(b is not None for b in biases)) else None
+    if joined:
+        packed = linear.build(joined, torch.cat(biases) if biased else None, device)
+        fused.place(model, names, packed, [layer.shape[0] for layer in layers])
+    else:
+        for name, layer, bias in zip(names, layers, biases, strict=True):
+            model.set_submodule(name, linear.build(layer, bias, device))
+    return {f"{name}.{part}" for name in names for part in ("weight", "bias", *SCALES)}
+
+
+def _read(model: nn.Module, export: Export, name: str) -> tuple[Quantized, torch.Tensor | None]:
+    """Returns a layer of the export and its bias, if the model has a place for it."""
     try:
         place = model.get_submodule(name)
     except AttributeError:
@@ -84,9 +107,7 @@ def _replace(model: nn.Module, export: Export, name: str, device: torch.device) 
     if layer.shape != expected:
         found = f"{list(layer.shape)}, the model's {type(place).__name__} needs {list(expected or ())}"
         raise Failure("export_damaged", f"{name}: its weight has shape {found}")
-    bias = None if place.bias is None else export.tensor(f"{name}.bias")
-    model.set_submodule(name, linear.build(layer, bias, device))
-    return {f"{name}.{part}" for part in ("weight", "bias", *SCALES)}
+    return layer, None if place.bias is None else export.tensor(f"{name}.bias")
 
 
 def _assign(model: nn.Module, export: Export, names: list[str]) -> None:

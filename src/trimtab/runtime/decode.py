@@ -12,8 +12,13 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel, StaticCache
 
+from trimtab import progress
+from trimtab.runtime.step import Decoding, Step
+
 #: logits [batch, V] -> the next tokens, int64 [batch, 1].
 Choice = Callable[[torch.Tensor], torch.Tensor]
+#: Whether all processes that hold parts of one model have come as far, from whether this one has; alone, that is all.
+Agree = Callable[[bool], bool]
 
 #: Steps before the recording, in which libraries choose and load their kernels.
 _WARM_UP = 2
@@ -45,33 +50,33 @@ class Growing:
         return torch.cat(tokens, dim=1)
 
 
-class Static:
-    """Decodes with a KV cache of fixed size, so that every step works on the same addresses and can be replayed.
+class Recorded:
+    """Decodes by steps that always work on the same addresses, so that one can be recorded and replayed.
 
     Args:
         batch_size, prompt_tokens, new_tokens: of every prompt and continuation that it is used for, at most.
-        compiled: lets TorchInductor fuse the small kernels of a step, which takes minutes for a large model.
     """
 
-    path = "loop, static cache"
+    path = "loop"
 
-    @torch.inference_mode()
-    def __init__(
-        self, model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int, compiled: bool = False
-    ):
+    def __init__(self, model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int):
         self.model = model
-        self._forward = torch.compile(model.forward, dynamic=False) if compiled else model
-        length = max(prompt_tokens + new_tokens, _TRIAL[0] + max(_TRIAL[1], _WARM_UP))
-        self._cache = StaticCache(config=model.config, max_cache_len=length)
+        self._length = max(prompt_tokens + new_tokens, _TRIAL[0] + max(_TRIAL[1], _WARM_UP))
         self._token = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.device)
         self._replay: Callable[[], None] | None = None
 
+    def _read(self, prompt: torch.Tensor) -> torch.Tensor:
+        """Begins anew; returns the logits of the prompts' last tokens, [batch, 1, V]."""
+        raise NotImplementedError
+
+    def _next(self) -> torch.Tensor:
+        """Returns the logits of `_token`, [batch, 1, V]."""
+        raise NotImplementedError
+
     def prefill(self, prompt: torch.Tensor) -> None:
         """Reads a prompt, int64 [batch, length], and chooses the first token."""
-        self._cache.reset()
-        output = self.model(prompt, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._logits = output.logits
-        self._token.copy_(_likeliest(output.logits))
+        self._logits = self._read(prompt)
+        self._token.copy_(_likeliest(self._logits))
 
     def steps(self, count: int, choose: Choice | None = None) -> torch.Tensor:
         """Returns the next tokens, int64 [batch, count], one pass each: the likeliest, or what `choose` says."""
@@ -84,24 +89,48 @@ class Static:
         return torch.cat(tokens, dim=1)
 
     @torch.inference_mode()
-    def capture(self) -> None:
+    def capture(self, agree: Agree = bool) -> None:
         """Records the step as a CUDA graph, and tries the recording against the step itself.
 
+        Ranks that talk within a step replay it together or not at all: one that could not record it would leave the
+        others waiting for it in the middle of a replay.
+
         Raises:
-            RuntimeError: the step cannot be recorded, as it waits for the GPU or copies to it, or a replay differs.
+            RuntimeError: the step cannot be recorded, as it waits for the GPU or copies to it, or a replay differs; or
+                that is so of another rank.
         """
         batch_size, vocabulary = len(self._token), self.model.config.vocab_size
         prompt = torch.arange(batch_size * _TRIAL[0], device=self.model.device).view(batch_size, -1) % vocabulary
-        self.prefill(prompt)
+        replay = None
+        try:
+            self.prefill(prompt)
+            self._warm_up()
+            expected = self._trial(prompt)
+            replay = self._record()
+        finally:
+            all_recorded = agree(replay is not None)
+        if not all_recorded:
+            raise RuntimeError("another rank could not record its step")
+        self._replay, self.path = replay, self.path.replace("loop", "CUDA graph", 1)
+        found = self._trial(prompt)
+        alike = bool((found - expected).abs().max() <= 0.02 * expected.abs().max())
+        if not agree(alike):
+            raise RuntimeError("a replayed step has other logits than the step itself")
+
+    def _warm_up(self) -> None:
+        """Lets libraries choose and load their kernels."""
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             for _ in range(_WARM_UP):
                 self._step()
         torch.cuda.current_stream().wait_stream(beside)
-        expected = self._trial(prompt)
+
+    def _record(self) -> Callable[[], None]:
+        """Returns what replays the step."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # NCCL's own thread may look at its events meanwhile, which forbids nothing of this one.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
         recorded = self._logits
 
@@ -109,10 +138,7 @@ class Static:
             graph.replay()
             self._logits = recorded  # a prefill puts its own there
 
-        self._replay, self.path = replay, "CUDA graph"
-        found = self._trial(prompt)
-        if (found - expected).abs().max() > 0.02 * expected.abs().max():
-            raise RuntimeError("a replayed step has other logits than the step itself")
+        return replay
 
     def _trial(self, prompt: torch.Tensor) -> torch.Tensor:
         """Logits behind given tokens: of a thousand rows, some have two likeliest tokens, and either may be taken."""
@@ -121,8 +147,46 @@ class Static:
         return self._logits.float().clone()
 
     def _step(self) -> None:
-        self._logits = self._forward(self._token, past_key_values=self._cache, use_cache=True).logits
+        self._logits = self._next()
         self._token.copy_(_likeliest(self._logits))
+
+
+class Stepping(Recorded):
+    """Decodes by a model's `Step`."""
+
+    path = "loop, step of its own"
+
+    @torch.inference_mode()
+    def __init__(self, step: Step, model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int):
+        super().__init__(model, batch_size, prompt_tokens, new_tokens)
+        self._run, self._decoding = step, Decoding(model, batch_size, self._length)
+
+    def _read(self, prompt: torch.Tensor) -> torch.Tensor:
+        return self._decoding.read(prompt)
+
+    def _next(self) -> torch.Tensor:
+        decoding = self._decoding
+        logits = self._run(self._token.t(), decoding.positions[None], decoding.where())
+        decoding.advance()
+        return logits[:, None]
+
+
+class Static(Recorded):
+    """Decodes by the model's own forward pass, with transformers' KV cache of fixed size."""
+
+    path = "loop, static cache"
+
+    @torch.inference_mode()
+    def __init__(self, model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int):
+        super().__init__(model, batch_size, prompt_tokens, new_tokens)
+        self._cache = StaticCache(config=model.config, max_cache_len=self._length)
+
+    def _read(self, prompt: torch.Tensor) -> torch.Tensor:
+        self._cache.reset()
+        return self.model(prompt, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits
+
+    def _next(self) -> torch.Tensor:
+        return self.model(self._token, past_key_values=self._cache, use_cache=True).logits
 
 
 def _likeliest(logits: torch.Tensor) -> torch.Tensor:
@@ -130,17 +194,36 @@ def _likeliest(logits: torch.Tensor) -> torch.Tensor:
 
 
 def decoder(
-    model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int
-) -> Growing | Static:
-    """Returns the fastest way to decode on the model's device; its `path` says which, and on a GPU why no faster."""
+    model: PreTrainedModel,
+    batch_size: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    step: Step | None = None,
+    agree: Agree = bool,
+) -> Growing | Recorded:
+    """Returns the fastest way to decode on the model's device; its `path` says which, and on a GPU why no faster.
+
+    Args:
+        step: of the model, where it has one, which must be so in all ranks or in none.
+        agree: see `Recorded.capture`.
+    """
     if model.device.type != "cuda":
         return Growing(model)
-    try:
-        found = Static(model, batch_size, prompt_tokens, new_tokens)
-        found.capture()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a model does that a recording or a fixed cache does not allow
-        first = str(error).strip().partition("\n")[0]
-        return Growing(model, f"loop, as no CUDA graph could be made: {type(error).__name__}: {first}")
-    return found
+    return recorded(model, batch_size, prompt_tokens, new_tokens, step=step, agree=agree)
+
+
+def recorded(model: PreTrainedModel, *sizes: int, step: Step | None = None, agree: Agree = bool) -> Growing | Recorded:
+    """Returns the first way to decode that can be recorded, in all ranks, or a loop with the reason."""
+    reason = ""
+    for make in ([lambda: Stepping(step, model, *sizes)] if step else []) + [lambda: Static(model, *sizes)]:
+        try:
+            found = make()
+            found.capture(agree)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model does that a recording or a fixed cache does not allow
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            progress.report("engine", f"a step could not be recorded: {reason}")
+        else:
+            return found
+    return Growing(model, f"loop, as no CUDA graph could be made: {reason}")

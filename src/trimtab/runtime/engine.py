@@ -13,14 +13,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trimtab import progress
 from trimtab.errors import InputError
 from trimtab.recipe import Engine as Settings
-from trimtab.runtime import batching, decode, fewer_kernels, gpu_memory, head
+from trimtab.runtime import batching, decode, fewer_kernels, fused, gpu_memory, head, parallel, step
 from trimtab.runtime.assemble import assemble
 from trimtab.runtime.batching import Request
 from trimtab.runtime.checkpoint import load_tokenizer
-from trimtab.runtime.decode import Growing, Static
+from trimtab.runtime.decode import Growing, Recorded
 from trimtab.runtime.kv_cache import ServedKVCache
-from trimtab.runtime.linear import PackedLinear
 from trimtab.runtime.parallel import Place
+from trimtab.runtime.step import Step
 
 
 class Engine(Protocol):
@@ -130,14 +130,21 @@ class TorchEngine:
         self.body, self.head = self.model.base_model, self.model.get_output_embeddings()
         # A branch's mask says nothing of a sliding window, so there every request gets a row of its own.
         self._share_contexts = not getattr(self.model.config, "sliding_window", None)
-        self._decoders: dict[tuple[int, int, int], Growing | Static] = {}
-        #: How `decode_speed` last ran its steps: "CUDA graph", or "loop" and on a GPU why.
+        self._agree = parallel.agreement(place, self.device) if place else bool
+        # Products of one row are chosen by their speed, which ranks would find to differ, and leave out their sums.
+        self._has_step = self.device.type == "cuda" and place is None
+        self._decoders: dict[tuple[int, int, int], Growing | Recorded] = {}
+        #: How `decode_speed` last ran its steps: "CUDA graph" of which step, or "loop" and on a GPU why.
         self.decode_path = ""
         head.check(self.model)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.folder)
+
+    @cached_property
+    def _step(self) -> Step | None:
+        return step.build(self.model, self.settings.max_seq_len) if self._has_step else None
 
     @property
     def weight_bytes(self) -> int:
@@ -149,7 +156,7 @@ class TorchEngine:
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
 
     def kernels(self) -> dict[str, dict[str, Any]]:
-        packed = {n: m for n, m in self.model.named_modules() if isinstance(m, PackedLinear)}
+        packed = fused.packed_layers(self.model)
         return {name: {"kernel": m.kernel, "emulated": m.emulated} for name, m in packed.items()}
 
     @torch.inference_mode()
@@ -251,15 +258,15 @@ class TorchEngine:
         output = self.model.generate(**inputs, generation_config=config)[:, length:].tolist()
         return [answer[: next((i for i, t in enumerate(answer) if t in ends), None)] for answer in output]
 
-    def _decoder(self, *sizes: int) -> Growing | Static:
+    def _decoder(self, *sizes: int) -> Growing | Recorded:
         """Decoders are kept: recording one takes longer than a measurement."""
         if sizes not in self._decoders:
-            self._decoders[sizes] = decode.decoder(self.model, *sizes)
+            self._decoders[sizes] = decode.decoder(self.model, *sizes, self._step, self._agree)
             if self.device.type == "cuda":
                 progress.report("validate", f"decoding by {self._decoders[sizes].path}")
         return self._decoders[sizes]
 
-    def _decode(self, decoder: Growing | Static, prompt: torch.Tensor, new_tokens: int) -> float:
+    def _decode(self, decoder: Growing | Recorded, prompt: torch.Tensor, new_tokens: int) -> float:
         """Returns the seconds of `new_tokens` single steps after a prefill."""
         decoder.prefill(prompt)
         self._synchronize()

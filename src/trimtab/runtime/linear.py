@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trimtab.runtime import formats
+from trimtab.runtime import formats, small_kernels
 from trimtab.runtime.formats import E4M3_MAX, Quantized
 
 
@@ -239,20 +239,30 @@ class Int8Static(PackedLinear):
 
 
 class Fp8(PackedLinear):
-    """FP8 (e4m3) weights and activations, one scale each, on a GPU of compute capability 8.9 or later."""
+    """FP8 (e4m3) weights and activations, one scale each, on a GPU of compute capability 8.9 or later.
+
+    Where `fused.join` gave every row of the weight a scale, the kernel wants one for every token too.
+    """
 
     kernel = "_scaled_mm"
 
     def __init__(self, layer: Quantized, bias: torch.Tensor | None):
         super().__init__(layer, bias)
-        self.keep(weight_OI=layer.weight, weight_scale=layer.weight_scale.float().reshape(()))
+        scale = layer.weight_scale.float()
+        self.by_row = scale.numel() > 1
+        self.keep(weight_OI=layer.weight, weight_scale=scale.reshape((1, -1) if self.by_row else ()))
         self.keep(input_scale=layer.input_scale.float().reshape(()))
         self.keep(to_codes_1=1 / layer.input_scale.float().reshape(1))
+        self._to_e4m3 = small_kernels.rounding(layer.weight.device)
+
+    def codes(self, x_RI: torch.Tensor) -> torch.Tensor:
+        """The activations in units of their scale, as e4m3 numbers."""
+        return self._to_e4m3(x_RI, self.to_codes_1)
 
     def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
-        # float32 by the factor's axis, and in one pass over the activations
-        codes_RI = (x_RI * self.to_codes_1).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-        scales = {"scale_a": self.input_scale, "scale_b": self.weight_scale}
+        codes_RI = self.codes(x_RI)
+        given = self.input_scale.expand(len(x_RI), 1).contiguous() if self.by_row else self.input_scale
+        scales = {"scale_a": given, "scale_b": self.weight_scale}
         return torch._scaled_mm(codes_RI, self.weight_OI.t(), out_dtype=torch.bfloat16, **scales)
 
 

@@ -1,0 +1,268 @@
+"""A decoding step with as few kernels as it has work: the products, and one or two kernels between any two of them.
+
+transformers' forward pass launches some forty kernels a block, most of which move a few kilobytes; on a fast GPU they
+take longer than reading the weights does. This computes the same for the Llama family (Llama, Mistral, Qwen2, Qwen3 and
+what is built like them): blocks of RMSNorm, attention with rotary embeddings, RMSNorm and an MLP of silu(gate) * up.
+Whether a model is one is seen by its modules, and by comparing its logits; any other keeps its own forward pass.
+
+It is the same step in the engine that is measured and in the one that serves: both hold keys and values in blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from trimtab import progress
+from trimtab.runtime import few_rows, fused, small_kernels
+from trimtab.runtime.fewer_kernels import FusedRMSNorm
+from trimtab.runtime.linear import PackedLinear
+from trimtab.runtime.paged import PagedKVCache, Pass
+from trimtab.runtime.small_kernels import Angles, Kernels, Sizes
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+_BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_MLP = {"gate_proj", "up_proj", "down_proj"}
+#: Rotary embeddings whose angles depend on nothing but the position.
+_ROTARY = ("default", "linear", "llama3", "yarn")
+#: Tokens of the prompts that a step is tried on, and of a block of their cache.
+_TRIAL, _BLOCK_SIZE = 7, 16
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What a step needs of one block."""
+
+    layer: int
+    before: FusedRMSNorm
+    qkv: Product
+    query_norm: nn.Module | None
+    key_norm: nn.Module | None
+    scaling: float
+    out: Product
+    between: FusedRMSNorm
+    gate_up: Product
+    down: Product
+
+
+class Step:
+    """Computes the logits of one token a sequence, or of packed tokens where a pass tells the kernel their spans.
+
+    Args:
+        model: one that `refusal` says nothing against; its modules and weights are used as they are.
+        positions: that a token may have, from 0.
+        kernels: the functions between the products.
+        products: in the place of some of the layers.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        positions: int,
+        kernels: Kernels | None = None,
+        products: dict[nn.Module, Product] | None = None,
+    ):
+        body = model.base_model
+        self.kernels, self._products = kernels or Kernels(), products or {}
+        self.sizes = sizes(model)
+        self._embedding, self._norm = body.embed_tokens, body.norm
+        self._head = self._product(model.get_output_embeddings())
+        self._blocks = [self._block(block) for block in body.layers]
+        like = torch.empty(0, dtype=self._norm.weight.dtype, device=model.device)
+        cos_1PD, sin_1PD = body.rotary_emb(like, position_ids=torch.arange(positions, device=model.device)[None])
+        self._angles = Angles(cos_1PD[0].contiguous(), sin_1PD[0].contiguous())
+
+    def __call__(
+        self, tokens_1S: torch.Tensor, positions_1S: torch.Tensor, where: Pass, last: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Returns the logits [S, V] of tokens int64 [1, S] at their positions, and stores their keys and values.
+
+        Args:
+            last: int64, the only tokens whose logits are asked for; None is all.
+        """
+        kernels, positions_S, residual = self.kernels, positions_1S[0], None
+        x = self._embedding(tokens_1S[0])
+        for block in self._blocks:
+            x, residual = kernels.add_norm(x, residual, block.before.weight, block.before.epsilon)
+            qkv = self._normed(block, block.qkv(x))
+            query_SHD = kernels.rotate_and_store(qkv, self._angles, positions_S, where, block.layer)
+            if where.spans:
+                seen_SHD = where.cache.attend(block.layer, query_SHD, where.spans, block.scaling)
+            else:
+                seen_SHD = kernels.attend(query_SHD, where, block.layer, block.scaling)
+            x = block.out(seen_SHD.flatten(1))
+            x, residual = kernels.add_norm(x, residual, block.between.weight, block.between.epsilon)
+            x = block.down(kernels.silu_mul(block.gate_up(x)))
+        if last is not None:
+            x, residual = x[last], residual[last]
+        x, _ = kernels.add_norm(x, residual, self._norm.weight, self._norm.epsilon)
+        return self._head(x)
+
+    def _block(self, block: nn.Module) -> _Block:
+        attention, mlp = block.self_attn, block.mlp
+        return _Block(
+            layer=attention.layer_idx,
+            before=block.input_layernorm,
+            qkv=self._together(attention, "q_proj", "k_proj", "v_proj"),
+            query_norm=getattr(attention, "q_norm", None),
+            key_norm=getattr(attention, "k_norm", None),
+            scaling=attention.scaling,
+            out=self._product(attention.o_proj),
+            between=block.post_attention_layernorm,
+            gate_up=self._together(mlp, "gate_proj", "up_proj"),
+            down=self._product(mlp.down_proj),
+        )
+
+    def _together(self, module: nn.Module, *names: str) -> Product:
+        """Returns the product of layers that read one input: their outputs side by side."""
+        layers = [getattr(module, name) for name in names]
+        if isinstance(layers[0], fused.Part):
+            return self._product(layers[0].product.layer)
+        products = [self._product(layer) for layer in layers]
+        return lambda x: torch.cat([product(x) for product in products], dim=-1)
+
+    def _product(self, layer: nn.Module) -> Product:
+        return self._products.get(layer, layer)
+
+    def _normed(self, block: _Block, qkv: torch.Tensor) -> torch.Tensor:
+        """Norms of each head of queries and keys, where a model has them."""
+        if block.query_norm is None:
+            return qkv
+        sizes = self.sizes
+        heads_SHD = qkv.unflatten(-1, (-1, sizes.head_dim))
+        query, key, value = heads_SHD.split([sizes.heads, sizes.kv_heads, sizes.kv_heads], dim=1)
+        return torch.cat([block.query_norm(query), block.key_norm(key), value], dim=1).flatten(1)
+
+
+def sizes(model: PreTrainedModel) -> Sizes:
+    """Returns the sizes of a model, or of this process's part of one."""
+    attention, mlp = model.base_model.layers[0].self_attn, model.base_model.layers[0].mlp
+    heads, kv_heads = (getattr(attention, name).out_features // attention.head_dim for name in ("q_proj", "k_proj"))
+    return Sizes(heads, kv_heads, attention.head_dim, attention.q_proj.in_features, mlp.gate_proj.out_features)
+
+
+def refusal(model: PreTrainedModel, positions: int) -> str:
+    """Returns what a model has that a step does not know, or lacks; "" where it knows all, up to so many positions."""
+    body, config = model.base_model, model.config
+    blocks = getattr(body, "layers", None)
+    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
+        return "has no list of blocks"
+    if not _holding(body) <= {"embed_tokens", "layers", "norm", "rotary_emb"}:
+        return "has more than an embedding, blocks and a norm"
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if rotary.get("rope_type", "default") not in _ROTARY:
+        return f"has rotary embeddings of type {rotary.get('rope_type')}"
+    for number, block in enumerate(blocks):
+        if _holding(block) != _BLOCK or block._forward_hooks:
+            return f"block {number} is built another way"
+        attention, mlp = block.self_attn, block.mlp
+        extra = _holding(attention) ^ _ATTENTION
+        if extra not in (set(), {"q_norm", "k_norm"}) or _holding(mlp) != _MLP:
+            return f"block {number} has other layers"
+        norms = (block.input_layernorm, block.post_attention_layernorm, body.norm)
+        if not all(isinstance(norm, FusedRMSNorm) for norm in norms):
+            return f"block {number} has norms of another kind"
+        if extra and attention.q_norm.weight.shape != (attention.head_dim,):
+            return f"block {number} has norms over all heads"
+        window = getattr(attention if hasattr(attention, "sliding_window") else config, "sliding_window", None)
+        if window and window < positions:
+            return f"block {number} looks at {window} tokens alone"
+        activation = type(getattr(mlp, "act_fn", None)).__name__
+        if activation not in ("SiLU", "SiLUActivation"):
+            return f"block {number} has the activation {activation}"
+    return ""
+
+
+def _holding(module: nn.Module) -> set[str]:
+    """Names of a module's parts that hold numbers."""
+    return {n for n, m in module.named_children() if [*m.parameters(), *m.buffers()]}
+
+
+@torch.inference_mode()
+def build(model: PreTrainedModel, positions: int) -> Step | None:
+    """Returns the step of a model, on a GPU with the fastest kernels found, or None: it has none, and reports why."""
+    reason = refusal(model, positions)
+    if not reason:
+        kernels, products = small_kernels.choose(sizes(model), model.device), {}
+        if model.device.type == "cuda":
+            progress.report("engine", "measuring products of few rows")
+            products = few_rows.choose(layers(model))
+        step = Step(model, positions, kernels, products)
+        reason = disagreement(model, step, positions)
+    if reason:
+        progress.report("engine", f"decodes by transformers' forward pass: {type(model).__name__} {reason}")
+        return None
+    return step
+
+
+def layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Returns the layers that a step multiplies with, and the head."""
+    found = [model.get_output_embeddings()]
+    for module in model.base_model.modules():
+        if isinstance(module, fused.Part):
+            found.append(module.product.layer)
+        elif isinstance(module, (nn.Linear, PackedLinear)):
+            found.append(module)
+    return list(dict.fromkeys(found))
+
+
+@torch.inference_mode()
+def disagreement(model: PreTrainedModel, step: Step, positions: int) -> str:
+    """Returns "" where a step gives the logits of the model's own forward pass, for one sequence and for three."""
+    length = min(_TRIAL, positions - 1)
+    vocabulary = model.config.vocab_size
+    for batch in (1, 3):
+        tokens = (torch.arange(batch * (length + 1), device=model.device) * 7919 % vocabulary).view(batch, -1)
+        expected = model(tokens, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+        decoding = Decoding(model, batch, length + 1)
+        decoding.read(tokens[:, :-1])
+        found = step(tokens[:, -1][None], decoding.positions[None], decoding.where()).float()
+        # Numbers that FP8 rounds to a neighbour add up over the blocks; a model built another way is far off.
+        if not (found - expected).norm() <= 0.15 * expected.norm():
+            return "gives other logits than a step does"
+    return ""
+
+
+class Decoding:
+    """Sequences of one length that are decoded together: their cache, and where their next token stands in it."""
+
+    def __init__(self, model: PreTrainedModel, batch_size: int, length: int):
+        blocks = -(-length // _BLOCK_SIZE)
+        self.model = model
+        self.cache = PagedKVCache.for_model(model, batch_size * blocks, _BLOCK_SIZE)
+        self._tables = torch.arange(batch_size * blocks, device=model.device).view(batch_size, blocks)
+        #: Position, slot and length with the next token of each sequence; all grow by one a step.
+        self._counts = torch.zeros(3, batch_size, dtype=torch.int64, device=model.device)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Where the next tokens stand, int64 [S]."""
+        return self._counts[0]
+
+    def where(self) -> Pass:
+        """The pass of the next tokens."""
+        return Pass(self.cache, self._counts[1], self._tables, self._counts[2], [])
+
+    def advance(self) -> None:
+        """Makes room for the next tokens, without waiting for the device."""
+        self._counts.add_(1)
+
+    def read(self, prompt: torch.Tensor) -> torch.Tensor:
+        """Begins anew with prompts, int64 [S, length]; returns the logits of their last tokens, [S, 1, V]."""
+        length = prompt.shape[1]
+        output: Any = self.model(prompt, use_cache=True, logits_to_keep=1)
+        slots = (self._tables[:, :1] * _BLOCK_SIZE + torch.arange(length, device=prompt.device)).flatten()
+        for number, layer in enumerate(output.past_key_values.layers):
+            pair = (x.transpose(1, 2).flatten(0, 1) for x in (layer.keys, layer.values))
+            self.cache.write(number, slots, *pair)
+        first = self._tables[:, 0] * _BLOCK_SIZE
+        counts = [torch.full_like(first, length), first + length, torch.full_like(first, length + 1)]
+        self._counts.copy_(torch.stack(counts))
+        return output.logits
