@@ -157,8 +157,8 @@ class _Benchmark:
     @cached_property
     def student(self) -> str:
         """The model without --blocks blocks."""
-        folder = str(self.new("student"))
-        prune(self.model, self.calibrated, folder, "", {"method": "depth", "blocks": self.options.blocks})
+        folder, parameters = str(self.new("student")), {"method": "depth", "blocks": self.options.blocks}
+        prune(self.model, self.calibrated, folder, f"{folder}-scratch", parameters)
         return folder
 
     @cached_property

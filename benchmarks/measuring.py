@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trimtab.recipe import Engine
 from trimtab.runtime import text
 from trimtab.runtime.engine import TorchEngine
@@ -85,15 +87,22 @@ class Measuring:
 
     def score(self, engine: Any) -> dict[str, Any]:
         """Returns the perplexity of a model in an engine, and `right`, 1 or 0 for each pair of BLiMP."""
-        windows = text.windows(engine.tokenizer, self._test, LENGTH, self.options.windows)
-        nll = engine.nll(windows)
-        found: dict[str, Any] = {"perplexity": math.exp(sum(nll) / (windows.numel() - len(windows)))}
+        windows = self.windows(engine)
+        found: dict[str, Any] = {"perplexity": math.exp(sum(engine.nll(windows)) / (windows.numel() - len(windows)))}
         if self.sentences:
-            start = [engine.tokenizer.eos_token_id]
-            tokens = [engine.tokenizer(s, add_special_tokens=False).input_ids for s in self.sentences]
-            scores = [score for score, _ in engine.loglikelihood([(start, t) for t in tokens])]
+            scores = self.likelihoods(engine)
             found["right"] = [float(good > bad) for good, bad in zip(scores[::2], scores[1::2], strict=True)]
         return found
+
+    def windows(self, engine: Any) -> torch.Tensor:
+        """Returns the test text as the engine's tokenizer has it, int64 [windows, LENGTH]."""
+        return text.windows(engine.tokenizer, self._test, LENGTH, self.options.windows)
+
+    def likelihoods(self, engine: Any) -> list[float]:
+        """Returns the nats of each sentence of BLiMP's pairs."""
+        start = [engine.tokenizer.eos_token_id]
+        tokens = [engine.tokenizer(s, add_special_tokens=False).input_ids for s in self.sentences]
+        return [score for score, _ in engine.loglikelihood([(start, t) for t in tokens])]
 
 
 def blimp(rows: Sequence[dict[str, Any]]) -> float:

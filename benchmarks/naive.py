@@ -1,64 +1,66 @@
 """Structured pruning as one would do it without measuring, beside which trimtab's must be better.
 
-Each function changes a model in place to the sizes of the pruned one. What was measured serves the norms alone, which
-keep their scale in all of them.
+Each function says what to leave of a checkpoint, of the sizes of the pruned one. What was measured serves the norms
+alone, which keep their scale in all of them.
 """
 
+from pathlib import Path
+
 import torch
-from torch import nn
 
 from trimtab.components.pruning import depth, width
-from trimtab.model import ModelFacts
-from trimtab.runtime import observe
+from trimtab.components.pruning.structured import Left
+from trimtab.model import ModelFacts, inspect
+from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.measurements import Measurements
 
 
-def last_blocks(model: nn.Module, sizes: ModelFacts, measured: Measurements, draw: torch.Generator) -> None:
+def last_blocks(source: Path, sizes: ModelFacts, measured: Measurements, draw: torch.Generator) -> Left:
     """Keeps the first blocks."""
-    depth.remove_blocks(model, list(range(sizes.layers, model.config.num_hidden_layers)))
+    return depth.without(source, range(sizes.layers, inspect(source).layers))
 
 
-def random_blocks(model: nn.Module, sizes: ModelFacts, measured: Measurements, draw: torch.Generator) -> None:
+def random_blocks(source: Path, sizes: ModelFacts, measured: Measurements, draw: torch.Generator) -> Left:
     """Removes blocks by lot."""
-    have = model.config.num_hidden_layers
-    depth.remove_blocks(model, torch.randperm(have, generator=draw)[sizes.layers :].tolist())
+    return depth.without(source, torch.randperm(inspect(source).layers, generator=draw)[sizes.layers :].tolist())
 
 
-def magnitude_width(model: nn.Module, sizes: ModelFacts, measured: Measurements, draw: torch.Generator) -> None:
+def magnitude_width(source: Path, sizes: ModelFacts, measured: Measurements, draw: torch.Generator) -> Left:
     """Keeps the neurons, KV groups and channels with the largest weights, by the sum of their squares."""
+    facts, export = inspect(source), Export(source)
     neurons, groups = [], []
-    channels = _squares(model.get_input_embeddings().weight, 0)
-    for block in observe.blocks(model):
-        mlp, attention = block.mlp, block.self_attn
-        ahead = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
-        channels += sum(_squares(layer.weight, 0) for layer in ahead)
-        channels += sum(_squares(layer.weight, 1) for layer in (attention.o_proj, mlp.down_proj))
-        size = _squares(mlp.down_proj.weight, 0)
-        size += _squares(mlp.gate_proj.weight, 1) + _squares(mlp.up_proj.weight, 1)
+    channels = _squares(export.tensor("model.embed_tokens.weight"), 0)
+    for block in range(facts.layers):
+
+        def squares(layer: str, dim: int, block: int = block) -> torch.Tensor:
+            return _squares(export.tensor(f"model.layers.{block}.{layer}_proj.weight"), dim)
+
+        ahead = ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")
+        channels += sum(squares(layer, 0) for layer in ahead)
+        channels += squares("self_attn.o", 1) + squares("mlp.down", 1)
+        size = squares("mlp.down", 0) + squares("mlp.gate", 1) + squares("mlp.up", 1)
         neurons.append(width.strongest(size, sizes.intermediate_size))
-        parts = [_squares(attention.o_proj.weight, 0), *(_squares(layer.weight, 1) for layer in ahead[:3])]
-        have = model.config.num_key_value_heads
-        size = sum(width.group_importance(part, have) for part in parts)
+        parts = [squares("self_attn.o", 0), *(squares(layer, 1) for layer in ahead[:3])]
+        size = sum(width.group_importance(part, facts.kv_heads) for part in parts)
         groups.append(width.strongest(size, sizes.kv_heads))
     kept = width.Kept(neurons, groups, width.strongest(channels, sizes.hidden_size))
-    width.narrow(model, sizes, kept, measured)
+    return width.keeping(source, sizes, kept, measured)
 
 
-def random_width(model: nn.Module, sizes: ModelFacts, measured: Measurements, draw: torch.Generator) -> None:
+def random_width(source: Path, sizes: ModelFacts, measured: Measurements, draw: torch.Generator) -> Left:
     """Keeps neurons, KV groups and channels by lot."""
 
     def some(have: int, keep: int) -> torch.Tensor:
         return width.strongest(torch.rand(have, generator=draw), keep)
 
-    config = model.config
-    blocks = range(config.num_hidden_layers)
+    facts = inspect(source)
     kept = width.Kept(
-        neurons=[some(config.intermediate_size, sizes.intermediate_size) for _ in blocks],
-        groups=[some(config.num_key_value_heads, sizes.kv_heads) for _ in blocks],
-        channels=some(config.hidden_size, sizes.hidden_size),
+        neurons=[some(facts.intermediate_size, sizes.intermediate_size) for _ in range(facts.layers)],
+        groups=[some(facts.kv_heads, sizes.kv_heads) for _ in range(facts.layers)],
+        channels=some(facts.hidden_size, sizes.hidden_size),
     )
-    width.narrow(model, sizes, kept, measured)
+    return width.keeping(source, sizes, kept, measured)
 
 
 def _squares(weight: torch.Tensor, dim: int) -> torch.Tensor:
-    return weight.data.float().square().sum(dim)
+    return weight.float().square().sum(dim)

@@ -26,10 +26,10 @@ from pydantic import TypeAdapter
 
 from trimtab import shapes
 from trimtab.components.calibration.work import calibrate
+from trimtab.components.pruning import structured
 from trimtab.components.pruning.work import prune
 from trimtab.model import inspect
 from trimtab.recipe import Pruning
-from trimtab.runtime import checkpoint
 from trimtab.runtime.measurements import Measurements
 
 #: Row -> the recipe's `prune`.
@@ -45,7 +45,7 @@ ROWS |= {
 #: Structured pruning and its naive peers at equal parameters: title -> the recipe's `prune`, and peer -> its function.
 _DEPTH = {"last": naive.last_blocks, "random": naive.random_blocks}
 _WIDTH = {"by magnitude": naive.magnitude_width, "random": naive.random_width}
-STRUCTURED: dict[str, tuple[dict[str, Any], dict[str, Callable[..., None]]]] = {
+STRUCTURED: dict[str, tuple[dict[str, Any], dict[str, Callable[..., structured.Left]]]] = {
     "4 blocks": ({"method": "depth", "blocks": 4}, _DEPTH),
     "4 blocks in a row": ({"method": "depth", "blocks": 4, "contiguous": True}, {}),
     "7 blocks": ({"method": "depth", "blocks": 7}, {}),
@@ -90,21 +90,19 @@ class _Benchmark:
             pruned.mkdir()
             started = time.perf_counter()
             if name in NAIVE:
-                self._prune_naively(name, seed, calibration, pruned)
+                self._prune_naively(name, seed, calibration, pruned, Path(folder) / "scratch")
             else:
                 prune(str(self.options.model), str(calibration), str(pruned), f"{folder}/scratch", ROWS[name])
             seconds = time.perf_counter() - started
             found = self.measuring.measure(pruned)
         return {**found, "gap": math.log(found["perplexity"] / dense["perplexity"]), "seconds": seconds}
 
-    def _prune_naively(self, name: str, seed: int, calibration: Path, folder: Path) -> None:
-        recipe, change = NAIVE[name]
+    def _prune_naively(self, name: str, seed: int, calibration: Path, folder: Path, scratch: Path) -> None:
+        recipe, choose = NAIVE[name]
         source = self.options.model
         sizes = shapes.pruned(inspect(source), TypeAdapter(Pruning).validate_python(recipe))
-        model, tokenizer = checkpoint.load(source, torch.bfloat16)
         measured = Measurements(calibration, source, "calibration")
-        change(model, sizes, measured, torch.Generator().manual_seed(seed))
-        checkpoint.save(model, tokenizer, folder)
+        structured.write(source, choose(source, sizes, measured, torch.Generator().manual_seed(seed)), folder, scratch)
 
     def _print(self, name: str, seed: int | str, found: dict[str, Any]) -> None:
         gap = f"{found['gap']:>8.3f}"

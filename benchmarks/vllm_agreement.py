@@ -1,11 +1,16 @@
-"""Whether vLLM and the torch engine judge an export alike: the same items and windows scored in both, and their speed.
+"""Whether vLLM and the torch engine judge an export alike, which is right where they differ, and how fast vLLM decodes.
 
-Run: python benchmarks/vllm_agreement.py --model FOLDER [--text FILE] [--blimp FOLDER] [--quick]
+Run: python benchmarks/vllm_agreement.py --model FOLDER [--text FILE] [--blimp FOLDER] [--out FILE] [--quick]
+     python benchmarks/vllm_agreement.py --decode [--out FILE] [--quick]
 
-Recovery is the accuracy above chance on BLiMP's pairs, as a share of BF16's in the same engine; the ratio is perplexity
-over BF16's. Flips are pairs that the two engines decide differently: their logits are rounded to other 16 bits. vLLM
-0.24 reads no INT4 of ModelOpt, so its row of `int4_awq` says that it is refused. A row that fails leaves the others
-alone. The last line is one JSON object.
+Both engines and a reference answer the same windows, pairs of BLiMP and next tokens. The reference computes in float32
+with the export's own numbers: weights dequantised, inputs rounded where the format rounds them. The verdict is the
+pipeline's, against BF16 in the same engine. A decision on which the engines differ (the likelier sentence of a pair;
+whether a token is the likeliest) is the right one's that decides as the reference does.
+
+--decode times vLLM on a Llama of the shape of 8B with random weights: tokens a second of all sequences together, 256
+after prompts of 128, medians of three. Every engine runs in a process of its own. Rows are printed, and added to --out
+as JSON lines, as soon as they are found; one that fails says why and leaves the others alone.
 """
 
 from __future__ import annotations
@@ -17,172 +22,367 @@ import statistics
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
+# Also for the processes that are started, before any of them imports what reads it.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # it logs to stdout
+
 import measuring
-from gpu import CUDA, describe, release, versions
-from measuring import Measuring, short
+import torch
+from gpu import CUDA, DEVICE, EIGHT_BILLION, describe, log, versions
+from measuring import Measuring
 
+from trimtab import child, verdict
 from trimtab.recipe import Acceptance, Engine, Quantization
-from trimtab.runtime import backends
+from trimtab.runtime import backends, decode_time, formats, vllm_checkpoint
+from trimtab.runtime.checkpoint import Export, load_tokenizer
 from trimtab.runtime.engine import TorchEngine
+from trimtab.verdict import Scores
 
-FORMATS = ("bf16", "fp8", "int4_awq")
-ENGINES = ("torch", "vllm")
+FORMATS = ("bf16", "fp8", "int4_awq", "int4_gptq")
+ENGINES = ("torch", "vllm", "reference")
 GROUP = 64
+#: A fifth of the GPU is more than enough for a small model, and is free as soon as another engine's process has ended.
+SETTINGS = {"max_batch_size": 64, "max_seq_len": 1024, "kv_cache_fraction": 0.2}
+#: Tokens of each window whose likelihood is asked one at a time.
+NEXT_TOKENS = 16
 PROMPT_TOKENS, NEW_TOKENS, REPEATS = (128, 256, 3) if CUDA else (16, 4, 1)
-#: Half of the GPU is room enough beside what the torch engine leaves behind in this process.
-SETTINGS = {"max_batch_size": 64, "max_seq_len": 1024, "kv_cache_fraction": 0.5}
+#: Seconds after which a process is ended.
+LIMIT = 300
+#: Tokens of a batch of the reference, whose logits are float32.
+_BATCH_TOKENS = 8192
+_INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP, "dynamic": False}
+#: `quantization_config` of the models that are timed, as exports in these formats have it.
+DECODE = {
+    "bf16": None,
+    "fp8": {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"],
+            "producer": {"name": "modelopt", "version": "0.47.0"}},
+    "int4": {"quant_method": vllm_checkpoint.PLAIN, "format": "pack-quantized", "ignore": ["lm_head"],
+             "config_groups": {"group_0": {"targets": ["Linear"], "weights": _INT4}}},
+}  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    measuring.add_arguments(parser)
-    parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
+    measuring.add_arguments(parser, needs_model=False)
+    parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS[:3]))
     parser.add_argument("--engines", nargs="*", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--decode", action="store_true", help="time vLLM on an 8B shape instead")
+    parser.add_argument("--decode-formats", nargs="*", choices=tuple(DECODE), default=["bf16", "fp8"])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 64])
+    parser.add_argument("--out", type=Path, help="a file of JSON lines, which is added to")
     parser.add_argument("--quick", action="store_true", help="little text, few pairs, batch 1")
     options = parser.parse_args()
     if options.quick:
         options.samples, options.windows, options.pairs, options.batches = 2, 2, 5, [1]
-    found: dict[str, Any] = {"versions": versions() | backends.versions(), "rows": []}
+    if not options.decode and not options.model:
+        parser.error("--model: a Hugging Face folder is needed without --decode")
     with tempfile.TemporaryDirectory() as name:
         os.environ["TRIMTAB_PROGRESS"] = str(Path(name) / "progress.jsonl")  # the terminal is for results
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # it logs to stdout
-        measure = Measuring(options, Path(name))
-        scored: dict[tuple[str, str], dict[str, Any]] = {}
-        print(f"{'format':<10}{'engine':<8}{'perplexity':>12}{'BLiMP':>8}{'seconds':>9}  tokens/s at batch", flush=True)
-        for form in options.formats:
-            try:
-                folder = export(form, options.model, measure, Path(name))
-            except Exception as error:
-                found["rows"].append({"format": form, "error": describe(error)})
-                print(f"{form:<10}was not exported: {describe(error)}", flush=True)
-                traceback.print_exc()
-                continue
-            for engine in options.engines:
-                row = {"format": form, "engine": engine}
-                found["rows"].append(row)
-                fill(row, scored, folder, measure, options.batches)
-    found["agreement"] = agreement(scored, options.formats)
-    for line in found["agreement"]:
-        print("  ".join(f"{name} {value}" for name, value in line.items()))
-    print(json.dumps(found))
+        tell(options, {"versions": versions() | backends.versions()})
+        if options.decode:
+            time_decoding(options)
+        else:
+            judge(options, Path(name))
     return 0
 
 
-def export(form: str, model: Path, measure: Measuring, scratch: Path) -> Path:
-    """Writes the export of a format, calibrated on the first seed, and what it needs measured if that is not there."""
+def tell(options: argparse.Namespace, row: dict[str, Any]) -> None:
+    """Prints a row, and adds it to the file."""
+    line = json.dumps(row)
+    print(line, flush=True)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def apart(work: str, **arguments: Any) -> dict[str, Any]:
+    """Calls a function of this file in a process of its own; returns what it does and `seconds`, or `error`."""
+    log(f"{work} {' '.join(str(value) for value in arguments.values() if not isinstance(value, dict))}")
+    started = time.perf_counter()
+    try:
+        found = child.call(f"vllm_agreement:{work}", time_limit=LIMIT, **arguments).value
+    except Exception as error:  # the others are worth having
+        found = {"error": describe(error)}
+    return {**found, "seconds": round(time.perf_counter() - started, 1)}
+
+
+# ------------------------------------------------------------------------------------------------- the same verdict
+
+
+def judge(options: argparse.Namespace, scratch: Path) -> None:
+    """Exports each format, lets each engine answer, and sets the answers side by side."""
+    asked = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    answers: dict[tuple[str, str], dict[str, Any]] = {}
+    for form in options.formats:
+        made = apart("export", form=form, scratch=str(scratch), options=asked)
+        if "error" in made:
+            tell(options, {"format": form, **made})
+            continue
+        for engine in options.engines:
+            found = apart("answer", engine=engine, folder=made["folder"], checkpoint=made["checkpoint"], options=asked)
+            if "error" not in found:
+                answers[form, engine] = found
+            kept = ("error", "kernels", "device_gb", "perplexity", "blimp", "seconds")
+            row = {"format": form, "engine": engine} | {name: found[name] for name in kept if name in found}
+            if form != "bf16" and "error" not in found and ("bf16", engine) in answers:
+                row["verdict"] = verdict_on(answers["bf16", engine], found)
+            tell(options, row)
+        both = [{e: answers[f, e] for e in ENGINES if (f, e) in answers} for f in (form, "bf16")]
+        tell(options, {"format": form, "agreement": compare(*both)})
+
+
+def export(form: str, scratch: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Writes the export of a format, calibrated on the first seed, and what vLLM reads if it does not read that."""
     from trimtab.components.calibration import grams
     from trimtab.components.calibration.work import calibrate
     from trimtab.components.quantization.work import quantize
 
     settings = Quantization(format=form, group_size=GROUP)
-    calibration, gram, folder = (scratch / part for part in ("calibration", "gram", f"export-{form}"))
+    measure = _measure(options, Path(scratch))
+    model = options["model"]
+    calibration, gram, folder, checkpoint = (
+        Path(scratch) / part for part in ("calibration", "gram", f"export-{form}", f"checkpoint-{form}")
+    )
     if settings.needs_statistics and not calibration.is_dir():
         calibration.mkdir()
-        calibrate(str(model), str(calibration), "", measure.calibration(measure.options.first_seed))
+        calibrate(model, str(calibration), "", measure.calibration(options["first_seed"]))
     if settings.needs_grams and not gram.is_dir():
         gram.mkdir()
-        grams.measure(str(model), str(calibration), str(gram), "", {})
+        grams.measure(model, str(calibration), str(gram), "", {})
     folder.mkdir()
     quantize(
-        str(model),
+        model,
         str(calibration) if settings.needs_statistics else None,
         str(gram) if settings.needs_grams else None,
         None,
         str(folder),
-        str(scratch / f"scratch-{form}"),
+        str(Path(scratch) / f"scratch-{form}"),
         settings.model_dump(mode="json"),
     )
-    return folder
+    if not vllm_checkpoint.is_needed(folder):
+        return {"folder": str(folder), "checkpoint": None}
+    vllm_checkpoint.translate(folder, checkpoint, Path(scratch) / f"shards-{form}")
+    return {"folder": str(folder), "checkpoint": str(checkpoint)}
 
 
-def fill(
-    row: dict[str, Any],
-    scored: dict[tuple[str, str], dict[str, Any]],
-    folder: Path,
-    measure: Measuring,
-    batches: list[int],
-) -> None:
-    """Adds to a row what its engine scores and how fast it is, or why it does not, and prints it."""
-    started = time.perf_counter()
-    engine = None
-    row["speed"] = {}
-    try:
-        engine = open_engine(row["engine"], folder)
-        row["kernels"] = sorted({kernel["kernel"] for kernel in engine.kernels().values()})
-        row["device_gb"] = round(engine.device_bytes / 1e9, 2)
-        found = measure.score(engine)
-        scored[row["format"], row["engine"]] = found
-        row |= short(found)
-        for batch in batches:
-            speeds = engine.decode_speed(batch, PROMPT_TOKENS, NEW_TOKENS, REPEATS)
-            row["speed"][str(batch)] = round(statistics.median(speeds), 1)
-    except Exception as error:
-        row["error"] = describe(error)
-        traceback.print_exc()
-    finally:
-        row["seconds"] = round(time.perf_counter() - started, 1)
-        if engine is not None:
-            engine.close()
-        engine = None
-        release()
-    figures = f"{row.get('perplexity', float('nan')):>12.3f}{row.get('blimp', float('nan')):>8.4f}"
-    speed = "  ".join(f"{batch}: {tokens:,.0f}" for batch, tokens in row["speed"].items())
-    told = f"{row['format']:<10}{row['engine']:<8}{figures}{row['seconds']:>9.1f}  {speed}"
-    print(told, row.get("error", ""), flush=True)
+def answer(engine: str, folder: str, checkpoint: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Returns what an engine says of each window, sentence and next token, with a summary."""
+    served = open_engine(engine, Path(folder), checkpoint)
+    with tempfile.TemporaryDirectory() as scratch:
+        measure = _measure(options, Path(scratch))
+    windows = measure.windows(served)
+    found: dict[str, Any] = {
+        "kernels": sorted({kernel["kernel"] for kernel in served.kernels().values()}),
+        "device_gb": round(served.device_bytes / 1e9, 2),
+        "nll": served.nll(windows),
+        "tokens": windows.shape[1] - 1,
+        "sentences": measure.likelihoods(served) if measure.sentences else [],
+    }
+    places = torch.linspace(1, windows.shape[1] - 1, NEXT_TOKENS).long().tolist()
+    requests = [(window[:place], [window[place]]) for window in windows.tolist() for place in places]
+    found["next"], found["likeliest"] = map(list, zip(*served.loglikelihood(requests), strict=True))
+    found["perplexity"] = torch.tensor(found["nll"]).sum().div(found["tokens"] * len(windows)).exp().item()
+    if found["sentences"]:
+        found["blimp"] = statistics.fmean(decisions(found))
+    served.close()
+    return found
 
 
-def open_engine(name: str, folder: Path) -> Any:
+def open_engine(name: str, folder: Path, checkpoint: str | None) -> Any:
+    if name == "reference":
+        return Reference(folder)
     settings = Engine(backend=name, **SETTINGS)
     backends.check(settings)
     if name == "torch":
         return TorchEngine(folder, settings)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process ends anyway, and takes all with it
     from trimtab.runtime.vllm import VllmEngine
 
-    return VllmEngine(folder, settings)
+    return VllmEngine(folder, settings, Path(checkpoint) if checkpoint else None)
 
 
-def agreement(scored: dict[tuple[str, str], dict[str, Any]], formats: list[str]) -> list[dict[str, Any]]:
-    """Sets what both engines say of a format side by side: torch first, vLLM second.
+def _measure(options: dict[str, Any], folder: Path) -> Measuring:
+    paths = {name: Path(options[name]) for name in ("text", "blimp") if options[name]}
+    return Measuring(argparse.Namespace(**(options | paths)), folder)
 
-    They agree when both stand on the same side of the limits that a recipe has by default.
+
+class Reference:
+    """The numbers of an export in float32, without an engine's kernels and roundings."""
+
+    device_bytes = 0
+
+    def __init__(self, folder: Path):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        export = Export(folder)
+        config = AutoConfig.from_pretrained(folder)
+        config.__dict__.pop("quantization_config", None)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        own = {f"{layer}.{part}" for layer in export.layers for part in ("weight", *formats.SCALES)}
+        tensors = {name: export.tensor(name).float() for name in export.names if name not in own}
+        for name in export.layers:
+            layer = export.layer(name)
+            tensors[f"{name}.weight"] = formats.dequantize(layer)
+            if layer.layout.storage.activations:
+                scale = layer.input_scale.float().to(DEVICE)  # FP8 with one scale: the only one among the formats here
+                model.get_submodule(name).register_forward_pre_hook(
+                    lambda _, given, scale=scale: (formats.round_fp8(given[0], scale),)
+                )
+        model.load_state_dict(tensors, strict=False)
+        model.tie_weights()
+        self._model, self.tokenizer = model.eval().to(DEVICE), load_tokenizer(folder)
+
+    def kernels(self) -> dict[str, dict[str, Any]]:
+        return {"": {"kernel": "float32"}}
+
+    @torch.inference_mode()
+    def loglikelihood(self, requests: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        order = sorted(range(len(requests)), key=lambda i: sum(map(len, requests[i])))
+        while order:
+            longest = sum(map(len, requests[order[-1]]))
+            some = [order.pop() for _ in range(min(len(order), max(1, _BATCH_TOKENS // longest)))]
+            batch = torch.zeros(len(some), longest, dtype=torch.int64)
+            for row, i in zip(batch, some, strict=True):  # what is filled up stands behind, where nothing looks at it
+                tokens = [*requests[i][0], *requests[i][1]]
+                row[: len(tokens)] = torch.tensor(tokens)
+            rows = self._model(batch.to(DEVICE), use_cache=False).logits.log_softmax(-1)
+            for row, i in zip(rows, some, strict=True):
+                context, continuation = requests[i]
+                own = row[len(context) - 1 : len(context) - 1 + len(continuation)]
+                wanted = torch.tensor(continuation, device=own.device)
+                likelihood = own.gather(1, wanted[:, None]).sum().item()
+                found[i] = likelihood, bool((own.argmax(-1) == wanted).all())
+        return found
+
+    def nll(self, windows: torch.Tensor) -> list[float]:
+        return [-likelihood for likelihood, _ in self.loglikelihood([(w[:1], w[1:]) for w in windows.tolist()])]
+
+    def close(self) -> None:
+        self._model = None
+
+
+def decisions(found: dict[str, Any]) -> list[float]:
+    """1 for each pair of which the good sentence is the likelier one, else 0."""
+    return [float(good > bad) for good, bad in zip(found["sentences"][::2], found["sentences"][1::2], strict=True)]
+
+
+def verdict_on(plain: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Returns the pipeline's verdict after one look at all items, against BF16 in the same engine."""
+    if not found["sentences"]:
+        ratio = found["perplexity"] / plain["perplexity"]
+        return {"perplexity_ratio": round(ratio, 4), "outcome": "not judged: give --blimp"}
+    scores = [
+        Scores(
+            items=decisions(one),
+            chance=[0.5] * (len(one["sentences"]) // 2),
+            nll=one["nll"],
+            tokens=[one["tokens"]] * len(one["nll"]),
+            item_ids=range(len(one["sentences"]) // 2),
+            window_ids=range(len(one["nll"])),
+        )
+        for one in (plain, found)
+    ]
+    said = verdict.judge(baseline=scores[0], candidate=scores[1], accept=Acceptance(), look=1, looks=1)
+    intervals = {
+        name: [round(end, 4) for end in (value.estimate, value.low, value.high)]
+        for name in ("recovery", "perplexity_ratio")
+        if (value := getattr(said, name)) is not None
+    }
+    return {"outcome": said.outcome, "failure_class": said.failure_class, "reason": said.reason, **intervals}
+
+
+def compare(found: dict[str, dict[str, Any]], plain: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Sets what the engines said of a format side by side.
+
+    Args:
+        found: engine -> its answers.
+        plain: engine -> its answers on BF16.
     """
-    lines = []
-    for form in formats:
-        pair = [scored.get((form, engine)) for engine in ENGINES]
-        if not all(pair):
-            continue
-        line: dict[str, Any] = {"format": form, "perplexity": [round(found["perplexity"], 3) for found in pair]}
-        sides = [[], []]
-        plain = [scored.get(("bf16", engine)) for engine in ENGINES]
-        if "right" in pair[0]:
-            line["blimp"] = [round(statistics.fmean(found["right"]), 4) for found in pair]
-            line["pairs"] = len(pair[0]["right"])
-            line["flips"] = sum(a != b for a, b in zip(*(found["right"] for found in pair), strict=True))
-        if all(plain):
-            line["perplexity_ratio"] = [
-                round(a["perplexity"] / b["perplexity"], 4) for a, b in zip(pair, plain, strict=True)
-            ]
-            for side, ratio in zip(sides, line["perplexity_ratio"], strict=True):
-                side.append(ratio <= Acceptance().max_perplexity_ratio)
-        if all(plain) and "right" in pair[0]:
-            line["recovery"] = [recovery(a["right"], b["right"]) for a, b in zip(pair, plain, strict=True)]
-            for side, kept in zip(sides, line["recovery"], strict=True):
-                side.append(kept is None or kept >= Acceptance().min_recovery)
-        if sides[0]:
-            line["agree"] = sides[0] == sides[1]
-        lines.append(line)
-    return lines
+    told: dict[str, Any] = {}
+    if found.keys() & plain.keys() >= {"torch", "vllm"}:
+        outcomes = [verdict_on(plain[engine], found[engine])["outcome"] for engine in ("torch", "vllm")]
+        told["verdicts"] = dict(zip(("torch", "vllm"), outcomes, strict=True)) | {"agree": outcomes[0] == outcomes[1]}
+    for kind in ("sentences", "next", "nll"):
+        for one, other in (("torch", "vllm"), ("torch", "reference"), ("vllm", "reference")):
+            if {one, other} <= found.keys() and found[one][kind]:
+                apart_by = [abs(a - b) for a, b in zip(found[one][kind], found[other][kind], strict=True)]
+                told[f"{kind}: {one} and {other}"] = {
+                    "max": round(max(apart_by), 4), "mean": round(statistics.fmean(apart_by), 5), "count": len(apart_by)
+                }  # fmt: skip
+    if found.keys() >= {"torch", "vllm"}:
+        answers = {engine: decisions(one) for engine, one in found.items()}
+        told["pairs"] = _disagreement(answers) | {"which": _margins(found, answers)}
+        told["likeliest tokens"] = _disagreement({engine: one["likeliest"] for engine, one in found.items()})
+    return told
 
 
-def recovery(right: list[float], plain: list[float]) -> float | None:
-    """Returns accuracy above chance over BF16's, None where BF16 has none."""
-    above = statistics.fmean(plain) - 0.5
-    return round((statistics.fmean(right) - 0.5) / above, 4) if above > 0 else None
+def _disagreement(answers: dict[str, list[Any]]) -> dict[str, Any]:
+    """How often torch and vLLM decide differently, and who then decides as the reference does."""
+    differ = [i for i, (a, b) in enumerate(zip(answers["torch"], answers["vllm"], strict=True)) if a != b]
+    told: dict[str, Any] = {"count": len(answers["torch"]), "differ": len(differ)}
+    if "reference" in answers:
+        told["right"] = {e: sum(answers[e][i] == answers["reference"][i] for i in differ) for e in ("torch", "vllm")}
+    return told
+
+
+def _margins(found: dict[str, dict[str, Any]], answers: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """By how many nats each engine holds the good sentence likelier, where torch and vLLM differ; ten at most."""
+    differ = [i for i, (a, b) in enumerate(zip(answers["torch"], answers["vllm"], strict=True)) if a != b]
+    margins = {
+        engine: [good - bad for good, bad in zip(one["sentences"][::2], one["sentences"][1::2], strict=True)]
+        for engine, one in found.items()
+    }
+    return [{"pair": i} | {engine: round(margin[i], 4) for engine, margin in margins.items()} for i in differ[:10]]
+
+
+# ---------------------------------------------------------------------------------------------------- the same speed
+
+
+def time_decoding(options: argparse.Namespace) -> None:
+    for form in options.decode_formats:
+        tell(options, {"decode": form, **apart("decode", form=form, batches=options.batches, quick=options.quick)})
+
+
+def decode(form: str, batches: list[int], quick: bool) -> dict[str, Any]:
+    """Returns vLLM's tokens a second, by batch, for a model that is a config alone."""
+    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # this process has asked for a GPU already
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_act": "silu",
+              "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "bos_token_id": 0, "eos_token_id": 1,
+              "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, **EIGHT_BILLION}  # fmt: skip
+    if quick:
+        config["num_hidden_layers"] = 2
+    if DECODE[form]:
+        config["quantization_config"] = DECODE[form]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        started = time.perf_counter()
+        llm = LLM(
+            model=folder, load_format="dummy", skip_tokenizer_init=True, max_model_len=PROMPT_TOKENS + NEW_TOKENS + 2,
+            max_num_seqs=max(batches), max_num_batched_tokens=8192, gpu_memory_utilization=0.5,
+            enable_prefix_caching=False,
+        )  # fmt: skip
+        loaded = time.perf_counter() - started
+
+        def write(prompts: list[list[int]], tokens: int) -> None:
+            parameters = SamplingParams(temperature=0.0, detokenize=False, max_tokens=tokens, ignore_eos=True)
+            llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], parameters, use_tqdm=False)
+
+        found: dict[str, Any] = {"load_seconds": round(loaded, 1), "tokens_per_second": {}, "all": {}}
+        for batch in batches:
+            speeds = decode_time.speeds(write, config["vocab_size"], batch, PROMPT_TOKENS, NEW_TOKENS, REPEATS)
+            found["tokens_per_second"][str(batch)] = round(statistics.median(speeds), 1)
+            found["all"][str(batch)] = [round(speed, 1) for speed in speeds]
+            log(f"{form} batch {batch}: {found['tokens_per_second'][str(batch)]:,.0f} tokens/s")
+        llm.llm_engine.engine_core.shutdown()
+    return found
 
 
 if __name__ == "__main__":

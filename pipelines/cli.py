@@ -17,6 +17,7 @@ from trimtab.errors import __doc__ as exit_codes
 from trimtab.pipelines import cluster_commands, custody, deploy_command, serving_commands
 from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_profile, release_name
 from trimtab.recipe import Recipe
+from trimtab.serving import traffic, workload
 from trimtab.state import GOALS, Evaluation
 
 if TYPE_CHECKING:
@@ -157,8 +158,10 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     _check_tasks(evaluation)
     model = _model(arguments.model)
-    if Path(model).is_dir():  # of any other model nothing is known before it is fetched
+    if Path(model).is_dir():
         _ladder(arguments, recipe)
+    else:  # of any other model nothing is known before it is fetched
+        traffic.of(Recipe.parse(recipe or "{}").workload)
     store = _store(arguments.store)
     return {
         "model": model,
@@ -192,19 +195,22 @@ def _plan_engine(arguments: argparse.Namespace) -> int:
     from trimtab.components.fetch.source import facts
     from trimtab.outline import outline
     from trimtab.serving.plan import plan_engine
-    from trimtab.serving.workload import Workload
 
     target, text = hardware.target(arguments.target), read(arguments.recipe, "recipe")
     recipe = Recipe.parse(text) if text else Recipe.parse({"engine": {"backend": target.default_backend}})
     model = Path(arguments.model)
     known = outline(model) if model.suffix == ".json" else facts(_model(arguments.model))
-    workload = Workload.parse(read(arguments.workload, "workload") or "{}")
-    plan = plan_engine(known, recipe, target, workload, gpus=arguments.gpus)
+    text = read(arguments.workload, "workload")
+    asked = workload.parse(text) if text else recipe.workload or workload.Workload()
+    recorded = traffic.of(asked)
+    plan = plan_engine(known, recipe, target, recorded.workload if recorded else asked, gpus=arguments.gpus)
     title = f"{recipe.title} on {arguments.target}, {recipe.engine.backend}"
     table = Table("setting", "value", "why", title=title)
     for line in plan.lines:
         table.add_row(line.setting, line.value, line.why)
     out = Console()
+    if recorded:
+        out.print(f"recorded: {recorded.sentence}", soft_wrap=True, highlight=False)
     out.print(table)
     out.print("engine:", plan.recipe.engine.to_json(), soft_wrap=True, highlight=False)
     return 0
@@ -212,11 +218,11 @@ def _plan_engine(arguments: argparse.Namespace) -> int:
 
 def _ladder(arguments: argparse.Namespace, recipe: str) -> list[Rung]:
     """Plans; refuses a recipe that the model or the target does not allow."""
-    from trimtab import plan
+    from trimtab import flow
     from trimtab.components.fetch.source import facts
 
-    target, first = hardware.target(arguments.target), Recipe.parse(recipe) if recipe else None
-    return plan.ladder(arguments.goal, facts(_model(arguments.model)), target, first=first)
+    target, wanted = hardware.target(arguments.target), Recipe.parse(recipe or "{}")
+    return flow.ladder(arguments.goal, facts(_model(arguments.model)), target, wanted)
 
 
 def _compile(arguments: argparse.Namespace, console: Console) -> int:

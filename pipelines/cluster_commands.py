@@ -15,6 +15,7 @@ from trimtab.errors import InputError
 from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_profile, release_name
 from trimtab.pipelines.package import PIPELINES
 from trimtab.recipe import Recipe
+from trimtab.serving.workload import Recorded
 from trimtab.state import GOALS, Evaluation
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def _add_run(parser: argparse.ArgumentParser, pipeline: str = "optimize") -> Non
     parser.add_argument("--recipe", default="", metavar="FILE", help="a recipe to try first, YAML or JSON")
     parser.add_argument("--max-attempts", type=int, default=5, metavar="N", help="the most attempts, 1 to 10 (5)")
     parser.add_argument("--evaluation", default="", metavar="FILE", help="items, windows and text to measure, YAML")
+    parser.add_argument("--rollout", default="", metavar="FILE", help="serve the release as `deploy` does, YAML")
     parser.add_argument("--name", default="", help="name of the release, the run and the schedule (the model's)")
     parser.add_argument("--experiment", default=EXPERIMENT, help=f"experiment that the runs belong to ({EXPERIMENT})")
     parser.add_argument("--service-account", default="", metavar="NAME", help="Kubernetes service account of the run")
@@ -176,16 +178,20 @@ def _unschedule(arguments: argparse.Namespace, console: Console) -> int:
 
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     """Checks what can be known without the cluster: the model and the store are seen only from there."""
+    from trimtab.components.deployment.serving import asked
+
     check_choice("pipeline", arguments.pipeline, tuple(PIPELINES))
     check_attempts(arguments.max_attempts)
     check_choice("goal", arguments.goal, GOALS)
     hardware.target(arguments.target)
     recipe = read(arguments.recipe, "recipe")
-    if recipe:
-        Recipe.parse(recipe)
+    workload = Recipe.parse(recipe or "{}").workload
+    if isinstance(workload, Recorded):
+        _check_seen_from_cluster("workload.recorded", workload.recorded)
     evaluation = Evaluation.parse(read(arguments.evaluation, "evaluation") or "{}")
     for field in ("model", "store"):
         _check_seen_from_cluster(field, getattr(arguments, field))
+    rollout = asked(read(arguments.rollout, "rollout"), arguments.store)
     return {
         "model": arguments.model,
         "store": arguments.store,
@@ -195,6 +201,7 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
         "max_attempts": arguments.max_attempts,
         "name": arguments.name or release_name(arguments.model),
         "evaluation": evaluation.to_json(),
+        "rollout": rollout.to_json() if rollout else "",
     }
 
 

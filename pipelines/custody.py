@@ -78,7 +78,10 @@ def _keygen(arguments: argparse.Namespace, console: Console) -> int:
 def _gc(arguments: argparse.Namespace, console: Console) -> int:
     from trimtab.store.garbage import collect
 
-    garbage = collect(open_store(arguments.store), arguments.older_than, arguments.dry_run)
+    store = open_store(arguments.store)
+    garbage = collect(store, arguments.older_than, arguments.dry_run)
+    if not garbage.kept and not garbage.manifests:
+        console.print(f"there is no tree in {store.uri}; if there should be, correct --store", soft_wrap=True)
     out = Console(soft_wrap=True, highlight=False)
     verb = "would remove" if arguments.dry_run else "removed"
     kinds = ", ".join(f"{number} {kind}" for kind, number in garbage.kinds.items())

@@ -18,6 +18,7 @@ def plan(
     max_attempts: int,
     evaluation: str,
     images: str = "",
+    rollout: str = "",
 ) -> str:
     """Turns goal, model and hardware into the ladder of recipes to try.
 
@@ -31,14 +32,17 @@ def plan(
         max_attempts: The most attempts.
         evaluation: What to measure, YAML or JSON; or empty.
         images: The container images of the stages.
+        rollout: How to serve the release, YAML or JSON; or empty. Only checked here, before the work begins.
 
     Returns:
         The state with which the baseline is measured, JSON.
     """
     from trimtab import flow
+    from trimtab.components.deployment.serving import asked
     from trimtab.state import Evaluation
     from trimtab.store import Tree
 
+    asked(rollout, store)
     return flow.begin(
         model=Tree.parse(model),
         store_uri=store,

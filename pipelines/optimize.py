@@ -3,7 +3,9 @@
 The loop is unrolled when it is compiled, for KFP has none. What keeps it correct (each a silent failure
 elsewhere): only strings pass through `dsl.OneOf`; conditions read the one output of `decide`, whose vocabulary
 is closed; there are no conditions inside `attempt`; the chain ends in a gate; KFP's caching is off, because a
-branch of cache hits alone never completes on the backend (the store's index is the cache).
+branch of cache hits alone never completes on the backend (the store's index is the cache). Behind the gate stands the
+rollout, which does nothing unless a run asks for it; the condition on it has no Else, so it reads `Output`, the one
+name that `kfp.local` resolves there (elsewhere it is silently false).
 """
 
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from kfp.dsl.base_component import BaseComponent
 
 from trimtab.components import images
 from trimtab.components.calibration.component import calibrate
-from trimtab.components.deployment.component import gate
+from trimtab.components.deployment.component import fail_rollout, gate, roll_out
 from trimtab.components.distillation.component import distill
 from trimtab.components.engine.component import build_engine
 from trimtab.components.fetch.component import fetch
@@ -22,13 +24,16 @@ from trimtab.components.quantization.component import quantize
 from trimtab.components.validation.component import validate
 from trimtab.hardware import TARGETS
 from trimtab.pipelines.decisions import adjust, carry, decide, plan, prepare, summarize
-from trimtab.pipelines.placement import place, reach
+from trimtab.pipelines.package import ROLLED_BACK, ROLLOUT
+from trimtab.pipelines.placement import place, reach, sign
 from trimtab.profile import Profile
 from trimtab.stages import TASKS
 from trimtab.state import GOALS
 
 #: The most attempts that are unrolled; `max_attempts` of a run is at most this.
 MAX_ATTEMPTS = 10
+#: What the gate is called on the page of a run: the only task that sees the signing key.
+GATE = "deploy gate"
 RUN_ID = dsl.PIPELINE_JOB_ID_PLACEHOLDER
 #: What the run form offers for a parameter.
 CHOICES = {"goal": GOALS, "target": TARGETS}
@@ -91,19 +96,25 @@ def attempt_pipeline(profile: Profile):
 
 def small_tasks(profile: Profile) -> Small:
     """Returns what places a task that does no work on a model."""
-    return lambda task, name: reach(uncached(task, name), profile)
+
+    def small(task: dsl.PipelineTask, name: str) -> dsl.PipelineTask:
+        reach(uncached(task, name), profile)
+        return sign(task, profile) if name == GATE else task
+
+    return small
 
 
 def image_names(profile: Profile, image: str = "") -> str:
     """Returns the container images of the stages, which are materials of the run."""
-    return " ".join(filter(None, (image or images.CPU, profile.images.cuda)))
+    return " ".join(filter(None, (image or images.CPU, profile.images.cuda, profile.images.engine)))
 
 
-def loop(planned: object, attempt: BaseComponent, small: Small, unrolled: int) -> object:
-    """Adds the baseline, the attempts, the summary and the gate to the pipeline that is being traced.
+def loop(planned: object, rollout: object, attempt: BaseComponent, small: Small, unrolled: int) -> object:
+    """Adds the baseline, the attempts, the summary, the gate and the rollout to the pipeline that is being traced.
 
     Args:
         planned: the state with which the baseline is measured, an output of a task.
+        rollout: how to serve the release, a parameter of the pipeline.
 
     Returns:
         The URI of the release, an output of the gate.
@@ -120,7 +131,16 @@ def loop(planned: object, attempt: BaseComponent, small: Small, unrolled: int) -
             kept = small(carry(state=state), "keep the verdict")
         state = dsl.OneOf(again.output, kept.output)
     told = small(summarize(state=state, run=RUN_ID), "summary").outputs["Output"]
-    return small(gate(state=told), "deploy gate").outputs["Output"]
+    released = small(gate(state=told), GATE).outputs["Output"]
+    deliver(released, rollout, small)
+    return released
+
+
+def deliver(released: object, rollout: object, small: Small) -> None:
+    """Adds the rollout of a release, and what fails the run when it was rolled back."""
+    rolled = small(roll_out(release=released, rollout=rollout, run=RUN_ID), ROLLOUT).outputs
+    with dsl.If(rolled["Output"] == "rolled_back", name="rolled-back"):
+        small(fail_rollout(told=rolled["told"]), ROLLED_BACK)
 
 
 def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = None, image: str = ""):
@@ -149,6 +169,7 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = No
         max_attempts: int = 5,
         name: str = "model",
         evaluation: str = "",
+        rollout: str = "",
     ) -> str:
         """Compresses a language model and releases it when it is still good.
 
@@ -161,6 +182,7 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = No
             max_attempts: The most attempts, 1 to 10.
             name: The name of the release.
             evaluation: Tasks, items and windows to measure, YAML or JSON; empty for trimtab's own suite.
+            rollout: How to serve the release on KServe, YAML or JSON; empty to serve it nowhere.
 
         Returns:
             The URI of the release.
@@ -178,10 +200,11 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = No
                 max_attempts=max_attempts,
                 evaluation=evaluation,
                 images=image_names(profile, image),
+                rollout=rollout,
             ),
             "plan",
         )
-        return loop(planned.output, attempt, small, unrolled)
+        return loop(planned.output, rollout, attempt, small, unrolled)
 
     offer_choices(optimize)
     return optimize

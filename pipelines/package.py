@@ -22,6 +22,8 @@ PIPELINES = {
 }
 #: What the first task of `rebuild` is called on the page of a run.
 REVIEW = "what changed?"
+#: What the rollout is called there, and the task that fails a run whose release was rolled back.
+ROLLOUT, ROLLED_BACK = "rollout", "rolled back"
 
 
 def server_name(pipeline: str) -> str:

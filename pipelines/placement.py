@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kfp import dsl, kubernetes
 
+from trimtab import signing
 from trimtab.profile import Profile
 
 
@@ -30,7 +31,7 @@ def place(
         kubernetes.set_timeout(task, int(limits.timeout_hours * 3600))
     reach(task, profile)
     if accelerators is not None:
-        _accelerate(task, profile, accelerators, nodes)
+        _accelerate(task, name, profile, accelerators, nodes)
     return task
 
 
@@ -50,10 +51,21 @@ def reach(task: dsl.PipelineTask, profile: Profile) -> dsl.PipelineTask:
     return task
 
 
-def _accelerate(task: dsl.PipelineTask, profile: Profile, accelerators: object, nodes: object) -> None:
+def sign(task: dsl.PipelineTask, profile: Profile) -> dsl.PipelineTask:
+    """Gives the deploy gate the key of its releases, and has it release nothing that it could not sign."""
+    if profile.signing:
+        variables = {profile.signing.key: signing.KEY}
+        if profile.signing.password:
+            variables[profile.signing.password] = signing.PASSWORD
+        kubernetes.use_secret_as_env(task, profile.signing.secret, variables)
+        task.set_env_variable(signing.REQUIRED, "1")
+    return task
+
+
+def _accelerate(task: dsl.PipelineTask, name: str, profile: Profile, accelerators: object, nodes: object) -> None:
     task.set_accelerator_type(profile.gpu.resource).set_accelerator_limit(accelerators)
-    if profile.images.cuda:
-        task.set_container_image(profile.images.cuda)
+    if image := profile.images.of(name):
+        task.set_container_image(image)
     if profile.gpu.node_selector:
         kubernetes.add_node_selector_json(task, nodes)
     for toleration in profile.gpu.tolerations:

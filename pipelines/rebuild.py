@@ -34,6 +34,7 @@ def review(
     max_attempts: int,
     evaluation: str,
     images: str,
+    rollout: str,
     changes: dsl.Output[dsl.Markdown],
 ) -> NamedTuple("Review", Output=str, state=str):
     """Compares what a run would be made of now with what the last release is made of, and plans the run.
@@ -48,6 +49,7 @@ def review(
         max_attempts: The most attempts.
         evaluation: What to measure, YAML or JSON; or empty.
         images: The container images of the stages.
+        rollout: How to serve the release, YAML or JSON; or empty. Only checked here, before the work begins.
         changes: What changed.
 
     Returns:
@@ -58,11 +60,13 @@ def review(
     from pathlib import Path
 
     from trimtab import child, rebuild
+    from trimtab.components.deployment.serving import asked
     from trimtab.components.fetch.source import fetch
     from trimtab.state import Evaluation
     from trimtab.store import open_store
 
     child.follow_run()
+    asked(rollout, store)
     found, state = rebuild.plan(
         model=fetch(model, open_store(store)),
         store_uri=store,
@@ -86,8 +90,9 @@ def rebuild_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = Non
     @dsl.pipeline(
         name="rebuild",
         display_name="trimtab: rebuild a release where something changed",
-        description="Compares the base model, the data, the recipe, the images, the versions and the target with those "
-        "of the last release. Where nothing changed, that is all; otherwise the model is optimized anew.",
+        description="Compares the base model, the data, the recipe, the images, the versions, the target and the "
+        "recorded traffic with those of the last release. Where nothing changed, that is all; otherwise the model is "
+        "optimized anew.",
     )
     def rebuild(
         model: str,
@@ -98,6 +103,7 @@ def rebuild_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = Non
         max_attempts: int = 5,
         name: str = "model",
         evaluation: str = "",
+        rollout: str = "",
     ):
         """Releases a model anew when what it is made of has changed.
 
@@ -110,6 +116,7 @@ def rebuild_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = Non
             max_attempts: The most attempts, 1 to 10.
             name: The name of the release, whose newest version is compared.
             evaluation: Tasks, items and windows to measure, YAML or JSON; empty for trimtab's own suite.
+            rollout: How to serve the release on KServe, YAML or JSON; empty to serve it nowhere.
         """
         reviewed = review(
             model=model,
@@ -121,10 +128,11 @@ def rebuild_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = Non
             max_attempts=max_attempts,
             evaluation=evaluation,
             images=image_names(profile, image),
+            rollout=rollout,
         )
         found = place(uncached(reviewed, REVIEW), "fetch", profile).outputs
         with dsl.If(found["Output"] == "rebuild", name="something-changed"):
-            loop(found["state"], attempt, small, unrolled)
+            loop(found["state"], rollout, attempt, small, unrolled)
 
     offer_choices(rebuild)
     return rebuild

@@ -1,9 +1,11 @@
-"""The commands that serve an artifact, or write what another server needs: serve and serve-config."""
+"""The commands that serve an artifact, look at what was asked of it, or write what another server needs: serve, traffic
+and serve-config."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from rich.console import Console
 from trimtab.errors import InputError
 from trimtab.pipelines.inputs import check_choice, read, release_name
 from trimtab.recipe import Engine, Recipe
+from trimtab.serving import request_log
+from trimtab.serving.traffic import LEAST, Quantiles, Traffic, drift, shape
 
 
 def add(commands: Any) -> None:
@@ -24,7 +28,14 @@ def add(commands: Any) -> None:
     serve.add_argument("--recipe", default="", metavar="FILE", help="its section `engine` says how (the release's)")
     serve.add_argument("--strategy", default="in-flight", help="in-flight, dynamic or static batching (in-flight)")
     serve.add_argument("--device", default="auto", help="cpu, cuda, or auto for CUDA where there is one (auto)")
+    serve.add_argument("--record", default="", metavar="FOLDER", help="log when requests come and how long they are")
     serve.set_defaults(command=_serve)
+
+    traffic = commands.add_parser("traffic", help="show the shape of recorded requests, and how far it has moved")
+    traffic.add_argument("log", metavar="LOG", help="what `serve --record` wrote, or another log: a path or s3://…")
+    traffic.add_argument("--days", type=float, default=None, metavar="N", help="the newest days of it (all)")
+    traffic.add_argument("--release", default="", metavar="URI", help="compare with what this release was sized for")
+    traffic.set_defaults(command=_traffic)
 
     config = commands.add_parser("serve-config", help="write what trtllm-serve, Triton and KServe need for an artifact")
     config.add_argument("artifact", metavar="ARTIFACT", help="STORE/releases/NAME/VERSION, or the folder of an export")
@@ -48,10 +59,52 @@ def _serve(arguments: argparse.Namespace, console: Console) -> int:
     folder, name, recipe = _artifact(arguments.artifact)
     recipe = read(arguments.recipe, "recipe") or recipe
     settings = Recipe.parse(recipe).engine if recipe else Engine(enable_chunked_prefill=True)
-    serve.main(
-        folder, arguments.name or name, settings, arguments.device, arguments.strategy, arguments.host, arguments.port
-    )
+    record = Path(arguments.record) if arguments.record else None
+    served = arguments.name or name, settings, arguments.device, arguments.strategy
+    serve.main(folder, *served, arguments.host, arguments.port, record)
     return 0
+
+
+def _traffic(arguments: argparse.Namespace, console: Console) -> int:
+    from rich.table import Table
+    if arguments.days is not None and not arguments.days > 0:
+        raise InputError(f"days: {arguments.days:g} is not valid; write more than 0")
+    before = _released_traffic(arguments.release) if arguments.release else None
+    requests = request_log.read(arguments.log)
+    found = shape(requests.newest(arguments.days) if arguments.days else requests)
+    out = Console(width=None if sys.stdout.isatty() else 120)
+    out.print(found.sentence, soft_wrap=True, highlight=False)
+    table = Table("tokens", *Quantiles.model_fields)
+    for name, lengths in (("input", found.input), ("output", found.output)):
+        table.add_row(name, *(f"{value:,.5g}" for value in lengths.model_dump().values()))
+    out.print(table)
+    for _, sentence in drift(before, found).values() if before else ():
+        out.print(f"since the release: {sentence}", soft_wrap=True, highlight=False)
+    if found.requests < LEAST:
+        console.print(f"fewer than {LEAST:,} requests are too few for a run to go by", highlight=False)
+    if found.concurrency:
+        out.print("workload:", found.workload.to_json(), soft_wrap=True, highlight=False)
+    else:
+        console.print("the log does not say how long requests took; add concurrency to a workload", highlight=False)
+    return 0
+
+
+def _released_traffic(uri: str) -> Traffic:
+    """Returns what traffic a release was sized for."""
+    from trimtab import signing, statement
+    from trimtab.materials import Materials
+    from trimtab.store import open_store
+    from trimtab.store.address import split_release
+
+    parts = split_release(uri)
+    if not parts:
+        raise InputError(f"release: '{uri}' is no release; write STORE/releases/NAME/VERSION")
+    envelope = open_store(parts[0]).read_release(uri).get("attestation")
+    made_of = envelope and statement.read(signing.unseal(envelope)).predicate.evidence.get("materials")
+    found = Materials.parse(made_of).traffic if made_of else None
+    if found is None:
+        raise InputError(f"release: '{uri}' was not sized for recorded traffic; leave --release out")
+    return found
 
 
 def _artifact(what: str) -> tuple[Path, str, str]:

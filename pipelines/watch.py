@@ -1,4 +1,4 @@
-"""Follows a run on a server: tasks as they begin and end, verdicts as they come, and the exit code at the end.
+"""Follows a run on a server: tasks as they begin and end, verdicts and rollout as they come, and the exit code.
 
 The server names a task by its key in the compiled pipeline, without the box that it stands in. Attempts follow one
 another, so a stage belongs to the attempt that began last before it.
@@ -15,7 +15,7 @@ from rich.console import Console
 from trimtab import bulletin
 from trimtab.errors import InputError, NotReleased, StageError, StoreError, TrimtabError
 from trimtab.pipelines.connection import TIMEOUT, Connection
-from trimtab.pipelines.package import REVIEW
+from trimtab.pipelines.package import REVIEW, ROLLED_BACK, ROLLOUT
 from trimtab.store import Store, open_store
 
 FINISHED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
@@ -29,11 +29,11 @@ def watch(connection: Connection, run_id: str, interval: float = INTERVAL) -> st
 
     Raises:
         InputError: there is no such run, or it may not be seen.
-        NotReleased: the run is complete, and no recipe passed.
+        NotReleased: the run is complete, and no recipe passed, or its release was rolled back.
         StageError: a stage of it failed, it was canceled, or the server stays unreachable.
     """
     seen: dict[str, str] = {}
-    verdicts = _Verdicts(run_id, connection.console)
+    told = _Told(run_id, connection.console)
     while True:
         get = connection.client.runs.run_service_get_run
         run = connection.read(f"read run '{run_id}'", get, run_id=run_id, _request_timeout=TIMEOUT)
@@ -44,20 +44,21 @@ def watch(connection: Connection, run_id: str, interval: float = INTERVAL) -> st
                 seen[key] = state
                 style = "red" if state == "FAILED" else "default" if state == "RUNNING" else "dim"
                 connection.console.print(f"{name}: {SHOWN[state]}", style=style, highlight=False, markup=False)
-        verdicts.show(run)
+        told.show(run)
         if run.state in FINISHED:
-            if error := _error(run, tasks, verdicts.attempts):
+            if error := _error(run, tasks, told):
                 raise error
             kept = any(name == REVIEW for _, name, _ in tasks) and ("deploy gate", "SUCCEEDED") not in ends
             return "nothing has changed, so the run kept the last release" if kept else "the run released its model"
         time.sleep(interval)
 
 
-class _Verdicts:
-    """Prints each verdict once, as far as the run's store can be read from here."""
+class _Told:
+    """Prints each verdict and each line of the rollout once, as far as the run's store can be read from here."""
 
     def __init__(self, run_id: str, console: Console):
         self.attempts: list[dict[str, Any]] = []
+        self.rollout: list[str] = []
         self._run_id, self._console = run_id, console
         self._store: Store | None = None
         self._blind = False
@@ -69,6 +70,7 @@ class _Verdicts:
             if self._store is None:
                 self._store = open_store(str((run.runtime_config.parameters or {})["store"]))
             attempts = bulletin.told(self._store, self._run_id)
+            rollout = bulletin.told_rollout(self._store, self._run_id)
         except StoreError:
             return  # away for a moment; the next look may see it
         except (TrimtabError, AttributeError, KeyError) as error:
@@ -79,7 +81,10 @@ class _Verdicts:
             name = f"attempt {number}" if number else "baseline"
             line = f"{name}, {attempt['recipe']}: {attempt['outcome']}; {attempt['reason']}"
             self._console.print(line, style="bold", markup=False, highlight=False)
-        self.attempts = attempts
+        for line in rollout[len(self.rollout) :]:
+            # A command is copied from here, so it stays one line.
+            self._console.print(f"{ROLLOUT}: {line}", style="bold", markup=False, highlight=False, soft_wrap=True)
+        self.attempts, self.rollout = attempts, rollout
 
 
 def _tasks(run: Any) -> Iterator[tuple[str, str, str]]:
@@ -111,18 +116,21 @@ def _names(spec: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
     return outside, inside
 
 
-def _error(run: Any, tasks: list[tuple[str, str, str]], attempts: list[dict[str, Any]]) -> TrimtabError | None:
+def _error(run: Any, tasks: list[tuple[str, str, str]], said: _Told) -> TrimtabError | None:
     if run.state == "SUCCEEDED":
         return None
     if run.state == "CANCELED":
         return StageError("the run was canceled; submit it again: stages that were complete are not run again")
-    failed = [name for _, name, state in tasks if state == "FAILED"]
+    attempts, failed = said.attempts, [name for _, name, state in tasks if state == "FAILED"]
+    if ROLLED_BACK in failed:
+        last = said.rollout[-1] if said.rollout else "the rollout's page says why"
+        return NotReleased(f"the run released its model, which does not serve: {last}")
     told = f": {attempts[-1]['reason']}" if attempts else ""
     if any(name == "deploy gate" for name in failed) and not (attempts and attempts[-1]["outcome"] == "accepted"):
         return NotReleased(f"no recipe passed{told or '; the summary of the run says why'}")
     where = failed[-1] if failed else "a task"
-    said = getattr(run.error, "message", "") or ""
-    return StageError(f"{where} failed{f' ({said})' if said else ''}; its log is on the run's page")
+    message = getattr(run.error, "message", "") or ""
+    return StageError(f"{where} failed{f' ({message})' if message else ''}; its log is on the run's page")
 
 
 def read_run_id(text: str) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 from json_server import JsonServer
@@ -20,7 +19,8 @@ class KubernetesServer(JsonServer):
     """One service, as KServe on Knative keeps it: each change of what is served is a revision.
 
     `slow`: reads of the service until a new revision is ready; None for never. `answers`: text by artifact digest, or
-    None for an error, and `delays` its seconds. `faults`: answered first, each for one method.
+    None for an error, and `delays` its seconds. `faults`: answered first, each for one method. `approvals`: the entries
+    of the ConfigMap in which people approve, None where there is none; `people` act once, each at a read of it.
     """
 
     def __init__(self) -> None:
@@ -31,9 +31,12 @@ class KubernetesServer(JsonServer):
         self.delays: dict[str, float] = {}
         self.faults: list[tuple[str, int, Any]] = []
         self.owned_by_others = False
+        self.approvals: dict[str, str] | None = {}
+        self.people: list[Callable[[dict[str, str]], None]] = []
+        self.written: list[dict[str, str]] = []
         self.applied: list[dict[str, Any]] = []
         self.asked: list[str] = []
-        self._reads = 0
+        self._reads, self._template = 0, None
         super().__init__()
 
     def serving(self) -> dict[str, int]:
@@ -46,6 +49,8 @@ class KubernetesServer(JsonServer):
             return self._complete(path.split("/")[1])
         if self.faults and self.faults[0][0] == method:
             return self.faults.pop(0)[1:]
+        if "/configmaps/" in path:
+            return self._config(method, path, query, body, headers)
         if method == "PATCH":
             return self._apply(query, body, headers)
         if self.service is None:
@@ -56,6 +61,22 @@ class KubernetesServer(JsonServer):
         self._reads += 1
         self._reconcile()
         return 200, self.service
+
+    def _config(self, method: str, path: str, query: dict[str, list[str]], body: Any, headers: Any) -> tuple[int, Any]:
+        assert path == "/api/v1/namespaces/serving/configmaps/trimtab-approvals"
+        if self.approvals is None:
+            return status(404, "NotFound", 'configmaps "trimtab-approvals" not found', kind="configmaps")
+        version = str(len(self.written))
+        if method == "PATCH":
+            assert headers["Content-Type"] == "application/merge-patch+json" and query["fieldManager"] == ["trimtab"]
+            if body["metadata"].get("resourceVersion", version) != version:
+                return status(409, "Conflict", "the object has been modified")
+            if query.get("dryRun") != ["All"]:
+                self.approvals |= body["data"]
+                self.written.append(body["data"])
+        elif self.people and any(entry.startswith("waiting") for entry in self.approvals.values()):
+            self.people.pop(0)(self.approvals)
+        return 200, {"metadata": {"resourceVersion": version}, "data": dict(self.approvals)}
 
     def _apply(self, query: dict[str, list[str]], body: Any, headers: Any) -> tuple[int, Any]:
         assert headers["Content-Type"] == "application/apply-patch+yaml" and query["fieldManager"] == ["trimtab"]
@@ -78,14 +99,20 @@ class KubernetesServer(JsonServer):
             return
         digest = self.service["metadata"]["annotations"]["trimtab/artifact"]
         predictor = {name: part for name, part in self.service["spec"]["predictor"].items() if "canary" not in name}
-        latest = "r" + hashlib.sha256(json.dumps(predictor, sort_keys=True).encode()).hexdigest()[:8]
-        self.revisions[latest] = digest
+        template = copy.deepcopy([predictor, self.service["metadata"]["annotations"]])  # KServe hands both on
+        if template != self._template:
+            self._template = template
+            self.revisions[f"r{len(self.revisions) + 1}"] = digest
+        latest = f"r{len(self.revisions)}"
         percent = self.service["spec"]["predictor"].get("canaryTrafficPercent")
-        before = self.service["status"].get("components", {}).get("predictor", {}).get("latestRolledoutRevision")
+        was = self.service["status"].get("components", {}).get("predictor", {})
+        before, previous = was.get("latestRolledoutRevision"), was.get("previousRolledoutRevision", "")
         rolled_out = latest if percent is None else before
+        if before and rolled_out != before:
+            previous = before
         shares = {latest: 100} if percent is None else {latest: percent, before: 100 - percent}
         self.service["status"] = {
-            "observedGeneration": self.service["metadata"]["generation"],
+            "observedGeneration": 1,  # of Knative's service, which KServe passes off as its own
             "url": f"{self.host}/{latest}",
             "conditions": [{"type": "Ready", "status": "True"}],
             "components": {
@@ -93,6 +120,7 @@ class KubernetesServer(JsonServer):
                     "latestCreatedRevision": latest,
                     "latestReadyRevision": latest,
                     "latestRolledoutRevision": rolled_out,
+                    "previousRolledoutRevision": previous,
                     "traffic": [
                         {"revisionName": name, "percent": share, "url": f"{self.host}/{name}"}
                         for name, share in shares.items()

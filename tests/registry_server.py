@@ -7,6 +7,9 @@ from typing import Any
 
 from json_server import JsonServer
 
+#: Paths at which one object is looked for by its name, and what it is kept as.
+ONE = {"registered_model": "registered_models", "model_version": "model_versions", "model_artifact": "artifacts"}
+
 
 class RegistryServer(JsonServer):
     """`kept` by kind; `refuse` is the status of every answer, when set."""
@@ -22,7 +25,7 @@ class RegistryServer(JsonServer):
         if self.refuse:
             return self.refuse, {"code": str(self.refuse), "message": "no"}
         path = re.sub(r"^/api/model_registry/[^/]+/", "", path)
-        kind = {"registered_model": "registered_models", "model_version": "model_versions"}.get(path, "")
+        kind = ONE.get(path, "")
         kind = kind or path.rpartition("/")[2].removesuffix("s") + "s"
         kind = {"versions": "model_versions"}.get(kind, kind)
         if method == "POST":
@@ -30,6 +33,6 @@ class RegistryServer(JsonServer):
             self.kept[kind].append(item)
             return 201, item
         items = [item for item in self.kept[kind] if query.get("name", [item.get("name")]) == [item.get("name")]]
-        if path in ("registered_model", "model_version"):
+        if path in ONE:
             return (200, items[0]) if items else (404, {"code": "404", "message": "not found"})
         return 200, {"items": items, "size": len(items), "pageSize": 1, "nextPageToken": ""}

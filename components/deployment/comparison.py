@@ -58,16 +58,45 @@ def refusal(
     if not any(answer.text.strip() for answer in new):
         return "the new version answers with empty texts only"
     if old is not None:
-        pairs = [(one.text, other.text) for one, other in zip(new, old, strict=True) if other.text is not None]
-        if not pairs:
+        rate = disagreement(new, old)
+        if rate is None:
             return "the version that serves answers no prompt, so nothing can be compared"
-        rate = sum(one.strip() != other.strip() for one, other in pairs) / len(pairs)
         if rate > max_disagreement:
-            return f"the versions disagree on {rate:.0%} of {len(pairs)} prompts, more than {max_disagreement:.0%}"
+            pairs = sum(answer.text is not None for answer in old)
+            return f"the versions disagree on {rate:.0%} of {pairs} prompts, more than {max_disagreement:.0%}"
     slow = percentile([answer.seconds for answer in new], 0.95)
     if max_latency_seconds is not None and slow > max_latency_seconds:
         return f"the new version takes {slow:.2f} s at the 95th percentile, more than {max_latency_seconds} s"
     return None
+
+
+def disagreement(new: Sequence[Answer], old: Sequence[Answer]) -> float | None:
+    """Returns the share of the prompts that both versions answer, and otherwise; None where there is no such prompt."""
+    pairs = [(one.text, other.text) for one, other in zip(new, old, strict=True) if None not in (one.text, other.text)]
+    return sum(one.strip() != other.strip() for one, other in pairs) / len(pairs) if pairs else None
+
+
+def figures(new: Sequence[Answer], old: Sequence[Answer] | None) -> dict[str, float]:
+    """Returns what a run shows of the comparison: counts, a share and seconds by name; what is unknown is absent."""
+    found = {
+        "prompts": float(len(new)),
+        "unanswered": float(sum(answer.text is None for answer in new)),
+        "seconds_95th_percentile": percentile([answer.seconds for answer in new], 0.95),
+    }
+    if old is not None:
+        found["seconds_95th_percentile_before"] = percentile([answer.seconds for answer in old], 0.95)
+        if (rate := disagreement(new, old)) is not None:
+            found["disagreement"] = rate
+    return found
+
+
+def describe(found: dict[str, float]) -> str:
+    """Returns the figures as a few words for people."""
+    said = f"{found['prompts']:.0f} prompts answered, 95th percentile {found['seconds_95th_percentile']:.2f} s"
+    if "disagreement" in found:
+        before = found["seconds_95th_percentile_before"]
+        said += f" (before: {before:.2f} s), {found['disagreement']:.0%} otherwise than before"
+    return said
 
 
 def percentile(seconds: Sequence[float], share: float) -> float:

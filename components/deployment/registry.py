@@ -26,7 +26,7 @@ def register(address: str, name: str, version: str, uri: str, record: dict[str, 
         record: what the store holds of it; recipe, goal, target and digest become properties.
 
     Raises:
-        InputError: a bad address or token, or the client is not installed.
+        InputError: a bad address or token, or the client is not installed, or that version is of something else there.
         StageError: the registry does not answer.
     """
     if not re.fullmatch(r"https?://[^\s/]+/?", address):
@@ -48,7 +48,13 @@ def register(address: str, name: str, version: str, uri: str, record: dict[str, 
                 address, author=AUTHOR, user_token=token or None, async_runner=loop.run_until_complete
             )
             if client.get_registered_model(name) and client.get_model_version(name, version):
-                return False
+                there = client.get_model_artifact(name, version)
+                if there and there.uri == uri:
+                    return False
+                raise InputError(
+                    f"registry: {address} has {name} {version} already, of {there.uri if there else 'no artifact'} and "
+                    f"not of {uri}; archive or rename the model there, and run the command again"
+                )
             client.register_model(
                 name,
                 uri,

@@ -7,19 +7,24 @@ killed process leaves behind is a canary with its share, which the next rollout 
 from __future__ import annotations
 
 import difflib
+import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from trimtab import progress
-from trimtab.components.deployment import comparison
+from trimtab.components.deployment import approval, comparison
+from trimtab.components.deployment.approval import Answer
 from trimtab.components.deployment.cluster import Cluster
-from trimtab.components.deployment.serving import APPROVED, ARTIFACT, Rollout, inference_service
-from trimtab.errors import InputError, NotReleased, StageError
+from trimtab.components.deployment.serving import ARTIFACT, Rollout, inference_service
+from trimtab.errors import InputError, NotReleased, StageError, TrimtabError
 
 POLL_SECONDS = 5.0
+#: Between two reminders of a rollout that waits for a person.
+REMIND_SECONDS = 300.0
 #: What Kubernetes and KServe write into an object, which is no difference.
 BOOKKEEPING = ("managedFields", "resourceVersion", "generation", "uid", "creationTimestamp")
 
@@ -34,131 +39,270 @@ def difference(cluster: Cluster, rollout: Rollout, store: str, digest: str, forc
 
 
 def roll_out(
-    cluster: Cluster, rollout: Rollout, store: str, digest: str, force: bool = False, poll: float = POLL_SECONDS
+    cluster: Cluster,
+    rollout: Rollout,
+    store: str,
+    digest: str,
+    force: bool = False,
+    poll: float = POLL_SECONDS,
+    account: Account | None = None,
 ) -> str:
     """Rolls an artifact out and returns a sentence of how it went.
+
+    Args:
+        force: takes over fields of the service that someone else owns.
+        poll: seconds between two looks at the cluster.
+        account: is told what happens.
 
     Raises:
         NotReleased: the new version is not ready in time, answers wrongly or late, or was not approved; the version
             before it serves.
-        InputError: someone else's rollout is under way, or the service cannot have a canary.
+        InputError: someone else's rollout is under way, or the service cannot have a canary, or nobody can approve.
     """
-    before = cluster.read(rollout.service)
-    old = _serving(before)
-    share = _canary_percent(before)
-    if old and share is None and _ready(before) and _unchanged(cluster, before, rollout, store, digest, force):
-        return f"{rollout.service} serves this release already"
-    if share and _annotation(before, ARTIFACT) != digest:
-        raise InputError(f"service: a rollout to '{rollout.service}' is under way ({share} %); wait for it, or end it")
-    if before and old is None:
-        raise InputError(
-            f"service: '{rollout.service}' has no version that a canary could stand beside (KServe without Knative, or "
-            "it was never ready); write another service, or delete this one"
+    return _Delivery(cluster, rollout, store, digest, force, poll, account or Account()).run()
+
+
+class Account:
+    """What happens in a rollout: told as it happens, and kept for those who read of it afterwards.
+
+    `lines` holds (what happened, a command that belongs to it or ""), `figures` the comparison's.
+
+    Args:
+        tell: is given all lines so far whenever there is a new one.
+    """
+
+    def __init__(self, tell: Callable[[list[str]], None] = lambda _: None) -> None:
+        self.lines: list[tuple[str, str]] = []
+        self.figures: dict[str, float] = {}
+        self._tell = tell
+
+    def say(self, text: str, command: str = "") -> None:
+        self.lines.append((text, command))
+        told = [f"{text}: {command}" if command else text for text, command in self.lines]
+        progress.report("rollout", told[-1])
+        self._tell(told)
+
+
+@dataclass
+class _Delivery:
+    """One rollout of one artifact.
+
+    `old` is the revision that serves until then, None for a first version; `answer` what a person said last;
+    `is_open` whether a question of this artifact stands in the ConfigMap, or an answer that was not used up.
+    """
+
+    cluster: Cluster
+    rollout: Rollout
+    store: str
+    digest: str
+    force: bool
+    poll: float
+    account: Account
+    old: str | None = None
+    answer: Answer = Answer("")
+    is_open: bool = False
+
+    def run(self) -> str:
+        service = self.rollout.service
+        before = self.cluster.read(service)
+        self.old, share = _serving(before), _canary_percent(before)
+        if share and _annotation(before, ARTIFACT) != self.digest:
+            other = approval.short(_annotation(before, ARTIFACT) or "unknown")
+            raise InputError(
+                f"service: a rollout to '{service}' is under way ({other}, {share} %); wait for it, or roll that "
+                "release out again, which takes up what was killed"
+            )
+        if self.rollout.approval_minutes:
+            approval.check(self.cluster)
+            self.is_open = bool(self._answered().word)
+        if self.old and share is None and _settled(before) and self._unchanged(before):
+            # A first version has all of the traffic while it waits, and its rollout may have been killed then.
+            if not self.is_open or _predictor(before).get("previousRolledoutRevision"):
+                return f"{service} serves this release already"
+            self.old = None
+        elif before and self.old is None:
+            raise InputError(
+                f"service: '{service}' has no version that a canary could stand beside (KServe without Knative, or it "
+                "was never ready); write another service, or delete this one"
+            )
+        wanted = self._service(canary=self.old is not None)
+        # What the cluster refuses, it refuses before anything has changed.
+        would_be = self.cluster.apply(wanted, force=self.force, dry=True)
+        # An answer holds for the rollout that asked, when that was killed: not for another one of the same artifact.
+        taken_up = (
+            before is not None
+            and (self.old is None or bool(share))
+            and _annotation(before, ARTIFACT) == self.digest
+            and would_be["spec"] == before["spec"]
         )
-    wanted = inference_service(rollout, store, digest, canary=old is not None)
-    cluster.apply(wanted, force=force, dry=True)  # what the cluster refuses, it refuses before anything has changed
-    try:
-        cluster.apply(wanted, force=force)
-        beside = f"with {rollout.canary_percent} % of the traffic" if old else "as the first version"
-        progress.report("rollout", f"{rollout.service}: applied {beside}")
-        ready = _until_ready(cluster, rollout, old, poll)
-        _compare(ready, rollout, old)
-        if rollout.approval_minutes:
-            _until_approved(cluster, rollout, digest, poll)
-        if old:
-            cluster.apply(inference_service(rollout, store, digest, canary=False), force=force)
-            _until(cluster, rollout, poll, rollout.ready_minutes, _promoted(ready), "does not take over")
-    except BaseException:
-        _roll_back(cluster, rollout, store, digest, old)
-        raise
-    return f"{rollout.service} serves {digest[:12]}"
+        try:
+            self.cluster.apply(wanted, force=self.force)
+            beside = f"with {self.rollout.canary_percent} % of the traffic" if self.old else "as the first version"
+            self.account.say(f"{service}: applied {beside}")
+            changed = _template(would_be) != _template(before)
+            ready = self._until_ready(_predictor(before).get("latestCreatedRevision") if changed else None)
+            compared = self._compare(ready)
+            if self.rollout.approval_minutes:
+                if not (taken_up and self.is_open):
+                    approval.ask(self.cluster, service, self.digest, compared)
+                    self.is_open = True
+                self._until_approved(ready)
+            if self.old:
+                self.cluster.apply(self._service(canary=False), force=self.force)
+                self._until(self.rollout.ready_minutes, _promoted(ready), "does not take over")
+        except BaseException as error:
+            self._failed(error)
+            raise
+        self._settle("promoted")
+        self.account.say(f"{service} serves {approval.short(self.digest)}")
+        return f"{service} serves {approval.short(self.digest)}"
 
+    def _service(self, canary: bool) -> dict[str, Any]:
+        return inference_service(self.rollout, self.store, self.digest, canary)
 
-def _unchanged(
-    cluster: Cluster, before: dict[str, Any], rollout: Rollout, store: str, digest: str, force: bool
-) -> bool:
-    """Whether applying would change nothing, as the cluster itself says: its defaults are no change."""
-    after = cluster.apply(inference_service(rollout, store, digest, canary=False), force=force, dry=True)
-    return after["spec"] == before["spec"]
+    def _unchanged(self, before: dict[str, Any]) -> bool:
+        """Whether applying would change nothing, as the cluster itself says: its defaults are no change."""
+        after = self.cluster.apply(self._service(canary=False), force=self.force, dry=True)
+        return after["spec"] == before["spec"]
 
+    def _failed(self, error: BaseException) -> None:
+        """Rolls back, and raises what says so where the error itself does not."""
+        try:
+            done = self._roll_back()
+        except TrimtabError as second:
+            why = str(error) or type(error).__name__
+            raise StageError(
+                f"{why}; and it could not be rolled back ({second}): {self.rollout.service} keeps the new version's "
+                "share of the traffic until the same rollout is run again"
+            ) from error
+        self._settle("rolled back")
+        if isinstance(error, NotReleased):
+            raise NotReleased(f"{error}; {done}") from None
 
-def _roll_back(cluster: Cluster, rollout: Rollout, store: str, digest: str, old: str | None) -> None:
-    """Gives the traffic back to the version before; a service that had none is deleted, one that is gone stays so."""
-    if cluster.read(rollout.service) is None:
-        return
-    if old is None:
-        cluster.delete(rollout.service)
-        progress.report("rollout", f"{rollout.service}: deleted, it had no version before")
-        return
-    service = inference_service(rollout, store, digest, canary=True)
-    service["spec"]["predictor"]["canaryTrafficPercent"] = 0
-    cluster.apply(service, force=True)  # the canary was ours a moment ago
-    progress.report("rollout", f"{rollout.service}: rolled back, {old} serves")
+    def _roll_back(self) -> str:
+        """Gives the traffic back to the version before; a service that had none is deleted, one that is gone stays so,
+        and what someone else has made of it since is theirs."""
+        name = self.rollout.service
+        now = self.cluster.read(name)
+        if now is None:
+            done = "it is gone"
+        elif _annotation(now, ARTIFACT) != self.digest:
+            done = "it is left alone, for it serves something else by now"
+        elif self.old is None:
+            self.cluster.delete(name)
+            done = "deleted, it had no version before"
+        else:
+            service = self._service(canary=True)
+            service["spec"]["predictor"]["canaryTrafficPercent"] = 0
+            self.cluster.apply(service, force=True)  # the canary was ours a moment ago
+            done = f"rolled back, {self.old} serves"
+        self.account.say(f"{name}: {done}")
+        return done
 
+    def _settle(self, end: str) -> None:
+        """Uses up the question and its answer; a cluster that is away for that undoes nothing."""
+        if not self.is_open:
+            return
+        try:
+            approval.settle(self.cluster, self.rollout.service, self.digest, end, self.answer)
+        except TrimtabError as error:
+            self.account.say(f"its approval is not marked as used: {error}")
 
-def _until_ready(cluster: Cluster, rollout: Rollout, old: str | None, poll: float) -> dict[str, Any]:
-    """Waits until the new revision is ready and, beside an old one, has an address of its own."""
+    def _until_ready(self, replaced: str | None) -> dict[str, Any]:
+        """Waits until the new revision is ready and, beside an old one, has an address of its own.
 
-    def reached(service: dict[str, Any]) -> bool:
-        predictor = _predictor(service)
-        latest = predictor.get("latestReadyRevision")
-        fresh = latest and latest == predictor.get("latestCreatedRevision") and latest != old
-        return bool(_ready(service) and fresh and (old is None or _url(service, latest)))
+        Args:
+            replaced: the latest revision before, when there must be another one now. The status tells nothing of its
+                own age: `observedGeneration` is the one of Knative's service, which counts other changes.
+        """
 
-    return _until(cluster, rollout, poll, rollout.ready_minutes, reached, "is not ready")
+        def reached(service: dict[str, Any]) -> bool:
+            predictor = _predictor(service)
+            latest = predictor.get("latestReadyRevision")
+            fresh = latest and latest == predictor.get("latestCreatedRevision") and latest not in (self.old, replaced)
+            return bool(_ready(service) and fresh and (self.old is None or _url(service, latest)))
+
+        return self._until(self.rollout.ready_minutes, reached, "is not ready")
+
+    def _until(self, minutes: float, reached: Callable[[dict[str, Any]], bool], otherwise: str) -> dict[str, Any]:
+        end = time.monotonic() + 60 * minutes
+        while True:
+            service = self._present()
+            if reached(service):
+                return service
+            if time.monotonic() + self.poll > end:
+                raise NotReleased(
+                    f"the new version of {self.rollout.service} {otherwise} within {minutes:g} minutes"
+                    f"{_why_not_ready(service)}"
+                )
+            time.sleep(self.poll)
+
+    def _present(self) -> dict[str, Any]:
+        service = self.cluster.read(self.rollout.service)
+        if service is None:
+            raise StageError(f"service: '{self.rollout.service}' was deleted while it was rolled out")
+        return service
+
+    def _compare(self, service: dict[str, Any]) -> str:
+        """Asks the new version, and the old one where there is one; raises when the new one must not take over."""
+        rollout, latest = self.rollout, _predictor(service)["latestReadyRevision"]
+        url = _url(service, latest) if self.old else service["status"].get("url", "")
+        new = comparison.ask(url, rollout.service, rollout.prompts, rollout.max_tokens)
+        old = None
+        if self.old:
+            old = comparison.ask(_url(service, self.old), rollout.service, rollout.prompts, rollout.max_tokens)
+        self.account.figures = comparison.figures(new, old)
+        refusal = comparison.refusal(new, old, rollout.max_disagreement, rollout.max_latency_seconds)
+        if refusal:
+            raise NotReleased(f"{rollout.service}: {refusal}")
+        compared = comparison.describe(self.account.figures)
+        self.account.say(f"{rollout.service}: {compared}")
+        return compared
+
+    def _until_approved(self, ready: dict[str, Any]) -> None:
+        """Waits for a person; a wrong answer, and a cluster that is away, are told and waited out."""
+        rollout, digest, minutes = self.rollout, self.digest, self.rollout.approval_minutes
+        for word, told in (("approved", f"waits up to {minutes:g} minutes for approval"), ("refused", "to refuse it")):
+            self.account.say(told, approval.command(rollout.namespace, rollout.service, digest, word))
+        started = reminded = time.monotonic()
+        fault = ""
+        while True:
+            now = ready
+            try:  # the answer first: what it let through is looked at once more
+                self.answer, now = self._answered(), self.cluster.read(rollout.service)
+                trouble = self.answer.fault
+            except StageError as error:
+                trouble = f"{error}; the rollout waits on"
+            if now is None or _annotation(now, ARTIFACT) != digest:
+                raise StageError(f"service: '{rollout.service}' was deleted or replaced while it was rolled out")
+            if _predictor(now).get("latestReadyRevision") != _predictor(ready)["latestReadyRevision"]:
+                raise NotReleased(f"{rollout.service}: what was compared is not its latest version any more")
+            if self.answer.word == "refused":
+                raise NotReleased(f"{rollout.service}: {approval.short(digest)} was {self.answer.said}")
+            if self.answer.word == "approved":
+                self.account.say(f"{rollout.service}: {self.answer.said}")
+                return
+            if trouble and trouble != fault:
+                self.account.say(trouble)
+            fault, clock = trouble, time.monotonic()
+            if clock + self.poll > started + 60 * minutes:
+                because = f": {fault}" if fault else ""
+                raise NotReleased(
+                    f"the new version of {rollout.service} was not approved within {minutes:g} minutes{because}"
+                )
+            if clock - reminded >= REMIND_SECONDS:
+                reminded = clock
+                gone = int((clock - started) / 60)
+                progress.report("rollout", "waits for approval, minutes", gone, math.ceil(minutes))
+            time.sleep(self.poll)
+
+    def _answered(self) -> Answer:
+        return approval.read(self.cluster, self.rollout.service, self.digest)
 
 
 def _promoted(ready: dict[str, Any]) -> Callable[[dict[str, Any]], bool]:
     latest = _predictor(ready)["latestReadyRevision"]
     return lambda service: bool(_ready(service) and _predictor(service).get("latestRolledoutRevision") == latest)
-
-
-def _until_approved(cluster: Cluster, rollout: Rollout, digest: str, poll: float) -> None:
-    command = (
-        f"kubectl -n {rollout.namespace} annotate --overwrite inferenceservice {rollout.service} {APPROVED}={digest}"
-    )
-    progress.report("rollout", f"waits for approval: {command}")
-    _until(
-        cluster,
-        rollout,
-        poll,
-        rollout.approval_minutes,
-        lambda service: _annotation(service, APPROVED) == digest,
-        "is not approved",
-    )
-
-
-def _until(
-    cluster: Cluster,
-    rollout: Rollout,
-    poll: float,
-    minutes: float,
-    reached: Callable[[dict[str, Any]], bool],
-    otherwise: str,
-) -> dict[str, Any]:
-    end = time.monotonic() + 60 * minutes
-    while True:
-        service = cluster.read(rollout.service)
-        if service is None:
-            raise StageError(f"service: '{rollout.service}' was deleted while it was rolled out")
-        if reached(service):
-            return service
-        if time.monotonic() + poll > end:
-            said = _why_not_ready(service)
-            raise NotReleased(f"the new version of {rollout.service} {otherwise} within {minutes:g} minutes{said}")
-        time.sleep(poll)
-
-
-def _compare(service: dict[str, Any], rollout: Rollout, old: str | None) -> None:
-    """Asks the new version, and the old one where there is one; raises when the new one must not take over."""
-    latest = _predictor(service)["latestReadyRevision"]
-    url = _url(service, latest) if old else service["status"].get("url", "")
-    new = comparison.ask(url, rollout.service, rollout.prompts, rollout.max_tokens)
-    before = comparison.ask(_url(service, old), rollout.service, rollout.prompts, rollout.max_tokens) if old else None
-    refusal = comparison.refusal(new, before, rollout.max_disagreement, rollout.max_latency_seconds)
-    if refusal:
-        raise NotReleased(f"{rollout.service}: {refusal}")
-    progress.report("rollout", f"{rollout.service}: {len(rollout.prompts)} prompts answered as they should be")
 
 
 def _predictor(service: dict[str, Any] | None) -> dict[str, Any]:
@@ -187,12 +331,24 @@ def _annotation(service: dict[str, Any] | None, name: str) -> str | None:
     return ((service or {}).get("metadata", {}).get("annotations") or {}).get(name)
 
 
+def _template(service: dict[str, Any] | None) -> Any:
+    """What KServe makes a revision of: another one where this differs."""
+    predictor = ((service or {}).get("spec") or {}).get("predictor") or {}
+    template = {name: part for name, part in predictor.items() if name != "canaryTrafficPercent"}
+    return template, (service or {}).get("metadata", {}).get("annotations")
+
+
+def _settled(service: dict[str, Any]) -> bool:
+    """Whether one revision is the latest, ready and alone."""
+    predictor = _predictor(service)
+    names = ("latestCreatedRevision", "latestReadyRevision", "latestRolledoutRevision")
+    return _ready(service) and len({predictor.get(name) for name in names}) == 1
+
+
 def _ready(service: dict[str, Any]) -> bool:
-    """Whether the status is of the object as it is now, and good."""
-    status = service.get("status") or {}
-    current = status.get("observedGeneration", 0) >= service["metadata"].get("generation", 0)
-    return current and any(
-        item["type"] == "Ready" and item["status"] == "True" for item in status.get("conditions") or ()
+    return any(
+        item["type"] == "Ready" and item["status"] == "True"
+        for item in (service.get("status") or {}).get("conditions") or ()
     )
 
 

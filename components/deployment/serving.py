@@ -6,12 +6,14 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
+from trimtab import signing
+from trimtab.errors import InputError
 from trimtab.profile import ImageName, LabelKey, LabelValue, Name, Quantity, Toleration, Variable
 from trimtab.schema import Document
 
 GROUP, VERSION, PLURAL = "serving.kserve.io", "v1beta1", "inferenceservices"
-#: Says on the object which artifact it serves, and which one a person has approved.
-ARTIFACT, APPROVED = "trimtab/artifact", "trimtab/approved"
+#: Says on the object which artifact it serves.
+ARTIFACT = "trimtab/artifact"
 MODEL_FOLDER = "/models/artifact"
 
 PROMPTS = (
@@ -39,11 +41,15 @@ class Rollout(Document):
         canary_percent: 10
         max_disagreement: 0.25
         max_latency_seconds: 2.0
+        approval_minutes: 120
+        keys: ["-----BEGIN PUBLIC KEY-----…"]
 
     `command` starts a server of OpenAI's completions API on `port`; `{model}` stands for the folder of the artifact
     and `{name}` for the service. `loader` is an image with trimtab, which brings the artifact out of the store.
     A rollout asks both versions the same prompts, at temperature 0: the share that the new one answers otherwise must
-    be at most `max_disagreement`, and its 95th percentile of latency at most `max_latency_seconds`.
+    be at most `max_disagreement`, and its 95th percentile of latency at most `max_latency_seconds`. With
+    `approval_minutes` a person has that long to approve; 0 asks nobody. One of `keys`, public ones in PEM, must have
+    signed the release; without any, its signature is not checked.
     """
 
     service: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$")]
@@ -64,6 +70,16 @@ class Rollout(Document):
     max_latency_seconds: Annotated[float, Field(gt=0)] | None = None
     ready_minutes: Annotated[float, Field(gt=0)] = 30
     approval_minutes: Annotated[float, Field(ge=0)] = 0
+    keys: tuple[str, ...] = ()
+
+    @field_validator("keys")
+    @classmethod
+    def _public(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for key in value:
+            if "-----BEGIN" not in key:
+                raise ValueError("is not a list of public keys in PEM; write the text of the .pub of `trimtab keygen`")
+            signing.public_key(key)
+        return value
 
     @field_validator("resources")
     @classmethod
@@ -72,6 +88,24 @@ class Rollout(Document):
             if name not in value:
                 raise ValueError(f"has no {name}; write such as {name}: {'4' if name == 'cpu' else '16Gi'}")
         return value
+
+
+def asked(text: str, store: str) -> Rollout | None:
+    """Returns the rollout that a run is asked for, None for "".
+
+    Args:
+        text: a Rollout, YAML or JSON.
+        store: URI of the run's store, which the pods of the service read.
+
+    Raises:
+        InputError: it is not valid, or no pod could read that store.
+    """
+    if not text.strip():
+        return None
+    rollout = Rollout.parse(text)
+    if not store.startswith("s3://"):
+        raise InputError(f"rollout: its pods cannot read the store '{store}'; write store: s3://bucket/prefix")
+    return rollout
 
 
 def inference_service(rollout: Rollout, store: str, digest: str, canary: bool) -> dict[str, Any]:

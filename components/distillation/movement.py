@@ -7,8 +7,9 @@ moves away from zero and loses it as it shrinks, and one that is dropped goes on
 The paper fine-tunes for another task, whose gradient tells weights apart from the first step. Here an unpruned student
 is its own teacher: there is no gradient before weights are dropped, and Adam would make scores of its rounding. So
 dropping begins at once, and weights are ranked by S + a · |W| ‖x‖, the latter over the layer's root mean square, of
-the weights and inputs x of that step: what a weight adds to the layer's output, as Wanda has it, decides until training
-has told more.
+the weights of that step and the inputs x seen so far: what a weight adds to the layer's output, as Wanda has it,
+decides until training has told more. Six blocks of SmolLM2 as their own teacher, 85 % and 40 steps of 128 tokens: a
+held-out loss of 1.68, of 2.52 by |W| alone, and of 3.06 by S + |W|, which does not see the inputs.
 
 The hard variant drops a given share, along a cubic schedule. The soft one drops what scores below a threshold,
 sigmoid(S) < τ, and pays for scores, λ · mean(sigmoid(S)): what share that is, training finds. With |W| for a score

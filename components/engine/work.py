@@ -26,7 +26,8 @@ def build(export: str, output: str, scratch: str, parameters: dict[str, Any]) ->
     """Makes the export servable, and shows that it serves.
 
     Writes `engine.json` (`trimtab.serving.record`); for `trtllm` also `llm_args.yaml`, which trtllm-serve reads; for
-    `trtllm-legacy` also `engine/`, an engine for each rank; for `vllm` also `serve.sh`, its server's command.
+    `trtllm-legacy` also `engine/`, an engine for each rank; for `vllm` also `serve.sh`, its server's command,
+    and where vLLM does not read the export, `checkpoint/`, which it does.
 
     Returns:
         layers, emulated_layers (run in another precision than the export's), weight_bytes, device_bytes.
@@ -38,7 +39,7 @@ def build(export: str, output: str, scratch: str, parameters: dict[str, Any]) ->
     """
     from trimtab.runtime import backends
 
-    settings, folder = Engine.model_validate(parameters), Path(output)
+    settings, folder, translated = Engine.model_validate(parameters), Path(output), ""
     backends.check(settings)
     if settings.backend == "trtllm":
         (folder / "llm_args.yaml").write_text(yaml.safe_dump(llm_args(settings), sort_keys=False), encoding="utf-8")
@@ -47,11 +48,19 @@ def build(export: str, output: str, scratch: str, parameters: dict[str, Any]) ->
 
         legacy.build(Path(export), folder / backends.RANKS, Path(scratch), settings, _time_limit())
     elif settings.backend == "vllm":
-        command = shlex.join(vllm.serve_command(settings, "MODEL")).replace("MODEL", '"${1:?folder of the export}"')
+        from trimtab.runtime import vllm_checkpoint
+
+        model = '"${1:?folder of the export}"'
+        if vllm_checkpoint.is_needed(Path(export)):
+            checkpoint = folder / backends.CHECKPOINT
+            translated = vllm_checkpoint.translate(Path(export), checkpoint, Path(scratch) / "shards")
+            model = f'"$(dirname "$0")/{backends.CHECKPOINT}"'
+        command = shlex.join(vllm.serve_command(settings, "MODEL")).replace("MODEL", model)
         (folder / "serve.sh").write_text(f"#!/bin/sh\nexec {command}\n", encoding="utf-8")
     built = Built(
         settings=settings,
         checkpoint=backends.checkpoint_digest(Path(export)),
+        translated=translated,
         versions=backends.versions(),
         device=backends.device(),
     )

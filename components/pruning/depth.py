@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Collection
+from pathlib import Path
 
-from trimtab.runtime import observe
+import torch
+
+from trimtab.components.pruning.structured import Left, read_config
+from trimtab.fusion import block_of, in_block
 
 
 def least_influential(influence: torch.Tensor, count: int) -> list[int]:
@@ -32,18 +35,19 @@ def least_influential_run(influence: torch.Tensor, count: int) -> list[int]:
     return list(range(first, first + count))
 
 
-def remove_blocks(model: nn.Module, removed: list[int]) -> None:
-    """Removes the blocks in place; config, cache indices and generation stay consistent."""
-    blocks = observe.blocks(model)
-    kept = [index for index in range(len(blocks)) if index not in removed]
-    remaining = [blocks[index] for index in kept]
-    while len(blocks):
-        del blocks[-1]
-    blocks.extend(remaining)
-    for position, block in enumerate(blocks):
-        for module in block.modules():
-            if hasattr(module, "layer_idx"):  # the KV cache keeps one entry an index
-                module.layer_idx = position
-    model.config.num_hidden_layers = len(kept)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[index] for index in kept]
+def without(checkpoint: Path, removed: Collection[int]) -> Left:
+    """Returns what is left of a model without some blocks: the others move up, and config.json says so."""
+    config = read_config(checkpoint)
+    kept = [block for block in range(config.num_hidden_layers) if block not in removed]
+    places = {block: place for place, block in enumerate(kept)}
+
+    def rename(name: str) -> str | None:
+        block = block_of(name)
+        if block is None:
+            return name
+        return in_block(name, places[block]) if block in places else None
+
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[block] for block in kept]
+    return Left(config, rename)

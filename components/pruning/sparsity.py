@@ -23,13 +23,10 @@ from trimtab.runtime.measurements import Measurements
 
 def prune(
     checkpoint: Path, calibration: Path | None, output: Path, scratch: Path, settings: SparsePruning
-) -> dict[str, float]:
+) -> None:
     """Writes the checkpoint with zeros in the linear layers of its blocks; every tensor keeps its type.
 
     The pattern divides every layer (`shapes.check`).
-
-    Returns:
-        parameters, zeros (share of zero weights in those layers), blocks.
 
     Raises:
         InputError: the calibration is another model's, or a weight is not finite.
@@ -72,8 +69,6 @@ def prune(
     stream.copy_the_rest(checkpoint, output)
     shutil.rmtree(scratch / "blocks", ignore_errors=True)
     (scratch / "shares.json").unlink(missing_ok=True)
-    zeros = _zeros(output, list(layers)) / sum(layer.parameters for layer in layers.values())
-    return {"parameters": facts.parameters, "zeros": zeros, "blocks": facts.layers}
 
 
 def _by_sensitivity(
@@ -104,9 +99,3 @@ def _by_sensitivity(
 
 def _tokens(calibration: Path) -> torch.Tensor:
     return load_file(calibration / "tokens.safetensors")["tokens"].long()
-
-
-def _zeros(folder: Path, layers: Sequence[str]) -> int:
-    """The zero weights of the layers, as the files hold them."""
-    export = Export(folder)
-    return sum(int((export.view(f"{layer}.weight") == 0).sum()) for layer in layers)

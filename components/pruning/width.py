@@ -9,15 +9,23 @@ scored ahead of the norms' weights, which is better than behind them: 41.5 witho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from trimtab import progress
-from trimtab.model import ModelFacts
-from trimtab.runtime import observe
+from trimtab import shapes
+from trimtab.components.pruning.structured import Left, read_config
+from trimtab.fusion import block_of
+from trimtab.model import ModelFacts, inspect
+from trimtab.runtime.checkpoint import Export
+
+#: Names in the models of `shapes.WIDTH_MODEL_TYPES`: the blocks, a block's norms with a layer behind each, and the last
+#: norm.
+_BLOCKS = "model.layers"
+_BEHIND_NORMS = {"input_layernorm": "self_attn.q_proj", "post_attention_layernorm": "mlp.gate_proj"}
+_LAST_NORM = "model.norm.weight"
 
 
 def group_importance(second_moment: torch.Tensor, groups: int) -> torch.Tensor:
@@ -85,103 +93,66 @@ class Kept(NamedTuple):
     channels: torch.Tensor
 
 
-def choose(model: nn.Module, sizes: ModelFacts, measured: Mapping[str, torch.Tensor]) -> Kept:
+def choose(checkpoint: Path, sizes: ModelFacts, measured: Mapping[str, torch.Tensor]) -> Kept:
     """Returns the most important neurons, KV groups and channels, as many as the narrowed model has.
 
     Args:
-        model: of one of `shapes.WIDTH_MODEL_TYPES`.
+        checkpoint: of one of `shapes.WIDTH_MODEL_TYPES`.
         sizes: the facts of the narrowed model.
         measured: `<layer>.second_moment`, float32 [in_features], of the linear layers.
     """
-    moment, blocks, have = _moments(model, measured), observe.blocks(model), model.config.num_key_value_heads
-    heads = [group_importance(moment(block.self_attn.o_proj), have) for block in blocks]
-    channels = torch.stack([energy for block in blocks for energy in _energies(block, moment)]).sum(dim=0)
+    facts = inspect(checkpoint)
+
+    def moments(layer: str) -> list[torch.Tensor]:
+        return [measured[f"{_BLOCKS}.{block}.{layer}.second_moment"] for block in range(facts.layers)]
+
+    heads = [group_importance(moment, facts.kv_heads) for moment in moments("self_attn.o_proj")]
+    channels = torch.stack(list(_energies(checkpoint, measured).values())).sum(dim=0)
     return Kept(
-        neurons=[strongest(moment(block.mlp.down_proj), sizes.intermediate_size) for block in blocks],
+        neurons=[strongest(moment, sizes.intermediate_size) for moment in moments("mlp.down_proj")],
         groups=[strongest(importance, sizes.kv_heads) for importance in heads],
         channels=strongest(channels, sizes.hidden_size),
     )
 
 
-def narrow(model: nn.Module, sizes: ModelFacts, kept: Kept, measured: Mapping[str, torch.Tensor]) -> None:
-    """Narrows a model in place, a block at a time; config and ties of weights stay consistent.
+def keeping(checkpoint: Path, sizes: ModelFacts, kept: Kept, measured: Mapping[str, torch.Tensor]) -> Left:
+    """Returns what is left of a narrowed model.
 
     Args:
-        model, sizes, measured: as of `choose`.
+        checkpoint, sizes, measured: as of `choose`.
         kept: what is left, of the sizes.
     """
-    config, moment, blocks = model.config, _moments(model, measured), observe.blocks(model)
-    narrower = sizes.hidden_size < config.hidden_size
-    parts = zip(blocks, kept.neurons, kept.groups, strict=True)
-    for block, neurons, groups in progress.track(parts, "prune", "narrowing blocks", len(blocks)):
-        if narrower:
-            scales = [norm_scale(energy, kept.channels) for energy in _energies(block, moment)]
-            _narrow_hidden(block, kept.channels, *scales)
-        if sizes.intermediate_size < config.intermediate_size:
-            _narrow_mlp(block.mlp, neurons)
-        if sizes.kv_heads < config.num_key_value_heads:
-            _narrow_attention(block.self_attn, groups, sizes)
-    if narrower:  # nothing is measured behind the last norm: the scale of the one before it stands in
-        _narrow_ends(model, kept.channels, scales[-1])
+    facts, config = inspect(checkpoint), read_config(checkpoint)
+    scales: dict[str, torch.Tensor] = {}
+    if sizes.hidden_size < facts.hidden_size:
+        scales = {name: norm_scale(energy, kept.channels) for name, energy in _energies(checkpoint, measured).items()}
+        # nothing is measured behind the last norm: the scale of the one before it stands in
+        scales[_LAST_NORM] = list(scales.values())[-1]
+
+    def indices(side: str, block: int) -> torch.Tensor:
+        if side in ("hidden", "ffn"):
+            return kept.channels if side == "hidden" else kept.neurons[block]
+        heads = facts.heads // facts.kv_heads if side == "attention" else 1
+        return spread(kept.groups[block], heads * facts.head_dim)
+
+    def narrow(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        layer, kind = name.split(".")[-2:]
+        if layer in shapes.FEATURES:
+            outputs, inputs = (indices(side, block_of(name)) for side in shapes.FEATURES[layer])
+            return tensor[outputs] if kind == "bias" else tensor[outputs][:, inputs]
+        if layer in ("embed_tokens", "lm_head"):
+            return tensor[:, kept.channels]
+        return (tensor[kept.channels] * scales[name]).to(tensor.dtype) if name in scales else tensor
+
     config.num_attention_heads, config.num_key_value_heads = sizes.heads, sizes.kv_heads
     config.hidden_size, config.intermediate_size = sizes.hidden_size, sizes.intermediate_size
     config.head_dim = sizes.head_dim  # else hidden_size / heads is taken for it
+    return Left(config, narrow=narrow)
 
 
-def _moments(model: nn.Module, measured: Mapping[str, torch.Tensor]) -> Callable[[nn.Module], torch.Tensor]:
-    names = {module: name for name, module in model.named_modules()}
-    return lambda layer: measured[f"{names[layer]}.second_moment"]
-
-
-def _energies(block: nn.Module, moment: Callable[[nn.Module], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The channels' energy at the block's two norms, before attention and after it."""
-    before = channel_energy(block.input_layernorm.weight.data, moment(block.self_attn.q_proj))
-    return before, channel_energy(block.post_attention_layernorm.weight.data, moment(block.mlp.gate_proj))
-
-
-def _narrow_mlp(mlp: nn.Module, neurons: torch.Tensor) -> None:
-    _take_outputs(neurons, mlp.gate_proj, mlp.up_proj)
-    _take_inputs(neurons, mlp.down_proj)
-
-
-def _narrow_attention(attention: nn.Module, groups: torch.Tensor, sizes: ModelFacts) -> None:
-    queries = spread(groups, sizes.heads // sizes.kv_heads * sizes.head_dim)
-    _take_outputs(spread(groups, sizes.head_dim), attention.k_proj, attention.v_proj)
-    _take_outputs(queries, attention.q_proj)
-    _take_inputs(queries, attention.o_proj)
-
-
-def _narrow_hidden(block: nn.Module, channels: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
-    """`before` and `after` attention: the factors of the block's two norms."""
-    attention, mlp = block.self_attn, block.mlp
-    _take_inputs(channels, attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
-    _take_outputs(channels, attention.o_proj, mlp.down_proj)
-    _narrow_norm(block.input_layernorm, channels, before)
-    _narrow_norm(block.post_attention_layernorm, channels, after)
-
-
-def _narrow_ends(model: nn.Module, channels: torch.Tensor, scale: torch.Tensor) -> None:
-    embedding, head, norm = model.get_input_embeddings(), model.get_output_embeddings(), model.model.norm
-    _narrow_norm(norm, channels, scale)
-    embedding.weight.data = embedding.weight.data[:, channels]
-    embedding.embedding_dim = head.in_features = len(channels)
-    if head.weight is not embedding.weight:
-        head.weight.data = head.weight.data[:, channels]
-
-
-def _narrow_norm(norm: nn.Module, channels: torch.Tensor, scale: torch.Tensor) -> None:
-    norm.weight.data = (norm.weight.data[channels] * scale).to(norm.weight.dtype)
-
-
-def _take_outputs(rows: torch.Tensor, *layers: nn.Linear) -> None:
-    for layer in layers:
-        layer.weight.data = layer.weight.data[rows]
-        layer.out_features = len(rows)
-        if layer.bias is not None:
-            layer.bias.data = layer.bias.data[rows]
-
-
-def _take_inputs(columns: torch.Tensor, *layers: nn.Linear) -> None:
-    for layer in layers:
-        layer.weight.data = layer.weight.data[:, columns]
-        layer.in_features = len(columns)
+def _energies(checkpoint: Path, measured: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The channels' energy at each block's two norms, before attention and after it, by the names of their weights."""
+    export, blocks = Export(checkpoint), range(inspect(checkpoint).layers)
+    pairs = [(f"{_BLOCKS}.{block}.{norm}.weight", f"{_BLOCKS}.{block}.{layer}") for block in blocks
+             for norm, layer in _BEHIND_NORMS.items()]  # fmt: skip
+    return {norm: channel_energy(export.tensor(norm), measured[f"{layer}.second_moment"]) for norm, layer in pairs}

@@ -5,47 +5,60 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter
 
 from trimtab import shapes
-from trimtab.components.pruning import depth, sparsity, width
+from trimtab.components.pruning import depth, sparsity, structured, width
 from trimtab.errors import Failure
-from trimtab.model import inspect
-from trimtab.recipe import DepthPruning, Pruning, SparsePruning
-from trimtab.runtime import checkpoint as checkpoints
-from trimtab.runtime import observe
+from trimtab.fusion import block_of
+from trimtab.model import ModelFacts, inspect
+from trimtab.recipe import DepthPruning, Pruning, SparsePruning, WidthPruning
+from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.measurements import Measurements
 
 
 def prune(
     checkpoint: str, calibration: str | None, output: str, scratch: str, parameters: dict[str, Any]
 ) -> dict[str, float]:
-    """Applies the recipe's pruning and writes the checkpoint.
+    """Applies the recipe's pruning and writes the checkpoint, a shard or a block at a time.
+
+    Args:
+        scratch: what is finished waits there, and is found after a kill.
 
     Returns:
         parameters, zeros (share of zero weights in the linear layers), blocks.
 
     Raises:
-        InputError: the calibration is another model's.
+        InputError: the calibration is another model's, or a weight is not finite.
         Failure: `unsupported`, the model has less than is to be removed, or an architecture that is not known.
     """
     settings = TypeAdapter(Pruning).validate_python(parameters)
-    facts = inspect(checkpoint)
+    source, folders = Path(checkpoint), (Path(output), Path(scratch))
+    facts = inspect(source)
     if reason := shapes.check(facts, settings):
         raise Failure("unsupported", reason)
     if isinstance(settings, SparsePruning):
-        measured = Path(calibration) if calibration else None
-        return sparsity.prune(Path(checkpoint), measured, Path(output), Path(scratch), settings)
-    model, tokenizer = checkpoints.load(Path(checkpoint), torch.bfloat16)
-    measured = Measurements(Path(calibration), Path(checkpoint), "calibration")
+        sparsity.prune(source, Path(calibration) if calibration else None, *folders, settings)
+    else:
+        measured = Measurements(Path(calibration), source, "calibration")
+        structured.write(source, _left(source, facts, measured, settings), *folders)
+    return _told(Path(output))
+
+
+def _left(
+    source: Path, facts: ModelFacts, measured: Measurements, settings: DepthPruning | WidthPruning
+) -> structured.Left:
     if isinstance(settings, DepthPruning):
         choose = depth.least_influential_run if settings.contiguous else depth.least_influential
-        depth.remove_blocks(model, choose(measured["block_influence"], settings.blocks))
-    else:
-        sizes = shapes.pruned(facts, settings)
-        width.narrow(model, sizes, width.choose(model, sizes, measured), measured)
-    checkpoints.save(model, tokenizer, Path(output))
-    weights = [layer.weight for layer in observe.linears(model).values()]
-    zeros = sum((weight == 0).sum().item() for weight in weights) / sum(weight.numel() for weight in weights)
-    return {"parameters": model.num_parameters(), "zeros": zeros, "blocks": model.config.num_hidden_layers}
+        return depth.without(source, choose(measured["block_influence"], settings.blocks))
+    sizes = shapes.pruned(facts, settings)
+    return width.keeping(source, sizes, width.choose(source, sizes, measured), measured)
+
+
+def _told(folder: Path) -> dict[str, float]:
+    """The metrics, of what the files hold."""
+    facts, export = inspect(folder), Export(folder)
+    layers = [layer for layer in facts.linears if block_of(layer.name) is not None]
+    zeros = sum(int((export.view(f"{layer.name}.weight") == 0).sum()) for layer in layers)
+    share = zeros / sum(layer.parameters for layer in layers)
+    return {"parameters": facts.parameters, "zeros": share, "blocks": facts.layers}

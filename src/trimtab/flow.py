@@ -9,6 +9,9 @@ from trimtab.errors import Failure, InputError, nearest
 from trimtab.model import ModelFacts
 from trimtab.plan import MAX_RUNGS, Rung
 from trimtab.recipe import Recipe
+from trimtab.serving import traffic as recorded
+from trimtab.serving.traffic import Traffic
+from trimtab.serving.workload import Workload
 from trimtab.stages import MAX_REASON, fail
 from trimtab.state import GOALS, Evaluation, State
 from trimtab.store import Store, Tree, open_store
@@ -26,39 +29,34 @@ def begin(
     evaluation: Evaluation,
     images: str = "",
     released: Rung | None = None,
+    traffic: Traffic | None = None,
 ) -> State:
     """Plans the run and returns the state with which the baseline is measured.
 
-    A recipe that names no step is not tried as one; its `accept`, `calibrate` and `engine` hold for the whole
-    ladder all the same.
+    A recipe that names no step is not tried as one; its `accept`, `calibrate` and back end hold for the whole
+    ladder all the same, and its `workload` sizes all engines.
 
     Args:
         images: the container images of the stages, which count among the materials.
         released: the recipe of a release with its student, which then stands first.
+        traffic: the shape of the recorded traffic, where the recipe names some and it was read before.
 
     Raises:
-        InputError: an unknown goal or target, a bad recipe, or a model or recipe that the target cannot run.
+        InputError: an unknown goal or target, a bad recipe, recorded traffic that cannot be read, or a model or recipe
+            that the target cannot run.
     """
     if goal not in GOALS:
         raise InputError(f"goal: '{goal}' is not valid; {nearest(goal, GOALS)}")
     store, machine = open_store(store_uri), hardware.target(target)
-    wanted = Recipe.parse(recipe) if recipe.strip() else Recipe()
-    first = wanted if wanted.prune or wanted.distill or wanted.quantize else None
-    rungs = plan.ladder(
-        goal,
-        facts_of(store, model),
-        machine,
-        accept=wanted.accept,
-        backend=wanted.engine.backend if first else None,
-        first=first,
-    )
-    calibrated = [
-        r.model_copy(update={"recipe": r.recipe.model_copy(update={"calibrate": wanted.calibrate})})
-        for r in rungs
-    ]
+    wanted, facts = Recipe.parse(recipe) if recipe.strip() else Recipe(), facts_of(store, model)
+    traffic = traffic or recorded.of(wanted.workload)
+    wanted = _for_traffic(wanted, traffic)
+    rungs = ladder(goal, facts, machine, wanted)
+    if released and wanted.workload:
+        released = _sized(released, facts, machine, wanted.workload)
     if released:
-        others = [r for r in calibrated if r.recipe.digest != released.recipe.digest]
-        calibrated = [released, *others][:MAX_RUNGS]
+        others = [rung for rung in rungs if rung.recipe.digest != released.recipe.digest]
+        rungs = [released, *others][:MAX_RUNGS]
     made_of = materials.gather(
         model=model,
         recipe=wanted,
@@ -67,6 +65,7 @@ def begin(
         max_attempts=max_attempts,
         evaluation=evaluation,
         images=images,
+        traffic=traffic,
     )
     return State(
         store=store.uri,
@@ -77,11 +76,50 @@ def begin(
         model=model,
         max_attempts=max_attempts,
         ladder=store.put_json(
-            "ladder", [rung.to_dict() for rung in calibrated], materials=made_of.model_dump(mode="json")
+            "ladder", [rung.to_dict() for rung in rungs], materials=made_of.model_dump(mode="json")
         ),
         recipe=Recipe(engine=rungs[0].recipe.engine),
         why="the model unchanged",
     )
+
+
+def ladder(goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Recipe) -> list[Rung]:
+    """Returns the recipes that a run will try.
+
+    Args:
+        wanted: the user's recipe, tried first where it names a step.
+
+    Raises:
+        InputError: recorded traffic that cannot be read, or a model, recipe or workload that the target cannot run.
+    """
+    wanted = _for_traffic(wanted, recorded.of(wanted.workload))
+    first = wanted if wanted.prune or wanted.distill or wanted.quantize else None
+    rungs = plan.ladder(
+        goal,
+        facts,
+        machine,
+        accept=wanted.accept,
+        backend=wanted.engine.backend if first or "backend" in wanted.engine.model_fields_set else None,
+        first=first,
+        workload=wanted.workload,
+    )
+    calibrated = {"calibrate": wanted.calibrate}
+    return [rung.model_copy(update={"recipe": rung.recipe.model_copy(update=calibrated)}) for rung in rungs]
+
+
+def _sized(released: Rung, facts: ModelFacts, machine: hardware.Hardware, workload: Workload) -> Rung | None:
+    """Gives a released recipe an engine for another workload; None where it does not fit any more."""
+    try:
+        sized = plan.sized(released.recipe, facts, machine, workload)
+    except InputError as error:
+        progress.report("plan", f"the recipe of the last release is not tried: {error}")
+        return None
+    return released.model_copy(update={"recipe": sized})
+
+
+def _for_traffic(wanted: Recipe, traffic: Traffic | None) -> Recipe:
+    """Returns the recipe with the workload that was recorded."""
+    return wanted.model_copy(update={"workload": traffic.workload}) if traffic else wanted
 
 
 def prepare(state: State) -> State:

@@ -47,3 +47,9 @@ def block_of(name: str) -> int | None:
     """Returns the number of the block that a module or tensor belongs to, or None."""
     match = _BLOCK.match(name)
     return int(match[2]) if match else None
+
+
+def in_block(name: str, number: int) -> str:
+    """Returns the name of the same module or tensor in another block; of one that belongs to a block."""
+    match = _BLOCK.match(name)
+    return f"{match[1].removesuffix(match[2])}{number}.{match[3]}"

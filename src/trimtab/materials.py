@@ -13,10 +13,14 @@ from typing import Any
 from trimtab import files, stages
 from trimtab.recipe import Recipe, Source
 from trimtab.schema import Document
+from trimtab.serving.traffic import Traffic, drift
+from trimtab.serving.workload import Recorded
 from trimtab.state import Evaluation
 from trimtab.store.tree import Tree
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+#: How many times as large a measure of the traffic may become before it counts as another material.
+DRIFT: float = Recorded.model_fields["drift"].default
 #: Longest value that a sentence about a difference quotes, in characters.
 _QUOTED = 60
 
@@ -28,6 +32,7 @@ class Materials(Document):
     changed default counts. `calibration_data`, `distillation_data` and `measured_data` are {path: SHA-256} of the files
     that these name and that are where the run is planned. A dataset on the Hugging Face hub counts by its name alone:
     there is no digest of it before it is read. `images` are those of the stages, `versions` those where it is planned.
+    `workload` is what engines were sized for, where the recipe states it, `traffic` where it was recorded.
     """
 
     model: str
@@ -41,17 +46,32 @@ class Materials(Document):
     evaluation: dict[str, Any]
     images: str
     versions: dict[str, str]
+    workload: dict[str, Any] | None = None
+    traffic: Traffic | None = None
 
 
 def gather(
-    *, model: Tree, recipe: Recipe, goal: str, target: str, max_attempts: int, evaluation: Evaluation, images: str
+    *,
+    model: Tree,
+    recipe: Recipe,
+    goal: str,
+    target: str,
+    max_attempts: int,
+    evaluation: Evaluation,
+    images: str,
+    traffic: Traffic | None = None,
 ) -> Materials:
-    """Returns the materials of a run that is planned here and now."""
+    """Returns the materials of a run that is planned here and now.
+
+    Args:
+        traffic: what was recorded; then the recipe's workload is made of it, and counts for nothing itself.
+    """
+    stated = None if traffic else recipe.workload
     distilled = recipe.distill.texts if recipe.distill else ()
     measured = [text for text in (evaluation.heldout, evaluation.task_path) if text]
     return Materials(
         model=model.digest,
-        recipe=recipe.model_dump(mode="json"),
+        recipe=recipe.model_dump(mode="json", exclude={"workload"}),
         calibration_data=_contents(recipe.calibrate.sources),
         distillation_data=_contents(Source(text=text) for text in distilled),
         measured_data=_contents(Source(text=text) for text in measured),
@@ -61,17 +81,36 @@ def gather(
         evaluation=evaluation.model_dump(mode="json"),
         images=images,
         versions=stages.versions(),
+        workload=stated and stated.model_dump(mode="json"),
+        traffic=traffic,
     )
 
 
-def differences(before: Materials, now: Materials) -> dict[str, list[str]]:
-    """Returns the fields that differ, each with sentences for people: 'recipe.quantize.format: fp8 → int4_awq'."""
+def differences(before: Materials, now: Materials, most: float = DRIFT) -> dict[str, list[str]]:
+    """Returns the fields that differ, each with sentences for people: 'recipe.quantize.format: fp8 → int4_awq'.
+
+    Args:
+        most: how many times as large, or as small, a measure of the recorded traffic may be and count as the same.
+    """
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
-    return {
+    found = {
         field: [f"{path}: {_short(a)} → {_short(b)}" for path, a, b in _differing(field, old[field], new[field])]
         for field in Materials.model_fields
-        if old[field] != new[field]
+        if old[field] != new[field] and field != "traffic"
     }
+    moved = _drift(before.traffic, now.traffic, most)
+    return {**found, **({"traffic": moved} if moved else {})}
+
+
+def _drift(before: Traffic | None, now: Traffic | None, most: float) -> list[str]:
+    if before is None or now is None:
+        if before is now:
+            return []
+        said = [shape.sentence if shape else "none" for shape in (before, now)]
+        return [f"traffic: {said[0]} → {said[1]}"]
+    return [
+        f"traffic: {sentence}, more than {most:g}" for times, sentence in drift(before, now).values() if times > most
+    ]
 
 
 def _contents(sources: Any) -> dict[str, str]:

@@ -37,6 +37,8 @@ from trimtab.recipe import (
 )
 from trimtab.schema import Document
 from trimtab.serving.parallelism import worlds
+from trimtab.serving.plan import check_length, plan_engine
+from trimtab.serving.workload import Workload
 from trimtab.state import GOALS
 from trimtab.store.tree import Tree
 
@@ -105,6 +107,7 @@ def ladder(
     accept: Acceptance | None = None,
     backend: str | None = None,
     first: Recipe | None = None,
+    workload: Workload | None = None,
 ) -> list[Rung]:
     """Returns the recipes to try, in order; at most `MAX_RUNGS`, each a different piece of work.
 
@@ -113,9 +116,11 @@ def ladder(
         accept: what every recipe of the ladder must keep; the defaults of `Acceptance` when absent.
         backend: the engine; the back end of `first`, or the target's default, when absent.
         first: the user's own recipe, which stands first as it is.
+        workload: what every engine is sized for, that of `first` too; the goal's own sizes when absent.
 
     Raises:
-        InputError: no such goal or back end, `first` cannot run on the target, or nothing can.
+        InputError: no such goal or back end, a workload beyond the model's context, `first` cannot run on the target,
+            or nothing can.
     """
     if goal not in GOALS:
         raise InputError(f"goal: '{goal}' is not known; {nearest(goal, GOALS)}")
@@ -123,11 +128,14 @@ def ladder(
     if backend not in hardware.formats:
         known = "does not run on " + hardware.name if backend in BACKENDS else "is not known"
         raise InputError(f"engine.backend: '{backend}' {known}; {nearest(backend, hardware.backends)}")
-    rungs = {first.digest: _users_own(first, facts, hardware)} if first else {}
+    if workload:  # once, and not as what is wrong with a recipe
+        check_length(facts, workload)
+    own = _users_own(first, facts, hardware, workload) if first else None
+    rungs = {own.recipe.digest: own} if own else {}
+    kit = _Kit(goal, facts, hardware, backend, workload)
     refused = ""
-    for steps, why in _CANDIDATES[goal](_Kit(goal, facts, hardware, backend)):
-        steps = steps.model_copy(update={"accept": accept or Acceptance()})
-        recipe, note = _place(goal, steps, facts, hardware)
+    for steps, why in _CANDIDATES[goal](kit):
+        recipe, note = kit.place(steps.model_copy(update={"accept": accept or Acceptance()}))
         if recipe:
             rungs.setdefault(recipe.digest, Rung(recipe=recipe, why="; ".join(filter(None, (why, note)))))
         else:
@@ -137,15 +145,19 @@ def ladder(
     return list(rungs.values())[:MAX_RUNGS]
 
 
-def _users_own(recipe: Recipe, facts: ModelFacts, hardware: Hardware) -> Rung:
+def _users_own(recipe: Recipe, facts: ModelFacts, hardware: Hardware, workload: Workload | None) -> Rung:
     if reason := check(recipe, hardware, facts):
         raise InputError(reason)
+    if workload:
+        recipe = sized(recipe, facts, hardware, workload)
     need = memory(facts, recipe, hardware)
     if not need.fits:
         raise InputError(
             f"engine: {need.explanation}; write a smaller max_batch_size or max_seq_len, or fewer bits"
         )
     why = "the recipe that the user gave"
+    if workload:
+        why += f"; {_for(workload, recipe)}"
     if hardware.is_emulated(recipe):
         why += f"; judged by emulation, because {hardware.name} does not compute in {recipe.quantize.format}"
     if hardware.is_kv_cache_emulated(recipe):
@@ -153,27 +165,22 @@ def _users_own(recipe: Recipe, facts: ModelFacts, hardware: Hardware) -> Rung:
     return Rung(recipe=recipe, why=why)
 
 
-def _place(goal: str, recipe: Recipe, facts: ModelFacts, hardware: Hardware) -> tuple[Recipe | None, str]:
-    """Gives a recipe its engine: the goal's limits, then a smaller batch, a shorter context, more devices.
+def sized(recipe: Recipe, facts: ModelFacts, hardware: Hardware, workload: Workload) -> Recipe:
+    """Returns the recipe with an engine for the workload.
 
-    Returns the recipe and a note for its reason; or None, and why nothing fits. An emulated format, of weights
-    or of the KV cache, is placed only when the user asks for it: it judges accuracy and makes nothing smaller
-    or faster.
+    Its context is `MIN_CONTEXT` at least, however short requests are: what is measured before a release needs some.
+
+    Raises:
+        InputError: the workload is beyond the model's context, or does not fit.
     """
-    if hardware.is_emulated(recipe) or hardware.is_kv_cache_emulated(recipe):
-        return None, f"{recipe.title}: only emulated on {hardware.name}"
-    reason = ""
-    for engine in _engines(goal, recipe, facts):
-        placed = recipe.model_copy(update={"engine": engine})
-        if cannot := check(placed, hardware, facts):
-            reason = reason or cannot
-            continue
-        need = memory(facts, placed, hardware)
-        if need.fits:
-            devices = placed.engine.world_size
-            return placed, f"needs {devices} {hardware.name}" if devices > 1 else ""
-        reason = need.explanation
-    return None, f"{recipe.title}: {reason}"
+    total = max(workload.longest, min(MIN_CONTEXT, facts.max_position_embeddings))
+    return plan_engine(facts, recipe, hardware, workload.model_copy(update={"total": total}), MAX_GPUS).recipe
+
+
+def _for(workload: Workload, recipe: Recipe) -> str:
+    held = recipe.engine.max_batch_size
+    waiting = f", of which {held:,} are served at once" if held < workload.concurrency else ""
+    return f"for {workload.concurrency:,} requests at a time{waiting}, of at most {workload.longest:,} tokens"
 
 
 def _engines(goal: str, recipe: Recipe, facts: ModelFacts) -> Iterator[Engine]:
@@ -205,14 +212,21 @@ def _engines(goal: str, recipe: Recipe, facts: ModelFacts) -> Iterator[Engine]:
                 )
 
 
+def _devices(recipe: Recipe, hardware: Hardware) -> list[str]:
+    devices = recipe.engine.world_size
+    return [f"needs {devices} {hardware.name}"] if devices > 1 else []
+
+
 _Candidate = tuple[Recipe, str]
 
 
 class _Kit:
-    """Makes the recipes of one goal, model, target and back end; `_place` drops what cannot run there."""
+    """Makes the recipes of one goal, model, target and back end; `place` drops what cannot run there."""
 
-    def __init__(self, goal: str, facts: ModelFacts, hardware: Hardware, backend: str):
-        self.facts, self.hardware, self.backend = facts, hardware, backend
+    def __init__(
+        self, goal: str, facts: ModelFacts, hardware: Hardware, backend: str, workload: Workload | None = None
+    ):
+        self.goal, self.facts, self.hardware, self.backend, self.workload = goal, facts, hardware, backend, workload
         self.formats = hardware.formats[backend]
         self.kv = "fp8" in hardware.kv_caches[backend]
         # Large batches are bound by arithmetic, so formats that also compute in 8 bits come first there.
@@ -220,6 +234,35 @@ class _Kit:
         order = ("fp8", "int8_sq", "int8_wo") if busy else ("fp8", "int8_wo", "int8_sq")
         self.eights = [form for form in order if form in self.formats]
         self.has_down = any(layer.name.endswith(".down_proj") for layer in facts.linears)
+
+    def place(self, recipe: Recipe) -> tuple[Recipe | None, str]:
+        """Gives a recipe its engine: the workload's, or the goal's limits, then a smaller batch, a shorter context,
+        more devices.
+
+        Returns the recipe and a note for its reason; or None, and why nothing fits. An emulated format, of weights
+        or of the KV cache, is placed only when the user asks for it: it judges accuracy and makes nothing smaller
+        or faster.
+        """
+        facts, hardware = self.facts, self.hardware
+        if hardware.is_emulated(recipe) or hardware.is_kv_cache_emulated(recipe):
+            return None, f"{recipe.title}: only emulated on {hardware.name}"
+        if self.workload:
+            try:
+                placed = sized(recipe, facts, hardware, self.workload)
+            except InputError as error:
+                return None, f"{recipe.title}: {error}"
+            return placed, "; ".join([*_devices(placed, hardware), _for(self.workload, placed)])
+        reason = ""
+        for engine in _engines(self.goal, recipe, facts):
+            placed = recipe.model_copy(update={"engine": engine})
+            if cannot := check(placed, hardware, facts):
+                reason = reason or cannot
+                continue
+            need = memory(facts, placed, hardware)
+            if need.fits:
+                return placed, "".join(_devices(placed, hardware))
+            reason = need.explanation
+        return None, f"{recipe.title}: {reason}"
 
     def quantized(
         self, form: str, *, kv: bool = False, bits: float | None = None, keep_down: bool = False
@@ -289,12 +332,12 @@ def _lower_latency(kit: _Kit) -> Iterator[_Candidate]:
 def _higher_throughput(kit: _Kit) -> Iterator[_Candidate]:
     # No INT4: at batch 64 it reaches 0.83x of BF16 (benchmark.md).
     unchanged = Recipe(engine=Engine(backend=kit.backend))
-    whole, _ = _place("higher_throughput", unchanged, kit.facts, kit.hardware)
+    whole, _ = kit.place(unchanged)
     rungs = [*kit.eight_bits(), *kit.students(kv=True), *(kit.safest() if kit.eights else ())]
     if not kit.eights and kit.kv:
         rungs.insert(0, kit.quantized("bf16", kv=True))
     for recipe, why in rungs:
-        placed, _ = _place("higher_throughput", recipe, kit.facts, kit.hardware)
+        placed, _ = kit.place(recipe)
         if placed and (whole is None or placed.engine.world_size < whole.engine.world_size):
             wanted = f"needs {whole.engine.world_size} devices" if whole else "does not fit"
             why += f"; the unchanged model {wanted}, so the devices saved serve replicas"
@@ -322,7 +365,7 @@ def _long_context(kit: _Kit) -> Iterator[_Candidate]:
     short = True
     if kit.eights:
         eight, _ = kit.quantized(kit.eights[0], kv=kit.kv)
-        recipe, _ = _place("long_context", eight, kit.facts, kit.hardware)
+        recipe, _ = kit.place(eight)
         short = recipe is None or recipe.engine.max_seq_len < kit.facts.max_position_embeddings
     if short:  # the memory that INT4 frees goes into context; where eight bits reach the end, it only risks
         yield int4

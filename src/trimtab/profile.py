@@ -24,10 +24,14 @@ from pydantic import AfterValidator, Field, StringConstraints, field_validator, 
 
 from trimtab.errors import nearest
 from trimtab.schema import Document
+from trimtab.signing import KEY
 from trimtab.stages import TASKS
 
 #: The tasks that a profile places one by one: those that do work on a model, by their names in a run.
 PLACED = ("fetch", *TASKS, "validate")
+
+#: Those that load a built engine.
+ENGINE_TASKS = ("engine", "validate")
 
 #: What a value in the clear must not be.
 SECRET = re.compile(r"(SECRET|PASSWORD|TOKEN|ACCESS_KEY|CREDENTIAL)", re.IGNORECASE)
@@ -99,10 +103,16 @@ class Gpu(Document):
 
 
 class Images(Document):
-    """`cuda` runs the stages of an attempt in place of the pipeline's image; `pull_secrets` opens the registry."""
+    """`cuda` runs the stages of an attempt in place of the pipeline's image, and `engine` those of them that build and
+    judge engines, such as one that holds TensorRT-LLM; `pull_secrets` opens the registry."""
 
     cuda: ImageName | None = None
+    engine: ImageName | None = None
     pull_secrets: tuple[Name, ...] = ()
+
+    def of(self, task: str) -> str | None:
+        """Returns the image of a task that works on a model; None for the pipeline's own."""
+        return (self.engine if task in ENGINE_TASKS else None) or self.cuda
 
 
 class Cache(Document):
@@ -110,6 +120,17 @@ class Cache(Document):
 
     claim: Name
     path: Annotated[str, StringConstraints(pattern=r"^/[^\s:]+$")] = "/cache"
+
+
+class Signing(Document):
+    """The secret that the deploy gate signs releases with, and that reaches no other task.
+
+    `key` is the entry of the secret that holds the private key, PEM, and `password` that of its password.
+    """
+
+    secret: Name
+    key: str = "key"
+    password: str | None = None
 
 
 class StageLimits(Document):
@@ -128,6 +149,7 @@ class Profile(Document):
     images: Images = Images()
     environment: dict[Variable, str] = {}
     secrets: dict[Name, dict[str, Variable]] = {}
+    signing: Signing | None = None
     cache: Cache | None = None
     shared_memory: Quantity | None = None
     labels: dict[LabelKey, LabelValue] = {}
@@ -140,6 +162,14 @@ class Profile(Document):
         for name in value:
             if SECRET.search(name):
                 raise ValueError(f"has {name}, which anyone who sees the pipeline could read; name it in secrets")
+        return value
+
+    @field_validator("secrets")
+    @classmethod
+    def _signing_is_the_gate_s(cls, value: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+        for secret, variables in value.items():
+            if KEY in variables.values():
+                raise ValueError(f"has {KEY}, which every task would see; write signing: {{secret: {secret}, key: …}}")
         return value
 
     @field_validator("stages")

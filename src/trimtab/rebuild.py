@@ -2,7 +2,8 @@
 
 Otherwise it is an ordinary run, in which stages whose results exist are not run again. Where only the base model or the
 data changed, and the last release holds a distilled student, its recipe is tried first and training goes on from that
-student instead of from a newly pruned model.
+student instead of from a newly pruned model. Where only the traffic changed, so that engines have other sizes, its
+recipe is tried first as well: all its stages but the engine's and those after it are in the store.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from typing import Any
 
 from trimtab import flow, progress, signing, statement
 from trimtab.errors import Damaged, InputError, NotVerified
-from trimtab.materials import Materials, differences
+from trimtab.materials import DRIFT, Materials, differences
 from trimtab.plan import Rung
 from trimtab.recipe import MovementPruning, Recipe
+from trimtab.serving.traffic import drift
+from trimtab.serving.workload import Recorded
 from trimtab.state import State
 from trimtab.statement import Predicate
 from trimtab.store import Store, Tree, open_store
 
+#: What the sizes of the engine alone depend on.
+_SIZES = {"workload", "traffic"}
 #: What may change while a student remains worth going on from, and what makes going on worth it.
-_SAME_TASK = {"model", "calibration_data", "distillation_data", "measured_data", "images", "versions"}
+_SAME_TASK = {"model", "calibration_data", "distillation_data", "measured_data", "images", "versions"} | _SIZES
 _NEW_LESSONS = {"model", "distillation_data"}
 
 
@@ -30,8 +35,8 @@ _NEW_LESSONS = {"model", "distillation_data"}
 class Review:
     """What is to be done, and why.
 
-    `outcome` is 'rebuild' or 'keep'; `release` the URI of the last release, if there is one. `first` is its recipe with
-    its student, where distillation goes on from that.
+    `outcome` is 'rebuild' or 'keep'; `release` the URI of the last release, if there is one. `first` is its recipe,
+    where that is tried first: with its student, where distillation goes on from that.
     """
 
     outcome: str
@@ -43,23 +48,33 @@ class Review:
     def markdown(self) -> str:
         """The review for the page of the run."""
         title = "Rebuild" if self.outcome == "rebuild" else f"Nothing changed: {self.release} stands"
-        went_on = ["", "Distillation goes on from the student of the last release."] if self.first else []
-        return "\n".join([f"# {title}", "", *(f"- {reason}" for reason in self.reasons), *went_on, ""])
+        said = ["", f"First is {self.first.why}."] if self.first else []
+        return "\n".join([f"# {title}", "", *(f"- {reason}" for reason in self.reasons), *said, ""])
 
 
 def plan(*, store_uri: str, name: str, **wanted: Any) -> tuple[Review, State]:
     """Reviews a run that would begin now, and plans it; the arguments and errors are those of `flow.begin`."""
     store = open_store(store_uri)
     state = flow.begin(store_uri=store_uri, name=name, **wanted)
-    found = review(store, name, Materials.parse(store.get_json("materials", state.ladder)))
+    now = Materials.parse(store.get_json("materials", state.ladder))
+    found = review(store, name, now, _drift(wanted["recipe"]))
     if found.first:
-        state = flow.begin(store_uri=store_uri, name=name, **wanted, released=found.first)
+        state = flow.begin(store_uri=store_uri, name=name, **wanted, released=found.first, traffic=now.traffic)
     progress.report("review", "; ".join([found.outcome, *found.reasons]))
     return found, state
 
 
-def review(store: Store, name: str, now: Materials) -> Review:
+def _drift(recipe: str) -> float:
+    """How far the recorded traffic may have moved."""
+    workload = Recipe.parse(recipe or "{}").workload
+    return workload.drift if isinstance(workload, Recorded) else DRIFT
+
+
+def review(store: Store, name: str, now: Materials, most: float = DRIFT) -> Review:
     """Compares a run that would begin now with the newest release of its name.
+
+    Args:
+        most: how many times as large or small a measure of the recorded traffic may be before it is built anew.
 
     Raises:
         Damaged: the record of that release is not what was written; a run would end at the gate for it.
@@ -75,10 +90,15 @@ def review(store: Store, name: str, now: Materials) -> Review:
             store.manifest(store.tree(tree.digest))
     except (NotVerified, Damaged) as error:
         return Review("rebuild", (f"{uri}: {error}",), uri)
-    changed = differences(before, now)
+    changed = differences(before, now, most)
     if not changed:
-        return Review("keep", ("the materials of a run are those of this release",), uri)
-    first = going_on(store, last.evidence, now.model, set(changed))
+        return Review("keep", ("the materials of a run are those of this release", *_steady(before, now, most)), uri)
+    if changed.keys() & _SIZES and not (now.workload or now.traffic):
+        first = None  # its engine has sizes of a workload that is no more
+    elif changed.keys() <= _SIZES:
+        first = Rung(recipe=Recipe.parse(last.evidence["recipe"]), why="the recipe of the last release, sized anew")
+    else:
+        first = going_on(store, last.evidence, now.model, set(changed))
     return Review("rebuild", tuple(line for lines in changed.values() for line in lines), uri, first)
 
 
@@ -100,7 +120,16 @@ def going_on(store: Store, evidence: Mapping[str, Any], model: str, changed: set
             return None
     except Damaged:  # a copy of a store may lack what no release consists of
         return None
-    return Rung(recipe=recipe, why="the recipe of the last release, whose student learns on", student=student)
+    why = "the recipe of the last release, and distillation goes on from the student of it"
+    return Rung(recipe=recipe, why=why, student=student)
+
+
+def _steady(before: Materials, now: Materials, most: float) -> list[str]:
+    """Says how far the traffic has moved that counts as the same, by what moved farthest."""
+    if not (before.traffic and now.traffic):
+        return []
+    _, sentence = max(drift(before.traffic, now.traffic).values())
+    return [f"the recorded traffic is the same to within {most:g} times: {sentence}"]
 
 
 def _valid(record: Mapping[str, Any]) -> Predicate:

@@ -22,6 +22,23 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def mapping(source: str | Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    """Returns the mapping in a YAML or JSON text, or the mapping itself.
+
+    Raises:
+        InputError: not YAML, or no mapping; `what` names the document.
+    """
+    if isinstance(source, str):
+        try:
+            source = yaml.safe_load(source)
+        except yaml.YAMLError as error:
+            where = " ".join(str(error).split())
+            raise InputError(f"the {what} is not valid YAML or JSON: {where}") from None
+    if not isinstance(source, Mapping):
+        raise InputError(f"the {what} must be a mapping of fields, got {type(source).__name__}")
+    return source
+
+
 class Document(BaseModel):
     """A frozen pydantic model that refuses unknown keys and prints only what differs from its defaults."""
 
@@ -34,15 +51,7 @@ class Document(BaseModel):
         Raises:
             InputError: not YAML, an unknown key, or a value out of range; names field, value and remedy.
         """
-        what = cls.__name__.lower()
-        if isinstance(source, str):
-            try:
-                source = yaml.safe_load(source)
-            except yaml.YAMLError as error:
-                where = " ".join(str(error).split())
-                raise InputError(f"the {what} is not valid YAML or JSON: {where}") from None
-        if not isinstance(source, Mapping):
-            raise InputError(f"the {what} must be a mapping of fields, got {type(source).__name__}")
+        source = mapping(source, cls.__name__.lower())
         try:
             return cls.model_validate(source)
         except ValidationError as error:

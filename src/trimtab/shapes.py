@@ -14,7 +14,7 @@ MULTIPLE = 64
 #: Model types whose blocks are narrowed: Llama's, with the biases of Qwen2, or Qwen3's norms of queries and keys.
 WIDTH_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 #: A linear layer by the last part of its name -> what its output and its input features are.
-_FEATURES = {
+FEATURES = {
     "q_proj": ("attention", "hidden"), "k_proj": ("kv", "hidden"), "v_proj": ("kv", "hidden"),
     "o_proj": ("hidden", "attention"),
     "gate_proj": ("ffn", "hidden"), "up_proj": ("ffn", "hidden"), "down_proj": ("hidden", "ffn"),
@@ -104,7 +104,7 @@ def pruned(facts: ModelFacts, prune: Pruning | None) -> ModelFacts:
         "hidden": kept(facts.hidden_size, prune.hidden, _hidden_multiple(facts, prune)),
     }
     linears = tuple(
-        Linear(layer.name, *(sizes[side] for side in _FEATURES[layer.name.rpartition(".")[2]]))
+        Linear(layer.name, *(sizes[side] for side in FEATURES[layer.name.rpartition(".")[2]]))
         for layer in facts.linears
     )
     narrowed = {"intermediate_size": sizes["ffn"], "hidden_size": sizes["hidden"]}

@@ -66,8 +66,8 @@ def signer(environment: Mapping[str, str] = os.environ) -> CryptoSigner | None:
         raise InputError(f"{KEY}: it is not a private key in PEM{wrong}; `trimtab keygen FILE` makes one") from None
 
 
-def public_key(path: str | Path) -> Key:
-    """Reads a public key, PEM.
+def public_key(source: str | Path) -> Key:
+    """Reads a public key: PEM, or the path of a PEM file.
 
     Raises:
         InputError: the file cannot be read, or holds no public key.
@@ -77,12 +77,13 @@ def public_key(path: str | Path) -> Key:
     from securesystemslib.signer import SSlibKey
 
     try:
-        return SSlibKey.from_crypto(load_pem_public_key(Path(path).expanduser().read_bytes()))
+        pem = str(source).encode() if "-----BEGIN" in str(source) else Path(source).expanduser().read_bytes()
+        return SSlibKey.from_crypto(load_pem_public_key(pem))
     except OSError as error:
-        raise InputError(f"key: '{path}' cannot be read ({error.strerror}); write a public key's PEM file") from None
+        raise InputError(f"key: '{source}' cannot be read ({error.strerror}); write a public key's PEM file") from None
     except (ValueError, UnsupportedAlgorithm):
         remedy = "write the .pub file of `trimtab keygen`"
-        raise InputError(f"key: '{path}' is not a public key in PEM; {remedy}") from None
+        raise InputError(f"key: '{source}' is not a public key in PEM; {remedy}") from None
 
 
 def generate(path: Path) -> tuple[Path, str]:

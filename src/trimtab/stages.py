@@ -131,7 +131,7 @@ STAGES: dict[str, Stage] = {
             output="checkpoint",
             wanted=lambda recipe: recipe.prune is not None and not isinstance(recipe.prune, MovementPruning),
             parameters=_part("prune"),
-            version=2,
+            version=3,
         ),
         Stage(
             name="generate",
@@ -140,6 +140,7 @@ STAGES: dict[str, Stage] = {
             output="generated",
             wanted=_distills("generate"),
             parameters=_distillation("text", "length", "generate", "seed"),
+            version=2,
         ),
         Stage(
             name="teach",
@@ -156,7 +157,7 @@ STAGES: dict[str, Stage] = {
             output="checkpoint",
             wanted=lambda recipe: recipe.distill is not None,
             parameters=_training,
-            version=2,
+            version=3,
         ),
         _calibrate("recalibrate", _quantize_needs("statistics")),
         Stage(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,12 @@ def test_one_torch_everywhere():
     wanted = re.search(r"^TORCH \?= (\S+)", (IMAGES.parent / "Makefile").read_text(), re.MULTILINE)[1]
     for name in ("cpu", "cuda"):
         assert f"ARG TORCH={wanted}\n" in (IMAGES / name / "Containerfile").read_text()
+
+
+def test_every_image_that_judges_has_what_judges():
+    """Validation asks lm-eval's tasks in the engine's own image."""
+    wanted = {"cpu": "torch", "cuda": "torch", "trtllm": "trtllm"}
+    extras = tomllib.loads((IMAGES.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for name, extra in wanted.items():
+        assert f"requirements.py pyproject.toml {extra} " in (IMAGES / name / "Containerfile").read_text()
+        assert any(line.startswith("lm-eval") for line in extras[extra])

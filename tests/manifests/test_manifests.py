@@ -17,6 +17,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from trimtab.components.deployment import approval
+from trimtab.components.deployment.serving import GROUP, PLURAL
 from trimtab.pipelines import cli
 from trimtab.profile import Profile
 
@@ -155,6 +157,30 @@ def test_the_profile_fits_its_overlay(overlay):
     assert profile.environment["AWS_ENDPOINT_URL"] == launcher["endpoint"]
     accelerators = items["ResourceQuota", "trimtab-accelerators"]["spec"]["hard"]["requests.nvidia.com/gpu"]
     assert (accelerators == "0") == (not profile.gpu.node_selector)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS[2:])
+def test_a_rollout_may_do_what_it_does(overlay):
+    """The rights that `cluster.Cluster` uses, for the pods of a run, and those of a person who approves."""
+    items = {(item["kind"], item["metadata"]["name"]): item for item in rendered(overlay)}
+    assert ("ConfigMap", approval.CONFIG_MAP) in items and "data" not in items["ConfigMap", approval.CONFIG_MAP]
+    binding = items["RoleBinding", "trimtab-release"]
+    assert binding["roleRef"]["name"] == "trimtab-release"
+    assert binding["subjects"] == items["RoleBinding", "trimtab-runner"]["subjects"]
+    approving = {
+        "apiGroups": [""],
+        "resources": ["configmaps"],
+        "resourceNames": [approval.CONFIG_MAP],
+        "verbs": ["get", "patch"],
+    }
+    assert items["Role", "trimtab-release"]["rules"] == [
+        {"apiGroups": [GROUP], "resources": [PLURAL], "verbs": ["get", "create", "patch", "delete"]},
+        approving,
+    ]
+    assert items["Role", "trimtab-approver"]["rules"] == [approving]
+    way = items["NetworkPolicy", "trimtab-release"]["spec"]
+    assert way["podSelector"] == items["NetworkPolicy", "trimtab-stages"]["spec"]["podSelector"]
+    assert way["policyTypes"] == ["Egress"] and "ingress" not in way
 
 
 def test_the_pipeline_as_objects(tmp_path):

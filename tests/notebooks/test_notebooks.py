@@ -86,7 +86,7 @@ def test_submit(tmp_path):
     server.story = [{"state": "SUCCEEDED"}]
     store = open_store(str(tmp_path / "store"))
     store.record(
-        digest(["bulletin", "run-1"]),
+        digest(["bulletin", "run-1", "attempts"]),
         {"attempts": [{"recipe": "fp8", "outcome": "accepted", "reason": "it is still good"}]},
     )
     store.release("tiny", {"recipe": {}, "verdict": {"reason": "recovery is enough"}})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from kubernetes_server import KubernetesServer
 from rich.console import Console
 
 #: Stands before the real torch in the path of every process of a run. It writes down that it was asked for, and
@@ -50,6 +52,25 @@ def tripwire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tripwire:
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
     monkeypatch.setenv("TRIPPED", str(tmp_path / "tripped"))
     return Tripwire(tmp_path / "tripped")
+
+
+@pytest.fixture
+def kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubernetesServer]:
+    """A cluster, which this process and those that it starts find by a kubeconfig."""
+    found = KubernetesServer()
+    found.slow = 0
+    config = {
+        "clusters": [{"name": "a", "cluster": {"server": found.host}}],
+        "users": [{"name": "a", "user": {}}],
+        "contexts": [{"name": "a", "context": {"cluster": "a", "user": "a"}}],
+        "current-context": "a",
+    }
+    path = tmp_path / "kubeconfig"
+    path.write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
+    yield found
+    found.close()
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from kfp_server import KfpServer
 
-from trimtab import progress
+from trimtab import bulletin, progress
+from trimtab.components.deployment.serving import Rollout
 from trimtab.errors import StoreError
 from trimtab.pipelines import cli, connection, watch
 from trimtab.pipelines.optimize import MAX_ATTEMPTS
@@ -95,6 +96,33 @@ def test_submit(server, capsys):
     assert run["service_account"] == "trimtab-runner" and "pipeline_spec" not in run
     parameters = run["runtime_config"]["parameters"]
     assert parameters["goal"] == "lower_cost" and parameters["name"] == "tiny" and parameters["max_attempts"] == 5
+    assert parameters["rollout"] == ""
+
+
+ROLLOUT = "{service: assistant, namespace: serving, image: 'a/vllm:1', command: [serve], loader: 'a/b:1'%s}"
+
+
+@pytest.mark.parametrize("command", [["submit"], ["schedule", "--cron", "0 3 * * 1"]])
+def test_a_rollout_goes_along(command, server, capsys, tmp_path):
+    (tmp_path / "rollout.yaml").write_text(ROLLOUT % ", approval_minutes: 60")
+    assert trimtab(capsys, *command, *RUN, "--rollout", str(tmp_path / "rollout.yaml"))[0] == 0
+    (started,) = server.kept["runs" if command == ["submit"] else "recurringruns"]
+    settings = Rollout.parse(started["runtime_config"]["parameters"]["rollout"])
+    assert (settings.service, settings.approval_minutes) == ("assistant", 60)
+
+
+@pytest.mark.parametrize(
+    ("store", "more", "message"),
+    [
+        ("s3://b/s", ", approval: 60", "approval: unknown key 'approval'; write 'approval_minutes'"),
+        ("/shared/store", "", "rollout: its pods cannot read the store '/shared/store'; write store: s3://bucket/prefix"),
+    ],
+)
+def test_a_rollout_that_cannot_be_is_refused_before_the_run(store, more, message, server, capsys, tmp_path):
+    (tmp_path / "rollout.yaml").write_text(ROLLOUT % more)
+    options = ["--model", "org/tiny", "--store", store, "--rollout", str(tmp_path / "rollout.yaml")]
+    code, said = trimtab(capsys, "submit", *options)
+    assert (code, message in said, server.kept["runs"]) == (2, True, []), said
 
 
 def test_namespace_and_token(server, capsys, monkeypatch):
@@ -197,7 +225,7 @@ def attempts_told(store: Path, run: str, *outcomes: str) -> None:
         {"recipe": f"recipe {number}", "outcome": outcome, "reason": f"reason {number}"}
         for number, outcome in enumerate(outcomes)
     ]
-    open_store(str(store)).record(digest(["bulletin", run]), {"attempts": lines})
+    open_store(str(store)).record(digest(["bulletin", run, "attempts"]), {"attempts": lines})
 
 
 BEGINNING = [("fetch", "SUCCEEDED"), ("attempt", "SUCCEEDED"), ("prepare", "SUCCEEDED"), ("attempt-2", "RUNNING")]
@@ -236,6 +264,35 @@ def test_watch_a_rebuild(tasks, says, rebuilding, server, tmp_path, capsys):
     server.story = story(rebuilding, ("SUCCEEDED", done), store=str(tmp_path / "store"))
     code, said = trimtab(capsys, "watch", "r-1")
     assert (code, says in said, "what changed?: done" in said) == (0, True, True), said
+
+
+ROLLED_OUT = [
+    ("SUCCEEDED", [("roll-out", "SUCCEEDED")], "assistant serves 0123456789ab", 0, "the run released its model"),
+    (
+        "FAILED",
+        [("roll-out", "SUCCEEDED"), ("fail-rollout", "FAILED")],
+        "assistant: rolled back, r1 serves",
+        3,
+        "the run released its model, which does not serve: assistant: rolled back, r1 serves",
+    ),
+    ("FAILED", [("roll-out", "FAILED")], "assistant: applied", 4, "rollout failed; its log is on the run's page"),
+]
+
+
+@pytest.mark.parametrize(("state", "last", "line", "exit_code", "says"), ROLLED_OUT)
+def test_watch_a_rollout(state, last, line, exit_code, says, server, package, capsys, tmp_path):
+    """What happens in it is shown as it happens, with the command by which a person approves on one line."""
+    run = "0b0c4b6e-3b7d-4c57-9d55-6f2b7c1d8a90"
+    waits = f"waits up to 60 minutes for approval: kubectl {'-' * 150} -p '{{}}'"
+    bulletin.tell_rollout(open_store(str(tmp_path / "store")), run, [waits, line])
+    attempts_told(tmp_path / "store", run, "baseline", "accepted")
+    server.kept["runs"].append({"run_id": run})
+    done = [*BEGINNING, ("gate", "SUCCEEDED")]
+    server.story = story(package, ("RUNNING", done), (state, [*done, *last]), store=str(tmp_path / "store"))
+    code = cli.main(["watch", run])
+    said = capsys.readouterr().err
+    assert said.count(f"rollout: {waits}\n") == 1 and f"rollout: {line}\n" in said
+    assert (code, says in " ".join(said.split())) == (exit_code, True), said
 
 
 def test_watch_without_the_store(server, package, capsys):

@@ -71,7 +71,7 @@ def test_the_loader_reads_it(path):
     loaded = components.load_component_from_file(str(path))
     assert loaded.name == "optimize"
     assert set(loaded.component_spec.inputs) == {
-        "model", "store", "goal", "target", "recipe", "max_attempts", "name", "evaluation",
+        "model", "store", "goal", "target", "recipe", "max_attempts", "name", "evaluation", "rollout",
     }  # fmt: skip
 
 
@@ -118,19 +118,22 @@ def test_an_attempt_is_a_chain_without_conditions(ir):
         assert not any("triggerPolicy" in task or "iterator" in task for task in attempt.values())
 
 
-def test_conditions_read_only_decide(ir):
-    """An operand that a lone condition cannot resolve is silently false; `decide` has a closed vocabulary."""
+def test_conditions_read_closed_vocabularies(ir):
+    """An operand that a lone condition cannot resolve is silently false, but for an output named `Output`."""
     conditions = [
         task["triggerPolicy"]["condition"]
         for dag in dags(ir).values()
         for task in dag["tasks"].values()
         if "condition" in task.get("triggerPolicy", {})
     ]
-    assert len(conditions) == 2 * 9  # If and Else behind each of nine decisions
-    assert all("decide" in condition and "'retry'" in condition for condition in conditions)
+    (rolled,) = (condition for condition in conditions if "decide" not in condition)
+    assert rolled == "inputs.parameter_values['pipelinechannel--roll-out-Output'] == 'rolled_back'"
+    decided = [condition for condition in conditions if condition != rolled]
+    assert len(decided) == 2 * 9  # If and Else behind each of nine decisions
+    assert all("decide" in condition and "'retry'" in condition for condition in decided)
 
 
-def test_the_chain_ends_in_the_gate(ir):
+def test_the_chain_ends_in_the_gate_and_the_rollout_behind_it(ir):
     root = ir["root"]["dag"]["tasks"]
     readers = {
         name: {
@@ -142,7 +145,11 @@ def test_the_chain_ends_in_the_gate(ir):
     }
     assert readers["gate"] == {"summarize"}
     (last,) = readers["summarize"]
-    assert last.startswith("condition-branches-") and not [n for n, producers in readers.items() if "gate" in producers]
+    assert last.startswith("condition-branches-")
+    assert [name for name, producers in readers.items() if "gate" in producers] == ["roll-out"]
+    assert root["roll-out"]["inputs"]["parameters"]["rollout"] == {"componentInputParameter": "rollout"}
+    (failing,) = (dag for name, dag in dags(ir).items() if "fail-rollout" in dag["tasks"])
+    assert list(failing["tasks"]) == ["fail-rollout"]
 
 
 def test_accelerators_are_asked_for_by_prepare(ir):
@@ -183,12 +190,13 @@ PROFILE = """
 gpu:
   node_selector: {nvidia.com/gpu.product: H100}
   tolerations: [{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]
-images: {cuda: registry/trimtab-cuda:1, pull_secrets: [registry]}
+images: {cuda: registry/trimtab-cuda:1, engine: registry/trimtab-trtllm:1, pull_secrets: [registry]}
 secrets: {trimtab-s3: {access_key: AWS_ACCESS_KEY_ID}}
 environment: {AWS_ENDPOINT_URL: "http://s3:8333"}
 cache: {claim: trimtab-cache}
 shared_memory: 16Gi
 labels: {team: compression}
+signing: {secret: trimtab-gate, key: gate.pem, password: gate.password}
 stage: {memory: 16Gi, cpu: "4", timeout_hours: 2, retries: 3}
 stages: {distill: {memory: 64Gi, timeout_hours: 48}}
 """
@@ -215,7 +223,8 @@ def placed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
 def test_a_profile_places_the_stages_that_need_gpus(placed):
     for name in ACCELERATED:
         task = placed[name]
-        assert task["image"] == "registry/trimtab-cuda:1"
+        image = "trtllm" if name in ("build engine", "validate") else "cuda"
+        assert task["image"] == f"registry/trimtab-{image}:1"
         assert task["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
         assert task["emptyDirMounts"] == [
             {"volumeName": "shared-memory", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "16Gi"}
@@ -230,24 +239,38 @@ def test_a_profile_places_the_stages_that_need_gpus(placed):
 
 def test_small_tasks_want_no_gpu_node(placed):
     others = {name: task for name, task in placed.items() if name not in ACCELERATED}
-    assert {"fetch model", "plan", "prepare", "summary", "deploy gate"} <= set(others)
+    assert {"fetch model", "plan", "prepare", "summary", "deploy gate", "rollout"} <= set(others)
     for task in others.values():
         assert not {"tolerations", "nodeSelector", "emptyDirMounts"} & set(task)
         assert task["image"] == "registry/trimtab:2" and "accelerator" not in task.get("resources", {})
 
 
-def test_a_refusal_of_the_gate_is_not_tried_again(placed):
-    assert placed["deploy gate"]["retry"] is None
+def test_refusals_are_not_tried_again(placed):
+    for name in ("deploy gate", "rollout", "rolled back"):
+        assert placed[name]["retry"] is None
+
+
+def test_the_rollout_may_wait_for_days(placed):
+    assert "activeDeadlineSeconds" not in placed["rollout"]
 
 
 def test_every_task_reaches_the_store(placed):
     for task in placed.values():
         variables = {variable["name"]: variable["value"] for variable in task["env"]}
-        assert variables == {"AWS_ENDPOINT_URL": "http://s3:8333", "TRIMTAB_CACHE": "/cache"}
-        (secret,) = task["secretAsEnv"]
+        assert variables.items() >= {"AWS_ENDPOINT_URL": "http://s3:8333", "TRIMTAB_CACHE": "/cache"}.items()
+        secret = task["secretAsEnv"][0]
         assert secret["keyToEnv"] == [{"secretKey": "access_key", "envVar": "AWS_ACCESS_KEY_ID"}]
         assert task["pvcMount"][0]["mountPath"] == "/cache"
         assert task["podMetadata"]["labels"] == {"team": "compression"}
+
+
+def test_the_gate_alone_sees_the_signing_key(placed):
+    """And must sign, with the key in its environment; models that somebody else made are read elsewhere."""
+    names = ["TRIMTAB_SIGNING_KEY", "TRIMTAB_SIGNING_PASSWORD"]
+    for name, task in placed.items():
+        variables = [entry["envVar"] for secret in task["secretAsEnv"] for entry in secret["keyToEnv"]]
+        required = [variable["value"] for variable in task["env"] if variable["name"] == "TRIMTAB_REQUIRE_SIGNING"]
+        assert (variables[1:], required) == ((names, ["1"]) if name == "deploy gate" else ([], []))
 
 
 def test_without_a_profile_nothing_is_bound_to_kubernetes(path):

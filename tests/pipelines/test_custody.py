@@ -125,5 +125,7 @@ def test_garbage(released, trimtab, tmp_path):
         code, said = trimtab("gc", "--older-than", "30d", *options)
         assert code == 0 and f"{word} 1 trees (1 ladder), 0 results freeing 0.0 MB in 1 files" in said, said
     assert trimtab("verify", "tiny", "--key", "gate.pub")[0] == 0
+    code, said = trimtab("gc", "--dry-run", "--store", str(tmp_path / "another"))
+    assert code == 0 and f"there is no tree in file://{tmp_path}/another; if there should be, correct --store" in said
     code, said = trimtab("gc", "--older-than", "1d")
     assert code == 2 and "older_than: 1 days is too short" in said

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
-from kubernetes_server import KubernetesServer
 from registry_server import RegistryServer
 from releases import Released, scores_in
 
@@ -23,21 +21,10 @@ loader: registry/trimtab:1
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    found = KubernetesServer()
-    found.slow = 0
-    config = {
-        "clusters": [{"name": "a", "cluster": {"server": found.host}}],
-        "users": [{"name": "a", "user": {}}],
-        "contexts": [{"name": "a", "context": {"cluster": "a", "user": "a"}}],
-        "current-context": "a",
-    }
-    (tmp_path / "config").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "config"))
+def server(kubernetes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "rollout.yaml").write_text(SETTINGS)
     monkeypatch.chdir(tmp_path)
-    yield found
-    found.close()
+    return kubernetes
 
 
 def trimtab(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
@@ -73,10 +60,31 @@ def test_deploy(server, s3_server, capsys, monkeypatch, tmp_path):
     assert trimtab(capsys, uri, "--context", "elsewhere")[0] == 2
 
 
+def test_approve_and_refuse(server, s3_server, capsys, monkeypatch, tmp_path):
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    store = open_store(f"s3://{s3_server.bucket}/approve")
+    made = Released(store, scores_in(store, tmp_path), tmp_path)
+    digest = made.evidence["export"]["digest"][:12]
+    code, said = trimtab(capsys, made.uri, "--approve")
+    assert (code, "no rollout of it waits for approval" in said) == (2, True), said
+    server.approvals = {"assistant": f"waiting {digest}: 8 prompts"}
+    code, said = trimtab(capsys, made.uri, "--approve", "--by", "the owner")
+    assert (code, said) == (0, f"assistant: approved {digest}")
+    assert server.approvals == {"assistant": f"approved {digest} by the owner"}
+    server.approvals = {"assistant": f"waiting {digest}: 8 prompts"}
+    code, said = trimtab(capsys, made.uri, "--refuse")
+    assert (code, server.approvals) == (0, {"assistant": f"refused {digest}"}), said
+    assert server.applied == []
+
+
 BAD = [
     (["releases/model/000001"], "cannot be read from a cluster; write s3://bucket/prefix/releases/NAME/VERSION"),
     (["/store/releases/model/000001"], "cannot be read from a cluster"),
     (["s3://bucket/prefix"], "cannot be read from a cluster"),
+    (["s3://b/p/releases/m/000001", "--by", "her"], "by: 'her' answers nothing; write --approve or --refuse with it"),
+    (["s3://b/p/releases/m/000001", "--approve", "--refuse"], "--refuse: not allowed with argument --approve"),
+    (["s3://b/p/releases/m/000001", "--approve", "--dry-run"], "--dry-run: not allowed with argument --approve"),
 ]
 
 

@@ -49,6 +49,11 @@ def test_one_task_decides_over_all_others(ir):
     names = [task["taskInfo"]["name"] for task in whole.values()]
     assert {"baseline", "attempt 1", "retry after attempt 1?", "summary", "deploy gate"} <= set(names)
     assert [name for name, task in whole.items() if task["taskInfo"]["name"] == "deploy gate"] == ["gate"]
+    assert whole["roll-out"]["inputs"]["parameters"]["release"]["taskOutputParameter"]["producerTask"] == "gate"
+    assert any(
+        "roll-out-Output'] == 'rolled_back'" in task.get("triggerPolicy", {}).get("condition", "")
+        for task in whole.values()
+    )
 
 
 def test_the_condition_reads_the_name_that_resolves_everywhere(ir):
@@ -69,7 +74,7 @@ def test_the_form(ir):
     """The same parameters as `optimize`, described, with lists to choose from."""
     parameters = ir["root"]["inputDefinitions"]["parameters"]
     assert parameters.keys() == {
-        "model", "store", "goal", "target", "recipe", "max_attempts", "name", "evaluation",
+        "model", "store", "goal", "target", "recipe", "max_attempts", "name", "evaluation", "rollout",
     }  # fmt: skip
     assert all(parameter["description"] for parameter in parameters.values())
     assert parameters["goal"]["literals"] == list(GOALS) and parameters["target"]["literals"] == list(TARGETS)

@@ -13,7 +13,7 @@ from trimtab.recipe import Engine
 from trimtab.runtime import decode, few_rows, formats, linear, small_kernels
 from trimtab.runtime.engine import TorchEngine
 from trimtab.runtime.formats import Layout, Quantized
-from trimtab.runtime.paged_engine import PagedEngine
+from trimtab.runtime.paged_engine import Attention, PagedEngine
 from trimtab.runtime.small_kernels import Sizes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -212,17 +212,18 @@ def test_a_step_of_the_engines_own_gives_the_tokens_of_the_model(engine: TorchEn
     assert (launched == plain).float().mean() > 0.8  # a tie may fall otherwise
 
 
+@pytest.mark.parametrize("attention", ["kernel", "gathered"])
 @pytest.mark.parametrize("block_size", [16, 128])
 def test_replayed_paged_steps_give_the_tokens_of_launched_ones(
-    plain_folder: Path, windows: torch.Tensor, block_size: int
+    plain_folder: Path, windows: torch.Tensor, block_size: int, attention: Attention
 ) -> None:
     settings = Engine(max_seq_len=128, max_batch_size=4, max_num_tokens=32, enable_chunked_prefill=True)
     prompts = [window[: 3 + 4 * n].tolist() for n, window in enumerate(windows)]
-    served = PagedEngine(plain_folder, settings, "cuda", block_size=block_size)
+    served = PagedEngine(plain_folder, settings, "cuda", block_size=block_size, attention=attention)
     found = served.generate(prompts, 40)
-    assert served.decode_path == "CUDA graph"
-    launched = PagedEngine(plain_folder, settings, "cuda", block_size=block_size)
-    launched._replays._records = False
-    expected = launched.generate(prompts, 40)
-    assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 4  # padded, a tie may fall otherwise
+    assert (served.decode_path, served.attention_path.split()[0]) == ("CUDA graph", attention)
     assert served.generate(prompts, 40) == found and served.pool.used == 0
+    served.lay_out(settings, block_size, recorded=False)
+    expected = served.generate(prompts, 40)
+    assert served.decode_path == "loop"
+    assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 4  # padded, a tie may fall otherwise

@@ -31,7 +31,7 @@ def test_tokens_are_those_of_generate(original: torch.nn.Module, windows: torch.
 def test_what_cannot_be_recorded_is_decoded_in_a_loop(
     original: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Static) -> None:
+    def refuse(self: Static, agree: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(Static, "capture", refuse)

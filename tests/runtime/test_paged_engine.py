@@ -219,9 +219,9 @@ def test_padding_rows_change_no_logits(folders) -> None:
     """What a recording computes beside the sequences is written where nobody reads."""
     served = engine(folders["none"], blocks=4)
     rows = [replay.Row(5, 2, 2, [0]), replay.Row(9, 17, 33, [1, 2])]
-    alone = served._replays(rows)
+    alone = served._decode(rows)
     lines = replay.to_tensor(rows, 8, 4, served.cache.padding_slot, 16)
-    padded = served._replays._step(lines)
+    padded = served._decode_lines(lines)
     assert padded.shape == (8, 128)
     assert torch.allclose(padded[:2], alone, atol=0.02 * float(alone.abs().max()))
 

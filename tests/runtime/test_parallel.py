@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 
 from trimtab.errors import Failure
 from trimtab.runtime import decode, parallel
@@ -95,6 +95,15 @@ def test_ranks_have_whole_heads(plain_folder, windows, monkeypatch, tensors, k_f
     for found in threads.run(lambda rank: parts[rank](windows).logits):
         assert (found - expected).square().mean().sqrt() < 0.02 * expected.square().mean().sqrt()
     assert [part.model.layers[0].self_attn.k_proj.out_features for part in parts] == [k_features] * tensors
+
+
+def test_an_embedding_that_transformers_would_split_stays_whole(plain_folder, monkeypatch):
+    """Since 5.17 its plan names the embedding too."""
+    plan = LlamaConfig.base_model_tp_plan | {"embed_tokens": "embedding_rowwise"}
+    monkeypatch.setattr(LlamaConfig, "base_model_tp_plan", plan)
+    model = skeleton(plain_folder)
+    parallel.cut(model, places(2, 1)[0])
+    assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size
 
 
 @pytest.mark.parametrize("name", ["int8_wo", "fp8_kv"])

@@ -188,3 +188,12 @@ def test_settings_that_would_starve_are_refused() -> None:
         scheduler(batch=9)
     with pytest.raises(InputError, match="strategy: 'inflight' is not valid"):
         scheduler(strategy="inflight")
+
+
+def test_a_contiguous_cache_is_filled() -> None:
+    """Its sequences never need another block, so none is kept free for them."""
+    scheduler = Scheduler(BlockPool(4, 32), 8, 64)
+    for _ in range(5):
+        scheduler.submit(Sequence([1] * 4, 28))
+    scheduler.next_step(0.0)
+    assert len(scheduler.running) == 4 and scheduler.pool.free == 0

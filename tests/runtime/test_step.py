@@ -14,7 +14,6 @@ from trimtab.runtime import decode, few_rows, fewer_kernels, step
 from trimtab.runtime.assemble import assemble
 from trimtab.runtime.decode import Growing, Stepping
 from trimtab.runtime.paged_engine import PagedEngine
-from trimtab.runtime.replay import Replays
 from trimtab.runtime.step import Step
 
 CPU = torch.device("cpu")
@@ -147,7 +146,7 @@ def test_the_server_decodes_by_the_same_step(plain_folder: Path, windows: torch.
     fewer_kernels.fuse_norms(engine.model)
     asked = []
     own = Step(engine.model, 64)
-    engine._replays = Replays(lambda *args: asked.append(1) or own(*args), engine.cache, CPU)
+    engine._step = lambda *args: asked.append(1) or own(*args)
     found = engine.generate(prompts, 10)
     assert len(asked) > 5
     same = [a == b for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=False)]
@@ -168,7 +167,7 @@ def test_a_gpu_that_cannot_record_a_step_records_transformers(
         def __init__(self, *_: Any):
             made.append(self)
 
-        def capture(self) -> None:
+        def capture(self, agree: Any) -> None:
             pass
 
     monkeypatch.setattr(decode, "Stepping", Broken)

@@ -39,6 +39,15 @@ def test_told(state):
     assert bulletin.told(store, OTHER) == []
 
 
+def test_the_rollout_is_told_beside_the_verdicts(state):
+    store = open_store(state.store)
+    assert bulletin.told_rollout(store, RUN) == []
+    bulletin.tell(state, RUN)
+    bulletin.tell_rollout(store, RUN, ["applied"])
+    bulletin.tell_rollout(store, RUN, ["applied", "rolled back"])
+    assert bulletin.told_rollout(store, RUN) == ["applied", "rolled back"] and len(bulletin.told(store, RUN)) == 2
+
+
 def test_told_though_its_trees_are_gone(state, tmp_path):
     """The record names no tree, so what is collected later takes no verdict with it."""
     bulletin.tell(state, RUN)
@@ -50,7 +59,7 @@ def test_told_though_its_trees_are_gone(state, tmp_path):
 def test_trouble_of_the_store_does_not_fail_the_run(state, monkeypatch, capsys):
     monkeypatch.delenv(progress.ENVIRONMENT, raising=False)
     bulletin.tell(state.model_copy(update={"store": "gs://elsewhere"}), RUN)
-    assert "those who watch see no verdict" in capsys.readouterr().err
+    assert "those who watch do not see it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("run", ["", "4711471147", "{{$.pipeline_job_uuid}}"])

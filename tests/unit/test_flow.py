@@ -74,9 +74,31 @@ def test_the_ladder(begin, recipe, own_first):
     assert len({rung.digest for rung in ladder}) == len(ladder)
 
 
+@pytest.mark.parametrize("recipe", ["", "engine: {backend: torch}", "engine: {tensorrt_llm: 1.1.0}"])
+def test_a_back_end_alone_holds_for_the_ladder(begin, recipe):
+    """Without one it is what the target serves with."""
+    wanted = Recipe.parse(recipe).engine.backend if recipe else "trtllm"
+    assert {rung.engine.backend for rung in rungs(begin(recipe, target="h100"))} == {wanted}
+
+
+@pytest.mark.parametrize("recipe", ["", "quantize: {format: int8_wo}\n", "accept: {min_recovery: 0.9}\n"])
+def test_a_workload_sizes_every_engine(begin, recipe):
+    """It is no part of the recipes themselves, which travel in the state."""
+    length = "{mean: 20, p95: 40, max: 60}"
+    state = begin(f"{recipe}workload: {{input: {length}, output: {length}, concurrency: 3, total: 100}}")
+    sizes = [(r.engine.max_batch_size, r.engine.max_seq_len, r.engine.kv_cache_tokens) for r in rungs(state)]
+    assert set(sizes) == {(3, 256, 256)}, "the context is the model's, for what is measured before a release"
+    assert not any(recipe.workload for recipe in rungs(state))
+    assert state.recipe.engine == rungs(state)[0].engine, "the baseline is served alike"
+    made_of = open_store(state.store).get_json("materials", state.ladder)
+    assert made_of["workload"]["total"] == 100 and made_of["traffic"] is None and "workload" not in made_of["recipe"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"recipe": "workload: {total: 4096}"}, "workload: total is 4,096 tokens, and the model reads 256"),
+        ({"recipe": "workload: {recorded: /nowhere.jsonl}"}, "recorded: '/nowhere.jsonl' is no log"),
         ({"goal": "lower_latencies"}, "goal: 'lower_latencies' is not valid; write 'lower_latency'"),
         ({"target": "a100"}, "target: 'a100' is not known; write 'a100-40' or 'a100-80'"),
         ({"recipe": "quantize: {format: fp9}"}, "quantize.format: 'fp9' is not valid"),

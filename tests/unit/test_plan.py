@@ -8,6 +8,7 @@ from trimtab.hardware import GB, check, target
 from trimtab.memory import max_context_tokens, memory
 from trimtab.plan import MAX_RUNGS, ladder
 from trimtab.recipe import Acceptance, Recipe, SparsePruning
+from trimtab.serving.workload import Workload
 from trimtab.shapes import pruned
 from trimtab.state import GOALS
 
@@ -372,3 +373,18 @@ def test_bad_input(goal, name, options, sentence):
 def test_a_model_that_fits_nowhere_says_what_it_needs():
     with pytest.raises(InputError, match=r"target: cpu runs no recipe for lower_cost .* GB: does not fit"):
         ladder("lower_cost", LLAMA_70B, target("cpu", 8 * GB))
+
+
+def test_a_workload_in_the_place_of_a_goal_s_sizes():
+    """More devices where one does not hold it; a context for what is measured, however short the requests are."""
+    chats = Workload(input={"mean": 300, "p95": 900, "max": 3000}, output={"mean": 90, "p95": 300, "max": 1000})
+    for goal in GOALS:
+        for rung in ladder(goal, LLAMA_8B, target("l4"), workload=chats.of_batch(64)):
+            engine = rung.recipe.engine
+            assert (engine.max_batch_size, engine.max_seq_len, engine.kv_cache_tokens) == (64, 4000, 64 * 1200)
+            assert "for 64 requests at a time, of at most 4,000 tokens" in rung.why
+    short = Workload(input={"mean": 9, "p95": 9, "max": 9}, output={"mean": 9, "p95": 9, "max": 9}, concurrency=2)
+    own = Recipe.parse("{quantize: {format: fp8}, engine: {backend: trtllm}}")
+    rungs = ladder("lower_latency", LLAMA_8B, target("h100"), first=own, workload=short)
+    assert {(rung.recipe.engine.max_batch_size, rung.recipe.engine.max_seq_len) for rung in rungs} == {(2, 2048)}
+    assert rungs[0].why == "the recipe that the user gave; for 2 requests at a time, of at most 18 tokens"

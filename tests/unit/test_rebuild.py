@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from releases import file_release
 
-from trimtab import flow, rebuild, stages
+from trimtab import flow, plan, rebuild, signing, stages, statement
 from trimtab.components.fetch.source import fetch
-from trimtab.errors import Damaged
+from trimtab.errors import Damaged, InputError
 from trimtab.recipe import Recipe
 from trimtab.state import Brief, Evaluation
 from trimtab.store import Store, Tree
@@ -123,6 +123,102 @@ def test_goes_on_from_the_student(change, store, run, another_model, monkeypatch
     assert begun.trees == {"checkpoint": student}
     inputs = stages.inputs_of(stages.STAGES["distill"], begun)
     assert (inputs["checkpoint"], inputs["model"]) == (student, asked["model"])
+
+
+SERVED = "{prune: {method: depth, blocks: 1}, quantize: {format: int8_wo}, workload: {recorded: traffic.jsonl}}"
+
+
+def record(requests: int = 2000, output: int = 20, seconds: int = 1) -> None:
+    """Records a request each second, and how many seconds it takes, which is how many there are at a time."""
+    line = '{{"time": {}, "input_tokens": 100, "output_tokens": {}, "seconds": {}}}\n'
+    Path("traffic.jsonl").write_text("".join(line.format(second, output, seconds) for second in range(requests)))
+
+
+def test_the_same_traffic_in_another_week(store, run):
+    record()
+    uri, _ = released(store, run(SERVED))
+    assert statement_of(store, uri)["materials"]["traffic"]["requests"] == 2000, "the shape is kept in the release"
+    record(3000, output=29)
+    found, _ = rebuild.plan(**run(SERVED))
+    same = "the recorded traffic is the same to within 1.5 times: output p95: 20 → 29 tokens, 1.45 times"
+    assert (found.outcome, found.reasons[1:]) == ("keep", (same,)) and same in found.markdown
+
+
+def test_traffic_that_drifted(store, run):
+    """The released recipe is tried first, for what is asked now; the stages before its engine are found by key."""
+    record()
+    _, state = rebuild.plan(**run(SERVED))
+    sized = flow.next_attempt(state.model_copy(update={"baseline": BASELINE}))
+    assert (sized.recipe.engine.max_batch_size, sized.recipe.engine.max_seq_len) == (1, 256)
+    released(store, run(SERVED), recipe=sized.recipe)
+    record(output=40, seconds=3)
+    found, state = rebuild.plan(**run(SERVED))
+    moved = [f"traffic: output {quantile}: 20 → 40 tokens, 2.00 times, more than 1.5" for quantile in ("p50", "p95")]
+    assert (found.outcome, list(found.reasons)) == ("rebuild", moved)
+    assert "First is the recipe of the last release, sized anew." in found.markdown
+    begun = flow.next_attempt(state.model_copy(update={"baseline": BASELINE}))
+    assert begun.recipe.engine.max_batch_size == 3 and begun.trees == {}
+    for stage in ("prune", "quantize"):
+        parameters = [stages.STAGES[stage].parameters(recipe) for recipe in (sized.recipe, begun.recipe)]
+        assert parameters[0] == parameters[1]
+
+
+def test_a_released_recipe_that_does_not_fit_any_more(store, run, monkeypatch, capsys):
+    """The rest of the ladder is tried without it."""
+    record()
+    better = Recipe.parse(DISTILLED.replace("blocks: 1", "blocks: 2"))
+    released(store, run(SERVED), recipe=better)
+    record(output=40)
+    plan_engine = plan.plan_engine
+
+    def refuses(facts: Any, recipe: Recipe, *others: Any) -> Any:
+        if recipe.prune == better.prune:
+            raise InputError("target: not one request fits")
+        return plan_engine(facts, recipe, *others)
+
+    monkeypatch.setattr(plan, "plan_engine", refuses)
+    _, state = rebuild.plan(**run(SERVED))
+    assert "the recipe of the last release is not tried: target: not one request fits" in capsys.readouterr().err
+    ladder = [Recipe.model_validate(rung["recipe"]) for rung in store.get_json("ladder", state.ladder)]
+    assert ladder[0].prune == Recipe.parse(SERVED).prune and better.prune not in [recipe.prune for recipe in ladder]
+
+
+def test_how_far_traffic_may_drift_is_said_by_the_run(store, run):
+    record()
+    released(store, run(SERVED))
+    record(output=40)
+    assert rebuild.plan(**run(SERVED.replace("jsonl", "jsonl, drift: 2.5")))[0].outcome == "keep"
+
+
+def test_traffic_is_recorded_for_the_first_time_or_no_more(store, run):
+    stated = SERVED.replace("recorded: traffic.jsonl", "concurrency: 1, input: {mean: 9, p95: 9, max: 9}, total: 120")
+    stated = stated.replace("total", "output: {mean: 9, p95: 9, max: 99}, total")
+    released(store, run(stated))
+    record()
+    reasons = rebuild.plan(**run(SERVED))[0].reasons
+    assert reasons[0].startswith("workload: {") and reasons[1].startswith("traffic: none → 2,000 requests in")
+    released(store, run(SERVED))
+    changed = stated.replace("120", "119")
+    assert [reason.partition(":")[0] for reason in rebuild.plan(**run(changed))[0].reasons] == ["workload", "traffic"]
+    found, _ = rebuild.plan(**run(stated.partition(", workload")[0] + "}"))
+    assert found.reasons[0].endswith("→ none") and found.first is None, "its engine was sized for what is no more"
+    released(store, run(stated))
+    assert rebuild.plan(**run(changed))[0].reasons == ("workload.total: 120 → 119",)
+
+
+def test_new_lessons_and_new_traffic_go_on_from_the_student(store, run):
+    recipe = DISTILLED + "workload: {recorded: traffic.jsonl}"
+    record()
+    _, student = released(store, run(recipe))
+    Path("lessons.txt").write_text("a new lesson")
+    record(output=40, seconds=3)
+    _, state = rebuild.plan(**run(recipe))
+    begun = flow.next_attempt(state.model_copy(update={"baseline": BASELINE}))
+    assert begun.trees == {"checkpoint": student} and begun.recipe.engine.max_batch_size == 3
+
+
+def statement_of(store: Store, uri: str) -> dict[str, Any]:
+    return statement.read(signing.unseal(store.read_release(uri)["attestation"])).predicate.evidence
 
 
 BASELINE = Brief(recipe=Recipe(), verdict=Verdict(outcome="baseline", reason="the model unchanged"))

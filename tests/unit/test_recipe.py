@@ -223,3 +223,25 @@ def test_a_mix_reads_back_and_a_single_text_stays_one():
 
 def test_a_recipe_without_a_mix_has_the_digest_it_had_before_there_were_mixes():
     assert Recipe().digest == "336a21512babc2c7d59ff250b169b54a5633b371a82e2c5945d975625cbf8fcd"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{workload: {recorded: x, drift: 1}}", "workload.drift: 1 should be greater than 1"),
+        ("{workload: {recorded: x, dirft: 2}}", "workload.dirft: unknown key 'dirft'; write 'drift'"),
+        ("{workload: {recorded: x, days: 0}}", "workload.days: 0 should be greater than 0"),
+        ("{workload: {concurency: 2}}", "workload.concurency: unknown key 'concurency'; write 'concurrency'"),
+        ("{workload: {total: 9}}", "total: 9 is less than the longest input or output; write 4096 or more"),
+        ("{workload: {recorded: x}, engine: {max_seq_len: 9}}", "engine.max_seq_len: is planned from the workload"),
+    ],
+)
+def test_bad_workloads(text, message):
+    with pytest.raises(InputError) as error:
+        Recipe.parse(text)
+    assert message in str(error.value)
+
+
+def test_a_workload_is_no_part_of_what_a_recipe_makes():
+    assert Recipe.parse("{workload: {recorded: x}}").digest == Recipe().digest
+    assert Recipe.parse(Recipe.parse("{workload: {recorded: x, days: 7}}").to_json()).workload.days == 7

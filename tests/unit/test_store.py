@@ -130,6 +130,7 @@ def test_empty_folder(store, tmp_path):
 
 def test_large_file_in_parts(store, tmp_path, monkeypatch):
     monkeypatch.setattr("trimtab.store.local.LARGE", 1 << 20)
+    monkeypatch.setattr("trimtab.store.s3.WHOLE", 1 << 20)
     seen = []
     data = random.Random(1).randbytes((20 << 20) + 17)
     folder = fill(tmp_path / "in", {"big": data, "small": b"1"})
@@ -139,6 +140,29 @@ def test_large_file_in_parts(store, tmp_path, monkeypatch):
     before = objects(store)
     assert open_store(store.uri).put(folder, kind="x") == tree
     assert objects(store) == before
+
+
+@pytest.mark.parametrize("after", [b"2" * 1000, b"1" * 1001, b""])
+def test_a_file_that_changes_while_it_is_read_as_a_whole(tmp_path, monkeypatch, after):
+    from trimtab.store import transfer
+
+    (tmp_path / "log").write_bytes(b"1" * 1000)
+    looks, look = [], os.fstat
+
+    def edited_in_between(file):
+        looks.append(file)
+        if len(looks) == 2:
+            (tmp_path / "log").write_bytes(after)
+            os.utime(tmp_path / "log", ns=(0, look(file).st_mtime_ns + 1))
+        return look(file)
+
+    monkeypatch.setattr(transfer.os, "fstat", edited_in_between)
+    with pytest.raises(StoreError, match="log changed while it was read"):
+        transfer.read_whole(tmp_path / "log", 1000)
+    monkeypatch.undo()
+    assert transfer.read_whole(tmp_path / "log", len(after)) == after
+    with pytest.raises(StoreError, match="log changed while it was read"):
+        transfer.read_whole(tmp_path / "log", len(after) + 1)
 
 
 def test_large_local_file_is_read_once(tmp_path, monkeypatch):
@@ -336,6 +360,7 @@ def test_a_file_that_changes_is_refused(store, tmp_path, monkeypatch, after):
         yield from chunks(path)
         path.write_bytes(after)
 
+    monkeypatch.setattr("trimtab.store.s3.WHOLE", 0)
     for back in ("local", "s3"):
         monkeypatch.setattr(f"trimtab.store.{back}.chunks", edited_afterwards)
     with pytest.raises(StoreError, match="log changed while it was read"):

@@ -88,7 +88,13 @@ def blobs(store) -> int:
     )
 
 
-def test_killed_and_started_again_in_the_middle_of_both_ways(server, store, folder, tmp_path):
+@pytest.fixture
+def in_parts(monkeypatch):
+    """Files are sent as large ones are, in parts, so that progress tells of a file that is on its way."""
+    monkeypatch.setattr("trimtab.store.s3.WHOLE", 0)
+
+
+def test_killed_and_started_again_in_the_middle_of_both_ways(in_parts, server, store, folder, tmp_path):
     (tmp_path / "more").mkdir()
     for n in range(8):
         (tmp_path / "more" / str(n)).write_bytes(random.Random(100 + n).randbytes(2 << 20))
@@ -106,7 +112,9 @@ def test_killed_and_started_again_in_the_middle_of_both_ways(server, store, fold
     assert contents(store.get(tree)) == FILES
 
 
-def test_connections_that_break(network, store, folder):
+@pytest.mark.parametrize("whole", [0, 32 << 20])
+def test_connections_that_break(whole, network, store, folder, monkeypatch):
+    monkeypatch.setattr("trimtab.store.s3.WHOLE", whole)
     network.drops, network.after = 12, 300_000
     tree = store.put(folder, kind="x")
     assert network.drops == 0, "they did break"
@@ -123,7 +131,7 @@ def test_a_slow_network(network, store, folder, tmp_path):
     assert contents(store.get(tree)) == FILES
 
 
-def test_a_server_that_stays_away(server, network, store, folder, monkeypatch):
+def test_a_server_that_stays_away(in_parts, server, network, store, folder, monkeypatch):
     monkeypatch.setattr("trimtab.store.s3.PATIENCE", 1.0)
 
     def away() -> None:

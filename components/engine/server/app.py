@@ -17,6 +17,7 @@ from starlette.routing import Route
 from trimtab.components.engine.server import protocol
 from trimtab.components.engine.server.metrics import Metrics
 from trimtab.components.engine.server.protocol import Answer, Chat, Completion
+from trimtab.components.engine.server.recorder import Recorder
 from trimtab.components.engine.server.text_stream import TextStream
 from trimtab.components.engine.server.worker import Worker
 from trimtab.errors import InputError, TrimtabError
@@ -40,12 +41,13 @@ class Server:
 
     Args:
         model: the name that clients write; others are unknown.
+        recorder: writes down when answers were asked for and how long they were; None writes nothing.
     """
 
-    def __init__(self, engine: PagedEngine, model: str):
-        self.engine, self.model = engine, model
+    def __init__(self, engine: PagedEngine, model: str, recorder: Recorder | None = None):
+        self.engine, self.model, self.recorder = engine, model, recorder
         self.tokenizer = engine.tokenizer
-        self.metrics = Metrics(engine)
+        self.metrics = Metrics(engine, recorder)
         self.worker = Worker(engine, self.metrics.observe)
         self._started = int(time.time())
         self._tokenizing = asyncio.Lock()  # a fast tokenizer may not be entered twice
@@ -162,10 +164,11 @@ class Server:
 
     async def _follow(self, index: int, request: Request, stops: list[str], parts: asyncio.Queue) -> None:
         """Puts the parts of one choice into a queue, the last with its `finish_reason`, or the exception."""
-        outcome = "cancelled"
+        outcome, accepted = "cancelled", False
         try:
             async with self.worker.stream(request) as events:
                 self.metrics.accepted(request)
+                accepted = True
                 text, untold = TextStream(self.tokenizer, stops), []
                 async for event in events:
                     new = text.push(event.chosen.token) if event.chosen else ""
@@ -183,6 +186,8 @@ class Server:
             parts.put_nowait(error)
         finally:
             self.metrics.ended(request, outcome)
+            if self.recorder and accepted:
+                self.recorder.record(request, outcome)
 
     # --------------------------------------------------------------------------------------------------- questions
 

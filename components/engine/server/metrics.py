@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from trimtab.components.engine.server.recorder import Recorder
 from trimtab.runtime.paged_engine import Event, PagedEngine, Request
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -12,7 +13,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 class Metrics:
     """Counts requests and tokens, and asks the engine for its state when it is scraped."""
 
-    def __init__(self, engine: PagedEngine):
+    def __init__(self, engine: PagedEngine, recorder: Recorder | None = None):
         self.registry = CollectorRegistry()
         how = {"registry": self.registry}
         self.requests = Counter("trimtab_requests", "Requests by how they ended", ["outcome"], **how)
@@ -29,6 +30,9 @@ class Metrics:
             ("trimtab_kv_blocks_used", "Blocks of the KV cache that are owned", lambda: engine.pool.used),
         ):
             Gauge(name, text, **how).set_function(read)
+        if recorder:
+            lost = Gauge("trimtab_unrecorded_requests", "Requests that could not be written down", **how)
+            lost.set_function(lambda: recorder.lost)
 
     def observe(self, events: list[Event]) -> None:
         """Notes the events of a step."""

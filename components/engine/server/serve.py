@@ -11,6 +11,7 @@ import uvicorn
 
 from trimtab import progress
 from trimtab.components.engine.server.app import Server
+from trimtab.components.engine.server.recorder import Recorder
 from trimtab.errors import InputError
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime.paged_engine import PagedEngine
@@ -35,18 +36,33 @@ class _Draining(uvicorn.Server):
 
 
 def main(
-    folder: Path, name: str, settings: Settings, device: str, strategy: Strategy, host: str, port: int
+    folder: Path,
+    name: str,
+    settings: Settings,
+    device: str,
+    strategy: Strategy,
+    host: str,
+    port: int,
+    record: Path | None = None,
 ) -> None:
     """Loads an artifact and serves it until SIGTERM or an interrupt.
 
+    Args:
+        record: a folder for the log of requests; None for no log.
+
     Raises:
-        InputError: not a model, settings that fit no sequence, or an address that cannot be listened on.
+        InputError: not a model, settings that fit no sequence, an address that cannot be listened on, or a folder that
+            cannot be written.
         Failure: `unsupported`, `export_damaged` or `does_not_fit`.
     """
     listening = _listen(host, port)  # before minutes of loading
+    recorder = Recorder(record) if record else None
     progress.report("serve", f"loading {folder}")
     engine = PagedEngine(folder, settings, device, strategy=strategy)
-    server = Server(engine, name)
+    if engine.attention_path == "kernel":
+        progress.report("serve", "recording the usual steps")  # else the first clients would wait for it
+        engine.warm_up(settings.max_seq_len)
+    server = Server(engine, name, recorder)
     host, port = listening.getsockname()[:2]
     cache = f"{engine.pool.blocks * engine.pool.block_size:,} tokens of KV cache in {engine.cache.storage}"
     progress.report("serve", f"{name} on http://{host}:{port}/v1, {engine.device}, {cache}, {strategy} batching")

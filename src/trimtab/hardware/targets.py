@@ -11,13 +11,13 @@ What a back end runs on which compute capability, and where that is said:
   weights are kept in INT8 and multiplied in bfloat16, which is faster than `_weight_int8pack_mm` there. The only
   back end for `int4_rtn`, which others could read and nobody should want beside AWQ, and for `mixed`: a
   MIXED_PRECISION checkpoint of INT4 and INT8 weights has no other reader, because TensorRT-LLM's matrix has no INT8
-  weights at all and vLLM reads ModelOpt's FP8 and NVFP4 only.
+  weights at all and vLLM reads no INT8 of ModelOpt.
 - `trtllm`: the matrix of TensorRT-LLM's docs/source/features/quantization.md. Its NVFP4 KV cache is that of
   10.0 and 10.3; consumer Blackwell (12.0) has none (TensorRT-LLM issue #10241). Its KvCacheConfig has no INT8.
 - `trtllm-legacy`: the support matrix of TensorRT-LLM 0.18 (INT8 and INT4 up to compute capability 9.0).
-- `vllm`: FP8 from ModelOpt's unified checkpoint; it reads no INT4 there. (vLLM also runs FP8 files on Ampere, as
-  weight-only Marlin kernels. That is another computation than the one that was calibrated, so trimtab does not offer
-  it.)
+- `vllm`: FP8 from ModelOpt's unified checkpoint; INT4 once it is translated (`runtime.vllm_checkpoint`), which Marlin
+  multiplies from Turing on, in BF16 from Ampere on. (vLLM also runs FP8 files on Ampere, as weight-only Marlin kernels.
+  That is another computation than the one that was calibrated, so trimtab does not offer it.)
 
 No prices: they differ by provider and day, so a ledger gets them from its user.
 """
@@ -56,7 +56,7 @@ _CUDA_FORMATS: dict[str, dict[str, tuple[tuple[int, int], tuple[int, int]]]] = {
         "fp8": ((8, 9), (99, 0)), "int4_awq": ((8, 0), (9, 0)), "int4_gptq": ((8, 0), (9, 0)),
         "int8_wo": ((8, 0), (9, 0)), "int8_sq": ((8, 0), (9, 0)), "w4a8_awq": ((8, 9), (9, 0)),
     },
-    "vllm": _CUDA_CASTS | {"fp8": ((8, 9), (99, 0))},
+    "vllm": _CUDA_CASTS | {"fp8": ((8, 9), (99, 0)), "int4_awq": _ANY, "int4_gptq": _ANY},
 }  # fmt: skip
 #: back end -> format of the KV cache -> the compute capabilities, first and last, that serve it. TensorRT-LLM's
 #: PyTorch back end serves FP8 on Ampere too.
@@ -78,8 +78,8 @@ _CUDA_EMULATED = {"torch": ("w4a8_awq", "nvfp4", "mxfp4")}
 _CPU_EMULATED = {"torch": tuple(form for form in Format.__args__ if form not in _CPU_FORMATS)}
 #: The block of a row that a format fixes.
 FIXED_BLOCKS = {"nvfp4": NVFP4_BLOCK, "mxfp4": 32}
-#: TensorRT-LLM's fine-grained INT4 kernels know two group sizes; PyTorch's know all three.
-GROUP_SIZES = {"torch": (128, 64, 32), "trtllm": (128, 64), "trtllm-legacy": (128, 64), "vllm": ()}
+#: TensorRT-LLM's fine-grained INT4 kernels know two group sizes; PyTorch's and vLLM's know all three.
+GROUP_SIZES = {"torch": (128, 64, 32), "trtllm": (128, 64), "trtllm-legacy": (128, 64), "vllm": (128, 64, 32)}
 
 
 class Hardware(Document):

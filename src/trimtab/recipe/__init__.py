@@ -5,11 +5,13 @@ Each section is a file of its own.
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from typing import Annotated
+
+from pydantic import Discriminator, Tag, model_validator
 
 from trimtab.recipe.calibration import MAX_CALIBRATION_BYTES, Calibration, Source
 from trimtab.recipe.distillation import Distillation
-from trimtab.recipe.engine import Acceptance, Engine
+from trimtab.recipe.engine import SIZES, Acceptance, Engine
 from trimtab.recipe.pruning import DepthPruning, MovementPruning, Pruning, SparsePruning, WidthPruning
 from trimtab.recipe.quantization import (
     AWQ_FORMATS,
@@ -23,6 +25,7 @@ from trimtab.recipe.quantization import (
     Quantization,
 )
 from trimtab.schema import Document, digest
+from trimtab.serving.workload import Recorded, Workload, kind
 
 __all__ = [
     "AWQ_FORMATS",
@@ -52,6 +55,9 @@ __all__ = [
 class Recipe(Document):
     """What is done to one model; an absent step is not done.
 
+    A `workload` is what engines are sized for; without one, sizes are those of `engine` or of the goal. It is no part
+    of what an attempt is: the recipes of a ladder have the sizes that were planned from it, in `engine`.
+
     Example::
 
         name: mixed 6 bits
@@ -66,11 +72,24 @@ class Recipe(Document):
     quantize: Quantization | None = None
     engine: Engine = Engine()
     accept: Acceptance = Acceptance()
+    workload: (
+        Annotated[
+            Annotated[Workload, Tag("stated")] | Annotated[Recorded, Tag("recorded")], Discriminator(kind)
+        ]
+        | None
+    ) = None
 
     @model_validator(mode="after")
     def _learns_while_it_trains(self) -> Recipe:
         if isinstance(self.prune, MovementPruning) and self.distill is None:
             raise ValueError("prune.method: 'movement' prunes while training; add distill: {tokens: 1000000}")
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_are_planned_once(self) -> Recipe:
+        stated = [name for name in SIZES if name in self.engine.model_fields_set]
+        if self.workload and stated:
+            raise ValueError(f"engine.{stated[0]}: is planned from the workload; remove one of the two")
         return self
 
     @model_validator(mode="after")
@@ -110,11 +129,11 @@ class Recipe(Document):
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of what makes the artifact: not of the name, nor of what it is accepted for.
+        """The SHA-256 of what makes the artifact: not of the name, the workload, nor of what it is accepted for.
 
         Defaults are included, so a changed default changes the digest.
         """
-        return digest(self.model_dump(mode="json", exclude={"name", "accept"}))
+        return digest(self.model_dump(mode="json", exclude={"name", "accept", "workload"}))
 
     def _steps(self) -> list[str]:
         steps = []

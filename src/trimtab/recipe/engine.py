@@ -14,6 +14,12 @@ from trimtab.schema import Document
 #: Fields of `Engine` that are written down only where they differ from their defaults.
 _LATER = ("tensorrt_llm", "kv_cache_tokens", "tokens_per_block", "enable_block_reuse", "scheduler_policy")
 
+#: Fields of `Engine` that are planned from a workload.
+SIZES = (
+    "tensor_parallel_size", "pipeline_parallel_size", "max_batch_size", "max_seq_len", "max_num_tokens",
+    "kv_cache_fraction", "kv_cache_tokens", "enable_chunked_prefill",
+)  # fmt: skip
+
 
 class Engine(Document):
     """How the artifact is served; lengths in tokens.

@@ -22,6 +22,8 @@ from trimtab.serving.record import Device
 EXCLUSIVE = ("trtllm", "trtllm-legacy", "vllm")
 #: Folder of the serialized engines, beside `engine.json`.
 RANKS = "engine"
+#: Folder of the checkpoint that vLLM reads in the export's place, beside `engine.json`.
+CHECKPOINT = "checkpoint"
 
 
 def check(settings: recipe.Engine) -> None:
@@ -67,7 +69,7 @@ def open_engine(engine: Path, export: Path, kv_cache: ServedKVCache = "export") 
     if built.settings.backend == "vllm":
         from trimtab.runtime.vllm import VllmEngine
 
-        return VllmEngine(export, built.settings)
+        return VllmEngine(export, built.settings, Path(engine) / CHECKPOINT if built.translated else None)
     from trimtab.runtime.trtllm import TrtllmEngine
 
     if built.settings.backend == "trtllm":

@@ -170,6 +170,11 @@ class Export:
             if not any(fnmatchcase(name, pattern) for pattern in excluded)
         }
 
+    @property
+    def plain_layers(self) -> list[str]:
+        """The modules with a matrix that is not quantized, embeddings left out."""
+        return sorted(set(self._candidates()) - self.layers.keys())
+
     def _candidates(self) -> Iterator[str]:
         """Modules with a matrix, or with a scale whose matrix may be missing."""
         for module in {name.rpartition(".")[0] for name in self._home}:

@@ -17,6 +17,8 @@ from trimtab.runtime.step import Decoding, Step
 
 #: logits [batch, V] -> the next tokens, int64 [batch, 1].
 Choice = Callable[[torch.Tensor], torch.Tensor]
+#: Whether all processes that hold parts of one model have come as far, from whether this one has; alone, that is all.
+Agree = Callable[[bool], bool]
 
 #: Steps before the recording, in which libraries choose and load their kernels.
 _WARM_UP = 2
@@ -87,24 +89,48 @@ class Recorded:
         return torch.cat(tokens, dim=1)
 
     @torch.inference_mode()
-    def capture(self) -> None:
+    def capture(self, agree: Agree = bool) -> None:
         """Records the step as a CUDA graph, and tries the recording against the step itself.
 
+        Ranks that talk within a step replay it together or not at all: one that could not record it would leave the
+        others waiting for it in the middle of a replay.
+
         Raises:
-            RuntimeError: the step cannot be recorded, as it waits for the GPU or copies to it, or a replay differs.
+            RuntimeError: the step cannot be recorded, as it waits for the GPU or copies to it, or a replay differs; or
+                that is so of another rank.
         """
         batch_size, vocabulary = len(self._token), self.model.config.vocab_size
         prompt = torch.arange(batch_size * _TRIAL[0], device=self.model.device).view(batch_size, -1) % vocabulary
-        self.prefill(prompt)
+        replay = None
+        try:
+            self.prefill(prompt)
+            self._warm_up()
+            expected = self._trial(prompt)
+            replay = self._record()
+        finally:
+            all_recorded = agree(replay is not None)
+        if not all_recorded:
+            raise RuntimeError("another rank could not record its step")
+        self._replay, self.path = replay, self.path.replace("loop", "CUDA graph", 1)
+        found = self._trial(prompt)
+        alike = bool((found - expected).abs().max() <= 0.02 * expected.abs().max())
+        if not agree(alike):
+            raise RuntimeError("a replayed step has other logits than the step itself")
+
+    def _warm_up(self) -> None:
+        """Lets libraries choose and load their kernels."""
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             for _ in range(_WARM_UP):
                 self._step()
         torch.cuda.current_stream().wait_stream(beside)
-        expected = self._trial(prompt)
+
+    def _record(self) -> Callable[[], None]:
+        """Returns what replays the step."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # NCCL's own thread may look at its events meanwhile, which forbids nothing of this one.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
         recorded = self._logits
 
@@ -112,10 +138,7 @@ class Recorded:
             graph.replay()
             self._logits = recorded  # a prefill puts its own there
 
-        self._replay, self.path = replay, self.path.replace("loop", "CUDA graph", 1)
-        found = self._trial(prompt)
-        if (found - expected).abs().max() > 0.02 * expected.abs().max():
-            raise RuntimeError("a replayed step has other logits than the step itself")
+        return replay
 
     def _trial(self, prompt: torch.Tensor) -> torch.Tensor:
         """Logits behind given tokens: of a thousand rows, some have two likeliest tokens, and either may be taken."""
@@ -171,20 +194,31 @@ def _likeliest(logits: torch.Tensor) -> torch.Tensor:
 
 
 def decoder(
-    model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int, step: Step | None = None
+    model: PreTrainedModel,
+    batch_size: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    step: Step | None = None,
+    agree: Agree = bool,
 ) -> Growing | Recorded:
     """Returns the fastest way to decode on the model's device; its `path` says which, and on a GPU why no faster.
 
     Args:
-        step: of the model, where it has one.
+        step: of the model, where it has one, which must be so in all ranks or in none.
+        agree: see `Recorded.capture`.
     """
     if model.device.type != "cuda":
         return Growing(model)
-    sizes, reason = (batch_size, prompt_tokens, new_tokens), ""
+    return recorded(model, batch_size, prompt_tokens, new_tokens, step=step, agree=agree)
+
+
+def recorded(model: PreTrainedModel, *sizes: int, step: Step | None = None, agree: Agree = bool) -> Growing | Recorded:
+    """Returns the first way to decode that can be recorded, in all ranks, or a loop with the reason."""
+    reason = ""
     for make in ([lambda: Stepping(step, model, *sizes)] if step else []) + [lambda: Static(model, *sizes)]:
         try:
             found = make()
-            found.capture()
+            found.capture(agree)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model does that a recording or a fixed cache does not allow

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trimtab import progress
 from trimtab.errors import InputError
 from trimtab.recipe import Engine as Settings
-from trimtab.runtime import batching, decode, fewer_kernels, fused, gpu_memory, head, step
+from trimtab.runtime import batching, decode, fewer_kernels, fused, gpu_memory, head, parallel, step
 from trimtab.runtime.assemble import assemble
 from trimtab.runtime.batching import Request
 from trimtab.runtime.checkpoint import load_tokenizer
@@ -130,6 +130,9 @@ class TorchEngine:
         self.body, self.head = self.model.base_model, self.model.get_output_embeddings()
         # A branch's mask says nothing of a sliding window, so there every request gets a row of its own.
         self._share_contexts = not getattr(self.model.config, "sliding_window", None)
+        self._agree = parallel.agreement(place, self.device) if place else bool
+        # Products of one row are chosen by their speed, which ranks would find to differ, and leave out their sums.
+        self._has_step = self.device.type == "cuda" and place is None
         self._decoders: dict[tuple[int, int, int], Growing | Recorded] = {}
         #: How `decode_speed` last ran its steps: "CUDA graph" of which step, or "loop" and on a GPU why.
         self.decode_path = ""
@@ -141,7 +144,7 @@ class TorchEngine:
 
     @cached_property
     def _step(self) -> Step | None:
-        return step.build(self.model, self.settings.max_seq_len) if self.device.type == "cuda" else None
+        return step.build(self.model, self.settings.max_seq_len) if self._has_step else None
 
     @property
     def weight_bytes(self) -> int:
@@ -258,7 +261,7 @@ class TorchEngine:
     def _decoder(self, *sizes: int) -> Growing | Recorded:
         """Decoders are kept: recording one takes longer than a measurement."""
         if sizes not in self._decoders:
-            self._decoders[sizes] = decode.decoder(self.model, *sizes, self._step)
+            self._decoders[sizes] = decode.decoder(self.model, *sizes, self._step, self._agree)
             if self.device.type == "cuda":
                 progress.report("validate", f"decoding by {self._decoders[sizes].path}")
         return self._decoders[sizes]

@@ -108,6 +108,15 @@ class PagedKVCache:
             found.append(self._decode(rows_SLKD, scale).transpose(1, 2))
         return found[0], found[1]
 
+    def attend(
+        self, layer: int, query_THD: torch.Tensor, spans: Spans, scale: float | None, window: int | None = None
+    ) -> torch.Tensor:
+        """Returns the attention of tokens over what is stored, [T, H, D], by the kernel of `runtime.paged_kernel`."""
+        from trimtab.runtime import paged_kernel  # Triton is not on every machine
+
+        scale = query_THD.shape[-1] ** -0.5 if scale is None else scale
+        return paged_kernel.attend(query_THD, *self.tensors(layer), spans, scale, self._scales[layer], window)
+
     def _encode(self, x: torch.Tensor, scale: float) -> torch.Tensor:
         if self.algorithm is None:
             return x
@@ -158,9 +167,25 @@ class Chunk:
     table_1W: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Spans:
+    """What each program of the kernel computes: a few tokens of one sequence.
+
+    Args:
+        spans_B4: int32, of each span: its first token in the pass, its tokens (0 for none), the position of the first
+            in its sequence, and its sequence's row of the tables.
+        tables_SW: int32, the blocks of each sequence.
+        tokens: of a span at most, a power of 2.
+    """
+
+    spans_B4: torch.Tensor
+    tables_SW: torch.Tensor
+    tokens: int
+
+
 @dataclass
 class Pass:
-    """Where the tokens of one forward pass stand in the cache.
+    """Where the tokens of one forward pass stand in the cache: told by `spans` to the kernel, by the others without it.
 
     Args:
         slots_T: where each token's keys and values go.
@@ -169,9 +194,10 @@ class Pass:
 
     cache: PagedKVCache
     slots_T: torch.Tensor
-    tables_SW: torch.Tensor
-    lengths_S: torch.Tensor
-    chunks: list[Chunk]
+    tables_SW: torch.Tensor | None = None
+    lengths_S: torch.Tensor | None = None
+    chunks: list[Chunk] = field(default_factory=list)
+    spans: Spans | None = None
     _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     def decode_mask(self, window: int | None) -> torch.Tensor:
@@ -202,6 +228,49 @@ class Pass:
         return self._masks[number, window]
 
 
+@torch.inference_mode()
+def why_no_kernel(model: PreTrainedModel) -> str:
+    """Returns why the kernel of `runtime.paged_kernel` cannot serve a model here, "" where it can.
+
+    It is tried on one layer against the attention that it replaces: a lone token, and a chunk of a prompt.
+    """
+    module = attention_layers(model)[0]
+    cache = PagedKVCache.for_model(model, blocks=4, block_size=16)
+    size, device = module.head_dim, model.device
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int, features: int) -> torch.Tensor:
+        drawn = torch.randn(count, features // size, size, generator=generator)
+        return drawn.transpose(0, 1)[None].bfloat16().to(device)
+
+    def integers(numbers: list) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+    table, lone, count = [3, 1, 0], 32, 33  # 33 tokens read as a chunk, and the last of them again as a lone token
+    slots = integers([table[n // 16] * 16 + n % 16 for n in range(count)])
+    query, key, value = (
+        draw(count, getattr(module, name).out_features) for name in ("q_proj", "k_proj", "v_proj")
+    )
+    last = [x[:, :, lone:] for x in (query, key, value)]
+    tables = integers([table])
+    chunk = ([query, key, value], Pass(cache, slots, tables[:0], tables[:0, 0], [Chunk(count, 0, tables)]))
+    single = (last, Pass(cache, slots[lone:], tables, integers([count])))
+    chunk_spans = [[start, min(16, count - start), start, 0] for start in range(0, count, 16)]
+    try:
+        for (states, where), spans, tokens in ((chunk, chunk_spans, 16), (single, [[0, 1, lone, 0]], 1)):
+            expected = _attention(module, *states, None, paged=where)[0].float()
+            by_kernel = Pass(cache, where.slots_T, spans=Spans(integers(spans).int(), tables.int(), tokens))
+            found = _attention(module, *states, None, paged=by_kernel)[0].float()
+            difference = float((found - expected).abs().max() / expected.abs().max())
+            if not difference < 0.02:  # NaN is not
+                return f"its results differ by {difference:.1%} from those of PyTorch's attention"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no Triton, no compiler, a card or a size of head that it does not know
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return ""
+
+
 def use_paged_attention(model: PreTrainedModel) -> None:
     """Makes a model's forward pass read and write the cache of its argument `paged`, a `Pass`."""
     AttentionInterface.register(_NAME, _attention)  # without a mask of its own: a pass has them
@@ -227,6 +296,8 @@ def _attention(
         raise Failure("unsupported", f"{type(module).__name__} caps its scores or has sinks, which is not paged")
     query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
     paged.cache.write(module.layer_idx, paged.slots_T, key_TKD, value_TKD)
+    if paged.spans:
+        return paged.cache.attend(module.layer_idx, query_THD, paged.spans, scaling, sliding_window)[None], None
     start = len(paged.lengths_S)
     parts = [decode_attention(query_THD[:start], paged, module.layer_idx, scaling, sliding_window)] if start else []
     for number, chunk in enumerate(paged.chunks):

@@ -13,20 +13,28 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.errors import InputError
+from trimtab import progress
+from trimtab.errors import Failure, InputError
 from trimtab.recipe import Engine as Settings
-from trimtab.runtime import fewer_kernels, gpu_memory, head, paged, replay, sampling, step
+from trimtab.runtime import fewer_kernels, gpu_memory, head, packing, paged, replay, sampling
+from trimtab.runtime import step as own_step
 from trimtab.runtime.assemble import assemble
 from trimtab.runtime.blocks import BlockPool
 from trimtab.runtime.checkpoint import load_tokenizer
 from trimtab.runtime.kv_cache import ServedKVCache
 from trimtab.runtime.linear import PackedLinear
+from trimtab.runtime.packing import Item, Shape
 from trimtab.runtime.paged import Chunk, PagedKVCache, Pass
 from trimtab.runtime.sampling import Chosen, Sampling
-from trimtab.runtime.scheduler import Scheduler, Sequence, Step, Strategy, Work
+from trimtab.runtime.scheduler import Scheduler, Sequence, Strategy, Work
+from trimtab.runtime.scheduler import Step as Planned
+from trimtab.runtime.step import Step
 
 #: Tokens of a block: fewer waste less at a sequence's end, more make shorter tables.
 BLOCK_SIZE = 16
+#: How attention reads the cache: by the kernel of `runtime.paged_kernel`, or by gathered blocks; "auto" is the kernel
+#: on a GPU where it computes what the other does.
+Attention = Literal["auto", "kernel", "gathered"]
 #: A pass that reads prompts has a multiple of so many tokens: oneDNN makes a kernel for each number, and keeps it.
 ROUNDING = 16
 
@@ -74,6 +82,7 @@ class PagedEngine:
         kv_cache: "export" holds the KV cache as the export asks, "none" in 16 bits whatever it asks for.
         block_size: tokens of a block; `max_seq_len` makes the cache a contiguous one.
         blocks: of the cache; 0 takes what whole batches at full length need, or what fits.
+        attention: one of `Attention`.
 
     Raises:
         InputError: not a model folder, or settings that fit no sequence.
@@ -90,29 +99,60 @@ class PagedEngine:
         timeout: float = 0.1,
         block_size: int = BLOCK_SIZE,
         blocks: int = 0,
+        attention: Attention = "auto",
     ):
-        self.folder, self.settings = Path(folder), settings
+        self.folder = Path(folder)
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.device = torch.device(name)
         with gpu_memory.part("weights", self.device):
             self.model = assemble(self.folder, self.device, kv_cache)
         head.check(self.model)
-        own = None
+        self._step: Step | None = None
+        self._positions = settings.max_seq_len
         if self.device.type == "cuda":
             fewer_kernels.fuse_norms(self.model)
-            own = step.build(self.model, settings.max_seq_len)
+            self._step = own_step.build(self.model, self._positions)
         self.body, self.head = self.model.base_model, self.model.get_output_embeddings()
+        ends = self.model.generation_config.eos_token_id
+        self.ends = frozenset([ends] if isinstance(ends, int) else ends or [])
+        #: How attention reads the cache, and on a GPU why no faster.
+        self.attention_path = self._choose_attention(attention)
+        paged.use_paged_attention(self.model)
+        self.lay_out(settings, block_size, blocks, strategy, timeout)
+
+    def lay_out(
+        self,
+        settings: Settings,
+        block_size: int = BLOCK_SIZE,
+        blocks: int = 0,
+        strategy: Strategy = "in-flight",
+        timeout: float = 0.1,
+        recorded: bool = True,
+    ) -> None:
+        """Gives the engine another cache and other limits, and forgets what it computed; the model stays.
+
+        Args:
+            recorded: whether a GPU's steps may be recorded; the others are those of the class.
+
+        Raises:
+            InputError: settings that fit no sequence, or longer ones than the engine was made for.
+            Failure: `does_not_fit`.
+        """
+        if settings.max_seq_len > self._positions:
+            longer = f"{settings.max_seq_len} is more than {self._positions}, which the engine was made for"
+            raise InputError(f"engine.max_seq_len: {longer}; open another engine")
+        self.settings = settings
+        self.cache = self._recordings = None  # their memory first
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         blocks = blocks or self._affordable_blocks(block_size)
         with gpu_memory.part("KV cache", self.device):
             self.cache = PagedKVCache.for_model(self.model, blocks, block_size)
-        paged.use_paged_attention(self.model)
         self.pool = BlockPool(blocks, block_size)
         limits = (settings.max_batch_size, settings.max_num_tokens)
         self.scheduler = Scheduler(self.pool, *limits, strategy, settings.enable_chunked_prefill, timeout)
         self.counts = Counts()
-        ends = self.model.generation_config.eos_token_id
-        self.ends = frozenset([ends] if isinstance(ends, int) else ends or [])
-        self._replays = replay.Replays(own or self._logits, self.cache, self.device)
+        self._recordings = replay.Recordings(self.device, recorded)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -120,8 +160,8 @@ class PagedEngine:
 
     @property
     def decode_path(self) -> str:
-        """How the last step of nothing but single tokens ran: "loop", or "CUDA graph"."""
-        return self._replays.path
+        """How the last step of nothing but single tokens ran: "loop", or "CUDA graph"; with the kernel, any step."""
+        return self._recordings.path
 
     def check(self, request: Request) -> None:
         """Raises InputError where a request could never be served; names the field."""
@@ -189,8 +229,14 @@ class PagedEngine:
         self.scheduler.draining = False
 
     def warm_up(self, tokens: int) -> None:
-        """Runs a whole batch to so many tokens a sequence, and batches that shrink, as they come in service."""
+        """Runs what service runs before it is timed: with the kernel every usual shape of a step, else whole batches of
+        so many tokens a sequence, and batches that shrink."""
         size = self.settings.max_batch_size
+        if self._has_kernel:
+            with torch.inference_mode(), gpu_memory.part("activations", self.device):
+                for shape in packing.shapes(size, self.settings.max_num_tokens):
+                    self._run(self._sample(shape), shape)
+            return
         while size:
             length = tokens // 2
             for number in range(size):
@@ -200,21 +246,74 @@ class PagedEngine:
                 pass
             size //= 2
 
-    def _compute(self, step: Step) -> tuple[list[Work], torch.Tensor]:
+    def _sample(self, shape: Shape) -> list[Item]:
+        """Work that fills a shape, on the first block, which is nobody's yet."""
+        each = min(shape.span, self.pool.block_size)
+        return [Item([1] * each, 0, [0])] * min(shape.sequences, shape.tokens // each)
+
+    def _choose_attention(self, asked: Attention) -> str:
+        self._has_kernel = False
+        if asked == "gathered" or (asked == "auto" and self.device.type != "cuda"):
+            return "gathered blocks"
+        with gpu_memory.part("activations", self.device):
+            why = paged.why_no_kernel(self.model)
+        if not why:
+            self._has_kernel = True
+            return "kernel"
+        if asked == "kernel":
+            raise Failure("unsupported", f"attention by the kernel does not run here: {why}")
+        found = f"gathered blocks, as the kernel does not run here: {why}"
+        progress.report("serve", f"attention: {found}")
+        return found
+
+    def _compute(self, planned: Planned) -> tuple[list[Work], torch.Tensor]:
         """Returns the works that end with a choice, and the logits for it, [n, vocabulary]."""
-        singles = [work for work in step.works if work.count == 1]
-        chunks = [work for work in step.works if work.count > 1]
-        rows = [self._row(work) for work in singles]
-        padding = step.padding
-        if chunks:
-            padding += -(step.tokens + padding) % ROUNDING
-        nobody = self.cache.padding_slot
-        rows += [replay.Row(0, 0, nobody, [nobody // self.pool.block_size])] * padding
-        logits = self._mixed(rows, chunks) if chunks else self._replays(rows)
-        works = singles + chunks
-        places = [i for i, work in enumerate(singles) if work.is_last]
-        places += [len(rows) + i for i, work in enumerate(chunks) if work.is_last]
-        return [work for work in works if work.is_last], logits if len(places) == len(logits) else logits[places]
+        singles = [work for work in planned.works if work.count == 1]
+        chunks = [work for work in planned.works if work.count > 1]
+        works, padding = singles + chunks, planned.padding
+        if self._has_kernel:
+            items = [self._item(work) for work in works]
+            logits = self._run(items, Shape.of(items, padding, self.settings.max_batch_size))[: len(works)]
+        else:
+            if chunks:
+                padding += -(planned.tokens + padding) % ROUNDING
+            nobody = self.cache.padding_slot
+            rows = [self._row(work) for work in singles]
+            rows += [replay.Row(0, 0, nobody, [nobody // self.pool.block_size])] * padding
+            logits = self._mixed(rows, chunks) if chunks else self._decode(rows)
+            logits = torch.cat([logits[: len(singles)], logits[len(rows) :]])
+        places = [i for i, work in enumerate(works) if work.is_last]
+        return [works[i] for i in places], logits if len(places) == len(works) else logits[places]
+
+    def _run(self, items: list[Item], shape: Shape) -> torch.Tensor:
+        """Runs a step by the kernel; returns the logits of each item's last token, and of padding."""
+
+        def step(row: torch.Tensor) -> torch.Tensor:
+            return self._logits(*packing.unpack(row, shape, self.cache))
+
+        row = packing.pack(items, shape, self.pool.block_size, self.cache.padding_slot)
+        if shape.is_recorded:
+            return self._recordings(shape, row, step)
+        return step(row.to(self.device))
+
+    def _item(self, work: Work) -> Item:
+        start, stop = work.sequence.computed, work.sequence.computed + work.count
+        table = self.pool.tables[work.sequence]
+        return Item(work.sequence.tokens[start:stop], start, table[: self.pool.needed(stop)])
+
+    def _decode(self, rows: list[replay.Row]) -> torch.Tensor:
+        """Runs single tokens by gathered blocks; returns the logits of each row."""
+        count, width = len(rows), max(len(row.blocks) for row in rows)
+        sequences = count
+        if self._recordings.records:
+            sequences, width = 1 << (count - 1).bit_length(), replay.rounded_up(width)
+        lines = replay.to_tensor(rows, sequences, width, self.cache.padding_slot, self.pool.block_size)
+        return self._recordings((sequences, width), lines, self._decode_lines)[:count]
+
+    def _decode_lines(self, lines: torch.Tensor) -> torch.Tensor:
+        tokens, positions, slots, lengths = lines[:, : replay.COLUMNS].t().contiguous()
+        where = Pass(self.cache, slots, lines[:, replay.COLUMNS :].contiguous(), lengths)
+        return self._logits(tokens[None], positions[None], where)
 
     def _mixed(self, rows: list[replay.Row], chunks: list[Work]) -> torch.Tensor:
         """Runs single tokens and chunks of prompts in one pass; returns the logits of each one's last token."""
@@ -241,6 +340,8 @@ class PagedEngine:
     def _logits(
         self, tokens: torch.Tensor, positions: torch.Tensor, where: Pass, last: torch.Tensor | None = None
     ) -> torch.Tensor:
+        if self._step and (where.spans or not where.chunks):
+            return self._step(tokens, positions, where, last)
         hidden = self.body(input_ids=tokens, position_ids=positions, use_cache=False, paged=where).last_hidden_state[0]
         return self.head(hidden if last is None else hidden[last])
 
@@ -292,9 +393,10 @@ class PagedEngine:
         layers = [module for module in self.model.modules() if isinstance(module, (nn.Linear, PackedLinear))]
         largest = max(layer.in_features * layer.out_features for layer in layers)
         gathered = max(2 * 2 * module.k_proj.out_features for module in paged.attention_layers(self.model))
+        gathered *= 0 if self._has_kernel else settings.max_batch_size * settings.max_seq_len
         return (
             2 * settings.max_num_tokens * width
             + 4 * settings.max_batch_size * config.vocab_size
             + 2 * largest
-            + settings.max_batch_size * settings.max_seq_len * gathered
+            + gathered
         )

@@ -17,6 +17,7 @@ whole row's, as other engines do it; every other format computes what one proces
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -35,8 +36,8 @@ from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.formats import Layout
 
 _SPLIT = ("colwise", "rowwise")
-#: Of transformers' styles, what needs nothing at inference: norms of a head, which every rank has.
-_WHOLE = ("replicated_with_grad_allreduce",)
+#: Of transformers' styles, those of what every rank has whole: norms of a head, and the embedding.
+_WHOLE = ("replicated_with_grad_allreduce", "embedding_rowwise")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,17 @@ def place(settings: Settings, device: torch.device) -> Place:
     mesh = init_device_mesh(device.type, (stages, tensors), mesh_dim_names=("pipeline", "tensor"))
     stage, tensor = divmod(processes.rank(), tensors)
     return Place(tensor, tensors, stage, stages, mesh.get_group("tensor"), mesh.get_group("pipeline"))
+
+
+def agreement(place: Place, device: torch.device) -> Callable[[bool], bool]:
+    """Returns a function that all ranks call together: whether each of them says True."""
+
+    def agree(fine: bool) -> bool:
+        said = torch.tensor(int(fine), device=device)
+        distributed.all_reduce(said, distributed.ReduceOp.MIN)
+        return bool(said.item())
+
+    return agree if place.tensors * place.stages > 1 else bool
 
 
 @dataclass

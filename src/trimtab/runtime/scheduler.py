@@ -202,18 +202,21 @@ class Scheduler:
     def _admit(self, budget: int) -> list[Work]:
         """Lets sequences join, first come, first served, and returns their first tokens.
 
-        One joins when there are blocks for all its tokens and one more for each that runs: else it would soon be
-        preempted, or preempt.
+        One joins when there are blocks for all its tokens and one more for each that runs and is not at its last block:
+        else it would soon be preempted, or preempt.
         """
         works: list[Work] = []
+        pool = self.pool
+        growing = sum(pool.needed(sequence.length) > len(pool.tables[sequence]) for sequence in self.running)
         while self.waiting and len(self.running) < self.max_batch_size and budget > 0:
             whole = len(self.waiting[0].tokens)
             if not self.chunked and whole > budget:
                 break
-            if self.pool.needed(whole) + len(self.running) > self.pool.free:
+            if pool.needed(whole) + growing > pool.free:
                 break
             sequence = self.waiting.popleft()
-            self.pool.grow(sequence, whole)
+            pool.grow(sequence, whole)
+            growing += pool.needed(sequence.length) > pool.needed(whole)
             self.running.append(sequence)
             works.append(Work(sequence, min(whole, budget)))
             budget -= works[-1].count

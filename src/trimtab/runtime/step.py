@@ -53,7 +53,7 @@ class _Block:
 
 
 class Step:
-    """Computes the logits of one token a sequence.
+    """Computes the logits of one token a sequence, or of packed tokens where a pass tells the kernel their spans.
 
     Args:
         model: one that `refusal` says nothing against; its modules and weights are used as they are.
@@ -79,18 +79,29 @@ class Step:
         cos_1PD, sin_1PD = body.rotary_emb(like, position_ids=torch.arange(positions, device=model.device)[None])
         self._angles = Angles(cos_1PD[0].contiguous(), sin_1PD[0].contiguous())
 
-    def __call__(self, tokens_1S: torch.Tensor, positions_1S: torch.Tensor, where: Pass) -> torch.Tensor:
-        """Returns the logits [S, V] of tokens int64 [1, S] at their positions, and stores their keys and values."""
+    def __call__(
+        self, tokens_1S: torch.Tensor, positions_1S: torch.Tensor, where: Pass, last: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Returns the logits [S, V] of tokens int64 [1, S] at their positions, and stores their keys and values.
+
+        Args:
+            last: int64, the only tokens whose logits are asked for; None is all.
+        """
         kernels, positions_S, residual = self.kernels, positions_1S[0], None
         x = self._embedding(tokens_1S[0])
         for block in self._blocks:
             x, residual = kernels.add_norm(x, residual, block.before.weight, block.before.epsilon)
             qkv = self._normed(block, block.qkv(x))
             query_SHD = kernels.rotate_and_store(qkv, self._angles, positions_S, where, block.layer)
-            seen_SHD = kernels.attend(query_SHD, where, block.layer, block.scaling)
+            if where.spans:
+                seen_SHD = where.cache.attend(block.layer, query_SHD, where.spans, block.scaling)
+            else:
+                seen_SHD = kernels.attend(query_SHD, where, block.layer, block.scaling)
             x = block.out(seen_SHD.flatten(1))
             x, residual = kernels.add_norm(x, residual, block.between.weight, block.between.epsilon)
             x = block.down(kernels.silu_mul(block.gate_up(x)))
+        if last is not None:
+            x, residual = x[last], residual[last]
         x, _ = kernels.add_norm(x, residual, self._norm.weight, self._norm.epsilon)
         return self._head(x)
 

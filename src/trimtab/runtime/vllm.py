@@ -18,7 +18,7 @@ from trimtab import progress
 from trimtab.errors import Failure
 from trimtab.hardware import GB
 from trimtab.recipe import Engine as Settings
-from trimtab.runtime import decode_time, gpu_memory
+from trimtab.runtime import decode_time, gpu_memory, vllm_checkpoint
 from trimtab.runtime.batching import Request
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.engine import check_length, check_prompts, check_requests
@@ -36,16 +36,17 @@ class VllmEngine(LibraryEngine):
         export: the exported checkpoint.
         settings: as it is served. While it is measured there is room for one more token, since vLLM reads the last
             one too and writes another, and the KV cache gives way to the logits of the prompts.
+        checkpoint: what `vllm_checkpoint.translate` made of the export, if vLLM does not read the export itself.
 
     Raises:
         InputError: settings that vLLM does not serve with.
         Failure: `unsupported`, a checkpoint that vLLM does not read, or settings that it refuses; `does_not_fit`.
     """
 
-    def __init__(self, export: Path, settings: Settings):
+    def __init__(self, export: Path, settings: Settings, checkpoint: Path | None = None):
         super().__init__(export, settings, "vllm")
         self._config = json.loads((self.export / "config.json").read_text(encoding="utf-8"))
-        _check_readable(self.export)
+        _check_readable(self.export, checkpoint)
         arguments = self._measured(vllm_args(settings))
         self._longest = arguments["max_model_len"] - 1
         self._check_fit(arguments["gpu_memory_utilization"])
@@ -55,7 +56,7 @@ class VllmEngine(LibraryEngine):
         before = gpu_memory.used()
         progress.report("engine", "loading vllm")
         try:
-            self._llm = LLM(model=str(export), **arguments)
+            self._llm = LLM(model=str(checkpoint or export), **arguments)
         except ValueError as error:  # of its configuration; what a worker meets is a RuntimeError, told in the log
             reason = " ".join(str(error).split())
             raise Failure("unsupported", f"vLLM refuses the export or its settings: {reason[:400]}") from error
@@ -155,7 +156,11 @@ def score(told: list[dict[int, Any] | None] | None, prompt: list[int], continuat
     return sum(own), all(a >= b for a, b in zip(own, best, strict=True))
 
 
-def _check_readable(export: Path) -> None:
-    strange = sorted({layout.algo for layout in Export(export).layers.values()} - set(READS))
+def _check_readable(export: Path, checkpoint: Path | None) -> None:
+    found = {layout.algo for layout in Export(export).layers.values()}
+    strange = sorted(found - {*READS, vllm_checkpoint.ALGORITHM})
     if strange:
-        raise Failure("unsupported", f"vLLM reads {', '.join(READS)} of ModelOpt's layers, and no {', '.join(strange)}")
+        reads = ", ".join((*READS, vllm_checkpoint.ALGORITHM))
+        raise Failure("unsupported", f"vLLM reads {reads} of ModelOpt's layers, and no {', '.join(strange)}")
+    if vllm_checkpoint.ALGORITHM in found and checkpoint is None:
+        raise Failure("unsupported", f"vLLM reads {vllm_checkpoint.ALGORITHM} once it is translated; build its engine")

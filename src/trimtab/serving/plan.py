@@ -48,25 +48,21 @@ def plan_engine(
     and the rest waits.
 
     Args:
-        recipe: format and back end; what its `engine` says of sizes is planned anew.
+        recipe: format and back end; what its `engine` says of sizes is planned anew, and its `workload` is dropped.
 
     Raises:
         InputError: the workload is longer than the model's context, the target cannot run the recipe, or not even one
             request fits.
     """
-    longest = facts.max_position_embeddings
-    if workload.longest > longest:
-        raise InputError(
-            f"workload: input.max {workload.input.max:,} and output.max {workload.output.max:,} make "
-            f"{workload.longest:,} tokens, and the model reads {longest:,}; write shorter ones"
-        )
+    check_length(facts, workload)
     if gpus < 1:
         raise InputError(f"gpus: {gpus} is not valid; write 1 or more")
     refused: dict[str, str] = {}  # world -> why not
     batches = [workload.concurrency // 2**n for n in range(workload.concurrency.bit_length())]
     for batch in batches:
         for tensor, pipeline in worlds(gpus if recipe.engine.backend != "torch" else 1, gpus_per_node):
-            placed = recipe.model_copy(update={"engine": _engine(recipe, workload.of_batch(batch), tensor, pipeline)})
+            engine = _engine(recipe, workload.of_batch(batch), tensor, pipeline)
+            placed = recipe.model_copy(update={"engine": engine, "workload": None})
             name = f"{tensor} x {pipeline}"
             if reason := check(placed, hardware, facts):
                 refused.setdefault(name, reason)
@@ -78,6 +74,17 @@ def plan_engine(
             refused.setdefault(name, need.explanation)
     name, reason = list(refused.items())[-1]
     raise InputError(f"target: not one request fits on {gpus} {hardware.name}; on {name}: {reason}")
+
+
+def check_length(facts: ModelFacts, workload: Workload) -> None:
+    """Refuses a workload that is longer than the model's context."""
+    longest = facts.max_position_embeddings
+    if workload.longest > longest:
+        lengths = f"input.max {workload.input.max:,} and output.max {workload.output.max:,} make"
+        what = "total is" if workload.total else lengths
+        raise InputError(
+            f"workload: {what} {workload.longest:,} tokens, and the model reads {longest:,}; write shorter ones"
+        )
 
 
 def _engine(recipe: Recipe, workload: Workload, tensor: int, pipeline: int) -> Engine:
@@ -127,6 +134,7 @@ def _explain(
         ("max_batch_size", f"{engine.max_batch_size:,}",
          f"{workload.concurrency:,} requests at a time" + (f", of which {waiting:,} wait for room" if waiting else "")),
         ("max_seq_len", f"{engine.max_seq_len:,}",
+         "the longest prompt with its answer" if workload.total else
          f"the longest prompt, {workload.input.max:,}, and the longest answer, {workload.output.max:,}"),
         ("max_num_tokens", f"{engine.max_num_tokens:,}",
          f"a token for each of {engine.max_batch_size:,} requests and a long prompt of {workload.input.p95:,}"),

@@ -23,12 +23,14 @@ class Device(Document):
 class Built(Document):
     """A built engine.
 
-    `checkpoint` is the digest of the export that it serves. `versions` are those of what built it; `kernels` say for
+    `checkpoint` is the digest of the export that it serves, `translated` how it was written anew beside `engine.json`
+    for a library that does not read it, empty where it does. `versions` are those of what built it; `kernels` say for
     each quantized layer what runs it; `weight_bytes` and `device_bytes` are the engine's own figures.
     """
 
     settings: Engine
     checkpoint: str
+    translated: str = ""
     versions: dict[str, str] = {}
     device: Device | None = None
     kernels: dict[str, dict[str, Any]] = {}

@@ -16,8 +16,8 @@ from trimtab.recipe import Engine
 
 #: The versions whose arguments and outputs these are: the first, and the first that is another.
 VERSIONS = ("0.24", "0.25")
-#: How ModelOpt calls the layers that vLLM reads (vllm/model_executor/layers/quantization/modelopt.py), INT4 not among
-#: them: its AWQ kernels read AutoAWQ's files, which have no scales of inputs.
+#: How ModelOpt calls the layers that vLLM reads as they are (vllm/model_executor/layers/quantization/modelopt.py). INT4
+#: is not among them, and is translated (`runtime.vllm_checkpoint`).
 READS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4")
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from itertools import accumulate
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from trimtab.schema import Document
+from trimtab.schema import Document, mapping
 
 Tokens = Annotated[int, Field(ge=1)]
 
@@ -46,6 +46,8 @@ class Lengths(Document):
 class Workload(Document):
     """What an engine is sized for; an example is its default.
 
+    `total` are the tokens of the longest request with its answer; the longest of both together, if absent.
+
     Example::
 
         input: {mean: 1024, p95: 2048, max: 4096}
@@ -56,11 +58,19 @@ class Workload(Document):
     input: Lengths = Lengths(mean=1024, p95=2048, max=4096)
     output: Lengths = Lengths(mean=256, p95=512, max=1024)
     concurrency: Annotated[int, Field(ge=1)] = 32
+    total: Tokens | None = None
+
+    @model_validator(mode="after")
+    def _total_holds_both(self) -> Workload:
+        least = max(self.input.max, self.output.max)
+        if self.total is not None and self.total < least:
+            raise ValueError(f"total: {self.total} is less than the longest input or output; write {least} or more")
+        return self
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest request with the longest answer."""
-        return self.input.max + self.output.max
+        """Tokens of the longest request with its answer."""
+        return self.total or self.input.max + self.output.max
 
     @property
     def held(self) -> int:
@@ -83,3 +93,39 @@ class Workload(Document):
         beyond which a step delays the next token of all others for longer than it helps.
         """
         return min(max(math.ceil((self.concurrency + self.input.p95) / 1024) * 1024, 2048), 8192)
+
+
+class Recorded(Document):
+    """Requests that were recorded are the workload: `trimtab.serving.request_log` says what a log is.
+
+    `recorded` is a log or a folder of logs, a path or s3://bucket/key, which is entered as a store in S3 is; of it the
+    newest `days` count, or all.
+    A release stands until a length or the load is `drift` times what it was, or as small a part of it.
+    `concurrency` is for logs that do not say how long requests took.
+
+    Example::
+
+        recorded: s3://bucket/traffic/
+        days: 7
+    """
+
+    recorded: Annotated[str, Field(min_length=1)]
+    days: Annotated[float, Field(gt=0)] | None = None
+    drift: Annotated[float, Field(gt=1)] = 1.5
+    concurrency: Annotated[int, Field(ge=1)] | None = None
+
+
+def kind(value: Any) -> str:
+    """Tells what a workload is written as: 'recorded' or 'stated'."""
+    is_recorded = isinstance(value, Recorded) or (isinstance(value, dict) and "recorded" in value)
+    return "recorded" if is_recorded else "stated"
+
+
+def parse(text: str) -> Workload | Recorded:
+    """Reads a workload as a recipe has it, from a file of its own.
+
+    Raises:
+        InputError: names the field, the value and the remedy.
+    """
+    document = mapping(text, "workload")
+    return (Recorded if kind(document) == "recorded" else Workload).parse(document)

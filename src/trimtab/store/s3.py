@@ -18,11 +18,13 @@ from trimtab.errors import InputError, StoreError, Unreachable
 from trimtab.store.local import blob_key
 from trimtab.store.s3_client import connect
 from trimtab.store.s3_errors import explain_code, explain_connection
-from trimtab.store.transfer import CHUNK, Meter, changed, chunks, explained, pump, settle
+from trimtab.store.transfer import CHUNK, Meter, changed, chunks, explained, pump, read_whole, settle
 from trimtab.store.tree import Entry
 
-#: Bytes of a part of a large upload. 8 files x (3 parts sent + 1 read) are in memory at most: 256 MiB.
+#: Bytes of a part of a large upload, and the largest file that is sent in one request. In memory are 8 files at most,
+#: each with 3 parts that are sent and 1 that is read, or as a whole: 256 MiB.
 PART, PARTS_AT_ONCE, MAX_PARTS = 8 << 20, 3, 10_000
+WHOLE = 32 << 20
 
 #: A server that has answered once is waited for so many seconds after its last answer: it may be restarting.
 PATIENCE = 60.0
@@ -107,8 +109,7 @@ class S3Back:
 
     def write(self, key: str, data: bytes) -> None:
         """Writes a small object atomically; replaces an earlier one."""
-        put = self._client.put_object
-        self._insist(f"write {key}", lambda: put(self.bucket, self._key(key), io.BytesIO(data), len(data)))
+        self._send(key, data)
 
     def create(self, key: str, data: bytes) -> bool:
         """Writes a small object unless there is one already; returns whether it wrote. Atomic.
@@ -129,31 +130,28 @@ class S3Back:
             return self._put_if_absent(key, data) if found is None else found == data
 
     def add(self, source: Path, size: int, meter: Meter, move: bool) -> str:
-        """Brings a file into blobs/ and returns its SHA-256; sends nothing that is there already."""
+        """Brings a file into blobs/ and returns its SHA-256; sends nothing that is there already.
+
+        A file of at most `WHOLE` bytes is read once, and what was hashed is what is sent, in one request; a larger one
+        is read again and sent in parts.
+        """
         with explained(str(source)):
-            checksum, count = pump(chunks(source), None, meter.touch)
-            if count != size:
-                raise changed(source)
-            key, part = blob_key(checksum), max(PART, -(-size // MAX_PARTS))
-            sent = 0
-
-            def send() -> None:
-                nonlocal sent
-                if sent:
-                    meter.advance(-sent)
-                with open(source, "rb") as file:
-                    body = _Checked(file, source, size, checksum, meter)
-                    try:
-                        self._client.put_object(
-                            self.bucket, self._key(key), body, size, part_size=part, num_parallel_uploads=PARTS_AT_ONCE
-                        )
-                    finally:
-                        sent = body.sent
-
+            data = read_whole(source, size) if size <= WHOLE else None
+            if data is not None:
+                checksum = hashlib.sha256(data).hexdigest()
+            else:
+                checksum, count = pump(chunks(source), None, meter.touch)
+                if count != size:
+                    raise changed(source)
+            key = blob_key(checksum)
+            meter.touch()
             if self.size(key) == size:
                 meter.advance(size)
+            elif data is not None:
+                self._send(key, data, meter)
+                meter.advance(size)
             else:
-                self._insist(f"write {key}", send, meter)
+                self._send_parts(key, source, size, checksum, meter)
             return checksum
 
     def fetch(self, key: str, size: int, target: Path, meter: Meter) -> str | None:
@@ -185,6 +183,32 @@ class S3Back:
             probe.read(".check")
         except StoreError as error:
             raise InputError(str(error)) from None
+
+    def _send(self, key: str, data: bytes, meter: Meter | None = None) -> None:
+        """Sends an object in one request."""
+        put, part = self._client.put_object, max(PART, len(data))
+        self._insist(
+            f"write {key}", lambda: put(self.bucket, self._key(key), io.BytesIO(data), len(data), part_size=part), meter
+        )
+
+    def _send_parts(self, key: str, source: Path, size: int, checksum: str, meter: Meter) -> None:
+        """Sends a large file, several parts at a time."""
+        part, sent = max(PART, -(-size // MAX_PARTS)), 0
+
+        def send() -> None:
+            nonlocal sent
+            if sent:
+                meter.advance(-sent)
+            with open(source, "rb") as file:
+                body = _Checked(file, source, size, checksum, meter)
+                try:
+                    self._client.put_object(
+                        self.bucket, self._key(key), body, size, part_size=part, num_parallel_uploads=PARTS_AT_ONCE
+                    )
+                finally:
+                    sent = body.sent
+
+        self._insist(f"write {key}", send, meter)
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key

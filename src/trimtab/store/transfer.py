@@ -72,6 +72,20 @@ def chunks(path: Path) -> Iterator[memoryview]:
             yield view[:count]
 
 
+def read_whole(path: Path, size: int) -> bytes:
+    """Returns the content of a file that has so many bytes.
+
+    Raises:
+        StoreError: it has another size, or was edited meanwhile.
+    """
+    with open(path, "rb") as file:
+        before = os.fstat(file.fileno()).st_mtime_ns
+        data = file.read(size + 1)
+        if len(data) != size or os.fstat(file.fileno()).st_mtime_ns != before:
+            raise changed(path)
+    return data
+
+
 def pump(
     pieces: Iterable[Any], write: Callable[[Any], Any] | None, advance: Callable[[int], None]
 ) -> tuple[str, int]:

@@ -37,6 +37,17 @@ def test_registered_once(server):
     assert version["description"] == "it is still good"
 
 
+def test_a_version_that_is_something_else_there(server):
+    """Of another store, or left without its artifact by a client that was killed."""
+    register(server.host, "model", "000001", URI, RECORD)
+    other = "s3://elsewhere/releases/model/000001"
+    with pytest.raises(InputError, match=f"has model 000001 already, of {URI} and not of {other}; archive or rename"):
+        register(server.host, "model", "000001", other, RECORD)
+    server.kept["artifacts"].clear()
+    with pytest.raises(InputError, match=f"has model 000001 already, of no artifact and not of {URI}"):
+        register(server.host, "model", "000001", URI, RECORD)
+
+
 @pytest.mark.parametrize(
     ("status", "kind", "message"),
     [(401, InputError, f"set another {TOKEN}"), (403, InputError, "refuses"), (404, StageError, "answered 404")],

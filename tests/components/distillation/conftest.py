@@ -19,7 +19,7 @@ SETTINGS = {"tokens": 6 * 4 * 32, "batch_size": 4, "length": 32, "learning_rate"
 @pytest.fixture(scope="session")
 def student(model, calibration, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("student")
-    prune(str(model), str(calibration), str(folder), "", {"method": "depth", "blocks": 2})
+    prune(str(model), str(calibration), str(folder), str(folder / "scratch"), {"method": "depth", "blocks": 2})
     return folder
 
 

@@ -187,7 +187,7 @@ def test_the_dense_student_is_no_answer(model, tmp_path):
 @pytest.fixture(scope="module")
 def sparse(model, calibration, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sparse")
-    prune(str(model), str(calibration), str(folder), "", {"method": "magnitude", "sparsity": 0.5})
+    prune(str(model), str(calibration), str(folder), str(folder / "scratch"), {"method": "magnitude", "sparsity": 0.5})
     return folder
 
 

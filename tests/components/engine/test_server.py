@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,11 @@ from serving import SETTINGS, Running
 from starlette.testclient import TestClient
 
 from trimtab.components.engine.server.app import Server
+from trimtab.components.engine.server.recorder import Recorder
 from trimtab.errors import Failure
 from trimtab.runtime.paged_engine import PagedEngine
+from trimtab.serving import request_log
+from trimtab.serving.traffic import shape
 
 PROMPT = "The river runs past the old mill"
 CHAT = [{"role": "user", "content": "Where does the river run?"}]
@@ -239,3 +243,35 @@ def test_an_engine_that_fails_tells_those_who_wait(served, monkeypatch: pytest.M
             answer = client.post("/v1/completions", json={"prompt": PROMPT})
             assert answer.status_code == 503 and "activations did not fit" in answer.json()["error"]["message"]
         assert "broken: activations did not fit" in client.get("/health").json()["status"]
+
+
+def test_requests_are_recorded_without_what_they_say(running: Running, client: OpenAI, tmp_path: Path) -> None:
+    """A line for each answer, one that was cancelled too; what was refused is none."""
+    running.server.recorder = Recorder(tmp_path / "traffic")
+    try:
+        before = time.time()
+        complete(client, extra_body={"ignore_eos": True})
+        complete(client, n=2, max_tokens=3, extra_body={"ignore_eos": True})
+        with pytest.raises(APIStatusError):
+            complete(client, max_tokens=100_000)
+        stream = complete(client, max_tokens=400, stream=True, extra_body={"ignore_eos": True})
+        next(iter(stream))
+        stream.close()
+        end = time.monotonic() + 10
+        while not running.wait_until_idle() or running.server.worker._readers:
+            assert time.monotonic() < end
+        (log,) = (tmp_path / "traffic").iterdir()
+        said = log.read_text()
+        lines = [json.loads(line) for line in said.splitlines()]
+        tokens = len(running.server.engine.tokenizer(PROMPT).input_ids)
+        assert {line["input_tokens"] for line in lines} == {tokens}
+        assert [line["outcome"] for line in lines] == ["length", "length", "length", "cancelled"]
+        assert [line["output_tokens"] for line in lines[:3]] == [24, 3, 3] and 0 < lines[3]["output_tokens"] < 400
+        assert all(0 < line["first_token_seconds"] <= line["seconds"] < 60 for line in lines)
+        assert all(before - 1 < line["time"] < time.time() + 1 for line in lines)
+        assert not any(word in said for word in (*PROMPT.split(), "tiny"))
+        found = shape(request_log.read(str(tmp_path / "traffic")))
+        longest = max(line["output_tokens"] for line in lines)
+        assert (found.requests, found.input.p50, found.total) == (4, tokens, tokens + longest)
+    finally:
+        running.server.recorder = None

@@ -12,7 +12,7 @@ from trimtab import child
 from trimtab.components.engine import smoke, work
 from trimtab.errors import Failure, InputError
 from trimtab.recipe import Engine
-from trimtab.runtime.backends import open_engine
+from trimtab.runtime.backends import checkpoint_digest, open_engine
 from trimtab.runtime.engine import TorchEngine
 from trimtab.runtime.vllm import VllmEngine, score
 from trimtab.serving.record import read
@@ -45,6 +45,7 @@ def requests() -> list[tuple[list[int], list[int]]]:
 
 @pytest.mark.parametrize(("form", "settings"), [
     ("bf16", {}), ("fp8", {}), ("fp8", {"kv_cache": "fp8"}), ("fp8_per_channel", {}),
+    ("int4_awq", {}), ("int4_gptq", {}), ("int4_rtn", {"exclude": ["*.o_proj"]}),
 ])  # fmt: skip
 def test_it_answers_as_the_torch_engine_does(export, tmp_path, vllm, form, settings):
     folder = export(form, **settings)
@@ -59,10 +60,17 @@ def test_it_answers_as_the_torch_engine_does(export, tmp_path, vllm, form, setti
     windows = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(4))
     assert served.nll(windows) == pytest.approx(torch_engine.nll(windows), abs=0.2)
     prompts = [context for context, _ in asked[:3]]
-    assert served.generate(prompts, 8) == torch_engine.generate(prompts, 8)
+    answers, expected = served.generate(prompts, 8), torch_engine.generate(prompts, 8)
+    if form.startswith("int4"):  # the stand-in multiplies in float32: of two tokens as likely it may take either
+        pairs = [*zip(prompts, answers, strict=True), *zip(prompts, expected, strict=True)]
+        found = [likelihood for likelihood, _ in torch_engine.loglikelihood([(p, a[:1]) for p, a in pairs])]
+        assert found[:3] == pytest.approx(found[3:], abs=0.1)
+    else:
+        assert answers == expected
     assert len(served.decode_speed(2, 8, 4, repeats=2)) == 2
     layers = read(engine).kernels
     assert layers == served.kernels() and layers.keys() == torch_engine.kernels().keys()
+    assert bool(read(engine).translated) == form.startswith("int4")
     assert served.weight_bytes == (folder / "model.safetensors").stat().st_size and served.device_bytes == 0
     served.close()
     assert served._llm.closed
@@ -111,6 +119,23 @@ def test_what_is_written_beside_the_engine(export, tmp_path, vllm):
     assert silent.returncode and "folder of the export" in silent.stderr
 
 
+def test_int4_is_served_from_beside_the_engine(export, tmp_path, vllm):
+    folder = export("int4_awq")
+    engine = build(folder, tmp_path / "built", **SETTINGS)
+    assert sorted(path.name for path in engine.iterdir()) == ["checkpoint", "engine.json", "serve.sh"]
+    built = read(engine)
+    assert built.translated == "trimtab-int4" and built.checkpoint == checkpoint_digest(folder)
+    program = tmp_path / "bin" / "vllm"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\necho "$2"\n')
+    program.chmod(0o755)
+    told = subprocess.run(["sh", str(engine / "serve.sh")], env={"PATH": f"{program.parent}:/usr/bin:/bin"}, text=True,
+                          capture_output=True, check=True)  # fmt: skip
+    assert told.stdout.strip() == str(engine / "checkpoint")
+    with pytest.raises(Failure, match="vLLM reads W4A16_AWQ once it is translated; build its engine"):
+        VllmEngine(folder, Engine(**SETTINGS))
+
+
 def test_nothing_is_truncated(export, vllm):
     served = VllmEngine(export("bf16"), Engine(**SETTINGS))
     for ask, message in [
@@ -133,7 +158,8 @@ def test_nothing_is_truncated(export, vllm):
     [
         ("0.23.1", "bf16", {}, "engine.backend: 'vllm' needs vLLM 0.24, and this image has 0.23.1"),
         ("0.25.0", "bf16", {}, "engine.backend: 'vllm' needs vLLM 0.24, and this image has 0.25.0"),
-        ("0.24.0", "int4_awq", {}, "vLLM reads FP8, FP8_PER_CHANNEL_PER_TOKEN, NVFP4 of ModelOpt's layers, and no W4"),
+        ("0.24.0", "int8_wo", {}, "vLLM reads FP8, FP8_PER_CHANNEL_PER_TOKEN, NVFP4, W4A16_AWQ of ModelOpt's layers, "
+         "and no W8A16"),
         ("0.24.0", "fp8 KV cache alone", {}, "vLLM refuses the export or its settings: Missing 'quant_algo'"),
         ("0.24.0", "bf16", {"max_seq_len": 4096, "max_num_tokens": 8192}, "vLLM refuses the export or its settings: "
          "User-specified max_model_len (4097) is greater"),

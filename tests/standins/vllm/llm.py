@@ -11,6 +11,8 @@ from typing import TypedDict
 
 import torch
 
+from . import packed
+
 ALGOS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "MXFP8", "MIXED_PRECISION")
 
 
@@ -86,14 +88,18 @@ class LLM:
             raise ValueError(f"max_num_batched_tokens ({max_num_batched_tokens}) is smaller than max_model_len")
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(f"max_num_batched_tokens ({max_num_batched_tokens}) must be >= max_num_seqs")
-        if quantization := config.get("quantization_config"):
+        quantization = config.get("quantization_config") or {}
+        if quantization and quantization["quant_method"] not in packed.METHODS:
             if not quantization.get("quant_algo"):
                 raise ValueError("Missing 'quant_algo' in quantization config")
             if quantization["quant_algo"].upper() not in ALGOS:
                 raise ValueError(f"ModelOpt currently only supports: {ALGOS} quantizations in vLLM.")
-        from trimtab.runtime.assemble import assemble
+        if quantization.get("quant_method") in packed.METHODS:
+            self._model = packed.read(Path(model), quantization)
+        else:
+            from trimtab.runtime.assemble import assemble
 
-        self._model = assemble(Path(model), torch.device("cpu"))
+            self._model = assemble(Path(model), torch.device("cpu"))
         self._end, self._longest = config["eos_token_id"], max_model_len
         self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self._end_processes))
         self.closed = False

@@ -1,0 +1,96 @@
+"""INT4 exports as vLLM reads them: compared with compressed-tensors' own unpacking, and with vLLM where it is there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.quantization import QuantizationConfig
+from safetensors.torch import load_file, save_file
+
+from trimtab.errors import Failure
+from trimtab.runtime import formats, vllm_checkpoint
+from trimtab.runtime.checkpoint import Export
+
+
+def translate(export: Path, folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    vllm_checkpoint.translate(export, folder / "there", folder / "scratch")
+    config = json.loads((folder / "there" / "config.json").read_text())
+    return config["quantization_config"], load_file(folder / "there" / "model.safetensors")
+
+
+@pytest.mark.parametrize(("form", "settings", "method"), [
+    ("int4_rtn", {"exclude": ["*.down_proj"], "kv_cache": "fp8"}, "compressed-tensors"),
+    ("int4_awq", {}, "trimtab-int4"),
+    ("int4_gptq", {"group_size": 64}, "trimtab-int4"),
+])  # fmt: skip
+def test_each_number_is_the_exports(export, tmp_path, form, settings, method):
+    source = Export(export(form, **settings))
+    config, tensors = translate(source.folder, tmp_path)
+    parsed = QuantizationConfig.model_validate({k: v for k, v in config.items() if k != "input_scaled_layers"})
+    (group,) = parsed.config_groups.values()
+    assert (config["quant_method"], parsed.format, group.targets) == (method, "pack-quantized", ["Linear"])
+    size = group.weights.group_size
+    assert size == settings.get("group_size", 32) and group.weights.symmetric and group.weights.num_bits == 4
+    for name in source.layers:
+        layer = source.layer(name)
+        packed, scale, shape = (tensors.pop(f"{name}.{part}") for part in ("weight_packed", "weight_scale",
+                                                                          "weight_shape"))  # fmt: skip
+        assert scale.dtype == torch.bfloat16 and torch.equal(scale, layer.weight_scale)
+        assert tuple(shape.tolist()) == layer.shape
+        numbers = unpack_from_int32(packed, 4, torch.Size(shape.tolist()))
+        assert torch.equal(numbers, formats.unpack_int4(layer.weight))
+        weight = numbers.float().unflatten(1, (-1, size)) * scale.float()[..., None]
+        assert torch.equal(weight.flatten(1), formats.scaled_weight(layer))
+        assert (name in config.get("input_scaled_layers", ())) == (layer.pre_quant_scale is not None)
+        if layer.pre_quant_scale is not None:
+            assert torch.equal(tensors.pop(f"{name}.pre_quant_scale"), layer.pre_quant_scale)
+    own = {f"{name}.{part}" for name in source.layers for part in ("weight", *formats.SCALES)}
+    assert sorted(tensors) == [name for name in source.names if name not in own]
+    assert all(torch.equal(tensor, source.tensor(name)) for name, tensor in tensors.items())
+    assert ("model.layers.0.mlp.down_proj" in config["ignore"]) == bool(settings.get("exclude"))
+    assert "lm_head" in config["ignore"] and bool(config.get("kv_cache_scheme")) == ("kv_cache" in settings)
+
+
+def test_every_nibble_finds_its_place():
+    numbers = torch.arange(-8, 8, dtype=torch.int8).repeat(3, 2)
+    packed = vllm_checkpoint.pack(numbers)
+    assert packed.dtype == torch.int32 and packed.shape == (3, 4)
+    assert torch.equal(unpack_from_int32(packed, 4, numbers.shape), numbers)
+    assert packed[0, 0].item() == 0x76543210
+
+
+@pytest.mark.parametrize(
+    ("form", "settings", "message"),
+    [
+        ("mixed", {"effective_bits": 6}, "vLLM reads no W4A16_AWQ beside W8A16; write one format for all"),
+        ("int4_rtn", {"exclude": ["*.k_proj"]}, "vLLM fuses model.layers.0.self_attn.q_proj with model.layers.0."
+         "self_attn.k_proj, which is in 16 bits; exclude both"),
+        ("int4_rtn", {"kv_cache": "int8"}, "vLLM serves no INT8 KV cache beside INT4; write 'none' or 'fp8'"),
+    ],
+)  # fmt: skip
+def test_what_vllm_cannot_be_given(export, tmp_path, form, settings, message):
+    with pytest.raises(Failure) as failure:
+        translate(export(form, **settings), tmp_path)
+    assert failure.value.failure_class == "unsupported" and failure.value.reason == message
+    assert not (tmp_path / "there").exists() and not (tmp_path / "scratch").exists()
+
+
+@pytest.mark.parametrize(("part", "change", "message"), [
+    ("weight_scale", lambda scale: scale.float() * 1.001, "q_proj.weight_scale is torch.float32, and vLLM would round"),
+    ("pre_quant_scale", lambda _: torch.ones(64), "whose pre_quant_scale is another"),
+])  # fmt: skip
+def test_no_number_is_rounded_and_none_is_left_out(export, tmp_path, part, change, message):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    source = export("int4_rtn")
+    for path in source.iterdir():
+        (copy / path.name).symlink_to(path)
+    tensors = load_file(source / "model.safetensors")
+    name = f"model.layers.0.self_attn.q_proj.{part}"
+    tensors[name] = change(tensors.get(name))
+    (copy / "model.safetensors").unlink()
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(Failure, match=message):
+        translate(copy, tmp_path)
