@@ -5,9 +5,9 @@ Run: python benchmarks/decode.py [--eight-billion] [--formats NAME ...] [--batch
 
 Weights are random and made on the device; a model has them as an export of its format would, and is run by the engine's
 own decoder. The limit is bytes of weights, keys and values of a step over the measured speed of a copy. With --out
-every row is written as a line of JSON when it is found: `speed` in tokens a second of all sequences, and for the first
-batch `kernels`, the microseconds a step that each takes, and `products`, those of one row by the block of outputs and
-inputs that a program has ("own": the layer's kernel). vLLM's row is the same shape with its dummy weights.
+every row is written as a line of JSON when it is found: `speed` in tokens a second of all sequences; for the first
+batch `kernels`, the microseconds a step that each takes; and `products`, the GB/s of weights that those of few rows
+read by the block of a program ("own": the layer's kernel). vLLM's row is the same shape with its dummy weights.
 """
 
 from __future__ import annotations
@@ -271,18 +271,19 @@ def kernels(steps: Callable[[int], object]) -> dict[str, Any]:
 
 
 def products(model: Any) -> dict[str, dict[str, float]]:
-    """Returns by shape the GB/s of one row's product, in each block that was tried and the layer's own."""
-    from trimtab.runtime import one_row
+    """Returns by shape and rows the GB/s of the product, in each block that was tried and the layer's own."""
+    from trimtab.runtime import few_rows
     from trimtab.runtime import step as steps
 
     found = {}
-    for members in one_row.by_shape(steps.layers(model)):
+    for members in few_rows.by_shape(steps.layers(model)):
         weight = members[0][1]["weight_OI"]
-        times = one_row.measure(members)
-        found[f"{weight.shape[0]} x {weight.shape[1]}, {str(weight.dtype).removeprefix('torch.')}"] = {
-            "own" if block is None else "x".join(map(str, block)): round(weight.nbytes / seconds / 1e9)
-            for block, seconds in times.items()
-        }
+        for rows in few_rows.ROWS:
+            times = few_rows.measure(members, rows)
+            found[f"{weight.shape[0]} x {weight.shape[1]}, {str(weight.dtype).removeprefix('torch.')}, {rows} rows"] = {
+                "own" if block is None else "x".join(map(str, block)): round(weight.nbytes / seconds / 1e9)
+                for block, seconds in times.items()
+            }
     return found
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trimtab.recipe import Engine
-from trimtab.runtime import decode, formats, linear, one_row, small_kernels
+from trimtab.runtime import decode, few_rows, formats, linear, small_kernels
 from trimtab.runtime.engine import TorchEngine
 from trimtab.runtime.formats import Layout, Quantized
 from trimtab.runtime.paged_engine import Attention, PagedEngine
@@ -174,6 +174,7 @@ def test_rounding_to_e4m3_is_pytorchs() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 16, 33, 64])
 @pytest.mark.parametrize("columns", [256, 576])
 @pytest.mark.parametrize(
     "make",
@@ -187,11 +188,13 @@ def test_rounding_to_e4m3_is_pytorchs() -> None:
     ids=["bf16", "int8_wo", "int8_sq", "fp8", "fp8, by row"],
 )
 @torch.inference_mode()
-def test_every_block_computes_the_product_of_one_row(make: Callable[[int], torch.nn.Module], columns: int) -> None:
+def test_every_block_computes_the_product_of_few_rows(
+    make: Callable[[int], torch.nn.Module], columns: int, rows: int
+) -> None:
     torch.manual_seed(0)
-    (members,) = one_row.by_shape([make(columns) for _ in range(3)])
-    found = one_row.measure(members)
-    assert set(found) == {None, *one_row.BLOCKS}
+    (members,) = few_rows.by_shape([make(columns) for _ in range(3)])
+    found = few_rows.measure(members, rows)
+    assert set(found) == {None, *few_rows.blocks(*members[0], rows)}
     assert all(0 < seconds < 1 for seconds in found.values())
 
 

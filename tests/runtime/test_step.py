@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from trimtab.runtime import decode, fewer_kernels, one_row, step
+from trimtab.runtime import decode, few_rows, fewer_kernels, step
 from trimtab.runtime.assemble import assemble
 from trimtab.runtime.decode import Growing, Stepping
 from trimtab.runtime.paged_engine import PagedEngine
@@ -114,23 +114,25 @@ def test_a_model_that_computes_something_else_has_none(capsys: pytest.CaptureFix
 
 
 @torch.inference_mode()
-def test_products_of_one_row_are_used_for_one_row(plain_folder: Path) -> None:
+def test_products_are_used_for_the_rows_that_they_were_chosen_for(plain_folder: Path) -> None:
     model = assemble(plain_folder, CPU)
     fewer_kernels.fuse_norms(model)
     layers, used = step.layers(model), []
     assert len(layers) == 2 * 4 + 1
-    assert all(one_row.operands(layer) for layer in layers)
+    assert all(few_rows.operands(layer) for layer in layers)
 
-    def noting(layer: torch.nn.Module) -> Any:
-        return lambda x: used.append(layer) or layer(x)
+    def noting(layer: torch.nn.Module, name: str) -> Any:
+        return lambda x: used.append(name) or layer(x)
 
-    found = Step(model, 64, one={layer: noting(layer) for layer in layers})
-    for batch, expected in ((1, len(layers)), (2, 0)):
+    names = {1: "one", 3: "few"}
+    chosen = {x: few_rows.Chosen(x, [(rows, noting(x, name)) for rows, name in names.items()]) for x in layers}
+    found = Step(model, 64, products=chosen)
+    for batch, expected in ((1, ["one"]), (2, ["few"]), (3, ["few"]), (4, [])):
         used.clear()
         decoder = Stepping(found, model, batch, 4, 4)
         decoder.prefill(torch.ones(batch, 4, dtype=torch.int64))
         decoder.steps(1)
-        assert len(used) == expected
+        assert used == expected * len(layers)
 
 
 @torch.inference_mode()
@@ -151,7 +153,9 @@ def test_the_server_decodes_by_the_same_step(plain_folder: Path, windows: torch.
     assert sum(same) > 0.8 * len(same)  # bfloat16 may settle a tie another way
 
 
-def test_a_gpu_without_a_step_of_the_models_own_records_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_cannot_record_a_step_records_transformers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, made = make("Llama"), []
     monkeypatch.setattr(type(model), "device", torch.device("cuda"), raising=False)
 
@@ -169,3 +173,4 @@ def test_a_gpu_without_a_step_of_the_models_own_records_transformers(monkeypatch
     monkeypatch.setattr(decode, "Stepping", Broken)
     monkeypatch.setattr(decode, "Static", Fine)
     assert decode.decoder(model, 1, 4, 4, step=object()) is made[0]
+    assert "could not be recorded: RuntimeError: a kernel that no card has" in capsys.readouterr().err

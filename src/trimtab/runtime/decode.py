@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel, StaticCache
 
+from trimtab import progress
 from trimtab.runtime.step import Decoding, Step
 
 #: logits [batch, V] -> the next tokens, int64 [batch, 1].
@@ -222,6 +223,7 @@ def recorded(model: PreTrainedModel, *sizes: int, step: Step | None = None, agre
             raise
         except Exception as error:  # whatever a model does that a recording or a fixed cache does not allow
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            progress.report("engine", f"a step could not be recorded: {reason}")
         else:
             return found
     return Growing(model, f"loop, as no CUDA graph could be made: {reason}")

@@ -255,8 +255,12 @@ class Fp8(PackedLinear):
         self.keep(to_codes_1=1 / layer.input_scale.float().reshape(1))
         self._to_e4m3 = small_kernels.rounding(layer.weight.device)
 
+    def codes(self, x_RI: torch.Tensor) -> torch.Tensor:
+        """The activations in units of their scale, as e4m3 numbers."""
+        return self._to_e4m3(x_RI, self.to_codes_1)
+
     def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
-        codes_RI = self._to_e4m3(x_RI, self.to_codes_1)
+        codes_RI = self.codes(x_RI)
         given = self.input_scale.expand(len(x_RI), 1).contiguous() if self.by_row else self.input_scale
         scales = {"scale_a": given, "scale_b": self.weight_scale}
         return torch._scaled_mm(codes_RI, self.weight_OI.t(), out_dtype=torch.bfloat16, **scales)

@@ -23,9 +23,6 @@ from trimtab import progress
 from trimtab.runtime import formats, paged
 from trimtab.runtime.paged import Pass
 
-#: Formats of a KV cache that Triton's kernels read and write.
-_DIRECT = (None, "FP8")
-
 
 @dataclass(frozen=True)
 class Angles:
@@ -127,12 +124,19 @@ def _replacement(name: str, device: torch.device, sizes: Sizes | None = None) ->
     return None if reason else function
 
 
+@functools.cache
+def direct(device: torch.device) -> tuple[str | None, ...]:
+    """Returns the formats of a KV cache that Triton's kernels read and write; older cards have no e4m3."""
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
+    return (None,) if old else (None, "FP8")
+
+
 def adapted(fast: ModuleType) -> dict[str, Callable[..., Any]]:
     """Returns the functions of `triton_kernels` by the names, and with the arguments, of this module's."""
 
     def store(qkv: torch.Tensor, angles: Angles, positions: torch.Tensor, where: Pass, layer: int) -> torch.Tensor:
         cache = where.cache
-        if cache.algorithm not in _DIRECT:
+        if cache.algorithm not in direct(qkv.device):
             return rotate_and_store(qkv, angles, positions, where, layer)
         scales = cache.scales(layer) if cache.algorithm else None
         pair = cache.tensors(layer)
@@ -140,7 +144,7 @@ def adapted(fast: ModuleType) -> dict[str, Callable[..., Any]]:
 
     def look(query: torch.Tensor, where: Pass, layer: int, scaling: float) -> torch.Tensor:
         cache = where.cache
-        if cache.algorithm not in _DIRECT:
+        if cache.algorithm not in direct(query.device):
             return attend(query, where, layer, scaling)
         scales = cache.scales(layer) if cache.algorithm else None
         pair = cache.tensors(layer)
@@ -217,7 +221,7 @@ def _try_attend(function: Callable[..., Any], sizes: Sizes, device: torch.device
 def _caches(sizes: Sizes, device: torch.device) -> list[paged.PagedKVCache]:
     """Caches of one layer in each format that is read directly, with room for 320 tokens."""
     shape = (sizes.kv_heads, sizes.head_dim)
-    return [paged.PagedKVCache({0: shape}, 20, 16, device, name, {0: (0.02, 0.03)}) for name in _DIRECT]
+    return [paged.PagedKVCache({0: shape}, 20, 16, device, name, {0: (0.02, 0.03)}) for name in direct(device)]
 
 
 def one_token_each(cache: paged.PagedKVCache, device: torch.device, positions: list[int]) -> tuple[Pass, torch.Tensor]:

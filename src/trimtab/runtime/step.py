@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trimtab import progress
-from trimtab.runtime import fused, one_row, small_kernels
+from trimtab.runtime import few_rows, fused, small_kernels
 from trimtab.runtime.fewer_kernels import FusedRMSNorm
 from trimtab.runtime.linear import PackedLinear
 from trimtab.runtime.paged import PagedKVCache, Pass
@@ -59,7 +59,7 @@ class Step:
         model: one that `refusal` says nothing against; its modules and weights are used as they are.
         positions: that a token may have, from 0.
         kernels: the functions between the products.
-        one: faster products of one row, for some of the layers.
+        products: in the place of some of the layers.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class Step:
         model: PreTrainedModel,
         positions: int,
         kernels: Kernels | None = None,
-        one: dict[nn.Module, Product] | None = None,
+        products: dict[nn.Module, Product] | None = None,
     ):
         body = model.base_model
-        self.kernels, self._one = kernels or Kernels(), one or {}
+        self.kernels, self._products = kernels or Kernels(), products or {}
         self.sizes = sizes(model)
         self._embedding, self._norm = body.embed_tokens, body.norm
         self._head = self._product(model.get_output_embeddings())
@@ -129,8 +129,7 @@ class Step:
         return lambda x: torch.cat([product(x) for product in products], dim=-1)
 
     def _product(self, layer: nn.Module) -> Product:
-        one = self._one.get(layer)
-        return (lambda x: one(x) if len(x) == 1 else layer(x)) if one else layer
+        return self._products.get(layer, layer)
 
     def _normed(self, block: _Block, qkv: torch.Tensor) -> torch.Tensor:
         """Norms of each head of queries and keys, where a model has them."""
@@ -191,11 +190,11 @@ def build(model: PreTrainedModel, positions: int) -> Step | None:
     """Returns the step of a model, on a GPU with the fastest kernels found, or None: it has none, and reports why."""
     reason = refusal(model, positions)
     if not reason:
-        kernels, one = small_kernels.choose(sizes(model), model.device), {}
+        kernels, products = small_kernels.choose(sizes(model), model.device), {}
         if model.device.type == "cuda":
-            progress.report("engine", "measuring products of one row")
-            one = one_row.choose(layers(model))
-        step = Step(model, positions, kernels, one)
+            progress.report("engine", "measuring products of few rows")
+            products = few_rows.choose(layers(model))
+        step = Step(model, positions, kernels, products)
         reason = disagreement(model, step, positions)
     if reason:
         progress.report("engine", f"decodes by transformers' forward pass: {type(model).__name__} {reason}")

@@ -308,3 +308,53 @@ def matvec(
         OUT=outputs, IN=inputs, num_warps=warps,
     )  # fmt: skip
     return y_1O
+
+
+@triton.jit(do_not_specialize=["count"])  # or it would be compiled anew for one row, and for sixteen
+def _matmul(
+    x, weight, scale, y, count, rows, columns,
+    SCALED: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
+):  # fmt: skip
+    out = tl.program_id(0) * OUT + tl.arange(0, OUT)
+    row = tl.arange(0, ROWS)
+    there = row[:, None] < count
+    start = out.to(tl.int64)[None, :] * columns
+    sums = tl.zeros([ROWS, OUT], tl.float32)
+    for begin in range(0, columns, IN):
+        column = begin + tl.arange(0, IN)
+        value = tl.load(x + row[:, None] * columns + column[None, :], mask=there, other=0.0)
+        w = tl.load(weight + start + column[:, None])
+        sums = tl.dot(value, w.to(value.dtype), sums)
+    if SCALED == "by row":
+        sums *= tl.load(scale + out)[None, :]
+    elif SCALED == "once":
+        sums *= tl.load(scale)
+    tl.store(y + row[:, None] * rows + out[None, :], sums.to(y.dtype.element_ty), mask=there)
+
+
+def matmul(
+    x_RI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    block: tuple[int, int, int, int],
+    scale: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """Returns x @ weight.T of few rows, [R, O], each weight read once; numbers of x are what they are multiplied as.
+
+    Args:
+        block: outputs and inputs that a program has at a time, which divide the weight; its warps, and its loads that
+            are on their way at once.
+        scale: float32 [1], or [O], of the outputs.
+        dtype: of the result.
+    """
+    count, (rows, columns) = len(x_RI), weight_OI.shape
+    outputs, inputs, warps, stages = block
+    if rows % outputs or columns % inputs:
+        raise ValueError(f"a block of {outputs} x {inputs} does not divide {rows} x {columns}")
+    y_RO = x_RI.new_empty(count, rows, dtype=dtype)
+    scaled = "" if scale is None else "once" if scale.numel() == 1 else "by row"
+    _matmul[(rows // outputs,)](
+        x_RI, weight_OI, x_RI if scale is None else scale, y_RO, count, rows, columns, SCALED=scaled,
+        ROWS=max(16, triton.next_power_of_2(count)), OUT=outputs, IN=inputs, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return y_RO

@@ -1,0 +1,166 @@
+"""Products of a matrix with few rows, which is all that decoding does: read the matrix once, at the memory's speed.
+
+Libraries compute few rows with kernels made for many: on an H100 cuBLAS's FP8 product of one row with a layer of
+4096 x 4096 reads a third of what the memory could give, and PyTorch has no quick one for INT8. Triton's `matvec` gives
+each program a few rows of the matrix, `matmul` a few columns of the result. Which is fastest, and in which block,
+depends on the shape and the card: so it is measured when a model is loaded, once for each kind of layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimtab.runtime import linear
+
+#: Outputs and inputs that a program of `matvec` has at a time, and its warps.
+BLOCKS = (
+    (1, 2048, 4), (2, 1024, 4), (4, 512, 4), (4, 1024, 4), (8, 512, 4), (8, 1024, 4), (16, 512, 4), (8, 1024, 8),
+)  # fmt: skip
+#: The same of `matmul`, and its loads under way.
+TILES = ((16, 256, 4, 4), (32, 128, 4, 5), (32, 256, 4, 4), (64, 128, 4, 5), (64, 256, 4, 3), (128, 128, 4, 4))
+#: Rows that products are chosen for; one serves fewer rows too, down to the next.
+ROWS = (1, 16, 64)
+#: Bytes that are read before a matrix comes again: more than twice the L2 cache of an H200.
+_COLD_BYTES = 160 << 20
+_ROUNDS = 3
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+#: A layer, and what `matvec` takes of it beside its input.
+Member = tuple[nn.Module, dict[str, Any]]
+
+
+class Chosen:
+    """A layer's fastest product for each number of rows.
+
+    Args:
+        by_rows: (rows at most, product), the fewest first; more rows are the layer's own.
+    """
+
+    def __init__(self, layer: nn.Module, by_rows: list[tuple[int, Product]]):
+        self._by_rows, self._layer = by_rows, layer
+
+    def __call__(self, x_RI: torch.Tensor) -> torch.Tensor:
+        product = next((product for most, product in self._by_rows if len(x_RI) <= most), self._layer)
+        return product(x_RI)
+
+
+def operands(layer: nn.Module) -> dict[str, Any] | None:
+    """Returns what `triton_kernels.matvec` takes of a layer beside its input, or None where it has no such product."""
+    if type(layer) is nn.Linear:
+        return {"weight_OI": layer.weight, "bias": layer.bias}
+    if not isinstance(layer, linear.PackedLinear) or layer.pre_quant_scale is not None:
+        return None
+    if isinstance(layer, linear.Fp8):
+        scale = (layer.weight_scale * layer.input_scale).reshape(-1)
+        found = {"scale": scale, "to_codes": layer.to_codes_1, "rounding": "fp8"}
+    elif isinstance(layer, linear.Int8Static):
+        found = {"scale": layer.scale_O, "to_codes": layer.to_integers, "rounding": "int8"}
+    elif isinstance(layer, linear.Int8WeightOnly):
+        found = {"scale": layer.scale_O.float()}
+    else:
+        return None
+    return {"weight_OI": layer.weight_OI, "bias": layer.bias, **found}
+
+
+@torch.inference_mode()
+def choose(layers: Iterable[nn.Module]) -> dict[nn.Module, Chosen]:
+    """Returns the faster products, [R, I] -> [R, O], of those layers on a GPU that have any."""
+    found: dict[nn.Module, Chosen] = {}
+    for members in by_shape(layers):
+        best = {rows: min(times, key=times.get) for rows in ROWS if (times := measure(members, rows))}
+        if any(best.values()):
+            for layer, given in members:
+                by_rows = [(rows, product(layer, given, block) if block else layer) for rows, block in best.items()]
+                found[layer] = Chosen(layer, by_rows)
+    return found
+
+
+def by_shape(layers: Iterable[nn.Module]) -> list[list[Member]]:
+    """Returns the layers that have such products, those of one kind and shape together.
+
+    A layer that others wait for, as in tensor parallelism, keeps its own.
+    """
+    kinds: dict[tuple, list[Member]] = {}
+    for layer in dict.fromkeys(layers):
+        given = operands(layer)
+        if given and not layer._forward_hooks:
+            shapes = {name: tensor.shape for name, tensor in given.items() if isinstance(tensor, torch.Tensor)}
+            key = (type(layer), given["weight_OI"].dtype, *shapes.items())
+            kinds.setdefault(key, []).append((layer, given))
+    return list(kinds.values())
+
+
+@torch.inference_mode()
+def measure(members: list[Member], rows: int) -> dict[tuple[int, ...] | None, float]:
+    """Returns the seconds of a product with so many rows by its block, None for the layers' own.
+
+    A block that fails, or computes other numbers than the first layer, is left out.
+    """
+    layer, given = members[0]
+    weight = given["weight_OI"]
+    x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
+    if "to_codes" in given:
+        x *= 32 / given["to_codes"]  # within the range of INT8, and of FP8
+    x = x.bfloat16()
+    expected = layer(x).float()
+    some = members[: -(-_COLD_BYTES // weight.nbytes)]
+    found: dict[tuple[int, ...] | None, float] = {None: _seconds([layer for layer, _ in some], x)}
+    for block in blocks(layer, given, rows):
+        products = [product(layer, given, block) for layer, given in some]
+        try:
+            if (products[0](x).float() - expected).norm() <= 0.01 * expected.norm():
+                found[block] = _seconds(products, x)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever a compiler says about a card
+            continue
+    return found
+
+
+def blocks(layer: nn.Module, given: dict[str, Any], rows: int) -> tuple[tuple[int, ...], ...]:
+    """Returns the blocks to try for a number of rows; with several, cuBLAS is as fast in 16 bits as anything."""
+    if rows == 1:
+        return BLOCKS
+    tiled = isinstance(layer, (linear.Fp8, linear.Int8WeightOnly)) and given["bias"] is None
+    height, width = given["weight_OI"].shape
+    return tuple(tile for tile in TILES if not height % tile[0] and not width % tile[1]) if tiled else ()
+
+
+def product(layer: nn.Module, given: dict[str, Any], block: tuple[int, ...]) -> Product:
+    """Returns the product of a layer in a block: one of `BLOCKS`, or of `TILES`."""
+    from trimtab.runtime import triton_kernels
+
+    if len(block) == 3:
+        return partial(triton_kernels.matvec, block=block, **given)
+    multiply = partial(triton_kernels.matmul, weight_OI=given["weight_OI"], block=block, scale=given["scale"])
+    if isinstance(layer, linear.Fp8):
+        return lambda x_RI: multiply(layer.codes(x_RI))
+    return multiply
+
+
+def _seconds(products: list[Product], x: torch.Tensor) -> float:
+    """Returns the seconds of one of the products, in the fastest of several replays of a CUDA graph of all."""
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        products[0](x)
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for product in products:
+            product(x)
+    graph.replay()
+    taken = []
+    for _ in range(_ROUNDS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end) / 1000)
+    return min(taken) / len(products)
