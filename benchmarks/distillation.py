@@ -10,11 +10,11 @@ and on text that the teacher writes; the last 20 % and BLiMP measure them. The r
 - movement: movement pruning beside gradual magnitude pruning, --comparison-tokens for each
 - quantization_aware: training with rounded weights beside rounding after training
 - equal_bytes: the student of `recovery` in INT8 beside all blocks in as many bytes
-- movement_otherwise: movement as the paper has it, and magnitude pruning at once
+- movement_otherwise: magnitude pruning at once, and movement whose scores count less, or alone as in the paper
 - throughput: trimtab's loop, the same with stored logits, and a Trainer whose compute_loss runs the teacher, by turns:
   same student, batches and precision (bfloat16 with float32 masters on a GPU)
 
-Defaults are meant for an H100. Each figure is appended to --out as a line of JSON as soon as it is known. With
+Defaults are meant for an H100 or H200. Each figure is appended to --out as a line of JSON as soon as it is known. With
 --minutes, what would not end in time is left out, and the next row is tried. --quick takes seconds, without --model on
 a tiny random one, whose perplexities mean nothing. The last line is one JSON object.
 """

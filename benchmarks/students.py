@@ -28,13 +28,14 @@ def movement(benchmark: Any) -> Figures:
 
 
 def movement_otherwise(benchmark: Any) -> Figures:
-    """The same tokens for magnitude pruning before training, and for movement by scores alone."""
+    """The same tokens for magnitude pruning before training, and for movement by scores less, and alone."""
     for sparsity in benchmark.options.sparsities:
         sparse, parameters = str(benchmark.new("sparse")), {"method": "magnitude", "sparsity": sparsity}
         prune(benchmark.model, None, sparse, f"{sparse}-scratch", parameters)
         yield _trained(benchmark, f"magnitude at once {sparsity:.0%}", sparse, {"keep_zeros": True})
-    for sparsity in benchmark.options.sparsities:
-        yield _sparse(benchmark, "movement, scores alone", sparsity, magnitude_weight=0.0)
+    for kind, weight in {"movement, scores count a tenth": 10.0, "movement, scores alone": 0.0}.items():
+        for sparsity in benchmark.options.sparsities:
+            yield _sparse(benchmark, kind, sparsity, magnitude_weight=weight)
 
 
 def _sparse(benchmark: Any, kind: str, sparsity: float, **changes: Any) -> tuple[str, dict[str, Any]]:

@@ -268,13 +268,15 @@ def _check_signing(required: bool) -> None:
 
 
 def _check_texts(recipe: Recipe) -> None:
-    """Calibration text that is missing or empty is refused now rather than after the baseline."""
+    """Text that is missing or empty is refused now rather than after the baseline."""
     from trimtab.runtime import documents
 
-    for source in recipe.calibrate.sources:
+    texts = [("calibrate.text", source.text) for source in recipe.calibrate.sources if source.dataset is None]
+    texts += [("distill.text", name) for name in recipe.distill.texts] if recipe.distill else []
+    for field, name in texts:
         # Conversations need the model's chat template, so JSON lines are read where the model is.
-        if source.dataset is None and source.text != "builtin" and not source.text.endswith(".jsonl"):
-            documents.read(source.text, ("", ""), field="calibrate.text")
+        if name != "builtin" and not (name.endswith(".jsonl") and Path(name).is_file()):
+            documents.read(name, ("", ""), field=field)
 
 
 def _check_tasks(evaluation: Evaluation) -> None:

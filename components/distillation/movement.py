@@ -8,8 +8,10 @@ The paper fine-tunes for another task, whose gradient tells weights apart from t
 is its own teacher: there is no gradient before weights are dropped, and Adam would make scores of its rounding. So
 dropping begins at once, and weights are ranked by S + a · |W| ‖x‖, the latter over the layer's root mean square, of
 the weights of that step and the inputs x seen so far: what a weight adds to the layer's output, as Wanda has it,
-decides until training has told more. Six blocks of SmolLM2 as their own teacher, 85 % and 40 steps of 128 tokens: a
-held-out loss of 1.68, of 2.52 by |W| alone, and of 3.06 by S + |W|, which does not see the inputs.
+decides until training has told more. SmolLM2-135M on an H200, 2.5 million tokens, one seed: at 85 % a perplexity of
+71.3, and of 109.9 by |W| alone; at 50 % 34.3 and 33.6, which is the order that the paper found. Few small steps make
+scores of noise: with six blocks of it, 85 %, 40 steps of 128 tokens, the held-out loss was 1.49 by |W| ‖x‖ alone, 1.68
+with a = 1, 2.52 by |W| alone and 3.06 by S + |W|.
 
 The hard variant drops a given share, along a cubic schedule. The soft one drops what scores below a threshold,
 sigmoid(S) < τ, and pays for scores, λ · mean(sigmoid(S)): what share that is, training finds. With |W| for a score

@@ -77,6 +77,9 @@ RECIPES = [
     ("quantize: {format: mixed}", "has format 'mixed' and no effective_bits; write effective_bits: 4 to 8"),
     ("calibrate: {text: empty.txt}", "calibrate.text: 'empty.txt' is empty; write the path of a file with text in it"),
     ("calibrate: {text: no.txt}", "calibrate.text: 'no.txt' is not a file; write 'builtin' or the path of a .txt"),
+    ("distill: {tokens: 9, text: empty.txt}",
+     "distill.text: 'empty.txt' is empty; write the path of a file with text in it"),
+    ("distill: {tokens: 9, text: [builtin, no.jsonl]}", "distill.text: 'no.jsonl' is not a file; write 'builtin'"),
     ("quantize: [", "the recipe is not valid YAML or JSON"),
 ]
 
