@@ -132,8 +132,9 @@ def judge(options: argparse.Namespace, scratch: Path) -> None:
             if form != "bf16" and "error" not in found and ("bf16", engine) in answers:
                 row["verdict"] = verdict_on(answers["bf16", engine], found)
             tell(options, row)
-        both = [{e: answers[f, e] for e in ENGINES if (f, e) in answers} for f in (form, "bf16")]
-        tell(options, {"format": form, "agreement": compare(*both)})
+        plain = {} if form == "bf16" else {e: answers["bf16", e] for e in ENGINES if ("bf16", e) in answers}
+        found = {e: answers[form, e] for e in ENGINES if (form, e) in answers}
+        tell(options, {"format": form, "agreement": compare(found, plain)})
 
 
 def export(form: str, scratch: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -302,10 +303,10 @@ def compare(found: dict[str, dict[str, Any]], plain: dict[str, dict[str, Any]]) 
 
     Args:
         found: engine -> its answers.
-        plain: engine -> its answers on BF16.
+        plain: engine -> its answers on BF16; empty for BF16 itself, which has no verdict.
     """
     told: dict[str, Any] = {}
-    if found.keys() & plain.keys() >= {"torch", "vllm"}:
+    if found.keys() & plain.keys() >= {"torch", "vllm"} and found["torch"]["sentences"]:
         outcomes = [verdict_on(plain[engine], found[engine])["outcome"] for engine in ("torch", "vllm")]
         told["verdicts"] = dict(zip(("torch", "vllm"), outcomes, strict=True)) | {"agree": outcomes[0] == outcomes[1]}
     for kind in ("sentences", "next", "nll"):

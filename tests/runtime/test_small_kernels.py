@@ -175,6 +175,16 @@ def test_a_block_that_does_not_divide_a_matrix_is_not_tried(triton_kernels: Modu
         few_rows.product(module, given, (64, 128, 4, 5))(torch.ones(2, 256).bfloat16())
 
 
+def test_layers_of_one_kind_and_shape_are_measured_together() -> None:
+    kinds = ("fp8", "bf16", "fp8, by row", "fp8", "bf16, bias", "bf16")
+    layers = [layer(kind) for kind in kinds]
+    hooked = layer("bf16")
+    hooked.register_forward_hook(lambda *_: None)  # as where ranks add up
+    found = few_rows.by_shape([*layers, layers[0], hooked, layer("bf16", rows=20)])
+    assert [[layers.index(x) for x, _ in members] for members in found[:-1]] == [[0, 3], [1, 5], [2], [4]]
+    assert [x.out_features for x, _ in found[-1]] == [20]
+
+
 def test_what_has_no_product_of_few_rows_keeps_its_own() -> None:
     smoothed = Quantized(Layout("W8A16"), torch.ones(16, 32, dtype=torch.int8), torch.ones(16))
     plain = linear.Int8WeightOnly(smoothed, None)

@@ -89,7 +89,8 @@ def by_shape(layers: Iterable[nn.Module]) -> list[list[Member]]:
     for layer in dict.fromkeys(layers):
         given = operands(layer)
         if given and not layer._forward_hooks:
-            key = (type(layer), given["weight_OI"].dtype, *given["weight_OI"].shape, given["bias"] is None)
+            shapes = {name: tensor.shape for name, tensor in given.items() if isinstance(tensor, torch.Tensor)}
+            key = (type(layer), given["weight_OI"].dtype, *shapes.items())
             kinds.setdefault(key, []).append((layer, given))
     return list(kinds.values())
 

@@ -182,13 +182,17 @@ class Scheduler:
 
     def _decoding(self) -> list[Sequence]:
         """The running sequences that have one token to compute, each with room for it; the last may lose theirs."""
-        chosen = []
+        chosen, preempted = [], set()
         for sequence in list(self.running):
-            if sequence not in self.running or _missing(sequence) != 1:
+            if _missing(sequence) != 1 or sequence in preempted:
                 continue
-            while sequence in self.running and not self.pool.grow(sequence, len(sequence.tokens)):
-                self._preempt(self.running[-1])
-            if sequence in self.running:
+            while not self.pool.grow(sequence, len(sequence.tokens)):
+                last = self.running[-1]
+                self._preempt(last)
+                preempted.add(last)
+                if last is sequence:
+                    break
+            else:
                 chosen.append(sequence)
         return chosen
 
@@ -206,6 +210,8 @@ class Scheduler:
         else it would soon be preempted, or preempt.
         """
         works: list[Work] = []
+        if not self.waiting:
+            return works
         pool = self.pool
         growing = sum(pool.needed(sequence.length) > len(pool.tables[sequence]) for sequence in self.running)
         while self.waiting and len(self.running) < self.max_batch_size and budget > 0:
