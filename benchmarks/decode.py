@@ -157,7 +157,8 @@ def random_layer(layout: Any, rows: int, columns: int) -> Any:
         weight = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device=DEVICE)
         scale = torch.full((rows,), 0.02 / 73, device=DEVICE)
     else:
-        weight = torch.empty(rows, columns, device=DEVICE).normal_(std=80).to(storage.dtype)
+        drawn = torch.empty(rows, columns, device=DEVICE).normal_(std=80)
+        weight = drawn.clamp_(-448, 448).to(storage.dtype)  # beyond E4M3's largest there is only NaN
         # No two layers have the same scale, as in an export: what is joined then has one a row.
         scale = (1 + torch.rand(() if layout.algo == "FP8" else (rows,), device=DEVICE)) * 0.02 / 120
     if "input_scale" in layout.scales:

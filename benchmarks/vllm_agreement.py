@@ -352,7 +352,7 @@ def time_decoding(options: argparse.Namespace) -> None:
 
 def decode(form: str, batches: list[int], quick: bool) -> dict[str, Any]:
     """Returns vLLM's tokens a second, by batch, for a model that is a config alone."""
-    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # this process has asked for a GPU already
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # this process has asked for a GPU already
     from vllm import LLM, SamplingParams, TokensPrompt
 
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_act": "silu",

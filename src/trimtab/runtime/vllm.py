@@ -158,9 +158,9 @@ def score(told: list[dict[int, Any] | None] | None, prompt: list[int], continuat
 
 def _check_readable(export: Path, checkpoint: Path | None) -> None:
     found = {layout.algo for layout in Export(export).layers.values()}
-    strange = sorted(found - {*READS, vllm_checkpoint.ALGORITHM})
+    known = (*READS, vllm_checkpoint.INT4)
+    strange = sorted(found - {*known})
     if strange:
-        reads = ", ".join((*READS, vllm_checkpoint.ALGORITHM))
-        raise Failure("unsupported", f"vLLM reads {reads} of ModelOpt's layers, and no {', '.join(strange)}")
-    if vllm_checkpoint.ALGORITHM in found and checkpoint is None:
-        raise Failure("unsupported", f"vLLM reads {vllm_checkpoint.ALGORITHM} once it is translated; build its engine")
+        raise Failure("unsupported", f"vLLM reads {', '.join(known)} of ModelOpt's layers, and no {', '.join(strange)}")
+    if checkpoint is None and vllm_checkpoint.is_needed(export):
+        raise Failure("unsupported", "vLLM reads this export once it is translated; build its engine")

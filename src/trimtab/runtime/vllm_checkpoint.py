@@ -1,4 +1,6 @@
-"""INT4 as vLLM reads it: ModelOpt's W4A16_AWQ written anew as compressed-tensors' `pack-quantized`, number for number.
+"""What vLLM does not read of ModelOpt's exports, written anew as compressed-tensors, number for number.
+
+INT4, W4A16_AWQ, becomes `pack-quantized`:
 
 | here | there |
 |---|---|
@@ -14,6 +16,9 @@ would have zero points besides, and GPTQ's an order of inputs; neither has a `pr
 
 A scale of the input could be folded into the layer before it only by rounding what is stored there a second time, and
 with fewer heads of values than of queries not at all.
+
+FP8 becomes `float-quantized` where the head is the embedding, since vLLM 0.24 cannot tie a head that ModelOpt's config
+excludes. The tensors keep their names and numbers; scales by row become [out, 1].
 """
 
 from __future__ import annotations
@@ -31,33 +36,34 @@ from trimtab.runtime import stream
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.formats import SCALES, Quantized, unpack_int4
 
-#: The only layers that are translated, and the groups that vLLM's kernels know.
-ALGORITHM, GROUP_SIZES = "W4A16_AWQ", (32, 64, 128)
+#: The layers that are translated, and the groups of INT4 that vLLM's kernels know.
+INT4, GROUP_SIZES = "W4A16_AWQ", (32, 64, 128)
+#: FP8 layers: what has a scale of its own among the weights, and among the inputs.
+FP8 = {"FP8": ("tensor", "tensor"), "FP8_PER_CHANNEL_PER_TOKEN": ("channel", "token")}
 #: `quant_method` of a checkpoint that vLLM itself reads, and of one that it reads with trimtab's plugin.
 PLAIN, SCALED = "compressed-tensors", "trimtab-int4"
 #: Where the config lists the layers whose input is multiplied by a `pre_quant_scale`.
 SCALED_LAYERS = "input_scaled_layers"
-_BITS = 4
 
 
 def is_needed(export: Path) -> bool:
     """Whether vLLM reads the export only after `translate`."""
-    return any(layout.algo == ALGORITHM for layout in Export(export).layers.values())
+    algorithms = {layout.algo for layout in Export(export).layers.values()}
+    return INT4 in algorithms or (not algorithms.isdisjoint(FP8) and bool(_config(export).get("tie_word_embeddings")))
 
 
 def translate(export: Path, output: Path, scratch: Path) -> str:
     """Writes the checkpoint that vLLM reads in an export's place, and returns its `quant_method`.
 
     Args:
-        export: has INT4 layers.
+        export: one of those of which `is_needed` is true.
         output: the folder to fill.
         scratch: finished shards wait here.
 
     Raises:
         Failure: `unsupported`, layers that vLLM cannot be given so; names one and says why.
     """
-    read = Export(export)
-    config = json.loads((export / "config.json").read_text(encoding="utf-8"))
+    read, config = Export(export), _config(export)
     dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     _check(read, config["model_type"], dtype)
     scaled = [name for name in read.layers if read.has(f"{name}.pre_quant_scale")]
@@ -70,6 +76,10 @@ def translate(export: Path, output: Path, scratch: Path) -> str:
     return config["quantization_config"]["quant_method"]
 
 
+def _config(export: Path) -> dict[str, Any]:
+    return json.loads((export / "config.json").read_text(encoding="utf-8"))
+
+
 def pack(numbers: torch.Tensor) -> torch.Tensor:
     """Returns signed INT4 numbers as compressed-tensors packs them: int8 [out, in] -> int32 [out, in / 8]."""
     nibbles = (numbers + 8).to(torch.uint8)
@@ -80,8 +90,10 @@ def _shard(read: Export, names: Sequence[str], dtype: torch.dtype) -> dict[str, 
     written: dict[str, torch.Tensor] = {}
     for name in names:
         layer, _, part = name.rpartition(".")
-        if layer not in read.layers or part not in ("weight", *SCALES):
-            written[name] = read.view(name)
+        is_int4 = layer in read.layers and read.layers[layer].algo == INT4
+        if not is_int4 or part not in ("weight", *SCALES):
+            by_row = part == "weight_scale" and layer in read.layers and read.view(name).ndim == 1
+            written[name] = read.view(name).unsqueeze(1) if by_row else read.view(name)
         elif part == "weight":
             written |= {f"{layer}.{other}": tensor for other, tensor in _layer(layer, read.layer(layer), dtype).items()}
     return written
@@ -109,27 +121,44 @@ def _exactly(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 
 def _quantization(read: Export, scaled: Sequence[str]) -> dict[str, Any]:
     """The `quantization_config` of compressed-tensors 0.17, as vLLM's CompressedTensorsConfig reads it."""
-    group_size = next(iter(read.layers.values())).group_size
-    weights = {"num_bits": _BITS, "type": "int", "symmetric": True, "strategy": "group", "group_size": group_size,
-               "dynamic": False}  # fmt: skip
+    layout = next(iter(read.layers.values()))
+    float8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    if layout.algo == INT4:
+        form, inputs = "pack-quantized", None
+        weights = {"num_bits": 4, "type": "int", "strategy": "group", "symmetric": True, "dynamic": False,
+                   "group_size": layout.group_size}  # fmt: skip
+    else:
+        form, (of_weights, of_inputs) = "float-quantized", FP8[layout.algo]
+        weights = float8 | {"strategy": of_weights}
+        inputs = float8 | {"strategy": of_inputs, "dynamic": of_inputs == "token"}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
     found: dict[str, Any] = {
         "quant_method": SCALED if scaled else PLAIN,
-        "format": "pack-quantized",
+        "format": form,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None,
-                                      "output_activations": None}},
+        "config_groups": {"group_0": group},
         "ignore": sorted({*read.plain_layers, "lm_head"}),
-    }  # fmt: skip
+    }
     if read.kv_cache_algo == "FP8":
-        scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
-        found["kv_cache_scheme"] = scheme
+        found["kv_cache_scheme"] = float8
     return found | ({SCALED_LAYERS: list(scaled)} if scaled else {})
 
 
 def _check(read: Export, model_type: str, dtype: torch.dtype) -> None:
-    other = sorted({layout.algo for layout in read.layers.values()} - {ALGORITHM})
-    if other:
-        raise Failure("unsupported", f"vLLM reads no {ALGORITHM} beside {', '.join(other)}; write one format for all")
+    found = sorted({layout.algo for layout in read.layers.values()})
+    if len(found) > 1:
+        known = INT4 if INT4 in found else found[0]
+        other = ", ".join(algo for algo in found if algo != known)
+        raise Failure("unsupported", f"vLLM reads no {known} beside {other}; write one format for all")
+    if found == [INT4]:
+        _check_int4(read, dtype)
+    if read.kv_cache_algo not in (None, "FP8"):
+        raise Failure("unsupported", f"vLLM serves no {read.kv_cache_algo} KV cache here; write 'none' or 'fp8'")
+    for group in fusion.groups([*read.layers, *read.plain_layers], model_type):
+        _check_group(read, group.layers)
+
+
+def _check_int4(read: Export, dtype: torch.dtype) -> None:
     sizes = sorted({layout.group_size for layout in read.layers.values()})
     if len(sizes) > 1 or sizes[0] not in GROUP_SIZES:
         known = ", ".join(map(str, GROUP_SIZES))
@@ -137,10 +166,6 @@ def _check(read: Export, model_type: str, dtype: torch.dtype) -> None:
         raise Failure("unsupported", f"group_size {found} is none for vLLM's INT4; write one of {known}")
     if dtype not in (torch.bfloat16, torch.float16):
         raise Failure("unsupported", f"vLLM multiplies INT4 with 16 bits, and the model's dtype is {dtype}")
-    if read.kv_cache_algo not in (None, "FP8"):
-        raise Failure("unsupported", f"vLLM serves no {read.kv_cache_algo} KV cache beside INT4; write 'none' or 'fp8'")
-    for group in fusion.groups([*read.layers, *read.plain_layers], model_type):
-        _check_group(read, group.layers)
 
 
 def _check_group(read: Export, layers: Sequence[str]) -> None:

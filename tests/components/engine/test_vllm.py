@@ -52,25 +52,27 @@ def test_it_answers_as_the_torch_engine_does(export, tmp_path, vllm, form, setti
     engine = build(folder, tmp_path / "built", **SETTINGS)
     served, torch_engine = open_engine(engine, folder), TorchEngine(folder, Engine(**SETTINGS))
     asked = requests()
+    # Logits between 4 and 8 are 1/32 apart in bfloat16, so a token may be off by half of that. Inputs that float32 and
+    # bfloat16 round to FP8 apart are a sixteenth apart.
+    near = 0.5 if form.startswith("fp8") else 0.1
     for (likelihood, greedy), (expected, expected_greedy) in zip(
         served.loglikelihood(asked), torch_engine.loglikelihood(asked), strict=True
     ):
-        # Logits between 4 and 8 are 1/32 apart in bfloat16, so a token may be off by half of that.
-        assert abs(likelihood - expected) < 0.1 and greedy == expected_greedy and expected < -1
+        assert abs(likelihood - expected) < near and greedy == expected_greedy and expected < -1
     windows = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(4))
-    assert served.nll(windows) == pytest.approx(torch_engine.nll(windows), abs=0.2)
+    assert served.nll(windows) == pytest.approx(torch_engine.nll(windows), abs=2 * near)
     prompts = [context for context, _ in asked[:3]]
     answers, expected = served.generate(prompts, 8), torch_engine.generate(prompts, 8)
-    if form.startswith("int4"):  # the stand-in multiplies in float32: of two tokens as likely it may take either
+    if form != "bf16":  # the stand-in multiplies in float32: of two tokens as likely it may take either
         pairs = [*zip(prompts, answers, strict=True), *zip(prompts, expected, strict=True)]
         found = [likelihood for likelihood, _ in torch_engine.loglikelihood([(p, a[:1]) for p, a in pairs])]
-        assert found[:3] == pytest.approx(found[3:], abs=0.1)
+        assert found[:3] == pytest.approx(found[3:], abs=near)
     else:
         assert answers == expected
     assert len(served.decode_speed(2, 8, 4, repeats=2)) == 2
     layers = read(engine).kernels
     assert layers == served.kernels() and layers.keys() == torch_engine.kernels().keys()
-    assert bool(read(engine).translated) == form.startswith("int4")
+    assert bool(read(engine).translated) == (form != "bf16")  # the tiny model's head is its embedding
     assert served.weight_bytes == (folder / "model.safetensors").stat().st_size and served.device_bytes == 0
     served.close()
     assert served._llm.closed
@@ -100,7 +102,7 @@ def test_an_answer_ends_where_the_generation_config_says(export, tmp_path, vllm)
 
 def test_what_is_written_beside_the_engine(export, tmp_path, vllm):
     more = {"kv_cache_fraction": 0.8, "enable_block_reuse": False, "tokens_per_block": 64}
-    engine = build(export("fp8"), tmp_path / "built", **SETTINGS, **more)
+    engine = build(export("bf16"), tmp_path / "built", **SETTINGS, **more)
     assert sorted(path.name for path in engine.iterdir()) == ["engine.json", "serve.sh"]
     assert read(engine).versions["vllm"] == "0.24.0"
     program = tmp_path / "bin" / "vllm"
@@ -132,7 +134,7 @@ def test_int4_is_served_from_beside_the_engine(export, tmp_path, vllm):
     told = subprocess.run(["sh", str(engine / "serve.sh")], env={"PATH": f"{program.parent}:/usr/bin:/bin"}, text=True,
                           capture_output=True, check=True)  # fmt: skip
     assert told.stdout.strip() == str(engine / "checkpoint")
-    with pytest.raises(Failure, match="vLLM reads W4A16_AWQ once it is translated; build its engine"):
+    with pytest.raises(Failure, match="vLLM reads this export once it is translated; build its engine"):
         VllmEngine(folder, Engine(**SETTINGS))
 
 

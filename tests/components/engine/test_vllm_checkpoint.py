@@ -1,4 +1,4 @@
-"""INT4 exports as vLLM reads them: compared with compressed-tensors' own unpacking, and with vLLM where it is there."""
+"""Exports as vLLM reads them: compared with compressed-tensors' own unpacking, and with vLLM where it is there."""
 
 import json
 from pathlib import Path
@@ -53,6 +53,39 @@ def test_each_number_is_the_exports(export, tmp_path, form, settings, method):
     assert "lm_head" in config["ignore"] and bool(config.get("kv_cache_scheme")) == ("kv_cache" in settings)
 
 
+@pytest.mark.parametrize(
+    ("form", "kv_cache", "of_weights", "of_inputs"),
+    [("fp8", "none", "tensor", "tensor"), ("fp8", "fp8", "tensor", "tensor"),
+     ("fp8_per_channel", "fp8", "channel", "token")],
+)  # fmt: skip
+def test_fp8_with_a_tied_head_keeps_its_numbers(export, tmp_path, form, kv_cache, of_weights, of_inputs):
+    source = Export(export(form, kv_cache=kv_cache, exclude=["*.down_proj"]))
+    assert vllm_checkpoint.is_needed(source.folder)
+    config, tensors = translate(source.folder, tmp_path)
+    parsed = QuantizationConfig.model_validate(config)
+    (group,) = parsed.config_groups.values()
+    assert (config["quant_method"], parsed.format) == ("compressed-tensors", "float-quantized")
+    assert (group.targets, group.weights.strategy, group.weights.dynamic) == (["Linear"], of_weights, False)
+    assert (group.input_activations.strategy, group.input_activations.dynamic) == (of_inputs, of_inputs == "token")
+    assert all((of.num_bits, of.type) == (8, "float") for of in (group.weights, group.input_activations))
+    assert sorted(tensors) == sorted(source.names)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor.reshape(source.tensor(name).shape), source.tensor(name))
+    scale = tensors["model.layers.0.self_attn.q_proj.weight_scale"]
+    assert scale.shape == ((64, 1) if of_weights == "channel" else ())
+    assert {"lm_head", "model.layers.0.mlp.down_proj"} <= {*config["ignore"]}
+    assert bool(config.get("kv_cache_scheme")) == (kv_cache == "fp8")
+
+
+def test_fp8_with_a_head_of_its_own_is_read_as_it_is(export, tmp_path):
+    for path in export("fp8").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not vllm_checkpoint.is_needed(tmp_path)
+
+
 def test_every_nibble_finds_its_place():
     numbers = torch.arange(-8, 8, dtype=torch.int8).repeat(3, 2)
     packed = vllm_checkpoint.pack(numbers)
@@ -67,7 +100,7 @@ def test_every_nibble_finds_its_place():
         ("mixed", {"effective_bits": 6}, "vLLM reads no W4A16_AWQ beside W8A16; write one format for all"),
         ("int4_rtn", {"exclude": ["*.k_proj"]}, "vLLM fuses model.layers.0.self_attn.q_proj with model.layers.0."
          "self_attn.k_proj, which is in 16 bits; exclude both"),
-        ("int4_rtn", {"kv_cache": "int8"}, "vLLM serves no INT8 KV cache beside INT4; write 'none' or 'fp8'"),
+        ("int4_rtn", {"kv_cache": "int8"}, "vLLM serves no INT8 KV cache here; write 'none' or 'fp8'"),
     ],
 )  # fmt: skip
 def test_what_vllm_cannot_be_given(export, tmp_path, form, settings, message):

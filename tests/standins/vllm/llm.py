@@ -94,6 +94,8 @@ class LLM:
                 raise ValueError("Missing 'quant_algo' in quantization config")
             if quantization["quant_algo"].upper() not in ALGOS:
                 raise ValueError(f"ModelOpt currently only supports: {ALGOS} quantizations in vLLM.")
+            if config["tie_word_embeddings"]:
+                raise NotImplementedError  # UnquantizedLinearMethod, which an excluded head gets, has no tie_weights
         if quantization.get("quant_method") in packed.METHODS:
             self._model = packed.read(Path(model), quantization)
         else:

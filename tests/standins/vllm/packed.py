@@ -1,4 +1,4 @@
-"""What vLLM makes of compressed-tensors' `pack-quantized` files, with float32 products instead of its kernels."""
+"""What vLLM makes of compressed-tensors' files, with float32 products and 16 bits for the KV cache."""
 
 from __future__ import annotations
 
@@ -29,10 +29,14 @@ def read(folder: Path, settings: dict[str, Any]) -> nn.Module:
         tensors |= load_file(path)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and name not in settings["ignore"]:
-            _unpack(name, layer, tensors, group["weights"]["group_size"])
+            if settings["format"] == "float-quantized":
+                _scale(name, layer, tensors, group["weights"]["strategy"])
+            else:
+                _unpack(name, layer, tensors, group["weights"]["group_size"])
             if name in settings.get("input_scaled_layers", ()):
                 scale = tensors.pop(f"{name}.pre_quant_scale").float()
                 layer.register_forward_pre_hook(lambda _, given, scale=scale: (given[0] * scale,))
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith((".k_scale", ".v_scale"))}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise ValueError(f"There is no module or parameter named {unexpected}, and none was loaded for {missing}")
@@ -48,3 +52,18 @@ def _unpack(name: str, layer: nn.Linear, tensors: dict[str, torch.Tensor], group
     words = torch.stack([(packed >> 4 * place) & 15 for place in range(8)], dim=-1)
     numbers = words.reshape(shape[0], -1, group_size) - 8
     tensors[f"{name}.weight"] = (numbers * scale.float()[..., None]).reshape(shape)
+
+
+def _scale(name: str, layer: nn.Linear, tensors: dict[str, torch.Tensor], strategy: str) -> None:
+    scale = tensors.pop(f"{name}.weight_scale")
+    if scale.shape != {"tensor": (), "channel": (len(layer.weight), 1)}[strategy]:
+        raise AssertionError(f"{name}: param_data.shape == loaded_weight.shape")
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float() * scale
+    given = tensors.pop(f"{name}.input_scale") if strategy == "tensor" else None
+
+    def rounded(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        (x,) = inputs
+        unit = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448 if given is None else given
+        return ((x / unit).clamp(-448, 448).to(torch.float8_e4m3fn).float() * unit,)
+
+    layer.register_forward_pre_hook(rounded)
