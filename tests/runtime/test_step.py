@@ -113,6 +113,17 @@ def test_a_model_that_computes_something_else_has_none(capsys: pytest.CaptureFix
     assert "GraniteForCausalLM gives other logits" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["fp8_kv", "int8_sq"])
+@torch.inference_mode()
+def test_another_model_is_told_from_rounding(name: str, exported: Any) -> None:
+    model, other = (assemble(exported(name).folder, CPU) for _ in range(2))
+    other.model.layers[0].post_attention_layernorm.weight.mul_(1.5)
+    for one in (model, other):
+        fewer_kernels.fuse_norms(one)
+    assert step.disagreement(model, Step(model, 64), 64) == ""
+    assert "other logits" in step.disagreement(model, Step(other, 64), 64)
+
+
 @torch.inference_mode()
 def test_products_are_used_for_the_rows_that_they_were_chosen_for(plain_folder: Path) -> None:
     model = assemble(plain_folder, CPU)
