@@ -1,13 +1,14 @@
 """Where the time of a decoding step goes, by format and batch, beside what the memory's bandwidth allows.
 
 Run: python benchmarks/decode.py [--eight-billion] [--formats NAME ...] [--batches N ...] [--variants NAME ...]
-         [--engines torch vllm] [--out FILE] [--quick]
+         [--out FILE] [--quick]
 
 Weights are random and made on the device; a model has them as an export of its format would, and is run by the engine's
 own decoder. The limit is bytes of weights, keys and values of a step over the measured speed of a copy. With --out
 every row is written as a line of JSON when it is found: `speed` in tokens a second of all sequences; for the first
 batch `kernels`, the microseconds a step that each takes; and `products`, the GB/s of weights that those of few rows
-read by the block of a program ("own": the layer's kernel). vLLM's row is the same shape with its dummy weights.
+read by the block of a program ("own": the layer's kernel). `vllm_agreement.py --decode` times vLLM on the same shape.
+The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -24,19 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import (
-    CUDA,
-    DEVICE,
-    EIGHT_BILLION,
-    SMALL,
-    copy_bandwidth,
-    describe,
-    log,
-    release,
-    seconds_of,
-    speed_limit,
-    versions,
-)
+from machine import CUDA, DEVICE, copy_bandwidth, describe, log, release, seconds_of, speed_limit, versions
+from random_model import EIGHT_BILLION, SMALL
 from torch import nn
 
 PROMPT_TOKENS, NEW_TOKENS, REPEATS = (128, 256, 3) if CUDA else (16, 8, 1)
@@ -63,9 +53,11 @@ class Rows:
     """What was found, printed, and written to a file a line at a time."""
 
     def __init__(self, path: Path | None):
+        self.found: list[dict[str, Any]] = []
         self._file = path.open("w", encoding="utf-8") if path else None
 
     def add(self, row: dict[str, Any]) -> None:
+        self.found.append(row)
         if "speed" in row:
             told = f"{row['speed']:>10,.1f} tokens/s {row['milliseconds']:>8.3f} ms a step "
             told += f"{row['of_limit']:>7.1%} of the limit, {row['path']}" if "of_limit" in row else ""
@@ -84,7 +76,6 @@ def main() -> int:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["bf16", "fp8"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["engine"])
-    parser.add_argument("--engines", nargs="+", choices=("torch", "vllm"), default=["torch"])
     parser.add_argument("--out", type=Path, help="a file for the rows, as JSON lines")
     parser.add_argument("--quick", action="store_true", help="two blocks, batch 1")
     options = parser.parse_args()
@@ -96,14 +87,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         os.environ["TRIMTAB_PROGRESS"] = str(Path(name) / "progress.jsonl")  # the terminal is for results
         for form in options.formats:
-            for row in torch_rows(shape, form, options.variants, options.batches) if "torch" in options.engines else ():
+            for row in rows_of(shape, form, options.variants, options.batches):
                 rows.add(row)
             release()
-            for row in vllm_rows(shape, form, options.batches, Path(name)) if "vllm" in options.engines else ():
-                rows.add(row)
         if (said := Path(name) / "progress.jsonl").is_file():
             for line in dict.fromkeys(json.loads(line)["text"] for line in said.read_text().splitlines()):
                 rows.add({"said": line})
+    print(json.dumps({"rows": rows.found}))
     return 0
 
 
@@ -170,7 +160,7 @@ def random_layer(layout: Any, rows: int, columns: int) -> Any:
 
 
 @torch.inference_mode()
-def torch_rows(
+def rows_of(
     shape: dict[str, Any], form: str, variants: list[str], batches: list[int]
 ) -> Iterator[dict[str, Any]]:
     """Yields a row a variant and batch, and for the first batch one of kernels and one of products."""
@@ -288,53 +278,6 @@ def products(model: Any) -> dict[str, dict[str, float]]:
                 for block, seconds in times.items()
             }
     return found
-
-
-# -------------------------------------------------------------------------------------------------------------- vLLM
-
-
-def vllm_rows(shape: dict[str, Any], form: str, batches: list[int], scratch: Path) -> Iterator[dict[str, Any]]:
-    """Yields vLLM's speeds for the same shape; it makes its weights itself, and decoding takes as long with any."""
-    from transformers import LlamaConfig
-
-    from trimtab.runtime import decode_time
-
-    what = {"engine": "vllm", "format": form}
-    if form not in ("bf16", "fp8"):
-        yield {**what, "error": "left out: of ModelOpt's formats, vLLM's dummy weights are tried in fp8 alone"}
-        return
-    folder = scratch / f"vllm-{form}"
-    config = LlamaConfig(**shape, max_position_embeddings=8192, architectures=["LlamaForCausalLM"], dtype="bfloat16")
-    config.save_pretrained(folder)
-    if form == "fp8":
-        producer = {"name": "modelopt", "version": "0.47.0"}
-        own = {"quant_algo": "FP8", "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]}
-        (folder / "hf_quant_config.json").write_text(json.dumps({"producer": producer, "quantization": own}))
-        said = json.loads((folder / "config.json").read_text())
-        said["quantization_config"] = {
-            "quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"], "producer": producer,
-        }  # fmt: skip
-        (folder / "config.json").write_text(json.dumps(said))
-    try:
-        from vllm import LLM, SamplingParams, TokensPrompt
-
-        engine = LLM(
-            model=str(folder), load_format="dummy", skip_tokenizer_init=True, max_model_len=1024,
-            max_num_seqs=max(batches), gpu_memory_utilization=0.8, enable_prefix_caching=False,
-        )  # fmt: skip
-    except Exception as error:
-        yield {**what, "error": describe(error)}
-        return
-
-    def write(prompts: list[list[int]], tokens: int) -> None:
-        asked = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        engine.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], asked, use_tqdm=False)
-
-    for batch in batches:
-        found = decode_time.speeds(write, shape["vocab_size"], batch, PROMPT_TOKENS, NEW_TOKENS, REPEATS)
-        speed = statistics.median(found)
-        yield {**what, "batch": batch, "speed": round(speed, 1), "milliseconds": round(1000 * batch / speed, 4)}
-    engine.llm_engine.engine_core.shutdown()  # LLM itself has no way to end its processes
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import argparse
 import copy
 import json
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -24,17 +23,7 @@ from pathlib import Path
 from gpu_formats import FORMATS, Model
 from gpu_products import ROWS, time_products
 from gpu_results import Results
-from machine import (  # noqa: F401, of which other benchmarks take some from here
-    CUDA,
-    DEVICE,
-    copy_bandwidth,
-    describe,
-    log,
-    release,
-    seconds_of,
-    speed_limit,
-    versions,
-)
+from machine import CUDA, roomy
 from random_model import EIGHT_BILLION, SMALL, random_model
 
 QUICK = ["fp8", "int8_sq", "int4_awq"]
@@ -79,11 +68,6 @@ def main() -> int:
     print(json.dumps(brief))
     return 0
 
-
-def roomy(large: bool) -> str | None:
-    """Memory is the fastest disk, if it has room for a model of 16 GB and its export."""
-    memory = Path("/dev/shm")
-    return str(memory) if large and memory.is_dir() and shutil.disk_usage(memory).free > 40 << 30 else None
 
 
 if __name__ == "__main__":

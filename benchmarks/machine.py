@@ -6,10 +6,12 @@ import datetime
 import functools
 import gc
 import importlib.metadata
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,3 +92,9 @@ def copy_bandwidth() -> float:
     source = torch.zeros((2 << 30) if CUDA else (64 << 20), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source)) for _ in range(8))
+
+
+def roomy(large: bool) -> str | None:
+    """Memory is the fastest disk, if it has room for a model of 16 GB and its export."""
+    memory = Path("/dev/shm")
+    return str(memory) if large and memory.is_dir() and shutil.disk_usage(memory).free > 40 << 30 else None

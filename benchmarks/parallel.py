@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import CUDA, EIGHT_BILLION, SMALL, log, random_model, release, roomy, versions
+from machine import CUDA, log, release, roomy, versions
+from random_model import EIGHT_BILLION, SMALL, random_model
 from safetensors.torch import load_file, save_file
 
 TINY = {**SMALL, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,

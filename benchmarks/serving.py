@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import CUDA, EIGHT_BILLION, SMALL, log, random_model, release, roomy, versions
+from machine import CUDA, log, release, roomy, versions
+from random_model import EIGHT_BILLION, SMALL, random_model
 from serving_picture import picture
 from serving_soak import soak
 

@@ -32,8 +32,9 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # it logs to stdout
 
 import measuring
 import torch
-from gpu import CUDA, DEVICE, EIGHT_BILLION, describe, log, versions
+from machine import CUDA, DEVICE, describe, log, versions
 from measuring import Measuring
+from random_model import EIGHT_BILLION
 
 from trimtab import child, verdict
 from trimtab.recipe import Acceptance, Engine, Quantization
