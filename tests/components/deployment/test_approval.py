@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from kubernetes import client
-from kubernetes_server import KubernetesServer, status
+from kubernetes_server import status
 
 from trimtab import progress
 from trimtab.components.deployment import approval, rollout
@@ -30,18 +29,6 @@ ROLLOUT = Rollout.parse(
     approval_minutes: 0.005
     """
 )
-
-
-@pytest.fixture
-def server():
-    found = KubernetesServer()
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def cluster(server: KubernetesServer) -> Cluster:
-    return Cluster(client.ApiClient(client.Configuration(host=server.host)), "serving", patience=0.1)
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ import signal
 from typing import Any
 
 import pytest
-from kubernetes import client
-from kubernetes_server import KubernetesServer, status
+from kubernetes_server import status
 
 from trimtab.components.deployment import rollout as rollouts
 from trimtab.components.deployment.cluster import Cluster
@@ -32,18 +31,6 @@ ROLLOUT = Rollout.parse(
     ready_minutes: 0.02
     """
 )
-
-
-@pytest.fixture
-def server():
-    found = KubernetesServer()
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def cluster(server: KubernetesServer) -> Cluster:
-    return Cluster(client.ApiClient(client.Configuration(host=server.host)), "serving", patience=0.5)
 
 
 @pytest.fixture
