@@ -33,7 +33,7 @@ def movement_otherwise(benchmark: Any) -> Figures:
         sparse, parameters = str(benchmark.new("sparse")), {"method": "magnitude", "sparsity": sparsity}
         prune(benchmark.model, None, sparse, f"{sparse}-scratch", parameters)
         yield _trained(benchmark, f"magnitude at once {sparsity:.0%}", sparse, {"keep_zeros": True})
-    kinds = {"gradual |W| x norm of its input": 1e9, "movement, scores count a tenth": 10.0, "movement, scores alone": 0.0}
+    kinds = {"gradual |W| ‖x‖": 1e9, "movement, scores count a tenth": 10.0, "movement, scores alone": 0.0}
     for kind, weight in kinds.items():
         for sparsity in benchmark.options.sparsities:
             yield _sparse(benchmark, kind, sparsity, magnitude_weight=weight)
