@@ -561,7 +561,7 @@ def test_gate_signs(script, accepted, tmp_path, monkeypatch):
 
 
 def test_gate_signs_anew_what_has_expired(script, accepted, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRIMTAB_SIGNATURE_DAYS", "0.000001")
+    monkeypatch.setenv("TRIMTAB_SIGNATURE_DAYS", "0.000000001")
     first = release(accepted, tmp_path / "gate")
     assert release(accepted, tmp_path / "gate") != first
 
