@@ -224,7 +224,7 @@ def test_many_clients_at_once(running: Running, client: OpenAI) -> None:
     assert [number for number, text in enumerate(answers) if text is None] == list(range(1, 64, 4))
     assert running.wait_until_idle()
     assert not running.server.worker._readers
-    assert threading.active_count() <= threads + 2  # anyio keeps a thread for a while
+    assert threading.active_count() <= threads + 8  # anyio keeps for a while what it needed at once
     alone = [ask(number) for number in (0, 2, 3)]
     assert sum(a == b for a, b in zip(alone, (answers[0], answers[2], answers[3]), strict=True)) >= 2
 
