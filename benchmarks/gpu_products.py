@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from gpu_results import Results
 from machine import DEVICE, describe, release
 
+from trimtab.runtime import replay
+
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 SHAPES = ((4096, 4096), (14336, 4096))
-#: Bytes of weights that one timed replay reads: more than twice the L2 cache of an H200.
-COLD_BYTES = 160 << 20
 
 
 @torch.inference_mode()
@@ -38,7 +38,8 @@ def time_products(results: Results, rows: tuple[int, ...]) -> None:
                 products = make()
                 for count in rows:
                     x = torch.randn(count, in_features, device=DEVICE, dtype=torch.bfloat16)
-                    line["microseconds"][str(count)] = round(microseconds(products, x), 1)
+                    works = [partial(product, x) for product in products]
+                    line["microseconds"][str(count)] = round(1e6 * replay.seconds(works), 1)
             except Exception as error:
                 line["error"] = describe(error)
             products = None
@@ -49,7 +50,7 @@ def dense_layer(out_features: int, in_features: int) -> list[Callable]:
     size = 2 * out_features * in_features
     weights = [
         torch.randn(out_features, in_features, device=DEVICE, dtype=torch.bfloat16)
-        for _ in range(math.ceil(COLD_BYTES / size))
+        for _ in range(math.ceil(replay.COLD_BYTES / size))
     ]
     return [lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights]
 
@@ -73,29 +74,5 @@ def packed_layer(kind: str, path: str, out_features: int, in_features: int) -> l
         layer = Quantized(Layout(algo), weight, scale[0] if algo == "FP8" else scale, given)
     first = getattr(linear, kind)(layer, None)
     size = out_features * in_features // (2 if algo == "W4A16_AWQ" else 1)
-    modules = [first, *(copy.deepcopy(first) for _ in range(math.ceil(COLD_BYTES / size) - 1))]
+    modules = [first, *(copy.deepcopy(first) for _ in range(math.ceil(replay.COLD_BYTES / size) - 1))]
     return [getattr(module, path) for module in modules]
-
-
-def microseconds(products: list[Callable], x: torch.Tensor) -> float:
-    """Returns the time of one product: the median of replays in which every copy of the layer takes its turn."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        for _ in range(2):
-            products[0](x)
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for product in products:
-            product(x)
-    graph.replay()
-    taken = []
-    for _ in range(5):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        taken.append(begin.elapsed_time(end))
-    return 1000 * statistics.median(taken) / len(products)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimtab.runtime import linear
+from trimtab.runtime import linear, replay
 
 #: Outputs and inputs that a program of `matvec` has at a time, and its warps.
 BLOCKS = (
@@ -25,9 +25,6 @@ BLOCKS = (
 TILES = ((16, 256, 4, 4), (32, 128, 4, 5), (32, 256, 4, 4), (64, 128, 4, 5), (64, 256, 4, 3), (128, 128, 4, 4))
 #: Rows that products are chosen for; one serves fewer rows too, down to the next.
 ROWS = (1, 16, 64)
-#: Bytes that are read before a matrix comes again: more than twice the L2 cache of an H200.
-_COLD_BYTES = 160 << 20
-_ROUNDS = 3
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 #: A layer, and what `matvec` takes of it beside its input.
@@ -108,7 +105,7 @@ def measure(members: list[Member], rows: int) -> dict[tuple[int, ...] | None, fl
         x *= 32 / given["to_codes"]  # within the range of INT8, and of FP8
     x = x.bfloat16()
     expected = layer(x).float()
-    some = members[: -(-_COLD_BYTES // weight.nbytes)]
+    some = members[: -(-replay.COLD_BYTES // weight.nbytes)]
     found: dict[tuple[int, ...] | None, float] = {None: _seconds([layer for layer, _ in some], x)}
     for block in blocks(layer, given, rows):
         products = [product(layer, given, block) for layer, given in some]
@@ -144,23 +141,4 @@ def product(layer: nn.Module, given: dict[str, Any], block: tuple[int, ...]) -> 
 
 
 def _seconds(products: list[Product], x: torch.Tensor) -> float:
-    """Returns the seconds of one of the products, in the fastest of several replays of a CUDA graph of all."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        products[0](x)
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for product in products:
-            product(x)
-    graph.replay()
-    taken = []
-    for _ in range(_ROUNDS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        taken.append(begin.elapsed_time(end) / 1000)
-    return min(taken) / len(products)
+    return replay.seconds([partial(product, x) for product in products])
