@@ -38,6 +38,8 @@ def plain(query_THD, keys_LKD, values_LKD, position, scale, window):
 
 CASES = {
     "one token each": (1, [(0, 1), (5, 1), (63, 1), (64, 1), (149, 1)], 4, 2, 64, None, "16"),
+    "one token each of many": (1, [(position, 1) for position in range(0, 150, 4)], 16, 16, 16, None, "16"),
+    "lone tokens": (1, [(0, 1), (5, 1), (63, 1), (64, 1), (149, 1)], 4, 2, 64, None, "16"),
     "chunks and lone tokens": (16, [(0, 33), (20, 5), (100, 1), (7, 16)], 4, 2, 64, None, "16"),
     "a window": (1, [(3, 1), (149, 1)], 4, 4, 32, 9, "16"),
     "chunks in a window": (16, [(0, 40), (90, 20)], 4, 2, 32, 9, "16"),
@@ -48,7 +50,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_attention_is_that_of_the_formula(name: str) -> None:
+def test_attention_is_that_of_the_formula(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from trimtab.runtime import paged_kernel
 
     size, works, heads, kv_heads, width, window, kind = CASES[name]
@@ -63,7 +65,7 @@ def test_attention_is_that_of_the_formula(name: str) -> None:
         keys, values, scales = keys.to(torch.float8_e4m3fn), values.to(torch.float8_e4m3fn), (0.5, 0.25)
     owners = torch.randperm(BLOCKS, generator=generator).int()
     wide = -(-LONGEST // BLOCK)
-    tables = torch.stack([owners[torch.arange(wide) + 3 * n] for n in range(len(works))])
+    tables = torch.stack([owners[torch.arange(wide) + 3 * n % 30] for n in range(len(works))])
     tokens = sum(count for _, count in works) + 3  # three that nobody reads
     query = torch.randn(tokens, heads, width, generator=generator).bfloat16()
     spans, expected, first = [], torch.zeros(tokens, heads, width), 0
@@ -76,9 +78,10 @@ def test_attention_is_that_of_the_formula(name: str) -> None:
         ]
         expected[first : first + count] = plain(query[first : first + count], *read, position, width**-0.5, window)
         first += count
-    spans += [[0, 0, 0, 0]] * 2
+    spans += [[0, 0, 0, 0]] * (3 if "each" in name else 2)
     where = paged_kernel.Spans(torch.tensor(spans, dtype=torch.int32).to(DEVICE), tables.to(DEVICE), size)
     on = [x.to(DEVICE) for x in (query, keys, values)]
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kinds: torch.full(shape, torch.nan, **kinds))
     found = paged_kernel.attend(*on, where, width**-0.5, scales, window).float().cpu()
     assert not found[first:].any()
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()
@@ -86,6 +89,14 @@ def test_attention_is_that_of_the_formula(name: str) -> None:
 
 SETTINGS = Settings(max_seq_len=64, max_num_tokens=24, max_batch_size=3, enable_chunked_prefill=True)
 NEW_TOKENS = 4
+
+
+def test_keys_are_cut_into_more_parts_where_programs_are_few_or_keys_many() -> None:
+    from trimtab.runtime import paged_kernel
+
+    assert [paged_kernel.parts_of(programs, 1024) for programs in (8, 64, 512, 4096)] == [16, 8, 1, 1]
+    assert [paged_kernel.parts_of(512, keys) for keys in (16, 2048, 2049, 1 << 20)] == [1, 1, 2, 64]
+    assert paged_kernel.parts_of(8, 65) == 2
 
 
 @pytest.mark.parametrize("kind", ["none", "FP8", "none, by a step of its own"])

@@ -173,7 +173,7 @@ class Spans:
 
     Args:
         spans_B4: int32, of each span: its first token in the pass, its tokens (0 for none), the position of the first
-            in its sequence, and its sequence's row of the tables.
+            in its sequence, and its sequence's row of the tables. Where every token has a span, the first is the first's.
         tables_SW: int32, the blocks of each sequence.
         tokens: of a span at most, a power of 2.
     """

@@ -24,11 +24,14 @@ from trimtab.runtime.paged import Spans
 
 #: Keys that a program reads at a time.
 KEYS = 64
-#: Programs of a launch that fill a GPU several times, so that long sequences do not run on alone at its end.
-PROGRAMS = 1024
-MAX_PARTS = 16
+#: Programs that fill a large GPU a few times.
+PROGRAMS = 512
+#: Keys of a lone token that a program reads alone at most, or one long sequence would run on at the end of a launch.
+ALONE = 2048
+MAX_PARTS = 64
 #: The type of a product's factors; the interpreter takes the bits of bfloat16 for integers.
 FACTORS = tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
+LOG2_E = 1.4426950408889634
 #: What a masked score is, finite so that a row that has seen nothing yet does not become NaN.
 NOTHING = tl.constexpr(-1e30)
 
@@ -54,11 +57,11 @@ def attend(
     group = heads // keys.shape[2]
     if query_THD.stride(2) != 1:
         query_THD = query_THD.contiguous()
-    found = torch.zeros(tokens, heads, size, dtype=query_THD.dtype, device=query_THD.device)
     count = len(spans.spans_B4)
-    parts = 1
-    if spans.tokens == 1:
-        parts = min(MAX_PARTS, triton.next_power_of_2(-(-PROGRAMS // (count * keys.shape[2]))))
+    each = spans.tokens == 1 and count == tokens
+    make = torch.empty if each else torch.zeros
+    found = make(tokens, heads, size, dtype=query_THD.dtype, device=query_THD.device)
+    parts = parts_of(count * keys.shape[2], spans.tables_SW.shape[1] * keys.shape[1]) if spans.tokens == 1 else 1
     shape = (parts, tokens, heads) if parts > 1 else (1, 1, 1)
     sums = torch.empty(*shape, size, dtype=torch.float32, device=query_THD.device)
     states = torch.empty(*shape, 2, dtype=torch.float32, device=query_THD.device)
@@ -67,15 +70,27 @@ def attend(
     _attend[count, keys.shape[2], parts](
         found, query_THD, keys, values, spans.spans_B4, spans.tables_SW, sums, states,
         query_THD.stride(0), query_THD.stride(1), keys.stride(1), keys.stride(2), spans.tables_SW.stride(0),
-        tokens, heads, scale, *scales,
+        tokens, heads, scale * LOG2_E, *scales,
         GROUP=group, SIZE=size, PADDED=padded, ROWS=rows, KEYS=KEYS, BLOCK=keys.shape[1], WINDOW=window or 0,
-        PARTS=parts, CODES=keys.dtype != query_THD.dtype, FACTORS=FACTORS, num_warps=4, num_stages=2,
+        PARTS=parts, EACH=each, CODES=keys.dtype != query_THD.dtype, FACTORS=FACTORS, num_warps=4, num_stages=2,
     )  # fmt: skip
     if parts > 1:
         _merge[count, heads](
-            found, sums, states, spans.spans_B4, tokens, heads, SIZE=size, PADDED=padded, PARTS=parts, num_warps=1
-        )
+            found, sums, states, spans.spans_B4, tokens, heads,
+            SIZE=size, PADDED=padded, PARTS=parts, EACH=each, num_warps=1 if parts <= 16 else 4,
+        )  # fmt: skip
     return found
+
+
+def parts_of(programs: int, keys: int) -> int:
+    """Returns into how many parts, a power of 2, the keys of lone tokens are cut: idle cores would wait otherwise.
+
+    Args:
+        programs: of a launch that cuts nothing.
+        keys: of the longest sequence.
+    """
+    wanted = max(-(-PROGRAMS // programs), -(-keys // ALONE))
+    return min(MAX_PARTS, triton.next_power_of_2(wanted), triton.next_power_of_2(-(-keys // KEYS)))
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -84,12 +99,15 @@ def _attend(
     query_token, query_head, key_token, key_head, table_row,
     tokens, heads, scale, key_scale, value_scale,
     GROUP: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    BLOCK: tl.constexpr, WINDOW: tl.constexpr, PARTS: tl.constexpr, CODES: tl.constexpr, FACTORS: tl.constexpr,
+    BLOCK: tl.constexpr, WINDOW: tl.constexpr, PARTS: tl.constexpr, EACH: tl.constexpr, CODES: tl.constexpr,
+    FACTORS: tl.constexpr,
 ):  # fmt: skip
     span = spans + 4 * tl.program_id(0)
     head, part = tl.program_id(1), tl.program_id(2)
     first, count, position, sequence = tl.load(span), tl.load(span + 1), tl.load(span + 2), tl.load(span + 3)
     if count == 0:
+        if EACH and PARTS == 1:
+            _nothing(found, tl.program_id(0) * heads + head * GROUP, GROUP, SIZE, PADDED)
         return
     row = tl.arange(0, ROWS)  # a token's query heads stand together
     token, query_of_row = row // GROUP, head * GROUP + row % GROUP
@@ -121,14 +139,14 @@ def _attend(
         if CODES:
             k = (k.to(tl.float32) * key_scale).to(q.dtype)
             v = (v.to(tl.float32) * value_scale).to(q.dtype)
-        scores = tl.dot(q.to(FACTORS), tl.trans(k.to(FACTORS))) * scale
+        scores = tl.dot(q.to(FACTORS), tl.trans(k.to(FACTORS))) * scale  # powers of two, not of e
         is_seen = is_key[None, :] & (key[None, :] <= own[:, None])
         if WINDOW:
             is_seen = is_seen & (key[None, :] > own[:, None] - WINDOW)
         scores = tl.where(is_seen, scores, NOTHING)
         new_largest = tl.maximum(largest, tl.max(scores, 1))
-        weights = tl.exp(scores - new_largest[:, None])
-        shrink = tl.exp(largest - new_largest)
+        weights = tl.exp2(scores - new_largest[:, None])
+        shrink = tl.exp2(largest - new_largest)
         total = total * shrink + tl.sum(weights, 1)
         sum_of_values = sum_of_values * shrink[:, None] + tl.dot(weights.to(FACTORS), v.to(FACTORS))
         largest = new_largest
@@ -147,19 +165,31 @@ def _attend(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _merge(
-    found, sums, states, spans, tokens, heads, SIZE: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr
-):
+    found, sums, states, spans, tokens, heads,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
     """Of spans of one token: the parts' sums, each weighed by what its largest score is beside the largest of all."""
     span = spans + 4 * tl.program_id(0)
     if tl.load(span + 1) == 0:
+        if EACH:
+            _nothing(found, tl.program_id(0) * heads + tl.program_id(1), 1, SIZE, PADDED)
         return
     part, number = tl.arange(0, PARTS), tl.arange(0, PADDED)
     at_token = tl.load(span).to(tl.int64) * heads + tl.program_id(1)
     at_part = part.to(tl.int64) * tokens * heads + at_token
     largest = tl.load(states + 2 * at_part)
-    weight = tl.exp(largest - tl.max(largest, 0))
+    weight = tl.exp2(largest - tl.max(largest, 0))
     total = tl.sum(weight * tl.load(states + 2 * at_part + 1), 0)
     is_number = number < SIZE
     of_part = tl.load(sums + at_part[:, None] * SIZE + number[None, :], mask=is_number[None, :], other=0.0)
     average = tl.sum(weight[:, None] * of_part, 0) / total
     tl.store(found + at_token * SIZE + number, average.to(found.dtype.element_ty), mask=is_number)
+
+
+@triton.jit
+def _nothing(found, first, rows, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """Writes zeros for so many heads of a token that nobody reads: it may not be NaN, which a cache would keep."""
+    number = tl.arange(0, PADDED)
+    for row in range(rows):
+        at = found + (first + row).to(tl.int64) * SIZE + number
+        tl.store(at, tl.zeros([PADDED], found.dtype.element_ty), mask=number < SIZE)
