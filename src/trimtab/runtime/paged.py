@@ -173,7 +173,8 @@ class Spans:
 
     Args:
         spans_B4: int32, of each span: its first token in the pass, its tokens (0 for none), the position of the first
-            in its sequence, and its sequence's row of the tables. Where every token has a span, the first is the first's.
+            in its sequence, and its sequence's row of the tables.
+            Where every token has one, they stand in the tokens' order.
         tables_SW: int32, the blocks of each sequence.
         tokens: of a span at most, a power of 2.
     """
