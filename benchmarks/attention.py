@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from machine import CUDA, DEVICE, copy_bandwidth, describe, release, versions
 
-from trimtab.runtime import paged, replay, small_kernels
+from trimtab.runtime import paged, replay
 from trimtab.runtime.paged import PagedKVCache, Pass, Spans
 
 HEADS, KV_HEADS, SIZE, BLOCK = 32, 8, 128, 16
@@ -53,8 +53,6 @@ def main() -> int:
 @torch.inference_mode()
 def measure(sequences: int, tokens: int, algorithm: str | None) -> dict[str, Any]:
     """Returns microseconds of a layer's attention by its way, and the GB/s of the kernel."""
-    from trimtab.runtime import triton_kernels
-
     width = tokens // BLOCK
     each = 2 * sequences * tokens * KV_HEADS * SIZE * (1 if algorithm else 2)
     layers = max(1, -(-replay.COLD_BYTES // each))
@@ -74,10 +72,8 @@ def measure(sequences: int, tokens: int, algorithm: str | None) -> dict[str, Any
     query = torch.randn(sequences, HEADS, SIZE, device=DEVICE, dtype=torch.bfloat16)
     scale = SIZE**-0.5
     where.decode_mask(None)
-    decoding = small_kernels.adapted(triton_kernels)["attend"]
     ways = {
         "kernel": lambda layer: cache.attend(layer, query, spans, scale),
-        "decoding kernel": lambda layer: decoding(query, where, layer, scale),
         "gathered": lambda layer: paged.decode_attention(query, where, layer, scale, None),
     }
     expected, row = ways["gathered"](0).float(), {}

@@ -209,7 +209,7 @@ def own_step(model: Any, variant: str) -> Any:
     if variant in ("engine", "not fused"):
         return steps.build(model, length)
     chosen = small_kernels.choose(steps.sizes(model), DEVICE) if variant == "library products" else None
-    return steps.Step(model, length, chosen)
+    return steps.Step(model, length, chosen, by_spans=bool(chosen) and CUDA)
 
 
 def decoder_of(model: Any, step: Any, batch: int) -> Any:
@@ -270,10 +270,10 @@ def products(model: Any) -> dict[str, dict[str, float]]:
 
     found = {}
     for members in few_rows.by_shape(steps.layers(model)):
-        weight = members[0][1]["weight_OI"]
+        layer, weight = members[0][0], members[0][1]["weight"]
         for rows in few_rows.ROWS:
             times = few_rows.measure(members, rows)
-            found[f"{weight.shape[0]} x {weight.shape[1]}, {str(weight.dtype).removeprefix('torch.')}, {rows} rows"] = {
+            found[f"{layer.out_features} x {layer.in_features}, {getattr(layer, 'kernel', 'bf16')}, {rows} rows"] = {
                 "own" if block is None else "x".join(map(str, block)): round(weight.nbytes / seconds / 1e9)
                 for block, seconds in times.items()
             }

@@ -19,6 +19,12 @@ from trimtab.runtime import replay
 
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 SHAPES = ((4096, 4096), (14336, 4096))
+ALGORITHMS = {"int4": "W4A16_AWQ", "int8": "W8A16", "fp8": "FP8", "fp8 per token": "FP8_PER_CHANNEL_PER_TOKEN",
+              "int8 static": "W8A8_SQ_PER_CHANNEL"}  # fmt: skip
+PATHS = (("int4", "packed"), ("int4", "dense"), ("int8", "packed"), ("int8", "dense"), ("fp8", "dense"),
+         ("fp8 per token", "dense"), ("int8 static", "dense"))  # fmt: skip
+#: Rows that the kernel of words still has registers for.
+MOST_PACKED = 128
 
 
 @torch.inference_mode()
@@ -26,17 +32,16 @@ def time_products(results: Results, rows: tuple[int, ...]) -> None:
     """Adds a line for each shape and kernel."""
     for out_features, in_features in SHAPES:
         lines = {"bf16": lambda: dense_layer(out_features, in_features)}  # noqa: B023, called in this turn
-        for kind, path in (
-            ("Int4WeightOnlyCuda", "packed"), ("Int4WeightOnlyCuda", "dense"), ("Int8WeightOnlyCuda", "packed"),
-            ("Int8WeightOnlyCuda", "dense"), ("Fp8", "dense"), ("Fp8PerToken", "dense"), ("Int8Static", "dense"),
-        ):  # fmt: skip
-            lines[f"{kind}.{path}"] = lambda k=kind, p=path: packed_layer(k, p, out_features, in_features)  # noqa: B023
+        for kind, path in PATHS:
+            lines[f"{kind}, {path}"] = lambda k=kind, p=path: packed_layer(k, p, out_features, in_features)  # noqa: B023
         for name, make in lines.items():
             line: dict[str, Any] = {"shape": f"{out_features} x {in_features}", "product": name, "microseconds": {}}
             results.found["products"].append(line)
             try:
                 products = make()
                 for count in rows:
+                    if "packed" in name and count > MOST_PACKED:
+                        break
                     x = torch.randn(count, in_features, device=DEVICE, dtype=torch.bfloat16)
                     works = [partial(product, x) for product in products]
                     line["microseconds"][str(count)] = round(1e6 * replay.seconds(works), 1)
@@ -60,8 +65,7 @@ def packed_layer(kind: str, path: str, out_features: int, in_features: int) -> l
     from trimtab.runtime import linear
     from trimtab.runtime.formats import Layout, Quantized
 
-    algo = {"Int4WeightOnlyCuda": "W4A16_AWQ", "Int8WeightOnlyCuda": "W8A16", "Fp8": "FP8",
-            "Fp8PerToken": "FP8_PER_CHANNEL_PER_TOKEN", "Int8Static": "W8A8_SQ_PER_CHANNEL"}[kind]  # fmt: skip
+    algo = ALGORITHMS[kind]
     scale = torch.full((out_features,), 0.01, device=DEVICE)
     given = torch.tensor(0.03, device=DEVICE)
     if algo == "W4A16_AWQ":
@@ -72,7 +76,7 @@ def packed_layer(kind: str, path: str, out_features: int, in_features: int) -> l
         if "FP8" in algo:
             weight = (weight.bfloat16() / 32).to(torch.float8_e4m3fn)
         layer = Quantized(Layout(algo), weight, scale[0] if algo == "FP8" else scale, given)
-    first = getattr(linear, kind)(layer, None)
+    first = linear.build(layer, None, DEVICE)
     size = out_features * in_features // (2 if algo == "W4A16_AWQ" else 1)
     modules = [first, *(copy.deepcopy(first) for _ in range(math.ceil(replay.COLD_BYTES / size) - 1))]
     return [getattr(module, path) for module in modules]

@@ -60,15 +60,15 @@ needs_fp8 = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="FP8 needs 8.9"
 )
 CASES = {
-    "int8_wo": (lambda: int8("W8A16"), "int8 to bfloat16 + mm"),
-    "int8_wo, odd columns": (lambda: int8("W8A16", columns=100), "int8 to bfloat16 + mm"),
+    "int8_wo": (lambda: int8("W8A16"), "int8 in words, Triton"),
+    "int8_wo, odd columns": (lambda: int8("W8A16", columns=100), "dequantize + mm"),
     "int8_sq": (lambda: int8("W8A8_SQ_PER_CHANNEL", 0.03), "_int_mm"),
     "int8_sq, odd columns": (lambda: int8("W8A8_SQ_PER_CHANNEL", 0.03, 100), "dequantize + mm"),
-    "int4, 32": (lambda: int4(32), "_weight_int4pack_mm"),
-    "int4, 64": (lambda: int4(64), "_weight_int4pack_mm"),
-    "int4, 64, nine groups": (lambda: int4(64, 576), "_weight_int4pack_mm"),
-    "int4, 128": (lambda: int4(128), "_weight_int4pack_mm"),
-    "int4, 256": (lambda: int4(256), "_weight_int4pack_mm"),
+    "int4, 32": (lambda: int4(32), "int4 in words, Triton"),
+    "int4, 64": (lambda: int4(64), "int4 in words, Triton"),
+    "int4, 64, nine groups": (lambda: int4(64, 576), "int4 in words, Triton"),
+    "int4, 128": (lambda: int4(128), "int4 in words, Triton"),
+    "int4, 256": (lambda: int4(256), "int4 in words, Triton"),
     "int4, 16": (lambda: int4(16), "dequantize + mm"),
     "nvfp4": (nvfp4, "dequantize + mm"),
     "fp8": (fp8, "_scaled_mm"),
@@ -94,7 +94,7 @@ def test_a_kernel_computes_the_dense_product(name: str, rows: int) -> None:
     assert (found - expected).norm() / expected.norm() < 0.01  # bfloat16 keeps eight bits
 
 
-@pytest.mark.parametrize("name", [name for name, (_, kernel) in CASES.items() if "pack_mm" in kernel])
+@pytest.mark.parametrize("name", [name for name, (_, kernel) in CASES.items() if "words" in kernel])
 def test_packed_and_dense_paths_agree(name: str) -> None:
     module = linear.build(CASES[name][0](), None, CUDA)
     x = torch.randn(33, module.in_features, device=CUDA, dtype=torch.bfloat16)
@@ -103,8 +103,10 @@ def test_packed_and_dense_paths_agree(name: str) -> None:
 
 
 def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = torch._weight_int4pack_mm
-    monkeypatch.setattr(torch, "_weight_int4pack_mm", lambda *args: right(*args) * 1.5)
+    from trimtab.runtime import matmul_kernel
+
+    right = matmul_kernel.Product.__call__
+    monkeypatch.setattr(matmul_kernel.Product, "__call__", lambda *args: right(*args) * 1.5)
     assert linear.build(int4(64), None, CUDA).emulated
 
 
@@ -180,12 +182,13 @@ def test_rounding_to_e4m3_is_pytorchs() -> None:
     "make",
     [
         lambda columns: torch.nn.Linear(columns, OUT, device=CUDA, dtype=torch.bfloat16),
-        lambda columns: linear.build(int8("W8A16", columns=columns), None, CUDA),
+        lambda columns: linear.build(int4(64, 4 * columns), None, CUDA),
+        lambda columns: linear.build(int8("W8A16", columns=2 * columns), None, CUDA),
         lambda columns: linear.build(int8("W8A8_SQ_PER_CHANNEL", 0.03, columns), torch.randn(OUT), CUDA),
         pytest.param(lambda columns: linear.build(fp8(columns), None, CUDA), marks=needs_fp8),
         pytest.param(lambda columns: linear.build(fp8(columns, by_row=True), None, CUDA), marks=needs_fp8),
     ],
-    ids=["bf16", "int8_wo", "int8_sq", "fp8", "fp8, by row"],
+    ids=["bf16", "int4", "int8_wo", "int8_sq", "fp8", "fp8, by row"],
 )
 @torch.inference_mode()
 def test_every_block_computes_the_product_of_few_rows(
@@ -194,7 +197,7 @@ def test_every_block_computes_the_product_of_few_rows(
     torch.manual_seed(0)
     (members,) = few_rows.by_shape([make(columns) for _ in range(3)])
     found = few_rows.measure(members, rows)
-    assert set(found) == {None, *few_rows.blocks(*members[0], rows)}
+    assert set(found) == {None, *few_rows.cuts(*members[0], rows)}
     assert all(0 < seconds < 1 for seconds in found.values())
 
 
@@ -202,7 +205,7 @@ def test_every_block_computes_the_product_of_few_rows(
 def test_a_step_of_the_engines_own_gives_the_tokens_of_the_model(engine: TorchEngine, windows: torch.Tensor) -> None:
     prompt = windows[:, :8].cuda()
     assert engine._step
-    assert engine._step.kernels.attend is not small_kernels.attend
+    assert engine._step.by_spans
     stepping = decode.Stepping(engine._step, engine.model, *prompt.shape, 40)
     launched = _tokens(stepping, prompt)
     stepping.capture()

@@ -101,18 +101,3 @@ def test_a_kernel_is_trusted_when_it_computes_the_layer(case: tuple) -> None:
     module = linear.build(layer, None, CPU)
     assert linear._runs(module, layer)
     assert not linear._runs(module, replace(layer, weight_scale=layer.weight_scale * 1.2))
-
-
-def test_the_layout_of_the_cuda_kernel_is_unpacked() -> None:
-    """The layout by `matrix_to_m16n8k16_Bint4_layout` of PyTorch's int4mm.cu, a number at a time."""
-    out_features, in_features, tiles = 16, 192, 4
-    nibbles = torch.randint(16, (out_features, in_features), dtype=torch.int64)
-    packed = torch.zeros(out_features // 8, in_features // (16 * tiles), 32, tiles // 2, dtype=torch.int64)
-    for block, outer, thread, word in torch.cartesian_prod(*(torch.arange(n) for n in packed.shape)).tolist():
-        first = (outer * tiles + 2 * word) * 16 + 2 * (thread % 4)
-        for i in range(4):
-            for odd in (0, 1):
-                number = nibbles[8 * block + thread // 4, first + 8 * i + odd]
-                packed[block, outer, thread, word] |= number << 4 * (i + 4 * odd)
-    unpacked = linear._unpack_from_cuda(packed.to(torch.int32), torch.uint8)
-    assert torch.equal(unpacked.long(), nibbles)

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from trimtab import runtime
-from trimtab.runtime import few_rows, formats, linear, small_kernels
+from trimtab.runtime import few_rows, formats, linear, small_kernels, tile, words
 from trimtab.runtime.formats import Layout, Quantized
-from trimtab.runtime.paged import PagedKVCache
 from trimtab.runtime.small_kernels import Sizes
+from trimtab.runtime.tile import Tile
 
 CPU = torch.device("cpu")
 #: Triton's interpreter cuts what e4m3 has no bits for, where a GPU rounds.
@@ -57,7 +57,7 @@ def sizes(request: pytest.FixtureRequest) -> Sizes:
     return SIZES[request.param]
 
 
-@pytest.mark.parametrize("name", ["add_norm", "silu_mul", "rotate_and_store"])
+@pytest.mark.parametrize("name", ["add_norm", "silu_mul", "rotate_and_store", "to_int8"])
 def test_a_kernel_computes_what_it_replaces(
     name: str, sizes: Sizes, triton_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,37 +66,11 @@ def test_a_kernel_computes_what_it_replaces(
     assert small_kernels.try_out(name, function, sizes, CPU) == ""
 
 
-@pytest.mark.parametrize(("lengths", "programs"), [([6, 1, 34], 264), ([300], 264), ([64, 65, 128, 200], 1)])
-def test_attention_reads_every_token_of_a_sequence_once(
-    lengths: list[int], programs: int, sizes: Sizes, triton_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    monkeypatch.setattr(triton_kernels, "PROGRAMS", programs)  # with one, sequences are not cut into parts
-    cache = PagedKVCache({0: (sizes.kv_heads, sizes.head_dim)}, 20, 16, CPU)
-    where, _ = small_kernels.one_token_each(cache, CPU, [length - 1 for length in lengths])
-    pair = [torch.randn(21, 16, sizes.kv_heads, sizes.head_dim) for _ in range(2)]
-    query = torch.randn(len(lengths), sizes.heads, sizes.head_dim)
-    # In float32, for interpreted products of bfloat16 are products of its bits.
-    found = triton_kernels.attend(query, *pair, where.tables_SW, where.lengths_S, 0.3)
-    for number, length in enumerate(lengths):
-        group = sizes.heads // sizes.kv_heads
-        keys, values = (x[where.tables_SW[number]].flatten(0, 1)[:length] for x in pair)
-        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
-        shares = (torch.einsum("hd,lhd->hl", query[number], keys) * 0.3).softmax(-1)
-        assert torch.allclose(found[number], torch.einsum("hl,lhd->hd", shares, values), atol=1e-4)
-
-
 def test_rounding_to_e4m3_saturates(triton_kernels: ModuleType) -> None:
     x, factor = torch.linspace(-3, 3, 1500).view(3, -1).bfloat16(), torch.tensor([200.0])
     found, expected = (function(x, factor).float() for function in (triton_kernels.to_e4m3, small_kernels.to_e4m3))
     assert found.max() == expected.max() == formats.E4M3_MAX
     assert (found - expected).norm() <= INTERPRETED_FP8 * expected.norm()
-
-
-def test_few_sequences_are_cut_into_more_parts_than_many(triton_kernels: ModuleType) -> None:
-    parts = [triton_kernels.splits(batch, 8, 384) for batch in (1, 8, 64)]
-    assert parts == [8, 8, 1]
-    assert triton_kernels.splits(1, 8, 16) == 1
 
 
 def test_keys_and_values_in_fp8_are_stored_as_the_cache_stores_them(triton_kernels: ModuleType) -> None:
@@ -118,7 +92,10 @@ def layer(kind: str, rows: int = 18, columns: int = 200) -> torch.nn.Module:
         return made.requires_grad_(False)
     weight = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
     if kind == "int8_wo":
-        return linear.Int8WeightOnlyCuda(Quantized(Layout("W8A16"), weight, torch.rand(rows) * 0.01), None)
+        return linear.WeightOnly(Quantized(Layout("W8A16"), weight, torch.rand(rows) * 0.01), None)
+    if kind == "int4":
+        scale = torch.rand(rows, columns // 32) * 0.01
+        return linear.WeightOnly(Quantized(Layout("W4A16_AWQ", 32), formats.pack_int4(weight >> 4), scale), None)
     if kind.startswith("int8_sq"):
         smoothing = torch.rand(columns) + 0.5 if "smoothed" in kind else None
         given = {"input_scale": torch.tensor(0.03), "pre_quant_scale": smoothing}
@@ -131,7 +108,7 @@ def layer(kind: str, rows: int = 18, columns: int = 200) -> torch.nn.Module:
 
 @pytest.mark.parametrize("block", [(2, 8, 4), (16, 64, 4)])  # that fit the matrix, and that do not
 @pytest.mark.parametrize(
-    "kind", ["bf16", "bf16, bias", "int8_wo", "int8_sq", "int8_sq, smoothed", "fp8", "fp8, by row"]
+    "kind", ["bf16", "bf16, bias", "int8_sq", "int8_sq, smoothed", "fp8", "fp8, by row"]
 )
 def test_one_row_is_the_product_of_many(kind: str, block: tuple[int, int, int], triton_kernels: ModuleType) -> None:
     module = layer(kind)
@@ -147,32 +124,81 @@ def test_one_row_is_the_product_of_many(kind: str, block: tuple[int, int, int], 
     assert (found - expected).norm() <= tolerance * expected.norm()
 
 
-@pytest.mark.parametrize("rows", [2, 16, 17])
-@pytest.mark.parametrize("kind", ["int8_wo", "fp8", "fp8, by row"])
-def test_few_rows_are_the_product_of_many(kind: str, rows: int, triton_kernels: ModuleType) -> None:
-    module = layer(kind, rows=32, columns=128)
-    block, given = (16, 64, 4, 3), few_rows.operands(module)
-    x_RI = torch.randn(rows, 128).bfloat16()
-    if kind == "int8_wo":  # in float32, for interpreted products of bfloat16 are products of its bits
-        expected = module(x_RI).float()
-        found = few_rows.product(module, given, block)(x_RI.float()).float()
+CUTS = {"whole": Tile(16, 32, 4, 3, 1), "by three parts": Tile(32, 32, 4, 3, 4)}  # of four, one has nothing to do
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17])
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("kind", ["int4", "int8_wo", "int8_sq", "fp8", "fp8, by row"])
+def test_few_rows_are_the_product_of_many(kind: str, cut: str, rows: int, triton_kernels: ModuleType) -> None:
+    torch.manual_seed(1)
+    module = layer(kind, rows=32, columns={"int4": 384, "int8_wo": 192}.get(kind, 96))
+    module.bias = None
+    given = few_rows.operands(module)
+    x_RI = torch.randn(rows, module.in_features).bfloat16()
+    multiply = few_rows.product(module, given, CUTS[cut])
+    found = multiply(x_RI).float()
+    if kind in ("int4", "int8_wo"):
+        expected = module.dense(x_RI).float()
     else:
-        found = few_rows.product(module, given, block)(x_RI).float()
-        rounded = formats.round_fp8(x_RI.float(), 0.01)
-        expected = rounded @ module.weight_OI.float().t() * module.weight_scale
+        expected = rounded(module, x_RI) @ given["weight"].float().t() * given["scale"]
     assert found.shape == (rows, 32)
     assert (found - expected).norm() <= 0.01 * expected.norm()
+    assert torch.equal(multiply(x_RI).float(), found)  # what counts the parts is zero again
 
 
-def test_a_block_that_does_not_divide_a_matrix_is_not_tried(triton_kernels: ModuleType) -> None:
-    module = layer("fp8", rows=96, columns=256)
+def rounded(module: torch.nn.Module, x_RI: torch.Tensor) -> torch.Tensor:
+    return module.codes(x_RI).float()
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8_wo"])
+def test_words_are_widened_to_the_numbers_of_the_layer(kind: str, triton_kernels: ModuleType) -> None:
+    from trimtab.runtime import matmul_kernel
+
+    module = layer(kind, rows=16, columns=128)
+    numbers_OI = words.unpack(module.words_OW, module.bits).float()
+    if kind == "int4":
+        found = matmul_kernel.widen(module.words_OW, 4, module.scale, 32).float()
+        expected = (numbers_OI.view(16, 4, 32) * module.scale.t()[..., None]).view(16, 128)
+        assert (found - expected).abs().max() <= 2**-7 * expected.abs().max()  # interpreted, what is no bfloat16 is cut
+    else:
+        assert torch.equal(matmul_kernel.widen(module.words_OW, 8).float(), numbers_OI)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_words_hold_the_numbers(bits: int) -> None:
+    numbers_OI = torch.arange(-(1 << bits - 1), 1 << bits - 1, dtype=torch.int8).repeat(3, 16 // bits)
+    packed = words.pack(numbers_OI, bits)
+    assert packed.dtype == torch.int16 and packed.nbytes == numbers_OI.numel() * bits // 8
+    assert torch.equal(words.unpack(packed, bits), numbers_OI)
+
+
+def test_a_tile_that_does_not_divide_a_matrix_is_not_tried(triton_kernels: ModuleType) -> None:
+    module = layer("fp8", rows=192, columns=384)
     given = few_rows.operands(module)
-    tiles = few_rows.blocks(module, given, 16)
-    assert tiles == ((16, 256, 4, 4), (32, 128, 4, 5), (32, 256, 4, 4))
-    assert few_rows.blocks(module, given, 1) == few_rows.BLOCKS
-    assert few_rows.blocks(layer("bf16"), few_rows.operands(layer("bf16")), 16) == ()
-    with pytest.raises(ValueError, match="a block of 64 x 128 does not divide 96 x 256"):
-        few_rows.product(module, given, (64, 128, 4, 5))(torch.ones(2, 256).bfloat16())
+    tiles = tuple(cut for cut in tile.BYTES if cut.inputs == 128)
+    assert few_rows.cuts(module, given, 16) == tiles
+    assert few_rows.cuts(module, given, 1) == few_rows.BLOCKS + tiles
+    assert few_rows.cuts(layer("bf16"), few_rows.operands(layer("bf16")), 16) == ()
+    small = layer("int4", rows=64, columns=512)  # groups of 32, and no tile has so few words
+    assert few_rows.cuts(small, few_rows.operands(small), 1) == ()
+    with pytest.raises(ValueError, match="a tile of 64 x 64 does not divide 64 x 128 in groups of 32"):
+        small.by(tile.WORDS[0])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((4096, 1024, 128), Tile(64, 64, 4, 3, 4)),
+        ((28672, 1024, 64), Tile(64, 64, 4, 3, 1)),
+        ((4096, 3584, 64), Tile(64, 64, 4, 3, 8)),
+        ((576, 144, 64), Tile(64, 16, 4, 3, 2)),
+        ((48, 32, 0), Tile(16, 32, 4, 3, 1)),
+    ],
+)
+def test_the_usual_tile_divides_and_keeps_a_gpu_busy(sizes: tuple[int, int, int], expected: Tile) -> None:
+    assert tile.usual(*sizes) == expected
+    assert expected.divides(*sizes)
 
 
 def test_layers_of_one_kind_and_shape_are_measured_together() -> None:
@@ -187,9 +213,10 @@ def test_layers_of_one_kind_and_shape_are_measured_together() -> None:
 
 def test_what_has_no_product_of_few_rows_keeps_its_own() -> None:
     smoothed = Quantized(Layout("W8A16"), torch.ones(16, 32, dtype=torch.int8), torch.ones(16))
-    plain = linear.Int8WeightOnly(smoothed, None)
+    plain = layer("int8_sq")
     assert few_rows.operands(plain) is not None
-    plain.pre_quant_scale = torch.ones(32)
+    plain.pre_quant_scale = torch.ones(200)
+    assert few_rows.operands(linear.Int8WeightOnly(smoothed, None)) is None
     assert few_rows.operands(plain) is None
     assert few_rows.operands(linear.Emulated(smoothed, None)) is None
 
@@ -217,10 +244,11 @@ def test_what_is_left_as_it_was_is_reported(
     monkeypatch.setitem(sys.modules, "trimtab.runtime.triton_kernels", None)
     monkeypatch.delattr(runtime, "triton_kernels", raising=False)
     assert small_kernels.choose(SIZES["grouped"], torch.device("cuda")) == small_kernels.Kernels()
-    assert capsys.readouterr().err.count("runs without a kernel of its own: ") == 4
+    assert capsys.readouterr().err.count("runs without a kernel of its own: ") == 3
 
 
 def test_a_cpu_has_no_kernels_of_its_own() -> None:
     found = small_kernels.choose(SIZES["grouped"], CPU)
     assert found == small_kernels.Kernels()
-    assert small_kernels.rounding(CPU) is small_kernels.to_e4m3
+    for name in ("to_e4m3", "to_int8"):
+        assert small_kernels.rounding(name, CPU) is getattr(small_kernels, name)

@@ -159,7 +159,7 @@ class Stepping(Recorded):
     @torch.inference_mode()
     def __init__(self, step: Step, model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int):
         super().__init__(model, batch_size, prompt_tokens, new_tokens)
-        self._run, self._decoding = step, Decoding(model, batch_size, self._length)
+        self._run, self._decoding = step, Decoding(model, batch_size, self._length, step.by_spans)
 
     def _read(self, prompt: torch.Tensor) -> torch.Tensor:
         return self._decoding.read(prompt)

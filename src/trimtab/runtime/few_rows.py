@@ -2,8 +2,8 @@
 
 Libraries compute few rows with kernels made for many: on an H100 cuBLAS's FP8 product of one row with a layer of
 4096 x 4096 reads a third of what the memory could give, and PyTorch has no quick one for INT8. Triton's `matvec` gives
-each program a few rows of the matrix, `matmul` a few columns of the result. Which is fastest, and in which block,
-depends on the shape and the card: so it is measured when a model is loaded, once for each kind of layer.
+each program a few rows of the matrix, `matmul_kernel` a tile of it. Which is fastest, and how it is cut, depends on the
+shape and the card: so it is measured when a model is loaded, once for each kind of layer.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimtab.runtime import linear, replay
+from trimtab.runtime import linear, replay, tile
+from trimtab.runtime.tile import Tile
 
 #: Outputs and inputs that a program of `matvec` has at a time, and its warps.
 BLOCKS = (
     (1, 2048, 4), (2, 1024, 4), (4, 512, 4), (4, 1024, 4), (8, 512, 4), (8, 1024, 4), (16, 512, 4), (8, 1024, 8),
 )  # fmt: skip
-#: The same of `matmul`, and its loads under way.
-TILES = ((16, 256, 4, 4), (32, 128, 4, 5), (32, 256, 4, 4), (64, 128, 4, 5), (64, 256, 4, 3), (128, 128, 4, 4))
 #: Rows that products are chosen for; one serves fewer rows too, down to the next.
 ROWS = (1, 16, 64)
 
 Product = Callable[[torch.Tensor], torch.Tensor]
-#: A layer, and what `matvec` takes of it beside its input.
+#: How a product is cut: one of `BLOCKS`, or a tile.
+Cut = tuple[int, ...]
+#: A layer, and what a product takes of it beside its input.
 Member = tuple[nn.Module, dict[str, Any]]
 
 
@@ -47,21 +48,21 @@ class Chosen:
 
 
 def operands(layer: nn.Module) -> dict[str, Any] | None:
-    """Returns what `triton_kernels.matvec` takes of a layer beside its input, or None where it has no such product."""
+    """Returns a layer's `weight`, `bias`, and what `matvec` takes beside; None where it has no such product."""
     if type(layer) is nn.Linear:
-        return {"weight_OI": layer.weight, "bias": layer.bias}
+        return {"weight": layer.weight, "bias": layer.bias}
     if not isinstance(layer, linear.PackedLinear) or layer.pre_quant_scale is not None:
         return None
     if isinstance(layer, linear.Fp8):
         scale = (layer.weight_scale * layer.input_scale).reshape(-1)
-        found = {"scale": scale, "to_codes": layer.to_codes_1, "rounding": "fp8"}
+        found = {"weight": layer.weight_OI, "scale": scale, "to_codes": layer.to_codes_1, "rounding": "fp8"}
     elif isinstance(layer, linear.Int8Static):
-        found = {"scale": layer.scale_O, "to_codes": layer.to_integers, "rounding": "int8"}
-    elif isinstance(layer, linear.Int8WeightOnly):
-        found = {"scale": layer.scale_O.float()}
+        found = {"weight": layer.weight_OI, "scale": layer.scale_O, "to_codes": layer.to_integers, "rounding": "int8"}
+    elif isinstance(layer, linear.WeightOnly):
+        found = {"weight": layer.words_OW}
     else:
         return None
-    return {"weight_OI": layer.weight_OI, "bias": layer.bias, **found}
+    return {**found, "bias": layer.bias}
 
 
 @torch.inference_mode()
@@ -72,7 +73,7 @@ def choose(layers: Iterable[nn.Module]) -> dict[nn.Module, Chosen]:
         best = {rows: min(times, key=times.get) for rows in ROWS if (times := measure(members, rows))}
         if any(best.values()):
             for layer, given in members:
-                by_rows = [(rows, product(layer, given, block) if block else layer) for rows, block in best.items()]
+                by_rows = [(rows, product(layer, given, cut) if cut else layer) for rows, cut in best.items()]
                 found[layer] = Chosen(layer, by_rows)
     return found
 
@@ -87,31 +88,30 @@ def by_shape(layers: Iterable[nn.Module]) -> list[list[Member]]:
         given = operands(layer)
         if given and not layer._forward_hooks:
             shapes = {name: tensor.shape for name, tensor in given.items() if isinstance(tensor, torch.Tensor)}
-            key = (type(layer), given["weight_OI"].dtype, *shapes.items())
+            key = (type(layer), given["weight"].dtype, getattr(layer, "bits", 0), *shapes.items())
             kinds.setdefault(key, []).append((layer, given))
     return list(kinds.values())
 
 
 @torch.inference_mode()
-def measure(members: list[Member], rows: int) -> dict[tuple[int, ...] | None, float]:
-    """Returns the seconds of a product with so many rows by its block, None for the layers' own.
+def measure(members: list[Member], rows: int) -> dict[Cut | None, float]:
+    """Returns the seconds of a product with so many rows by its cut, None for the layers' own.
 
-    A block that fails, or computes other numbers than the first layer, is left out.
+    One that fails, or computes other numbers than the first layer, is left out.
     """
     layer, given = members[0]
-    weight = given["weight_OI"]
-    x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
+    x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(0)).to(given["weight"].device)
     if "to_codes" in given:
         x *= 32 / given["to_codes"]  # within the range of INT8, and of FP8
     x = x.bfloat16()
     expected = layer(x).float()
-    some = members[: -(-replay.COLD_BYTES // weight.nbytes)]
-    found: dict[tuple[int, ...] | None, float] = {None: _seconds([layer for layer, _ in some], x)}
-    for block in blocks(layer, given, rows):
-        products = [product(layer, given, block) for layer, given in some]
+    some = members[: -(-replay.COLD_BYTES // given["weight"].nbytes)]
+    found: dict[Cut | None, float] = {None: _seconds([layer for layer, _ in some], x)}
+    for cut in cuts(layer, given, rows):
         try:
+            products = [product(layer, given, cut) for layer, given in some]
             if (products[0](x).float() - expected).norm() <= 0.01 * expected.norm():
-                found[block] = _seconds(products, x)
+                found[cut] = _seconds(products, x)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # whatever a compiler says about a card
@@ -119,25 +119,27 @@ def measure(members: list[Member], rows: int) -> dict[tuple[int, ...] | None, fl
     return found
 
 
-def blocks(layer: nn.Module, given: dict[str, Any], rows: int) -> tuple[tuple[int, ...], ...]:
-    """Returns the blocks to try for a number of rows; with several, cuBLAS is as fast in 16 bits as anything."""
-    if rows == 1:
-        return BLOCKS
-    tiled = isinstance(layer, (linear.Fp8, linear.Int8WeightOnly)) and given["bias"] is None
-    height, width = given["weight_OI"].shape
-    return tuple(tile for tile in TILES if not height % tile[0] and not width % tile[1]) if tiled else ()
+def cuts(layer: nn.Module, given: dict[str, Any], rows: int) -> tuple[Cut, ...]:
+    """Returns the cuts to try for a number of rows; with several, cuBLAS is as fast in 16 bits as anything."""
+    tiles, group_size = (), 0
+    if isinstance(layer, linear.WeightOnly):
+        tiles, group_size = tile.WORDS, layer.group_size
+    elif isinstance(layer, (linear.Fp8, linear.Int8Static)):
+        tiles = tile.BYTES
+    fitting = tuple(cut for cut in tiles if given["bias"] is None and cut.divides(*given["weight"].shape, group_size))
+    return fitting if rows > 1 or isinstance(layer, linear.WeightOnly) else BLOCKS + fitting
 
 
-def product(layer: nn.Module, given: dict[str, Any], block: tuple[int, ...]) -> Product:
-    """Returns the product of a layer in a block: one of `BLOCKS`, or of `TILES`."""
-    from trimtab.runtime import triton_kernels
+def product(layer: nn.Module, given: dict[str, Any], cut: Cut) -> Product:
+    """Returns the product of a layer by one of its cuts."""
+    from trimtab.runtime import matmul_kernel, triton_kernels
 
-    if len(block) == 3:
-        return partial(triton_kernels.matvec, block=block, **given)
-    multiply = partial(triton_kernels.matmul, weight_OI=given["weight_OI"], block=block, scale=given["scale"])
-    if isinstance(layer, linear.Fp8):
-        return lambda x_RI: multiply(layer.codes(x_RI))
-    return multiply
+    if not isinstance(cut, Tile):
+        return partial(triton_kernels.matvec, block=cut, **given)
+    if isinstance(layer, linear.WeightOnly):
+        return layer.by(cut)
+    multiply = matmul_kernel.Product(given["weight"], given["scale"], cut)
+    return lambda x_RI: multiply(layer.codes(x_RI))
 
 
 def _seconds(products: list[Product], x: torch.Tensor) -> float:

@@ -71,21 +71,21 @@ def rotate_and_store(
     return turned[:, :-kv_heads]
 
 
-def attend(query_SHD: torch.Tensor, where: Pass, layer: int, scaling: float) -> torch.Tensor:
-    """Returns the attention of one query a sequence to what the cache holds of it, [S, H, D]."""
-    return paged.decode_attention(query_SHD, where, layer, scaling, None)
-
-
 def to_e4m3(x: torch.Tensor, to_codes_1: torch.Tensor) -> torch.Tensor:
     """Returns x times a factor, float32 [1], as e4m3 numbers; beyond their range it saturates."""
     # float32 by the factor's axis, and in one pass over the activations
     return (x * to_codes_1).clamp_(-formats.E4M3_MAX, formats.E4M3_MAX).to(torch.float8_e4m3fn)
 
 
+def to_int8(x: torch.Tensor, to_codes: torch.Tensor) -> torch.Tensor:
+    """Returns x times factors, float32 [1] or one a column, as whole numbers from -128 to 127."""
+    return (x * to_codes).round_().clamp_(-128, 127).to(torch.int8)
+
+
 @functools.cache
-def rounding(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Returns `to_e4m3`, or on a GPU Triton's in its place."""
-    return _replacement("to_e4m3", device) or to_e4m3
+def rounding(name: str, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Returns `to_e4m3` or `to_int8`, or on a GPU Triton's in its place."""
+    return _replacement(name, device) or globals()[name]
 
 
 @dataclass
@@ -95,7 +95,6 @@ class Kernels:
     add_norm: Callable[..., Any] = add_norm
     silu_mul: Callable[..., Any] = silu_mul
     rotate_and_store: Callable[..., Any] = rotate_and_store
-    attend: Callable[..., Any] = attend
 
 
 @torch.inference_mode()
@@ -142,16 +141,8 @@ def adapted(fast: ModuleType) -> dict[str, Callable[..., Any]]:
         pair = cache.tensors(layer)
         return fast.rotate_and_store(qkv, angles.cos_PD, angles.sin_PD, positions, where.slots_T, *pair, scales)
 
-    def look(query: torch.Tensor, where: Pass, layer: int, scaling: float) -> torch.Tensor:
-        cache = where.cache
-        if cache.algorithm not in direct(query.device):
-            return attend(query, where, layer, scaling)
-        scales = cache.scales(layer) if cache.algorithm else None
-        pair = cache.tensors(layer)
-        return fast.attend(query, *pair, where.tables_SW, where.lengths_S, scaling, scales)
-
-    same = {name: getattr(fast, name) for name in ("add_norm", "silu_mul", "to_e4m3")}
-    return {**same, "rotate_and_store": store, "attend": look}
+    same = {name: getattr(fast, name) for name in ("add_norm", "silu_mul", "to_e4m3", "to_int8")}
+    return {**same, "rotate_and_store": store}
 
 
 # ---------------------------------------------------------------------------------------------------- trying them out
@@ -194,6 +185,11 @@ def _try_to_e4m3(function: Callable[..., Any], sizes: Sizes, device: torch.devic
     return [function(_normal(0, device, 3, sizes.hidden), factor) for factor in factors]
 
 
+def _try_to_int8(function: Callable[..., Any], sizes: Sizes, device: torch.device) -> list[torch.Tensor]:
+    factors = [torch.tensor([9.0], device=device), _normal(1, device, 1, sizes.hidden)[0].float() * 60]
+    return [function(_normal(0, device, 3, sizes.hidden), factor) for factor in factors]
+
+
 def _try_rotate_and_store(function: Callable[..., Any], sizes: Sizes, device: torch.device) -> list[torch.Tensor]:
     found = []
     for cache in _caches(sizes, device):
@@ -202,19 +198,6 @@ def _try_rotate_and_store(function: Callable[..., Any], sizes: Sizes, device: to
         angle = torch.arange(48, device=device)[:, None] / torch.arange(1, 1 + sizes.head_dim // 2, device=device)
         angles = Angles(*(wave.repeat(1, 2).bfloat16() for wave in (angle.cos(), angle.sin())))
         found += [function(qkv, angles, positions, where, 0), *cache.read(0, where.tables_SW)]
-    return found
-
-
-def _try_attend(function: Callable[..., Any], sizes: Sizes, device: torch.device) -> list[torch.Tensor]:
-    found = []
-    for cache in _caches(sizes, device):
-        filled = cache.padding_slot
-        pair = (_normal(seed, device, filled, sizes.kv_heads, sizes.head_dim) for seed in range(2))
-        cache.write(0, torch.arange(filled, device=device), *pair)
-        for lengths in ([5, 0, 33], [300], [150] * 80):  # cut into parts, and whole
-            where, _ = one_token_each(cache, device, lengths)
-            query = _normal(3, device, len(lengths), sizes.heads, sizes.head_dim)
-            found.append(function(query, where, 0, sizes.head_dim**-0.5))
     return found
 
 
@@ -239,6 +222,6 @@ TRIALS = {
     "add_norm": _try_add_norm,
     "silu_mul": _try_silu_mul,
     "to_e4m3": _try_to_e4m3,
+    "to_int8": _try_to_int8,
     "rotate_and_store": _try_rotate_and_store,
-    "attend": _try_attend,
 }

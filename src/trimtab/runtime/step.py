@@ -19,10 +19,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trimtab import progress
-from trimtab.runtime import few_rows, fused, small_kernels
+from trimtab.runtime import few_rows, fused, paged, small_kernels
 from trimtab.runtime.fewer_kernels import FusedRMSNorm
 from trimtab.runtime.linear import PackedLinear
-from trimtab.runtime.paged import PagedKVCache, Pass
+from trimtab.runtime.paged import PagedKVCache, Pass, Spans
 from trimtab.runtime.small_kernels import Angles, Kernels, Sizes
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -60,6 +60,7 @@ class Step:
         positions: that a token may have, from 0.
         kernels: the functions between the products.
         products: in the place of some of the layers.
+        by_spans: whether a pass tells the attention kernel its spans; else its blocks are gathered.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class Step:
         positions: int,
         kernels: Kernels | None = None,
         products: dict[nn.Module, Product] | None = None,
+        by_spans: bool = False,
     ):
         body = model.base_model
-        self.kernels, self._products = kernels or Kernels(), products or {}
+        self.kernels, self._products, self.by_spans = kernels or Kernels(), products or {}, by_spans
         self.sizes = sizes(model)
         self._embedding, self._norm = body.embed_tokens, body.norm
         self._head = self._product(model.get_output_embeddings())
@@ -96,7 +98,7 @@ class Step:
             if where.spans:
                 seen_SHD = where.cache.attend(block.layer, query_SHD, where.spans, block.scaling)
             else:
-                seen_SHD = kernels.attend(query_SHD, where, block.layer, block.scaling)
+                seen_SHD = paged.decode_attention(query_SHD, where, block.layer, block.scaling, None)
             x = block.out(seen_SHD.flatten(1))
             x, residual = kernels.add_norm(x, residual, block.between.weight, block.between.epsilon)
             x = block.down(kernels.silu_mul(block.gate_up(x)))
@@ -190,11 +192,14 @@ def build(model: PreTrainedModel, positions: int) -> Step | None:
     """Returns the step of a model, on a GPU with the fastest kernels found, or None: it has none, and reports why."""
     reason = refusal(model, positions)
     if not reason:
-        kernels, products = small_kernels.choose(sizes(model), model.device), {}
+        kernels, products, by_spans = small_kernels.choose(sizes(model), model.device), {}, False
         if model.device.type == "cuda":
             progress.report("engine", "measuring products of few rows")
             products = few_rows.choose(layers(model))
-        step = Step(model, positions, kernels, products)
+            if why := paged.why_no_kernel(model):
+                progress.report("engine", f"attention runs without a kernel of its own: {why}")
+            by_spans = not why
+        step = Step(model, positions, kernels, products, by_spans)
         reason = disagreement(model, step, positions)
     if reason:
         progress.report("engine", f"decodes by transformers' forward pass: {type(model).__name__} {reason}")
@@ -230,7 +235,7 @@ def disagreement(model: PreTrainedModel, step: Step, positions: int) -> str:
         embedded = model.get_input_embeddings()(tokens)
         signs = (torch.arange(embedded.numel(), device=model.device) * 7919 % 13 % 2 * 2 - 1).view_as(embedded)
         noise = (_last_logits(model, inputs_embeds=embedded * (1 + 2**-8 * signs).to(embedded.dtype)) - expected).norm()
-        decoding = Decoding(model, batch, length + 1)
+        decoding = Decoding(model, batch, length + 1, step.by_spans)
         decoding.read(tokens[:, :-1])
         found = step(tokens[:, -1][None], decoding.positions[None], decoding.where()).float()
         if not (found - expected).norm() <= (2 * noise).clamp(0.02 * expected.norm(), 0.5 * expected.norm()):
@@ -245,13 +250,18 @@ def _last_logits(model: PreTrainedModel, **given: torch.Tensor) -> torch.Tensor:
 class Decoding:
     """Sequences of one length that are decoded together: their cache, and where their next token stands in it."""
 
-    def __init__(self, model: PreTrainedModel, batch_size: int, length: int):
+    def __init__(self, model: PreTrainedModel, batch_size: int, length: int, by_spans: bool = False):
         blocks = -(-length // _BLOCK_SIZE)
         self.model = model
         self.cache = PagedKVCache.for_model(model, batch_size * blocks, _BLOCK_SIZE)
         self._tables = torch.arange(batch_size * blocks, device=model.device).view(batch_size, blocks)
         #: Position, slot and length with the next token of each sequence; all grow by one a step.
         self._counts = torch.zeros(3, batch_size, dtype=torch.int64, device=model.device)
+        self._spans: Spans | None = None
+        if by_spans:
+            number = torch.arange(batch_size, dtype=torch.int32, device=model.device)
+            spans_B4 = torch.stack([number, torch.ones_like(number), torch.zeros_like(number), number], dim=1)
+            self._spans = Spans(spans_B4, self._tables.int(), 1)
 
     @property
     def positions(self) -> torch.Tensor:
@@ -260,11 +270,13 @@ class Decoding:
 
     def where(self) -> Pass:
         """The pass of the next tokens."""
-        return Pass(self.cache, self._counts[1], self._tables, self._counts[2], [])
+        return Pass(self.cache, self._counts[1], self._tables, self._counts[2], [], self._spans)
 
     def advance(self) -> None:
         """Makes room for the next tokens, without waiting for the device."""
         self._counts.add_(1)
+        if self._spans:
+            self._spans.spans_B4[:, 2].add_(1)
 
     def read(self, prompt: torch.Tensor) -> torch.Tensor:
         """Begins anew with prompts, int64 [S, length]; returns the logits of their last tokens, [S, 1, V]."""
@@ -277,4 +289,6 @@ class Decoding:
         first = self._tables[:, 0] * _BLOCK_SIZE
         counts = [torch.full_like(first, length), first + length, torch.full_like(first, length + 1)]
         self._counts.copy_(torch.stack(counts))
+        if self._spans:
+            self._spans.spans_B4[:, 2].fill_(length)
         return output.logits

@@ -1,7 +1,7 @@
 """The small kernels of a decoding step, in Triton; imported only where Triton is, and used through `small_kernels`.
 
-Axes in names: S sequences, N hidden size, F intermediate size, H query heads, K heads of keys and values, G = H / K,
-D numbers of a head, P positions, W blocks of a table, I in_features, O out_features.
+Axes in names: S sequences, N hidden size, F intermediate size, H query heads, K heads of keys and values, D numbers of
+a head, P positions, I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 
 E4M3_MAX = tl.constexpr(448.0)
-#: Tokens that a program of `attend` reads at a time, and programs that fill a large GPU about twice.
-TOKENS, PROGRAMS = 64, 264
 
 
 @triton.jit
@@ -67,20 +65,44 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _to_e4m3(x, to_codes, out, count, BLOCK: tl.constexpr):
+def _to_codes(x, factors, out, count, columns, KIND: tl.constexpr, BY_COLUMN: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * tl.load(to_codes)
-    value = tl.minimum(tl.maximum(value, -E4M3_MAX), E4M3_MAX)
-    tl.store(out + at, value.to(tl.float8e4nv), mask=inside)
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if BY_COLUMN:
+        value *= tl.load(factors + at % columns, mask=inside, other=0.0)
+    else:
+        value *= tl.load(factors)
+    tl.store(out + at, _rounded(value, KIND).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rounded(value, KIND: tl.constexpr):
+    """Rounds float32 to what a type has; its type stays."""
+    if KIND == "fp8":
+        value = tl.minimum(tl.maximum(value, -E4M3_MAX), E4M3_MAX).to(tl.float8e4nv).to(tl.float32)
+    elif KIND == "int8":  # what 1.5 * 2 ** 23 is added to has no bits left for a fraction
+        value = (value + 12582912.0) - 12582912.0
+        value = tl.minimum(tl.maximum(value, -128.0), 127.0)
+    return value
 
 
 def to_e4m3(x: torch.Tensor, to_codes_1: torch.Tensor) -> torch.Tensor:
     """See `small_kernels.to_e4m3`."""
+    return _codes(x, to_codes_1, torch.float8_e4m3fn, "fp8")
+
+
+def to_int8(x: torch.Tensor, to_codes: torch.Tensor) -> torch.Tensor:
+    """See `small_kernels.to_int8`."""
+    return _codes(x, to_codes, torch.int8, "int8")
+
+
+def _codes(x: torch.Tensor, factors: torch.Tensor, dtype: torch.dtype, kind: str) -> torch.Tensor:
     x = x.contiguous()
-    out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    count = x.numel()
-    _to_e4m3[(triton.cdiv(count, 1024),)](x, to_codes_1, out, count, BLOCK=1024, num_warps=4)
+    out = torch.empty_like(x, dtype=dtype)
+    count, by_column = x.numel(), factors.numel() > 1
+    grid = (triton.cdiv(count, 1024),)
+    _to_codes[grid](x, factors, out, count, x.shape[-1], KIND=kind, BY_COLUMN=by_column, BLOCK=1024, num_warps=4)
     return out
 
 
@@ -143,103 +165,6 @@ def rotate_and_store(
 
 
 @triton.jit
-def _attend(
-    query, keys, values, tables, lengths, out, partial, state, width, scale, value_scale,
-    K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TOKENS: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    sequence = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    split = tl.program_id(2)
-    length = tl.load(lengths + sequence).to(tl.int32)
-    each = tl.cdiv(tl.cdiv(length, SPLITS), TOKENS) * TOKENS
-    stop = tl.minimum(length, (split + 1) * each)
-    rows = tl.arange(0, ROWS)
-    at = tl.arange(0, D)
-    mine = rows[:, None] < G
-    first = (sequence * K + head) * G
-    q = tl.load(query + (first + rows[:, None]) * D + at[None, :], mask=mine, other=0.0)
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    found = tl.zeros([ROWS, D], tl.float32)
-    for begin in range(split * each, stop, TOKENS):
-        token = begin + tl.arange(0, TOKENS)
-        seen = token < stop
-        block = tl.load(tables + sequence * width + token // BLOCK_SIZE, mask=seen, other=0)
-        slot = (block * BLOCK_SIZE + token % BLOCK_SIZE) * K + head
-        k = tl.load(keys + slot[None, :] * D + at[:, None], mask=seen[None, :], other=0.0)
-        v = tl.load(values + slot[:, None] * D + at[None, :], mask=seen[:, None], other=0.0)
-        scores = tl.dot(q, k.to(q.dtype)) * scale
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        larger = tl.maximum(largest, tl.max(scores, 1))
-        shares = tl.exp2(scores - larger[:, None])
-        shrink = tl.exp2(largest - larger)
-        found = found * shrink[:, None] + tl.dot(shares.to(q.dtype), v.to(q.dtype))
-        total = total * shrink + tl.sum(shares, 1)
-        largest = larger
-    found *= value_scale
-    if SPLITS == 1:
-        found /= total[:, None]
-        tl.store(out + (first + rows[:, None]) * D + at[None, :], found.to(out.dtype.element_ty), mask=mine)
-    else:
-        place = (first + rows) * SPLITS + split
-        tl.store(partial + place[:, None] * D + at[None, :], found, mask=mine)
-        tl.store(state + place * 2, largest, mask=rows < G)
-        tl.store(state + place * 2 + 1, total, mask=rows < G)
-
-
-@triton.jit
-def _combine(partial, state, out, D: tl.constexpr, SPLITS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    place = row * SPLITS + tl.arange(0, SPLITS)
-    at = tl.arange(0, D)
-    largest = tl.load(state + place * 2)
-    share = tl.exp2(largest - tl.max(largest, 0))
-    total = tl.sum(tl.load(state + place * 2 + 1) * share, 0)
-    found = tl.sum(tl.load(partial + place[:, None] * D + at[None, :]) * share[:, None], 0)
-    tl.store(out + row * D + at, (found / total).to(out.dtype.element_ty))
-
-
-def splits(sequences: int, kv_heads: int, tokens: int) -> int:
-    """Returns into how many parts `attend` cuts a sequence: a GPU has idle cores otherwise at small batches."""
-    found = 1
-    while sequences * kv_heads * found < PROGRAMS and tokens > TOKENS * found:
-        found *= 2
-    return found
-
-
-def attend(
-    query_SHD: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    tables_SW: torch.Tensor,
-    lengths_S: torch.Tensor,
-    scale: float,
-    scales: tuple[float, float] | None = None,
-) -> torch.Tensor:
-    """See `small_kernels.attend`; each head of keys and values is read once for the G query heads that share it."""
-    sequences, heads, size = query_SHD.shape
-    block_size, kv_heads = keys.shape[1:3]
-    width, group = tables_SW.shape[1], heads // kv_heads
-    parts = splits(sequences, kv_heads, width * block_size)
-    out_SHD = torch.empty_like(query_SHD)
-    partial, state = out_SHD, out_SHD
-    if parts > 1:
-        partial = query_SHD.new_empty(sequences * heads * parts * size, dtype=torch.float32)
-        state = query_SHD.new_empty(sequences * heads * parts * 2, dtype=torch.float32)
-    key_scale, value_scale = scales or (1.0, 1.0)
-    given = (query_SHD, keys, values, tables_SW, lengths_S, out_SHD, partial, state, width)
-    _attend[(sequences, kv_heads, parts)](
-        *given, scale * key_scale * 1.4426950408889634, value_scale,  # scores are powers of two
-        K=kv_heads, G=group, ROWS=max(16, triton.next_power_of_2(group)), D=size, BLOCK_SIZE=block_size,
-        TOKENS=TOKENS, SPLITS=parts, num_warps=4, num_stages=2,
-    )  # fmt: skip
-    if parts > 1:
-        _combine[(sequences * heads,)](partial, state, out_SHD, D=size, SPLITS=parts, num_warps=1)
-    return out_SHD
-
-
-@triton.jit
 def _matvec(
     x, weight, scale, to_codes, bias, y, rows, columns,
     ROUND: tl.constexpr, BY_COLUMN: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr,
@@ -262,11 +187,7 @@ def _matvec(
                 value *= tl.load(to_codes + column, mask=column < columns, other=0.0)
             else:
                 value *= tl.load(to_codes)
-        if ROUND == "fp8":
-            value = tl.minimum(tl.maximum(value, -E4M3_MAX), E4M3_MAX).to(tl.float8e4nv).to(tl.float32)
-        elif ROUND == "int8":  # what 1.5 * 2 ** 23 is added to has no bits left for a fraction
-            value = (value + 12582912.0) - 12582912.0
-            value = tl.minimum(tl.maximum(value, -128.0), 127.0)
+        value = _rounded(value, ROUND)
         sums += w.to(tl.float32) * value[None, :]
     found = tl.sum(sums, 1)
     inside = row < rows
@@ -281,7 +202,7 @@ def _matvec(
 
 def matvec(
     x_1I: torch.Tensor,
-    weight_OI: torch.Tensor,
+    weight: torch.Tensor,
     block: tuple[int, int, int],
     scale: torch.Tensor | None = None,
     to_codes: torch.Tensor | None = None,
@@ -291,70 +212,21 @@ def matvec(
     """Returns x @ weight.T of one row, [1, O] in x's type.
 
     Args:
+        weight: [O, I].
         block: outputs and inputs that a program has at a time, powers of two, and its warps.
         scale: float32 [1], or [O], of the outputs.
         to_codes: float32 [1], or [I], that the input is multiplied by before it is rounded.
         rounding: "fp8" or "int8", of the input; "" leaves it as it is.
     """
-    rows, columns = weight_OI.shape
+    rows, columns = weight.shape
     outputs, inputs, warps = block
     y_1O = x_1I.new_empty(1, rows)
     scaled = "" if scale is None else "once" if scale.numel() == 1 else "by row"
     given = [x_1I if tensor is None else tensor for tensor in (scale, to_codes, bias)]
     _matvec[(triton.cdiv(rows, outputs),)](
-        x_1I, weight_OI, *given, y_1O, rows, columns,
+        x_1I, weight, *given, y_1O, rows, columns,
         ROUND=rounding, BY_COLUMN=to_codes is not None and to_codes.numel() > 1, SCALED=scaled,
         BIASED=bias is not None, EVEN=rows % outputs == 0 and columns % inputs == 0,
         OUT=outputs, IN=inputs, num_warps=warps,
     )  # fmt: skip
     return y_1O
-
-
-@triton.jit(do_not_specialize=["count"])  # or it would be compiled anew for one row, and for sixteen
-def _matmul(
-    x, weight, scale, y, count, rows, columns,
-    SCALED: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
-):  # fmt: skip
-    out = tl.program_id(0) * OUT + tl.arange(0, OUT)
-    row = tl.arange(0, ROWS)
-    there = row[:, None] < count
-    start = out.to(tl.int64)[None, :] * columns
-    sums = tl.zeros([ROWS, OUT], tl.float32)
-    for begin in range(0, columns, IN):
-        column = begin + tl.arange(0, IN)
-        value = tl.load(x + row[:, None] * columns + column[None, :], mask=there, other=0.0)
-        w = tl.load(weight + start + column[:, None])
-        sums = tl.dot(value, w.to(value.dtype), sums)
-    if SCALED == "by row":
-        sums *= tl.load(scale + out)[None, :]
-    elif SCALED == "once":
-        sums *= tl.load(scale)
-    tl.store(y + row[:, None] * rows + out[None, :], sums.to(y.dtype.element_ty), mask=there)
-
-
-def matmul(
-    x_RI: torch.Tensor,
-    weight_OI: torch.Tensor,
-    block: tuple[int, int, int, int],
-    scale: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> torch.Tensor:
-    """Returns x @ weight.T of few rows, [R, O], each weight read once; numbers of x are what they are multiplied as.
-
-    Args:
-        block: outputs and inputs that a program has at a time, which divide the weight; its warps, and its loads that
-            are on their way at once.
-        scale: float32 [1], or [O], of the outputs.
-        dtype: of the result.
-    """
-    count, (rows, columns) = len(x_RI), weight_OI.shape
-    outputs, inputs, warps, stages = block
-    if rows % outputs or columns % inputs:
-        raise ValueError(f"a block of {outputs} x {inputs} does not divide {rows} x {columns}")
-    y_RO = x_RI.new_empty(count, rows, dtype=dtype)
-    scaled = "" if scale is None else "once" if scale.numel() == 1 else "by row"
-    _matmul[(rows // outputs,)](
-        x_RI, weight_OI, x_RI if scale is None else scale, y_RO, count, rows, columns, SCALED=scaled,
-        ROWS=max(16, triton.next_power_of_2(count)), OUT=outputs, IN=inputs, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    return y_RO
