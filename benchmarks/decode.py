@@ -44,7 +44,7 @@ FORMATS = {
 #: Kinds of kernels by parts of their names; what has none of them is small.
 KINDS = {
     "attention": ("attend", "combine", "flash", "fmha", "attention"),
-    "products": ("matvec", "gemm", "gemv", "cutlass", "nvjet", "splitk", "tinygemm", "int4pack", "xmma"),
+    "products": ("matvec", "multiply", "gemm", "gemv", "cutlass", "nvjet", "splitk", "xmma"),
 }
 PROFILED_STEPS = 8
 

@@ -187,18 +187,18 @@ def test_a_tile_that_does_not_divide_a_matrix_is_not_tried(triton_kernels: Modul
 
 
 @pytest.mark.parametrize(
-    ("sizes", "expected"),
+    ("sizes", "few", "many"),
     [
-        ((4096, 1024, 128), Tile(64, 64, 4, 3, 4)),
-        ((28672, 1024, 64), Tile(64, 64, 4, 3, 1)),
-        ((4096, 3584, 64), Tile(64, 64, 4, 3, 8)),
-        ((576, 144, 64), Tile(64, 16, 4, 3, 2)),
-        ((48, 32, 0), Tile(16, 32, 4, 3, 1)),
+        ((4096, 1024, 128), Tile(64, 64, 2, 3, 4), Tile(128, 64, 8, 3, 4)),
+        ((28672, 1024, 64), Tile(64, 64, 2, 3, 1), Tile(128, 64, 8, 3, 1)),
+        ((4096, 3584, 64), Tile(64, 64, 2, 3, 8), Tile(128, 64, 8, 3, 4)),
+        ((576, 144, 64), Tile(64, 16, 2, 3, 2), Tile(64, 16, 4, 3, 2)),
+        ((48, 32, 0), Tile(16, 32, 1, 3, 1), Tile(16, 32, 1, 3, 1)),
     ],
 )
-def test_the_usual_tile_divides_and_keeps_a_gpu_busy(sizes: tuple[int, int, int], expected: Tile) -> None:
-    assert tile.usual(*sizes) == expected
-    assert expected.divides(*sizes)
+def test_the_usual_tile_divides_and_keeps_a_gpu_busy(sizes: tuple[int, int, int], few: Tile, many: Tile) -> None:
+    assert (tile.usual(*sizes, few=True), tile.usual(*sizes, few=False)) == (few, many)
+    assert few.divides(*sizes) and many.divides(*sizes)
 
 
 def test_layers_of_one_kind_and_shape_are_measured_together() -> None:

@@ -29,7 +29,9 @@ class WeightOnly(PackedLinear):
         scale = layer.weight_scale.float()
         self.keep(words_OW=words.pack(formats.numbers(layer), self.bits))
         self.keep(scale=scale.t().contiguous() if self.group_size else scale.reshape(-1))
-        self._product = self.by(tile.usual(*self.words_OW.shape, self.group_size))
+        self._few, self._many = (
+            self.by(tile.usual(*self.words_OW.shape, self.group_size, few)) for few in (True, False)
+        )
 
     @staticmethod
     def fits(layer: Quantized) -> bool:
@@ -50,7 +52,7 @@ class WeightOnly(PackedLinear):
         return matmul_kernel.Product(self.words_OW, self.scale, cut, self.bits, self.group_size)
 
     def packed(self, x_RI: torch.Tensor) -> torch.Tensor:
-        return self._product(x_RI)
+        return self._few(x_RI) if len(x_RI) <= tile.FEW else self._many(x_RI)
 
     def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
         from trimtab.runtime import matmul_kernel
