@@ -23,8 +23,8 @@ ALGORITHMS = {"int4": "W4A16_AWQ", "int8": "W8A16", "fp8": "FP8", "fp8 per token
               "int8 static": "W8A8_SQ_PER_CHANNEL"}  # fmt: skip
 PATHS = (("int4", "packed"), ("int4", "dense"), ("int8", "packed"), ("int8", "dense"), ("fp8", "dense"),
          ("fp8 per token", "dense"), ("int8 static", "dense"))  # fmt: skip
-#: Rows that the kernel of words still has registers for.
-MOST_PACKED = 128
+#: Rows up to which an engine multiplies words.
+MOST_PACKED = 64
 
 
 @torch.inference_mode()

@@ -180,6 +180,8 @@ def test_a_tile_that_does_not_divide_a_matrix_is_not_tried(triton_kernels: Modul
     assert few_rows.cuts(module, given, 16) == tiles
     assert few_rows.cuts(module, given, 1) == few_rows.BLOCKS + tiles
     assert few_rows.cuts(layer("bf16"), few_rows.operands(layer("bf16")), 16) == ()
+    narrow = layer("fp8", rows=96, columns=320)
+    assert few_rows.cuts(narrow, few_rows.operands(narrow), 16) == (tile.SMALL_BYTES[2],)
     small = layer("int4", rows=64, columns=512)  # groups of 32, and no tile has so few words
     assert few_rows.cuts(small, few_rows.operands(small), 1) == ()
     with pytest.raises(ValueError, match="a tile of 64 x 64 does not divide 64 x 128 in groups of 32"):

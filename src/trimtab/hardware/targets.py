@@ -7,9 +7,9 @@ Compute capabilities: developer.nvidia.com/cuda-gpus.
 
 What a back end runs on which compute capability, and where that is said:
 
-- `torch`: PyTorch's own kernels: `_scaled_mm` (FP8, 8.9 and later), `_int_mm`, `_weight_int4pack_mm`; on a GPU INT8
-  weights are kept in INT8 and multiplied in bfloat16, which is faster than `_weight_int8pack_mm` there. The only
-  back end for `int4_rtn`, which others could read and nobody should want beside AWQ, and for `mixed`: a
+- `torch`: PyTorch's own kernels: `_scaled_mm` (FP8, 8.9 and later), `_int_mm`, on a CPU those of packed INT4 and
+  INT8; on a GPU trimtab's for these (`runtime.matmul_kernel`), in bfloat16's instructions of 8.0 and later. The
+  only back end for `int4_rtn`, which others could read and nobody should want beside AWQ, and for `mixed`: a
   MIXED_PRECISION checkpoint of INT4 and INT8 weights has no other reader, because TensorRT-LLM's matrix has no INT8
   weights at all and vLLM reads no INT8 of ModelOpt.
 - `trtllm`: the matrix of TensorRT-LLM's docs/source/features/quantization.md. Its NVFP4 KV cache is that of

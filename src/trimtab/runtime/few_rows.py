@@ -122,11 +122,14 @@ def measure(members: list[Member], rows: int) -> dict[Cut | None, float]:
 def cuts(layer: nn.Module, given: dict[str, Any], rows: int) -> tuple[Cut, ...]:
     """Returns the cuts to try for a number of rows; with several, cuBLAS is as fast in 16 bits as anything."""
     tiles, group_size = (), 0
-    if isinstance(layer, linear.WeightOnly):
-        tiles, group_size = tile.WORDS, layer.group_size
+    if given["bias"] is not None:  # which a tile does not add
+        pass
+    elif isinstance(layer, linear.WeightOnly):
+        tiles, group_size = (tile.WORDS,), layer.group_size
     elif isinstance(layer, (linear.Fp8, linear.Int8Static)):
-        tiles = tile.BYTES
-    fitting = tuple(cut for cut in tiles if given["bias"] is None and cut.divides(*given["weight"].shape, group_size))
+        tiles = (tile.BYTES, tile.SMALL_BYTES)
+    dividing = (tuple(cut for cut in some if cut.divides(*given["weight"].shape, group_size)) for some in tiles)
+    fitting = next(filter(None, dividing), ())
     return fitting if rows > 1 or isinstance(layer, linear.WeightOnly) else BLOCKS + fitting
 
 

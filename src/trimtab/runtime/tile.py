@@ -31,6 +31,8 @@ BYTES = (
     Tile(64, 128, 4, 5, 1), Tile(64, 128, 4, 5, 2), Tile(64, 128, 4, 5, 4), Tile(64, 128, 4, 3, 1),
     Tile(64, 256, 4, 3, 4), Tile(64, 256, 4, 5, 2), Tile(128, 256, 4, 3, 1),
 )  # fmt: skip
+#: The same for small models, whose layers none of those divides.
+SMALL_BYTES = (Tile(64, 64, 4, 4, 1), Tile(64, 64, 4, 4, 4), Tile(32, 64, 2, 4, 1))
 #: For words of INT8 and INT4: few warps for 16 rows of input, eight for 64.
 WORDS = (
     Tile(64, 64, 2, 3, 1), Tile(64, 64, 2, 4, 1), Tile(64, 64, 2, 3, 4), Tile(64, 64, 2, 3, 8), Tile(32, 128, 2, 3, 4),
