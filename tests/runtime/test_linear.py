@@ -88,6 +88,13 @@ def test_packed_and_dense_paths_agree(case: tuple) -> None:
     assert (packed - dense).abs().max() < TOLERANCE * dense.abs().max()
 
 
+def test_a_scale_of_ones_costs_nothing() -> None:
+    layer = quantized("W4A16_AWQ", 64, 64, 64)
+    ones = replace(layer, pre_quant_scale=torch.ones(64).bfloat16())
+    assert linear.build(ones, None, CPU).pre_quant_scale is None
+    assert linear.build(replace(layer, pre_quant_scale=torch.full((64,), 0.5)), None, CPU).pre_quant_scale is not None
+
+
 def test_the_packed_weight_is_the_only_copy() -> None:
     module = linear.build(quantized("W4A16_AWQ", 128, 256, 64), None, CPU)
     assert sum(b.nbytes for b in module.buffers()) == 128 * 256 // 2 + 128 * (256 // 64) * 2 * 2
