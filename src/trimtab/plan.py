@@ -190,14 +190,14 @@ def _for(workload: Workload, recipe: Recipe) -> str:
     return f"for {workload.concurrency:,} requests at a time{waiting}, of at most {workload.longest:,} tokens"
 
 
-def _engines(goal: str, recipe: Recipe, facts: ModelFacts) -> Iterator[Engine]:
+def _engines(goal: str, recipe: Recipe, facts: ModelFacts, on_gpu: bool) -> Iterator[Engine]:
     batch, length, tokens, least = _SERVING[goal]
     backend = recipe.engine.backend
     chunked = goal in ("higher_throughput", "long_context", "lower_cost")
-    if backend == "torch":  # its packed kernels serve about 16 rows, and it has no chunked prefill
-        batch, length, tokens, least = min(batch, 16), min(length, MIN_CONTEXT), 8192, 1
+    if backend == "torch":  # its packed kernels serve so many rows, and it has no chunked prefill
+        batch, length, tokens, least = min(batch, 64 if on_gpu else 16), min(length, MIN_CONTEXT), 8192, 1
         chunked = False
-    elif goal == "lower_latency" and recipe.quantize and recipe.quantize.format in ("int4_awq", "int4_gptq"):
+    elif goal == "lower_latency" and recipe.weight_format.startswith("int4_"):
         batch = 1  # weight-only INT4 is faster at batch 1 and slower at 8 (EXPECTATIONS)
     longest = facts.max_position_embeddings
     length = min(length or longest, longest)
@@ -260,7 +260,7 @@ class _Kit:
                 return None, f"{recipe.title}: {error}"
             return placed, "; ".join([*_devices(placed, hardware), _for(self.workload, placed)])
         reason = ""
-        for engine in _engines(self.goal, recipe, facts):
+        for engine in _engines(self.goal, recipe, facts, hardware.compute_capability is not None):
             placed = recipe.model_copy(update={"engine": engine})
             if cannot := check(placed, hardware, facts):
                 reason = reason or cannot
