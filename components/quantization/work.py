@@ -120,6 +120,8 @@ class _Quantizer:
             # A layer without a norm before it multiplies its own input, so one that is excluded sees it unscaled.
             weights = {n: w / before if group.norm or n in layers else w for n, w in weights.items()}
             seen = seen.scaled(1 / before)
+        elif form == "int4_rtn" and not group.norm:  # TensorRT-LLM asks layers like these for one in INT4
+            before = torch.ones(next(iter(weights.values())).shape[1])
         stored = formats.quantize(form, {n: weights[n] for n in layers}, seen, self.settings)
         for name in group.layers:
             if name not in stored:  # excluded, but the norm before it may be scaled all the same

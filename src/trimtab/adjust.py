@@ -12,8 +12,9 @@ Each verdict rules recipes out, and stays in force for the whole run:
 | training_diverged | the same pruning, trained at the same or a higher learning rate |
 
 Some failures have a nearer remedy than the next rung, a recipe made from the failed one (`_remedies`): the KV
-cache in 16 bits; a smaller batch; a tenth of the learning rate; after pruning, four times the distillation
-tokens, then half the pruning, or twice the weights; zeros anywhere instead of a pattern n:m, then half of them.
+cache in 16 bits; a smaller batch; a tenth of the learning rate; four times the tokens of a training with rounded
+weights; after pruning, four times the distillation tokens, then half the pruning, or twice the weights; zeros anywhere
+instead of a pattern n:m, then half of them.
 Every remedy takes something away that can be taken away only so often, and no recipe is tried twice, so the loop
 ends.
 
@@ -164,8 +165,13 @@ def _risk(recipe: Recipe) -> tuple[float, ...]:
     group = quantize.group_size if _bits(recipe) < 8 else 0
     # Teaching repairs what pruning broke; where nothing was pruned, nothing is as good.
     untaught = (-recipe.distill.tokens if recipe.distill else 0) if recipe.prune else -math.inf
-    taken = (harsh, _kv(recipe), *_removed(recipe), *_sparsity(recipe), group, untaught)
+    taken = (harsh, _kv(recipe), *_removed(recipe), *_sparsity(recipe), group, untaught, -_rehearsed(recipe))
     return (*taken, -_excluded(quantize))
+
+
+def _rehearsed(recipe: Recipe) -> int:
+    """Tokens that the weights were trained with as they are rounded."""
+    return recipe.distill.tokens if recipe.distill and recipe.distill.quantization_aware else 0
 
 
 def _sparsity(recipe: Recipe) -> tuple[float, ...]:
@@ -252,6 +258,8 @@ def _remedies(last: Brief, history: Sequence[Brief], ladder: Sequence[Rung]) -> 
             yield _change(recipe, "distill", learning_rate=rate), f"the same with a learning rate of {rate:g}"
     elif cause in _TOO_HARSH and recipe.prune:
         yield from _gentler_pruning(recipe, history, ladder)
+    elif cause in _TOO_HARSH and _rehearsed(recipe) and not any(_rehearsed(brief.recipe) for brief in history[:-1]):
+        yield _longer(recipe)
 
 
 def _gentler_pruning(
@@ -273,13 +281,17 @@ def _gentler_pruning(
     pairs = ((a, b) for a in taught for b in taught if a.prune == b.prune)
     prolonged = any(a.distill.tokens > b.distill.tokens for a, b in pairs)
     if recipe.distill and not prolonged:
-        tokens = 4 * recipe.distill.tokens
-        yield _change(recipe, "distill", tokens=tokens), f"the same with {tokens:,} distillation tokens"
+        yield _longer(recipe)
     if isinstance(recipe.prune, MovementPruning):
         yield from _gentler_movement(recipe)
     elif halved := _halved(recipe.prune):
         gentler = recipe.model_copy(update={"prune": halved, "name": ""})
         yield gentler, f"the same with half of the pruning, {halved.title}"
+
+
+def _longer(recipe: Recipe) -> tuple[Recipe, str]:
+    tokens = 4 * recipe.distill.tokens
+    return _change(recipe, "distill", tokens=tokens), f"the same with {tokens:,} distillation tokens"
 
 
 def _removes_less(recipe: Recipe, other: Recipe) -> bool:

@@ -88,6 +88,13 @@ def test_packed_and_dense_paths_agree(case: tuple) -> None:
     assert (packed - dense).abs().max() < TOLERANCE * dense.abs().max()
 
 
+def test_a_scale_of_ones_costs_nothing() -> None:
+    layer = quantized("W4A16_AWQ", 64, 64, 64)
+    ones = replace(layer, pre_quant_scale=torch.ones(64).bfloat16())
+    assert linear.build(ones, None, CPU).pre_quant_scale is None
+    assert linear.build(replace(layer, pre_quant_scale=torch.full((64,), 0.5)), None, CPU).pre_quant_scale is not None
+
+
 def test_the_packed_weight_is_the_only_copy() -> None:
     module = linear.build(quantized("W4A16_AWQ", 128, 256, 64), None, CPU)
     assert sum(b.nbytes for b in module.buffers()) == 128 * 256 // 2 + 128 * (256 // 64) * 2 * 2
@@ -99,5 +106,22 @@ def test_the_packed_weight_is_the_only_copy() -> None:
 def test_a_kernel_is_trusted_when_it_computes_the_layer(case: tuple) -> None:
     layer = quantized(*case[:5])
     module = linear.build(layer, None, CPU)
-    assert linear._runs(module, layer)
-    assert not linear._runs(module, replace(layer, weight_scale=layer.weight_scale * 1.2))
+    assert linear._runs(module, layer, 1)
+    assert not linear._runs(module, replace(layer, weight_scale=layer.weight_scale * 1.2), 1)
+
+
+def test_a_kernel_keeps_the_rows_that_it_runs_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = quantized("W4A16_AWQ", 64, 64, 64)
+    module = linear.build(layer, None, CPU)
+    assert linear._tried(module, layer) is module and module.packed_rows == 128
+    right = type(module).packed
+
+    def small(self: linear.PackedLinear, x_RI: torch.Tensor) -> torch.Tensor:
+        if len(x_RI) > 16:
+            raise RuntimeError("out of resource: shared memory")
+        return right(self, x_RI)
+
+    monkeypatch.setattr(type(module), "packed", small)
+    assert linear._tried(module, layer) is module and module.packed_rows == 16
+    monkeypatch.setattr(type(module), "packed", lambda self, x_RI: 2 * right(self, x_RI))
+    assert isinstance(linear._tried(module, layer), linear.Emulated)

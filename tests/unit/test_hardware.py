@@ -50,10 +50,10 @@ def test_datasheet(name, memory_gb, bandwidth_gb, capability):
 
 
 CASTS = {"fp32", "fp16", "bf16"}
-INT4 = {"int4_awq", "int4_gptq"}
+INT4 = {"int4_rtn", "int4_awq", "int4_gptq"}
 FP8 = {"fp8", "fp8_per_channel"}
 FP4 = {"nvfp4", "mxfp4"}
-AMPERE = CASTS | INT4 | {"int4_rtn", "mixed", "int8_wo", "int8_sq"}
+AMPERE = CASTS | INT4 | {"mixed", "int8_wo", "int8_sq"}
 W4A8 = {"w4a8_awq"}
 
 
@@ -130,13 +130,14 @@ def test_an_unlike_target_lists_all():
             "a100-80",
             "{quantize: {format: fp8}, engine: {backend: trtllm}}",
             "quantize.format: fp8 needs compute capability 8.9 or later (Ada, Hopper, Blackwell) and a100-80 "
-            "has 8.0; write one of: fp32, fp16, bf16, int4_awq, int4_gptq",
+            "has 8.0; write one of: fp32, fp16, bf16, int4_rtn, int4_awq, "
+            "int4_gptq",
         ),
         (
             "h100",
             "{quantize: {format: int8_sq}, engine: {backend: trtllm}}",
             "quantize.format: trtllm does not serve int8_sq on h100; write one of: fp32, fp16, bf16, fp8, "
-            "fp8_per_channel, int4_awq, int4_gptq, w4a8_awq, or engine.backend: torch",
+            "fp8_per_channel, int4_rtn, int4_awq, int4_gptq, w4a8_awq, or engine.backend: torch",
         ),
         (
             "cpu",

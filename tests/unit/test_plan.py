@@ -188,6 +188,16 @@ LADDERS = [
     ("lower_latency", LLAMA_8B, "a100-80", [
         "int4_awq", "int4_gptq", *students("bf16 + fp8 KV"), "int4_awq, down_proj in 16 bits",
     ]),
+    # a GPU that can train the model rehearses INT4 too
+    ("lower_latency", SMOLLM2, "h100", [
+        "fp8 + fp8 KV", "fp8", "int4_awq", "int4_gptq", "distill 10,000,000 tokens, rounded + int4_rtn",
+        *(f"-{share} % FFN + distill 100,000,000 tokens + fp8 + fp8 KV" for share in (31, 13)),
+        "fp8, down_proj in 16 bits",
+    ]),
+    ("fit_larger_model", SMOLLM2, "h100", [
+        "int4_awq", "int4_gptq", "distill 10,000,000 tokens, rounded + int4_rtn",
+        *(f"-{share} % FFN + distill 100,000,000 tokens + fp8" for share in (31, 13)), "fp8",
+    ]),
     ("higher_throughput", SMOLLM2, "cpu", [
         "int8_sq", "int8_wo", *(title + "int8_sq" for title in STUDENTS_CPU), "int8_wo, down_proj in 16 bits",
     ]),
@@ -212,6 +222,15 @@ LADDERS = [
 @pytest.mark.parametrize(("goal", "facts", "name", "expected"), LADDERS)
 def test_ladder(goal, facts, name, expected):
     assert titles(goal, facts, name) == expected
+
+
+@pytest.mark.parametrize(("name", "trained"), [("l4", True), ("h100", True), ("cpu", False)])
+def test_int4_is_rehearsed_where_a_gpu_can_train_the_model(name, trained):
+    titles_ = titles("fit_larger_model", SMOLLM2, name, backend="torch")
+    assert ("distill 10,000,000 tokens, rounded + int4_rtn" in titles_) is trained
+    large = SMOLLM2.model_copy(update={"parameters": 4_000_000_000})  # 72 GB of masters, moments and the teacher
+    found = [rung.recipe for rung in ladder("lower_latency", large, on("h100")) if rung.recipe.distill]
+    assert not any(recipe.distill.quantization_aware for recipe in found)
 
 
 def test_students_of_what_cannot_be_narrowed_have_fewer_blocks():

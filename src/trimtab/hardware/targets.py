@@ -9,9 +9,8 @@ What a back end runs on which compute capability, and where that is said:
 
 - `torch`: PyTorch's own kernels: `_scaled_mm` (FP8, 8.9 and later), `_int_mm`, on a CPU those of packed INT4 and
   INT8; on a GPU trimtab's for these (`runtime.matmul_kernel`), in bfloat16's instructions of 8.0 and later. The
-  only back end for `int4_rtn`, which others could read and nobody should want beside AWQ, and for `mixed`: a
-  MIXED_PRECISION checkpoint of INT4 and INT8 weights has no other reader, because TensorRT-LLM's matrix has no INT8
-  weights at all and vLLM reads no INT8 of ModelOpt.
+  only back end for `mixed`: a MIXED_PRECISION checkpoint of INT4 and INT8 weights has no other reader, because
+  TensorRT-LLM's matrix has no INT8 weights at all and vLLM reads no INT8 of ModelOpt.
 - `trtllm`: the matrix of TensorRT-LLM's docs/source/features/quantization.md. Its NVFP4 KV cache is that of
   10.0 and 10.3; consumer Blackwell (12.0) has none (TensorRT-LLM issue #10241). Its KvCacheConfig has no INT8.
 - `trtllm-legacy`: the support matrix of TensorRT-LLM 0.18 (INT8 and INT4 up to compute capability 9.0).
@@ -40,23 +39,25 @@ LEGACY_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 
 _ANY = ((8, 0), (99, 0))
 _CUDA_CASTS = dict.fromkeys(CASTS, _ANY)
+#: One layout, whichever way the numbers were found.
+_INT4 = ("int4_rtn", "int4_awq", "int4_gptq")
 #: back end -> format -> the compute capabilities, first and last, that run it.
 _CUDA_FORMATS: dict[str, dict[str, tuple[tuple[int, int], tuple[int, int]]]] = {
     "torch": _CUDA_CASTS | {
         "int8_wo": _ANY, "int8_sq": _ANY, "fp8": ((8, 9), (99, 0)), "fp8_per_channel": ((8, 9), (99, 0)),
-        "int4_rtn": _ANY, "int4_awq": _ANY, "int4_gptq": _ANY, "mixed": _ANY,
+        **dict.fromkeys(_INT4, _ANY), "mixed": _ANY,
     },
-    # INT4 AWQ and GPTQ are one layout. sm120 (consumer Blackwell) has no W4A16 AWQ in the matrix, sm100 and sm103 do.
+    # sm120 (consumer Blackwell) has no W4A16 AWQ in the matrix, sm100 and sm103 do.
     "trtllm": _CUDA_CASTS | {
-        "fp8": ((8, 9), (99, 0)), "fp8_per_channel": ((9, 0), (9, 0)), "int4_awq": ((8, 0), (10, 3)),
-        "int4_gptq": ((8, 0), (10, 3)), "w4a8_awq": ((8, 9), (10, 3)),
+        "fp8": ((8, 9), (99, 0)), "fp8_per_channel": ((9, 0), (9, 0)),
+        **dict.fromkeys(_INT4, ((8, 0), (10, 3))), "w4a8_awq": ((8, 9), (10, 3)),
         "nvfp4": ((10, 0), (99, 0)), "mxfp4": ((10, 0), (99, 0)),
     },
     "trtllm-legacy": _CUDA_CASTS | {
-        "fp8": ((8, 9), (99, 0)), "int4_awq": ((8, 0), (9, 0)), "int4_gptq": ((8, 0), (9, 0)),
-        "int8_wo": ((8, 0), (9, 0)), "int8_sq": ((8, 0), (9, 0)), "w4a8_awq": ((8, 9), (9, 0)),
+        "fp8": ((8, 9), (99, 0)), **dict.fromkeys((*_INT4, "int8_wo", "int8_sq"), ((8, 0), (9, 0))),
+        "w4a8_awq": ((8, 9), (9, 0)),
     },
-    "vllm": _CUDA_CASTS | {"fp8": ((8, 9), (99, 0)), "int4_awq": _ANY, "int4_gptq": _ANY},
+    "vllm": _CUDA_CASTS | {"fp8": ((8, 9), (99, 0)), **dict.fromkeys(_INT4, _ANY)},
 }  # fmt: skip
 #: back end -> format of the KV cache -> the compute capabilities, first and last, that serve it. TensorRT-LLM's
 #: PyTorch back end serves FP8 on Ampere too.

@@ -15,7 +15,8 @@ A byte of INT4 holds two output channels: the low nibble is row 2r, the high nib
 complement. A byte of E2M1 holds two inputs of one channel, the even one in the low nibble; E8M0 is a power of
 two, stored as its exponent plus 127. `weight_scale_2` multiplies NVFP4's block scales; in W4A8_AWQ it is the
 scale at which the INT4 weights are rounded to FP8 for the product. `pre_quant_scale` [in], where it is stored,
-multiplies the layer's input; where it was folded into the layer norm before it, it is absent.
+multiplies the layer's input; where it was folded into the layer norm before it, it is absent. TensorRT-LLM wants one
+for W4A16_AWQ where no norm stands before a layer, so int4_rtn has ones there.
 Source: modelopt/torch/export/quant_utils.py, 0.47.
 """
 
@@ -118,6 +119,11 @@ class Quantized:
         rows, columns = self.weight.shape
         packed = self.layout.storage.packed
         return (2 * rows if packed == "out" else rows), (2 * columns if packed == "in" else columns)
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether its `pre_quant_scale` changes anything: ones stand there for engines that ask for the tensor."""
+        return self.pre_quant_scale is not None and not bool((self.pre_quant_scale == 1).all())
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from trimtab.runtime import small_kernels
+from trimtab.runtime import small_kernels, tile
 from trimtab.runtime.formats import Quantized
 from trimtab.runtime.linear_cpu import Int4WeightOnly, Int8WeightOnly
 from trimtab.runtime.linear_cuda import Fp8, Fp8PerToken, WeightOnly
@@ -47,9 +47,9 @@ def build(layer: Quantized, bias: torch.Tensor | None, device: torch.device) -> 
     bias = None if bias is None else bias.to(device)
     kind = _choose(layer, device)
     module = kind(layer, bias)
-    if kind is not Emulated and device.type == "cuda" and not _runs(module, layer):
-        return Emulated(layer, bias)
-    return module
+    if kind is Emulated or device.type != "cuda":
+        return module
+    return _tried(module, layer)
 
 
 def _choose(layer: Quantized, device: torch.device) -> type[PackedLinear]:
@@ -69,25 +69,34 @@ def _choose(layer: Quantized, device: torch.device) -> type[PackedLinear]:
     return weight_only if weight_only and weight_only.fits(layer) else Emulated
 
 
-@torch.inference_mode()
-def _runs(module: PackedLinear, layer: Quantized) -> bool:
-    """Whether a layer's kernel runs here and computes its product, tried on one row.
+def _tried(module: PackedLinear, layer: Quantized) -> PackedLinear:
+    """Returns the module, for the rows that its packed kernel takes here, or the one that emulates it.
 
     Which kernels a GPU has depends on the card, PyTorch's version and how it was built, and no list of it is kept.
     """
+    if not _runs(module, layer, 1):
+        return Emulated(layer, module.bias)
+    if module.packed_rows > tile.FEW and not _runs(module, layer, module.packed_rows):
+        module.packed_rows = tile.FEW  # more of them do not fit into the shared memory of every card
+    return module
+
+
+@torch.inference_mode()
+def _runs(module: PackedLinear, layer: Quantized, rows: int) -> bool:
+    """Whether a layer's kernel for so many rows runs here and computes its product."""
     generator = torch.Generator().manual_seed(0)
-    x_1I = torch.randn(1, module.in_features, generator=generator).to(layer.weight.device)
+    x_RI = torch.randn(rows, module.in_features, generator=generator).to(layer.weight.device)
     if layer.input_scale is not None:
-        x_1I *= 32 * layer.input_scale.float().reshape(1)  # within the range of INT8, and of FP8
+        x_RI *= 32 * layer.input_scale.float().reshape(1)  # within the range of INT8, and of FP8
     if layer.pre_quant_scale is not None:
-        x_1I /= layer.pre_quant_scale.float().reshape(-1)
-    x_1I = x_1I.bfloat16()
+        x_RI /= layer.pre_quant_scale.float().reshape(-1)
+    x_RI = x_RI.bfloat16()
     emulated = Emulated(layer, module.bias)
     try:
-        found = module(x_1I).float()
+        found = module(x_RI).float()
     except torch.OutOfMemoryError:
         raise
     except Exception:  # whatever a library or a compiler says about a card
         return False
-    expected = emulated(x_1I).float()
+    expected = emulated(x_RI).float()
     return bool((found - expected).norm() <= 0.05 * expected.norm())

@@ -28,7 +28,7 @@ EXACT_EVERY = 128
 
 
 class Product:
-    """x @ matrix.T for few rows.
+    """x @ matrix.T for few rows, one product at a time: what counts the programs is the layer's.
 
     Args:
         weight: [O, I] in the type of the input, or words int16 [O, W].

@@ -32,7 +32,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = layer.shape
         self.keep(bias=None if bias is None else bias.bfloat16())
-        scale = layer.pre_quant_scale
+        scale = layer.pre_quant_scale if layer.scales_inputs else None
         self.keep(pre_quant_scale=None if scale is None else scale.reshape(-1).bfloat16())
 
     def keep(self, **tensors: torch.Tensor | None) -> None:

@@ -9,6 +9,7 @@ INT4, W4A16_AWQ, becomes `pack-quantized`:
 | `weight_scale` [out, in / group] | the same, bit for bit |
 | – | `weight_shape`: int64, out and in |
 | `pre_quant_scale` [in] | the same; compressed-tensors has none, so vLLM needs the plugin of `runtime.vllm_plugin` |
+| `pre_quant_scale` of ones | – |
 
 vLLM 0.24 multiplies both with Machete or Marlin on a GPU (model_executor/kernels/linear): groups of 32, 64 or 128, any
 number of outputs, since Marlin fills its tiles up with zeros, and scales in the model's own 16 bits. AutoAWQ's files
@@ -66,7 +67,7 @@ def translate(export: Path, output: Path, scratch: Path) -> str:
     read, config = Export(export), _config(export)
     dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     _check(read, config["model_type"], dtype)
-    scaled = [name for name in read.layers if read.has(f"{name}.pre_quant_scale")]
+    scaled = [name for name in read.layers if _scales_inputs(read, name)]
     config["quantization_config"] = _quantization(read, scaled)
     output.mkdir(parents=True, exist_ok=True)
     stream.rewrite(export, output, scratch, [], lambda names, _: _shard(Export(export), names, dtype))
@@ -105,7 +106,7 @@ def _layer(name: str, layer: Quantized, dtype: torch.dtype) -> dict[str, torch.T
         "weight_scale": _exactly(f"{name}.weight_scale", layer.weight_scale, dtype).reshape(layer.shape[0], -1),
         "weight_shape": torch.tensor(layer.shape),
     }
-    if layer.pre_quant_scale is not None:
+    if layer.scales_inputs:
         scale = _exactly(f"{name}.pre_quant_scale", layer.pre_quant_scale, dtype)
         tensors["pre_quant_scale"] = scale.reshape(-1)
     return tensors
@@ -117,6 +118,10 @@ def _exactly(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     if not torch.equal(held.to(tensor.dtype), tensor):
         raise Failure("unsupported", f"{name} is {tensor.dtype}, and vLLM would round it to the model's {dtype}")
     return held.contiguous()
+
+
+def _scales_inputs(read: Export, layer: str) -> bool:
+    return read.has(f"{layer}.pre_quant_scale") and read.layer(layer).scales_inputs
 
 
 def _quantization(read: Export, scaled: Sequence[str]) -> dict[str, Any]:

@@ -43,8 +43,8 @@ def test_each_number_is_the_exports(export, tmp_path, form, settings, method):
         assert torch.equal(numbers, formats.unpack_int4(layer.weight))
         weight = numbers.float().unflatten(1, (-1, size)) * scale.float()[..., None]
         assert torch.equal(weight.flatten(1), formats.scaled_weight(layer))
-        assert (name in config.get("input_scaled_layers", ())) == (layer.pre_quant_scale is not None)
-        if layer.pre_quant_scale is not None:
+        assert (name in config.get("input_scaled_layers", ())) == layer.scales_inputs
+        if layer.scales_inputs:
             assert torch.equal(tensors.pop(f"{name}.pre_quant_scale"), layer.pre_quant_scale)
     own = {f"{name}.{part}" for name in source.layers for part in ("weight", *formats.SCALES)}
     assert sorted(tensors) == [name for name in source.names if name not in own]

@@ -118,7 +118,10 @@ def test_modelopt_exports_the_same(name, export, model, calibration, tmp_path):
 
 def assert_same(expected: dict, found: dict, name: str, shared: torch.Tensor) -> None:
     """FP8's scale is one for layers that an engine fuses: ModelOpt leaves it to the engine to round to it once more.
-    INT4's scale is rounded to the bfloat16 that is stored before it is used, and not after."""
+    INT4's scale is rounded to the bfloat16 that is stored before it is used, and not after; and ModelOpt leaves out the
+    ones without which TensorRT-LLM does not read it."""
+    if name == "int4_rtn":
+        found = {part: tensor for part, tensor in found.items() if part != "pre_quant_scale"}
     assert expected.keys() == found.keys()
     rounded = name == "int4_rtn"
     scale = shared if name == "fp8" else expected["weight_scale"]
@@ -128,6 +131,16 @@ def assert_same(expected: dict, found: dict, name: str, shared: torch.Tensor) ->
     different = (expected["weight"].view(torch.uint8) != found["weight"].view(torch.uint8)).float().mean()
     if torch.equal(scale, expected["weight_scale"]):
         assert different <= (0.02 if rounded else 0)
+
+
+@pytest.mark.parametrize("name", ["int4_rtn", "int4_awq"])
+def test_int4_names_a_scale_of_the_input_where_tensorrt_llm_asks_for_one(name, export):
+    """Its W4A16_AWQ reads one for every layer that it does not fuse, and none for the others."""
+    found = Export(export(name))
+    for layer in found.layers:
+        scale = found.layer(layer).pre_quant_scale
+        assert (scale is not None) == layer.endswith(("o_proj", "down_proj"))
+        assert scale is None or found.layer(layer).scales_inputs == (name == "int4_awq")
 
 
 @pytest.mark.parametrize("name", FORMATS)
