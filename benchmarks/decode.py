@@ -7,7 +7,7 @@ Weights are random and made on the device; a model has them as an export of its 
 own decoder. The limit is bytes of weights, keys and values of a step over the measured speed of a copy. With --out
 every row is written as a line of JSON when it is found: `speed` in tokens a second of all sequences; for the first
 batch `kernels`, the microseconds a step that each takes; and `products`, the GB/s of weights that those of few rows
-read by the block of a program ("own": the layer's kernel). `vllm_agreement.py --decode` times vLLM on the same shape.
+read by the block of a program ("own": the layer's kernel). `vllm_decode.py` times vLLM on the same shape.
 The last line is one JSON object.
 """
 

@@ -1,44 +1,36 @@
-"""Whether vLLM and the torch engine judge an export alike, which is right where they differ, and how fast vLLM decodes.
+"""Whether vLLM and the torch engine judge an export alike, and which is right where they differ.
 
-Run: python benchmarks/vllm_agreement.py --model FOLDER [--text FILE] [--blimp FOLDER] [--out FILE] [--quick]
-     python benchmarks/vllm_agreement.py --decode [--out FILE] [--quick]
+Run: python benchmarks/vllm_agreement.py --model FOLDER [--text FILE] [--blimp FOLDER] [--formats NAME ...]
+         [--engines NAME ...] [--out FILE] [--quick]
 
 Both engines and a reference answer the same windows, pairs of BLiMP and next tokens. The reference computes in float32
 with the export's own numbers: weights dequantised, inputs rounded where the format rounds them. The verdict is the
 pipeline's, against BF16 in the same engine. A decision on which the engines differ (the likelier sentence of a pair;
 whether a token is the likeliest) is the right one's that decides as the reference does.
 
---decode times vLLM on a Llama of the shape of 8B with random weights: tokens a second of all sequences together, 256
-after prompts of 128, medians of three. Every engine runs in a process of its own. Rows are printed, and added to --out
-as JSON lines, as soon as they are found; one that fails says why and leaves the others alone.
+Every engine runs in a process of its own. Rows are printed, and added to --out as JSON lines, as soon as they are
+found; one that fails says why and leaves the others alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-# Also for the processes that are started, before any of them imports what reads it.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
-os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # it logs to stdout
-
+import apart
 import measuring
 import torch
-from machine import CUDA, DEVICE, describe, log, versions
+from machine import DEVICE, versions
 from measuring import Measuring
-from random_model import EIGHT_BILLION
 
-from trimtab import child, verdict
+from trimtab import verdict
 from trimtab.recipe import Acceptance, Engine, Quantization
-from trimtab.runtime import backends, decode_time, formats, vllm_checkpoint
+from trimtab.runtime import backends, formats, vllm_checkpoint
 from trimtab.runtime.checkpoint import Export, load_tokenizer
 from trimtab.runtime.engine import TorchEngine
 from trimtab.verdict import Scores
@@ -50,69 +42,24 @@ GROUP = 64
 SETTINGS = {"max_batch_size": 64, "max_seq_len": 1024, "kv_cache_fraction": 0.2}
 #: Tokens of each window whose likelihood is asked one at a time.
 NEXT_TOKENS = 16
-PROMPT_TOKENS, NEW_TOKENS, REPEATS = (128, 256, 3) if CUDA else (16, 4, 1)
-#: Seconds after which a process is ended.
-LIMIT = 300
 #: Tokens of a batch of the reference, whose logits are float32.
 _BATCH_TOKENS = 8192
-_INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP, "dynamic": False}
-#: `quantization_config` of the models that are timed, as exports in these formats have it.
-DECODE = {
-    "bf16": None,
-    "fp8": {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"],
-            "producer": {"name": "modelopt", "version": "0.47.0"}},
-    "int4": {"quant_method": vllm_checkpoint.PLAIN, "format": "pack-quantized", "ignore": ["lm_head"],
-             "config_groups": {"group_0": {"targets": ["Linear"], "weights": _INT4}}},
-}  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    measuring.add_arguments(parser, needs_model=False)
+    measuring.add_arguments(parser)
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS[:3]))
     parser.add_argument("--engines", nargs="*", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument("--decode", action="store_true", help="time vLLM on an 8B shape instead")
-    parser.add_argument("--decode-formats", nargs="*", choices=tuple(DECODE), default=["bf16", "fp8"])
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 64])
     parser.add_argument("--out", type=Path, help="a file of JSON lines, which is added to")
-    parser.add_argument("--quick", action="store_true", help="little text, few pairs, batch 1")
+    parser.add_argument("--quick", action="store_true", help="little text, few pairs")
     options = parser.parse_args()
     if options.quick:
-        options.samples, options.windows, options.pairs, options.batches = 2, 2, 5, [1]
-    if not options.decode and not options.model:
-        parser.error("--model: a Hugging Face folder is needed without --decode")
-    with tempfile.TemporaryDirectory() as name:
-        os.environ["TRIMTAB_PROGRESS"] = str(Path(name) / "progress.jsonl")  # the terminal is for results
-        tell(options, {"versions": versions() | backends.versions()})
-        if options.decode:
-            time_decoding(options)
-        else:
-            judge(options, Path(name))
+        options.samples, options.windows, options.pairs = 2, 2, 5
+    apart.tell({"versions": versions() | backends.versions()}, options.out)
+    with tempfile.TemporaryDirectory() as scratch:
+        judge(options, Path(scratch))
     return 0
-
-
-def tell(options: argparse.Namespace, row: dict[str, Any]) -> None:
-    """Prints a row, and adds it to the file."""
-    line = json.dumps(row)
-    print(line, flush=True)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-
-def apart(work: str, **arguments: Any) -> dict[str, Any]:
-    """Calls a function of this file in a process of its own; returns what it does and `seconds`, or `error`."""
-    log(f"{work} {' '.join(str(value) for value in arguments.values() if not isinstance(value, dict))}")
-    started = time.perf_counter()
-    try:
-        found = child.call(f"vllm_agreement:{work}", time_limit=LIMIT, **arguments).value
-    except Exception as error:  # the others are worth having
-        found = {"error": describe(error)}
-    return {**found, "seconds": round(time.perf_counter() - started, 1)}
-
-
-# ------------------------------------------------------------------------------------------------- the same verdict
 
 
 def judge(options: argparse.Namespace, scratch: Path) -> None:
@@ -120,22 +67,23 @@ def judge(options: argparse.Namespace, scratch: Path) -> None:
     asked = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     answers: dict[tuple[str, str], dict[str, Any]] = {}
     for form in options.formats:
-        made = apart("export", form=form, scratch=str(scratch), options=asked)
+        made = apart.call("vllm_agreement:export", form=form, scratch=str(scratch), options=asked)
         if "error" in made:
-            tell(options, {"format": form, **made})
+            apart.tell({"format": form, **made}, options.out)
             continue
+        read = {name: made[name] for name in ("folder", "checkpoint")}
         for engine in options.engines:
-            found = apart("answer", engine=engine, folder=made["folder"], checkpoint=made["checkpoint"], options=asked)
+            found = apart.call("vllm_agreement:answer", engine=engine, **read, options=asked)
             if "error" not in found:
                 answers[form, engine] = found
             kept = ("error", "kernels", "device_gb", "perplexity", "blimp", "seconds")
             row = {"format": form, "engine": engine} | {name: found[name] for name in kept if name in found}
             if form != "bf16" and "error" not in found and ("bf16", engine) in answers:
                 row["verdict"] = verdict_on(answers["bf16", engine], found)
-            tell(options, row)
+            apart.tell(row, options.out)
         plain = {} if form == "bf16" else {e: answers["bf16", e] for e in ENGINES if ("bf16", e) in answers}
         found = {e: answers[form, e] for e in ENGINES if (form, e) in answers}
-        tell(options, {"format": form, "agreement": compare(found, plain)})
+        apart.tell({"format": form, "agreement": compare(found, plain)}, options.out)
 
 
 def export(form: str, scratch: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -341,50 +289,6 @@ def _margins(found: dict[str, dict[str, Any]], answers: dict[str, list[Any]]) ->
         for engine, one in found.items()
     }
     return [{"pair": i} | {engine: round(margin[i], 4) for engine, margin in margins.items()} for i in differ[:10]]
-
-
-# ---------------------------------------------------------------------------------------------------- the same speed
-
-
-def time_decoding(options: argparse.Namespace) -> None:
-    for form in options.decode_formats:
-        tell(options, {"decode": form, **apart("decode", form=form, batches=options.batches, quick=options.quick)})
-
-
-def decode(form: str, batches: list[int], quick: bool) -> dict[str, Any]:
-    """Returns vLLM's tokens a second, by batch, for a model that is a config alone."""
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # this process has asked for a GPU already
-    from vllm import LLM, SamplingParams, TokensPrompt
-
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_act": "silu",
-              "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "bos_token_id": 0, "eos_token_id": 1,
-              "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, **EIGHT_BILLION}  # fmt: skip
-    if quick:
-        config["num_hidden_layers"] = 2
-    if DECODE[form]:
-        config["quantization_config"] = DECODE[form]
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        started = time.perf_counter()
-        llm = LLM(
-            model=folder, load_format="dummy", skip_tokenizer_init=True, max_model_len=PROMPT_TOKENS + NEW_TOKENS + 2,
-            max_num_seqs=max(batches), max_num_batched_tokens=8192, gpu_memory_utilization=0.5,
-            enable_prefix_caching=False,
-        )  # fmt: skip
-        loaded = time.perf_counter() - started
-
-        def write(prompts: list[list[int]], tokens: int) -> None:
-            parameters = SamplingParams(temperature=0.0, detokenize=False, max_tokens=tokens, ignore_eos=True)
-            llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], parameters, use_tqdm=False)
-
-        found: dict[str, Any] = {"load_seconds": round(loaded, 1), "tokens_per_second": {}, "all": {}}
-        for batch in batches:
-            speeds = decode_time.speeds(write, config["vocab_size"], batch, PROMPT_TOKENS, NEW_TOKENS, REPEATS)
-            found["tokens_per_second"][str(batch)] = round(statistics.median(speeds), 1)
-            found["all"][str(batch)] = [round(speed, 1) for speed in speeds]
-            log(f"{form} batch {batch}: {found['tokens_per_second'][str(batch)]:,.0f} tokens/s")
-        llm.llm_engine.engine_core.shutdown()
-    return found
 
 
 if __name__ == "__main__":
