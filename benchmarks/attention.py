@@ -71,7 +71,7 @@ def measure(sequences: int, tokens: int, algorithm: str | None) -> dict[str, Any
     where = Pass(cache, number, tables, lengths, [], spans)
     query = torch.randn(sequences, HEADS, SIZE, device=DEVICE, dtype=torch.bfloat16)
     scale = SIZE**-0.5
-    where.decode_mask(None)
+    where.decode_mask(None)  # made once a step, and not for each layer
     ways = {
         "kernel": lambda layer: cache.attend(layer, query, spans, scale),
         "gathered": lambda layer: paged.decode_attention(query, where, layer, scale, None),

@@ -16,6 +16,7 @@ from gpu_results import Results
 from machine import DEVICE, describe, release
 
 from trimtab.runtime import replay
+from trimtab.runtime.linear import WeightOnly
 
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 SHAPES = ((4096, 4096), (14336, 4096))
@@ -23,8 +24,6 @@ ALGORITHMS = {"int4": "W4A16_AWQ", "int8": "W8A16", "fp8": "FP8", "fp8 per token
               "int8 static": "W8A8_SQ_PER_CHANNEL"}  # fmt: skip
 PATHS = (("int4", "packed"), ("int4", "dense"), ("int8", "packed"), ("int8", "dense"), ("fp8", "dense"),
          ("fp8 per token", "dense"), ("int8 static", "dense"))  # fmt: skip
-#: Rows up to which an engine multiplies words.
-MOST_PACKED = 64
 
 
 @torch.inference_mode()
@@ -40,7 +39,7 @@ def time_products(results: Results, rows: tuple[int, ...]) -> None:
             try:
                 products = make()
                 for count in rows:
-                    if "packed" in name and count > MOST_PACKED:
+                    if "packed" in name and count > WeightOnly.packed_rows:
                         break
                     x = torch.randn(count, in_features, device=DEVICE, dtype=torch.bfloat16)
                     works = [partial(product, x) for product in products]

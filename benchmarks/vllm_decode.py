@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import apart
-from machine import CUDA, log, versions
+from decode import NEW_TOKENS, PROMPT_TOKENS, REPEATS
+from machine import log, versions
 from random_model import EIGHT_BILLION
 
 from trimtab.runtime import backends, decode_time, vllm_checkpoint
 
-PROMPT_TOKENS, NEW_TOKENS, REPEATS = (128, 256, 3) if CUDA else (16, 4, 1)
 _INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64, "dynamic": False}
 #: Format -> `quantization_config`, as exports in it have it.
 FORMATS = {

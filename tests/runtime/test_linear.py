@@ -106,8 +106,9 @@ def test_the_packed_weight_is_the_only_copy() -> None:
 def test_a_kernel_is_trusted_when_it_computes_the_layer(case: tuple) -> None:
     layer = quantized(*case[:5])
     module = linear.build(layer, None, CPU)
-    assert linear._runs(module, layer, 1)
-    assert not linear._runs(module, replace(layer, weight_scale=layer.weight_scale * 1.2), 1)
+    assert linear._tried(module, layer) is module
+    other = replace(layer, weight_scale=layer.weight_scale * 1.2)
+    assert linear._tried(module, other) is not module
 
 
 def test_a_kernel_keeps_the_rows_that_it_runs_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def operands(layer: nn.Module) -> dict[str, Any] | None:
     elif isinstance(layer, linear.Int8Static):
         found = {"weight": layer.weight_OI, "scale": layer.scale_O, "to_codes": layer.to_integers, "rounding": "int8"}
     elif isinstance(layer, linear.WeightOnly):
-        found = {"weight": layer.words_OW}
+        found = {"weight": layer.words_OW, "scale": layer.scale}
     else:
         return None
     return {**found, "bias": layer.bias}
@@ -88,7 +88,7 @@ def by_shape(layers: Iterable[nn.Module]) -> list[list[Member]]:
         given = operands(layer)
         if given and not layer._forward_hooks:
             shapes = {name: tensor.shape for name, tensor in given.items() if isinstance(tensor, torch.Tensor)}
-            key = (type(layer), given["weight"].dtype, getattr(layer, "bits", 0), *shapes.items())
+            key = (type(layer), given["weight"].dtype, *shapes.items())
             kinds.setdefault(key, []).append((layer, given))
     return list(kinds.values())
 
@@ -121,16 +121,13 @@ def measure(members: list[Member], rows: int) -> dict[Cut | None, float]:
 
 def cuts(layer: nn.Module, given: dict[str, Any], rows: int) -> tuple[Cut, ...]:
     """Returns the cuts to try for a number of rows; with several, cuBLAS is as fast in 16 bits as anything."""
-    tiles, group_size = (), 0
-    if given["bias"] is not None:  # which a tile does not add
-        pass
-    elif isinstance(layer, linear.WeightOnly):
-        tiles, group_size = (tile.WORDS,), layer.group_size
-    elif isinstance(layer, (linear.Fp8, linear.Int8Static)):
-        tiles = (tile.BYTES, tile.SMALL_BYTES)
-    dividing = (tuple(cut for cut in some if cut.divides(*given["weight"].shape, group_size)) for some in tiles)
+    in_words, tiles = isinstance(layer, linear.WeightOnly), ()
+    if given["bias"] is None and not isinstance(layer, nn.Linear):  # a tile adds none
+        tiles = (tile.WORDS,) if in_words else (tile.BYTES, tile.SMALL_BYTES)
+    sizes = (*given["weight"].shape, layer.group_size if in_words else 0)
+    dividing = (tuple(cut for cut in some if cut.divides(*sizes)) for some in tiles)
     fitting = next(filter(None, dividing), ())
-    return fitting if rows > 1 or isinstance(layer, linear.WeightOnly) else BLOCKS + fitting
+    return fitting if rows > 1 or in_words else BLOCKS + fitting
 
 
 def product(layer: nn.Module, given: dict[str, Any], cut: Cut) -> Product:

@@ -69,34 +69,40 @@ def _choose(layer: Quantized, device: torch.device) -> type[PackedLinear]:
     return weight_only if weight_only and weight_only.fits(layer) else Emulated
 
 
+@torch.inference_mode()
 def _tried(module: PackedLinear, layer: Quantized) -> PackedLinear:
     """Returns the module, for the rows that its packed kernel takes here, or the one that emulates it.
 
     Which kernels a GPU has depends on the card, PyTorch's version and how it was built, and no list of it is kept.
     """
-    if not _runs(module, layer, 1):
-        return Emulated(layer, module.bias)
-    if module.packed_rows > tile.FEW and not _runs(module, layer, module.packed_rows):
+    emulated = Emulated(layer, module.bias)
+    x_RI = _trial(layer, max(1, module.packed_rows))
+    expected_RO = emulated(x_RI)
+    if not _runs(module, x_RI[:1], expected_RO[:1]):
+        return emulated
+    if module.packed_rows > tile.FEW and not _runs(module, x_RI, expected_RO):
         module.packed_rows = tile.FEW  # more of them do not fit into the shared memory of every card
     return module
 
 
-@torch.inference_mode()
-def _runs(module: PackedLinear, layer: Quantized, rows: int) -> bool:
-    """Whether a layer's kernel for so many rows runs here and computes its product."""
+def _trial(layer: Quantized, rows: int) -> torch.Tensor:
+    """Returns inputs of a layer, bfloat16 [R, I], always the same."""
     generator = torch.Generator().manual_seed(0)
-    x_RI = torch.randn(rows, module.in_features, generator=generator).to(layer.weight.device)
+    x_RI = torch.randn(rows, layer.shape[1], generator=generator).to(layer.weight.device)
     if layer.input_scale is not None:
         x_RI *= 32 * layer.input_scale.float().reshape(1)  # within the range of INT8, and of FP8
     if layer.pre_quant_scale is not None:
         x_RI /= layer.pre_quant_scale.float().reshape(-1)
-    x_RI = x_RI.bfloat16()
-    emulated = Emulated(layer, module.bias)
+    return x_RI.bfloat16()
+
+
+def _runs(module: PackedLinear, x_RI: torch.Tensor, expected_RO: torch.Tensor) -> bool:
+    """Whether a layer's kernel for so many rows runs here and computes its product."""
     try:
         found = module(x_RI).float()
     except torch.OutOfMemoryError:
         raise
     except Exception:  # whatever a library or a compiler says about a card
         return False
-    expected = emulated(x_RI).float()
+    expected = expected_RO.float()
     return bool((found - expected).norm() <= 0.05 * expected.norm())

@@ -255,8 +255,10 @@ class PagedEngine:
         self._has_kernel = False
         if asked == "gathered" or (asked == "auto" and self.device.type != "cuda"):
             return "gathered blocks"
-        with gpu_memory.part("activations", self.device):
-            why = paged.why_no_kernel(self.model)
+        why = ""
+        if not (self._step and self._step.by_spans):  # which was tried when the step was built
+            with gpu_memory.part("activations", self.device):
+                why = paged.why_no_kernel(self.model)
         if not why:
             self._has_kernel = True
             return "kernel"
