@@ -60,7 +60,7 @@ _BITS = {
     "fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "int8_wo": 8.0, "int8_sq": 8.0, "fp8": 8.0, "fp8_per_channel": 8.0,
     "int4_rtn": 4.0, "int4_awq": 4.0, "int4_gptq": 4.0, "w4a8_awq": 4.0, "nvfp4": 4.5, "mxfp4": 4.25,
 }  # fmt: skip
-#: How much a format takes away, in the order of `trimtab.plan.EXPECTATIONS`; `mixed` lies between.
+#: How much a format takes away, in the order of `trimtab.candidates.EXPECTATIONS`; `mixed` lies between.
 _HARSHNESS = {
     "fp32": 0.0, "fp16": 0.0, "bf16": 0.0, "int8_wo": 1.0, "fp8_per_channel": 1.5, "fp8": 2.0, "int8_sq": 3.0,
     "int4_gptq": 8.0, "int4_awq": 9.0, "w4a8_awq": 9.5, "nvfp4": 9.5, "mxfp4": 10.0, "int4_rtn": 10.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from trimtab import adjust, hardware, materials, memory, plan, progress
+from trimtab import adjust, hardware, materials, memory, placing, plan, progress
 from trimtab.errors import Failure, InputError, nearest
 from trimtab.model import ModelFacts
 from trimtab.plan import MAX_RUNGS, Rung
@@ -110,7 +110,7 @@ def ladder(goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Rec
 def _sized(released: Rung, facts: ModelFacts, machine: hardware.Hardware, workload: Workload) -> Rung | None:
     """Gives a released recipe an engine for another workload; None where it does not fit any more."""
     try:
-        sized = plan.sized(released.recipe, facts, machine, workload)
+        sized = placing.sized(released.recipe, facts, machine, workload)
     except InputError as error:
         progress.report("plan", f"the recipe of the last release is not tried: {error}")
         return None

@@ -1,98 +1,25 @@
 """The decision matrix: a goal, a model and a target become a ladder of recipes, each with its reason.
 
-The order is the matrix's order of techniques, and within a technique the most ambitious recipe stands first;
-the last rung is the safest. Only recipes that the target can run and that fit into its memory stand on it.
-Unstructured sparsity never does: today's engines gain no speed by it (ModelOpt #1974, vllm#36799), and the
-stored tensors stay dense.
-
-The expectations are other people's measurements, named in each rung. What holds here, the attempt measures.
+The recipes and their order are those of `trimtab.candidates`, their engines those of `trimtab.placing`. Only what the
+target can run and what fits into its memory stands on the ladder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from trimtab import shapes
+from trimtab.candidates import CANDIDATES, Kit
 from trimtab.errors import InputError, nearest
-from trimtab.hardware import (
-    BACKENDS,
-    GB,
-    GPUS,
-    Hardware,
-    check,
-    largest_group_size,
-)
+from trimtab.hardware import BACKENDS, Hardware, check
 from trimtab.memory import memory
 from trimtab.model import ModelFacts
-from trimtab.recipe import (
-    GROUPED_FORMATS,
-    Acceptance,
-    DepthPruning,
-    Distillation,
-    Engine,
-    Pruning,
-    Quantization,
-    Recipe,
-    WidthPruning,
-)
+from trimtab.placing import for_workload, sized
+from trimtab.recipe import Acceptance, Recipe
 from trimtab.schema import Document
-from trimtab.serving.parallelism import worlds
-from trimtab.serving.plan import check_length, plan_engine
+from trimtab.serving.plan import check_length
 from trimtab.serving.workload import Workload
 from trimtab.state import GOALS
 from trimtab.store.tree import Tree
 
 MAX_RUNGS = 10
-MAX_GPUS = 8
-#: The shortest context worth serving, in tokens: a plan reduces the batch, then the context down to it.
-MIN_CONTEXT = 2048
-
-#: What to expect of a format, and who measured it.
-_BENCHMARK = "(NVIDIA ModelOpt examples/benchmark.md: Llama-3.1-8B on H200)"
-_SMOL = "(SmolLM2-135M under ModelOpt 0.47)"
-EXPECTATIONS = {
-    "bf16": "weights unchanged",
-    "fp8": f"FP8 is 1.41x as fast at batch 1, 1.30x at 64, and loses 1.50 % of MMLU {_BENCHMARK}",
-    "int8_wo": f"INT8 weights: perplexity ratio 1.002 {_SMOL}; on two CPU cores 45 tokens/s, 27 in BF16",
-    "int8_sq": f"INT8 weights and activations: perplexity ratio 1.095 {_SMOL}; 1 to 3 % less accurate on "
-    "Llama-3.1 (arXiv 2411.02355)",
-    "int4_rtn": f"the fewest bits, by rounding alone: perplexity ratio 1.396 {_SMOL}",
-    "int4_awq": f"INT4 with scales found on activations: perplexity ratio 1.266 {_SMOL}; 1.33x as fast at "
-    f"batch 1, 0.75x at 8, and loses 5.66 % of MMLU {_BENCHMARK}",
-    "int4_gptq": "INT4, each column making up for the rounding of those before it: half of the rise of log-perplexity "
-    "that AWQ leaves (SmolLM2-135M; `benchmarks/quality.py`)",
-    "nvfp4": "FP4 weights and activations: 93.8 % of Llama-3.1-8B's accuracy is kept by rounding alone "
-    "(arXiv 2509.23202)",
-    "mixed": f"INT4 where the model bears it, INT8 elsewhere: perplexity ratio 1.09 at 5.5 bits {_SMOL}",
-}
-_STUDENT = (
-    "taught by the whole model: up to a third fewer parameters is worth it after 80 to "
-    "100 billion tokens, 2.5 billion closed 87 % of the gap of a 9B model (ModelOpt examples/pruning); this "
-    "is a first try"
-)
-_REHEARSED = (
-    "INT4 that training made up for, with the weights rounded in every step: perplexity ratio 1.00 after 2.5 million "
-    "tokens, 1.39 without (SmolLM2-135M; `benchmarks/distillation.py`)"
-)
-_NARROWER = (
-    "a narrower FFN, which loses less than half as much log-perplexity as fewer blocks with as many parameters "
-    "(SmolLM2-135M, not distilled; `benchmarks/pruning.py`)"
-)
-#: Bytes of a parameter that is trained: a float32 master, gradient and two moments, and the teacher's 16 bits; and the
-#: share of a GPU's memory that leaves room for what the layers compute.
-_TRAINING_BYTES, _TRAINING_SHARE = 18, 0.75
-_FFN = ("gate_proj", "up_proj", "down_proj")
-_KV = "the FP8 KV cache holds twice the tokens"
-_NO_DOWN = "down_proj, whose inputs have the largest outliers, stays in 16 bits"
-
-#: goal -> (max_batch_size, max_seq_len, max_num_tokens, least batch); a length of 0 is the model's own.
-_SERVING = {
-    "lower_latency": (8, 4096, 8192, 1),
-    "higher_throughput": (256, 4096, 16384, 16),
-    "fit_larger_model": (8, 2048, 8192, 1),
-    "long_context": (4, 0, 8192, 1),
-    "lower_cost": (128, 4096, 8192, 16),
-}
 
 
 class Rung(Document):
@@ -139,9 +66,9 @@ def ladder(
         check_length(facts, workload)
     own = _users_own(first, facts, hardware, workload) if first else None
     rungs = {own.recipe.digest: own} if own else {}
-    kit = _Kit(goal, facts, hardware, backend, workload)
+    kit = Kit(goal, facts, hardware, backend, workload)
     refused = ""
-    for steps, why in _CANDIDATES[goal](kit):
+    for steps, why in CANDIDATES[goal](kit):
         recipe, note = kit.place(steps.model_copy(update={"accept": accept or Acceptance()}))
         if recipe:
             rungs.setdefault(recipe.digest, Rung(recipe=recipe, why="; ".join(filter(None, (why, note)))))
@@ -164,263 +91,9 @@ def _users_own(recipe: Recipe, facts: ModelFacts, hardware: Hardware, workload: 
         )
     why = "the recipe that the user gave"
     if workload:
-        why += f"; {_for(workload, recipe)}"
+        why += f"; {for_workload(workload, recipe)}"
     if hardware.is_emulated(recipe):
         why += f"; judged by emulation, because {hardware.name} does not compute in {recipe.quantize.format}"
     if hardware.is_kv_cache_emulated(recipe):
         why += f"; its KV cache in {recipe.quantize.kv_cache} is judged by emulation and takes 16 bits here"
     return Rung(recipe=recipe, why=why)
-
-
-def sized(recipe: Recipe, facts: ModelFacts, hardware: Hardware, workload: Workload) -> Recipe:
-    """Returns the recipe with an engine for the workload.
-
-    Its context is `MIN_CONTEXT` at least, however short requests are: what is measured before a release needs some.
-
-    Raises:
-        InputError: the workload is beyond the model's context, or does not fit.
-    """
-    total = max(workload.longest, min(MIN_CONTEXT, facts.max_position_embeddings))
-    return plan_engine(facts, recipe, hardware, workload.model_copy(update={"total": total}), MAX_GPUS).recipe
-
-
-def _for(workload: Workload, recipe: Recipe) -> str:
-    held = recipe.engine.max_batch_size
-    waiting = f", of which {held:,} are served at once" if held < workload.concurrency else ""
-    return f"for {workload.concurrency:,} requests at a time{waiting}, of at most {workload.longest:,} tokens"
-
-
-def _engines(goal: str, recipe: Recipe, facts: ModelFacts, on_gpu: bool) -> Iterator[Engine]:
-    batch, length, tokens, least = _SERVING[goal]
-    backend = recipe.engine.backend
-    chunked = goal in ("higher_throughput", "long_context", "lower_cost")
-    if backend == "torch":  # its packed kernels serve so many rows, and it has no chunked prefill
-        batch, length, tokens, least = min(batch, 64 if on_gpu else 16), min(length, MIN_CONTEXT), 8192, 1
-        chunked = False
-    elif goal == "lower_latency" and recipe.weight_format.startswith("int4_"):
-        batch = 1  # weight-only INT4 is faster at batch 1 and slower at 8 (EXPECTATIONS)
-    longest = facts.max_position_embeddings
-    length = min(length or longest, longest)
-    lengths = [length // 2**n for n in range(32) if n == 0 or length // 2**n >= MIN_CONTEXT]
-    batches = [batch // 2**n for n in range(batch.bit_length()) if batch // 2**n >= min(least, batch)]
-    # The embedded engine spreads a model where a recipe says so: it serves on one device.
-    for tensor, pipeline in worlds(1 if backend == "torch" else MAX_GPUS):
-        for length_ in lengths:
-            for batch_ in batches:
-                yield Engine(
-                    backend=backend,
-                    tensor_parallel_size=tensor,
-                    pipeline_parallel_size=pipeline,
-                    max_batch_size=batch_,
-                    max_seq_len=length_,
-                    # Without chunks a prompt must fit into one step.
-                    max_num_tokens=tokens if chunked else max(tokens, length_),
-                    enable_chunked_prefill=chunked,
-                )
-
-
-def _devices(recipe: Recipe, hardware: Hardware) -> list[str]:
-    devices = recipe.engine.world_size
-    return [f"needs {devices} {hardware.name}"] if devices > 1 else []
-
-
-_Candidate = tuple[Recipe, str]
-
-
-class _Kit:
-    """Makes the recipes of one goal, model, target and back end; `place` drops what cannot run there."""
-
-    def __init__(
-        self, goal: str, facts: ModelFacts, hardware: Hardware, backend: str, workload: Workload | None = None
-    ):
-        self.goal, self.facts, self.hardware, self.backend, self.workload = goal, facts, hardware, backend, workload
-        self.formats = hardware.formats[backend]
-        self.kv = "fp8" in hardware.kv_caches[backend]
-        # Large batches are bound by arithmetic, so formats that also compute in 8 bits come first there.
-        busy = goal in ("higher_throughput", "lower_cost")
-        order = ("fp8", "int8_sq", "int8_wo") if busy else ("fp8", "int8_wo", "int8_sq")
-        self.eights = [form for form in order if form in self.formats]
-        self.has_down = any(layer.name.endswith(".down_proj") for layer in facts.linears)
-
-    def place(self, recipe: Recipe) -> tuple[Recipe | None, str]:
-        """Gives a recipe its engine: the workload's, or the goal's limits, then a smaller batch, a shorter context,
-        more devices.
-
-        Returns the recipe and a note for its reason; or None, and why nothing fits. An emulated format, of weights
-        or of the KV cache, is placed only when the user asks for it: it judges accuracy and makes nothing smaller
-        or faster.
-        """
-        facts, hardware = self.facts, self.hardware
-        if hardware.is_emulated(recipe) or hardware.is_kv_cache_emulated(recipe):
-            return None, f"{recipe.title}: only emulated on {hardware.name}"
-        if self.workload:
-            try:
-                placed = sized(recipe, facts, hardware, self.workload)
-            except InputError as error:
-                return None, f"{recipe.title}: {error}"
-            return placed, "; ".join([*_devices(placed, hardware), _for(self.workload, placed)])
-        reason = ""
-        for engine in _engines(self.goal, recipe, facts, hardware.compute_capability is not None):
-            placed = recipe.model_copy(update={"engine": engine})
-            if cannot := check(placed, hardware, facts):
-                reason = reason or cannot
-                continue
-            need = memory(facts, placed, hardware)
-            if need.fits:
-                return placed, "".join(_devices(placed, hardware))
-            reason = need.explanation
-        return None, f"{recipe.title}: {reason}"
-
-    def quantized(
-        self, form: str, *, kv: bool = False, bits: float | None = None, keep_down: bool = False
-    ) -> _Candidate:
-        exclude = ("lm_head", "*.down_proj") if keep_down else ("lm_head",)
-        quantize = Quantization(
-            format=form, effective_bits=bits, kv_cache="fp8" if kv else "none", exclude=exclude
-        )
-        if form in GROUPED_FORMATS:
-            size = largest_group_size(self.facts, quantize, self.backend)
-            quantize = quantize.model_copy(update={"group_size": size} if size else {})
-        recipe = Recipe(quantize=quantize, engine=Engine(backend=self.backend))
-        if keep_down:
-            recipe = recipe.model_copy(update={"name": f"{recipe.title}, down_proj in 16 bits"})
-        why = [EXPECTATIONS[form], _KV if kv else "", _NO_DOWN if keep_down else ""]
-        return recipe, "; ".join(filter(None, why))
-
-    def eight_bits(self) -> Iterator[_Candidate]:
-        """Each eight-bit format, with the KV cache in FP8 where that is served, then without."""
-        for form in self.eights:
-            if self.kv:
-                yield self.quantized(form, kv=True)
-            yield self.quantized(form)
-
-    def rehearsed(self) -> Iterator[_Candidate]:
-        """INT4 by rounding to nearest, of the whole model trained with the rounding, where one GPU can train it."""
-        trained = _TRAINING_BYTES * self.facts.parameters
-        if self.hardware.compute_capability is not None and trained < _TRAINING_SHARE * self.hardware.memory_bytes:
-            recipe, _ = self.quantized("int4_rtn")
-            length = min(2048, self.facts.max_position_embeddings)
-            distill = Distillation(tokens=10_000_000, batch_size=16, length=length, quantization_aware=True)
-            yield recipe.model_copy(update={"distill": distill}), _REHEARSED
-
-    def students(self, *, kv: bool) -> Iterator[_Candidate]:
-        """A quarter, then an eighth of the blocks' parameters removed; distilled; in the first eight-bit format."""
-        form = self.eights[0] if self.eights else "bf16"
-        recipe, why = self.quantized(form, kv=kv and self.kv)
-        if form == "bf16" and not (kv and self.kv):
-            recipe = recipe.model_copy(update={"quantize": None})
-        if self.backend == "torch" and self.hardware.compute_capability is None:
-            distill = Distillation(tokens=65_536)
-        else:
-            length = min(2048, self.facts.max_position_embeddings)
-            distill = Distillation(tokens=100_000_000, batch_size=16, length=length)
-        for share in (4, 8):
-            if self.facts.layers > 1:
-                prune, smaller = self._smaller(max(1, self.facts.layers // share))
-                student = recipe.model_copy(update={"prune": prune, "distill": distill})
-                yield student, f"{smaller}, {_STUDENT}; {why}"
-
-    def _smaller(self, blocks: int) -> tuple[Pruning, str]:
-        """Removes as many parameters as so many blocks have: FFN neurons where that can be, else the blocks."""
-        ffn = sum(layer.parameters for layer in self.facts.linears if layer.name.endswith(_FFN))
-        removed = blocks / self.facts.layers * self.facts.linear_parameters
-        if removed < ffn:
-            narrower = WidthPruning(method="width", ffn=round(removed / ffn, 2))
-            if not shapes.check(self.facts, narrower):
-                return narrower, _NARROWER
-        return DepthPruning(method="depth", blocks=blocks), "fewer blocks"
-
-    def safest(self) -> Iterator[_Candidate]:
-        if self.has_down:
-            form = "int8_wo" if "int8_wo" in self.eights else (self.eights or ["int4_awq"])[0]
-            yield self.quantized(form, keep_down=True)
-
-
-def _lower_latency(kit: _Kit) -> Iterator[_Candidate]:
-    yield from kit.eight_bits()
-    yield kit.quantized("int4_awq")
-    yield kit.quantized("int4_gptq")
-    yield from kit.rehearsed()
-    yield kit.quantized("mixed", bits=5)
-    yield from kit.students(kv=True)
-    yield from kit.safest()
-
-
-def _higher_throughput(kit: _Kit) -> Iterator[_Candidate]:
-    # No INT4: at batch 64 it reaches 0.83x of BF16 (benchmark.md).
-    unchanged = Recipe(engine=Engine(backend=kit.backend))
-    whole, _ = kit.place(unchanged)
-    rungs = [*kit.eight_bits(), *kit.students(kv=True), *(kit.safest() if kit.eights else ())]
-    if not kit.eights and kit.kv:
-        rungs.insert(0, kit.quantized("bf16", kv=True))
-    for recipe, why in rungs:
-        placed, _ = kit.place(recipe)
-        if placed and (whole is None or placed.engine.world_size < whole.engine.world_size):
-            wanted = f"needs {whole.engine.world_size} devices" if whole else "does not fit"
-            why += f"; the unchanged model {wanted}, so the devices saved serve replicas"
-        yield recipe, why
-
-
-def _fit_larger_model(kit: _Kit) -> Iterator[_Candidate]:
-    # NVFP4 keeps 93.8 % of Llama-3.1-8B's accuracy after rounding alone (EXPECTATIONS), so INT4 stands beside it.
-    # GPTQ begins with AWQ's scales and takes the same bytes; AWQ stands before it where nothing else on the ladder
-    # wants Gram matrices, which a large model has many of. Rounding alone costs nothing, so it stands first on a CPU.
-    plain = "int4_rtn" if "mixed" in kit.formats else "int4_awq"
-    for form in ("nvfp4", plain, "int4_gptq"):
-        yield kit.quantized(form)
-    yield from kit.rehearsed()
-    for bits in (5.0, 6.0, 7.0):
-        yield kit.quantized("mixed", bits=bits)
-    if not kit.eights:
-        yield from kit.safest()
-    if "mixed" not in kit.formats:  # where it is served, mixed precision is as small and needs no training
-        yield from kit.students(kv=False)
-    for form in ("fp8", "int8_wo"):
-        yield kit.quantized(form)
-
-
-def _long_context(kit: _Kit) -> Iterator[_Candidate]:
-    int4 = kit.quantized("int4_awq", kv=kit.kv)
-    short = True
-    if kit.eights:
-        eight, _ = kit.quantized(kit.eights[0], kv=kit.kv)
-        recipe, _ = kit.place(eight)
-        short = recipe is None or recipe.engine.max_seq_len < kit.facts.max_position_embeddings
-    if short:  # the memory that INT4 frees goes into context; where eight bits reach the end, it only risks
-        yield int4
-    yield from kit.eight_bits()
-    if not short:
-        yield int4
-    yield kit.quantized("bf16", kv=True)
-
-
-def _lower_cost(kit: _Kit) -> Iterator[_Candidate]:
-    rungs = [*kit.eight_bits(), kit.quantized("int4_awq"), *kit.students(kv=True), *kit.safest()]
-    for recipe, why in rungs:
-        smaller = _smaller_gpu(recipe, kit)
-        # INT4 is slow at the batches that cost little: it is here only when it makes a smaller GPU enough.
-        if recipe.weight_format == "int4_awq" and kit.eights and not (smaller and not _smaller_gpu(rungs[0][0], kit)):
-            continue
-        yield recipe, f"{why}; {smaller}" if smaller else why
-
-
-def _smaller_gpu(recipe: Recipe, kit: _Kit) -> str:
-    """Says which smaller GPU serves the recipe too, at eight sequences of the goal's length, or ''."""
-    length = min(_SERVING["lower_cost"][1], kit.facts.max_position_embeddings)
-    engine = recipe.engine.model_copy(update={"max_batch_size": 8, "max_seq_len": length})
-    recipe = recipe.model_copy(update={"engine": engine})
-    if kit.hardware.bandwidth:
-        for gpu in sorted(GPUS.values(), key=lambda gpu: (gpu.memory_bytes, gpu.bandwidth)):
-            smaller = gpu.memory_bytes < kit.hardware.memory_bytes
-            if smaller and not check(recipe, gpu, kit.facts) and memory(kit.facts, recipe, gpu).fits:
-                return f"a smaller GPU is enough: {gpu.name}, {gpu.memory_bytes // GB} GB"
-    return ""
-
-
-_CANDIDATES = {
-    "lower_latency": _lower_latency,
-    "higher_throughput": _higher_throughput,
-    "fit_larger_model": _fit_larger_model,
-    "long_context": _long_context,
-    "lower_cost": _lower_cost,
-}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from releases import file_release
 
-from trimtab import flow, plan, rebuild, signing, stages, statement
+from trimtab import flow, placing, rebuild, signing, stages, statement
 from trimtab.components.fetch.source import fetch
 from trimtab.errors import Damaged, InputError
 from trimtab.recipe import Recipe
@@ -169,14 +169,14 @@ def test_a_released_recipe_that_does_not_fit_any_more(store, run, monkeypatch, c
     better = Recipe.parse(DISTILLED.replace("blocks: 1", "blocks: 2"))
     released(store, run(SERVED), recipe=better)
     record(output=40)
-    plan_engine = plan.plan_engine
+    plan_engine = placing.plan_engine
 
     def refuses(facts: Any, recipe: Recipe, *others: Any) -> Any:
         if recipe.prune == better.prune:
             raise InputError("target: not one request fits")
         return plan_engine(facts, recipe, *others)
 
-    monkeypatch.setattr(plan, "plan_engine", refuses)
+    monkeypatch.setattr(placing, "plan_engine", refuses)
     _, state = rebuild.plan(**run(SERVED))
     assert "the recipe of the last release is not tried: target: not one request fits" in capsys.readouterr().err
     ladder = [Recipe.model_validate(rung["recipe"]) for rung in store.get_json("ladder", state.ladder)]
