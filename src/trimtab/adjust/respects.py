@@ -1,0 +1,111 @@
+"""What a recipe takes away, what it saves and what it needs, each respect apart: so recipes are compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from trimtab.recipe import (
+    STATIC_ACTIVATIONS,
+    DepthPruning,
+    MovementPruning,
+    Quantization,
+    Recipe,
+    SparsePruning,
+    WidthPruning,
+)
+
+#: Formats that also multiply in few bits.
+_ROUNDS_ACTIVATIONS = (*STATIC_ACTIVATIONS, "fp8_per_channel")
+_BITS = {
+    "fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "int8_wo": 8.0, "int8_sq": 8.0, "fp8": 8.0, "fp8_per_channel": 8.0,
+    "int4_rtn": 4.0, "int4_awq": 4.0, "int4_gptq": 4.0, "w4a8_awq": 4.0, "nvfp4": 4.5, "mxfp4": 4.25,
+}  # fmt: skip
+#: How much a format takes away, in the order of `trimtab.candidates.EXPECTATIONS`; `mixed` lies between.
+_HARSHNESS = {
+    "fp32": 0.0, "fp16": 0.0, "bf16": 0.0, "int8_wo": 1.0, "fp8_per_channel": 1.5, "fp8": 2.0, "int8_sq": 3.0,
+    "int4_gptq": 8.0, "int4_awq": 9.0, "w4a8_awq": 9.5, "nvfp4": 9.5, "mxfp4": 10.0, "int4_rtn": 10.0,
+}  # fmt: skip
+#: How blindly a method chooses the weights that become zero. At 50 % the log-perplexity of SmolLM2-135M rises by 0.39
+#: with SparseGPT, 0.55 with Wanda and 2.64 by magnitude (benchmarks/pruning.py).
+_BLINDNESS = {"sparsegpt": 0.0, "wanda": 1.0, "magnitude": 2.0}
+#: How much a KV cache takes away, which is in the same order how much it saves.
+_KV_CACHE = {"none": 0, "fp8": 1, "int8": 1, "nvfp4": 2}
+
+
+def quantization(recipe: Recipe) -> Quantization:
+    return recipe.quantize or Quantization(format="bf16")
+
+
+def excluded_by(quantize: Quantization) -> int:
+    return len(quantize.exclude) + quantize.exclude_sensitive
+
+
+def kv_of(recipe: Recipe) -> int:
+    return _KV_CACHE[quantization(recipe).kv_cache]
+
+
+def kind_of(recipe: Recipe) -> tuple[object, object]:
+    """How a recipe prunes, whatever the amount."""
+    return getattr(recipe.prune, "method", None), getattr(recipe.prune, "n_m", None)
+
+
+def removed_by(recipe: Recipe) -> tuple[float, ...]:
+    """What structured pruning removes: blocks, and of every block neurons, KV groups and hidden channels."""
+    prune = recipe.prune
+    blocks = prune.blocks if isinstance(prune, DepthPruning) else 0
+    width = (prune.ffn, prune.kv_groups, prune.hidden) if isinstance(prune, WidthPruning) else (None, None, None)
+    return blocks, *(part or 0 for part in width)
+
+
+def bits_of(recipe: Recipe) -> float:
+    quantize = quantization(recipe)
+    return quantize.effective_bits or _BITS[quantize.format]
+
+
+def risk(recipe: Recipe) -> tuple[float, ...]:
+    """What the recipe takes away, each respect apart; more is riskier."""
+    quantize = quantization(recipe)
+    harsh = 12 - quantize.effective_bits if quantize.effective_bits else _HARSHNESS[quantize.format]
+    group = quantize.group_size if bits_of(recipe) < 8 else 0
+    # Teaching repairs what pruning broke; where nothing was pruned, nothing is as good.
+    untaught = (-recipe.distill.tokens if recipe.distill else 0) if recipe.prune else -math.inf
+    taken = (harsh, kv_of(recipe), *removed_by(recipe), *_sparsity(recipe), group, untaught, -rehearsed(recipe))
+    return (*taken, -excluded_by(quantize))
+
+
+def rehearsed(recipe: Recipe) -> int:
+    """Tokens that the weights were trained with as they are rounded."""
+    return recipe.distill.tokens if recipe.distill and recipe.distill.quantization_aware else 0
+
+
+def _sparsity(recipe: Recipe) -> tuple[float, ...]:
+    """How many weights become zero, how little freedom there is in which, how blindly they are chosen, in each layer
+    and among the layers, and how dear the scores are that choose them."""
+    prune = recipe.prune
+    if isinstance(prune, MovementPruning):
+        return prune.sparsity or 0.0, 0.0, 0.0, 0.0, prune.penalty or 0.0
+    if not isinstance(prune, SparsePruning):
+        return 0.0, 0.0, 0.0, 0.0, 0.0
+    rigid = 1 / prune.n_m[1] if prune.n_m else 0.0
+    return prune.sparsity, rigid, _BLINDNESS[prune.method], float(prune.allocation == "uniform"), 0.0
+
+
+def ambition(recipe: Recipe) -> tuple[float, ...]:
+    """What the recipe saves, each respect apart; more is better at the goal. Sparsity saves nothing."""
+    quantize = quantization(recipe)
+    arithmetic = quantize.format in _ROUNDS_ACTIVATIONS
+    return -bits_of(recipe), arithmetic, kv_of(recipe), *removed_by(recipe), -excluded_by(quantize)
+
+
+def footprint(recipe: Recipe) -> tuple[float, ...]:
+    """What the recipe needs of each device's memory, each respect apart."""
+    quantize, engine = quantization(recipe), recipe.engine
+    devices = engine.tensor_parallel_size * engine.pipeline_parallel_size
+    kept, removed = excluded_by(quantize), (-part for part in removed_by(recipe))
+    return (bits_of(recipe), -kv_of(recipe), *removed, kept, engine.max_batch_size, engine.max_seq_len,
+            engine.max_num_tokens, -devices, bool(recipe.distill))  # fmt: skip
+
+
+def at_least(left: Sequence[float], right: Sequence[float]) -> bool:
+    return all(a >= b for a, b in zip(left, right, strict=True))
