@@ -13,10 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from trimtab import progress
-from trimtab.components.deployment import approval, comparison
+from trimtab.components.deployment import approval, comparison, inference
 from trimtab.components.deployment.approval import Answer
 from trimtab.components.deployment.cluster import Cluster
 from trimtab.components.deployment.serving import ARTIFACT, Rollout, inference_service
@@ -25,16 +23,15 @@ from trimtab.errors import InputError, NotReleased, StageError, TrimtabError
 POLL_SECONDS = 5.0
 #: Between two reminders of a rollout that waits for a person.
 REMIND_SECONDS = 300.0
-#: What Kubernetes and KServe write into an object, which is no difference.
-BOOKKEEPING = ("managedFields", "resourceVersion", "generation", "uid", "creationTimestamp")
 
 
 def difference(cluster: Cluster, rollout: Rollout, store: str, digest: str, force: bool = False) -> str:
     """Returns what a rollout would change, as the cluster itself would apply it: a unified diff, "" for nothing."""
     before = cluster.read(rollout.service)
-    wanted = inference_service(rollout, store, digest, canary=_serving(before) is not None)
+    wanted = inference_service(rollout, store, digest, canary=inference.serving_revision(before) is not None)
     after = cluster.apply(wanted, force=force, dry=True)
-    lines = difflib.unified_diff(_lines(before), _lines(after), "in the cluster", "after the rollout", lineterm="")
+    shown = (inference.lines(before), inference.lines(after))
+    lines = difflib.unified_diff(*shown, "in the cluster", "after the rollout", lineterm="")
     return "\n".join(lines)
 
 
@@ -105,9 +102,9 @@ class _Delivery:
     def run(self) -> str:
         service = self.rollout.service
         before = self.cluster.read(service)
-        self.old, share = _serving(before), _canary_percent(before)
-        if share and _annotation(before, ARTIFACT) != self.digest:
-            other = approval.short(_annotation(before, ARTIFACT) or "unknown")
+        self.old, share = inference.serving_revision(before), inference.canary_percent(before)
+        if share and inference.annotation(before, ARTIFACT) != self.digest:
+            other = approval.short(inference.annotation(before, ARTIFACT) or "unknown")
             raise InputError(
                 f"service: a rollout to '{service}' is under way ({other}, {share} %); wait for it, or roll that "
                 "release out again, which takes up what was killed"
@@ -115,9 +112,9 @@ class _Delivery:
         if self.rollout.approval_minutes:
             approval.check(self.cluster)
             self.is_open = bool(self._answered().word)
-        if self.old and share is None and _settled(before) and self._unchanged(before):
+        if self.old and share is None and inference.is_settled(before) and self._unchanged(before):
             # A first version has all of the traffic while it waits, and its rollout may have been killed then.
-            if not self.is_open or _predictor(before).get("previousRolledoutRevision"):
+            if not self.is_open or inference.status(before).get("previousRolledoutRevision"):
                 return f"{service} serves this release already"
             self.old = None
         elif before and self.old is None:
@@ -132,15 +129,15 @@ class _Delivery:
         taken_up = (
             before is not None
             and (self.old is None or bool(share))
-            and _annotation(before, ARTIFACT) == self.digest
+            and inference.annotation(before, ARTIFACT) == self.digest
             and would_be["spec"] == before["spec"]
         )
         try:
             self.cluster.apply(wanted, force=self.force)
             beside = f"with {self.rollout.canary_percent} % of the traffic" if self.old else "as the first version"
             self.account.say(f"{service}: applied {beside}")
-            changed = _template(would_be) != _template(before)
-            ready = self._until_ready(_predictor(before).get("latestCreatedRevision") if changed else None)
+            changed = inference.template(would_be) != inference.template(before)
+            ready = self._until_ready(inference.status(before).get("latestCreatedRevision") if changed else None)
             compared = self._compare(ready)
             if self.rollout.approval_minutes:
                 if not (taken_up and self.is_open):
@@ -149,7 +146,7 @@ class _Delivery:
                 self._until_approved(ready)
             if self.old:
                 self.cluster.apply(self._service(canary=False), force=self.force)
-                self._until(self.rollout.ready_minutes, _promoted(ready), "does not take over")
+                self._until(self.rollout.ready_minutes, inference.promoted(ready), "does not take over")
         except BaseException as error:
             self._failed(error)
             raise
@@ -186,7 +183,7 @@ class _Delivery:
         now = self.cluster.read(name)
         if now is None:
             done = "it is gone"
-        elif _annotation(now, ARTIFACT) != self.digest:
+        elif inference.annotation(now, ARTIFACT) != self.digest:
             done = "it is left alone, for it serves something else by now"
         elif self.old is None:
             self.cluster.delete(name)
@@ -217,10 +214,10 @@ class _Delivery:
         """
 
         def reached(service: dict[str, Any]) -> bool:
-            predictor = _predictor(service)
+            predictor = inference.status(service)
             latest = predictor.get("latestReadyRevision")
             fresh = latest and latest == predictor.get("latestCreatedRevision") and latest not in (self.old, replaced)
-            return bool(_ready(service) and fresh and (self.old is None or _url(service, latest)))
+            return bool(inference.is_ready(service) and fresh and (self.old is None or inference.url(service, latest)))
 
         return self._until(self.rollout.ready_minutes, reached, "is not ready")
 
@@ -233,7 +230,7 @@ class _Delivery:
             if time.monotonic() + self.poll > end:
                 raise NotReleased(
                     f"the new version of {self.rollout.service} {otherwise} within {minutes:g} minutes"
-                    f"{_why_not_ready(service)}"
+                    f"{inference.why_not_ready(service)}"
                 )
             time.sleep(self.poll)
 
@@ -245,12 +242,12 @@ class _Delivery:
 
     def _compare(self, service: dict[str, Any]) -> str:
         """Asks the new version, and the old one where there is one; raises when the new one must not take over."""
-        rollout, latest = self.rollout, _predictor(service)["latestReadyRevision"]
-        url = _url(service, latest) if self.old else service["status"].get("url", "")
+        rollout, latest = self.rollout, inference.status(service)["latestReadyRevision"]
+        url = inference.url(service, latest) if self.old else service["status"].get("url", "")
         new = comparison.ask(url, rollout.service, rollout.prompts, rollout.max_tokens)
         old = None
         if self.old:
-            old = comparison.ask(_url(service, self.old), rollout.service, rollout.prompts, rollout.max_tokens)
+            old = comparison.ask(inference.url(service, self.old), rollout.service, rollout.prompts, rollout.max_tokens)
         self.account.figures = comparison.figures(new, old)
         refusal = comparison.refusal(new, old, rollout.max_disagreement, rollout.max_latency_seconds)
         if refusal:
@@ -273,9 +270,9 @@ class _Delivery:
                 trouble = self.answer.fault
             except StageError as error:
                 trouble = f"{error}; the rollout waits on"
-            if now is None or _annotation(now, ARTIFACT) != digest:
+            if now is None or inference.annotation(now, ARTIFACT) != digest:
                 raise StageError(f"service: '{rollout.service}' was deleted or replaced while it was rolled out")
-            if _predictor(now).get("latestReadyRevision") != _predictor(ready)["latestReadyRevision"]:
+            if inference.status(now).get("latestReadyRevision") != inference.status(ready)["latestReadyRevision"]:
                 raise NotReleased(f"{rollout.service}: what was compared is not its latest version any more")
             if self.answer.word == "refused":
                 raise NotReleased(f"{rollout.service}: {approval.short(digest)} was {self.answer.said}")
@@ -298,71 +295,3 @@ class _Delivery:
 
     def _answered(self) -> Answer:
         return approval.read(self.cluster, self.rollout.service, self.digest)
-
-
-def _promoted(ready: dict[str, Any]) -> Callable[[dict[str, Any]], bool]:
-    latest = _predictor(ready)["latestReadyRevision"]
-    return lambda service: bool(_ready(service) and _predictor(service).get("latestRolledoutRevision") == latest)
-
-
-def _predictor(service: dict[str, Any] | None) -> dict[str, Any]:
-    return (((service or {}).get("status") or {}).get("components") or {}).get("predictor") or {}
-
-
-def _serving(service: dict[str, Any] | None) -> str | None:
-    """The revision that serves; a canary that lost its traffic is none."""
-    predictor = _predictor(service)
-    return predictor.get("latestRolledoutRevision") or None
-
-
-def _url(service: dict[str, Any], revision: str | None) -> str:
-    """The address of one revision, "" while it has none."""
-    for target in _predictor(service).get("traffic") or ():
-        if target.get("revisionName") == revision and target.get("url"):
-            return target["url"]
-    return ""
-
-
-def _canary_percent(service: dict[str, Any] | None) -> int | None:
-    return (((service or {}).get("spec") or {}).get("predictor") or {}).get("canaryTrafficPercent")
-
-
-def _annotation(service: dict[str, Any] | None, name: str) -> str | None:
-    return ((service or {}).get("metadata", {}).get("annotations") or {}).get(name)
-
-
-def _template(service: dict[str, Any] | None) -> Any:
-    """What KServe makes a revision of: another one where this differs."""
-    predictor = ((service or {}).get("spec") or {}).get("predictor") or {}
-    template = {name: part for name, part in predictor.items() if name != "canaryTrafficPercent"}
-    return template, (service or {}).get("metadata", {}).get("annotations")
-
-
-def _settled(service: dict[str, Any]) -> bool:
-    """Whether one revision is the latest, ready and alone."""
-    predictor = _predictor(service)
-    names = ("latestCreatedRevision", "latestReadyRevision", "latestRolledoutRevision")
-    return _ready(service) and len({predictor.get(name) for name in names}) == 1
-
-
-def _ready(service: dict[str, Any]) -> bool:
-    return any(
-        item["type"] == "Ready" and item["status"] == "True"
-        for item in (service.get("status") or {}).get("conditions") or ()
-    )
-
-
-def _why_not_ready(service: dict[str, Any]) -> str:
-    for item in (service.get("status") or {}).get("conditions") or ():
-        if item["status"] != "True" and item.get("message"):
-            return f": {' '.join(item['message'].split())[:300]}"
-    return ""
-
-
-def _lines(service: dict[str, Any] | None) -> list[str]:
-    if service is None:
-        return []
-    metadata = {name: value for name, value in service["metadata"].items() if name not in BOOKKEEPING}
-    shown = {**service, "metadata": metadata}
-    shown.pop("status", None)
-    return yaml.safe_dump(shown, sort_keys=True).splitlines()
