@@ -15,6 +15,7 @@ from trimtab.serving.workload import Workload
 from trimtab.stages import MAX_REASON, fail
 from trimtab.state import GOALS, Evaluation, State
 from trimtab.store import Store, Tree, open_store
+from trimtab.store.address import check_name
 
 
 def begin(
@@ -42,9 +43,10 @@ def begin(
         traffic: the shape of the recorded traffic, where the recipe names some and it was read before.
 
     Raises:
-        InputError: an unknown goal or target, a bad recipe, recorded traffic that cannot be read, or a model or recipe
-            that the target cannot run.
+        InputError: a name that no release can have, an unknown goal or target, a bad recipe, recorded traffic that
+            cannot be read, or a model or recipe that the target cannot run.
     """
+    check_name(name, "release")
     if goal not in GOALS:
         raise InputError(f"goal: '{goal}' is not valid; {nearest(goal, GOALS)}")
     store, machine = open_store(store_uri), hardware.target(target)
