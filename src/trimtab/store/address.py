@@ -49,13 +49,18 @@ def folder_of(address: str) -> Path:
     return Path(path).expanduser().absolute()
 
 
+def is_name(name: str) -> bool:
+    """Whether a release or a pin may have that name."""
+    return _NAME.fullmatch(name) is not None
+
+
 def check_name(name: str, what: str) -> str:
     """Returns the name of a release or of a pin, which is a part of paths and of URIs.
 
     Raises:
         InputError: it is not valid; calls it the name of `what`.
     """
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         rule = "letters, digits, '.', '_', '-' of ASCII, a letter or a digit first, at most 128"
         raise InputError(f"the {what} name {name!r} is not valid: write {rule}")
     return name

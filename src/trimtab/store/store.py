@@ -13,7 +13,7 @@ from typing import Any
 
 from trimtab.errors import Damaged, InputError
 from trimtab.store import leases
-from trimtab.store.address import canonical, check_name, folder_of, split_release, split_tree
+from trimtab.store.address import canonical, check_name, folder_of, is_name, split_release, split_tree
 from trimtab.store.cache import bring
 from trimtab.store.local import LocalBack, blob_key
 from trimtab.store.transfer import Meter, Progress, explained, in_parallel
@@ -225,7 +225,7 @@ class Store:
             Damaged: it is not as `release` wrote it.
         """
         parts = split_release(uri)
-        if not parts or not _NAME.fullmatch(parts[1]) or canonical(parts[0]) != self.uri:
+        if not parts or not is_name(parts[1]) or canonical(parts[0]) != self.uri:
             valid = f"{self.uri}/releases/<name>/<version>"
             raise InputError(f"{uri!r} is not a release of this store: write {valid}")
         data = self._back.read(f"releases/{parts[1]}/{parts[2]}.json")
