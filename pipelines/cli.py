@@ -145,14 +145,18 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     """Checks everything that can be checked in a second, before a long run begins."""
     check_attempts(arguments.max_attempts)
     check_choice("goal", arguments.goal, GOALS)
+    release_name(arguments.name, arguments.model)
     _check_signing(arguments.require_signature)
     hardware.target(arguments.target)
     recipe = read(arguments.recipe, "recipe")
     if recipe:
         _check_texts(Recipe.parse(recipe))
+    tasks = tuple(task.strip() for task in arguments.tasks.split(",") if task.strip())
+    if not tasks:
+        raise InputError("tasks: is empty; write the names of lm-eval tasks, separated by commas, or leave it out")
     evaluation = Evaluation.parse(read(arguments.evaluation, "evaluation") or "{}").model_copy(
         update={
-            "tasks": tuple(task.strip() for task in arguments.tasks.split(",") if task.strip()),
+            "tasks": tasks,
             "task_path": str(Path(arguments.task_path).absolute()) if arguments.task_path else "",
         }
     )
@@ -170,7 +174,7 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
         "target": arguments.target,
         "recipe": recipe,
         "max_attempts": arguments.max_attempts,
-        "name": arguments.name or release_name(model),
+        "name": release_name(arguments.name, model),
         "evaluation": evaluation.to_json(),
     }
 

@@ -199,7 +199,7 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
         "target": arguments.target,
         "recipe": recipe,
         "max_attempts": arguments.max_attempts,
-        "name": arguments.name or release_name(arguments.model),
+        "name": release_name(arguments.name, arguments.model),
         "evaluation": evaluation.to_json(),
         "rollout": rollout.to_json() if rollout else "",
     }

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+import unicodedata
 from pathlib import Path
 
 from trimtab.errors import InputError, nearest
 from trimtab.profile import Profile
+from trimtab.store.address import check_name
 
 
 def check_attempts(number: int) -> None:
@@ -35,7 +39,21 @@ def read_profile(path: str) -> Profile:
     return Profile.parse(read(path, "profile") or "{}")
 
 
-def release_name(model: str) -> str:
-    """A release name out of the model's: its last part without the ending, in the characters a name may have."""
-    stem = Path(model.rstrip("/")).name.removesuffix(".gguf")
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in stem).strip("._-")[:100] or "model"
+def release_name(given: str, model: str) -> str:
+    """Returns the name that a user gave the release, or one out of the model's.
+
+    That is the last part of the model's path without its ending and without accents. Where letters of another script
+    are lost, eight digits of the whole name's checksum stand for them, so that two models keep two names.
+
+    Raises:
+        InputError: the given name is not valid.
+    """
+    if given:
+        return check_name(given, "release")
+    stem = re.sub(r"\.gguf$", "", Path(model.rstrip("/")).name, flags=re.IGNORECASE)
+    letters = [c for c in unicodedata.normalize("NFKD", stem) if not unicodedata.combining(c)]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "".join(c for c in letters if c.isascii() or not c.isalnum()))
+    name = name.strip("._-")[:100] or "model"
+    if all(c.isascii() or not c.isalnum() for c in letters):
+        return name
+    return f"{name}-{hashlib.sha256(stem.encode(errors='surrogatepass')).hexdigest()[:8]}"

@@ -18,7 +18,8 @@ from trimtab.store.s3 import S3Back
 from trimtab.store.tree import Tree
 
 #: Never pickles: they run code when they are loaded.
-_HUB_ID = r"[\w.-]+/[\w.-]+"
+#: A part of the hub's names begins with no dot or dash, so that ./name and ../name are paths.
+_HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 _MODEL_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja")
 
 

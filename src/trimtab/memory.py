@@ -7,7 +7,7 @@ import math
 from trimtab import shapes
 from trimtab.hardware import FIXED_BLOCKS, GB, NVFP4_BLOCK, Hardware, quantized_layers
 from trimtab.model import ModelFacts
-from trimtab.recipe import CASTS, GROUPED_FORMATS, Quantization, Recipe
+from trimtab.recipe import CASTS, GROUPED_FORMATS, Engine, Quantization, Recipe
 from trimtab.schema import Document
 
 #: Bytes of one number in the KV cache. NVFP4 has four bits, and a one-byte scale for each 16 numbers.
@@ -98,7 +98,6 @@ def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
     served = _as_held(recipe, hardware)
     linears, rest = weight_bytes(facts, served)
     left = shapes.pruned(facts, recipe.prune)
-    stage = math.ceil(left.layers / engine.pipeline_parallel_size) / left.layers
     length = min(engine.max_seq_len, facts.max_position_embeddings)
     tokens = min(engine.max_num_tokens, engine.max_batch_size * length)
     width = 4 * left.hidden_size + 3 * math.ceil(left.intermediate_size / engine.tensor_parallel_size)
@@ -106,18 +105,40 @@ def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
     if engine.backend == "torch" and recipe.quantize:
         activations += 2 * max((layer.parameters for layer in left.linears), default=0)
     return Memory(
-        weights=round(linears * stage / engine.tensor_parallel_size) + rest,
+        weights=_on_each(linears, facts, recipe) + rest,
         kv_cache=(engine.kv_cache_tokens or engine.max_batch_size * length) * kv_bytes_per_token(facts, served),
         activations=activations,
-        available=hardware.memory_bytes // (1 if hardware.compute_capability else engine.world_size),
+        available=_available(engine, hardware),
         kv_cache_fraction=engine.kv_cache_fraction,
     )
 
 
 def max_context_tokens(facts: ModelFacts, recipe: Recipe, hardware: Hardware, weights: int) -> int:
-    """Returns how many tokens of KV cache fit beside `weights` bytes of a measured artifact."""
-    free = int((hardware.memory_bytes - weights) * recipe.engine.kv_cache_fraction)
-    return max(0, free) // kv_bytes_per_token(facts, _as_held(recipe, hardware))
+    """Returns the longest context that the recipe's world holds beside its weights, in tokens.
+
+    That is at most what the model can read. Each device has its share of `weights`, the bytes of a measured artifact,
+    as `memory` shares them out; of a model that is not quantized, or in a format that the target only emulates, they
+    are as it is served, whatever type its files have.
+    """
+    engine, held = recipe.engine, _as_held(recipe, hardware)
+    linears, rest = weight_bytes(facts, held)
+    if recipe.quantize and recipe.quantize.format not in CASTS and held.weight_format == recipe.weight_format:
+        linears = max(0, weights - rest)
+    free = _available(engine, hardware) - _on_each(linears, facts, recipe) - rest
+    tokens = int(free * engine.kv_cache_fraction) // kv_bytes_per_token(facts, held)
+    return min(max(0, tokens), facts.max_position_embeddings)
+
+
+def _on_each(linears: float, facts: ModelFacts, recipe: Recipe) -> int:
+    """Bytes of the linear layers on each device: tensor parallelism splits them, pipeline parallelism the blocks."""
+    layers = shapes.pruned(facts, recipe.prune).layers
+    stage = math.ceil(layers / recipe.engine.pipeline_parallel_size) / layers
+    return round(linears * stage / recipe.engine.tensor_parallel_size)
+
+
+def _available(engine: Engine, hardware: Hardware) -> int:
+    """Bytes that each device has; on a CPU the ranks share one memory."""
+    return hardware.memory_bytes // (1 if hardware.compute_capability else engine.world_size)
 
 
 def _as_held(recipe: Recipe, hardware: Hardware) -> Recipe:

@@ -56,6 +56,10 @@ OPTIONS = [
     (["--store", "s3://B/x"], "'s3://B/x' is not valid: write s3://bucket/prefix"),
     (["--store", "model/config.json"], "is not a folder: choose another path"),
     (["--runs", "at/python3/runs"], "contains 'python3', which kfp.local replaces; use another path"),
+    (["--name", "../x"], "the release name '../x' is not valid: write letters, digits, '.', '_', '-' of ASCII"),
+    (["--name", "mo dèl"], "the release name 'mo dèl' is not valid"),
+    (["--tasks", ""], "tasks: is empty; write the names of lm-eval tasks, separated by commas, or leave it out"),
+    (["--tasks", " ,"], "tasks: is empty"),
     (["--modle", "x"], "unrecognized arguments: --modle x; see trimtab --help"),
 ]
 
@@ -198,6 +202,13 @@ def test_models(damage, message, folder, capsys):
     code, said = trimtab(capsys, "--model", "model")
     assert (code, message in said) == (2, True), said
     assert visible(folder / "trimtab-store") == []
+
+
+@pytest.mark.parametrize("model", ["./nope", "../nope", "~/nope", "/nope", "./nope.gguf"])
+def test_a_path_is_never_asked_of_the_hub(model, folder, capsys):
+    code, said = trimtab(capsys, "--model", model)
+    assert (code, f"model: '{model}' does not exist; write a folder" in said) == (2, True), said
+    assert not (folder / "trimtab-store").exists()
 
 
 @pytest.mark.slow

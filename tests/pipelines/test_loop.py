@@ -22,7 +22,7 @@ from trimtab.components.deployment import gate
 from trimtab.components.deployment.component import gate as gate_component
 from trimtab.components.fetch.source import fetch
 from trimtab.components.validation import stage as validation
-from trimtab.errors import Failure, InputError, NotReleased, NotVerified, StoreError
+from trimtab.errors import Failure, InputError, NotReleased, NotVerified, StageError, StoreError
 from trimtab.pipelines.rebuild import rebuild_pipeline
 from trimtab.recipe import Acceptance, Recipe
 from trimtab.state import Evaluation, State
@@ -289,6 +289,14 @@ def test_loop(name, script, run_dag, tripwire, tmp_path, monkeypatch):
         assert outcome.error.exit_code == case.exit_code
         assert case.reason in str(outcome.error) and case.reason in page
         assert outcome.release is None and releases == []
+
+
+def test_a_stage_that_somebody_killed_is_no_verdict(script, run_dag, tripwire, tmp_path, monkeypatch):
+    script.file({}, "int4_rtn quantize")
+    monkeypatch.setenv("FAILING", "ended")
+    outcome = run_dag(arguments(script, 1), tmp_path / "runs")
+    assert isinstance(outcome.error, StageError) and outcome.error.exit_code == 4 and outcome.state is None
+    assert str(outcome.error).startswith("quantize was killed by somebody")
 
 
 def test_again(script, run_dag, tripwire, tmp_path):

@@ -89,8 +89,30 @@ def test_kv_cache(recipe, kv_cache):
 def test_the_longest_context_counts_what_the_cache_takes(backend, tokens):
     # of 80 GB, 71 GB beside 9 GB of weights, and nine tenths of them for a cache of 65,536 bytes a token in FP8
     recipe = Recipe.parse(f"{{quantize: {{format: fp8, kv_cache: fp8}}, engine: {{backend: {backend}}}}}")
-    found = max_context_tokens(LLAMA_8B, recipe, on("h100"), 9 * GB)
+    endless = LLAMA_8B.model_copy(update={"max_position_embeddings": 10_000_000})
+    found = max_context_tokens(endless, recipe, on("h100"), 9 * GB)
     assert found == int(tokens * 63_900_000_000 / 65_536)
+    assert max_context_tokens(LLAMA_8B, recipe, on("h100"), 9 * GB) == 131_072, "the model reads no more"
+
+
+def test_the_longest_context_of_several_devices():
+    # Llama-3.1-70B has 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 28672 * 8192) weights in its blocks, of which
+    # each of two devices holds half in FP8, one byte; and the rest, 2,102,665,216 weights, whole in 16 bits. 80 heads
+    # of one device's four KV heads: 2 * 80 * 4 * 128 bytes of FP8 a token.
+    recipe = Recipe.parse(
+        "{quantize: {format: fp8, kv_cache: fp8}, engine: {backend: trtllm, tensor_parallel_size: 2}}"
+    )
+    linears, rest = 80 * 855_638_016, 2 * 2_102_665_216
+    endless = LLAMA_70B.model_copy(update={"max_position_embeddings": 10_000_000})
+    free = 80 * GB - linears // 2 - rest
+    assert max_context_tokens(endless, recipe, on("h100"), linears + rest) == int(0.9 * free) // 81_920
+    # one that is not quantized is served in 16 bits, also where its files have 32
+    plain = Recipe.parse("engine: {backend: trtllm, tensor_parallel_size: 4}")
+    free = 80 * GB - 2 * linears // 4 - rest
+    assert max_context_tokens(endless, plain, on("h100"), 4 * (linears + rest // 2)) == int(0.9 * free) // 81_920
+    # no room for a token is no error
+    alone = Recipe.parse("engine: {backend: trtllm}")
+    assert max_context_tokens(LLAMA_70B, alone, on("h100"), LLAMA_70B.bytes) == 0
 
 
 def test_activations():

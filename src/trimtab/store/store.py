@@ -13,7 +13,7 @@ from typing import Any
 
 from trimtab.errors import Damaged, InputError
 from trimtab.store import leases
-from trimtab.store.address import canonical, folder_of, split_release, split_tree
+from trimtab.store.address import canonical, check_name, folder_of, is_name, split_release, split_tree
 from trimtab.store.cache import bring
 from trimtab.store.local import LocalBack, blob_key
 from trimtab.store.transfer import Meter, Progress, explained, in_parallel
@@ -23,7 +23,6 @@ from trimtab.store.tree import Blob, Manifest, Tree, list_files
 RENEW = timedelta(days=1)
 
 _KEY = re.compile(r"[0-9a-f]{64}")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def open_store(address: str) -> Store:
@@ -226,7 +225,7 @@ class Store:
             Damaged: it is not as `release` wrote it.
         """
         parts = split_release(uri)
-        if not parts or not _NAME.fullmatch(parts[1]) or canonical(parts[0]) != self.uri:
+        if not parts or not is_name(parts[1]) or canonical(parts[0]) != self.uri:
             valid = f"{self.uri}/releases/<name>/<version>"
             raise InputError(f"{uri!r} is not a release of this store: write {valid}")
         data = self._back.read(f"releases/{parts[1]}/{parts[2]}.json")
@@ -258,11 +257,11 @@ class Store:
             kept = [self.manifest(tree).digest for tree in trees]
             pinned = {"trees": kept, "until": until.isoformat() if until else None}
             self._back.prepare()
-            self._back.write(f"pins/{_name(name, 'pin')}.json", _json(pinned, "a pin"))
+            self._back.write(f"pins/{check_name(name, 'pin')}.json", _json(pinned, "a pin"))
 
     def unpin(self, name: str) -> None:
         """Forgets a pin, if there is one."""
-        self._back.remove(f"pins/{_name(name, 'pin')}.json")
+        self._back.remove(f"pins/{check_name(name, 'pin')}.json")
 
     def check(self) -> None:
         """Finds out in seconds whether the store can be used: reachable, right credentials, there, writable.
@@ -298,7 +297,7 @@ class Store:
             return True
 
     def _versions(self, name: str) -> list[str]:
-        names = (entry.removesuffix(".json") for entry in self._back.names(f"releases/{_name(name, 'release')}"))
+        names = (entry.removesuffix(".json") for entry in self._back.names(f"releases/{check_name(name, 'release')}"))
         return sorted((entry for entry in names if entry.isdigit()), key=int)
 
 
@@ -313,12 +312,6 @@ def _json(value: Any, what: str) -> bytes:
         return text.encode()
     except (TypeError, ValueError) as error:
         raise InputError(f"{what} is not JSON: {error}") from None
-
-
-def _name(name: str, what: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise InputError(f"the {what} name {name!r} is not valid: write letters, digits, '.', '_', '-'")
-    return name
 
 
 def _is_old(modified: float | None) -> bool:
