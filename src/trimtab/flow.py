@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from trimtab import adjust, hardware, materials, memory, placing, plan, progress
+from trimtab import adjust, dealing, hardware, materials, memory, placing, plan, progress, task_sizes
 from trimtab.errors import Failure, InputError, nearest
 from trimtab.model import ModelFacts
 from trimtab.plan import MAX_RUNGS, Rung
@@ -42,8 +42,8 @@ def begin(
         traffic: the shape of the recorded traffic, where the recipe names some and it was read before.
 
     Raises:
-        InputError: an unknown goal or target, a bad recipe, recorded traffic that cannot be read, or a model or recipe
-            that the target cannot run.
+        InputError: an unknown goal or target, a bad recipe, recorded traffic that cannot be read, a model or recipe
+            that the target cannot run, or tasks that do not exist or have too few items.
     """
     if goal not in GOALS:
         raise InputError(f"goal: '{goal}' is not valid; {nearest(goal, GOALS)}")
@@ -51,6 +51,7 @@ def begin(
     wanted, facts = Recipe.parse(recipe) if recipe.strip() else Recipe(), facts_of(store, model)
     traffic = traffic or recorded.of(wanted.workload)
     wanted = _for_traffic(wanted, traffic)
+    dealt = dealing.deal(task_sizes.of(evaluation), evaluation, wanted.accept, max_attempts)
     rungs = ladder(goal, facts, machine, wanted)
     if released and wanted.workload:
         released = _sized(released, facts, machine, wanted.workload)
@@ -76,7 +77,10 @@ def begin(
         model=model,
         max_attempts=max_attempts,
         ladder=store.put_json(
-            "ladder", [rung.to_dict() for rung in rungs], materials=made_of.model_dump(mode="json")
+            "ladder",
+            [rung.to_dict() for rung in rungs],
+            materials=made_of.model_dump(mode="json"),
+            deal=dealt.to_dict(),
         ),
         recipe=Recipe(engine=rungs[0].recipe.engine),
         why="the model unchanged",
