@@ -15,7 +15,7 @@ from trimtab import __version__, hardware, signing
 from trimtab.errors import InputError, TrimtabError
 from trimtab.errors import __doc__ as exit_codes
 from trimtab.pipelines import cluster_commands, custody, deploy_command, serving_commands
-from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_profile, release_name
+from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_evaluation, read_profile, release_name
 from trimtab.recipe import Recipe
 from trimtab.serving import traffic, workload
 from trimtab.state import GOALS, Evaluation
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--name", default="", help="name of the release (the model's)")
     run.add_argument(
-        "--tasks", default="trimtab_suite", help="lm-eval tasks, separated by commas (trimtab_suite)"
+        "--tasks", help="lm-eval tasks, separated by commas (those of --evaluation, or trimtab_suite)"
     )
     run.add_argument("--task-path", default="", metavar="DIR", help="a folder with lm-eval task YAMLs")
     run.add_argument(
@@ -151,6 +151,7 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     recipe = read(arguments.recipe, "recipe")
     if recipe:
         _check_texts(Recipe.parse(recipe))
+<<<<<<< HEAD
     tasks = tuple(task.strip() for task in arguments.tasks.split(",") if task.strip())
     if not tasks:
         raise InputError("tasks: is empty; write the names of lm-eval tasks, separated by commas, or leave it out")
@@ -161,6 +162,10 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
         }
     )
     _check_tasks(evaluation)
+=======
+    evaluation = read_evaluation(arguments.evaluation, arguments.tasks, arguments.task_path)
+    _check_evaluation(evaluation, Recipe.parse(recipe or "{}"), arguments.max_attempts)
+>>>>>>> h3
     model = _model(arguments.model)
     if Path(model).is_dir():
         _ladder(arguments, recipe)
@@ -283,12 +288,14 @@ def _check_texts(recipe: Recipe) -> None:
             documents.read(name, ("", ""), field=field)
 
 
-def _check_tasks(evaluation: Evaluation) -> None:
-    """trimtab's own suite is known; any other name is asked of lm-eval now rather than after the baseline."""
-    if evaluation.tasks != ("trimtab_suite",):
-        from trimtab.components.validation import tasks
+def _check_evaluation(evaluation: Evaluation, recipe: Recipe, attempts: int) -> None:
+    """Tasks that are not there or too small, and a text that is none, are refused now, not after the baseline."""
+    from trimtab import dealing, task_sizes
+    from trimtab.runtime import documents
 
-        tasks.load(list(evaluation.tasks), evaluation.task_path)
+    if evaluation.heldout != "builtin":
+        documents.read(evaluation.heldout, ("", ""), field="heldout")
+    dealing.deal(task_sizes.of(evaluation), evaluation, recipe.accept, attempts)
 
 
 def _store(address: str) -> str:

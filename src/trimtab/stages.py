@@ -81,7 +81,7 @@ def _part(name: str) -> Callable[[Recipe], dict[str, Any]]:
 
 def _calibrate(name: str, wanted: Callable[[Recipe], bool]) -> Stage:
     work = "trimtab.components.calibration.work:calibrate"
-    return Stage(name, work, ("checkpoint",), "calibration", wanted, _calibration_data, version=3)
+    return Stage(name, work, ("checkpoint",), "calibration", wanted, _calibration_data, version=4)
 
 
 def _calibration_data(recipe: Recipe) -> dict[str, Any]:
@@ -140,7 +140,7 @@ STAGES: dict[str, Stage] = {
             output="generated",
             wanted=_distills("generate"),
             parameters=_distillation("text", "length", "generate", "seed"),
-            version=2,
+            version=3,
         ),
         Stage(
             name="teach",
@@ -149,6 +149,7 @@ STAGES: dict[str, Stage] = {
             output="teacher_logits",
             wanted=_distills("stored_logits"),
             parameters=_distillation("text", "length", "temperature", "stored_logits"),
+            version=2,
         ),
         Stage(
             name="distill",
@@ -157,7 +158,7 @@ STAGES: dict[str, Stage] = {
             output="checkpoint",
             wanted=lambda recipe: recipe.distill is not None,
             parameters=_training,
-            version=3,
+            version=4,
         ),
         _calibrate("recalibrate", _quantize_needs("statistics")),
         Stage(

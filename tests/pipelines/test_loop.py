@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 from kfp import local
 
-from trimtab import evidence, flow, plan, signing, stages
+from trimtab import dealing, evidence, flow, plan, signing, stages, task_sizes
 from trimtab.components.deployment import gate
 from trimtab.components.deployment.component import gate as gate_component
 from trimtab.components.fetch.source import fetch
 from trimtab.components.validation import stage as validation
+from trimtab.dealing import Spans
 from trimtab.errors import Failure, InputError, NotReleased, NotVerified, StageError, StoreError
 from trimtab.pipelines.rebuild import rebuild_pipeline
 from trimtab.recipe import Acceptance, Recipe
@@ -94,7 +95,7 @@ class Script:
         ready = self._walk(begun, fails)
         if ready is None:
             return
-        for look, (items, windows) in enumerate([*ranges(), validation.fresh_range(EVALUATION)], start=1):
+        for look, items, windows in asked():
             self._evaluation(ready, look, items, windows, Scores(ratio=1.0))
         self._integrity(ready, {}, 1.0)
         without_kv_cache = [
@@ -109,7 +110,7 @@ class Script:
                 continue
             wanted = scores.get(recipe.title, scores.get(recipe.quantize.format, GOOD))
             self._integrity(made, recipe.quantize.model_dump(mode="json"), wanted.bytes)
-            for look, (items, windows) in enumerate([*ranges(), validation.fresh_range(EVALUATION)], start=1):
+            for look, items, windows in asked():
                 self._evaluation(made, look, items, windows, wanted)
                 if recipe.quantize.kv_cache != "none" and kv_cache_apart:
                     self._evaluation(made, look, items, windows, kv_cache_apart, kv_cache="none")
@@ -138,7 +139,7 @@ class Script:
         self,
         state: State,
         look: int,
-        items: list[int],
+        items: Spans,
         windows: list[int],
         scores: Scores,
         kv_cache: str = "export",
@@ -165,17 +166,25 @@ class Script:
         return tree
 
 
-def ranges() -> Iterator[tuple[list[int], list[int]]]:
-    return validation.ranges(EVALUATION)
+def asked() -> Iterator[tuple[int, Spans, list[int]]]:
+    """Yields the number, items and windows of each look, then of each confirmation that a run may come to."""
+    deal = dealing.deal(task_sizes.of(EVALUATION), EVALUATION, Acceptance(), attempts=10)
+    for look, drawn in enumerate(validation.looks(EVALUATION, deal), start=1):
+        yield look, *drawn
+    for earlier in range(3):
+        yield evidence.CONFIRMATION, *validation.fresh(EVALUATION, deal, earlier)
 
 
 def _export(state: State) -> Tree:
     return stages.tree_of("export", state)
 
 
-def _items(span: list[int], lost: float) -> Iterator[dict[str, Any]]:
-    """Four of five are right; of those, the share `lost` is evenly spread."""
-    for n in range(*span):
+def _items(spans: Spans, lost: float) -> Iterator[dict[str, Any]]:
+    """Four of five are right; of those, the share `lost` is evenly spread.
+
+    The suite's tasks have one size, so that the sums of their spans number the items of all looks.
+    """
+    for n in range(*(sum(ends) for ends in zip(*spans.values(), strict=True))):
         right = n % 5 != 0
         turned = right and math.floor((n + 1) * lost) > math.floor(n * lost)
         yield {"id": f"item/{n}", "score": float(right and not turned), "chance": 0.25, "answers": []}
@@ -459,7 +468,7 @@ def with_last(state: State, **fields: Any) -> State:
 
 def other_scores(script: Script, state: State) -> State:
     """The evidence names the answers of a model that lost a third of its ability."""
-    items, windows = next(ranges())
+    _, items, windows = next(asked())
     worse = script._record("0" * 64, "evaluation", {
         "items.jsonl": "".join(json.dumps(item) + "\n" for item in _items(items, 0.3)),
         "windows.json": json.dumps(_windows(windows, 1.02)),
