@@ -151,21 +151,8 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     recipe = read(arguments.recipe, "recipe")
     if recipe:
         _check_texts(Recipe.parse(recipe))
-<<<<<<< HEAD
-    tasks = tuple(task.strip() for task in arguments.tasks.split(",") if task.strip())
-    if not tasks:
-        raise InputError("tasks: is empty; write the names of lm-eval tasks, separated by commas, or leave it out")
-    evaluation = Evaluation.parse(read(arguments.evaluation, "evaluation") or "{}").model_copy(
-        update={
-            "tasks": tasks,
-            "task_path": str(Path(arguments.task_path).absolute()) if arguments.task_path else "",
-        }
-    )
-    _check_tasks(evaluation)
-=======
     evaluation = read_evaluation(arguments.evaluation, arguments.tasks, arguments.task_path)
     _check_evaluation(evaluation, Recipe.parse(recipe or "{}"), arguments.max_attempts)
->>>>>>> h3
     model = _model(arguments.model)
     if Path(model).is_dir():
         _ladder(arguments, recipe)

@@ -9,12 +9,9 @@ from pathlib import Path
 
 from trimtab.errors import InputError, nearest
 from trimtab.profile import Profile
-<<<<<<< HEAD
-from trimtab.store.address import check_name
-=======
 from trimtab.schema import mapping
 from trimtab.state import Evaluation
->>>>>>> h3
+from trimtab.store.address import check_name
 
 
 def check_attempts(number: int) -> None:

@@ -44,13 +44,9 @@ def begin(
         traffic: the shape of the recorded traffic, where the recipe names some and it was read before.
 
     Raises:
-<<<<<<< HEAD
         InputError: a name that no release can have, an unknown goal or target, a bad recipe, recorded traffic that
-            cannot be read, or a model or recipe that the target cannot run.
-=======
-        InputError: an unknown goal or target, a bad recipe, recorded traffic that cannot be read, a model or recipe
-            that the target cannot run, or tasks that do not exist or have too few items.
->>>>>>> h3
+            cannot be read, a model or recipe that the target cannot run, or tasks that do not exist or have too few
+            items.
     """
     check_name(name, "release")
     if goal not in GOALS:

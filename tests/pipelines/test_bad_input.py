@@ -59,8 +59,8 @@ OPTIONS = [
     (["--runs", "at/python3/runs"], "contains 'python3', which kfp.local replaces; use another path"),
     (["--name", "../x"], "the release name '../x' is not valid: write letters, digits, '.', '_', '-' of ASCII"),
     (["--name", "mo dèl"], "the release name 'mo dèl' is not valid"),
-    (["--tasks", ""], "tasks: is empty; write the names of lm-eval tasks, separated by commas, or leave it out"),
-    (["--tasks", " ,"], "tasks: is empty"),
+    (["--tasks", ""], "--tasks: names no task; write names separated by commas"),
+    (["--tasks", " ,"], "--tasks: names no task"),
     (["--modle", "x"], "unrecognized arguments: --modle x; see trimtab --help"),
 ]
 
@@ -205,13 +205,13 @@ def test_models(damage, message, folder, capsys):
     assert visible(folder / "trimtab-store") == []
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("model", ["./nope", "../nope", "~/nope", "/nope", "./nope.gguf"])
 def test_a_path_is_never_asked_of_the_hub(model, folder, capsys):
     code, said = trimtab(capsys, "--model", model)
     assert (code, f"model: '{model}' does not exist; write a folder" in said) == (2, True), said
     assert not (folder / "trimtab-store").exists()
-=======
+
+
 EVALUATIONS = [
     ("{tasks: [trimtab_plurals]}", ["--tasks", "trimtab_suite"], "--tasks: 'evaluation.yaml' has 'tasks' too; name"),
     ("{task_path: tasks}", ["--task-path", "others"], "--task-path: 'evaluation.yaml' has 'task_path' too; name"),
@@ -242,7 +242,6 @@ def test_a_task_that_is_too_small_is_refused_with_the_number_that_would_do(folde
     assert code == 2 and f"tasks: {tiny.TASK} has 100 items for the looks and the confirmation together" in said
     assert "with fewer than 212 even an unchanged model could not be shown to keep 0.95" in said
     assert visible(folder / "trimtab-store") == []
->>>>>>> h3
 
 
 @pytest.mark.slow
