@@ -89,7 +89,7 @@ def test_a_kv_cache_in_16_bits_is_another_evaluation_and_the_exports_own_is_the_
     assert "kv_cache" not in own, "results from before there was a choice are found"
     assert own == stage.evaluation_parameters(settings, [0, 9], [0, 1], True)
     assert without == {**own, "kv_cache": "none"}
-    assert stage.EVALUATE.key(own, {}) != stage.EVALUATE.key(without, {})
+    assert stage.EVALUATE.key(own, {}, {}) != stage.EVALUATE.key(without, {}, {})
 
 
 PARAMETERS = {"tasks": ["trimtab_common_sense"], "task_path": "", "heldout": "builtin"}
