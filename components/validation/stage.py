@@ -25,10 +25,17 @@ from trimtab.verdict import Measurements, Verdict
 SPEED_GOALS = ("lower_latency", "higher_throughput", "lower_cost")
 
 _MEASURE = "trimtab.components.validation.measure"
-EVALUATE = stages.work_stage("evaluate", f"{_MEASURE}:evaluate", "evaluation", version=2)
-COMPARE_SPEED = stages.work_stage("speed", f"{_MEASURE}:compare_speed", "speed")
+EVALUATE = stages.work_stage(
+    "evaluate", f"{_MEASURE}:evaluate", "evaluation", stages.Environment(("lm-eval",), measured=True), version=2
+)
+COMPARE_SPEED = stages.work_stage("speed", f"{_MEASURE}:compare_speed", "speed", stages.MEASURED)
+#: It loads the export in the embedded engine, as far as this device can.
 INTEGRITY = stages.work_stage(
-    "integrity", "trimtab.components.validation.integrity:inspect", "integrity", version=4
+    "integrity",
+    "trimtab.components.validation.integrity:inspect",
+    "integrity",
+    stages.Environment(stages.QUANTIZED.libraries, measured=True),
+    version=4,
 )
 #: What is measured beside the attempt, and no part of its page.
 _BASELINE_LOOKS = {look_name(look, baseline=True) for look in range(1, CONFIRMATION + 1)}
@@ -58,7 +65,7 @@ def run(state_json: str, page: Any, metrics: Any) -> str:
         result = state.verdict
     filed_evidence = None
     if result.outcome == "accepted":
-        filed_evidence = evidence.write(store, state, result, judge.export, judge.trees, stages.versions())
+        filed_evidence = evidence.write(store, state, result, judge.export, judge.trees)
     seconds = {**state.seconds, "validate": round(judge.seconds, 1)}
     brief = Brief(
         recipe=state.recipe,
@@ -192,7 +199,8 @@ class _Judge:
     def _cached(
         self, name: str, stage: stages.Stage, parameters: dict[str, Any], inputs: dict[str, Tree]
     ) -> stages.Result:
-        result = stages.cached(self.store, stage, parameters, inputs)
+        backend = "torch" if stage is INTEGRITY else self.state.recipe.engine.backend
+        result = stages.cached(self.store, stage, parameters, inputs, backend)
         self.trees[name] = result.tree
         self.seconds += 0.0 if result.hit else result.seconds
         return result

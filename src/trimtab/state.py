@@ -73,7 +73,8 @@ class State(Document):
     and distilled successors), `calibration`, `export`, `engine`, `evaluation`. `ladder` is the tree that
     holds the recipes to try, and what the run is made of. `verdict` is set when the current attempt is over; every
     later stage of that attempt then passes the state on untouched. Once the attempt is filed in `baseline` or
-    `history`, that has its numbers, and of `trees` only the artifact is left.
+    `history`, that has its numbers, and of `trees` only the artifact is left. `libraries` says for each stage which
+    versions its image has, as its last task found them.
     """
 
     store: str
@@ -92,6 +93,7 @@ class State(Document):
     verdict: BriefVerdict | None = None
     history: tuple[Brief, ...] = ()
     seconds: dict[str, float] = {}
+    libraries: dict[str, dict[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod

@@ -123,15 +123,14 @@ class Script:
             form = state.recipe.quantize.format if state.recipe.quantize else "baseline"
             if fails == f"{form} {stage.name}":
                 return None
-            inputs = stages.inputs_of(stage, state)
-            key = stage.key(stage.parameters(state.recipe), inputs)
+            key = stages.key_here(stage, state)
             tree = self._record(key, stage.output, {"made.txt": key}, {"seconds_of_work": 0})
             state = state.model_copy(update={"trees": {**state.trees, stage.output: tree}})
         return state
 
     def _integrity(self, state: State, parameters: dict[str, Any], size: float) -> None:
         inputs = {"export": _export(state), "checkpoint": state.model}
-        key = validation.INTEGRITY.key(parameters, inputs)
+        key = validation.INTEGRITY.key(parameters, inputs, here(validation.INTEGRITY))
         metrics = {"bytes": int(size * BASELINE_BYTES), "quantized_share": size, "max_relative_error": 0.1}
         self._record(key, "integrity", {"layers.json": "[]"}, metrics)
 
@@ -146,7 +145,8 @@ class Script:
     ) -> None:
         speed = look == 1 and kv_cache == "export"
         parameters = validation.evaluation_parameters(EVALUATION, items, windows, speed, kv_cache)
-        key = validation.EVALUATE.key(parameters, {"engine": state.trees["engine"], "export": _export(state)})
+        inputs = {"engine": state.trees["engine"], "export": _export(state)}
+        key = validation.EVALUATE.key(parameters, inputs, here(validation.EVALUATE))
         files = {
             "items.jsonl": "".join(json.dumps(item) + "\n" for item in _items(items, scores.lost[look - 1])),
             "windows.json": json.dumps(_windows(windows, scores.ratio)),
@@ -173,6 +173,10 @@ def asked() -> Iterator[tuple[int, Spans, list[int]]]:
         yield look, *drawn
     for earlier in range(3):
         yield evidence.CONFIRMATION, *validation.fresh(EVALUATION, deal, earlier)
+
+
+def here(stage: stages.Stage) -> dict[str, Any]:
+    return stage.environment({}).here("torch")
 
 
 def _export(state: State) -> Tree:
@@ -413,10 +417,10 @@ def test_what_cannot_be_judged_apart_keeps_its_verdict(kv_script, monkeypatch):
     kv_script.file({"int4_rtn + nvfp4 KV": BAD})
     cached = stages.cached
 
-    def killed(store, stage, parameters, inputs):
+    def killed(store, stage, parameters, inputs, backend):
         if parameters.get("kv_cache") == "none" and stage is validation.EVALUATE:
             raise Failure("does_not_fit", "evaluate was killed")
-        return cached(store, stage, parameters, inputs)
+        return cached(store, stage, parameters, inputs, backend)
 
     monkeypatch.setattr(stages, "cached", killed)
     verdict = attempts(kv_script, kv_script.begin(), 1).history[-1].verdict

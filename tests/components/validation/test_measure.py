@@ -107,7 +107,7 @@ def test_a_kv_cache_in_16_bits_is_another_evaluation():
     own, without = (stage.evaluation_parameters(*parameters, kv) for kv in ("export", "none"))
     assert own == stage.evaluation_parameters(*parameters)
     assert without == {**own, "kv_cache": "none"}
-    assert stage.EVALUATE.key(own, {}) != stage.EVALUATE.key(without, {})
+    assert stage.EVALUATE.key(own, {}, {}) != stage.EVALUATE.key(without, {}, {})
 
 
 PARAMETERS = {"tasks": ["trimtab_common_sense"], "task_path": "", "heldout": "builtin"}
