@@ -7,8 +7,9 @@ target can run and what fits into its memory stands on the ladder.
 from __future__ import annotations
 
 from trimtab.candidates import CANDIDATES, Kit
+from trimtab.catalog.backends import BACKENDS
 from trimtab.errors import InputError, nearest
-from trimtab.hardware import BACKENDS, Hardware, check
+from trimtab.hardware import Hardware, check
 from trimtab.memory import memory
 from trimtab.model import ModelFacts
 from trimtab.placing import for_workload, sized

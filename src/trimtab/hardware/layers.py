@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
-from trimtab.hardware.targets import GROUP_SIZES
+from trimtab.catalog.backends import BACKENDS
 from trimtab.model import Linear, ModelFacts
 from trimtab.recipe import Quantization
 
@@ -42,4 +42,4 @@ def features_per_rank(layer: Linear, ranks: int) -> int:
 def largest_group_size(facts: ModelFacts, quantize: Quantization, backend: str, ranks: int = 1) -> int | None:
     """Returns the largest group size of the back end that divides every quantized layer, or None."""
     features = {features_per_rank(layer, ranks) for layer in quantized_layers(facts, quantize)}
-    return next((size for size in GROUP_SIZES[backend] if not any(f % size for f in features)), None)
+    return next((size for size in BACKENDS[backend].group_sizes if not any(f % size for f in features)), None)

@@ -22,16 +22,14 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from trimtab.catalog.kv_caches import BY_ALGORITHM
 from trimtab.errors import Failure
-from trimtab.hardware import NVFP4_BLOCK
 from trimtab.runtime import formats
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.fewer_kernels import grouped_attention
 
 #: Which KV cache an export is run with: the one that it asks for, or 16 bits whatever it asks for.
 ServedKVCache = Literal["export", "none"]
-#: ModelOpt's name of each KV cache of a recipe.
-ALGORITHMS = {"fp8": "FP8", "int8": "INT8", "nvfp4": "NVFP4"}
 _NAME = "trimtab_kv_cache"
 
 
@@ -45,8 +43,8 @@ def apply(model: PreTrainedModel, export: Export) -> None:
     algorithm = export.kv_cache_algo
     if algorithm is None:
         return
-    if algorithm not in _ROUND:
-        known = ", ".join(_ROUND)
+    if algorithm not in BY_ALGORITHM:
+        known = ", ".join(BY_ALGORITHM)
         raise Failure("unsupported", f"a KV cache in {algorithm} does not run on the torch engine; known: {known}")
     attentions = {
         name: module
@@ -58,9 +56,9 @@ def apply(model: PreTrainedModel, export: Export) -> None:
         raise Failure("unsupported", f"a KV cache in {algorithm}: {what}, so none that its scales belong to")
     for name, module in attentions.items():
         head = getattr(module, "head_dim", 0) or module.k_proj.out_features // model.config.num_key_value_heads
-        if algorithm == "NVFP4" and head % NVFP4_BLOCK:
-            what = f"{name} has heads of {head}, which blocks of {NVFP4_BLOCK} do not divide"
-            raise Failure("unsupported", f"a KV cache in NVFP4: {what}")
+        if (block := BY_ALGORITHM[algorithm].block) and head % block:
+            what = f"{name} has heads of {head}, which blocks of {block} do not divide"
+            raise Failure("unsupported", f"a KV cache in {algorithm}: {what}")
         module.kv_cache = (algorithm, *(_or_one(scale, algorithm) for scale in scales(export, name).items()))
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
@@ -94,7 +92,7 @@ def _read(export: Export, name: str) -> float:
 
 def _or_one(named: tuple[str, float | None], algorithm: str) -> float:
     name, scale = named
-    if scale is None and algorithm != "FP8":
+    if scale is None and not BY_ALGORITHM[algorithm].scale_is_optional:
         raise missing_scale(name, algorithm)
     return 1.0 if scale is None else scale
 
@@ -111,10 +109,7 @@ def rounded(algorithm: str, x: torch.Tensor, scale: float) -> torch.Tensor:
     """Returns x [..., head_dim] as a cache in that format would give it back, in x's own type.
 
     Args:
-        algorithm: one of `ALGORITHMS`' values.
+        algorithm: ModelOpt's name of a format.
         scale: as in the table above; what exceeds the range that it gives is clipped.
     """
-    return _ROUND[algorithm](x.float(), scale).to(x.dtype)
-
-
-_ROUND = {"FP8": formats.round_fp8, "INT8": formats.round_int8, "NVFP4": formats.round_nvfp4}
+    return formats.ROUNDED[BY_ALGORITHM[algorithm].numbers](x.float(), scale).to(x.dtype)
