@@ -141,19 +141,19 @@ def random_layer(layout: Any, rows: int, columns: int) -> Any:
     from trimtab.runtime.formats import Quantized
 
     storage, given = layout.storage, {}
-    if storage.packed:
+    if storage.number.packed:
         weight = torch.randint(256, (rows // 2, columns), dtype=torch.uint8, device=DEVICE)
         scale = torch.full((rows, columns // layout.group_size), 0.02 / 5, device=DEVICE)
-    elif storage.dtype == torch.int8:
+    elif layout.dtype == torch.int8:
         weight = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device=DEVICE)
         scale = torch.full((rows,), 0.02 / 73, device=DEVICE)
     else:
         drawn = torch.empty(rows, columns, device=DEVICE).normal_(std=80)
-        weight = drawn.clamp_(-448, 448).to(storage.dtype)  # beyond E4M3's largest there is only NaN
+        weight = drawn.clamp_(-448, 448).to(layout.dtype)  # beyond E4M3's largest there is only NaN
         # No two layers have the same scale, as in an export: what is joined then has one a row.
         scale = (1 + torch.rand(() if layout.algo == "FP8" else (rows,), device=DEVICE)) * 0.02 / 120
     if "input_scale" in layout.scales:
-        given["input_scale"] = torch.tensor(0.02 if storage.activations == "fp8" else 0.05, device=DEVICE)
+        given["input_scale"] = torch.tensor(0.02 if storage.inputs.numbers == "e4m3" else 0.05, device=DEVICE)
     return Quantized(layout, weight, scale, **given)
 
 

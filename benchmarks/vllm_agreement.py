@@ -178,7 +178,7 @@ class Reference:
         for name in export.layers:
             layer = export.layer(name)
             tensors[f"{name}.weight"] = formats.dequantize(layer)
-            if layer.layout.storage.activations:
+            if layer.layout.storage.inputs:
                 scale = layer.input_scale.float().to(DEVICE)  # FP8 with one scale: the only one among the formats here
                 model.get_submodule(name).register_forward_pre_hook(
                     lambda _, given, scale=scale: (formats.round_fp8(given[0], scale),)

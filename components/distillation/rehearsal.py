@@ -55,7 +55,7 @@ class Rounding(nn.Module):
         """Returns the rounded weight, [out, in], in the weight's type."""
         stored = weight.bfloat16()
         largest = None
-        if self.settings.format in rounding.SHARED_SCALES:
+        if self.settings.row.storage.shares_scale:
             largest = rounding.largest_of([stored, *(stored_weight(layer).bfloat16() for layer in self.beside)])
         made = rounding.round_weights(self.settings.format, {"": stored}, self.settings, largest=largest)
         return formats.dequantize(made[""]).to(weight.dtype)

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 from trimtab import child, progress
+from trimtab.catalog.formats import STORAGES
+from trimtab.catalog.kv_caches import BY_ALGORITHM
 from trimtab.components.engine import ranks
 from trimtab.errors import Failure
 from trimtab.recipe import Engine
@@ -32,13 +34,14 @@ def build(export: Path, output: Path, scratch: Path, settings: Engine, time_limi
     if not shutil.which("trtllm-build"):
         raise Failure("unsupported", "engine.backend: trtllm-legacy needs `trtllm-build`, which is not on the PATH")
     cache, learned = _timing_cache(), scratch / "timing.cache"
-    quantization = document["quantization"]
+    storage = STORAGES.get(document["quantization"]["quant_algo"])
+    kv_cache = BY_ALGORITHM.get(document["quantization"]["kv_cache_quant_algo"])
     command = build_command(
         settings,
         str(checkpoint),
         str(output),
-        fp8_weights=quantization["quant_algo"] == "FP8",
-        fp8_kv_cache=quantization["kv_cache_quant_algo"] == "FP8",
+        fp8_weights=bool(storage) and (storage.numbers, storage.scale) == ("e4m3", "tensor"),
+        fp8_kv_cache=bool(kv_cache) and kv_cache.numbers == "e4m3",
         known_timings=str(cache) if cache.exists() else None,
         learned_timings=str(learned),
     )

@@ -24,9 +24,9 @@ import torch
 from safetensors.torch import save_file
 
 from trimtab import families, progress
+from trimtab.catalog.backends import BACKENDS
 from trimtab.components.engine.rank_config import config
 from trimtab.errors import Failure
-from trimtab.hardware import LEGACY_ARCHITECTURES
 from trimtab.recipe import Engine
 from trimtab.runtime import formats, kv_cache, split
 from trimtab.runtime.checkpoint import Export
@@ -42,8 +42,6 @@ _PARTS = {
 }
 #: Scales that a layer may have one of.
 _SCALARS = ("weight_scale", "weight_scale_2", "input_scale")
-#: Algorithms whose every layer has a scale for its input's channels.
-_PRE_SCALED = ("W4A16_AWQ", "W4A8_AWQ", "W8A8_SQ_PER_CHANNEL")
 
 
 class _Module(NamedTuple):
@@ -120,9 +118,10 @@ class _Source:
         self.export, self.engine = Export(folder), engine
         self.settings: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         architecture = (self.settings.get("architectures") or [""])[0]
-        if architecture not in LEGACY_ARCHITECTURES:
-            known = " and ".join(LEGACY_ARCHITECTURES)
-            raise Failure("unsupported", f"trtllm-legacy builds {known} alone, no {architecture or 'nameless model'}")
+        served = BACKENDS[engine.backend].architectures
+        if served and architecture not in served:
+            what = f"{' and '.join(served)} alone, no {architecture or 'nameless model'}"
+            raise Failure("unsupported", f"{engine.backend} builds {what}")
         self.dtype = getattr(torch, self.settings.get("dtype") or self.settings.get("torch_dtype") or "bfloat16")
         self.blocks = self.settings["num_hidden_layers"]
         if self.blocks % engine.pipeline_parallel_size:
@@ -182,12 +181,13 @@ class _Source:
         if name not in self.export.layers:
             return {"weight": self._plain(f"{name}.weight"), **bias}
         layer = self.export.layer(name)
-        if layer.layout.algo == "W8A16":  # trtllm-build rounds these itself, into a layout of the GPU's own
+        # trtllm-build rounds these itself, into a layout of the GPU's own.
+        if layer.layout.storage.product == ("int8", "row", None):
             return {"weight": formats.dequantize(layer).to(self.dtype), **bias}
         found = {part: tensor if part == "weight" else tensor.float() for part, tensor in layer.tensors.items()}
         if found["weight"].dtype == torch.uint8:
             found["weight"] = found["weight"].view(torch.int8)
-        if layer.layout.algo in _PRE_SCALED:
+        if layer.layout.storage.pre_quant_scale:
             folded = torch.ones(layer.shape[1])  # into the norm before it
             found["pre_quant_scale"] = found.get("pre_quant_scale", folded).flatten().to(self.dtype)
         return found | bias

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from trimtab.catalog.formats import FORMATS
 from trimtab.errors import Failure
 from trimtab.recipe import MIXED_FORMATS
-from trimtab.runtime.formats import ALGORITHMS, Layout
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Group:
 
 
 #: Bits of a weight in each format, without its scales: the convention of ModelOpt's `effective_bits`.
-BITS = {form: Layout(ALGORITHMS[form]).bits for form in MIXED_FORMATS}
+BITS = {form: FORMATS[form].storage.bits for form in MIXED_FORMATS}
 
 
 def allocate(groups: Sequence[Group], effective_bits: float) -> dict[str, str]:

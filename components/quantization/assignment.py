@@ -8,7 +8,7 @@ from pathlib import Path
 from trimtab import fusion, hardware
 from trimtab.components.quantization import allocation, sensitivity
 from trimtab.model import ModelFacts
-from trimtab.recipe import CASTS, Quantization
+from trimtab.recipe import Quantization
 
 
 def choose(
@@ -23,7 +23,7 @@ def choose(
     Raises:
         Failure: `unsupported`, a bit budget that no assignment meets.
     """
-    if settings.format in CASTS:
+    if settings.row.is_cast:
         return {}
     wanted = {layer.name for layer in hardware.quantized_layers(facts, settings)}
     if not settings.needs_sensitivity:
@@ -37,6 +37,6 @@ def choose(
             open_groups.append(allocation.Group(layers, weights, measured[group.layers[0]]))
     open_groups.sort(key=lambda group: -group.harm[settings.layer_formats[0]])
     open_groups = open_groups[settings.exclude_sensitive :]
-    if settings.format == "mixed":
+    if settings.row.mixes:
         return allocation.allocate(open_groups, settings.effective_bits)
     return {layer: settings.format for group in open_groups for layer in group.layers}

@@ -12,10 +12,9 @@ from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_form
 from modelopt.torch.export.quant_utils import process_layer_quant_config
 
 from trimtab import families
+from trimtab.catalog.kv_caches import KV_CACHES
 from trimtab.model import ModelFacts
 from trimtab.runtime.formats import Layout
-from trimtab.runtime.kv_cache import ALGORITHMS as KV_CACHES
-from trimtab.runtime.rounding import MODELOPT_NAMES
 
 
 def write(
@@ -48,9 +47,9 @@ def _quantization(facts: ModelFacts, layouts: Mapping[str, Layout], kv_cache: st
     layers = {}
     for layer in (*(linear.name for linear in facts.linears), families.named(facts.model_type).head):
         layout = layouts.get(layer)
-        layers[f"{layer}.quantization"] = MODELOPT_NAMES[layout.algo] if layout else None
+        layers[f"{layer}.quantization"] = layout.storage.modelopt if layout else None
         if layout and layout.group_size:
             layers[f"{layer}.awq_block_size"] = layout.group_size
     found = process_layer_quant_config(layers)
-    found["kv_cache_quant_algo"] = KV_CACHES.get(kv_cache)
+    found["kv_cache_quant_algo"] = KV_CACHES[kv_cache].algorithm
     return found

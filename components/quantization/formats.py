@@ -11,14 +11,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from trimtab.catalog.formats import FORMATS
+from trimtab.catalog.numbers import NUMBERS
 from trimtab.components.quantization import channels, gptq
-from trimtab.recipe import AWQ_FORMATS, Quantization
+from trimtab.recipe import Quantization
 from trimtab.runtime import rounding, scales
-from trimtab.runtime.formats import E2M1_MAX, E4M3_MAX, Quantized
-from trimtab.runtime.scales import INT4, INT8
-
-#: What the largest activation becomes, by what `formats.Storage` rounds activations to.
-_LARGEST_INPUT = {"int8": INT8.largest, "fp8": E4M3_MAX, "nvfp4": E2M1_MAX * E4M3_MAX}
+from trimtab.runtime.formats import E4M3_MAX, Quantized, layout_of
 
 
 @dataclass(frozen=True)
@@ -44,15 +42,17 @@ def channel_scale(
 ) -> torch.Tensor | None:
     """Returns what the columns of the weights are multiplied by before rounding, float32 [in], or None."""
     parts = [part for weight in weights.values() for part in weight.split(rounding.slice_rows(weight.shape[1]))]
-    if format in AWQ_FORMATS:
+    row = FORMATS[format]
+    if row.channels == "awq":
+        numbers, size = rounding.numbers_of(format), layout_of(format, settings).group_size
 
         def rounded(weight: torch.Tensor) -> torch.Tensor:
-            blocks = weight.unflatten(1, (-1, settings.group_size))
-            scale = scales.from_maximum(blocks, INT4)[..., None]
-            return INT4.round(blocks / scale).mul_(scale).flatten(1)
+            blocks = weight.unflatten(1, (-1, size or weight.shape[1]))
+            scale = scales.from_maximum(blocks, numbers)[..., None]
+            return numbers.round(blocks / scale).mul_(scale).flatten(1)
 
         return channels.awq(parts, seen.second_moment, rounded)
-    if format == "int8_sq":
+    if row.channels == "smoothquant":
         return channels.smoothquant(parts, seen.amax, seen.second_moment)[0]
     return None
 
@@ -63,30 +63,32 @@ def quantize(
     """Returns the stored tensors of layers that share an input, by layer.
 
     Args:
-        format: a key of `runtime.formats.ALGORITHMS`.
+        format: one of the catalog's that quantizes layers.
         weights: floating point [out, in] each, times the channel scale if there is one.
         seen: of the input, divided by the channel scale.
         settings: group_size, scales.
     """
     importance = seen.second_moment if settings.searches_scales(format) else None
-    if format == "int4_gptq":
-        return {name: _gptq(weight, seen, settings, importance) for name, weight in weights.items()}
+    if FORMATS[format].rounding == "gptq":
+        return {name: _gptq(format, weight, seen, settings, importance) for name, weight in weights.items()}
     made = rounding.round_weights(format, weights, settings, importance)
     return {name: _with_input_scale(layer, seen) for name, layer in made.items()}
 
 
 def _gptq(
-    weight: torch.Tensor, seen: Input, settings: Quantization, importance: torch.Tensor | None
+    format: str, weight: torch.Tensor, seen: Input, settings: Quantization, importance: torch.Tensor | None
 ) -> Quantized:
     """Takes a float32 copy of the matrix."""
-    scale = rounding.row_scales("int4_gptq", weight, settings, importance)
-    each = scale.repeat_interleave(settings.group_size, dim=1)
-    weight = gptq.round_weights(weight.float(), seen.gram, each, INT4)
-    return rounding.pack("int4_gptq", weight, scale, settings)
+    scale = rounding.row_scales(format, weight, settings, importance)
+    each = scale.reshape(len(weight), -1)
+    each = each.repeat_interleave(weight.shape[1] // each.shape[1], dim=1)
+    weight = gptq.round_weights(weight.float(), seen.gram, each, rounding.numbers_of(format))
+    return rounding.pack(format, weight, scale, settings)
 
 
 def _with_input_scale(layer: Quantized, seen: Input) -> Quantized:
     if "input_scale" not in layer.layout.scales:
         return layer
-    largest = _LARGEST_INPUT[layer.layout.storage.activations]
+    inputs = layer.layout.storage.inputs
+    largest = NUMBERS[inputs.numbers].largest * (E4M3_MAX if inputs.block else 1)  # a block's own scale is e4m3
     return replace(layer, input_scale=scales.scale_of(seen.amax.max(), largest))

@@ -6,13 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from trimtab.catalog.kv_caches import KV_CACHES
 from trimtab.families import Family
-from trimtab.runtime.formats import E4M3_MAX
 from trimtab.runtime.scales import scale_of
-
-#: What the largest key or value becomes. NVFP4's is ModelOpt's own, which current TensorRT-LLM reads: the blocks'
-#: scales, a sixth of their largest value, then use e4m3 up to a sixth of its range.
-_LARGEST = {"fp8": E4M3_MAX, "int8": 127.0, "nvfp4": E4M3_MAX}
 
 
 def scales(
@@ -32,5 +28,5 @@ def scales(
         for name in names:
             block, within = family.place(name)
             if within == f"{layer}.weight":
-                found[f"{name.removesuffix('.weight')}.{part}_scale"] = scale_of(ranges[block], _LARGEST[form])
+                found[f"{name.removesuffix('.weight')}.{part}_scale"] = scale_of(ranges[block], KV_CACHES[form].largest)
     return found

@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from trimtab import progress
+from trimtab.catalog.formats import FORMATS
+from trimtab.catalog.numbers import NUMBERS
 from trimtab.components.quantization import formats
 from trimtab.components.quantization.formats import Input
 from trimtab.recipe import Quantization
@@ -25,10 +27,6 @@ from trimtab.runtime import checkpoint as checkpoints
 from trimtab.runtime import gradients, measurements, observe
 from trimtab.runtime.formats import Quantized, dequantize
 from trimtab.runtime.measurements import Measurements
-
-#: Formats whose error is computed with that of another: GPTQ's rounding is AWQ's with errors made up for, and what
-#: it leaves is not seen by second moments without correlation.
-_STAND_INS = {"int4_gptq": "int4_awq"}
 
 
 def measure(
@@ -70,11 +68,25 @@ def _activation_noise(stored: Quantized, seen: Input, scale: torch.Tensor) -> to
 
     A floating point step is in proportion to the number, and its square's mean over a binade is taken.
     """
-    kind = stored.layout.storage.activations
-    if kind == "int8":
+    inputs = stored.layout.storage.inputs
+    if inputs is None:
+        return 0.0
+    mantissa = NUMBERS[inputs.numbers].mantissa
+    if mantissa is None:
         return (stored.input_scale * scale).square() / 12
-    relative_step = {"fp8": 2**-3, "fp8 per token": 2**-3, "nvfp4": 2**-1}.get(kind, 0.0)
+    relative_step = 2.0**-mantissa
     return seen.second_moment * relative_step**2 / 12 / 2
+
+
+def _stand_in(form: str) -> str:
+    """Returns the format whose error is computed in the place of a format's.
+
+    GPTQ's rounding is AWQ's with errors made up for, and what it leaves is not seen by second moments without
+    correlation: what is stored alike and rounded to nearest, with the same scales of channels, stands in.
+    """
+    row = FORMATS[form]
+    alike = (other for other in FORMATS.values() if (other.storage, other.channels) == (row.storage, row.channels))
+    return next((other.name for other in alike if other.rounding == "nearest"), form)
 
 
 @torch.inference_mode()
@@ -83,7 +95,7 @@ def _harms(
 ) -> dict[str, float]:
     found: dict[str, float] = {}
     for scored in parameters["formats"]:
-        form = _STAND_INS.get(scored, scored)
+        form = _stand_in(scored)
         settings = Quantization(format=form, group_size=parameters["group_size"])
         scale = formats.channel_scale(form, weights, seen, settings)
         scale = torch.ones_like(seen.amax) if scale is None else scale

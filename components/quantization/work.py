@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from trimtab import families, fusion, hardware, progress
+from trimtab.catalog.formats import FORMATS
 from trimtab.components.quantization import assignment, configuration, formats, kv_cache
 from trimtab.components.quantization.formats import Input
 from trimtab.errors import Failure
@@ -121,7 +122,7 @@ class _Quantizer:
             # A layer without a norm before it multiplies its own input, so one that is excluded sees it unscaled.
             weights = {n: w / before if group.norm or n in layers else w for n, w in weights.items()}
             seen = seen.scaled(1 / before)
-        elif form == "int4_rtn" and not group.norm:  # TensorRT-LLM asks layers like these for one in INT4
+        elif FORMATS[form].storage.pre_quant_scale and not group.norm:  # TensorRT-LLM asks layers like these for one
             before = torch.ones(next(iter(weights.values())).shape[1])
         stored = formats.quantize(form, {n: weights[n] for n in layers}, seen, self.settings)
         for name in group.layers:
@@ -138,7 +139,7 @@ class _Quantizer:
         if not self.measured:
             return Input()
         found = {part: self._measured(f"{layer}.{part}") for part in ("amax", "second_moment")}
-        if form == "int4_gptq":
+        if FORMATS[form].rounding == "gptq":
             found["gram"] = self._measured(f"{layer}.gram")
         return Input(**{part: tensor.to(self.device) for part, tensor in found.items()})
 

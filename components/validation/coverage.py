@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from trimtab import families, hardware, memory
+from trimtab.catalog.kv_caches import KV_CACHES
 from trimtab.errors import Failure
 from trimtab.families import Family
 from trimtab.fusion import Group
 from trimtab.model import ModelFacts, read_header
-from trimtab.recipe import CASTS, Quantization, Recipe
+from trimtab.recipe import Quantization, Recipe
 from trimtab.runtime import formats, kv_cache
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.formats import Layout
@@ -36,7 +37,7 @@ def check_layers(export: Export, facts: ModelFacts, groups: Sequence[Group], set
             stored in another way than asked for.
     """
     found = export.layers
-    asked = settings is not None and settings.format not in CASTS
+    asked = settings is not None and not settings.row.is_cast
     wanted = {layer.name for layer in hardware.quantized_layers(facts, settings)} if asked else set()
     for layer in sorted(found.keys() - wanted):
         form = f"{settings.format} without it" if asked else "no quantized layer"
@@ -46,7 +47,7 @@ def check_layers(export: Export, facts: ModelFacts, groups: Sequence[Group], set
     _check_left_out(found, wanted, groups, settings.exclude_sensitive)
     for layer in sorted(found):
         _check_layout(layer, found[layer], settings)
-    if settings.format == "mixed":
+    if settings.row.mixes:
         for group in groups:
             layouts = [found[layer] for layer in group.layers if layer in found]
             if len(set(layouts)) > 1:
@@ -138,7 +139,7 @@ def check_kv_cache(asked: str, export: Export, facts: ModelFacts) -> None:
             not one finite, positive number. `unsupported`; a model without such layers.
     """
     layers, family = attention_layers(facts), families.named(facts.model_type)
-    wanted, found = kv_cache.ALGORITHMS.get(asked), export.kv_cache_algo
+    wanted, found = KV_CACHES[asked].algorithm, export.kv_cache_algo
     if found != wanted:
         where = f"{layers[0]} ({len(layers)} layers in all)" if layers else "the config"
         reason = f"{where}: the export says {found or '16 bits'} of its KV cache, the recipe asks for {asked}"
@@ -182,7 +183,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _predicted(export: Export, facts: ModelFacts, groups: Sequence[Group], settings: Quantization | None) -> int:
     if settings is None:
         return facts.bytes
-    if settings.format not in CASTS:  # which groups are left out, and the bits that a budget left, planning cannot know
+    if not settings.row.is_cast:  # which groups are left out, and the bits that a budget left, planning cannot know
         left_out = [layer for group in groups for layer in group.layers if layer not in export.layers]
         patterns = (*settings.exclude, *(escape(layer) for layer in left_out))
         bits = formats.mean_bits(facts, export.layers) if settings.effective_bits else None

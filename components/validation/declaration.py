@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trimtab.catalog import kv_caches
 from trimtab.errors import Failure
-from trimtab.recipe import CASTS, Quantization
+from trimtab.recipe import Quantization
 from trimtab.runtime.formats import plain_dtype
 
 OWN, CONFIG = "hf_quant_config.json", "config.json"
@@ -43,7 +44,7 @@ def check(export: Path, source: Path, settings: Quantization | None) -> None:
             raise Failure("export_damaged", f"{CONFIG}: {what}")
     own, flat = _read(export / OWN).get("quantization"), config.get("quantization_config")
     if own is None and flat is None:
-        if settings and settings.format not in CASTS:
+        if settings and not settings.row.is_cast:
             raise Failure("export_damaged", f"neither {OWN} nor {CONFIG} says how the export is quantized")
         return
     if own is None or flat is None:
@@ -77,8 +78,7 @@ def _check_agree(own: dict[str, Any], flat: dict[str, Any]) -> None:
 
 def _kv_cache(scheme: Any) -> Any:
     """Returns ModelOpt's name of the KV cache: FP8 is written as a dictionary, every other one by its name."""
-    fp8 = isinstance(scheme, dict) and (scheme.get("type"), scheme.get("num_bits")) == ("float", 8)
-    return "FP8" if fp8 else scheme
+    return kv_caches.of_scheme(scheme) or scheme
 
 
 def _disagree(what: str, own: Any, flat: Any) -> Failure:

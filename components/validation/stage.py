@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from trimtab import child, evidence, flow, hardware, memory, progress, report, stages, verdict
+from trimtab.catalog.backends import BACKENDS
 from trimtab.dealing import Deal, Spans
 from trimtab.errors import Failure
 from trimtab.evidence import CONFIRMATION, LOOKS, look_name
@@ -257,7 +258,7 @@ class _Judge:
         recipe = self.state.recipe
         kv_cache = recipe.kv_cache_format
         told = result.failure_class in verdict.KV_CACHE_SUSPECT and result.recovery is not None
-        if kv_cache == "none" or not told or recipe.engine.backend not in hardware.SWITCHES_KV_CACHE:
+        if kv_cache == "none" or not told or not BACKENDS[recipe.engine.backend].switches_kv_cache:
             return result
         progress.report("validate", f"{result.outcome}, {result.reason}; measuring without the {kv_cache} KV cache")
         try:

@@ -9,7 +9,7 @@ moves it by as much as the scale is wrong.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -21,37 +21,10 @@ from trimtab.runtime import formats
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.formats import Layout
 
-
-class Limits(NamedTuple):
-    """The most that a layer may differ from its source; gains are given by their distance from 1.
-
-    `error` and `channel_error` are relative, of a layer and of an output channel; `channel_gain` is an output
-    channel's, `input_gain` an input channel's, `block_gain` that of weights which share a scale, and `inputs` the
-    mean distance of all input channels, as root of the mean square, each counted by its weights.
-    """
-
-    error: float
-    channel_error: float
-    channel_gain: float
-    input_gain: float
-    inputs: float
-    block_gain: float = torch.inf
-
-
-# Measured on four blocks of SmolLM2-135M, and on a random model whose inputs are 64 wide, the worst of both:
-# INT8 0.03, 0.07, 0.01, 0.04, 0.003; FP8 0.03, 0.04, 0.02, 0.03, 0.009; four bits 0.29 (GPTQ), 0.43 (GPTQ), 0.08,
-# 0.18, 0.04 and blocks from 0.73 to 1.18. A row of INT8 with one dominant weight has an error of sqrt(in) / 440.
-_INT8 = Limits(0.2, 0.3, 0.05, 0.15, 0.03)
-_FP8 = Limits(0.06, 0.15, 0.06, 0.15, 0.03)
-_FOUR_BITS = Limits(0.5, 0.7, 0.2, 0.4, 0.08, 0.6)
-#: By quant_algo; what is not here has four bits.
-_LIMITS = {"W8A16": _INT8, "W8A8_SQ_PER_CHANNEL": _INT8, "FP8": _FP8, "FP8_PER_CHANNEL_PER_TOKEN": _FP8}
 #: Of the root mean square of all channels or blocks: smaller ones are too small to judge by their own size.
 _LEAST_CHANNEL, _LEAST_INPUT = 0.01, 0.5
 #: Numbers of float32 whose product is still in a processor's cache when it is summed: 2 MiB.
 _CACHED = 2**19
-#: What moves a channel scale into the input; of the formats stored so, only INT4 RTN has none.
-_SCALES_INPUTS = ("W4A16_AWQ", "W4A8_AWQ", "W8A8_SQ_PER_CHANNEL")
 
 
 def compare(
@@ -95,7 +68,8 @@ def compare(
 
 
 def _scales_input(layout: Layout, settings: Quantization) -> bool:
-    return layout.algo in _SCALES_INPUTS and settings.format != "int4_rtn"
+    """Whether a channel scale was moved into the layer's input."""
+    return any(part.channels for part in settings.row.parts if part.storage == layout.storage)
 
 
 def _change(norm: str, export: Export, source: Export) -> torch.Tensor:
@@ -126,7 +100,7 @@ def _compare_layer(
     squares = stored.sub_(weight).square_().sum(1)
     error = (squares.sum() / own.sum().clamp_min(1e-30)).sqrt().item()
     errors = (squares / own.clamp_min(_LEAST_CHANNEL**2 * own.mean()).clamp_min(1e-30)).sqrt()
-    limits, worst = _limits(layer.layout), int(errors.argmax())
+    limits, worst = layer.layout.storage.limits, int(errors.argmax())
     for what, found, limit in (
         (f"output channel {worst}", errors[worst].item(), limits.channel_error),
         ("its weight", error, limits.error),
@@ -144,8 +118,7 @@ def _compare_layer(
 
 
 def _check_gains(name: str, layout: Layout, stored: torch.Tensor, weight: torch.Tensor, norm: str | None) -> None:
-    limits = _limits(layout)
-    algo = layout.algo
+    limits, algo = layout.storage.limits, layout.algo
     scale = f"the scale in {norm}" if norm else "its pre_quant_scale"
     gain, _ = _gains(stored, weight, "o", _LEAST_CHANNEL)
     _check_gain(f"{name}: output channel {_worst(gain)}", gain, limits.channel_gain, algo)
@@ -155,7 +128,7 @@ def _check_gains(name: str, layout: Layout, stored: torch.Tensor, weight: torch.
         row, block = divmod(_worst(gain), gain.shape[1])
         _check_gain(f"{name}: group {block} of output channel {row}", gain, limits.block_gain, algo)
     gain, size = _gains(stored, weight, "i", _LEAST_INPUT)
-    suspect = f"; look at {scale}" if algo in _SCALES_INPUTS else ""
+    suspect = f"; look at {scale}" if layout.storage.pre_quant_scale else ""
     _check_gain(f"{name}: input channel {_worst(gain)}", gain, limits.input_gain, algo, suspect)
     mean = ((gain - 1).square().mul(size).sum() / size.sum().clamp_min(1e-30)).sqrt().item()
     if not mean <= limits.inputs:
@@ -183,10 +156,6 @@ def _check_gain(what: str, gain: torch.Tensor, limit: float, algo: str, suspect:
     if not abs(worst - 1) <= limit:
         allowed = f"{algo} allows {1 - limit:.2f} to {1 + limit:.2f}"
         raise Failure("export_damaged", f"{what} has {worst:.2f} times its source's weights, {allowed}{suspect}")
-
-
-def _limits(layout: Layout) -> Limits:
-    return _LIMITS.get(layout.algo, _FOUR_BITS)
 
 
 def _check_scaled_back(name: str, export: Export, source: Export, change: torch.Tensor, norm: str) -> None:

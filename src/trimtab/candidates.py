@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trimtab import families, placing, shapes
+from trimtab.catalog.formats import FORMATS
 from trimtab.hardware import GB, GPUS, Hardware, check, largest_group_size
 from trimtab.memory import memory
 from trimtab.model import ModelFacts
@@ -26,24 +27,6 @@ from trimtab.recipe import (
 )
 from trimtab.serving.workload import Workload
 
-#: What to expect of a format, and who measured it.
-_BENCHMARK = "(NVIDIA ModelOpt examples/benchmark.md: Llama-3.1-8B on H200)"
-_SMOL = "(SmolLM2-135M under ModelOpt 0.47)"
-EXPECTATIONS = {
-    "bf16": "weights unchanged",
-    "fp8": f"FP8 is 1.41x as fast at batch 1, 1.30x at 64, and loses 1.50 % of MMLU {_BENCHMARK}",
-    "int8_wo": f"INT8 weights: perplexity ratio 1.002 {_SMOL}; on two CPU cores 45 tokens/s, 27 in BF16",
-    "int8_sq": f"INT8 weights and activations: perplexity ratio 1.095 {_SMOL}; 1 to 3 % less accurate on "
-    "Llama-3.1 (arXiv 2411.02355)",
-    "int4_rtn": f"the fewest bits, by rounding alone: perplexity ratio 1.396 {_SMOL}",
-    "int4_awq": f"INT4 with scales found on activations: perplexity ratio 1.266 {_SMOL}; 1.33x as fast at "
-    f"batch 1, 0.75x at 8, and loses 5.66 % of MMLU {_BENCHMARK}",
-    "int4_gptq": "INT4, each column making up for the rounding of those before it: half of the rise of log-perplexity "
-    "that AWQ leaves (SmolLM2-135M; `benchmarks/quality.py`)",
-    "nvfp4": "FP4 weights and activations: 93.8 % of Llama-3.1-8B's accuracy is kept by rounding alone "
-    "(arXiv 2509.23202)",
-    "mixed": f"INT4 where the model bears it, INT8 elsewhere: perplexity ratio 1.09 at 5.5 bits {_SMOL}",
-}
 _STUDENT = (
     "taught by the whole model: up to a third fewer parameters is worth it after 80 to "
     "100 billion tokens, 2.5 billion closed 87 % of the gap of a 9B model (ModelOpt examples/pruning); this "
@@ -100,7 +83,7 @@ class Kit:
         recipe = Recipe(quantize=quantize, engine=Engine(backend=self.backend))
         if keep_down:
             recipe = recipe.model_copy(update={"name": f"{recipe.title}, {down} in 16 bits"})
-        why = [EXPECTATIONS[form], _KV if kv else "", _NO_DOWN.format(down=down) if keep_down else ""]
+        why = [FORMATS[form].expect, _KV if kv else "", _NO_DOWN.format(down=down) if keep_down else ""]
         return recipe, "; ".join(filter(None, why))
 
     def eight_bits(self) -> Iterator[Candidate]:
@@ -177,7 +160,7 @@ def _higher_throughput(kit: Kit) -> Iterator[Candidate]:
 
 
 def _fit_larger_model(kit: Kit) -> Iterator[Candidate]:
-    # NVFP4 keeps 93.8 % of Llama-3.1-8B's accuracy after rounding alone (EXPECTATIONS), so INT4 stands beside it.
+    # NVFP4 keeps 93.8 % of Llama-3.1-8B's accuracy after rounding alone (`catalog.formats`), so INT4 stands beside it.
     # GPTQ begins with AWQ's scales and takes the same bytes; AWQ stands before it where nothing else on the ladder
     # wants Gram matrices, which a large model has many of. Rounding alone costs nothing, so it stands first on a CPU.
     plain = "int4_rtn" if "mixed" in kit.formats else "int4_awq"

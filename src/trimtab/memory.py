@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 
 from trimtab import families, shapes
-from trimtab.hardware import FIXED_BLOCKS, GB, NVFP4_BLOCK, Hardware, quantized_layers
+from trimtab.catalog.formats import Storage
+from trimtab.catalog.kv_caches import KV_CACHES
+from trimtab.hardware import GB, Hardware, quantized_layers
 from trimtab.model import ModelFacts
-from trimtab.recipe import CASTS, GROUPED_FORMATS, Engine, Quantization, Recipe
+from trimtab.recipe import CASTS, Engine, Quantization, Recipe
 from trimtab.schema import Document
-
-#: Bytes of one number in the KV cache. NVFP4 has four bits, and a one-byte scale for each 16 numbers.
-KV_CACHE_BYTES = {"none": 2.0, "fp8": 1.0, "int8": 1.0, "nvfp4": 0.5 + 1 / NVFP4_BLOCK}
 
 
 class Memory(Document):
@@ -50,25 +49,26 @@ def weight_bytes(facts: ModelFacts, recipe: Recipe) -> tuple[int, int]:
     """
     facts = shapes.pruned(facts, recipe.prune)
     rest = 2 * (facts.parameters - facts.linear_parameters)
-    if recipe.quantize is None or recipe.quantize.format in CASTS:
-        wide = 2 if recipe.quantize and recipe.quantize.format == "fp32" else 1
+    if recipe.quantize is None or recipe.quantize.row.is_cast:
+        wide = round(recipe.quantize.row.bits / 16) if recipe.quantize else 1
         return 2 * facts.linear_parameters * wide, rest * wide
-    q = recipe.quantize
-    if q.format in FIXED_BLOCKS:  # a one-byte scale a block
-        each = 0.5 + 1 / FIXED_BLOCKS[q.format] - 2
-        return round(2 * facts.linear_parameters + each * _quantized_parameters(facts, q)), rest
-    four = float(q.format in GROUPED_FORMATS)  # the share of the weights that has four bits
-    if q.effective_bits:
-        four = (8 - q.effective_bits) / 4
-    linears = 2.0 * facts.linear_parameters
-    for layer in quantized_layers(facts, q):
-        per_weight = four * (0.5 + 2 / q.group_size) + (1 - four)
-        linears += layer.parameters * (per_weight - 2) + (1 - four) * 2 * layer.out_features
+    quantize = recipe.quantize
+    linears, shares = 2.0 * facts.linear_parameters, _shares(quantize)
+    for layer in quantized_layers(facts, quantize):
+        for storage, share in shares:
+            stored = storage.bytes(layer.out_features, layer.in_features, quantize.group_size)
+            linears += share * (stored - 2 * layer.parameters)
     return round(linears), rest
 
 
-def _quantized_parameters(facts: ModelFacts, quantize: Quantization) -> int:
-    return sum(layer.parameters for layer in quantized_layers(facts, quantize))
+def _shares(quantize: Quantization) -> list[tuple[Storage, float]]:
+    """How the weights are stored, and which share of them each way: a mix has as many as make its mean bits."""
+    stored = [part.storage for part in quantize.row.parts]
+    if not quantize.effective_bits:
+        return [(stored[0], 1.0)]
+    few, many = stored
+    share = (many.bits - quantize.effective_bits) / (many.bits - few.bits)
+    return [(few, share), (many, 1 - share)]
 
 
 def kv_bytes_per_token(facts: ModelFacts, recipe: Recipe) -> int:
@@ -80,7 +80,7 @@ def kv_bytes_per_token(facts: ModelFacts, recipe: Recipe) -> int:
     facts = shapes.pruned(facts, recipe.prune)
     heads = math.ceil(facts.kv_heads / recipe.engine.tensor_parallel_size)
     blocks = math.ceil(facts.layers / recipe.engine.pipeline_parallel_size)
-    each = KV_CACHE_BYTES[recipe.kv_cache_format]
+    each = KV_CACHES[recipe.kv_cache_format].bytes
     attention = families.named(facts.model_type).attention
     return math.ceil(blocks * attention.cached_numbers(heads, facts.head_dim) * each)
 

@@ -188,7 +188,7 @@ def _engines(goal: str, recipe: Recipe, facts: ModelFacts, on_gpu: bool) -> Iter
         batch, length, tokens, least = min(batch, 64 if on_gpu else 16), min(length, MIN_CONTEXT), 8192, 1
         chunked = False
     elif goal == "lower_latency" and recipe.weight_format.startswith("int4_"):
-        batch = 1  # weight-only INT4 is faster at batch 1 and slower at 8 (EXPECTATIONS)
+        batch = 1  # weight-only INT4 is faster at batch 1 and slower at 8 (`catalog.formats`)
     longest = facts.max_position_embeddings
     length = min(length or longest, longest)
     lengths = [length // 2**n for n in range(32) if n == 0 or length // 2**n >= MIN_CONTEXT]

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from trimtab.candidates import CANDIDATES, Kit
+from trimtab.catalog.backends import BACKENDS
 from trimtab.errors import InputError, nearest
-from trimtab.hardware import BACKENDS, Hardware, check
+from trimtab.hardware import Hardware, check
 from trimtab.memory import max_context_tokens, memory, weight_bytes
 from trimtab.model import ModelFacts
 from trimtab.placing import baseline as place_baseline

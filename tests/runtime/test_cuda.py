@@ -112,12 +112,14 @@ def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch: pytest.M
 
 
 def _rounded(x: torch.Tensor, layer: Quantized) -> torch.Tensor:
-    kind = layer.layout.storage.activations
+    inputs = layer.layout.storage.inputs
     scale = None if layer.input_scale is None else layer.input_scale.cuda()
-    if kind == "fp8 per token":
+    if inputs is None:
+        return x
+    if inputs.scale == "token":
         return formats.round_fp8(x, x.abs().amax(-1, keepdim=True) / formats.E4M3_MAX)
-    rounding = {"fp8": formats.round_fp8, "int8": formats.round_int8, "nvfp4": formats.round_nvfp4}.get(kind)
-    return rounding(x, scale) if rounding else x
+    rounding = {"e4m3": formats.round_fp8, "int8": formats.round_int8, "e2m1": formats.round_nvfp4}
+    return rounding[inputs.numbers](x, scale)
 
 
 @pytest.fixture

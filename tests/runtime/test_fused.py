@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from trimtab.catalog.formats import STORAGES
 from trimtab.families.llama import LLAMA
 from trimtab.recipe import Engine
 from trimtab.runtime import formats, fused, linear
@@ -59,10 +60,10 @@ def layers(algo: str, group: int = 0, **changes: Any) -> list[Quantized]:
     layout = Layout(algo, group)
     storage = layout.storage
     for rows in (32, 16, 16):
-        shape = {"out": (rows // 2, 64), "in": (rows, 32)}.get(storage.packed, (rows, 64))
+        shape = {"out": (rows // 2, 64), "in": (rows, 32)}.get(storage.number.packed, (rows, 64))
         weight = torch.randint(0, 255, shape, dtype=torch.uint8)
-        floating = storage.dtype.is_floating_point
-        weight = ((weight.float() - 128) / 16).to(storage.dtype) if floating else weight.view(storage.dtype)
+        floating = layout.dtype.is_floating_point
+        weight = ((weight.float() - 128) / 16).to(layout.dtype) if floating else weight.view(layout.dtype)
         scale = torch.rand(rows, 64 // group) + 0.5 if group else torch.rand(rows) + 0.5
         scale = torch.tensor(0.5) if algo == "FP8" else scale
         if algo == "W4A8_MXFP4_FP8":
@@ -74,9 +75,9 @@ def layers(algo: str, group: int = 0, **changes: Any) -> list[Quantized]:
     return [dataclasses.replace(layer, **{k: v[i] for k, v in changes.items()}) for i, layer in enumerate(found)]
 
 
-@pytest.mark.parametrize(("algo", "own"), [*((algo, False) for algo in formats.STORED), ("FP8", True)])
+@pytest.mark.parametrize(("algo", "own"), [*((algo, False) for algo in STORAGES), ("FP8", True)])
 def test_every_format_can_be_joined(algo: str, own: bool) -> None:
-    group = {"NVFP4": 16}.get(algo, 32 if formats.STORED[algo].packed else 0)
+    group = {"NVFP4": 16}.get(algo, 32 if STORAGES[algo].in_groups else 0)
     changes = {"weight_scale": [torch.tensor(scale) for scale in (0.5, 0.75, 0.25)]} if own else {}
     single = layers(algo, group, **changes)
     joined = fused.join(single)

@@ -5,7 +5,7 @@ import pytest
 
 from trimtab import hardware
 from trimtab.errors import InputError
-from trimtab.hardware import FIXED_BLOCKS, GB, GPUS, TARGETS, check, largest_group_size, machine_memory, target
+from trimtab.hardware import GB, GPUS, TARGETS, check, largest_group_size, machine_memory, target
 from trimtab.model import Linear, ModelFacts
 from trimtab.recipe import GROUPED_FORMATS, Quantization, Recipe
 
@@ -439,7 +439,7 @@ def test_torch_splits_the_layers_of_a_llama_alone():
 
 def test_a_rank_holds_whole_blocks_of_a_row():
     model = facts.llama(2, 64, 160, 4, 2, 16, 300, 128, True)  # 80 of 160 neurons each: blocks of 16, not of 32
-    recipes = {form: f"{{quantize: {{format: {form}}}, engine: {{tensor_parallel_size: 2}}}}" for form in FIXED_BLOCKS}
+    recipes = {form: f"{{quantize: {{format: {form}}}, engine: {{tensor_parallel_size: 2}}}}" for form in FP4}
     found = {form: check(Recipe.parse(recipe), target("cpu"), model) for form, recipe in recipes.items()}
     assert found["nvfp4"] is None
     assert found["mxfp4"].startswith(

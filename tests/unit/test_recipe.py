@@ -110,13 +110,13 @@ BAD = [
     ("prune: {method: movement, penalty: 1, scores: magnitude}", "are not learned, and a penalty on them; write spars"),
     (
         "distill: {tokens: 9, quantization_aware: true}",
-        "distill.quantization_aware: true needs a format; add quantize: {format: int4_rtn} (or int8_wo, int4_rtn, fp8,",
+        "distill.quantization_aware: true needs a format; add quantize: {format: int4_rtn} (or int8_wo, fp8,",
     ),
     *(
         (
             f"{{distill: {{tokens: 9, quantization_aware: true}}, quantize: {{format: {form}}}}}",
             f"distill.quantization_aware: true: format '{form}' is not rounded to nearest by the weights alone, and "
-            f"cannot be trained with; write one of: int8_wo, int4_rtn, fp8, fp8_per_channel, nvfp4, mxfp4",
+            f"cannot be trained with; write one of: int8_wo, fp8, fp8_per_channel, int4_rtn, nvfp4, mxfp4",
         )
         for form in ("bf16", "int8_sq", "int4_awq", "int4_gptq", "w4a8_awq")
     ),

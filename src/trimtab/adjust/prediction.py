@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 
 from trimtab.adjust.respects import bits_of, quantization
+from trimtab.catalog.formats import FORMATS
 from trimtab.plan import Rung
-from trimtab.recipe import Recipe
+from trimtab.recipe import MIXED_FORMATS, Recipe
 from trimtab.state import Brief
 
 #: With one measurement: the bits that halve the log ratio.
@@ -20,8 +21,11 @@ HALVING_BITS = 1.0
 #: A rung is skipped when its predicted log ratio exceeds this multiple of the limit's. Acceptance wants the
 #: whole interval below the limit, so a prediction at the limit itself already fails more often than not.
 CLEARLY = 1.1
-#: What ends the line of mixed precision at four bits, the nearest first.
-_FOUR_BITS = ("int4_gptq", "int4_awq", "int4_rtn")
+_MIX = FORMATS[MIXED_FORMATS[0]]
+#: What ends the line of mixed precision at its fewest bits: what it mixes, and what is stored alike, the nearest first.
+_FEWEST_BITS = sorted(
+    (name for name, row in FORMATS.items() if row.storage == _MIX.storage), key=lambda name: FORMATS[name].harshness
+)
 
 
 def predicted_ratio(recipe: Recipe, history: Sequence[Brief]) -> float | None:
@@ -32,12 +36,13 @@ def predicted_ratio(recipe: Recipe, history: Sequence[Brief]) -> float | None:
     """
     points: dict[str, tuple[float, float]] = {}
     for brief in history:
-        form, ratio = quantization(brief.recipe).format, brief.verdict.perplexity_ratio
+        quantize, ratio = quantization(brief.recipe), brief.verdict.perplexity_ratio
         same = (brief.recipe.prune, brief.recipe.distill) == (recipe.prune, recipe.distill)
-        if same and form in (*_FOUR_BITS, "mixed") and ratio and ratio.estimate > 1:
-            key = form if form != "mixed" else brief.recipe.digest
+        on_the_line = bool(quantize.row.mixes) or quantize.format in _FEWEST_BITS
+        if same and on_the_line and ratio and ratio.estimate > 1:
+            key = brief.recipe.digest if quantize.row.mixes else quantize.format
             points[key] = (bits_of(brief.recipe), math.log(math.log(ratio.estimate)))
-    measured = [form for form in _FOUR_BITS if form in points]
+    measured = [form for form in _FEWEST_BITS if form in points]
     for worse in measured[1:]:
         points.pop(worse)
     if not points or recipe.quantize is None or recipe.quantize.effective_bits is None:

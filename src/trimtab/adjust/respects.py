@@ -5,32 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from trimtab.recipe import (
-    STATIC_ACTIVATIONS,
-    DepthPruning,
-    MovementPruning,
-    Quantization,
-    Recipe,
-    SparsePruning,
-    WidthPruning,
-)
+from trimtab.catalog.kv_caches import KV_CACHES
+from trimtab.recipe import DepthPruning, MovementPruning, Quantization, Recipe, SparsePruning, WidthPruning
 
-#: Formats that also multiply in few bits.
-_ROUNDS_ACTIVATIONS = (*STATIC_ACTIVATIONS, "fp8_per_channel")
-_BITS = {
-    "fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "int8_wo": 8.0, "int8_sq": 8.0, "fp8": 8.0, "fp8_per_channel": 8.0,
-    "int4_rtn": 4.0, "int4_awq": 4.0, "int4_gptq": 4.0, "w4a8_awq": 4.0, "nvfp4": 4.5, "mxfp4": 4.25,
-}  # fmt: skip
-#: How much a format takes away, in the order of `trimtab.candidates.EXPECTATIONS`; `mixed` lies between.
-_HARSHNESS = {
-    "fp32": 0.0, "fp16": 0.0, "bf16": 0.0, "int8_wo": 1.0, "fp8_per_channel": 1.5, "fp8": 2.0, "int8_sq": 3.0,
-    "int4_gptq": 8.0, "int4_awq": 9.0, "w4a8_awq": 9.5, "nvfp4": 9.5, "mxfp4": 10.0, "int4_rtn": 10.0,
-}  # fmt: skip
 #: How blindly a method chooses the weights that become zero. At 50 % the log-perplexity of SmolLM2-135M rises by 0.39
 #: with SparseGPT, 0.55 with Wanda and 2.64 by magnitude (benchmarks/pruning.py).
 _BLINDNESS = {"sparsegpt": 0.0, "wanda": 1.0, "magnitude": 2.0}
-#: How much a KV cache takes away, which is in the same order how much it saves.
-_KV_CACHE = {"none": 0, "fp8": 1, "int8": 1, "nvfp4": 2}
 
 
 def quantization(recipe: Recipe) -> Quantization:
@@ -42,7 +22,7 @@ def excluded_by(quantize: Quantization) -> int:
 
 
 def kv_of(recipe: Recipe) -> int:
-    return _KV_CACHE[quantization(recipe).kv_cache]
+    return KV_CACHES[quantization(recipe).kv_cache].harshness
 
 
 def kind_of(recipe: Recipe) -> tuple[object, object]:
@@ -60,13 +40,13 @@ def removed_by(recipe: Recipe) -> tuple[float, ...]:
 
 def bits_of(recipe: Recipe) -> float:
     quantize = quantization(recipe)
-    return quantize.effective_bits or _BITS[quantize.format]
+    return quantize.effective_bits or quantize.row.bits
 
 
 def risk(recipe: Recipe) -> tuple[float, ...]:
     """What the recipe takes away, each respect apart; more is riskier."""
     quantize = quantization(recipe)
-    harsh = 12 - quantize.effective_bits if quantize.effective_bits else _HARSHNESS[quantize.format]
+    harsh = 12 - quantize.effective_bits if quantize.effective_bits else quantize.row.harshness
     group = quantize.group_size if bits_of(recipe) < 8 else 0
     # Teaching repairs what pruning broke; where nothing was pruned, nothing is as good.
     untaught = (-recipe.distill.tokens if recipe.distill else 0) if recipe.prune else -math.inf
@@ -94,8 +74,7 @@ def _sparsity(recipe: Recipe) -> tuple[float, ...]:
 def ambition(recipe: Recipe) -> tuple[float, ...]:
     """What the recipe saves, each respect apart; more is better at the goal. Sparsity saves nothing."""
     quantize = quantization(recipe)
-    arithmetic = quantize.format in _ROUNDS_ACTIVATIONS
-    return -bits_of(recipe), arithmetic, kv_of(recipe), *removed_by(recipe), -excluded_by(quantize)
+    return -bits_of(recipe), quantize.row.rounds_inputs, kv_of(recipe), *removed_by(recipe), -excluded_by(quantize)
 
 
 def footprint(recipe: Recipe) -> tuple[float, ...]:

@@ -10,13 +10,8 @@
 from trimtab.hardware.checks import check, check_packing
 from trimtab.hardware.layers import largest_group_size, quantized_layers, splits
 from trimtab.hardware.targets import (
-    BACKENDS,
-    FIXED_BLOCKS,
     GB,
     GPUS,
-    LEGACY_ARCHITECTURES,
-    NVFP4_BLOCK,
-    SWITCHES_KV_CACHE,
     TARGETS,
     TENSORRT_LLM_FORMATS,
     TENSORRT_LLM_KV_CACHES,
@@ -27,14 +22,9 @@ from trimtab.hardware.targets import (
 )
 
 __all__ = [
-    "BACKENDS",
-    "FIXED_BLOCKS",
     "GB",
     "GPUS",
     "Hardware",
-    "LEGACY_ARCHITECTURES",
-    "NVFP4_BLOCK",
-    "SWITCHES_KV_CACHE",
     "TARGETS",
     "TENSORRT_LLM_FORMATS",
     "TENSORRT_LLM_KV_CACHES",

@@ -5,19 +5,17 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from trimtab import families, shapes
+from trimtab.catalog.backends import BACKENDS
+from trimtab.catalog.formats import FORMATS
+from trimtab.catalog.kv_caches import KV_CACHES
 from trimtab.errors import nearest
 from trimtab.fusion import groups
 from trimtab.hardware.layers import features_per_rank, quantized_layers, splits
 from trimtab.hardware.targets import (
-    CUDA_KV_CACHES,
-    FIXED_BLOCKS,
-    GROUP_SIZES,
-    LEGACY_ARCHITECTURES,
-    NVFP4_BLOCK,
     Hardware,
 )
 from trimtab.model import ModelFacts
-from trimtab.recipe import CASTS, GROUPED_FORMATS, Quantization, Recipe
+from trimtab.recipe import GROUPED_FORMATS, Quantization, Recipe
 from trimtab.serving import vllm
 
 
@@ -56,7 +54,9 @@ def _check_format(recipe: Recipe, hardware: Hardware) -> str | None:
     native = hardware.formats[backend]
     if name not in native and not hardware.is_emulated(recipe):
         served = ", ".join(native)
-        if name.startswith("fp8") and hardware.compute_capability and hardware.compute_capability < (8, 9):
+        storage = FORMATS[name].storage
+        in_fp8 = storage is not None and storage.numbers == "e4m3"
+        if in_fp8 and hardware.compute_capability and hardware.compute_capability < (8, 9):
             major, minor = hardware.compute_capability
             return (
                 f"quantize.format: {name} needs compute capability 8.9 or later (Ada, Hopper, Blackwell) and "
@@ -72,9 +72,10 @@ def _check_format(recipe: Recipe, hardware: Hardware) -> str | None:
 
 
 def _check_architecture(recipe: Recipe, facts: ModelFacts) -> str | None:
-    if recipe.engine.backend == "trtllm-legacy" and facts.architecture not in LEGACY_ARCHITECTURES:
-        known = " and ".join(LEGACY_ARCHITECTURES)
-        return f"engine.backend: trtllm-legacy builds {known} alone, no {facts.architecture}; write 'trtllm'"
+    served = BACKENDS[recipe.engine.backend].architectures
+    if served and facts.architecture not in served:
+        known = " and ".join(served)
+        return f"engine.backend: {recipe.engine.backend} builds {known} alone, no {facts.architecture}; write 'trtllm'"
     return None
 
 
@@ -85,7 +86,7 @@ def _check_kv_cache(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> st
         remedy = f"write one of: {', '.join(served)}" if len(served) > 1 else "write 'none'"
         elsewhere = [other for other in hardware.backends if kv_cache in hardware.kv_caches[other]]
         hint = f", or engine.backend: {elsewhere[0]}" if elsewhere else ""
-        needed = CUDA_KV_CACHES.get(backend, {}).get(kv_cache)
+        needed = KV_CACHES[kv_cache].served.get(backend)
         if needed and hardware.compute_capability:
             (major, minor), (low, high) = hardware.compute_capability, needed
             return (
@@ -98,15 +99,17 @@ def _check_kv_cache(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> st
             f"quantize.kv_cache: a '{facts.model_type}' makes its keys and values in one layer with its queries, "
             f"for which no scales are written; write 'none'"
         )
-    # TensorRT-LLM issue #1113: this pair asserts in the engine build.
-    if backend == "trtllm-legacy" and recipe.weight_format == "int8_wo" and kv_cache == "fp8":
-        return "quantize.kv_cache: trtllm-legacy cannot build int8_wo with an fp8 KV cache; write 'none'"
-    # vLLM refuses a ModelOpt checkpoint that names no format of weights ("Missing 'quant_algo'").
-    if backend == "vllm" and kv_cache != "none" and recipe.weight_format in CASTS:
-        return f"quantize.kv_cache: vllm reads {kv_cache} beside quantized weights alone; write 'none', or format: fp8"
-    if kv_cache == "nvfp4" and facts.head_dim % NVFP4_BLOCK:
+    form, row = recipe.weight_format, BACKENDS[backend]
+    if (form, kv_cache) in row.clashes:
+        return f"quantize.kv_cache: {backend} cannot build {form} with an {kv_cache} KV cache; write 'none'"
+    if kv_cache != "none" and not row.kv_cache_alone and FORMATS[form].is_cast:
         return (
-            f"quantize.kv_cache: nvfp4 has a scale for each {NVFP4_BLOCK} numbers of a head, which do not divide "
+            f"quantize.kv_cache: {backend} reads {kv_cache} beside quantized weights alone; write 'none', or "
+            "format: fp8"
+        )
+    if (block := KV_CACHES[kv_cache].block) and facts.head_dim % block:
+        return (
+            f"quantize.kv_cache: {kv_cache} has a scale for each {block} numbers of a head, which do not divide "
             f"this model's {facts.head_dim}; write 'fp8'"
         )
     return None
@@ -119,7 +122,7 @@ def _range(first: tuple[int, int], last: tuple[int, int]) -> str:
 
 def _check_exclusions(recipe: Recipe, facts: ModelFacts) -> str | None:
     quantize = recipe.quantize
-    if quantize is None or quantize.format in CASTS:
+    if quantize is None or quantize.row.is_cast:
         return None
     names = [layer.name for layer in facts.linears]
     head = families.named(facts.model_type).head
@@ -170,7 +173,9 @@ def check_packing(quantize: Quantization, facts: ModelFacts) -> str | None:
 
     The group sizes of INT4 depend on the target besides: `check` looks at them.
     """
-    form, block = quantize.format, FIXED_BLOCKS.get(quantize.format, 1)
+    form, stored = quantize.format, [part.storage for part in quantize.row.parts]
+    block = max((storage.block for storage in stored), default=0) or 1
+    in_pairs = any(storage.number.packed == "out" for storage in stored)
     for layer in quantized_layers(facts, quantize):
         keep = f"add '{layer.name}' to quantize.exclude"
         if layer.in_features % block:
@@ -178,7 +183,7 @@ def check_packing(quantize: Quantization, facts: ModelFacts) -> str | None:
                 f"quantize.format: {form} has a scale for each {block} weights of a row, which do not divide the "
                 f"{layer.in_features} of {layer.name}; {keep}"
             )
-        if form in GROUPED_FORMATS and layer.out_features % 2:
+        if in_pairs and layer.out_features % 2:
             return (
                 f"quantize.format: {form} stores output features in pairs, and {layer.name} has "
                 f"{layer.out_features}; {keep}"
@@ -190,7 +195,7 @@ def _check_group_size(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> 
     quantize, backend = recipe.quantize, recipe.engine.backend
     if quantize is None or quantize.format not in GROUPED_FORMATS:
         return None
-    served = GROUP_SIZES[backend]
+    served = BACKENDS[backend].group_sizes
     if quantize.group_size not in served:
         sizes = ", ".join(map(str, served))
         return f"quantize.group_size: {backend} has no groups of {quantize.group_size}; write one of: {sizes}"
@@ -209,13 +214,14 @@ def _check_group_size(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> 
 def _check_blocks(recipe: Recipe, facts: ModelFacts) -> str | None:
     """A rank holds whole blocks of a row in formats that have their own."""
     quantize, ranks = recipe.quantize, recipe.engine.tensor_parallel_size
-    if quantize is None or quantize.format not in FIXED_BLOCKS:
+    blocks = [part.storage.block for part in quantize.row.parts if part.storage.block] if quantize else []
+    if not blocks:
         return None
     for layer in quantized_layers(facts, quantize):
-        if (features := features_per_rank(facts, layer, ranks)) % FIXED_BLOCKS[quantize.format]:
+        if (features := features_per_rank(facts, layer, ranks)) % max(blocks):
             return (
                 f"engine.tensor_parallel_size: {ranks} leaves a rank {features} input features of {layer.name}, which "
-                f"{quantize.format}'s blocks of {FIXED_BLOCKS[quantize.format]} do not divide; write 1, or add "
+                f"{quantize.format}'s blocks of {max(blocks)} do not divide; write 1, or add "
                 f"'{layer.name}' to quantize.exclude"
             )
     return None

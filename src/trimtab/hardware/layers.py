@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 
 from trimtab import families
-from trimtab.hardware.targets import GROUP_SIZES
+from trimtab.catalog.backends import BACKENDS
 from trimtab.model import Linear, ModelFacts
 from trimtab.recipe import Quantization
 
@@ -40,4 +40,4 @@ def features_per_rank(facts: ModelFacts, layer: Linear, ranks: int) -> int:
 def largest_group_size(facts: ModelFacts, quantize: Quantization, backend: str, ranks: int = 1) -> int | None:
     """Returns the largest group size of the back end that divides every quantized layer, or None."""
     features = {features_per_rank(facts, layer, ranks) for layer in quantized_layers(facts, quantize)}
-    return next((size for size in GROUP_SIZES[backend] if not any(f % size for f in features)), None)
+    return next((size for size in BACKENDS[backend].group_sizes if not any(f % size for f in features)), None)

@@ -1,87 +1,32 @@
-"""The targets as data: what each has, and what a back end runs there.
-
-Memory and bandwidth are NVIDIA's datasheet figures, in decimal bytes: A100 PCIe (40 GB: 1,555 GB/s; 80 GB:
-1,935 GB/s), L4 (24 GB, 300 GB/s), L40S (48 GB, 864 GB/s), H100 SXM (80 GB, 3.35 TB/s), H200 (141 GB,
-4.8 TB/s), DGX B200 (1,440 GB and 64 TB/s over eight GPUs), GeForce RTX 4090 (24 GB, 1,008 GB/s).
-Compute capabilities: developer.nvidia.com/cuda-gpus.
-
-What a back end runs on which compute capability, and where that is said:
-
-- `torch`: PyTorch's own kernels: `_scaled_mm` (FP8, 8.9 and later), `_int_mm`, on a CPU those of packed INT4 and
-  INT8; on a GPU trimtab's for these (`runtime.matmul_kernel`), in bfloat16's instructions of 8.0 and later. The
-  only back end for `mixed`: a MIXED_PRECISION checkpoint of INT4 and INT8 weights has no other reader, because
-  TensorRT-LLM's matrix has no INT8 weights at all and vLLM reads no INT8 of ModelOpt.
-- `trtllm`: the matrix of TensorRT-LLM's docs/source/features/quantization.md. Its NVFP4 KV cache is that of
-  10.0 and 10.3; consumer Blackwell (12.0) has none (TensorRT-LLM issue #10241). Its KvCacheConfig has no INT8.
-- `trtllm-legacy`: the support matrix of TensorRT-LLM 0.18 (INT8 and INT4 up to compute capability 9.0).
-- `vllm`: FP8 from ModelOpt's unified checkpoint; INT4 once it is translated (`runtime.vllm_checkpoint`), which Marlin
-  multiplies from Turing on, in BF16 from Ampere on. (vLLM also runs FP8 files on Ampere, as weight-only Marlin kernels.
-  That is another computation than the one that was calibrated, so trimtab does not offer it.)
-
-No prices: they differ by provider and day, so a ledger gets them from its user.
-"""
+"""The targets: what each device has, and what each back end runs there, from the rows of `trimtab.catalog`."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
+from trimtab.catalog.backends import BACKENDS, EMULATING, TENSORRT_LLM
+from trimtab.catalog.formats import FORMATS, WeightFormat
+from trimtab.catalog.kv_caches import KV_CACHES, KVCacheFormat
+from trimtab.catalog.targets import TARGETS as ROWS
 from trimtab.errors import InputError, nearest
-from trimtab.recipe import CASTS, Format, KVCache, Recipe
+from trimtab.recipe import Recipe
 from trimtab.schema import Document
 
 GB = 10**9
-BACKENDS = ("torch", "trtllm", "trtllm-legacy", "vllm")
-#: Numbers along a row, or along a head of the KV cache, that share a scale in NVFP4.
-NVFP4_BLOCK = 16
-#: What the legacy back end converts: TensorRT-LLM has one module for both.
-LEGACY_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-
-_ANY = ((8, 0), (99, 0))
-_CUDA_CASTS = dict.fromkeys(CASTS, _ANY)
-#: One layout, whichever way the numbers were found.
-_INT4 = ("int4_rtn", "int4_awq", "int4_gptq")
-#: back end -> format -> the compute capabilities, first and last, that run it.
-_CUDA_FORMATS: dict[str, dict[str, tuple[tuple[int, int], tuple[int, int]]]] = {
-    "torch": _CUDA_CASTS | {
-        "int8_wo": _ANY, "int8_sq": _ANY, "fp8": ((8, 9), (99, 0)), "fp8_per_channel": ((8, 9), (99, 0)),
-        **dict.fromkeys(_INT4, _ANY), "mixed": _ANY,
-    },
-    # sm120 (consumer Blackwell) has no W4A16 AWQ in the matrix, sm100 and sm103 do.
-    "trtllm": _CUDA_CASTS | {
-        "fp8": ((8, 9), (99, 0)), "fp8_per_channel": ((9, 0), (9, 0)),
-        **dict.fromkeys(_INT4, ((8, 0), (10, 3))), "w4a8_awq": ((8, 9), (10, 3)),
-        "nvfp4": ((10, 0), (99, 0)), "mxfp4": ((10, 0), (99, 0)),
-    },
-    "trtllm-legacy": _CUDA_CASTS | {
-        "fp8": ((8, 9), (99, 0)), **dict.fromkeys((*_INT4, "int8_wo", "int8_sq"), ((8, 0), (9, 0))),
-        "w4a8_awq": ((8, 9), (9, 0)),
-    },
-    "vllm": _CUDA_CASTS | {"fp8": ((8, 9), (99, 0)), **dict.fromkeys(_INT4, _ANY)},
-}  # fmt: skip
-#: back end -> format of the KV cache -> the compute capabilities, first and last, that serve it. TensorRT-LLM's
-#: PyTorch back end serves FP8 on Ampere too.
-CUDA_KV_CACHES: dict[str, dict[str, tuple[tuple[int, int], tuple[int, int]]]] = {
-    "trtllm": {"fp8": ((8, 0), (99, 0)), "nvfp4": ((10, 0), (10, 3))},
-    "trtllm-legacy": {"fp8": ((8, 9), (99, 0)), "int8": ((8, 0), (9, 0))},
-    "vllm": {"fp8": ((8, 9), (99, 0))},
-}
 #: back end of TensorRT-LLM -> what it serves on any GPU.
-TENSORRT_LLM_FORMATS = {name: tuple(_CUDA_FORMATS[name]) for name in ("trtllm", "trtllm-legacy")}
-TENSORRT_LLM_KV_CACHES = {name: tuple(CUDA_KV_CACHES[name]) for name in TENSORRT_LLM_FORMATS}
-#: `torch` rounds keys and values where attention reads them and stores them in 16 bits, on every device.
-_EMULATED_KV_CACHES = {"torch": tuple(form for form in KVCache.__args__ if form != "none")}
-#: Back ends that can run an export with its KV cache in 16 bits, so that it can be judged apart from the weights.
-SWITCHES_KV_CACHE = ("torch",)
-_CPU_FORMATS = (*CASTS, "int8_wo", "int8_sq", "int4_rtn", "int4_awq", "int4_gptq", "mixed")
-#: Formats that no kernel of PyTorch multiplies on any device, or none on a CPU: judged by emulation.
-_CUDA_EMULATED = {"torch": ("w4a8_awq", "nvfp4", "mxfp4")}
-_CPU_EMULATED = {"torch": tuple(form for form in Format.__args__ if form not in _CPU_FORMATS)}
-#: The block of a row that a format fixes.
-FIXED_BLOCKS = {"nvfp4": NVFP4_BLOCK, "mxfp4": 32}
-#: TensorRT-LLM's fine-grained INT4 kernels know two group sizes; PyTorch's and vLLM's know all three.
-GROUP_SIZES = {"torch": (128, 64, 32), "trtllm": (128, 64), "trtllm-legacy": (128, 64), "vllm": (128, 64, 32)}
+TENSORRT_LLM_FORMATS = {
+    name: tuple(row.name for row in FORMATS.values() if name in row.served) for name in TENSORRT_LLM
+}
+TENSORRT_LLM_KV_CACHES = {
+    name: tuple(row.name for row in KV_CACHES.values() if name in row.served) for name in TENSORRT_LLM
+}
+_ON_CPU = tuple(name for name, row in BACKENDS.items() if row.cpu)
+_EMULATED_KV_CACHES = {
+    name: tuple(form for form, row in KV_CACHES.items() if row.numbers and name not in row.served) for name in EMULATING
+}
 
 
 class Hardware(Document):
@@ -123,35 +68,24 @@ class Hardware(Document):
 def gpu(name: str, memory_gb: int, bandwidth_gb: float, capability: tuple[int, int]) -> Hardware:
     """Returns a GPU of that memory in GB, bandwidth in GB/s and compute capability, which says what runs there."""
 
-    def runs(table: dict[str, tuple[tuple[int, int], tuple[int, int]]]) -> tuple[str, ...]:
-        return tuple(form for form, (first, last) in table.items() if first <= capability <= last)
+    def runs(rows: Mapping[str, WeightFormat | KVCacheFormat], backend: str) -> tuple[str, ...]:
+        ranges = ((form, row.served[backend]) for form, row in rows.items() if backend in row.served)
+        return tuple(form for form, (first, last) in ranges if first <= capability <= last)
 
-    formats = {backend: runs(table) for backend, table in _CUDA_FORMATS.items()}
-    kv_caches = {backend: ("none", *runs(CUDA_KV_CACHES.get(backend, {}))) for backend in formats}
     return Hardware(
         name=name,
         memory_bytes=memory_gb * GB,
         bandwidth=bandwidth_gb * GB,
         compute_capability=capability,
-        formats=formats,
-        kv_caches=kv_caches,
-        emulated=_CUDA_EMULATED,
+        formats={backend: runs(FORMATS, backend) for backend in BACKENDS},
+        kv_caches={backend: ("none", *runs(KV_CACHES, backend)) for backend in BACKENDS},
+        emulated={
+            backend: tuple(form for form, row in FORMATS.items() if backend not in row.served) for backend in EMULATING
+        },
     )
 
 
-GPUS = {
-    made.name: made
-    for made in (
-        gpu("a100-40", 40, 1555, (8, 0)),
-        gpu("a100-80", 80, 1935, (8, 0)),
-        gpu("l4", 24, 300, (8, 9)),
-        gpu("l40s", 48, 864, (8, 9)),
-        gpu("h100", 80, 3350, (9, 0)),
-        gpu("h200", 141, 4800, (9, 0)),
-        gpu("b200", 180, 8000, (10, 0)),
-        gpu("rtx4090", 24, 1008, (8, 9)),
-    )
-}
+GPUS = {row.name: gpu(row.name, row.memory_gb, row.bandwidth_gb, row.compute_capability) for row in ROWS.values()}
 TARGETS = (*GPUS, "cpu")
 #: Words before a GPU's own name.
 _VENDOR = ("nvidia", "tesla", "geforce")
@@ -173,9 +107,13 @@ def target(name: str, memory_bytes: int | None = None) -> Hardware:
         return Hardware(
             name="cpu",
             memory_bytes=memory_bytes or machine_memory(),
-            formats={"torch": _CPU_FORMATS},
-            kv_caches={"torch": ("none",)},
-            emulated=_CPU_EMULATED,
+            formats={
+                name: tuple(form for form, row in FORMATS.items() if name in row.cpu) for name in _ON_CPU
+            },
+            kv_caches=dict.fromkeys(_ON_CPU, ("none",)),
+            emulated={
+                name: tuple(form for form, row in FORMATS.items() if name not in row.cpu) for name in EMULATING
+            },
         )
     if name not in GPUS:
         raise InputError(f"target: '{name}' is not known; {_known_as(name)}")

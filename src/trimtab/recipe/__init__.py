@@ -14,12 +14,10 @@ from trimtab.recipe.distillation import Distillation
 from trimtab.recipe.engine import SIZES, Acceptance, Engine
 from trimtab.recipe.pruning import DepthPruning, MovementPruning, Pruning, SparsePruning, WidthPruning
 from trimtab.recipe.quantization import (
-    AWQ_FORMATS,
     CASTS,
     GROUPED_FORMATS,
     MIXED_FORMATS,
     NEAREST_FORMATS,
-    STATIC_ACTIVATIONS,
     Format,
     KVCache,
     Quantization,
@@ -28,7 +26,6 @@ from trimtab.schema import Document, digest
 from trimtab.serving.workload import Recorded, Workload, kind
 
 __all__ = [
-    "AWQ_FORMATS",
     "Acceptance",
     "CASTS",
     "Calibration",
@@ -45,7 +42,6 @@ __all__ = [
     "Pruning",
     "Quantization",
     "Recipe",
-    "STATIC_ACTIVATIONS",
     "Source",
     "SparsePruning",
     "WidthPruning",

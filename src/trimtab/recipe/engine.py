@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
+from trimtab.catalog.backends import BACKENDS
 from trimtab.contracts import version as tensorrt_llm
 from trimtab.errors import InputError
 from trimtab.recipe.fields import Count, Ratio
@@ -34,7 +35,7 @@ class Engine(Document):
     when the whole batch before it is done.
     """
 
-    backend: Literal["torch", "trtllm", "trtllm-legacy", "vllm"] = "torch"
+    backend: Literal[tuple(BACKENDS)] = "torch"
     tensorrt_llm: str | None = None
     tensor_parallel_size: Count = 1
     pipeline_parallel_size: Count = 1

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from trimtab.catalog.formats import FORMATS, WeightFormat
+from trimtab.catalog.kv_caches import KV_CACHES
 from trimtab.schema import Document
 
 #: Formats of weights and activations, by the names of the recipe.
-Format = Literal[
-    "fp32", "fp16", "bf16", "int8_wo", "int8_sq", "fp8", "fp8_per_channel",
-    "int4_rtn", "int4_awq", "int4_gptq", "w4a8_awq", "nvfp4", "mxfp4", "mixed",
-]  # fmt: skip
+Format = Literal[tuple(FORMATS)]
 #: Formats of the KV cache; "none" leaves it in 16 bits.
-KVCache = Literal["none", "fp8", "int8", "nvfp4"]
+KVCache = Literal[tuple(KV_CACHES)]
+
+
+def _those(has: Callable[[WeightFormat], bool]) -> tuple[str, ...]:
+    return tuple(name for name, row in FORMATS.items() if has(row))
+
+
 #: Formats that only change the type of the numbers.
-CASTS = ("fp32", "fp16", "bf16")
+CASTS = _those(lambda row: row.is_cast)
 #: Formats in which `group_size` weights of a row share a scale.
-GROUPED_FORMATS = ("int4_rtn", "int4_awq", "int4_gptq", "w4a8_awq", "mixed")
+GROUPED_FORMATS = _those(lambda row: any(part.storage.scale == "group" for part in row.parts))
 #: Formats without scales that a search could better: none at all, or blocks' whose numbers are ModelOpt's.
-_UNSEARCHED = (*CASTS, "nvfp4", "mxfp4")
-#: What `mixed` gives each layer one of.
-MIXED_FORMATS = ("int4_gptq", "int8_wo")
-#: Formats that AWQ scales the inputs of, and whose weight scales are searched.
-AWQ_FORMATS = ("int4_awq", "int4_gptq", "w4a8_awq")
-#: Formats that round activations too, to scales that calibration sets.
-STATIC_ACTIVATIONS = ("int8_sq", "fp8", "w4a8_awq", "nvfp4", "mxfp4")
+_UNSEARCHED = _those(lambda row: all(part.storage.scale == "block" for part in row.parts))
 #: Formats whose weights are rounded to nearest with scales of their own: what training can rehearse.
-NEAREST_FORMATS = ("int8_wo", "int4_rtn", "fp8", "fp8_per_channel", "nvfp4", "mxfp4")
+NEAREST_FORMATS = _those(lambda row: bool(row.storage) and not row.channels and row.rounding == "nearest")
+#: What the format that mixes gives each layer one of.
+MIXED_FORMATS = next(row.mixes for row in FORMATS.values() if row.mixes)
 
 
 class Quantization(Document):
@@ -53,9 +55,9 @@ class Quantization(Document):
 
     @model_validator(mode="after")
     def _bits_belong_to_mixed(self) -> Quantization:
-        if self.format == "mixed" and self.effective_bits is None:
-            raise ValueError("has format 'mixed' and no effective_bits; write effective_bits: 4 to 8")
-        if self.format != "mixed" and self.effective_bits is not None:
+        if self.row.mixes and self.effective_bits is None:
+            raise ValueError(f"has format '{self.format}' and no effective_bits; write effective_bits: 4 to 8")
+        if not self.row.mixes and self.effective_bits is not None:
             raise ValueError("has effective_bits, which only format 'mixed' has; remove it, or write format: mixed")
         return self
 
@@ -72,28 +74,37 @@ class Quantization(Document):
         return self
 
     @property
+    def row(self) -> WeightFormat:
+        """What the catalog says of the format."""
+        return FORMATS[self.format]
+
+    @property
     def needs_statistics(self) -> bool:
         """Whether anything is set by what calibration measured of the activations."""
-        aware = self.format in (*AWQ_FORMATS, *STATIC_ACTIVATIONS)
-        return aware or self.scale_search == "mse" or self.kv_cache != "none" or self.needs_sensitivity
+        return (
+            self.row.is_calibrated
+            or self.scale_search == "mse"
+            or self.kv_cache != "none"
+            or self.needs_sensitivity
+        )
 
     @property
     def needs_grams(self) -> bool:
         """Whether GPTQ is part of it, which wants the full second moments."""
-        return "int4_gptq" in self.layer_formats
+        return any(part.rounding == "gptq" for part in self.row.parts)
 
     @property
     def needs_sensitivity(self) -> bool:
         """Whether layers are treated by how much the format harms them."""
-        return self.format == "mixed" or self.exclude_sensitive > 0
+        return bool(self.row.mixes) or self.exclude_sensitive > 0
 
     @property
     def layer_formats(self) -> tuple[str, ...]:
-        """The formats that a quantized layer may have."""
-        return MIXED_FORMATS if self.format == "mixed" else (self.format,)
+        """The formats that a quantized layer may have; a cast, which quantizes none, names itself."""
+        return self.row.mixes or (self.format,)
 
     def searches_scales(self, format: str) -> bool:
         """Whether the weight scales of a format, of which `mixed` has two, are searched."""
         if self.scale_search:
             return self.scale_search == "mse"
-        return format in AWQ_FORMATS
+        return FORMATS[format].channels == "awq"

@@ -41,7 +41,7 @@ def open_engine(engine: Path, export: Path, kv_cache: ServedKVCache = "export") 
 
     Args:
         kv_cache: "export" for the KV cache that the export asks for, "none" for 16 bits whatever it asks for;
-            only back ends of `hardware.SWITCHES_KV_CACHE` can be asked for that.
+            only back ends that switch it (`catalog.backends`) can be asked for that.
 
     Raises:
         Failure: `unsupported`, a back end that this image does not have, or an engine that was built elsewhere;

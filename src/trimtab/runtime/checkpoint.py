@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from trimtab.catalog import kv_caches
+from trimtab.catalog.formats import STORAGES
 from trimtab.errors import Failure, InputError
 from trimtab.model import read_header
 from trimtab.runtime import formats
@@ -114,7 +116,7 @@ class Export:
 
     Raises:
         InputError: no config.json or no safetensors.
-        Failure: `unsupported`, a quantization that is not ModelOpt's or not in `formats.STORED`;
+        Failure: `unsupported`, a quantization that is not ModelOpt's or not in the catalog;
             `export_damaged`, a file that cannot be read.
     """
 
@@ -216,12 +218,11 @@ class Export:
 
 def _layout(entry: dict[str, Any]) -> Layout:
     algo = entry.get("quant_algo")
-    if algo not in formats.STORED:
-        raise Failure("unsupported", f"quant_algo {algo} cannot be read; known: {', '.join(formats.STORED)}")
+    if algo not in STORAGES:
+        raise Failure("unsupported", f"quant_algo {algo} cannot be read; known: {', '.join(STORAGES)}")
     if entry.get("has_zero_point"):
         raise Failure("unsupported", f"quant_algo {algo} with zero points cannot be read")
-    grouped = formats.STORED[algo].dtype == torch.uint8
-    return Layout(algo, entry.get("group_size") or 0 if grouped else 0)
+    return Layout(algo, entry.get("group_size") or 0 if STORAGES[algo].in_groups else 0)
 
 
 def _read_quantization(folder: Path) -> dict[str, Any]:
@@ -237,13 +238,11 @@ def _read_quantization(folder: Path) -> dict[str, Any]:
         raise Failure("unsupported", f"{folder}: quant_method {method!r} cannot be read, only 'modelopt'")
     weights = [group.get("weights", {}) for group in settings.get("config_groups", {}).values()]
     group_size = next((entry["group_size"] for entry in weights if "group_size" in entry), 0)
-    scheme = settings.get("kv_cache_scheme")
-    # TensorRT-LLM reads no other KV cache out of this shape: ModelOpt writes NVFP4 here as a bare string.
-    fp8 = isinstance(scheme, dict) and scheme.get("type") == "float" and scheme.get("num_bits") == 8
     return {
         "group_size": group_size,
         "exclude_modules": settings.get("ignore"),
-        "kv_cache_quant_algo": "FP8" if fp8 else None,
+        # TensorRT-LLM reads no other KV cache than FP8 out of this: ModelOpt writes NVFP4 here as a bare string.
+        "kv_cache_quant_algo": kv_caches.of_scheme(settings.get("kv_cache_scheme")),
         **settings,
     }
 

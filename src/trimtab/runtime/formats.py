@@ -28,52 +28,17 @@ from functools import cache
 
 import torch
 
+from trimtab.catalog.formats import FORMATS, STORAGES, Storage
+from trimtab.catalog.numbers import NUMBERS
 from trimtab.errors import Failure
-from trimtab.hardware import FIXED_BLOCKS, NVFP4_BLOCK
 from trimtab.model import ModelFacts
 from trimtab.recipe import Quantization
 
-E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
-E2M1_MAX = 6.0
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How an algorithm stores weights (`dtype`, numbers in a byte, along which axis, the block that is fixed by
-    the format or 0) and which activations it multiplies them with: none are rounded, static or dynamic ones."""
-
-    dtype: torch.dtype
-    packed: str = ""
-    block: int = 0
-    activations: str = ""
-
-
-#: By quant_algo.
-STORED = {
-    "W8A16": Storage(torch.int8),
-    "W8A8_SQ_PER_CHANNEL": Storage(torch.int8, activations="int8"),
-    "FP8": Storage(torch.float8_e4m3fn, activations="fp8"),
-    "FP8_PER_CHANNEL_PER_TOKEN": Storage(torch.float8_e4m3fn, activations="fp8 per token"),
-    "W4A16_AWQ": Storage(torch.uint8, packed="out"),
-    "W4A8_AWQ": Storage(torch.uint8, packed="out", activations="fp8"),
-    "NVFP4": Storage(torch.uint8, packed="in", block=FIXED_BLOCKS["nvfp4"], activations="nvfp4"),
-    "W4A8_MXFP4_FP8": Storage(torch.uint8, packed="in", block=FIXED_BLOCKS["mxfp4"], activations="fp8"),
-}
-#: The quant_algo of each format of a recipe that quantizes; `mixed` has those of `recipe.MIXED_FORMATS`.
-ALGORITHMS = {
-    "int8_wo": "W8A16",
-    "int8_sq": "W8A8_SQ_PER_CHANNEL",
-    "fp8": "FP8",
-    "fp8_per_channel": "FP8_PER_CHANNEL_PER_TOKEN",
-    "int4_rtn": "W4A16_AWQ",
-    "int4_awq": "W4A16_AWQ",
-    "int4_gptq": "W4A16_AWQ",
-    "w4a8_awq": "W4A8_AWQ",
-    "nvfp4": "NVFP4",
-    "mxfp4": "W4A8_MXFP4_FP8",
-}
-#: What everything that is not quantized is stored as; with other formats in bfloat16.
-_PLAIN = {"fp32": torch.float32, "fp16": torch.float16}
+E4M3_MAX, E2M1_MAX = NUMBERS["e4m3"].largest, NUMBERS["e2m1"].largest
+#: The type of a stored weight, by the type of its numbers: where two share a byte, that of the bytes.
+_DTYPES = {"int8": torch.int8, "int4": torch.uint8, "e4m3": torch.float8_e4m3fn, "e2m1": torch.uint8}
+#: Numbers of an input, or of a head of a KV cache, that share a scale in NVFP4.
+_BLOCK = STORAGES["NVFP4"].block
 #: The tensors of a layer beside its weight.
 SCALES = ("weight_scale", "input_scale", "pre_quant_scale", "weight_scale_2")
 
@@ -87,18 +52,24 @@ class Layout:
 
     @property
     def storage(self) -> Storage:
-        return STORED[self.algo]
+        return STORAGES[self.algo]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the stored weight."""
+        return _DTYPES[self.storage.numbers]
 
     @property
     def bits(self) -> int:
         """Bits of a weight, without its scales."""
-        return 4 if self.storage.packed else 8
+        return self.storage.bits
 
     @property
     def scales(self) -> tuple[str, ...]:
         """The scales that a layer must have; `pre_quant_scale` is the one that it may have besides."""
-        second = ("weight_scale_2",) if self.algo in ("NVFP4", "W4A8_AWQ") else ()
-        given = ("input_scale",) if self.storage.activations in ("int8", "fp8", "nvfp4") else ()
+        inputs = self.storage.inputs
+        second = ("weight_scale_2",) if self.storage.second_scale else ()
+        given = ("input_scale",) if inputs and inputs.scale == "static" else ()
         return ("weight_scale", *second, *given)
 
 
@@ -117,7 +88,7 @@ class Quantized:
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
         rows, columns = self.weight.shape
-        packed = self.layout.storage.packed
+        packed = self.layout.storage.number.packed
         return (2 * rows if packed == "out" else rows), (2 * columns if packed == "in" else columns)
 
     @property
@@ -142,15 +113,14 @@ class Quantized:
 
 
 def layout_of(form: str, settings: Quantization) -> Layout:
-    """Returns how a layer in a format, a key of `ALGORITHMS`, is stored."""
-    algorithm = ALGORITHMS[form]
-    storage = STORED[algorithm]
-    return Layout(algorithm, (storage.block or settings.group_size) if storage.packed else 0)
+    """Returns how a layer in a format that quantizes it is stored."""
+    storage = FORMATS[form].storage
+    return Layout(storage.algorithm, (storage.block or settings.group_size) if storage.in_groups else 0)
 
 
 def plain_dtype(form: str) -> torch.dtype:
     """Returns the type of everything that a recipe's format does not quantize."""
-    return _PLAIN.get(form, torch.bfloat16)
+    return getattr(torch, FORMATS[form].dtype)
 
 
 def mean_bits(facts: ModelFacts, layouts: Mapping[str, Layout]) -> float:
@@ -167,17 +137,17 @@ def check(name: str, layer: Quantized) -> None:
         Failure: `export_damaged`; the reason names the layer, the tensor and what is wrong with it.
     """
     layout, storage = layer.layout, layer.layout.storage
-    if layer.weight.dtype != storage.dtype or layer.weight.dim() != 2:
+    if layer.weight.dtype != layout.dtype or layer.weight.dim() != 2:
         found = f"{layer.weight.dtype} {list(layer.weight.shape)}"
-        raise _damaged(name, f"its weight is {found}, where {layout.algo} stores a {storage.dtype} matrix")
+        raise _damaged(name, f"its weight is {found}, where {layout.algo} stores a {layout.dtype} matrix")
     out_features, in_features = layer.shape
-    if storage.dtype == torch.uint8:
+    if storage.in_groups:
         group = layout.group_size
         if group <= 0 or in_features % group or storage.block not in (0, group):
             raise _damaged(name, f"group_size {group} is not one for {layout.algo} and its {in_features} inputs")
         scale_shape = (out_features, in_features // group)
     else:
-        scale_shape = () if layout.algo == "FP8" else (out_features,)
+        scale_shape = () if storage.scale == "tensor" else (out_features,)
     for scale in layout.scales:
         _check_scale(name, scale, getattr(layer, scale), scale_shape if scale == "weight_scale" else ())
     if layer.pre_quant_scale is not None:
@@ -227,7 +197,7 @@ def _e2m1(device: torch.device) -> torch.Tensor:
 
 def numbers(layer: Quantized) -> torch.Tensor:
     """Returns the stored numbers before scaling, [out, in]: int8, float8_e4m3fn or float32."""
-    unpack = {"out": unpack_int4, "in": unpack_e2m1}.get(layer.layout.storage.packed)
+    unpack = {"out": unpack_int4, "in": unpack_e2m1}.get(layer.layout.storage.number.packed)
     return unpack(layer.weight) if unpack else layer.weight
 
 
@@ -243,19 +213,20 @@ def dequantize(layer: Quantized) -> torch.Tensor:
 
 def scaled_weight(layer: Quantized) -> torch.Tensor:
     """Returns the float32 weight [out, in] that the layer applies to an input times `pre_quant_scale`."""
-    weight, layout = numbers(layer).float(), layer.layout
-    if layout.algo == "W4A8_MXFP4_FP8":
-        scale = torch.exp2(layer.weight_scale.float() - 127)
-    else:
-        scale = layer.weight_scale.float()
-    if layout.algo == "NVFP4":
+    weight, layout, storage = numbers(layer).float(), layer.layout, layer.layout.storage
+    scale = layer.weight_scale.float()
+    if storage.scale_type == "e8m0":
+        scale = torch.exp2(scale - 127)
+    if storage.second_scale == "blocks":
         scale = scale * layer.weight_scale_2.float()
-    if layout.storage.dtype == torch.uint8:
+    if storage.in_groups:
         blocks = weight.view(weight.shape[0], -1, layout.group_size)
         weight = (blocks * scale.reshape(weight.shape[0], -1, 1)).view_as(weight)
     else:
         weight = weight * scale.reshape(-1, 1)
-    return round_fp8(weight, layer.weight_scale_2.float()) if layout.algo == "W4A8_AWQ" else weight
+    if storage.second_scale == "rounded":
+        return ROUNDED[storage.inputs.numbers](weight, layer.weight_scale_2.float())
+    return weight
 
 
 def to_fp8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
@@ -284,7 +255,7 @@ def round_nvfp4(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     Each block of 16 has an e4m3 scale in units of `scale`, chosen so that its largest value becomes 6. A block too
     small for e4m3 gets the scale 0, and is read back as zeros whatever its codes are.
     """
-    blocks = x.unflatten(-1, (-1, NVFP4_BLOCK))
+    blocks = x.unflatten(-1, (-1, _BLOCK))
     block_scale = round_fp8(blocks.abs().amax(-1, keepdim=True) / E2M1_MAX, scale)
     return (_round_e2m1(blocks / block_scale.where(block_scale > 0, 1.0)) * block_scale).flatten(-2)
 
@@ -295,3 +266,7 @@ def _round_e2m1(x: torch.Tensor) -> torch.Tensor:
     size = x.abs()
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
     return (x / step).round() * step
+
+
+#: How inputs, keys and values are rounded to a type of number and read back, by its name; e2m1 is that of NVFP4.
+ROUNDED = {"int8": round_int8, "e4m3": round_fp8, "e2m1": round_nvfp4}

@@ -87,7 +87,7 @@ def join(layers: list[Quantized]) -> Quantized | None:
     scales = [layer.weight_scale for layer in layers]
     if first.layout.group_size:
         scale = torch.cat(scales)
-    elif first.layout.algo == "FP8" and _same(scales):
+    elif first.layout.storage.scale == "tensor" and _same(scales):
         scale = scales[0]
     else:
         rows = [layer.shape[0] for layer in layers]

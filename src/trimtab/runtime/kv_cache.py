@@ -23,17 +23,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from trimtab import families
+from trimtab.catalog.kv_caches import BY_ALGORITHM
 from trimtab.errors import Failure
 from trimtab.families import Family
-from trimtab.hardware import NVFP4_BLOCK
 from trimtab.runtime import formats
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.fewer_kernels import grouped_attention
 
 #: Which KV cache an export is run with: the one that it asks for, or 16 bits whatever it asks for.
 ServedKVCache = Literal["export", "none"]
-#: ModelOpt's name of each KV cache of a recipe.
-ALGORITHMS = {"fp8": "FP8", "int8": "INT8", "nvfp4": "NVFP4"}
 _NAME = "trimtab_kv_cache"
 
 
@@ -47,8 +45,8 @@ def apply(model: PreTrainedModel, export: Export) -> None:
     algorithm = export.kv_cache_algo
     if algorithm is None:
         return
-    if algorithm not in _ROUND:
-        known = ", ".join(_ROUND)
+    if algorithm not in BY_ALGORITHM:
+        known = ", ".join(BY_ALGORITHM)
         raise Failure("unsupported", f"a KV cache in {algorithm} does not run on the torch engine; known: {known}")
     family = families.named(model.config.model_type)
     if not family.attention.scaled:
@@ -61,9 +59,9 @@ def apply(model: PreTrainedModel, export: Export) -> None:
         name = f"{family.blocks}.{number}.{family.attention.module}"
         keys = getattr(module, family.attention.key).out_features
         head = getattr(module, "head_dim", 0) or keys // model.config.num_key_value_heads
-        if algorithm == "NVFP4" and head % NVFP4_BLOCK:
-            what = f"{name} has heads of {head}, which blocks of {NVFP4_BLOCK} do not divide"
-            raise Failure("unsupported", f"a KV cache in NVFP4: {what}")
+        if (size := BY_ALGORITHM[algorithm].block) and head % size:
+            what = f"{name} has heads of {head}, which blocks of {size} do not divide"
+            raise Failure("unsupported", f"a KV cache in {algorithm}: {what}")
         module.kv_cache = (algorithm, *(_or_one(scale, algorithm) for scale in scales(export, family, name).items()))
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
@@ -97,7 +95,7 @@ def _read(export: Export, name: str) -> float:
 
 def _or_one(named: tuple[str, float | None], algorithm: str) -> float:
     name, scale = named
-    if scale is None and algorithm != "FP8":
+    if scale is None and not BY_ALGORITHM[algorithm].scale_is_optional:
         raise missing_scale(name, algorithm)
     return 1.0 if scale is None else scale
 
@@ -114,10 +112,7 @@ def rounded(algorithm: str, x: torch.Tensor, scale: float) -> torch.Tensor:
     """Returns x [..., head_dim] as a cache in that format would give it back, in x's own type.
 
     Args:
-        algorithm: one of `ALGORITHMS`' values.
+        algorithm: ModelOpt's name of a format.
         scale: as in the table above; what exceeds the range that it gives is clipped.
     """
-    return _ROUND[algorithm](x.float(), scale).to(x.dtype)
-
-
-_ROUND = {"FP8": formats.round_fp8, "INT8": formats.round_int8, "NVFP4": formats.round_nvfp4}
+    return formats.ROUNDED[BY_ALGORITHM[algorithm].numbers](x.float(), scale).to(x.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from trimtab.catalog.formats import Inputs
 from trimtab.runtime import small_kernels, tile
 from trimtab.runtime.formats import Quantized
 from trimtab.runtime.linear_cpu import Int4WeightOnly, Int8WeightOnly
@@ -19,6 +20,7 @@ class Int8Static(PackedLinear):
     """INT8 weights and activations (SmoothQuant): one scale for all activations, measured in calibration."""
 
     kernel = "_int_mm"
+    products = (("int8", "row", Inputs("int8")),)
 
     def __init__(self, layer: Quantized, bias: torch.Tensor | None):
         super().__init__(layer, bias)
@@ -29,6 +31,11 @@ class Int8Static(PackedLinear):
         self.keep(pre_quant_scale=None, to_integers=to_integers, weight_OI=layer.weight)
         self.keep(scale_O=layer.weight_scale.float().reshape(-1) * input_scale)
         self._to_int8 = small_kernels.rounding("to_int8", layer.weight.device)
+
+    @staticmethod
+    def fits(layer: Quantized) -> bool:
+        """Whether the device takes the shape: a CPU takes any, a GPU multiples of 16."""
+        return layer.weight.device.type == "cpu" or PackedLinear.fits(layer)
 
     def codes(self, x_RI: torch.Tensor) -> torch.Tensor:
         """The activations in units of their scale, as whole numbers."""
@@ -52,21 +59,15 @@ def build(layer: Quantized, bias: torch.Tensor | None, device: torch.device) -> 
     return _tried(module, layer)
 
 
+#: The kernels of each kind of device; any other format is emulated there.
+KERNELS: dict[str, tuple[type[PackedLinear], ...]] = {
+    "cpu": (Int8Static, Int8WeightOnly, Int4WeightOnly),
+    "cuda": (Int8Static, Fp8, Fp8PerToken, WeightOnly),
+}
+
+
 def _choose(layer: Quantized, device: torch.device) -> type[PackedLinear]:
-    algo, on_cpu = layer.layout.algo, device.type == "cpu"
-    sixteenths = not any(n % 16 for n in layer.shape)
-    has_fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    if algo == "FP8" and has_fp8 and sixteenths:
-        return Fp8
-    if algo == "FP8_PER_CHANNEL_PER_TOKEN" and has_fp8 and sixteenths:
-        return Fp8PerToken
-    if algo == "W8A8_SQ_PER_CHANNEL" and (on_cpu or sixteenths):
-        return Int8Static
-    weight_only = {
-        "W8A16": Int8WeightOnly if on_cpu else WeightOnly,
-        "W4A16_AWQ": Int4WeightOnly if on_cpu else WeightOnly,
-    }.get(algo)
-    return weight_only if weight_only and weight_only.fits(layer) else Emulated
+    return next((kind for kind in KERNELS.get(device.type, ()) if kind.runs(layer)), Emulated)
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ class Int8WeightOnly(PackedLinear):
     """INT8 weights with a scale for each output channel, rounded to the bfloat16 of the activations."""
 
     kernel = "_weight_int8pack_mm"
+    products = (("int8", "row", None),)
     packed_rows = 16
 
     @staticmethod
@@ -44,6 +45,7 @@ class Int4WeightOnly(PackedLinear):
     """
 
     kernel = "_weight_int4pack_mm_for_cpu"
+    products = (("int4", "group", None),)
     packed_rows = 128
 
     def __init__(self, layer: Quantized, bias: torch.Tensor | None):

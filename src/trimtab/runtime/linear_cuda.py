@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from trimtab.catalog.formats import Inputs
 from trimtab.runtime import formats, small_kernels, tile, words
 from trimtab.runtime.formats import Quantized
 from trimtab.runtime.packed_linear import PackedLinear, token_scales
@@ -21,6 +22,7 @@ class WeightOnly(PackedLinear):
     """INT8 or INT4 weights in words: few rows are multiplied by `runtime.matmul_kernel`, many with a dense weight."""
 
     packed_rows = 64
+    products = (("int8", "row", None), ("int4", "group", None))
 
     def __init__(self, layer: Quantized, bias: torch.Tensor | None):
         super().__init__(layer, bias)
@@ -69,6 +71,7 @@ class Fp8(PackedLinear):
     """
 
     kernel = "_scaled_mm"
+    products = (("e4m3", "tensor", Inputs("e4m3")),)
 
     def __init__(self, layer: Quantized, bias: torch.Tensor | None):
         super().__init__(layer, bias)
@@ -78,6 +81,11 @@ class Fp8(PackedLinear):
         self.keep(input_scale=layer.input_scale.float().reshape(()))
         self.keep(to_codes_1=1 / layer.input_scale.float().reshape(1))
         self._to_e4m3 = small_kernels.rounding("to_e4m3", layer.weight.device)
+
+    @staticmethod
+    def fits(layer: Quantized) -> bool:
+        """Whether the GPU multiplies FP8, and the layer's sides are multiples of 16."""
+        return _multiplies_fp8(layer)
 
     def codes(self, x_RI: torch.Tensor) -> torch.Tensor:
         """The activations in units of their scale, as e4m3 numbers."""
@@ -94,13 +102,23 @@ class Fp8PerToken(PackedLinear):
     """FP8 (e4m3), a scale for each output channel, and one for each token found when it passes."""
 
     kernel = "_scaled_mm, row-wise"
+    products = (("e4m3", "row", Inputs("e4m3", "token")),)
 
     def __init__(self, layer: Quantized, bias: torch.Tensor | None):
         super().__init__(layer, bias)
         self.keep(weight_OI=layer.weight, scale_1O=layer.weight_scale.float().reshape(1, -1))
+
+    @staticmethod
+    def fits(layer: Quantized) -> bool:
+        """As of `Fp8`."""
+        return _multiplies_fp8(layer)
 
     def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
         scale_R1 = token_scales(x_RI)
         codes_RI = (x_RI / scale_R1).to(torch.float8_e4m3fn)
         scales = {"scale_a": scale_R1, "scale_b": self.scale_1O}
         return torch._scaled_mm(codes_RI, self.weight_OI.t(), out_dtype=torch.bfloat16, **scales)
+
+
+def _multiplies_fp8(layer: Quantized) -> bool:
+    return PackedLinear.fits(layer) and torch.cuda.get_device_capability(layer.weight.device) >= (8, 9)

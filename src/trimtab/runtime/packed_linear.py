@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from trimtab.catalog.formats import Inputs
+from trimtab.catalog.numbers import NUMBERS
 from trimtab.runtime import formats
 from trimtab.runtime.formats import E4M3_MAX, Quantized
 
@@ -25,6 +27,8 @@ class PackedLinear(nn.Module):
     """
 
     kernel = ""
+    #: What it multiplies, as `Storage.product` tells them apart: numbers, which share a scale, how inputs are rounded.
+    products: tuple[tuple[str, str, Inputs | None], ...] = ()
     emulated = False
     packed_rows = 0
 
@@ -34,6 +38,17 @@ class PackedLinear(nn.Module):
         self.keep(bias=None if bias is None else bias.bfloat16())
         scale = layer.pre_quant_scale if layer.scales_inputs else None
         self.keep(pre_quant_scale=None if scale is None else scale.reshape(-1).bfloat16())
+
+    @classmethod
+    def runs(cls, layer: Quantized) -> bool:
+        """Whether there is a kernel here for the layer's product and its shape."""
+        storage = layer.layout.storage
+        return storage.has_plain_scales and storage.product in cls.products and cls.fits(layer)
+
+    @staticmethod
+    def fits(layer: Quantized) -> bool:
+        """Whether the kernel takes the layer's shape: here, sides that are multiples of 16."""
+        return not any(size % 16 for size in layer.shape)
 
     def keep(self, **tensors: torch.Tensor | None) -> None:
         """Registers buffers that move with the module and are no part of its state dict."""
@@ -83,22 +98,15 @@ class Emulated(PackedLinear):
 
     def rounded(self, x_RI: torch.Tensor) -> torch.Tensor:
         """The activations as the format's product sees them."""
-        kind = self.layout.storage.activations
-        if not kind:
+        inputs = self.layout.storage.inputs
+        if inputs is None:
             return x_RI
         x_RI = x_RI.float()
-        if kind == "fp8":
-            x_RI = formats.round_fp8(x_RI, self.input_scale)
-        elif kind == "fp8 per token":
-            x_RI = formats.round_fp8(x_RI, token_scales(x_RI))
-        elif kind == "nvfp4":
-            x_RI = formats.round_nvfp4(x_RI, self.input_scale)
-        elif kind == "int8":
-            x_RI = formats.round_int8(x_RI, self.input_scale)
-        return x_RI.bfloat16()
+        scale = self.input_scale if inputs.scale == "static" else token_scales(x_RI, NUMBERS[inputs.numbers].largest)
+        return formats.ROUNDED[inputs.numbers](x_RI, scale).bfloat16()
 
 
-def token_scales(x_RI: torch.Tensor) -> torch.Tensor:
-    """Returns for each row the scale that makes its largest value e4m3's largest, float32 [R, 1]."""
+def token_scales(x_RI: torch.Tensor, largest: float = E4M3_MAX) -> torch.Tensor:
+    """Returns for each row the scale that makes its largest value the largest number, e4m3's, float32 [R, 1]."""
     largest_R1 = torch.linalg.vector_norm(x_RI, torch.inf, dim=-1, keepdim=True, dtype=torch.float32)
-    return largest_R1.div_(E4M3_MAX).clamp_min_(1e-12)
+    return largest_R1.div_(largest).clamp_min_(1e-12)

@@ -19,13 +19,15 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from trimtab import families
+from trimtab.catalog.kv_caches import BY_ALGORITHM
 from trimtab.errors import Failure
 from trimtab.runtime import formats, kv_cache
 
 _NAME = "trimtab_paged"
 #: Formats that are stored in 8 bits: how codes are made, and the type that they are read as. What is rounded and
 #: multiplied by its scale again is, bit for bit, `kv_cache.rounded`.
-_CODES = {"FP8": (formats.to_fp8, torch.float8_e4m3fn), "INT8": (formats.to_int8, torch.int8)}
+_TYPES = {"e4m3": (formats.to_fp8, torch.float8_e4m3fn), "int8": (formats.to_int8, torch.int8)}
+_CODES = {name: _TYPES[row.numbers] for name, row in BY_ALGORITHM.items() if row.numbers in _TYPES and not row.block}
 
 
 class PagedKVCache:

@@ -8,29 +8,22 @@ Matrices are gone through in slices of whole rows, so that there is no float32 c
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from modelopt.torch.export.quant_utils import to_quantized_weight
 from modelopt.torch.quantization.qtensor import MXFP4QTensor, NVFP4QTensor
 
+from trimtab.catalog.formats import FORMATS
+from trimtab.catalog.numbers import NUMBERS
 from trimtab.recipe import Quantization
 from trimtab.runtime import scales
-from trimtab.runtime.formats import E2M1_MAX, E4M3_MAX, Quantized, layout_of, pack_int4, unpack_int4
+from trimtab.runtime.formats import E2M1_MAX, E4M3_MAX, Layout, Quantized, layout_of, pack_int4, unpack_int4
 from trimtab.runtime.scales import FP8, INT4, INT8, Numbers
 
-#: ModelOpt's own name of each quant_algo.
-MODELOPT_NAMES = {
-    "W8A16": "int8_wo",
-    "W8A8_SQ_PER_CHANNEL": "int8_sq",
-    "FP8": "fp8",
-    "FP8_PER_CHANNEL_PER_TOKEN": "fp8_pc_pt",
-    "W4A16_AWQ": "int4_awq",
-    "W4A8_AWQ": "w4a8_awq",
-    "NVFP4": "nvfp4",
-    "W4A8_MXFP4_FP8": "w4a8_mxfp4_fp8",
-}
-#: Formats in which the layers that share an input share a scale.
-SHARED_SCALES = ("fp8", "nvfp4")
+#: How weights are rounded, by the type of their numbers.
+_NUMBERS = {"int8": INT8, "int4": INT4, "e4m3": FP8}
+_SCALE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: Weights of a slice: float32 temporaries of 4 MiB stay in a processor's cache.
 SLICE = 1 << 20
 
@@ -45,20 +38,22 @@ def round_weights(
     """Returns the stored weights and weight scales of layers that share an input, by layer, rounded to nearest.
 
     Args:
-        form: a key of `formats.ALGORITHMS`.
+        form: one of the catalog's that quantizes layers.
         weights: floating point [out, in] each.
         settings: the group size.
         importance: what the error of a weight counts, [in], where scales are searched; None takes them from the
             largest weight.
         largest: the largest magnitude in any layer of the input, where these are not all of them.
     """
-    if form == "mxfp4":
-        return {name: _mxfp4(weight, settings) for name, weight in weights.items()}
-    if form in SHARED_SCALES:
+    storage, layout = FORMATS[form].storage, layout_of(form, settings)
+    amax = None
+    if storage.shares_scale:
         amax = largest_of(weights.values()) if largest is None else largest
-        if form == "nvfp4":
-            return {name: _nvfp4(weight, settings, amax) for name, weight in weights.items()}
-        return _fp8(weights, settings, importance, amax)
+    if storage.scale == "block":
+        round_blocks = _BLOCKS[storage.numbers, storage.scale_type]
+        return {name: round_blocks(weight, layout, amax) for name, weight in weights.items()}
+    if storage.scale == "tensor":
+        return _one_scale(form, weights, settings, importance, amax)
     return {
         name: pack(form, weight, row_scales(form, weight, settings, importance), settings)
         for name, weight in weights.items()
@@ -68,13 +63,12 @@ def round_weights(
 def row_scales(
     form: str, weight: torch.Tensor, settings: Quantization, importance: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Returns a matrix's scales for INT8, FP8 per channel, float32 [out], and INT4, [out, in / group].
+    """Returns a matrix's scales where each row has one, float32 [out], or each group of a row, [out, in / group].
 
     Args:
         importance: as for `round_weights`.
     """
-    size = layout_of(form, settings).group_size
-    numbers: Numbers = INT4 if size else INT8 if form.startswith("int8") else FP8
+    size, numbers = layout_of(form, settings).group_size, numbers_of(form)
     if size and importance is not None:
         importance = importance.unflatten(0, (-1, size))
     found = []
@@ -88,27 +82,34 @@ def row_scales(
 
 
 def pack(form: str, weight: torch.Tensor, scale: torch.Tensor, settings: Quantization) -> Quantized:
-    """Returns a matrix rounded at given scales: INT8, FP8 or INT4.
+    """Returns a matrix rounded at given scales, of a tensor, rows or groups.
 
     Args:
         weight: floating point [out, in].
-        scale: float32, as `row_scales` returns it, or a scalar for FP8.
+        scale: float32, as `row_scales` returns it, or a scalar where the whole tensor has one.
     """
-    layout, parts = layout_of(form, settings), []
-    size, name = layout.group_size, MODELOPT_NAMES[layout.algo]
+    layout, numbers, parts = layout_of(form, settings), numbers_of(form), []
+    storage, size = layout.storage, layout.group_size
     for part, some in _slices(weight, scale.expand(len(weight)) if scale.dim() == 0 else scale):
-        if size:
-            numbers = INT4.round(part.unflatten(1, (-1, size)) / some[..., None])
-            parts.append(pack_int4(numbers.flatten(1).to(torch.int8)))
+        if storage.number.packed or size:
+            blocks = part.unflatten(1, (-1, size or part.shape[1]))
+            rounded = numbers.round(blocks / some.reshape(len(part), -1, 1)).flatten(1)
+            parts.append(pack_int4(rounded.to(torch.int8)) if storage.number.packed else rounded.to(layout.dtype))
             continue
-        if layout.storage.dtype == torch.float8_e4m3fn:  # a searched scale may clip, and what overflows is NaN
-            part = part.clamp(-E4M3_MAX * some[:, None], E4M3_MAX * some[:, None])
-        parts.append(to_quantized_weight(part, some if scale.dim() else scale, name))
+        if storage.number.mantissa is not None:  # a searched scale may clip, and what overflows is NaN
+            part = part.clamp(-numbers.largest * some[:, None], numbers.largest * some[:, None])
+        parts.append(to_quantized_weight(part, some if scale.dim() else scale, storage.modelopt))
     packed, kept = torch.cat(parts), {}
-    if form == "w4a8_awq":
+    if storage.second_scale == "rounded":
         largest = (unpack_int4(packed).unflatten(1, (-1, size)).abs().amax(-1) * scale).max()
-        kept = {"weight_scale_2": largest / E4M3_MAX}
-    return Quantized(layout, packed, scale.bfloat16() if size else scale, **kept)
+        kept = {"weight_scale_2": largest / NUMBERS[storage.inputs.numbers].largest}
+    return Quantized(layout, packed, scale.to(numbers.scale_dtype), **kept)
+
+
+def numbers_of(form: str) -> Numbers:
+    """Returns how weights are rounded in a format whose scales are those of a tensor, of rows or of groups."""
+    storage = FORMATS[form].storage
+    return replace(_NUMBERS[storage.numbers], scale_dtype=_SCALE_TYPES[storage.scale_type])
 
 
 def largest_of(weights: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -128,31 +129,41 @@ def _slices(weight: torch.Tensor, *beside: torch.Tensor) -> Iterator[tuple[torch
         yield part.float(), *others
 
 
-def _fp8(
-    weights: Mapping[str, torch.Tensor], settings: Quantization, importance: torch.Tensor | None, amax: torch.Tensor
+def _one_scale(
+    form: str,
+    weights: Mapping[str, torch.Tensor],
+    settings: Quantization,
+    importance: torch.Tensor | None,
+    amax: torch.Tensor,
 ) -> dict[str, Quantized]:
     """One scale for all of the group, as engines want that fuse its layers."""
+    numbers = numbers_of(form)
     if importance is None:
-        scale = FP8.scale(amax)
+        scale = numbers.scale(amax)
     else:
         parts = (part for weight in weights.values() for (part,) in _slices(weight))
-        scale = scales.searched_for_all(parts, amax, FP8, importance)
-    return {name: pack("fp8", weight, scale, settings) for name, weight in weights.items()}
+        scale = scales.searched_for_all(parts, amax, numbers, importance)
+    return {name: pack(form, weight, scale, settings) for name, weight in weights.items()}
 
 
-def _nvfp4(weight: torch.Tensor, settings: Quantization, amax: torch.Tensor) -> Quantized:
-    layout, packed, scale = layout_of("nvfp4", settings), [], []
+def _nvfp4(weight: torch.Tensor, layout: Layout, amax: torch.Tensor) -> Quantized:
+    packed, scale = [], []
     second = amax / (E2M1_MAX * E4M3_MAX)
     for (part,) in _slices(weight):
         scale.append(NVFP4QTensor.get_weights_scaling_factor(part, layout.group_size, second)[0])
-        packed.append(to_quantized_weight(part, scale[-1], MODELOPT_NAMES[layout.algo], second, layout.group_size))
+        packed.append(to_quantized_weight(part, scale[-1], layout.storage.modelopt, second, layout.group_size))
     return Quantized(layout, torch.cat(packed), torch.cat(scale), weight_scale_2=second)
 
 
-def _mxfp4(weight: torch.Tensor, settings: Quantization) -> Quantized:
-    layout, packed, scale = layout_of("mxfp4", settings), [], []
+def _mxfp4(weight: torch.Tensor, layout: Layout, amax: None) -> Quantized:
+    packed, scale = [], []
     for (part,) in _slices(weight):
         numbers, exponents = MXFP4QTensor.quantize(part, block_size=layout.group_size)
         packed.append(numbers._quantized_data)
         scale.append(exponents.reshape(len(part), -1))
     return Quantized(layout, torch.cat(packed), torch.cat(scale))
+
+
+#: How weights are rounded whose blocks have a scale, by the types of numbers and scales: (weight, layout, the largest
+#: magnitude of all layers that share a scale) -> its tensors.
+_BLOCKS = {("e2m1", "e4m3"): _nvfp4, ("e2m1", "e8m0"): _mxfp4}

@@ -158,9 +158,8 @@ def score(told: list[dict[int, Any] | None] | None, prompt: list[int], continuat
 
 def _check_readable(export: Path, checkpoint: Path | None) -> None:
     found = {layout.algo for layout in Export(export).layers.values()}
-    known = (*READS, vllm_checkpoint.INT4)
-    strange = sorted(found - {*known})
+    strange = sorted(found - {*READS})
     if strange:
-        raise Failure("unsupported", f"vLLM reads {', '.join(known)} of ModelOpt's layers, and no {', '.join(strange)}")
+        raise Failure("unsupported", f"vLLM reads {', '.join(READS)} of ModelOpt's layers, and no {', '.join(strange)}")
     if checkpoint is None and vllm_checkpoint.is_needed(export):
         raise Failure("unsupported", "vLLM reads this export once it is translated; build its engine")

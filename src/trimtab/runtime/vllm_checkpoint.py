@@ -32,15 +32,16 @@ from typing import Any
 import torch
 
 from trimtab import families, fusion
+from trimtab.catalog.backends import BACKENDS
+from trimtab.catalog.formats import STORAGES, Storage
+from trimtab.catalog.kv_caches import KV_CACHES
 from trimtab.errors import Failure
 from trimtab.runtime import stream
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.formats import SCALES, Quantized, unpack_int4
 
-#: The layers that are translated, and the groups of INT4 that vLLM's kernels know.
-INT4, GROUP_SIZES = "W4A16_AWQ", (32, 64, 128)
-#: FP8 layers: what has a scale of its own among the weights, and among the inputs.
-FP8 = {"FP8": ("tensor", "tensor"), "FP8_PER_CHANNEL_PER_TOKEN": ("channel", "token")}
+#: compressed-tensors' words for what shares a scale, among the weights and among the inputs.
+_WEIGHTS, _INPUTS = {"tensor": "tensor", "row": "channel"}, {"static": "tensor", "token": "token"}
 #: `quant_method` of a checkpoint that vLLM itself reads, and of one that it reads with trimtab's plugin.
 PLAIN, SCALED = "compressed-tensors", "trimtab-int4"
 #: Where the config lists the layers whose input is multiplied by a `pre_quant_scale`.
@@ -49,8 +50,14 @@ SCALED_LAYERS = "input_scaled_layers"
 
 def is_needed(export: Path) -> bool:
     """Whether vLLM reads the export only after `translate`."""
-    algorithms = {layout.algo for layout in Export(export).layers.values()}
-    return INT4 in algorithms or (not algorithms.isdisjoint(FP8) and bool(_config(export).get("tie_word_embeddings")))
+    found = {layout.storage for layout in Export(export).layers.values()}
+    in_fp8 = any(storage.numbers == "e4m3" for storage in found)
+    return any(map(_is_int4, found)) or (in_fp8 and bool(_config(export).get("tie_word_embeddings")))
+
+
+def _is_int4(storage: Storage) -> bool:
+    """Whether vLLM reads such layers only as compressed-tensors."""
+    return storage.vllm == "compressed-tensors"
 
 
 def translate(export: Path, output: Path, scratch: Path) -> str:
@@ -91,7 +98,7 @@ def _shard(read: Export, names: Sequence[str], dtype: torch.dtype) -> dict[str, 
     written: dict[str, torch.Tensor] = {}
     for name in names:
         layer, _, part = name.rpartition(".")
-        is_int4 = layer in read.layers and read.layers[layer].algo == INT4
+        is_int4 = layer in read.layers and _is_int4(read.layers[layer].storage)
         if not is_int4 or part not in ("weight", *SCALES):
             by_row = part == "weight_scale" and layer in read.layers and read.view(name).ndim == 1
             written[name] = read.view(name).unsqueeze(1) if by_row else read.view(name)
@@ -128,14 +135,14 @@ def _quantization(read: Export, scaled: Sequence[str], head: str) -> dict[str, A
     """The `quantization_config` of compressed-tensors 0.17, as vLLM's CompressedTensorsConfig reads it."""
     layout = next(iter(read.layers.values()))
     float8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
-    if layout.algo == INT4:
+    if _is_int4(layout.storage):
         form, inputs = "pack-quantized", None
         weights = {"num_bits": 4, "type": "int", "strategy": "group", "symmetric": True, "dynamic": False,
                    "group_size": layout.group_size}  # fmt: skip
     else:
-        form, (of_weights, of_inputs) = "float-quantized", FP8[layout.algo]
-        weights = float8 | {"strategy": of_weights}
-        inputs = float8 | {"strategy": of_inputs, "dynamic": of_inputs == "token"}
+        form, scale_of_inputs = "float-quantized", layout.storage.inputs.scale
+        weights = float8 | {"strategy": _WEIGHTS[layout.storage.scale]}
+        inputs = float8 | {"strategy": _INPUTS[scale_of_inputs], "dynamic": scale_of_inputs == "token"}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
     found: dict[str, Any] = {
         "quant_method": SCALED if scaled else PLAIN,
@@ -144,29 +151,33 @@ def _quantization(read: Export, scaled: Sequence[str], head: str) -> dict[str, A
         "config_groups": {"group_0": group},
         "ignore": sorted({*read.plain_layers, head}),
     }
-    if read.kv_cache_algo == "FP8":
+    if read.kv_cache_algo:
         found["kv_cache_scheme"] = float8
     return found | ({SCALED_LAYERS: list(scaled)} if scaled else {})
 
 
 def _check(read: Export, model_type: str, dtype: torch.dtype) -> None:
     found = sorted({layout.algo for layout in read.layers.values()})
+    int4 = [algo for algo in found if _is_int4(STORAGES[algo])]
     if len(found) > 1:
-        known = INT4 if INT4 in found else found[0]
+        known = int4[0] if int4 else found[0]
         other = ", ".join(algo for algo in found if algo != known)
         raise Failure("unsupported", f"vLLM reads no {known} beside {other}; write one format for all")
-    if found == [INT4]:
+    if int4:
         _check_int4(read, dtype)
-    if read.kv_cache_algo not in (None, "FP8"):
-        raise Failure("unsupported", f"vLLM serves no {read.kv_cache_algo} KV cache here; write 'none' or 'fp8'")
+    served = {row.algorithm: name for name, row in KV_CACHES.items() if "vllm" in row.served}
+    if read.kv_cache_algo not in (None, *served):
+        known = " or ".join(f"'{name}'" for name in ("none", *served.values()))
+        raise Failure("unsupported", f"vLLM serves no {read.kv_cache_algo} KV cache here; write {known}")
     for group in fusion.groups([*read.layers, *read.plain_layers], model_type):
         _check_group(read, group.layers)
 
 
 def _check_int4(read: Export, dtype: torch.dtype) -> None:
     sizes = sorted({layout.group_size for layout in read.layers.values()})
-    if len(sizes) > 1 or sizes[0] not in GROUP_SIZES:
-        known = ", ".join(map(str, GROUP_SIZES))
+    served = sorted(BACKENDS["vllm"].group_sizes)
+    if len(sizes) > 1 or sizes[0] not in served:
+        known = ", ".join(map(str, served))
         found = ", ".join(map(str, sizes))
         raise Failure("unsupported", f"group_size {found} is none for vLLM's INT4; write one of {known}")
     if dtype not in (torch.bfloat16, torch.float16):

@@ -6,25 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trimtab.catalog.formats import FORMATS
 from trimtab.errors import InputError
-from trimtab.recipe import CASTS, Engine, Recipe
+from trimtab.recipe import Engine, Recipe
 from trimtab.schema import Document
 from trimtab.store import open_store
 from trimtab.store.address import split_release
 
-#: ModelOpt's quant_algo -> the formats of a recipe that it stores.
-_FORMATS = {
-    None: CASTS,
-    "W8A16": ("int8_wo",),
-    "W8A8_SQ_PER_CHANNEL": ("int8_sq",),
-    "FP8": ("fp8",),
-    "FP8_PER_CHANNEL_PER_TOKEN": ("fp8_per_channel",),
-    "W4A16_AWQ": ("int4_awq", "int4_gptq", "int4_rtn"),
-    "W4A8_AWQ": ("w4a8_awq",),
-    "NVFP4": ("nvfp4",),
-    "W4A8_MXFP4_FP8": ("mxfp4",),
-    "MIXED_PRECISION": ("mixed",),
-}
+#: ModelOpt's quant_algo -> the formats of a recipe that it stores; None for those that only cast.
+_FORMATS: dict[str | None, tuple[str, ...]] = {}
+for _name, _row in FORMATS.items():
+    _others, _own = _FORMATS.get(_row.algorithm, ()), _row.storage and _row.storage.modelopt == _name
+    _FORMATS[_row.algorithm] = (_name, *_others) if _own else (*_others, _name)  # ModelOpt's own name stands for all
 
 
 class Served(Document):

@@ -10,15 +10,18 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
+from trimtab.catalog.formats import STORAGES
 from trimtab.contracts.version import parse, within
 from trimtab.errors import InputError
 from trimtab.recipe import Engine
 
 #: The versions whose arguments and outputs these are: the first, and the first that is another.
 VERSIONS = ("0.24", "0.25")
-#: How ModelOpt calls the layers that vLLM reads as they are (vllm/model_executor/layers/quantization/modelopt.py). INT4
-#: is not among them, and is translated (`runtime.vllm_checkpoint`).
-READS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4")
+#: How ModelOpt calls the layers that vLLM reads: those that it reads as they are, and then those that are translated
+#: (`runtime.vllm_checkpoint`).
+READS = tuple(
+    algorithm for way in ("modelopt", "compressed-tensors") for algorithm, row in STORAGES.items() if row.vllm == way
+)
 
 
 def installed() -> str | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from trimtab.catalog.formats import FORMATS
 from trimtab.components.distillation import work
 from trimtab.components.distillation.rehearsal import Rehearsal, Rounding
 from trimtab.components.pruning.work import prune
@@ -96,7 +99,8 @@ def test_zeros_stay_in_a_rounded_student(model, calibration, tmp_path):
 
 
 def test_a_format_that_cannot_store_a_layer(model, tmp_path, monkeypatch):
-    monkeypatch.setitem(work.hardware.FIXED_BLOCKS, "nvfp4", 48)
+    row = FORMATS["nvfp4"]
+    monkeypatch.setitem(FORMATS, "nvfp4", replace(row, storage=replace(row.storage, block=48)))
     with pytest.raises(Failure, match="do not divide the .* of model.layers.0") as caught:
         distill(model, model, tmp_path, {"rounded": {"format": "nvfp4"}})
     assert caught.value.failure_class == "unsupported"

@@ -1,0 +1,13 @@
+"""What there is, as rows: formats, targets and back ends. All else looks a row up by its fields.
+
+| file | a row is |
+|---|---|
+| `formats` | a format of weights and activations that a recipe may ask for, and how a layer in it is stored |
+| `kv_caches` | a format of the KV cache |
+| `numbers` | a type of number that is stored or multiplied |
+| `backends` | an engine that serves |
+| `targets` | a GPU |
+
+To add one, write its row. What a row cannot say, how numbers of a new type are rounded or what a new kernel multiplies,
+stands in `trimtab.runtime`, and is found by the row's fields. Nothing is imported here but the standard library.
+"""
