@@ -10,18 +10,25 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimtab.errors import InputError
-from trimtab.model_files import INDEX, has_tokenizer, is_computed, read_json, weight_files
+from trimtab.model_files import INDEX, has_tokenizer, is_computed, quantized_by, read_json, weight_files
 from trimtab.schema import Document
 
 #: Bytes of one element, by safetensors' names of the types.
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+#: Decoders whose embeddings are tied where config.json says nothing (transformers 5.14).
+_TIED_BY_DEFAULT = {
+    "bloom", "cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "falcon", "gemma", "gemma2",
+    "gemma3_text", "gemma3n_text", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neo", "lfm2", "lfm2_moe", "mamba",
+    "minicpm3", "mpt", "opt", "smollm3", "starcoder2", "vaultgemma", "youtu",
 }  # fmt: skip
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 #: The safetensors library refuses longer headers too.
@@ -105,6 +112,13 @@ def inspect(folder: str | Path) -> ModelFacts:
     return facts_of(folder, config, tensors)
 
 
+def ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether config.json makes the output head the embedding, as transformers reads it: where it does not say, by
+    the model type."""
+    said = config.get("tie_word_embeddings")
+    return config.get("model_type") in _TIED_BY_DEFAULT if said is None else bool(said)
+
+
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Returns the tensors of a model folder by name, from the headers of the files that are the model.
 
@@ -174,6 +188,12 @@ def read_header(path: Path) -> list[Tensor]:
     return tensors
 
 
+def header_bytes(path: Path) -> int:
+    """Returns where the tensors of a safetensors file begin."""
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = Counter(name for name, _ in pairs)
     if twice := [name for name, count in names.items() if count > 1]:
@@ -191,8 +211,10 @@ def _config(folder: Path) -> dict[str, Any]:
                 f"{source}: needs remote code (auto_map), which trimtab never runs; use a model whose "
                 f"architecture transformers has itself, or remove auto_map if it has this one"
             )
-    if "quantization_config" in config:
-        raise InputError(f"{path}: the model is already quantized; give the 16-bit model it was made from")
+    if reason := quantized_by(folder, config):
+        raise InputError(
+            f"{path.parent}: {reason} says that it is already quantized; give the 16-bit model it was made from"
+        )
     return config
 
 
@@ -215,7 +237,7 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
     has_head = "lm_head.weight" in tensors
     if not has_head and config.get("tie_word_embeddings") is False:
         raise InputError(f"{folder}: lm_head.weight is missing, and config.json says that it is not tied")
-    tied = not has_head or bool(config.get("tie_word_embeddings"))
+    tied = not has_head or ties_embeddings(config)
     # A tied head that was saved all the same is the same tensor once more.
     counted = [tensor for tensor in tensors.values() if not (tied and tensor.name == "lm_head.weight")]
     if not any(tensor.dtype in _DTYPE_NAMES for tensor in counted):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ COMPANIONS = (".json", ".model", ".txt", ".jinja")
 #: Weights in files that can run code when they are loaded.
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _WEIGHTS = (".safetensors", *_PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
+#: Files beside quantized weights: of ModelOpt, AutoGPTQ and AutoAWQ.
+_QUANTIZED_BY = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 #: What stands for a tokenizer: one of these sets of files.
 TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 #: Tensors that old checkpoints store and transformers computes: causal masks (GPT-2's and GPT-NeoX's
@@ -75,6 +77,19 @@ def model_files(folder: Path) -> list[str]:
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder holds a tokenizer that transformers can load."""
     return any(all((folder / name).is_file() for name in names) for names in TOKENIZERS)
+
+
+def quantized_by(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """Returns what says that a model's weights are already quantized, None where nothing does.
+
+    Args:
+        config: of the folder's config.json.
+    """
+    for field in ("quantization_config", "compression_config"):
+        if config.get(field):
+            method = config[field].get("quant_method") if isinstance(config[field], dict) else None
+            return f"{field} of {CONFIG}" + (f", '{method}'" if method else "")
+    return next((name for name in _QUANTIZED_BY if (folder / name).is_file()), None)
 
 
 def is_computed(name: str, shape: Sequence[int]) -> bool:
