@@ -14,6 +14,7 @@ from trimtab.errors import Failure
 from trimtab.families import Family
 from trimtab.fusion import Group
 from trimtab.model import ModelFacts, read_header
+from trimtab.model_files import is_computed
 from trimtab.recipe import Quantization, Recipe
 from trimtab.runtime import formats, kv_cache
 from trimtab.runtime.checkpoint import Export
@@ -159,7 +160,8 @@ def check_bytes(
 ) -> tuple[int, int]:
     """Returns the bytes of all tensors in the folder's safetensors, and those that planning predicts.
 
-    Files that the index does not name count too: they would travel with the model.
+    Files that the index does not name count too: they would travel with the model. Of a model unchanged, what
+    transformers computes, and a head that is the embedding once more, count as little as in planning.
 
     Args:
         facts, groups, settings: as of `check_layers`, which has passed.
@@ -167,7 +169,11 @@ def check_bytes(
     Raises:
         Failure: `export_damaged`; they differ by more than `BYTES_TOLERANCE`.
     """
-    found = sum(tensor.end - tensor.begin for path in _weight_files(export.folder) for tensor in read_header(path))
+    tensors = [tensor for path in _weight_files(export.folder) for tensor in read_header(path)]
+    if settings is None:
+        again = _HEAD if facts.tied_embeddings else None
+        tensors = [t for t in tensors if t.name != again and not is_computed(t.name, t.shape)]
+    found = sum(tensor.end - tensor.begin for tensor in tensors)
     predicted = _predicted(export, facts, groups, settings)
     if abs(found - predicted) > BYTES_TOLERANCE * predicted:
         form = settings.format if settings else "the model unchanged"

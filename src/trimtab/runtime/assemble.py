@@ -117,8 +117,6 @@ def _assign(model: nn.Module, export: Export, names: list[str]) -> None:
     places = model.state_dict()
     for name in names:
         if name not in places:
-            if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what is computed
-                continue
             raise Failure("export_damaged", f"{name}: the export holds it, but the model has no place for it")
         tensor, place = export.tensor(name), places[name]
         if tensor.shape != place.shape or tensor.is_floating_point() != place.is_floating_point():

@@ -30,6 +30,20 @@ def canonical(address: str) -> str:
     return folder_of(address).as_uri()
 
 
+def split_source(uri: str) -> tuple[str, str]:
+    """Returns the bucket and the prefix that somebody else's s3:// URI names, character by character: a prefix may
+    hold what a store's may not, such as spaces, '+' and accents.
+
+    Raises:
+        InputError: no valid bucket, or a prefix with an empty part, '.' or '..'.
+    """
+    match = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?", uri)
+    prefix = (match.group(2) or "").strip("/") if match else ""
+    if not match or (prefix and any(part in ("", ".", "..") for part in prefix.split("/"))):
+        raise InputError(f"the model {uri!r} is not valid: write s3://bucket/prefix")
+    return match.group(1), prefix
+
+
 def folder_of(address: str) -> Path:
     """Returns the absolute folder that a path or a file:// URI names.
 

@@ -61,7 +61,7 @@ class Store:
 
     def put(
         self,
-        folder: str | Path,
+        folder: str | Path | Mapping[str, Path],
         *,
         kind: str,
         metadata: Mapping[str, Any] | None = None,
@@ -71,7 +71,8 @@ class Store:
         """Stores the files of a folder and returns their tree; sends no content that is there already.
 
         Args:
-            folder: its files, with links to files inside it followed; empty folders and modes are not kept.
+            folder: its files, with links to files inside it followed; empty folders and modes are not kept. Or the
+                tree's files by name, and where each lies.
             kind: what the tree is ("checkpoint"); part of the digest.
             metadata: JSON; part of the digest.
             move: the files are given away: deleted when the tree is complete, and in a local store on the
@@ -83,22 +84,27 @@ class Store:
             StoreError: a file changed while it was read, or the store failed; no part of the tree is visible,
                 and putting it again sends only what is missing.
         """
-        folder = Path(folder)
-        sizes = list_files(folder)
+        if isinstance(folder, Mapping):
+            places = dict(sorted(folder.items()))
+            with explained(", ".join(places)):
+                sizes = {name: place.stat().st_size for name, place in places.items()}
+        else:
+            sizes = list_files(folder)
+            places = {name: Path(folder) / name for name in sizes}
         metadata = json.loads(_json(metadata or {}, "metadata"))
         self._back.prepare()
         meter = Meter(sum(sizes.values()), progress)
         with leases.working(self._back):
-            sums = in_parallel(lambda path: self._back.add(folder / path, sizes[path], meter, move), sizes, meter)
+            sums = in_parallel(lambda path: self._back.add(places[path], sizes[path], meter, move), sizes, meter)
             files = {path: Blob(sha256=sha, bytes=sizes[path]) for path, sha in zip(sizes, sums, strict=True)}
             manifest = Manifest.parse({"kind": kind, "metadata": metadata, "files": files})
             key = f"trees/{manifest.digest}.json"
             if _is_old(self._back.modified(key)):
                 self._back.write(key, _json(manifest.document, "the manifest"))
         if move:
-            with explained(str(folder)):
-                for path in sizes:
-                    (folder / path).unlink()
+            for place in places.values():
+                with explained(str(place)):
+                    place.unlink()
         return Tree(uri=f"{self.uri}/trees/{manifest.digest}", digest=manifest.digest, bytes=manifest.size)
 
     def put_json(self, kind: str, document: Any, **others: Any) -> Tree:
