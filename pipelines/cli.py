@@ -244,9 +244,7 @@ def _check_texts(recipe: Recipe) -> None:
     texts = [("calibrate.text", source.text) for source in recipe.calibrate.sources if source.dataset is None]
     texts += [("distill.text", name) for name in recipe.distill.texts] if recipe.distill else []
     for field, name in texts:
-        # Conversations need the model's chat template, so JSON lines are read where the model is.
-        if name != "builtin" and not (name.endswith(".jsonl") and Path(name).is_file()):
-            documents.read(name, ("", ""), field=field)
+        documents.check(name, field)
 
 
 def _check_tasks(evaluation: Evaluation) -> None:
