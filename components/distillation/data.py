@@ -41,7 +41,7 @@ def read(tokenizer: Any, sources: Sequence[str], length: int, generated: Path | 
     held out.
 
     Args:
-        sources: "builtin", .txt or .jsonl files, in the order in which they are read.
+        sources: "builtin", or files of text, in the order in which they are read.
         generated: the folder of a stage `generate`, or None.
 
     Raises:

@@ -171,7 +171,7 @@ def check_bytes(
     """
     tensors = [tensor for path in _weight_files(export.folder) for tensor in read_header(path)]
     if settings is None:
-        again = _HEAD if facts.tied_embeddings else None
+        again = f"{families.named(facts.model_type).head}.weight" if facts.tied_embeddings else None
         tensors = [t for t in tensors if t.name != again and not is_computed(t.name, t.shape)]
     found = sum(tensor.end - tensor.begin for tensor in tensors)
     predicted = _predicted(export, facts, groups, settings)

@@ -40,7 +40,10 @@ def explain(cls: type[BaseModel], document: Mapping[str, Any], item: Mapping[str
     if not path:  # what two sections say together; the message names them, and the input is the whole document
         return said
     if value is None and kind != "literal_error":
-        return f"{where}: is empty; remove it, or write {place.fields if place.sections else 'a value'}"
+        asked = place.fields if place.sections else "a value"
+        fields = [model.model_fields[path[-1]] for model in place.holders if path[-1] in model.model_fields]
+        needed = any(field.is_required() for field in fields)
+        return f"{where}: is empty; {'' if needed else 'remove it, or '}write {asked}"
     if kind == "too_long" and isinstance(value, Sequence):
         return _wrong_length(cls, document, path, value)
     if kind == "literal_error":

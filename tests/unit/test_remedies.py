@@ -140,6 +140,15 @@ def put(document: dict, place: tuple, value: Any) -> dict:
     return changed
 
 
+def without(document: dict, place: tuple) -> dict:
+    changed = copy.deepcopy(document)
+    holder = changed
+    for key in place[:-1]:
+        holder = holder[key]
+    del holder[place[-1]]
+    return changed
+
+
 def said(kind: Any, document: dict) -> str:
     """The message about a document in which one thing is wrong, "" where none is or several are."""
     try:
@@ -171,6 +180,15 @@ def test_what_a_message_says_to_write_is_accepted(kind, good):
                 again = said(kind, put(good, place, remedy))
                 assert not again.startswith(f"{where}:"), f"{value!r} -> {message} -> {again}"
     assert tried >= 10
+
+
+@pytest.mark.parametrize(("kind", "good"), GOOD, ids=[f"{kind.__name__} {list(good)}"[:60] for kind, good in GOOD])
+def test_what_a_message_says_to_remove_may_be_absent(kind, good):
+    for place in places(good):
+        message = said(kind, put(good, place, None))
+        if "is empty; remove it" in message:
+            again = said(kind, without(good, place))
+            assert not again.startswith(".".join(map(str, place))), f"{message} -> {again}"
 
 
 # --- the nearest of a list ---------------------------------------------------------------------------------------

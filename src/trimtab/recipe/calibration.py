@@ -17,9 +17,9 @@ MAX_CALIBRATION_BYTES = 600
 class Source(Document):
     """One source of calibration text, and its share of the samples.
 
-    `text` is "builtin", the path of a .txt or .jsonl file, or a dataset: `hf:owner/name` on the Hugging Face hub,
-    or `hf:` and a local folder. `config`, `split` and `field` (the column that holds text or messages) are those of
-    a dataset. Samples are shared out in proportion to `weight`.
+    `text` is "builtin", the path of a .txt, .jsonl, .json or .csv file, or a dataset: `hf:owner/name` on the Hugging
+    Face hub, or `hf:` and a local folder. `config`, `split` and `field` (the column that holds text or messages) are
+    those of a dataset. Samples are shared out in proportion to `weight`.
     """
 
     text: str

@@ -21,9 +21,9 @@ class Distillation(Document):
     block. The learning rate rises over the share `warmup` of the steps and then follows `schedule`.
     `early_stopping` is a number of measurements of the held-out loss, of twenty in all, without a better one.
 
-    `text` is one source or a list of them: "builtin", .txt or .jsonl files. `generate` is a number of tokens by the
-    teacher itself besides. `stored_logits` is how many of the teacher's likeliest tokens are stored for each position,
-    once, so that no later run of the same text needs the teacher; 0 runs it beside the student.
+    `text` is one source or a list of them: "builtin", or .txt, .jsonl, .json or .csv files. `generate` is a number of
+    tokens by the teacher itself besides. `stored_logits` is how many of the teacher's likeliest tokens are stored for
+    each position, once, so that no later run of the same text needs the teacher; 0 runs it beside the student.
 
     Example::
 
