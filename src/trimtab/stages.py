@@ -308,7 +308,7 @@ def fail(state: State, name: str, failure: Failure) -> State:
     """Makes an expected failure the state's verdict."""
     progress.report(name, failure.reason)
     reason = textwrap.shorten(failure.reason, MAX_REASON, placeholder=" …")
-    verdict = Verdict(outcome="rejected", failure_class=failure.failure_class, reason=reason)
+    verdict = Verdict(outcome="rejected", failure_class=failure.failure_class, reason=reason, stage=name)
     return state.model_copy(update={"verdict": verdict})
 
 
@@ -369,7 +369,9 @@ def accelerators(state: State) -> dict[str, str]:
 
 def _needed(state: State) -> dict[str, int]:
     """The accelerators of the stages that must run."""
-    several = {"engine": state.recipe.engine.world_size}
+    # Validation, which has the accelerators of `engine`, measures the baseline beside the attempt.
+    served = [state.recipe, *([state.baseline.recipe] if state.baseline else [])]
+    several = {"engine": max(recipe.engine.world_size for recipe in served)}
     if state.recipe.distill:
         several["distill"] = state.recipe.distill.processes
     store, known, counts = open_store(state.store), True, {}
