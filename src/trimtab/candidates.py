@@ -40,9 +40,6 @@ _NARROWER = (
     "a narrower FFN, which loses less than half as much log-perplexity as fewer blocks with as many parameters "
     "(SmolLM2-135M, not distilled; `benchmarks/pruning.py`)"
 )
-#: Bytes of a parameter that is trained: a float32 master, gradient and two moments, and the teacher's 16 bits; and the
-#: share of a GPU's memory that leaves room for what the layers compute.
-_TRAINING_BYTES, _TRAINING_SHARE = 18, 0.75
 _KV = "the FP8 KV cache holds twice the tokens"
 _NO_DOWN = "{down}, whose inputs have the largest outliers, stays in 16 bits"
 
@@ -93,10 +90,16 @@ class Kit:
                 yield self.quantized(form, kv=True)
             yield self.quantized(form)
 
+    def four_bit_floats(self) -> Iterator[Candidate]:
+        """NVFP4 where it is computed in, with the KV cache in FP8 where that is served, then without."""
+        if "nvfp4" in self.formats:
+            if self.kv:
+                yield self.quantized("nvfp4", kv=True)
+            yield self.quantized("nvfp4")
+
     def rehearsed(self) -> Iterator[Candidate]:
-        """INT4 by rounding to nearest, of the whole model trained with the rounding, where one GPU can train it."""
-        trained = _TRAINING_BYTES * self.facts.parameters
-        if self.hardware.compute_capability is not None and trained < _TRAINING_SHARE * self.hardware.memory_bytes:
+        """INT4 by rounding to nearest, of the whole model trained with the rounding: too long a work for a CPU."""
+        if self.hardware.compute_capability is not None:
             recipe, _ = self.quantized("int4_rtn")
             length = min(2048, self.facts.max_position_embeddings)
             distill = Distillation(tokens=10_000_000, batch_size=16, length=length, quantization_aware=True)
@@ -136,6 +139,7 @@ class Kit:
 
 def _lower_latency(kit: Kit) -> Iterator[Candidate]:
     yield from kit.eight_bits()
+    yield from kit.four_bit_floats()
     yield kit.quantized("int4_awq")
     yield kit.quantized("int4_gptq")
     yield from kit.rehearsed()
@@ -148,7 +152,8 @@ def _higher_throughput(kit: Kit) -> Iterator[Candidate]:
     # No INT4: at batch 64 it reaches 0.83x of BF16 (benchmark.md).
     unchanged = Recipe(engine=Engine(backend=kit.backend))
     whole, _ = kit.place(unchanged)
-    rungs = [*kit.eight_bits(), *kit.students(kv=True), *(kit.safest() if kit.eights else ())]
+    eights = (*kit.eight_bits(), *kit.four_bit_floats())
+    rungs = [*eights, *kit.students(kv=True), *(kit.safest() if kit.eights else ())]
     if not kit.eights and kit.kv:
         rungs.insert(0, kit.quantized("bf16", kv=True))
     for recipe, why in rungs:
@@ -193,7 +198,8 @@ def _long_context(kit: Kit) -> Iterator[Candidate]:
 
 
 def _lower_cost(kit: Kit) -> Iterator[Candidate]:
-    rungs = [*kit.eight_bits(), kit.quantized("int4_awq"), *kit.students(kv=True), *kit.safest()]
+    quantized = (*kit.eight_bits(), *kit.four_bit_floats(), kit.quantized("int4_awq"))
+    rungs = [*quantized, *kit.students(kv=True), *kit.safest()]
     for recipe, why in rungs:
         smaller = _smaller_gpu(recipe, kit)
         # INT4 is slow at the batches that cost little: it is here only when it makes a smaller GPU enough.

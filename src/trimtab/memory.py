@@ -1,16 +1,24 @@
-"""What serving a recipe needs in memory on each device: weights, KV cache, activations."""
+"""What a recipe needs in memory on each device: to serve it, and to train it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from trimtab import families, shapes
 from trimtab.catalog.formats import Storage
 from trimtab.catalog.kv_caches import KV_CACHES
 from trimtab.hardware import GB, Hardware, quantized_layers
 from trimtab.model import ModelFacts
-from trimtab.recipe import CASTS, Engine, Quantization, Recipe
+from trimtab.recipe import Engine, MovementPruning, Quantization, Recipe, SparsePruning
 from trimtab.schema import Document
+
+#: Bytes of one chunk of float32 logits and how many copies of it a loss and its gradient hold, and the tokens whose
+#: held-out loss is measured at once, on a CPU and on a GPU (`components.distillation.chunks`, `.training`).
+_CHUNK_BYTES, _CHUNK_COPIES = (32 << 20, 512 << 20), 4
+_HELD_OUT_TOKENS = (1024, 16384)
+#: The share of a device's memory that training may take: the rest is CUDA's context and what the allocator wastes.
+TRAINING_SHARE = 0.9
 
 
 class Memory(Document):
@@ -124,7 +132,7 @@ def max_context_tokens(facts: ModelFacts, recipe: Recipe, hardware: Hardware, we
     """
     engine, held = recipe.engine, _as_held(recipe, hardware)
     linears, rest = weight_bytes(facts, held)
-    if recipe.quantize and recipe.quantize.format not in CASTS and held.weight_format == recipe.weight_format:
+    if recipe.quantize and not recipe.quantize.row.is_cast and held.weight_format == recipe.weight_format:
         linears = max(0, weights - rest)
     free = _available(engine, hardware) - _on_each(linears, facts, recipe) - rest
     tokens = int(free * engine.kv_cache_fraction) // kv_bytes_per_token(facts, held)
@@ -141,6 +149,101 @@ def _on_each(linears: float, facts: ModelFacts, recipe: Recipe) -> int:
 def _available(engine: Engine, hardware: Hardware) -> int:
     """Bytes that each device has; on a CPU the ranks share one memory."""
     return hardware.memory_bytes // (1 if hardware.compute_capability else engine.world_size)
+
+
+class TrainingMemory(Document):
+    """What distillation needs on each device, in bytes: both models' weights, the optimizer's states with the
+    gradients, what is kept for the gradients (`activations`), and the loss with what is computed on the way."""
+
+    weights: int
+    states: int
+    activations: int
+    loss: int
+    available: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.states + self.activations + self.loss
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= TRAINING_SHARE * self.available
+
+    @property
+    def explanation(self) -> str:
+        parts = f"{self.weights / GB:.1f} GB weights of student and teacher + {self.states / GB:.1f} GB gradients and "
+        parts += f"optimizer + {self.activations / GB:.1f} GB activations + {self.loss / GB:.1f} GB loss"
+        fits = "fits" if self.fits else "does not fit"
+        return f"training needs {parts} = {self.total / GB:.1f} GB of {self.available / GB:.0f} GB: {fits}"
+
+
+def activation_bytes(facts: ModelFacts, width: int = 2) -> int:
+    """Returns the bytes that autograd keeps of one token in one block: 109, 131 and 201 kB in Llama 3's 1B, 3B and 8B.
+
+    In 16 bits (`width` 2), of h hidden channels, f neurons and a and k heads of d numbers: of each norm its input in
+    float32 and two vectors behind it (8 h), of the FFN gate, its activation, up and their product (8 f), of attention
+    queries and outputs (4 a d), keys and values (4 k d) and a float32 a head; and a float32 of each norm. In float32
+    twice as much, but of norms 12 h each.
+    """
+    attention = 2 * width * facts.head_dim * (facts.heads + facts.kv_heads) + 4 * facts.heads
+    norms = 2 * ((8 if width == 2 else 12) * facts.hidden_size + 4)
+    return norms + 4 * width * facts.intermediate_size + attention
+
+
+def training(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> TrainingMemory:
+    """Returns what the recipe's distillation needs on each device, of each of its processes alike.
+
+    On a GPU weights are in 16 bits: of each parameter that is trained there are that, its gradient, and in float32 a
+    master, its gradient and two moments, 20 bytes; on a CPU all is float32, 16 bytes. Learned or kept zeros and
+    weights that are rounded while they train add to that in the linear layers. The teacher, with all its weights,
+    stands beside the student unless its logits are stored. `facts` are those of the model before it is pruned.
+    """
+    distill, on_gpu = recipe.distill, hardware.compute_capability is not None
+    width = 2 if on_gpu else 4
+    student = shapes.pruned(facts, recipe.prune)
+    states = (18 if on_gpu else 12) * student.parameters
+    if isinstance(recipe.prune, MovementPruning):
+        states += (16 + width) * student.linear_parameters
+    if isinstance(recipe.prune, SparsePruning):
+        states += (1 + width) * student.linear_parameters
+    if distill.quantization_aware:
+        states += width * student.linear_parameters
+    tokens = distill.windows_at_once * distill.length
+    block = activation_bytes(student, width)
+    hidden = width * student.hidden_size
+    kept = (student.layers * hidden + block) if distill.activation_checkpointing else student.layers * block
+    if distill.hidden_weight:
+        kept += 2 * student.layers * hidden
+    head = (4 + width) * facts.vocab_size * student.hidden_size
+    passing = max(tokens, _HELD_OUT_TOKENS[on_gpu]) * width * (4 * facts.hidden_size + 3 * facts.intermediate_size)
+    return TrainingMemory(
+        weights=width * (student.parameters + (0 if distill.stored_logits else facts.parameters)),
+        states=states,
+        activations=tokens * (kept + 4 * hidden),
+        loss=_CHUNK_COPIES * _CHUNK_BYTES[on_gpu] + head + passing,
+        available=hardware.memory_bytes // (1 if on_gpu else distill.processes),
+    )
+
+
+def trainable(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Recipe | None:
+    """Returns the recipe with a training that fits: its batch in as few parts as can be, or else with activation
+    checkpointing too, which costs a third more time; None where no training does."""
+    return next((tried for tried in _trainings(recipe) if training(facts, tried, hardware).fits), None)
+
+
+def least_training(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> TrainingMemory:
+    """Returns what the training of the recipe needs that needs the least, one window at a time with checkpointing."""
+    return min((training(facts, tried, hardware) for tried in _trainings(recipe)), key=lambda need: need.total)
+
+
+def _trainings(recipe: Recipe) -> Iterator[Recipe]:
+    """The recipe with its batch in ever more parts, then so with activation checkpointing."""
+    distill = recipe.distill
+    whole = distill.batch_size // distill.processes
+    for checkpointing in sorted({distill.activation_checkpointing, True}):
+        for parts in (n for n in range(distill.gradient_accumulation, whole + 1) if whole % n == 0):
+            fields = {"gradient_accumulation": parts, "activation_checkpointing": checkpointing}
+            yield recipe.model_copy(update={"distill": distill.model_copy(update=fields)})
 
 
 def _as_held(recipe: Recipe, hardware: Hardware) -> Recipe:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from trimtab.errors import InputError
 from trimtab.hardware import GB, GPUS, Hardware, check
-from trimtab.memory import memory
+from trimtab.memory import least_training, memory, trainable
 from trimtab.model import ModelFacts
 from trimtab.recipe import Engine, Recipe
 from trimtab.serving.parallelism import worlds
@@ -35,10 +35,15 @@ def place(
 
     Returns the recipe and a note for its reason; or None, and why nothing fits. An emulated format, of weights
     or of the KV cache, is placed only when the user asks for it: it judges accuracy and makes nothing smaller
-    or faster.
+    or faster. A training gets the accumulation and the checkpointing with which the target holds it, or is not placed.
     """
     if hardware.is_emulated(recipe) or hardware.is_kv_cache_emulated(recipe):
         return None, f"{recipe.title}: only emulated on {hardware.name}"
+    if recipe.distill:
+        trained = trainable(facts, recipe, hardware)
+        if trained is None:
+            return None, f"{recipe.title}: {least_training(facts, recipe, hardware).explanation}"
+        recipe = trained
     if workload:
         try:
             placed = sized(recipe, facts, hardware, workload)

@@ -12,7 +12,7 @@ from trimtab.candidates import CANDIDATES, Kit
 from trimtab.catalog.backends import BACKENDS
 from trimtab.errors import InputError, nearest
 from trimtab.hardware import Hardware, check
-from trimtab.memory import max_context_tokens, memory, weight_bytes
+from trimtab.memory import least_training, max_context_tokens, memory, trainable, training, weight_bytes
 from trimtab.model import ModelFacts
 from trimtab.placing import baseline as place_baseline
 from trimtab.placing import for_workload, sized
@@ -181,6 +181,17 @@ def _shown(rung: Rung) -> dict[str, Any]:
     }
 
 
+def _fitting(recipe: Recipe, facts: ModelFacts, hardware: Hardware) -> str:
+    """Says that a training does not fit, and what to write so that it does."""
+    need, fits = training(facts, recipe, hardware), trainable(facts, recipe, hardware)
+    if fits is None:
+        least = least_training(facts, recipe, hardware).explanation
+        return f"{least}, even one window at a time; write a larger target, prune more, or leave distill out"
+    parts = f"gradient_accumulation: {fits.distill.gradient_accumulation}"
+    more = " and activation_checkpointing: true" if fits.distill.activation_checkpointing else ""
+    return f"{need.explanation}; write {parts}{more}"
+
+
 def _users_own(recipe: Recipe, facts: ModelFacts, hardware: Hardware, workload: Workload | None) -> Rung:
     if reason := check(recipe, hardware, facts):
         raise InputError(reason)
@@ -191,6 +202,8 @@ def _users_own(recipe: Recipe, facts: ModelFacts, hardware: Hardware, workload: 
         raise InputError(
             f"engine: {need.explanation}; write a smaller max_batch_size or max_seq_len, or fewer bits"
         )
+    if recipe.distill and not training(facts, recipe, hardware).fits:
+        raise InputError(f"distill: {_fitting(recipe, facts, hardware)}")
     why = "the recipe that the user gave"
     if workload:
         why += f"; {for_workload(workload, recipe)}"

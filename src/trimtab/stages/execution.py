@@ -127,5 +127,5 @@ def fail(state: State, name: str, failure: Failure) -> State:
     """Makes an expected failure the state's verdict."""
     progress.report(name, failure.reason)
     reason = textwrap.shorten(failure.reason, MAX_REASON, placeholder=" …")
-    verdict = Verdict(outcome="rejected", failure_class=failure.failure_class, reason=reason)
+    verdict = Verdict(outcome="rejected", failure_class=failure.failure_class, reason=reason, stage=name)
     return state.model_copy(update={"verdict": verdict})

@@ -55,6 +55,7 @@ class Confirmation(Document):
 class Verdict(Document):
     """What is said of one attempt, and the numbers it rests on.
 
+    `stage` is the one that failed, where the attempt ended before it was measured.
     `looks` says how often items were drawn, `items` and `windows` how many there were in all. `accuracy` and
     `perplexity` are the candidate's; `recovery` and `perplexity_ratio` compare it with the baseline. All
     intervals have the two-sided confidence of their look (see `trimtab.verdict.judging`). `mcnemar_p`, for the
@@ -64,6 +65,7 @@ class Verdict(Document):
     outcome: Literal["accepted", "rejected", "indeterminate", "baseline"]
     failure_class: FailureClass | None = None
     reason: str
+    stage: str = ""
     looks: int = 0
     items: int = 0
     windows: int = 0
