@@ -131,7 +131,7 @@ STAGES: dict[str, Stage] = {
             output="checkpoint",
             wanted=lambda recipe: recipe.prune is not None and not isinstance(recipe.prune, MovementPruning),
             parameters=_part("prune"),
-            version=3,
+            version=4,
         ),
         Stage(
             name="generate",
@@ -187,7 +187,7 @@ STAGES: dict[str, Stage] = {
             output="export",
             wanted=lambda recipe: recipe.quantize is not None,
             parameters=_part("quantize"),
-            version=2,
+            version=3,
         ),
         Stage(
             name="engine",
