@@ -26,14 +26,16 @@ def outline(path: str | Path) -> ModelFacts:
     path = Path(path)
     try:
         config = json.loads(path.read_bytes())
-        model_type = config["model_type"]
+        config["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: is no config.json of a model ({error.__class__.__name__}: {error})") from None
-    if model_type not in MODEL_TYPES:
+    family = families.of(config, str(path))
+    if not family.width:
         known = ", ".join(MODEL_TYPES)
-        raise InputError(f"{path}: the shapes of a '{model_type}' are not known ({known} are); give the whole model")
+        what = f"the shapes of a '{family.model_type}' do not follow from its config ({known}'s do)"
+        raise InputError(f"{path}: {what}; give the whole model")
     try:
-        shapes = dict(_shapes(config, families.of(config, str(path))))
+        shapes = dict(_shapes(config, family))
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"{path}: lacks {error}; give the model's own config.json") from None
     tensors = {name: Tensor(name, "BF16", shape, 0, 2 * math.prod(shape)) for name, shape in shapes.items()}

@@ -17,6 +17,6 @@ PHI3 = Family(
     attention=Attention(qkv="qkv_proj"),
     mlp=Mlp(gate_up="gate_up_proj"),
     qkv_bias=False,
-    no_serve="its keys and values come out of qkv_proj, and the paged KV cache knows a k_proj and a v_proj",
+    no_serve="its keys and values come out of qkv_proj, with the queries",
 )
 FAMILIES = (PHI, PHI3)

@@ -26,7 +26,7 @@ FALCON = Family(
     limits=(Limit("alibi", False, (False,), "and biases of attention by distance (ALiBi) are not known"),),
     sizes=_falcon_sizes,
     qkv_bias="bias",
-    no_serve="its keys and values come out of query_key_value, and the paged KV cache knows a k_proj and a v_proj",
+    no_serve="its keys and values come out of query_key_value, with the queries",
 )
 OPT = Family(
     "opt",

@@ -67,18 +67,26 @@ def skeleton(folder: Path) -> PreTrainedModel:
     """Returns the model with its parameters on the meta device; buffers such as rotary frequencies are real.
 
     Raises:
-        InputError: no config, or an architecture that transformers does not know.
+        InputError: no config, an architecture that transformers does not know, or one that no family describes.
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config.__dict__.pop("quantization_config", None)
+    except (OSError, ValueError, KeyError) as error:
+        raise _no_model(folder, error) from None
+    families.of(config.to_dict(), f"{folder}/config.json")
+    try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: no model can be made of its config.json: {error}") from None
+        raise _no_model(folder, error) from None
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model
+
+
+def _no_model(folder: Path, error: Exception) -> InputError:
+    return InputError(f"{folder}: no model can be made of its config.json: {error}")
 
 
 def _replace(model: nn.Module, export: Export, names: list[str], device: torch.device) -> set[str]:

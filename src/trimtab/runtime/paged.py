@@ -133,15 +133,24 @@ class PagedKVCache:
         return stored.view(_CODES[self.algorithm][1]).bfloat16() * scale  # codes fit, so this rounds once
 
 
+def check(model_type: str) -> None:
+    """Refuses models that cannot be served.
+
+    Raises:
+        Failure: `unsupported`, a paged KV cache cannot hold what the family's attention keeps.
+    """
+    if why := families.named(model_type).no_serve:
+        raise Failure("unsupported", f"a '{model_type}' cannot be served from a paged KV cache: {why}")
+
+
 def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Returns the model's attention layers.
 
     Raises:
         Failure: `unsupported`, a paged KV cache cannot hold what they keep.
     """
+    check(model.config.model_type)
     family = families.named(model.config.model_type)
-    if family.no_serve:
-        raise Failure("unsupported", f"{type(model).__name__} has no paged KV cache: {family.no_serve}")
     return [getattr(block, family.attention.module) for block in model.get_submodule(family.blocks)]
 
 

@@ -121,7 +121,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: recipe.prune is not None and not isinstance(recipe.prune, MovementPruning),
             parameters=_part("prune"),
             environment=always(TENSORS),
-            version=3,
+            version=4,
         ),
         Stage(
             name="generate",
@@ -184,7 +184,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: recipe.quantize is not None,
             parameters=_part("quantize"),
             environment=always(QUANTIZED),
-            version=2,
+            version=3,
         ),
         Stage(
             name="engine",
