@@ -15,7 +15,7 @@ from trimtab import __version__, hardware, signing
 from trimtab.errors import InputError, TrimtabError
 from trimtab.errors import __doc__ as exit_codes
 from trimtab.pipelines import cluster_commands, custody, deploy_command, local_backend, plan_command, serving_commands
-from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_profile, release_name
+from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_evaluation, read_profile, release_name
 from trimtab.recipe import Recipe
 from trimtab.serving import traffic
 from trimtab.state import GOALS, Evaluation
@@ -108,7 +108,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", default="", help="name of the release (the model's)")
     parser.add_argument(
-        "--tasks", default="trimtab_suite", help="lm-eval tasks, separated by commas (trimtab_suite)"
+        "--tasks", help="lm-eval tasks, separated by commas (those of --evaluation, or trimtab_suite)"
     )
     parser.add_argument("--task-path", default="", metavar="DIR", help="a folder with lm-eval task YAMLs")
     parser.add_argument(
@@ -149,16 +149,8 @@ def _checked(arguments: argparse.Namespace) -> tuple[str, Evaluation]:
     recipe = read(arguments.recipe, "recipe")
     if recipe:
         _check_texts(Recipe.parse(recipe))
-    tasks = tuple(task.strip() for task in arguments.tasks.split(",") if task.strip())
-    if not tasks:
-        raise InputError("tasks: is empty; write the names of lm-eval tasks, separated by commas, or leave it out")
-    evaluation = Evaluation.parse(read(arguments.evaluation, "evaluation") or "{}").model_copy(
-        update={
-            "tasks": tasks,
-            "task_path": str(Path(arguments.task_path).absolute()) if arguments.task_path else "",
-        }
-    )
-    _check_tasks(evaluation)
+    evaluation = read_evaluation(arguments.evaluation, arguments.tasks, arguments.task_path)
+    _check_evaluation(evaluation, Recipe.parse(recipe or "{}"), arguments.max_attempts)
     return recipe, evaluation
 
 
@@ -247,12 +239,14 @@ def _check_texts(recipe: Recipe) -> None:
         documents.check(name, field)
 
 
-def _check_tasks(evaluation: Evaluation) -> None:
-    """trimtab's own suite is known; any other name is asked of lm-eval now rather than after the baseline."""
-    if evaluation.tasks != ("trimtab_suite",):
-        from trimtab.components.validation import tasks
+def _check_evaluation(evaluation: Evaluation, recipe: Recipe, attempts: int) -> None:
+    """Tasks that are not there or too small, and a text that is none, are refused now, not after the baseline."""
+    from trimtab import dealing, task_sizes
+    from trimtab.runtime import documents
 
-        tasks.load(list(evaluation.tasks), evaluation.task_path)
+    if evaluation.heldout != "builtin":
+        documents.read(evaluation.heldout, ("", ""), field="heldout")
+    dealing.deal(task_sizes.of(evaluation), evaluation, recipe.accept, attempts)
 
 
 def _store(address: str) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from trimtab.errors import InputError, nearest
 from trimtab.profile import Profile
+from trimtab.schema import mapping
+from trimtab.state import Evaluation
 from trimtab.store.address import check_name
 
 
@@ -32,6 +34,32 @@ def read(path: str, field: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{field}: '{path}' cannot be read ({error.__class__.__name__}); write a YAML file") from None
+
+
+def read_evaluation(path: str, tasks: str | None = None, task_path: str = "") -> Evaluation:
+    """Returns what is measured: a YAML file's, "" for none, with the tasks that were named beside it.
+
+    Args:
+        tasks: names of tasks, separated by commas; None where none are named beside the file.
+        task_path: the folder of their YAMLs; "" where none is named beside the file.
+
+    Raises:
+        InputError: the file is none, or has a bad value, or names what is named beside it too.
+    """
+    document = dict(mapping(read(path, "evaluation") or "{}", "evaluation"))
+    for option, field, value in (("--tasks", "tasks", tasks), ("--task-path", "task_path", task_path or None)):
+        if value is None:
+            continue
+        if field in document:
+            raise InputError(f"{option}: '{path}' has '{field}' too; name them there or here, not in both places")
+        document[field] = value
+    if tasks is not None:
+        document["tasks"] = [task.strip() for task in tasks.split(",") if task.strip()]
+        if not document["tasks"]:
+            raise InputError("--tasks: names no task; write names separated by commas, such as trimtab_suite")
+    if document.get("task_path"):
+        document["task_path"] = str(Path(document["task_path"]).absolute())
+    return Evaluation.parse(document)
 
 
 def read_profile(path: str) -> Profile:

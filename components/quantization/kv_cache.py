@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from trimtab.fusion import block_of
+from trimtab.families import Family
 from trimtab.runtime.formats import E4M3_MAX
 from trimtab.runtime.scales import scale_of
 
@@ -16,20 +16,21 @@ _LARGEST = {"fp8": E4M3_MAX, "int8": 127.0, "nvfp4": E4M3_MAX}
 
 
 def scales(
-    form: str, names: Sequence[str], measured: Callable[[str], torch.Tensor]
+    form: str, family: Family, names: Sequence[str], measured: Callable[[str], torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Returns `k_scale` and `v_scale`, float32 scalars, of the attention layers whose weights are among the names.
 
     Args:
         form: the recipe's `kv_cache`.
+        family: one with a layer of its own for keys, and for values.
         names: tensors of whole blocks.
         measured: name -> tensor of the calibration.
     """
     found = {}
-    for kind, part in (("key", "k"), ("value", "v")):
+    for (kind, part), layer in zip((("key", "k"), ("value", "v")), family.attention.scaled, strict=True):
         ranges = measured(f"{kind}_amax")
         for name in names:
-            if name.endswith(f".{part}_proj.weight"):
-                layer = name.removesuffix(".weight")
-                found[f"{layer}.{part}_scale"] = scale_of(ranges[block_of(name)], _LARGEST[form])
+            block, within = family.place(name)
+            if within == f"{layer}.weight":
+                found[f"{name.removesuffix('.weight')}.{part}_scale"] = scale_of(ranges[block], _LARGEST[form])
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trimtab import placing, shapes
+from trimtab import families, placing, shapes
 from trimtab.hardware import GB, GPUS, Hardware, check, largest_group_size
 from trimtab.memory import memory
 from trimtab.model import ModelFacts
@@ -60,9 +60,8 @@ _NARROWER = (
 #: Bytes of a parameter that is trained: a float32 master, gradient and two moments, and the teacher's 16 bits; and the
 #: share of a GPU's memory that leaves room for what the layers compute.
 _TRAINING_BYTES, _TRAINING_SHARE = 18, 0.75
-_FFN = ("gate_proj", "up_proj", "down_proj")
 _KV = "the FP8 KV cache holds twice the tokens"
-_NO_DOWN = "down_proj, whose inputs have the largest outliers, stays in 16 bits"
+_NO_DOWN = "{down}, whose inputs have the largest outliers, stays in 16 bits"
 
 
 Candidate = tuple[Recipe, str]
@@ -81,7 +80,7 @@ class Kit:
         busy = goal in ("higher_throughput", "lower_cost")
         order = ("fp8", "int8_sq", "int8_wo") if busy else ("fp8", "int8_wo", "int8_sq")
         self.eights = [form for form in order if form in self.formats]
-        self.has_down = any(layer.name.endswith(".down_proj") for layer in facts.linears)
+        self.family = families.named(facts.model_type)
 
     def place(self, recipe: Recipe) -> tuple[Recipe | None, str]:
         """See `placing.place`."""
@@ -90,7 +89,8 @@ class Kit:
     def quantized(
         self, form: str, *, kv: bool = False, bits: float | None = None, keep_down: bool = False
     ) -> Candidate:
-        exclude = ("lm_head", "*.down_proj") if keep_down else ("lm_head",)
+        down, head = self.family.mlp.down, self.family.head
+        exclude = (head, f"*.{down}") if keep_down else (head,)
         quantize = Quantization(
             format=form, effective_bits=bits, kv_cache="fp8" if kv else "none", exclude=exclude
         )
@@ -99,8 +99,8 @@ class Kit:
             quantize = quantize.model_copy(update={"group_size": size} if size else {})
         recipe = Recipe(quantize=quantize, engine=Engine(backend=self.backend))
         if keep_down:
-            recipe = recipe.model_copy(update={"name": f"{recipe.title}, down_proj in 16 bits"})
-        why = [EXPECTATIONS[form], _KV if kv else "", _NO_DOWN if keep_down else ""]
+            recipe = recipe.model_copy(update={"name": f"{recipe.title}, {down} in 16 bits"})
+        why = [EXPECTATIONS[form], _KV if kv else "", _NO_DOWN.format(down=down) if keep_down else ""]
         return recipe, "; ".join(filter(None, why))
 
     def eight_bits(self) -> Iterator[Candidate]:
@@ -138,7 +138,7 @@ class Kit:
 
     def _smaller(self, blocks: int) -> tuple[Pruning, str]:
         """Removes as many parameters as so many blocks have: FFN neurons where that can be, else the blocks."""
-        ffn = sum(layer.parameters for layer in self.facts.linears if layer.name.endswith(_FFN))
+        ffn = sum(layer.parameters for layer in self.facts.linears if layer.name.endswith(self.family.neurons))
         removed = blocks / self.facts.layers * self.facts.linear_parameters
         if removed < ffn:
             narrower = WidthPruning(method="width", ffn=round(removed / ffn, 2))
@@ -147,9 +147,8 @@ class Kit:
         return DepthPruning(method="depth", blocks=blocks), "fewer blocks"
 
     def safest(self) -> Iterator[Candidate]:
-        if self.has_down:
-            form = "int8_wo" if "int8_wo" in self.eights else (self.eights or ["int4_awq"])[0]
-            yield self.quantized(form, keep_down=True)
+        form = "int8_wo" if "int8_wo" in self.eights else (self.eights or ["int4_awq"])[0]
+        yield self.quantized(form, keep_down=True)
 
 
 def _lower_latency(kit: Kit) -> Iterator[Candidate]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from trimtab import adjust, hardware, materials, memory, placing, plan, progress
+from trimtab import adjust, dealing, hardware, materials, memory, placing, plan, progress, task_sizes
 from trimtab.errors import Failure, InputError, nearest
 from trimtab.model import ModelFacts
 from trimtab.plan import MAX_RUNGS, Rung
@@ -45,7 +45,8 @@ def begin(
 
     Raises:
         InputError: a name that no release can have, an unknown goal or target, a bad recipe, recorded traffic that
-            cannot be read, or a model or recipe that the target cannot run.
+            cannot be read, a model or recipe that the target cannot run, or tasks that do not exist or have too few
+            items.
     """
     check_name(name, "release")
     if goal not in GOALS:
@@ -54,6 +55,7 @@ def begin(
     wanted, facts = Recipe.parse(recipe) if recipe.strip() else Recipe(), facts_of(store, model)
     traffic = traffic or recorded.of(wanted.workload)
     wanted = _for_traffic(wanted, traffic)
+    dealt = dealing.deal(task_sizes.of(evaluation), evaluation, wanted.accept, max_attempts)
     rungs = ladder(goal, facts, machine, wanted)
     if released and wanted.workload:
         released = _sized(released, facts, machine, wanted.workload)
@@ -80,7 +82,10 @@ def begin(
         model=model,
         max_attempts=max_attempts,
         ladder=store.put_json(
-            "ladder", [rung.to_dict() for rung in rungs], materials=made_of.model_dump(mode="json")
+            "ladder",
+            [rung.to_dict() for rung in rungs],
+            materials=made_of.model_dump(mode="json"),
+            deal=dealt.to_dict(),
         ),
         recipe=unchanged.recipe,
         why=unchanged.why,

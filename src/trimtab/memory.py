@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from trimtab import shapes
+from trimtab import families, shapes
 from trimtab.hardware import FIXED_BLOCKS, GB, NVFP4_BLOCK, Hardware, quantized_layers
 from trimtab.model import ModelFacts
 from trimtab.recipe import CASTS, GROUPED_FORMATS, Engine, Quantization, Recipe
@@ -72,7 +72,8 @@ def _quantized_parameters(facts: ModelFacts, quantize: Quantization) -> int:
 
 
 def kv_bytes_per_token(facts: ModelFacts, recipe: Recipe) -> int:
-    """Returns the bytes of K and V of one token on one device: 2 x blocks x KV heads x head_dim x bytes.
+    """Returns the bytes that one token keeps on one device: blocks x the numbers that the family caches x bytes;
+    with ordinary attention these are 2 x KV heads x head_dim.
 
     One scale a layer is not counted. Where the format is only emulated the cache holds 16 bits: see `memory`.
     """
@@ -80,7 +81,8 @@ def kv_bytes_per_token(facts: ModelFacts, recipe: Recipe) -> int:
     heads = math.ceil(facts.kv_heads / recipe.engine.tensor_parallel_size)
     blocks = math.ceil(facts.layers / recipe.engine.pipeline_parallel_size)
     each = KV_CACHE_BYTES[recipe.kv_cache_format]
-    return math.ceil(2 * blocks * heads * facts.head_dim * each)
+    attention = families.named(facts.model_type).attention
+    return math.ceil(blocks * attention.cached_numbers(heads, facts.head_dim) * each)
 
 
 def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trimtab import families
 from trimtab.errors import InputError
+from trimtab.families import Family
 from trimtab.schema import Document
 
 #: Bytes of one element, by safetensors' names of the types.
@@ -28,8 +29,6 @@ _INDEX = "model.safetensors.index.json"
 #: The safetensors library refuses longer headers too.
 _MAX_HEADER_BYTES = 100_000_000
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_BLOCK = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
-_NOT_LINEAR = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|wpe|lm_head)\.weight$")
 
 
 class Linear(NamedTuple):
@@ -225,13 +224,21 @@ def _config(folder: Path) -> dict[str, Any]:
                 f"{source}: needs remote code (auto_map), which trimtab never runs; use a model whose "
                 f"architecture transformers has itself, or remove auto_map if it has this one"
             )
+    families.of(config, str(path))  # before all that follows: a model that is not known needs no other remedy
     if "quantization_config" in config:
         raise InputError(f"{path}: the model is already quantized; give the 16-bit model it was made from")
     return config
 
 
 def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelFacts:
+    """Returns the facts of the model that has this config.json and these tensors.
+
+    Raises:
+        InputError: config.json or the tensors are not those of a model that a family describes.
+    """
     path = folder / "config.json"
+    family = families.of(config, str(path))
+    config = {**config, **family.sizes(config)}
     architecture = (config.get("architectures") or [""])[0]
     if not architecture.endswith("ForCausalLM"):
         raise InputError(f"{path}: architecture '{architecture}' is no decoder-only model (…ForCausalLM)")
@@ -243,15 +250,15 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
         return value
 
     layers, heads, hidden = (number(k) for k in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
-    found = {int(match[1]) for name in tensors if (match := _BLOCK.search(name))}
+    found = {block for name in tensors if (block := family.place(name)[0]) is not None}
     if found and found != set(range(layers)):
         raise InputError(f"{path}: num_hidden_layers is {layers}, and the weights hold {len(found)} blocks")
-    has_head = "lm_head.weight" in tensors
+    has_head = f"{family.head}.weight" in tensors
     if not has_head and config.get("tie_word_embeddings") is False:
-        raise InputError(f"{folder}: lm_head.weight is missing, and config.json says that it is not tied")
+        raise InputError(f"{folder}: {family.head}.weight is missing, and config.json says that it is not tied")
     tied = not has_head or bool(config.get("tie_word_embeddings"))
     # A tied head that was saved all the same is the same tensor once more.
-    counted = [tensor for tensor in tensors.values() if not (tied and tensor.name == "lm_head.weight")]
+    counted = [tensor for tensor in tensors.values() if not (tied and tensor.name == f"{family.head}.weight")]
     if not any(tensor.dtype in _DTYPE_NAMES for tensor in counted):
         raise InputError(f"{folder}: holds no floating point weights")
     by_dtype = Counter()
@@ -273,9 +280,20 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
         parameters=sum(math.prod(tensor.shape) for tensor in counted),
         bytes=sum(by_dtype.values()),
         dtype=_DTYPE_NAMES.get(dtype, dtype.lower()),
-        linears=tuple(
-            Linear(name.removesuffix(".weight"), *tensor.shape)
-            for name, tensor in sorted(tensors.items())
-            if name.endswith(".weight") and len(tensor.shape) == 2 and not _NOT_LINEAR.search(name)
-        ),
+        linears=_linears(path, family, tensors),
     )
+
+
+def _linears(path: Path, family: Family, tensors: dict[str, Tensor]) -> tuple[Linear, ...]:
+    found = []
+    for name, tensor in sorted(tensors.items()):
+        module = name.removesuffix(".weight")
+        if module == name or len(tensor.shape) != 2 or family.place(name)[0] is None:
+            continue
+        if family.layer(module) is None:  # another build under a name that is known
+            raise InputError(
+                f"{path}: a '{family.model_type}' has no {name}, which the weights hold: it is built in a way that "
+                f"is not described; give another model"
+            )
+        found.append(Linear(module, *tensor.shape))
+    return tuple(found)

@@ -8,7 +8,7 @@
 """
 
 from trimtab.hardware.checks import check, check_packing
-from trimtab.hardware.layers import COLUMN_PARALLEL, ROW_PARALLEL, largest_group_size, quantized_layers, splits
+from trimtab.hardware.layers import largest_group_size, quantized_layers, splits
 from trimtab.hardware.targets import (
     BACKENDS,
     FIXED_BLOCKS,
@@ -28,14 +28,12 @@ from trimtab.hardware.targets import (
 
 __all__ = [
     "BACKENDS",
-    "COLUMN_PARALLEL",
     "FIXED_BLOCKS",
     "GB",
     "GPUS",
     "Hardware",
     "LEGACY_ARCHITECTURES",
     "NVFP4_BLOCK",
-    "ROW_PARALLEL",
     "SWITCHES_KV_CACHE",
     "TARGETS",
     "TENSORRT_LLM_FORMATS",

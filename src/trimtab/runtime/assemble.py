@@ -9,6 +9,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from trimtab import families
 from trimtab.errors import Failure, InputError
 from trimtab.runtime import fused, linear, parallel
 from trimtab.runtime import kv_cache as cache
@@ -43,8 +44,9 @@ def assemble(
     if cut:
         export = parallel.Part(folder, cut)
     used = set()
-    for family in fused.families(export.layers) if fuse else ([name] for name in export.layers):
-        used |= _replace(model, export, family, device)
+    family = families.named(model.config.model_type)
+    for group in fused.groups(export.layers, family) if fuse else ([name] for name in export.layers):
+        used |= _replace(model, export, group, device)
     rest = [n for n in export.names if n not in used and not n.endswith((".k_scale", ".v_scale"))]
     _assign(model, export, rest)
     model.tie_weights()
@@ -57,7 +59,7 @@ def assemble(
         parallel.join(model, cut)
     model = model.requires_grad_(False).eval().to(device)
     if fuse:
-        fused.fuse_linears(model)
+        fused.fuse_linears(model, family)
     return model
 
 

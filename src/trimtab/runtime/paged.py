@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from trimtab import families
 from trimtab.errors import Failure
 from trimtab.runtime import formats, kv_cache
 
@@ -64,7 +65,7 @@ class PagedKVCache:
             Failure: `unsupported`, not every block has attention.
         """
         modules = attention_layers(model)
-        shapes = {m.layer_idx: (m.k_proj.out_features // m.head_dim, m.head_dim) for m in modules}
+        shapes = {m.layer_idx: (key_features(model, m) // m.head_dim, m.head_dim) for m in modules}
         scales = {m.layer_idx: getattr(m, "kv_cache", (None, 1.0, 1.0))[1:] for m in modules}
         return cls(shapes, blocks, block_size, model.device, algorithm_of(model), scales)
 
@@ -134,14 +135,17 @@ def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Returns the model's attention layers.
 
     Raises:
-        Failure: `unsupported`, not every block has one.
+        Failure: `unsupported`, a paged KV cache cannot hold what they keep.
     """
-    found = [module for module in model.modules() if isinstance(getattr(module, "k_proj", None), nn.Module)]
-    blocks = model.config.num_hidden_layers
-    if len(found) != blocks:
-        what = f"{type(model).__name__} has {len(found)} attention layers with a k_proj in {blocks} blocks"
-        raise Failure("unsupported", f"{what}; a paged KV cache needs one in each")
-    return found
+    family = families.named(model.config.model_type)
+    if family.no_serve:
+        raise Failure("unsupported", f"{type(model).__name__} has no paged KV cache: {family.no_serve}")
+    return [getattr(block, family.attention.module) for block in model.get_submodule(family.blocks)]
+
+
+def key_features(model: PreTrainedModel, attention: nn.Module) -> int:
+    """Returns the numbers of a token's keys in an attention layer."""
+    return getattr(attention, families.named(model.config.model_type).attention.key).out_features
 
 
 def algorithm_of(model: PreTrainedModel) -> str | None:
@@ -152,7 +156,7 @@ def algorithm_of(model: PreTrainedModel) -> str | None:
 def bytes_per_token(model: PreTrainedModel) -> int:
     """Returns the bytes of keys and values of one token over all layers, as they are held here."""
     each = 1 if algorithm_of(model) in _CODES else 2
-    return sum(2 * module.k_proj.out_features * each for module in attention_layers(model))
+    return sum(2 * key_features(model, module) * each for module in attention_layers(model))
 
 
 # ------------------------------------------------------------------------------------------------------ attention
@@ -249,8 +253,9 @@ def why_no_kernel(model: PreTrainedModel) -> str:
 
     table, lone, count = [3, 1, 0], 32, 33  # 33 tokens read as a chunk, and the last of them again as a lone token
     slots = integers([table[n // 16] * 16 + n % 16 for n in range(count)])
+    named = families.named(model.config.model_type).attention
     query, key, value = (
-        draw(count, getattr(module, name).out_features) for name in ("q_proj", "k_proj", "v_proj")
+        draw(count, getattr(module, name).out_features) for name in (named.query, named.key, named.value)
     )
     last = [x[:, :, lone:] for x in (query, key, value)]
     tables = integers([table])

@@ -394,7 +394,7 @@ class PagedEngine:
         width = 4 * config.hidden_size + 3 * config.intermediate_size
         layers = [module for module in self.model.modules() if isinstance(module, (nn.Linear, PackedLinear))]
         largest = max(layer.in_features * layer.out_features for layer in layers)
-        gathered = max(2 * 2 * module.k_proj.out_features for module in paged.attention_layers(self.model))
+        gathered = max(2 * 2 * paged.key_features(self.model, m) for m in paged.attention_layers(self.model))
         gathered *= 0 if self._has_kernel else settings.max_batch_size * settings.max_seq_len
         return (
             2 * settings.max_num_tokens * width
