@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from trimtab.catalog.formats import STORAGES
+from trimtab.catalog.numbers import NUMBERS
 from trimtab.errors import Failure
 from trimtab.runtime.formats import Layout, Quantized, check, dequantize, pack_int4, unpack_int4
 
@@ -84,3 +86,17 @@ def test_damage_is_named(case: str) -> None:
     assert caught.value.failure_class == "export_damaged"
     assert words in caught.value.reason
     assert caught.value.reason.startswith("model.layers.0.mlp.up_proj: ")
+
+
+@pytest.mark.parametrize("name", STORAGES)
+def test_modelopts_own_function_writes_the_algorithm_of_its_name(name: str) -> None:
+    from modelopt.torch.export.quant_utils import process_layer_quant_config
+
+    row = STORAGES[name]
+    told = {"layer.quantization": row.modelopt, "layer.awq_block_size": 32}
+    assert process_layer_quant_config(told)["quant_algo"] == name
+
+
+def test_e4m3_is_what_torch_calls_so() -> None:
+    info, row = torch.finfo(torch.float8_e4m3fn), NUMBERS["e4m3"]
+    assert (row.largest, 2.0**-row.mantissa, row.bits) == (info.max, info.eps, info.bits)

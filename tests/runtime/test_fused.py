@@ -65,10 +65,10 @@ def layers(algo: str, group: int = 0, **changes: Any) -> list[Quantized]:
         floating = layout.dtype.is_floating_point
         weight = ((weight.float() - 128) / 16).to(layout.dtype) if floating else weight.view(layout.dtype)
         scale = torch.rand(rows, 64 // group) + 0.5 if group else torch.rand(rows) + 0.5
-        scale = torch.tensor(0.5) if algo == "FP8" else scale
-        if algo == "W4A8_MXFP4_FP8":
+        scale = torch.tensor(0.5) if storage.scale == "tensor" else scale
+        if storage.scale_type == "e8m0":
             scale = (127 * torch.ones_like(scale)).to(torch.uint8)
-        elif algo == "NVFP4":
+        elif storage.scale_type == "e4m3":
             scale = scale.to(torch.float8_e4m3fn)
         given = {name: torch.tensor(0.25) for name in layout.scales if name != "weight_scale"}
         found.append(Quantized(layout, weight, scale, **given))
@@ -77,7 +77,7 @@ def layers(algo: str, group: int = 0, **changes: Any) -> list[Quantized]:
 
 @pytest.mark.parametrize(("algo", "own"), [*((algo, False) for algo in STORAGES), ("FP8", True)])
 def test_every_format_can_be_joined(algo: str, own: bool) -> None:
-    group = {"NVFP4": 16}.get(algo, 32 if STORAGES[algo].in_groups else 0)
+    group = STORAGES[algo].block or (32 if STORAGES[algo].in_groups else 0)
     changes = {"weight_scale": [torch.tensor(scale) for scale in (0.5, 0.75, 0.25)]} if own else {}
     single = layers(algo, group, **changes)
     joined = fused.join(single)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from trimtab.catalog.formats import FORMATS
 from trimtab.errors import InputError
 from trimtab.recipe import Format, Recipe
 
@@ -157,7 +158,10 @@ def test_every_fault_is_named():
     assert all(field in str(caught.value) for field in ("quantize.format", "prune.blocks", "extra"))
 
 
-@pytest.mark.parametrize("form", [f for f in Format.__args__ if f not in ("fp32", "fp16", "bf16", "nvfp4", "mxfp4")])
+BLOCKS = [name for name, row in FORMATS.items() if row.storage and row.storage.scale == "block"]
+
+
+@pytest.mark.parametrize("form", [f for f in Format.__args__ if f not in ("fp32", "fp16", "bf16", *BLOCKS)])
 def test_every_other_format_has_scales_to_search(form):
     bits = ", effective_bits: 5" if form == "mixed" else ""
     settings = Recipe.parse(f"quantize: {{format: {form}, scale_search: mse{bits}}}").quantize

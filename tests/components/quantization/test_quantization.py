@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trimtab import child
+from trimtab.catalog import formats as catalog
 from trimtab.components.quantization import sensitivity, work
 from trimtab.errors import Failure, InputError
 from trimtab.fusion import groups
@@ -37,6 +38,10 @@ FORMATS = {
     "nvfp4": (4.6, 0.2),
     "mxfp4": (4.4, 0.2),
 }
+
+
+def test_every_format_that_quantizes_is_tried():
+    assert FORMATS.keys() == {name for name, row in catalog.FORMATS.items() if row.storage}
 
 
 @pytest.mark.parametrize("name", FORMATS)

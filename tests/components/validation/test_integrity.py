@@ -14,26 +14,20 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from trimtab.catalog.formats import FORMATS
 from trimtab.components.validation import reload
 from trimtab.components.validation.generation import is_degenerate
 from trimtab.components.validation.integrity import inspect
 from trimtab.errors import Failure
 
-SETTINGS = {
-    "int8_wo": {},
-    "int8_sq": {},
+#: Format -> what else its recipe asks for.
+SETTINGS = dict.fromkeys(FORMATS, {}) | {
     "fp8": {"kv_cache": "fp8"},
-    "fp8_per_channel": {},
-    "int4_rtn": {},
     "int4_awq": {"exclude": ["lm_head", "*.k_proj"]},
     "int4_gptq": {"exclude_sensitive": 2},
-    "w4a8_awq": {},
     "nvfp4": {"kv_cache": "nvfp4"},
-    "mxfp4": {},
     "mixed": {"effective_bits": 5.5},
     "bf16": {"kv_cache": "int8"},
-    "fp16": {},
-    "fp32": {},
 }
 LAYER = "model.layers.1.mlp.down_proj"
 Tensors = dict[str, torch.Tensor]
@@ -54,10 +48,11 @@ def test_clean(name, export, model, tmp_path):
     reloaded = json.loads((tmp_path / "output" / "reload.json").read_text())
     assert reloaded["skipped"] is None and len(reloaded["outputs"]) == 4 and metrics["reload_skipped"] == ""
     assert metrics["tensor_bytes"] == pytest.approx(metrics["predicted_bytes"], rel=0.035)
-    if name in ("bf16", "fp16", "fp32"):
+    if FORMATS[name].is_cast:
         assert not layers and metrics["quantized_share"] == 1
         return
-    four_bits = "4" in name
+    storage = FORMATS[name].storage
+    four_bits = storage is not None and storage.bits == 4
     assert metrics["quantized_share"] < (0.30 if four_bits else 0.54)
     assert 0 < metrics["max_relative_error"] < (0.2 if four_bits or name == "mixed" else 0.05)
     assert len(layers) >= 4 * 7 - 6 and all(layer["cosine"] > 0.95 for layer in layers)
