@@ -14,11 +14,11 @@ from rich.console import Console
 from trimtab import __version__, hardware, signing
 from trimtab.errors import InputError, TrimtabError
 from trimtab.errors import __doc__ as exit_codes
+from trimtab.loop.state import GOALS, Evaluation
 from trimtab.pipelines import cluster_commands, custody, deploy_command, serving_commands
 from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_profile, release_name
 from trimtab.recipe import Recipe
 from trimtab.serving import traffic, workload
-from trimtab.state import GOALS, Evaluation
 
 if TYPE_CHECKING:
     from trimtab.plan import Rung
@@ -218,11 +218,11 @@ def _plan_engine(arguments: argparse.Namespace) -> int:
 
 def _ladder(arguments: argparse.Namespace, recipe: str) -> list[Rung]:
     """Plans; refuses a recipe that the model or the target does not allow."""
-    from trimtab import flow
     from trimtab.components.fetch.source import facts
+    from trimtab.loop import decisions
 
     target, wanted = hardware.target(arguments.target), Recipe.parse(recipe or "{}")
-    return flow.ladder(arguments.goal, facts(_model(arguments.model)), target, wanted)
+    return decisions.ladder(arguments.goal, facts(_model(arguments.model)), target, wanted)
 
 
 def _compile(arguments: argparse.Namespace, console: Console) -> int:

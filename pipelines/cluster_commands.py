@@ -12,11 +12,11 @@ from rich.console import Console
 
 from trimtab import hardware
 from trimtab.errors import InputError
+from trimtab.loop.state import GOALS, Evaluation
 from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_profile, release_name
 from trimtab.pipelines.package import PIPELINES
 from trimtab.recipe import Recipe
 from trimtab.serving.workload import Recorded
-from trimtab.state import GOALS, Evaluation
 
 if TYPE_CHECKING:
     from trimtab.pipelines.connection import Connection

@@ -22,8 +22,8 @@ from rich.console import Console
 
 from trimtab import child, errors, progress
 from trimtab.errors import InputError, StageError, TrimtabError
+from trimtab.loop.state import State
 from trimtab.pipelines.optimize import optimize_pipeline
-from trimtab.state import State
 
 #: A counted event is printed at most once in this many seconds.
 QUIET_SECONDS = 15
@@ -57,8 +57,7 @@ def run(arguments: dict[str, Any], folder: Path, console: Console, runner: Any =
             raise InputError(
                 f"{name}: '{value}' contains 'python3', which kfp.local replaces; use another path"
             )
-    root = folder / datetime.now().strftime("%Y%m%d-%H%M%S")
-    root.mkdir(parents=True, exist_ok=True)
+    root = _own_folder(folder)
     log, events = root / "run.log", root / "events.jsonl"
     os.environ[progress.ENVIRONMENT] = str(events)
     os.environ[child.RUN_PID] = str(os.getpid())
@@ -80,6 +79,19 @@ def run(arguments: dict[str, Any], folder: Path, console: Console, runner: Any =
     if error is None and release is None:  # a container engine can lose an exit code: a failure that looks like none
         error = _error_in(log)
     return Outcome(*_summary(root), release if error is None else None, error, log)
+
+
+def _own_folder(folder: Path) -> Path:
+    """Makes a folder named after the time, that no other run has: two may begin in the same second."""
+    began = datetime.now().strftime("%Y%m%d-%H%M%S")
+    root, number = folder / began, 1
+    while True:
+        try:
+            root.mkdir(parents=True)
+            return root
+        except FileExistsError:
+            number += 1
+            root = folder / f"{began}-{number}"
 
 
 def _summary(root: Path) -> tuple[State | None, Path | None]:

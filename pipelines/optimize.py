@@ -23,12 +23,12 @@ from trimtab.components.pruning.component import prune
 from trimtab.components.quantization.component import quantize
 from trimtab.components.validation.component import validate
 from trimtab.hardware import TARGETS
+from trimtab.loop.state import GOALS
 from trimtab.pipelines.decisions import adjust, carry, decide, plan, prepare, summarize
 from trimtab.pipelines.package import ROLLED_BACK, ROLLOUT
 from trimtab.pipelines.placement import place, reach, sign
 from trimtab.profile import Profile
 from trimtab.stages import TASKS
-from trimtab.state import GOALS
 
 #: The most attempts that are unrolled; `max_attempts` of a run is at most this.
 MAX_ATTEMPTS = 10
@@ -56,10 +56,10 @@ def attempt_pipeline(profile: Profile):
         """One recipe carried through all stages; a stage that the recipe does not ask for passes its input on.
 
         Args:
-            state: The state with which the attempt begins, JSON.
+            state: The URI of the document with which the attempt begins.
 
         Returns:
-            The state with the verdict, JSON.
+            The URI of the attempt's document with the verdict.
         """
         ready = uncached(prepare(state=state, nodes=profile.gpu.node_selector), "prepare")
         need = reach(ready, profile).outputs

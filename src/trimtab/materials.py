@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from trimtab import environment, files
+from trimtab.loop.state import Evaluation
 from trimtab.recipe import Recipe, Source
 from trimtab.schema import Document
 from trimtab.serving.traffic import Traffic, drift
 from trimtab.serving.workload import Recorded
-from trimtab.state import Evaluation
 from trimtab.store.tree import Tree
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")

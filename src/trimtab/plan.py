@@ -9,6 +9,7 @@ from __future__ import annotations
 from trimtab.candidates import CANDIDATES, Kit
 from trimtab.errors import InputError, nearest
 from trimtab.hardware import BACKENDS, Hardware, check
+from trimtab.loop.state import GOALS
 from trimtab.memory import memory
 from trimtab.model import ModelFacts
 from trimtab.placing import for_workload, sized
@@ -16,7 +17,6 @@ from trimtab.recipe import Acceptance, Recipe
 from trimtab.schema import Document
 from trimtab.serving.plan import check_length
 from trimtab.serving.workload import Workload
-from trimtab.state import GOALS
 from trimtab.store.tree import Tree
 
 MAX_RUNGS = 10
@@ -46,7 +46,7 @@ def ladder(
     """Returns the recipes to try, in order; at most `MAX_RUNGS`, each a different piece of work.
 
     Args:
-        goal: one of `trimtab.state.GOALS`.
+        goal: one of `trimtab.loop.state.GOALS`.
         accept: what every recipe of the ladder must keep; the defaults of `Acceptance` when absent.
         backend: the engine; the back end of `first`, or the target's default, when absent.
         first: the user's own recipe, which stands first as it is.

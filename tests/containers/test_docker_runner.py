@@ -20,8 +20,8 @@ from kfp import local
 from rich.console import Console
 
 from trimtab.errors import InputError
+from trimtab.loop.state import Evaluation
 from trimtab.pipelines import local as pipelines
-from trimtab.state import Evaluation
 from trimtab.store import open_store
 
 pytestmark = [pytest.mark.containers, pytest.mark.slow]

@@ -11,9 +11,9 @@ from kfp import components
 
 from trimtab.components import images
 from trimtab.hardware import TARGETS
+from trimtab.loop.state import GOALS
 from trimtab.pipelines import cli
 from trimtab.stages import TASKS
-from trimtab.state import GOALS
 
 MEGABYTE = 2**20
 STEPS = ["prepare", "calibrate", "prune", "distill", "recalibrate", "quantize", "build engine", "validate"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from trimtab.loop.state import Evaluation
 from trimtab.materials import Materials, differences, gather
 from trimtab.recipe import Recipe
-from trimtab.state import Evaluation
 from trimtab.store import Tree
 
 MODEL = "3f" * 32

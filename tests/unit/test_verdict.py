@@ -269,7 +269,7 @@ def test_a_kv_cache_is_blamed_for_accuracy_alone(other):
 
 
 def test_every_goal_has_a_gain():
-    from trimtab.state import GOALS
+    from trimtab.loop.state import GOALS
 
     assert all(gain(goal, BEFORE, BEFORE) == 0 for goal in GOALS)
 

@@ -13,8 +13,8 @@
 from __future__ import annotations
 
 from trimtab.adjust.respects import ambition, at_least, footprint, kind_of, kv_of, quantization, risk
+from trimtab.loop.state import Brief
 from trimtab.recipe import Recipe
-from trimtab.state import Brief
 
 TOO_HARSH = ("accuracy", "perplexity", "indeterminate")
 

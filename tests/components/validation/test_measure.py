@@ -13,8 +13,8 @@ from trimtab.components.validation import measure, stage
 from trimtab.components.validation.generation import is_degenerate
 from trimtab.components.validation.tasks import choose
 from trimtab.errors import InputError
+from trimtab.loop.state import Evaluation
 from trimtab.runtime.text import read_text
-from trimtab.state import Evaluation
 
 
 @pytest.mark.parametrize(

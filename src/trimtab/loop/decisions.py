@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import textwrap
-
 from trimtab import adjust, hardware, materials, memory, placing, plan, progress
 from trimtab.errors import Failure, InputError, nearest
+from trimtab.loop.documents import Plan, read_plan, write_plan
+from trimtab.loop.state import GOALS, Evaluation, State, fail
 from trimtab.model import ModelFacts
 from trimtab.plan import MAX_RUNGS, Rung
 from trimtab.recipe import Recipe
 from trimtab.serving import traffic as recorded
 from trimtab.serving.traffic import Traffic
 from trimtab.serving.workload import Workload
-from trimtab.stages import MAX_REASON, fail
-from trimtab.state import GOALS, Evaluation, State
 from trimtab.store import Store, Tree, open_store
 
 
@@ -67,20 +65,18 @@ def begin(
         images=images,
         traffic=traffic,
     )
-    return State(
-        store=store.uri,
-        name=name,
-        goal=goal,
-        target=machine.name,
-        evaluation=evaluation,
-        model=model,
-        max_attempts=max_attempts,
-        ladder=store.put_json(
-            "ladder", [rung.to_dict() for rung in rungs], materials=made_of.model_dump(mode="json")
-        ),
-        recipe=Recipe(engine=rungs[0].recipe.engine),
-        why="the model unchanged",
-    )
+    planned = {
+        "name": name,
+        "goal": goal,
+        "target": machine.name,
+        "model": model,
+        "max_attempts": max_attempts,
+        "evaluation": evaluation,
+    }
+    baseline = Recipe(engine=rungs[0].recipe.engine)
+    whole = Plan(**planned, ladder=tuple(rungs), baseline=baseline, materials=made_of.model_dump(mode="json"))
+    why = "the model unchanged"
+    return State(store=store.uri, **planned, plan=write_plan(store, whole), recipe=baseline, why=why)
 
 
 def ladder(goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Recipe) -> list[Rung]:
@@ -157,7 +153,7 @@ def next_attempt(state: State) -> State:
         update={
             "attempt": len(state.history) + 1,
             "recipe": rung.recipe,
-            "why": textwrap.shorten(why, MAX_REASON, placeholder=" …"),
+            "why": why,
             "trees": {"checkpoint": rung.student} if rung.student else {},
             "verdict": None,
             "seconds": {},
@@ -172,8 +168,7 @@ def facts_of(store: Store, model: Tree) -> ModelFacts:
 
 def _next(state: State) -> tuple[Rung | None, str]:
     store, machine = open_store(state.store), hardware.target(state.target)
-    ladder, facts = store.get_json("ladder", state.ladder), facts_of(store, state.model)
-    rungs = [Rung.model_validate(rung) for rung in ladder]
+    rungs, facts = list(read_plan(store, state.plan).ladder), facts_of(store, state.model)
     rung, why = adjust.next_recipe(
         rungs, state.history, lambda recipe: hardware.check(recipe, machine, facts) is None
     )
