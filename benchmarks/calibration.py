@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 
 from trimtab import stages
 from trimtab.components.calibration.work import statistics as measure
+from trimtab.loop.state import State
 from trimtab.recipe import Recipe
 from trimtab.runtime import checkpoint, gradients, observe
-from trimtab.state import State
 from trimtab.store import open_store
 
 

@@ -20,9 +20,10 @@ from kfp import dsl, local
 
 from trimtab import stages
 from trimtab.components.quantization.component import quantize
+from trimtab.loop.documents import save
+from trimtab.loop.state import State
 from trimtab.pipelines.decisions import carry
 from trimtab.recipe import Recipe
-from trimtab.state import State
 from trimtab.store import open_store
 
 
@@ -78,7 +79,7 @@ def _seconds(folder: str, repeats: int, component: object, state: State) -> floa
             warnings.simplefilter("ignore")
             local.init(local.SubprocessRunner(use_venv=False), pipeline_root=f"{folder}/root", raise_on_error=True)
             started = time.perf_counter()
-            pipeline(state=state.to_json())
+            pipeline(state=save(state))
             taken.append(time.perf_counter() - started)
     return round(statistics.median(taken), 3)
 

@@ -12,13 +12,14 @@ from typing import Any
 from rich.console import Console
 
 from trimtab import __version__, hardware, signing
+from trimtab.catalog.goals import GOALS
 from trimtab.errors import InputError, TrimtabError
 from trimtab.errors import __doc__ as exit_codes
 from trimtab.pipelines import cluster_commands, custody, deploy_command, local_backend, plan_command, serving_commands
 from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_evaluation, read_profile, release_name
 from trimtab.recipe import Recipe
+from trimtab.recipe.evaluation import Evaluation
 from trimtab.serving import traffic
-from trimtab.state import GOALS, Evaluation
 
 STORE = "trimtab-store"
 RUNS = "trimtab-runs"
@@ -180,11 +181,11 @@ def _parameters(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _ladder(arguments: argparse.Namespace, recipe: str) -> dict[str, Any]:
     """Plans the run; refuses a recipe that the model or the target does not allow."""
-    from trimtab import flow
     from trimtab.components.fetch.source import facts
+    from trimtab.loop import decisions
 
     target, wanted = hardware.target(arguments.target), Recipe.parse(recipe or "{}")
-    return flow.outline(arguments.goal, facts(_model(arguments.model)), target, wanted)
+    return decisions.outline(arguments.goal, facts(_model(arguments.model)), target, wanted)
 
 
 def _compile(arguments: argparse.Namespace, console: Console) -> int:

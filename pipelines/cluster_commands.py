@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from trimtab import dealing, hardware, task_sizes
+from trimtab.catalog.goals import GOALS
 from trimtab.errors import InputError
 from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_evaluation, read_profile, release_name
 from trimtab.pipelines.package import PIPELINES
 from trimtab.recipe import Recipe
 from trimtab.serving.workload import Recorded
-from trimtab.state import GOALS
 
 if TYPE_CHECKING:
     from trimtab.pipelines.connection import Connection

@@ -1,4 +1,4 @@
-"""The small tasks between the stages: faces of `trimtab.flow`. None of them needs a GPU or imports torch."""
+"""The small tasks between the stages: faces of `trimtab.loop.decisions`. None of them needs a GPU or imports torch."""
 
 from typing import NamedTuple
 
@@ -35,15 +35,16 @@ def plan(
         rollout: How to serve the release, YAML or JSON; or empty. Only checked here, before the work begins.
 
     Returns:
-        The state with which the baseline is measured, JSON.
+        The URI of the document with which the baseline is measured.
     """
-    from trimtab import flow
     from trimtab.components.deployment.serving import asked
-    from trimtab.state import Evaluation
+    from trimtab.loop import decisions
+    from trimtab.loop.documents import save
+    from trimtab.recipe.evaluation import Evaluation
     from trimtab.store import Tree
 
     asked(rollout, store)
-    return flow.begin(
+    begun = decisions.begin(
         model=Tree.parse(model),
         store_uri=store,
         name=name,
@@ -53,7 +54,8 @@ def plan(
         max_attempts=max_attempts,
         evaluation=Evaluation.parse(evaluation or "{}"),
         images=images,
-    ).to_json()
+    )
+    return save(begun)
 
 
 @dsl.component(base_image=images.CPU, install_kfp_package=False)
@@ -78,7 +80,7 @@ def prepare(state: str, nodes: dict, checkpoint: dsl.Output[dsl.Model]) -> Named
     """Refuses what the target cannot run, and says how many accelerators each task needs, and on which nodes.
 
     Args:
-        state: The state with which the attempt begins, JSON.
+        state: The URI of the document with which the attempt begins.
         nodes: The node selector of tasks that need an accelerator.
         checkpoint: Names the model.
 
@@ -88,14 +90,15 @@ def prepare(state: str, nodes: dict, checkpoint: dsl.Output[dsl.Model]) -> Named
     """
     from collections import namedtuple
 
-    from trimtab import flow, stages
-    from trimtab.state import State
+    from trimtab import stages
+    from trimtab.loop import decisions
+    from trimtab.loop.documents import load, save
 
-    ready = flow.prepare(State.parse(state))
+    ready = decisions.prepare(load(state))
     stages.describe_tree(checkpoint, ready.model)
     need = stages.accelerators(ready)
     where = {f"{task}_nodes": nodes if count != "0" else {} for task, count in need.items()}
-    return namedtuple("Prepared", ["state", *need, *where])(ready.to_json(), *need.values(), *where.values())
+    return namedtuple("Prepared", ["state", *need, *where])(save(ready), *need.values(), *where.values())
 
 
 @dsl.component(base_image=images.CPU, install_kfp_package=False)
@@ -103,17 +106,19 @@ def decide(state: str, run: str) -> str:
     """Says whether another attempt is worth it.
 
     Args:
-        state: The state after an attempt, JSON.
+        state: The URI of the document of the attempt that is over.
         run: The id of the run, under which its verdicts are told.
 
     Returns:
         'retry' or 'stop'.
     """
-    from trimtab import bulletin, flow
-    from trimtab.state import State
+    from trimtab import status
+    from trimtab.loop import decisions
+    from trimtab.loop.documents import load
 
-    bulletin.tell(State.parse(state), run)
-    return flow.decide(State.parse(state))
+    now = load(state)
+    status.write_attempts(now, run)
+    return decisions.decide(now)
 
 
 @dsl.component(base_image=images.CPU, install_kfp_package=False)
@@ -121,15 +126,15 @@ def adjust(state: str) -> str:
     """Chooses the next recipe from the ladder and the history of verdicts.
 
     Args:
-        state: The state after an attempt, JSON.
+        state: The URI of the document of the attempt that is over.
 
     Returns:
-        The state with which the next attempt begins, JSON.
+        The URI of the document with which the next attempt begins.
     """
-    from trimtab import flow
-    from trimtab.state import State
+    from trimtab.loop import decisions
+    from trimtab.loop.documents import load, save
 
-    return flow.next_attempt(State.parse(state)).to_json()
+    return save(decisions.next_attempt(load(state)))
 
 
 @dsl.component(base_image=images.CPU, install_kfp_package=False)
@@ -137,7 +142,7 @@ def carry(state: str) -> str:
     """Carries the state past a retry that was not needed.
 
     Args:
-        state: The state, JSON.
+        state: The URI of an attempt's document.
 
     Returns:
         The same state.
@@ -156,24 +161,24 @@ def summarize(
     """Tells the story of the run, for every outcome, before the gate.
 
     Args:
-        state: The state after the last attempt, JSON.
+        state: The URI of the last attempt's document.
         run: The id of the run, under which its verdicts are told.
         report: All attempts, the frontier and the verdict.
         summary: The same in brief.
         outcome: The state itself, for programs.
 
     Returns:
-        The state, JSON.
+        The URI of the attempt's document.
     """
     from pathlib import Path
 
-    from trimtab import bulletin
     from trimtab import report as pages
-    from trimtab.state import State
+    from trimtab import status
+    from trimtab.loop.documents import load
 
-    told = State.parse(state)
-    bulletin.tell(told, run)
-    Path(report.path).write_text(pages.summary_html(told), encoding="utf-8")
-    Path(summary.path).write_text(pages.summary_markdown(told), encoding="utf-8")
-    Path(outcome.path).write_text(state, encoding="utf-8")
+    now = load(state)
+    status.write_attempts(now, run)
+    Path(report.path).write_text(pages.summary_html(now), encoding="utf-8")
+    Path(summary.path).write_text(pages.summary_markdown(now), encoding="utf-8")
+    Path(outcome.path).write_text(now.to_json(), encoding="utf-8")
     return state

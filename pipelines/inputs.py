@@ -9,8 +9,8 @@ from pathlib import Path
 
 from trimtab.errors import InputError, nearest
 from trimtab.profile import Profile
+from trimtab.recipe.evaluation import Evaluation
 from trimtab.schema import mapping
-from trimtab.state import Evaluation
 from trimtab.store.address import check_name
 
 

@@ -23,8 +23,8 @@ from rich.console import Console
 
 from trimtab import child, errors, progress
 from trimtab.errors import Failure, InputError, StageError, TrimtabError
+from trimtab.loop.state import State
 from trimtab.pipelines.optimize import optimize_pipeline
-from trimtab.state import State
 
 #: A counted event is printed at most once in this many seconds.
 QUIET_SECONDS = 15

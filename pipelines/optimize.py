@@ -13,6 +13,7 @@ from collections.abc import Callable
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
 
+from trimtab.catalog.goals import GOALS
 from trimtab.components import images
 from trimtab.components.calibration.component import calibrate
 from trimtab.components.deployment.component import fail_rollout, gate, roll_out
@@ -28,7 +29,6 @@ from trimtab.pipelines.package import ROLLED_BACK, ROLLOUT
 from trimtab.pipelines.placement import place, reach, sign
 from trimtab.profile import Profile
 from trimtab.stages import TASKS
-from trimtab.state import GOALS
 
 #: The most attempts that are unrolled; `max_attempts` of a run is at most this.
 MAX_ATTEMPTS = 10
@@ -56,10 +56,10 @@ def attempt_pipeline(profile: Profile):
         """One recipe carried through all stages; a stage that the recipe does not ask for passes its input on.
 
         Args:
-            state: The state with which the attempt begins, JSON.
+            state: The URI of the document with which the attempt begins.
 
         Returns:
-            The state with the verdict, JSON.
+            The URI of the attempt's document with the verdict.
         """
         ready = uncached(prepare(state=state, nodes=profile.gpu.node_selector), "prepare")
         need = reach(ready, profile).outputs

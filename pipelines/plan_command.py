@@ -70,11 +70,11 @@ def _plan(arguments: argparse.Namespace, console: Console, check: Callable[[argp
 
 
 def _outline(arguments: argparse.Namespace) -> dict[str, Any]:
-    from trimtab import flow
     from trimtab.components.fetch.facts import facts
+    from trimtab.loop import decisions
 
     target, wanted = hardware.target(arguments.target), Recipe.parse(read(arguments.recipe, "recipe") or "{}")
-    return flow.outline(arguments.goal, facts(arguments.model), target, wanted)
+    return decisions.outline(arguments.goal, facts(arguments.model), target, wanted)
 
 
 def _plan_engine(arguments: argparse.Namespace) -> int:

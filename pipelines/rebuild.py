@@ -54,7 +54,7 @@ def review(
 
     Returns:
         Output: 'rebuild' or 'keep'.
-        state: The state with which the baseline is measured, JSON.
+        state: The URI of the document with which the baseline is measured.
     """
     from collections import namedtuple
     from pathlib import Path
@@ -62,7 +62,8 @@ def review(
     from trimtab import child, rebuild
     from trimtab.components.deployment.serving import asked
     from trimtab.components.fetch.source import fetch
-    from trimtab.state import Evaluation
+    from trimtab.loop.documents import save
+    from trimtab.recipe.evaluation import Evaluation
     from trimtab.store import open_store
     from trimtab.store.address import check_name
 
@@ -81,7 +82,7 @@ def review(
         images=images,
     )
     Path(changes.path).write_text(found.markdown, encoding="utf-8")
-    return namedtuple("Review", ["Output", "state"])(found.outcome, state.to_json())
+    return namedtuple("Review", ["Output", "state"])(found.outcome, save(state))
 
 
 def rebuild_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = None, image: str = ""):

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from trimtab import bulletin
+from trimtab import status
 from trimtab.errors import InputError, NotReleased, StageError, StoreError, TrimtabError
 from trimtab.pipelines.connection import TIMEOUT, Connection
 from trimtab.pipelines.package import REVIEW, ROLLED_BACK, ROLLOUT
@@ -69,8 +69,8 @@ class _Told:
         try:
             if self._store is None:
                 self._store = open_store(str((run.runtime_config.parameters or {})["store"]))
-            attempts = bulletin.told(self._store, self._run_id)
-            rollout = bulletin.told_rollout(self._store, self._run_id)
+            attempts = status.attempts(self._store, self._run_id)
+            rollout = status.rollout(self._store, self._run_id)
         except StoreError:
             return  # away for a moment; the next look may see it
         except (TrimtabError, AttributeError, KeyError) as error:

@@ -10,8 +10,8 @@ import numpy as np
 
 from trimtab import evidence, signing, statement
 from trimtab.evidence import CONFIRMATION, look_name
+from trimtab.loop.state import State
 from trimtab.recipe import Recipe
-from trimtab.state import State
 from trimtab.store import Store, Tree
 from trimtab.verdict import Verdict
 from trimtab.verification import verify

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from trimtab.loop.state import Brief, State
 from trimtab.recipe import Recipe
-from trimtab.state import Brief, State
 from trimtab.store.tree import Tree
 from trimtab.verdict import Confirmation, Interval, Measurements, Verdict
 

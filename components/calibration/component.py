@@ -16,14 +16,14 @@ def calibrate(
     """Measures the model's activations on calibration text, once a model.
 
     Args:
-        state: The state of the attempt, JSON.
+        state: The URI of the attempt's document.
         checkpoint: The model to measure (named, not carried: the tree is in the store).
         calibration: Names the calibration tree: tokens, statistics of each layer's input, block influence.
         metrics: Samples, tokens and vocabulary coverage.
         stages: The stages to run, separated by spaces: 'calibrate' before pruning, 'recalibrate' and more after it.
 
     Returns:
-        The state with the calibration tree, JSON.
+        The URI of the attempt's document with the calibration tree.
     """
     from trimtab.stages import run
 

@@ -14,7 +14,7 @@ def gate(state: str, released: dsl.Output[dsl.Model]) -> str:
     It reads the evidence again from the store, judges anew, and signs what it found.
 
     Args:
-        state: The state after the last attempt, JSON.
+        state: The URI of the last attempt's document.
         released: Names the released checkpoint, with the release's URI in its metadata.
 
     Returns:

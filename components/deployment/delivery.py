@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab import bulletin, signing, stages
+from trimtab import signing, stages, status
 from trimtab.components.deployment.cluster import Cluster
 from trimtab.components.deployment.rollout import Account, roll_out
 from trimtab.components.deployment.serving import asked
@@ -77,7 +77,7 @@ def run(release: str, rollout: str, run_id: str, page: Any, metrics: Any) -> tup
     if wanted is None:
         return _told(page, NOT_ASKED, f"{release} is served nowhere: the run has no `rollout`", Account())
     store = locate(release)
-    account = Account(lambda lines: bulletin.tell_rollout(store, run_id, lines))
+    account = Account(lambda lines: status.write_rollout(store, run_id, lines))
     digest = proven(store, release, wanted.keys)
     cluster = Cluster.connect(wanted.namespace)
     try:

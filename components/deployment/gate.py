@@ -7,12 +7,16 @@ from typing import Any
 
 from trimtab import child, evidence, progress, signing, stages, statement
 from trimtab.errors import NotReleased, NotVerified
-from trimtab.state import State
+from trimtab.loop.documents import load
 from trimtab.store import Store, Tree, open_store
 
 
-def run(state_json: str, artifact: Any) -> str:
+def run(state_uri: str, artifact: Any) -> str:
     """Releases the accepted attempt and returns the release's URI; the same artifact is released once.
+
+    Args:
+        state_uri: the document of the last attempt.
+        artifact: KFP Model artifact.
 
     The key is TRIMTAB_SIGNING_KEY of the gate's own environment; no other stage needs it.
 
@@ -22,7 +26,7 @@ def run(state_json: str, artifact: Any) -> str:
         InputError: the key cannot be used.
     """
     child.follow_run()
-    state = State.parse(state_json)
+    state = load(state_uri)
     accepted = state.history[-1] if state.history else None
     if accepted is None or accepted.verdict.outcome != "accepted":
         last = accepted or state.baseline

@@ -18,13 +18,13 @@ def distill(
     of its own, which other attempts find.
 
     Args:
-        state: The state of the attempt, JSON; names the teacher, the unpruned model.
+        state: The URI of the attempt's document; that names the teacher, the unpruned model.
         checkpoint: The student.
         distilled: Names the better of the student before and after.
         metrics: Steps and held-out loss before and after.
 
     Returns:
-        The state with the distilled checkpoint, JSON.
+        The URI of the attempt's document with the distilled checkpoint.
     """
     from trimtab.stages import run
 

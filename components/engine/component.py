@@ -15,13 +15,13 @@ def build_engine(
     """Makes the export servable, then loads it as validation will and lets it score and write a few tokens.
 
     Args:
-        state: The state of the attempt, JSON.
+        state: The URI of the attempt's document.
         export: The exported checkpoint.
         engine: Names the built engine.
         metrics: Layers, emulated layers, bytes of the weights in memory.
 
     Returns:
-        The state with the engine, JSON.
+        The URI of the attempt's document with the engine.
     """
     from trimtab.stages import run
 

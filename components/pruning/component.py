@@ -16,14 +16,14 @@ def prune(
     """Zeroes weights, or removes whole blocks or parts of them; passes the model on when the recipe does not prune.
 
     Args:
-        state: The state of the attempt, JSON.
+        state: The URI of the attempt's document.
         checkpoint: The model to prune.
         calibration: What was measured of activations, for all methods but magnitude, and the tokens.
         pruned: Names the pruned checkpoint, an ordinary one of transformers.
         metrics: Parameters, share of zeros, blocks.
 
     Returns:
-        The state with the pruned checkpoint, JSON.
+        The URI of the attempt's document with the pruned checkpoint.
     """
     from trimtab.stages import run
 

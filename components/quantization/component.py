@@ -16,14 +16,14 @@ def quantize(
     """Writes a unified checkpoint as ModelOpt exports it; passes the model on when the recipe does not quantize.
 
     Args:
-        state: The state of the attempt, JSON.
+        state: The URI of the attempt's document.
         checkpoint: The model to quantize.
         calibration: What was measured of the model (named, not carried: the trees are in the store).
         export: Names the exported checkpoint.
         metrics: Bytes, effective bits.
 
     Returns:
-        The state with the export, JSON.
+        The URI of the attempt's document with the export.
     """
     from trimtab.stages import run
 

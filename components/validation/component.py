@@ -15,13 +15,13 @@ def validate(
     """Judges the exported artifact in its engine against the baseline, with confidence intervals.
 
     Args:
-        state: The state of the attempt, JSON.
+        state: The URI of the attempt's document.
         engine: The built engine.
         report: The attempt's page: verdict, intervals, kernels, layers.
         metrics: Accuracy, recovery, perplexity ratio, bytes, speed, memory.
 
     Returns:
-        The state with the verdict, JSON.
+        The URI of the attempt's document with the verdict.
     """
     from trimtab.components.validation.stage import run
 

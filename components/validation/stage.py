@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
@@ -12,12 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from trimtab import child, evidence, flow, hardware, memory, progress, report, stages, verdict
+from trimtab import child, evidence, hardware, memory, progress, report, stages, verdict
 from trimtab.catalog.backends import BACKENDS
 from trimtab.dealing import Deal, Spans
 from trimtab.errors import Failure
 from trimtab.evidence import CONFIRMATION, LOOKS, look_name
-from trimtab.state import Brief, Evaluation, State
+from trimtab.loop import decisions
+from trimtab.loop.documents import load, read_plan, save
+from trimtab.loop.state import Brief, State, fail
+from trimtab.recipe.evaluation import Evaluation
 from trimtab.statistics import wilson
 from trimtab.store import Store, open_store
 from trimtab.store.tree import Tree
@@ -42,27 +44,27 @@ INTEGRITY = stages.work_stage(
 _BASELINE_LOOKS = {look_name(look, baseline=True) for look in range(1, CONFIRMATION + 1)}
 
 
-def run(state_json: str, page: Any, metrics: Any) -> str:
+def run(state_uri: str, page: Any, metrics: Any) -> str:
     """Judges the attempt, writes its page, and files it in the state's history.
 
     Args:
-        state_json: the state as the engine stage left it; a verdict that is set already is kept.
+        state_uri: the document of the attempt as the engine stage left it; a verdict that is set already is kept.
         page: KFP HTML artifact.
         metrics: KFP Metrics artifact.
 
     Returns:
-        The state with the verdict; the attempt is part of `baseline` (attempt 0) or of `history`.
+        The URI of the attempt's document with the verdict.
     """
     child.follow_run()
-    state = State.parse(state_json)
-    if state.attempt == 0 and state.baseline or len(state.history) >= state.attempt > 0:
-        return state_json  # the baseline failed, so this attempt never began
+    state = load(state_uri)
+    if state.is_over:
+        return state_uri  # the baseline failed, so this attempt never began
     store = open_store(state.store)
     judge = _Judge(store, state)
     try:
         result = state.verdict or judge.verdict()
     except Failure as failure:
-        state = stages.fail(state, "validate", failure)
+        state = fail(state, "validate", failure)
         result = state.verdict
     filed_evidence = None
     if result.outcome == "accepted":
@@ -74,7 +76,7 @@ def run(state_json: str, page: Any, metrics: Any) -> str:
         verdict=result,
         seconds=seconds,
         evaluation=filed_evidence,
-        engine=state.trees.get("engine") if result.outcome in ("baseline", "accepted") else None,
+        engine=state.trees.get("engine"),
     )
     filed = {"baseline": brief} if state.attempt == 0 else {"history": (*state.history, brief)}
     state = state.model_copy(update={"verdict": result, "seconds": seconds, **filed})
@@ -89,14 +91,7 @@ def run(state_json: str, page: Any, metrics: Any) -> str:
     Path(page.path).write_text(shown, encoding="utf-8")
     stages.log_metrics(metrics, _numbers(result))
     progress.report("validate", f"{result.outcome}: {result.reason}")
-    return _filed(state, result).to_json()
-
-
-def _filed(state: State, result: Verdict) -> State:
-    """Drops what is in the attempt's brief and in its evidence: the state must stay small."""
-    verdict = Verdict(outcome=result.outcome, failure_class=result.failure_class, reason=result.reason)
-    artifact = {name: tree for name, tree in state.trees.items() if name in ("checkpoint", "export")}
-    return state.model_copy(update={"trees": artifact, "seconds": {}, "verdict": verdict})
+    return save(state)
 
 
 class _Judge:
@@ -207,7 +202,7 @@ class _Judge:
         return result
 
     def _measurements(self, integrity: dict[str, Any], measured: dict[str, Any]) -> Measurements:
-        facts, machine = flow.facts_of(self.store, self.state.model), hardware.target(self.state.target)
+        facts, machine = decisions.facts_of(self.store, self.state.model), hardware.target(self.state.target)
         return Measurements(
             bytes=integrity["bytes"],
             quantized_share=round(integrity["quantized_share"], 4),
@@ -265,7 +260,7 @@ class _Judge:
             apart = self._without_kv_cache(result)
         except Failure as failure:  # the verdict stands on what was measured before
             reason = f"{result.reason}; the KV cache could not be judged apart: {failure.reason}"
-            return result.model_copy(update={"reason": textwrap.shorten(reason, stages.MAX_REASON, placeholder=" …")})
+            return result.model_copy(update={"reason": reason})
         return verdict.blame_kv_cache(result, kv_cache, apart)
 
     def _without_kv_cache(self, result: Verdict) -> Verdict:
@@ -288,7 +283,7 @@ class _Judge:
     @cached_property
     def deal(self) -> Deal:
         """Which items are asked when, as the plan has it."""
-        return Deal.model_validate(self.store.get_json("deal", self.state.ladder))
+        return read_plan(self.store, self.state.plan).dealt
 
     @property
     def _confirmations(self) -> int:

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from trimtab.errors import InputError
 from trimtab.recipe import Acceptance
+from trimtab.recipe.evaluation import Evaluation
 from trimtab.schema import Document
-from trimtab.state import Evaluation
 from trimtab.statistics import normal_quantile, split_alpha
 
 #: A baseline is taken to score this share of what there is above chance when it is asked how many items a verdict

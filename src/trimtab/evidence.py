@@ -10,8 +10,9 @@ import numpy as np
 
 from trimtab import environment, verdict
 from trimtab.errors import InputError
+from trimtab.loop.documents import read_plan
+from trimtab.loop.state import Brief, State
 from trimtab.recipe import Recipe
-from trimtab.state import Brief, State
 from trimtab.store import Store, Tree
 from trimtab.verdict import Scores, Verdict
 
@@ -105,7 +106,7 @@ def write(
         "target": state.target,
         "max_attempts": state.max_attempts,
         "evaluation": state.evaluation.to_dict(),
-        "materials": store.get_json("materials", state.ladder) if state.ladder else None,
+        "materials": read_plan(store, state.plan).materials if state.plan else None,
         "trees": {name: tree.model_dump() for name, tree in state.trees.items()},
         "measured": {name: tree.model_dump() for name, tree in measured.items()},
         "verdict": result.to_dict(),

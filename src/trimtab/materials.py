@@ -12,10 +12,10 @@ from typing import Any
 
 from trimtab import environment, files
 from trimtab.recipe import Recipe, Source
+from trimtab.recipe.evaluation import Evaluation
 from trimtab.schema import Document
 from trimtab.serving.traffic import Traffic, drift
 from trimtab.serving.workload import Recorded
-from trimtab.state import Evaluation
 from trimtab.store.tree import Tree
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")

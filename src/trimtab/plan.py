@@ -10,6 +10,7 @@ from typing import Any
 
 from trimtab.candidates import CANDIDATES, Kit
 from trimtab.catalog.backends import BACKENDS
+from trimtab.catalog.goals import GOALS
 from trimtab.errors import InputError, nearest
 from trimtab.hardware import Hardware, check
 from trimtab.memory import least_training, max_context_tokens, memory, trainable, training, weight_bytes
@@ -20,7 +21,6 @@ from trimtab.recipe import Acceptance, Recipe
 from trimtab.schema import Document
 from trimtab.serving.plan import check_length
 from trimtab.serving.workload import Workload
-from trimtab.state import GOALS
 from trimtab.store.tree import Tree
 
 MAX_RUNGS = 10
@@ -57,7 +57,7 @@ def ladder(
     """Returns the recipes to try, in order; at most `MAX_RUNGS`, each a different piece of work.
 
     Args:
-        goal: one of `trimtab.state.GOALS`.
+        goal: one of `trimtab.loop.state.GOALS`.
         accept: what every recipe of the ladder must keep; the defaults of `Acceptance` when absent.
         backend: the engine; the back end of `first`, or the target's default, when absent.
         first: the user's own recipe, which stands first as it is.

@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from trimtab import flow, progress, signing, statement
+from trimtab import progress, signing, statement
 from trimtab.errors import Damaged, InputError, NotVerified
+from trimtab.loop import decisions
+from trimtab.loop.documents import read_plan
+from trimtab.loop.state import State
 from trimtab.materials import DRIFT, Materials, differences
 from trimtab.plan import Rung
 from trimtab.recipe import MovementPruning, Recipe
 from trimtab.serving.traffic import drift
 from trimtab.serving.workload import Recorded
-from trimtab.state import State
 from trimtab.statement import Predicate
 from trimtab.store import Store, Tree, open_store
 
@@ -53,13 +55,13 @@ class Review:
 
 
 def plan(*, store_uri: str, name: str, **wanted: Any) -> tuple[Review, State]:
-    """Reviews a run that would begin now, and plans it; the arguments and errors are those of `flow.begin`."""
+    """Reviews a run that would begin now, and plans it; the arguments and errors are those of `decisions.begin`."""
     store = open_store(store_uri)
-    state = flow.begin(store_uri=store_uri, name=name, **wanted)
-    now = Materials.parse(store.get_json("materials", state.ladder))
+    state = decisions.begin(store_uri=store_uri, name=name, **wanted)
+    now = Materials.parse(read_plan(store, state.plan).materials)
     found = review(store, name, now, _drift(wanted["recipe"]))
     if found.first:
-        state = flow.begin(store_uri=store_uri, name=name, **wanted, released=found.first, traffic=now.traffic)
+        state = decisions.begin(store_uri=store_uri, name=name, **wanted, released=found.first, traffic=now.traffic)
     progress.report("review", "; ".join([found.outcome, *found.reasons]))
     return found, state
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 
 from trimtab import child
-from trimtab.state import Evaluation
+from trimtab.recipe.evaluation import Evaluation
 
 _SUITE = "trimtab.components.validation.suite"
 _ALL = "trimtab_suite"

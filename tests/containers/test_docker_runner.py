@@ -21,7 +21,7 @@ from rich.console import Console
 
 from trimtab.errors import InputError
 from trimtab.pipelines import local as pipelines
-from trimtab.state import Evaluation
+from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import open_store
 
 pytestmark = [pytest.mark.containers, pytest.mark.slow]

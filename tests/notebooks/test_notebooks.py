@@ -12,7 +12,6 @@ import pytest
 import tiny
 from kfp_server import KfpServer
 
-from trimtab.schema import digest
 from trimtab.store import open_store
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
@@ -85,10 +84,7 @@ def test_submit(tmp_path):
     server = KfpServer()
     server.story = [{"state": "SUCCEEDED"}]
     store = open_store(str(tmp_path / "store"))
-    store.record(
-        digest(["bulletin", "run-1", "attempts"]),
-        {"attempts": [{"recipe": "fp8", "outcome": "accepted", "reason": "it is still good"}]},
-    )
+    store.write_status("run-1", "attempts", [{"recipe": "fp8", "outcome": "accepted", "reason": "it is still good"}])
     store.release("tiny", {"recipe": {}, "verdict": {"reason": "recovery is enough"}})
     try:
         said = execute("submit", tmp_path, HOST=server.host, STORE=str(tmp_path / "store"))

@@ -14,10 +14,10 @@ import tiny
 from trimtab import child, stages
 from trimtab.components.fetch.source import fetch
 from trimtab.errors import InputError
+from trimtab.loop.state import State
 from trimtab.pipelines import cli
 from trimtab.recipe import Recipe
 from trimtab.schema import digest
-from trimtab.state import State
 from trimtab.store import open_store
 from trimtab.store.tree import Manifest
 

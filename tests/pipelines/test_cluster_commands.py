@@ -9,13 +9,12 @@ import pytest
 import yaml
 from kfp_server import KfpServer
 
-from trimtab import bulletin, progress
+from trimtab import progress, status
 from trimtab.components.deployment.serving import Rollout
 from trimtab.errors import StoreError
 from trimtab.pipelines import cli, connection, watch
 from trimtab.pipelines.optimize import MAX_ATTEMPTS
 from trimtab.profile import Profile
-from trimtab.schema import digest
 from trimtab.store import Store, open_store
 
 RUN = ["--model", "org/tiny", "--store", "s3://bucket/store"]
@@ -225,7 +224,7 @@ def attempts_told(store: Path, run: str, *outcomes: str) -> None:
         {"recipe": f"recipe {number}", "outcome": outcome, "reason": f"reason {number}"}
         for number, outcome in enumerate(outcomes)
     ]
-    open_store(str(store)).record(digest(["bulletin", run, "attempts"]), {"attempts": lines})
+    open_store(str(store)).write_status(run, "attempts", lines)
 
 
 BEGINNING = [("fetch", "SUCCEEDED"), ("attempt", "SUCCEEDED"), ("prepare", "SUCCEEDED"), ("attempt-2", "RUNNING")]
@@ -284,7 +283,7 @@ def test_watch_a_rollout(state, last, line, exit_code, says, server, package, ca
     """What happens in it is shown as it happens, with the command by which a person approves on one line."""
     run = "0b0c4b6e-3b7d-4c57-9d55-6f2b7c1d8a90"
     waits = f"waits up to 60 minutes for approval: kubectl {'-' * 150} -p '{{}}'"
-    bulletin.tell_rollout(open_store(str(tmp_path / "store")), run, [waits, line])
+    status.write_rollout(open_store(str(tmp_path / "store")), run, [waits, line])
     attempts_told(tmp_path / "store", run, "baseline", "accepted")
     server.kept["runs"].append({"run_id": run})
     done = [*BEGINNING, ("gate", "SUCCEEDED")]

@@ -9,11 +9,11 @@ import pytest
 import yaml
 from kfp import components
 
+from trimtab.catalog.goals import GOALS
 from trimtab.components import images
 from trimtab.hardware import TARGETS
 from trimtab.pipelines import cli
 from trimtab.stages import TASKS
-from trimtab.state import GOALS
 
 MEGABYTE = 2**20
 STEPS = ["prepare", "calibrate", "prune", "distill", "recalibrate", "quantize", "build engine", "validate"]

@@ -9,9 +9,9 @@ import pytest
 
 from trimtab import evidence, signing, statement
 from trimtab.evidence import look_name
+from trimtab.loop.state import State
 from trimtab.pipelines import cli
 from trimtab.recipe import Recipe
-from trimtab.state import State
 from trimtab.store import open_store
 
 

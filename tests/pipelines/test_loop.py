@@ -17,16 +17,19 @@ from typing import Any
 import pytest
 from kfp import local
 
-from trimtab import dealing, evidence, flow, plan, signing, stages, task_sizes
+from trimtab import dealing, evidence, plan, signing, stages, task_sizes
 from trimtab.components.deployment import gate
 from trimtab.components.deployment.component import gate as gate_component
 from trimtab.components.fetch.source import fetch
 from trimtab.components.validation import stage as validation
 from trimtab.dealing import Spans
 from trimtab.errors import Failure, InputError, NotReleased, NotVerified, StageError, StoreError
+from trimtab.loop import decisions
+from trimtab.loop.documents import load, read_plan, save
+from trimtab.loop.state import State
 from trimtab.pipelines.rebuild import rebuild_pipeline
 from trimtab.recipe import Acceptance, Recipe
-from trimtab.state import Evaluation, State
+from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import Store, Tree, open_store
 from trimtab.verification import verify
 
@@ -65,12 +68,10 @@ class Script:
         self.ladder = [rung.recipe for rung in self._rungs()]
 
     def _rungs(self) -> list[plan.Rung]:
-        begun = self.begin()
-        text = (self.store.get(begun.ladder) / "ladder.json").read_text()
-        return [plan.Rung.model_validate(rung) for rung in json.loads(text)]
+        return list(read_plan(self.store, self.begin().plan).ladder)
 
     def begin(self, max_attempts: int = 1) -> State:
-        return flow.begin(
+        return decisions.begin(
             model=self.model,
             store_uri=self.store.uri,
             name="tiny",
@@ -341,8 +342,8 @@ def attempts(script: Script, state: State, count: int) -> State:
         for name in stages.STAGES:
             state, _ = stages.advance(name, state)
         page, metrics = script.folder / f"page-{number}", SimpleNamespace(log_metric=lambda *_: None)
-        state = State.parse(validation.run(state.to_json(), SimpleNamespace(path=str(page)), metrics))
-        state = flow.next_attempt(state) if number < count else state
+        state = load(validation.run(save(state), SimpleNamespace(path=str(page)), metrics))
+        state = decisions.next_attempt(state) if number < count else state
     return state
 
 
@@ -452,7 +453,7 @@ def accepted(script: Script) -> State:
 
 def release(state: State, folder: Path) -> str:
     folder.mkdir(exist_ok=True)
-    return gate.run(state.to_json(), SimpleNamespace(path=str(folder / "released"), metadata={}))
+    return gate.run(save(state), SimpleNamespace(path=str(folder / "released"), metadata={}))
 
 
 def rewritten(script: Script, state: State, change: Callable[[dict[str, Any]], None]) -> State:
@@ -602,6 +603,6 @@ def test_gate_fails_its_task(script, accepted, tmp_path, capfd):
     """What the function refuses fails the pipeline's task, and so the run."""
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "root"))
     with pytest.raises(RuntimeError, match="gate"):
-        gate_component(state=other_scores(script, accepted).to_json())
+        gate_component(state=save(other_scores(script, accepted)))
     assert "trimtab.errors.NotReleased: nothing is released: judged anew" in capfd.readouterr().out
     assert script.store.releases("tiny") == []

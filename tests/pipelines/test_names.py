@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab import flow
 from trimtab.errors import InputError
+from trimtab.loop import decisions
 from trimtab.pipelines import cli
 from trimtab.pipelines.inputs import release_name
-from trimtab.state import Evaluation
+from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import Tree, open_store
 from trimtab.store.address import check_name
 
@@ -28,7 +28,7 @@ def test_bad_names(name, tmp_path):
 @pytest.mark.parametrize("name", BAD)
 def test_the_plan_refuses_them_before_it_looks_at_the_model(name, tmp_path):
     with pytest.raises(InputError, match="the release name .* is not valid"):
-        flow.begin(
+        decisions.begin(
             model=Tree(uri=f"{tmp_path.as_uri()}/trees/{'0' * 64}", digest="0" * 64),
             store_uri=str(tmp_path), name=name, goal="lower_cost", target="cpu", recipe="", max_attempts=1,
             evaluation=Evaluation(),

@@ -11,16 +11,17 @@ import yaml
 from kfp import local
 from releases import file_release
 
-from trimtab import flow
+from trimtab.catalog.goals import GOALS
 from trimtab.components.fetch.source import fetch
 from trimtab.hardware import TARGETS
+from trimtab.loop import decisions
 from trimtab.pipelines import cli
 from trimtab.pipelines.optimize import image_names
 from trimtab.pipelines.package import REVIEW
 from trimtab.pipelines.rebuild import rebuild_pipeline
 from trimtab.profile import Profile
 from trimtab.recipe import Recipe
-from trimtab.state import GOALS, Evaluation
+from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import open_store
 
 #: What only a cluster has.
@@ -100,7 +101,7 @@ def released(tmp_path: Path, write_model: Callable[..., Path]) -> dict[str, Any]
     store = open_store(str(tmp_path / "store"))
     model = fetch(str(write_model(tmp_path / "model")), store)
     asked = {"name": "tiny", "goal": "fit_larger_model", "target": "cpu", "recipe": "", "max_attempts": 1}
-    state = flow.begin(
+    state = decisions.begin(
         model=model, store_uri=store.uri, evaluation=Evaluation(), images=image_names(Profile()), **asked
     )
     state = state.model_copy(update={"recipe": Recipe.parse("quantize: {format: int8_wo}")})

@@ -8,7 +8,7 @@ import pytest
 from kfp import dsl, local
 from releases import Released, scores_in
 
-from trimtab import bulletin, progress, signing
+from trimtab import progress, signing, status
 from trimtab.components.deployment import delivery
 from trimtab.components.deployment.serving import Rollout
 from trimtab.errors import InputError, NotVerified
@@ -106,7 +106,7 @@ def test_approved_by_a_person(released, kubernetes, tmp_path):
     assert page.run(released.uri, settings.to_json())[0] == "serves"
     command = "kubectl -n serving patch configmap trimtab-approvals --type merge -p "
     assert f"      {command}" in page.text and "- assistant: approved by her" in page.text
-    lines = bulletin.told_rollout(released.store, RUN)
+    lines = status.rollout(released.store, RUN)
     assert lines[0] == "assistant: applied as the first version" and lines[-1] == f"assistant serves {digest}"
     assert any(line.startswith(f"waits up to 1 minutes for approval: {command}") for line in lines)
     assert page.figures["prompts"] == 2 and page.figures["unanswered"] == 0

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from releases import file_release
 
-from trimtab import flow
 from trimtab.components.fetch.source import fetch
+from trimtab.loop import decisions
 from trimtab.pipelines import cli
 from trimtab.recipe import Recipe
-from trimtab.state import Evaluation
+from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import open_store
 
 CONFIG = str(Path(__file__).parent.parent / "unit" / "configs" / "llama-3.1-70b.json")
@@ -63,7 +63,7 @@ def test_what_a_log_does_not_tell(record, capsys):
 def test_beside_a_release(record, capsys, tmp_path, write_model):
     store = open_store(str(tmp_path / "store"))
     recipe = f"{{quantize: {{format: int8_wo}}, workload: {{recorded: {record(seconds=1)}}}}}"
-    state = flow.begin(
+    state = decisions.begin(
         model=fetch(str(write_model(tmp_path / "model")), store), store_uri=store.uri, evaluation=Evaluation(),
         name="tiny", goal="lower_latency", target="cpu", recipe=recipe, max_attempts=1,
     )  # fmt: skip
@@ -72,7 +72,7 @@ def test_beside_a_release(record, capsys, tmp_path, write_model):
     capsys.readouterr()
     assert cli.main(["traffic", record(output=50, seconds=1), "--release", uri]) == 0
     assert "since the release: output p95: 20 → 50 tokens, 2.50 times" in said(capsys)
-    other = file_release(store, state.model_copy(update={"ladder": None}), store.put_json("export", {}))
+    other = file_release(store, state.model_copy(update={"plan": None}), store.put_json("export", {}))
     assert cli.main(["traffic", record(), "--release", other]) == 2
     assert f"release: '{other}' was not sized for recorded traffic; leave --release out" in said(capsys)
     assert cli.main(["traffic", record(), "--release", "tiny"]) == 2

@@ -7,9 +7,9 @@ import random
 import pytest
 
 from trimtab.adjust import next_recipe, predicted_ratio
+from trimtab.loop.state import Brief
 from trimtab.plan import Rung
 from trimtab.recipe import Recipe
-from trimtab.state import Brief
 from trimtab.verdict import FAILURE_CLASSES, Interval, Verdict
 
 

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from trimtab import flow
+from trimtab.catalog.goals import GOALS
 from trimtab.errors import InputError
 from trimtab.hardware import GB, check, target
+from trimtab.loop import decisions
+from trimtab.loop.state import Brief
 from trimtab.memory import memory
 from trimtab.outline import outline
 from trimtab.recipe import Recipe
-from trimtab.state import GOALS, Brief, Evaluation
+from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import open_store
 from trimtab.verdict import Verdict
 
@@ -44,7 +46,7 @@ def begin(tmp_path_factory):
         trees[name] = store.put(source, kind="checkpoint", metadata={"facts": facts})
 
     def call(model: str, gpu: str, goal: str, recipe: str = ""):
-        return flow.begin(
+        return decisions.begin(
             model=trees[model], store_uri=store.uri, name="m", goal=goal, target=gpu, recipe=recipe,
             max_attempts=5, evaluation=Evaluation(),
         )  # fmt: skip
@@ -68,7 +70,7 @@ def test_every_run_begins_with_an_attempt(begin, model, gpu, goal):
         with pytest.raises(InputError, match=f"has nothing to gain on {gpu}: .* it can read on one {gpu}; write 'hi"):
             begin(model, gpu, goal)
         return
-    state = flow.prepare(begin(model, gpu, goal))
+    state = decisions.prepare(begin(model, gpu, goal))
     facts, machine, recipe = MODELS[model], target(gpu), state.recipe
     assert state.verdict is None and not (recipe.prune or recipe.distill or recipe.quantize)
     assert check(recipe, machine, facts) is None and memory(facts, recipe, machine).fits
@@ -77,8 +79,8 @@ def test_every_run_begins_with_an_attempt(begin, model, gpu, goal):
     count = recipe.engine.world_size
     assert state.why.startswith(f"the model unchanged, in 16 bits on {count if count > 1 else 'one'} {gpu}, at most")
     measured = state.model_copy(update={"baseline": Brief(recipe=recipe, verdict=BASELINE)})
-    assert flow.decide(measured) == "retry"
-    assert flow.prepare(flow.next_attempt(measured)).verdict is None
+    assert decisions.decide(measured) == "retry"
+    assert decisions.prepare(decisions.next_attempt(measured)).verdict is None
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_the_torch_engine_shares_the_unchanged_model_too(begin):
     """An attempt is on one device with it; what is compared with it needs two."""
     state = begin("llama-3.1-70b", "h200", "fit_larger_model", "engine: {backend: torch}")
     assert state.recipe.engine.backend == "torch" and state.recipe.engine.world_size == 2
-    assert flow.next_attempt(
+    assert decisions.next_attempt(
         state.model_copy(update={"baseline": Brief(recipe=state.recipe, verdict=BASELINE)})
     ).recipe.engine.world_size == 1  # fmt: skip
 
@@ -134,26 +136,26 @@ def test_a_workload_sizes_the_baseline(begin):
     ],
 )
 def test_what_holds_no_unchanged_model_is_refused_with_what_does(model, machine, sentence):
-    assert flow.ladder("fit_larger_model", MODELS[model], machine, Recipe()), "an attempt would fit"
+    assert decisions.ladder("fit_larger_model", MODELS[model], machine, Recipe()), "an attempt would fit"
     with pytest.raises(InputError, match=sentence):
-        flow.outline("fit_larger_model", MODELS[model], machine, Recipe())
+        decisions.outline("fit_larger_model", MODELS[model], machine, Recipe())
 
 
 def test_the_outline_is_plain_data():
-    told = flow.outline("lower_latency", MODELS["llama-3.1-70b"], target("h100"), Recipe())
+    told = decisions.outline("lower_latency", MODELS["llama-3.1-70b"], target("h100"), Recipe())
     assert told["baseline"]["placement"] == {
         "devices": 2, "backend": "trtllm", "tensor_parallel_size": 2, "pipeline_parallel_size": 1,
         "max_batch_size": 4, "max_seq_len": 4096, "max_num_tokens": 8192,
     }  # fmt: skip
     assert told["baseline"]["why"] == "the model unchanged, in 16 bits on 2 h100, at most 4 x 4,096 tokens"
-    ladder = flow.ladder("lower_latency", MODELS["llama-3.1-70b"], target("h100"), Recipe())
+    ladder = decisions.ladder("lower_latency", MODELS["llama-3.1-70b"], target("h100"), Recipe())
     assert [Recipe.parse(rung["recipe"]) for rung in told["rungs"]] == [rung.recipe for rung in ladder]
     assert [rung["why"] for rung in told["rungs"]] == [rung.why for rung in ladder]
 
 
 def test_the_outline_says_what_was_left_out():
     torch = Recipe.parse("engine: {backend: torch}")
-    told = flow.outline("lower_latency", MODELS["llama-3.1-70b"], target("h100"), torch)
+    told = decisions.outline("lower_latency", MODELS["llama-3.1-70b"], target("h100"), torch)
     refused = {other["title"]: other["why"] for other in told["refused"]}
     assert refused["int8_wo, down_proj in 16 bits"].endswith("of 80.00 GB: does not fit")
     assert not set(refused) & {rung["title"] for rung in told["rungs"]}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from trimtab.dealing import Deal, Spans, deal, fewest
 from trimtab.errors import InputError
 from trimtab.recipe import Acceptance
-from trimtab.state import Evaluation
+from trimtab.recipe.evaluation import Evaluation
 from trimtab.statistics import paired_recovery
 
 #: Items of the splits that lm-eval evaluates.

@@ -8,8 +8,8 @@ import pytest
 from trimtab import environment, evidence
 from trimtab.errors import InputError, StoreError
 from trimtab.evidence import CONFIRMATION, LOOKS, look_name
+from trimtab.loop.state import State
 from trimtab.recipe import Recipe
-from trimtab.state import State
 from trimtab.store import Tree
 from trimtab.verdict import NotPaired
 

@@ -90,6 +90,15 @@ def test_young_trees_stay(local):
     assert there(local, old, young) == [False, True]
 
 
+def test_what_a_run_said_of_itself_goes_with_its_age(both):
+    """Beside the results, so that whoever lists these sees results alone."""
+    both.write_status("run-1", "attempts", ["accepted"])
+    assert not list(both._back.entries("index"))
+    assert collect(both, dry_run=True).statuses == () and both.status("run-1", "attempts") == ["accepted"]
+    assert collect(both, now=LATER).statuses == ("status/run-1/attempts.json",)
+    assert both.status("run-1", "attempts") is None
+
+
 @pytest.mark.parametrize("use", ["lookup", "put"])
 def test_what_is_used_again_is_young_again(local, use):
     used, unused = filed(local, "used", KEY), filed(local, "unused", "cd" * 32)

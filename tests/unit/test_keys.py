@@ -14,10 +14,11 @@ from facts import LLAMA_8B
 from trimtab import child, environment, stages
 from trimtab.components.validation import stage as validation
 from trimtab.hardware import target
+from trimtab.loop.documents import load, save
+from trimtab.loop.state import State
 from trimtab.plan import ladder
 from trimtab.recipe import Recipe
 from trimtab.stages import STAGES, Stage
-from trimtab.state import State
 from trimtab.store import Store, open_store
 from trimtab.store.tree import Tree
 
@@ -186,7 +187,7 @@ def test_prepare_follows_the_libraries_of_the_image_that_will_do_the_work(seen, 
     if seen is not None:
         placed(device=H100, **seen)
         baseline = begun.model_copy(update={"recipe": Recipe(), "attempt": 0})  # where the task passes on
-        told = State.parse(stages.run("quantize", baseline.to_json(), artifact, None)).libraries
+        told = load(stages.run("quantize", save(baseline), artifact, None)).libraries
         state = begun.model_copy(update={"libraries": told})
     placed(device={"processor": "some", "threads": 2}, torch="2.11.0+cpu", nvidia_modelopt="0.1")
     assert stages.accelerators(state)["quantize"] == expected

@@ -6,7 +6,7 @@ import pytest
 
 from trimtab.materials import Materials, differences, gather
 from trimtab.recipe import Recipe
-from trimtab.state import Evaluation
+from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import Tree
 
 MODEL = "3f" * 32

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 from releases import file_release
 
-from trimtab import environment, flow, placing, rebuild, signing, stages, statement
+from trimtab import environment, placing, rebuild, signing, stages, statement
 from trimtab.components.fetch.source import fetch
 from trimtab.errors import Damaged, InputError
+from trimtab.loop import decisions
+from trimtab.loop.documents import read_plan, write_plan
+from trimtab.loop.state import Brief
 from trimtab.recipe import Recipe
-from trimtab.state import Brief, Evaluation
+from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import Store, Tree
 from trimtab.verdict import Verdict
 
@@ -45,7 +48,7 @@ def run(store: Store, tmp_path: Path, write_model: Callable[..., Path], monkeypa
 
 def released(store: Store, asked: dict[str, Any], **changes: Any) -> tuple[str, Tree]:
     """Releases what a run made that was asked for this; returns the release and its student."""
-    state = flow.begin(**asked)
+    state = decisions.begin(**asked)
     student, export = (store.put_json(kind, {"of": state.model.digest}) for kind in ("checkpoint", "export"))
     recipe = Recipe.parse(asked["recipe"] or "quantize: {format: int8_wo}")
     trees = {"checkpoint": student} if recipe.distill else {}
@@ -95,7 +98,7 @@ def test_begins_anew(name, store, run):
     released(store, run())
     found, state = rebuild.plan(**run(**changes))
     assert (found.outcome, found.reasons, found.first) == ("rebuild", (reason,), None)
-    assert flow.next_attempt(state.model_copy(update={"baseline": BASELINE})).trees == {}
+    assert decisions.next_attempt(state.model_copy(update={"baseline": BASELINE})).trees == {}
 
 
 def test_new_calibration_text_alone_begins_anew(store, run):
@@ -118,7 +121,7 @@ def test_goes_on_from_the_student(change, store, run, another_model, monkeypatch
     found, state = rebuild.plan(**asked)
     assert found.outcome == "rebuild" and found.first.student == student
     assert "goes on from the student" in found.markdown
-    begun = flow.next_attempt(state.model_copy(update={"baseline": BASELINE}))
+    begun = decisions.next_attempt(state.model_copy(update={"baseline": BASELINE}))
     assert begun.recipe == Recipe.parse(DISTILLED), "the released recipe is tried first"
     assert begun.trees == {"checkpoint": student}
     inputs = stages.inputs_of(stages.STAGES["distill"], begun)
@@ -148,7 +151,7 @@ def test_traffic_that_drifted(store, run):
     """The released recipe is tried first, for what is asked now; the stages before its engine are found by key."""
     record()
     _, state = rebuild.plan(**run(SERVED))
-    sized = flow.next_attempt(state.model_copy(update={"baseline": BASELINE}))
+    sized = decisions.next_attempt(state.model_copy(update={"baseline": BASELINE}))
     assert (sized.recipe.engine.max_batch_size, sized.recipe.engine.max_seq_len) == (1, 256)
     released(store, run(SERVED), recipe=sized.recipe)
     record(output=40, seconds=3)
@@ -156,7 +159,7 @@ def test_traffic_that_drifted(store, run):
     moved = [f"traffic: output {quantile}: 20 → 40 tokens, 2.00 times, more than 1.5" for quantile in ("p50", "p95")]
     assert (found.outcome, list(found.reasons)) == ("rebuild", moved)
     assert "First is the recipe of the last release, sized anew." in found.markdown
-    begun = flow.next_attempt(state.model_copy(update={"baseline": BASELINE}))
+    begun = decisions.next_attempt(state.model_copy(update={"baseline": BASELINE}))
     assert begun.recipe.engine.max_batch_size == 3 and begun.trees == {}
     for stage in ("prune", "quantize"):
         parameters = [stages.STAGES[stage].parameters(recipe) for recipe in (sized.recipe, begun.recipe)]
@@ -179,7 +182,7 @@ def test_a_released_recipe_that_does_not_fit_any_more(store, run, monkeypatch, c
     monkeypatch.setattr(placing, "plan_engine", refuses)
     _, state = rebuild.plan(**run(SERVED))
     assert "the recipe of the last release is not tried: target: not one request fits" in capsys.readouterr().err
-    ladder = [Recipe.model_validate(rung["recipe"]) for rung in store.get_json("ladder", state.ladder)]
+    ladder = [rung.recipe for rung in read_plan(store, state.plan).ladder]
     assert ladder[0].prune == Recipe.parse(SERVED).prune and better.prune not in [recipe.prune for recipe in ladder]
 
 
@@ -213,7 +216,7 @@ def test_new_lessons_and_new_traffic_go_on_from_the_student(store, run):
     Path("lessons.txt").write_text("a new lesson")
     record(output=40, seconds=3)
     _, state = rebuild.plan(**run(recipe))
-    begun = flow.next_attempt(state.model_copy(update={"baseline": BASELINE}))
+    begun = decisions.next_attempt(state.model_copy(update={"baseline": BASELINE}))
     assert begun.trees == {"checkpoint": student} and begun.recipe.engine.max_batch_size == 3
 
 
@@ -254,21 +257,21 @@ def test_a_released_recipe_of_the_ladder_stands_before_the_users_own(store, run)
     _, student = released(store, run(), recipe=better)
     Path("lessons.txt").write_text("a new lesson")
     _, state = rebuild.plan(**run())
-    ladder = [Recipe.model_validate(rung["recipe"]) for rung in store.get_json("ladder", state.ladder)]
+    ladder = [rung.recipe for rung in read_plan(store, state.plan).ladder]
     assert ladder[:2] == [better, Recipe.parse(DISTILLED)]
     assert len({recipe.digest for recipe in ladder}) == len(ladder) <= 10
-    state = flow.next_attempt(state.model_copy(update={"baseline": BASELINE}))
+    state = decisions.next_attempt(state.model_copy(update={"baseline": BASELINE}))
     assert (state.recipe, state.trees) == (better, {"checkpoint": student})
     failed = Verdict(outcome="rejected", failure_class="accuracy", reason="bad")
     state = state.model_copy(update={"history": (Brief(recipe=better, verdict=failed),)})
-    assert flow.next_attempt(state).trees == {}, "what comes next is pruned otherwise, or not at all"
+    assert decisions.next_attempt(state).trees == {}, "what comes next is pruned otherwise, or not at all"
 
 
 def test_stages_that_the_student_stands_for_are_not_run(store, run, monkeypatch):
     _, student = released(store, run())
     Path("lessons.txt").write_text("a new lesson")
     _, state = rebuild.plan(**run())
-    state = flow.next_attempt(state.model_copy(update={"baseline": BASELINE}))
+    state = decisions.next_attempt(state.model_copy(update={"baseline": BASELINE}))
     ran = []
 
     def cached(_store: Store, stage: stages.Stage, *_: Any) -> stages.Result:
@@ -289,9 +292,11 @@ def test_a_release_without_a_statement(store, run):
 
 def test_a_release_of_before(store, run):
     """An older trimtab did not write down what a release is made of, a newer one may write more."""
-    released(store, run(), ladder=None)
+    released(store, run(), plan=None)
     assert "it does not say what it was made of" in rebuild.plan(**run())[0].reasons[0]
-    released(store, run(), ladder=store.put_json("ladder", [], materials={"moon": "full"}))
+    begun = decisions.begin(**run())
+    strange = read_plan(store, begun.plan).model_copy(update={"materials": {"moon": "full"}})
+    released(store, run(), plan=write_plan(store, strange))
     assert "another version of trimtab wrote" in rebuild.plan(**run())[0].reasons[0]
 
 

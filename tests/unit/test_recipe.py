@@ -85,7 +85,6 @@ BAD = [
     ("calibrate: {text: [{text: a}, {text: a, weight: 2}]}", "names 'a' twice; write it once, with a larger weight"),
     ("calibrate: {text: 'hf:'}", "names no dataset after 'hf:'; write hf:owner/name, or hf: and a folder"),
     ("calibrate: {text: [{text: a.txt, split: test}]}", "which only a dataset has; write text: 'hf:owner/name'"),
-    (f"calibrate: {{text: {'a' * 600}}}", "has 611 bytes as JSON, more than 600; write fewer sources or shorter paths"),
     # what belongs together
     ("quantize: {format: mixed}", "has format 'mixed' and no effective_bits; write effective_bits: 4 to 8"),
     (

@@ -25,10 +25,10 @@ from runs import (
     state,
 )
 
+from trimtab.loop.state import State
 from trimtab.report import attempt_html, console_table, figures, rows, summary_html, summary_markdown
 from trimtab.report.rows import DASH, fraction, number
 from trimtab.stages import STAGES
-from trimtab.state import State
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 

@@ -9,9 +9,10 @@ import pytest
 
 from trimtab import child, environment, stages
 from trimtab.errors import Failure, StoreError
+from trimtab.loop.documents import load, save
+from trimtab.loop.state import State, fail
 from trimtab.recipe import Recipe
 from trimtab.stages import STAGES, TASKS, TENSORS, Stage
-from trimtab.state import State
 from trimtab.store import open_store
 
 DISTILL = "{tokens: 99, generate: 9, stored_logits: 8}"
@@ -177,7 +178,7 @@ def test_a_stage_that_is_not_asked_for_passes_its_input_on(state, worked):
 
 
 def test_a_verdict_passes_through_every_stage(state, worked):
-    failed = stages.fail(state(FULL), "prepare", Failure("unsupported", "no"))
+    failed = fail(state(FULL), "prepare", Failure("unsupported", "no"))
     for name in STAGES:
         assert stages.advance(name, failed) == (failed, None)
     assert worked == []
@@ -192,7 +193,7 @@ def test_a_failure_becomes_the_verdict_and_leaves_nothing(state, monkeypatch, st
     before = state("distill: {tokens: 99}")
     after, result = stages.advance("distill", before)
     assert result is None and after.trees == {} and after.verdict.failure_class == "training_diverged"
-    assert len(after.verdict.reason) <= stages.MAX_REASON
+    assert after.verdict.reason.endswith("x" * 1000)
     assert not list((store._back.root / "index").glob("*")) if (store._back.root / "index").exists() else True
 
 
@@ -276,7 +277,7 @@ def test_what_a_teacher_says_is_found_by_other_trainings(state, worked):
 
 
 def test_a_verdict_needs_no_accelerator(state):
-    failed = stages.fail(state(FULL), "prepare", Failure("unsupported", "no"))
+    failed = fail(state(FULL), "prepare", Failure("unsupported", "no"))
     assert set(stages.accelerators(failed).values()) == {"0"}
 
 
@@ -284,7 +285,7 @@ def test_run_describes_what_travels(state, worked, tmp_path):
     logged = {}
     artifact = SimpleNamespace(path=str(tmp_path / "artifact"), metadata={})
     metrics = SimpleNamespace(log_metric=logged.__setitem__)
-    after = State.parse(stages.run("quantize", state("quantize: {format: int8_wo}").to_json(), artifact, metrics))
+    after = load(stages.run("quantize", save(state("quantize: {format: int8_wo}")), artifact, metrics))
     assert json.loads((tmp_path / "artifact").read_text()) == after.trees["export"].model_dump()
     assert artifact.metadata["tree_digest"] == after.trees["export"].digest
     assert logged == {"loss": 1.5, "peak_memory_bytes": 1000.0, "seconds": 2.0, "from_store": 0.0}
@@ -293,15 +294,15 @@ def test_run_describes_what_travels(state, worked, tmp_path):
 def test_run_of_several_stages_names_the_tree_of_the_first(state, worked, tmp_path):
     artifact = SimpleNamespace(path=str(tmp_path / "artifact"), metadata={})
     for recipe in ("{format: fp8}", "{format: mixed, effective_bits: 6}"):
-        before = state(f"quantize: {recipe}").to_json()
-        after = State.parse(stages.run(" ".join(TASKS["recalibrate"]), before, artifact, None))
+        before = save(state(f"quantize: {recipe}"))
+        after = load(stages.run(" ".join(TASKS["recalibrate"]), before, artifact, None))
         assert json.loads((tmp_path / "artifact").read_text()) == after.trees["calibration"].model_dump()
 
 
 def test_run_of_several_stages_may_name_the_tree_of_another(state, worked, tmp_path):
     artifact = SimpleNamespace(path=str(tmp_path / "artifact"), metadata={})
-    before = state(f"distill: {DISTILL}").to_json()
-    after = State.parse(stages.run(" ".join(TASKS["distill"]), before, artifact, None, shown="distill"))
+    before = save(state(f"distill: {DISTILL}"))
+    after = load(stages.run(" ".join(TASKS["distill"]), before, artifact, None, shown="distill"))
     assert json.loads((tmp_path / "artifact").read_text()) == after.trees["checkpoint"].model_dump()
 
 
@@ -309,7 +310,7 @@ def test_run_of_several_stages_tells_their_metrics_apart(state, worked, tmp_path
     logged = {}
     artifact = SimpleNamespace(path=str(tmp_path / "artifact"), metadata={})
     metrics = SimpleNamespace(log_metric=logged.__setitem__)
-    before = state("quantize: {format: mixed, effective_bits: 6}").to_json()
+    before = save(state("quantize: {format: mixed, effective_bits: 6}"))
     stages.run(" ".join(TASKS["recalibrate"]), before, artifact, metrics)
     assert [name for name in logged if name.endswith("seconds")] == ["seconds", "gram_seconds", "sensitivity_seconds"]
 
@@ -317,5 +318,5 @@ def test_run_of_several_stages_tells_their_metrics_apart(state, worked, tmp_path
 def test_run_of_a_pass_through_names_its_input(state, tmp_path):
     artifact = SimpleNamespace(path=str(tmp_path / "artifact"), metadata={})
     before = state("{}")
-    stages.run("prune", before.to_json(), artifact, None)
+    stages.run("prune", save(before), artifact, None)
     assert json.loads((tmp_path / "artifact").read_text())["digest"] == before.model.digest

@@ -288,7 +288,7 @@ def test_a_kv_cache_is_blamed_for_accuracy_alone(other):
 
 
 def test_every_goal_has_a_gain():
-    from trimtab.state import GOALS
+    from trimtab.catalog.goals import GOALS
 
     assert all(gain(goal, BEFORE, BEFORE) == 0 for goal in GOALS)
 

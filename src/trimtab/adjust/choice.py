@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from trimtab.adjust.prediction import skip
 from trimtab.adjust.remedies import remedies
 from trimtab.adjust.rulings import cause_of, rules_out, stage_of
+from trimtab.loop.state import Brief
 from trimtab.plan import Rung
 from trimtab.recipe import Recipe
-from trimtab.state import Brief
 
 _DIRECTION = {
     "accuracy": "which takes less away",

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from trimtab.adjust.respects import bits_of, quantization
 from trimtab.catalog.formats import FORMATS
+from trimtab.loop.state import Brief
 from trimtab.plan import Rung
 from trimtab.recipe import MIXED_FORMATS, Recipe
-from trimtab.state import Brief
 
 #: With one measurement: the bits that halve the log ratio.
 HALVING_BITS = 1.0

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 
 from trimtab.adjust.respects import at_least, bits_of, kv_of, rehearsed, removed_by
 from trimtab.adjust.rulings import TOO_HARSH, cause_of, stage_of
+from trimtab.loop.state import Brief
 from trimtab.plan import Rung
 from trimtab.recipe import DepthPruning, MovementPruning, Recipe, SparsePruning, WidthPruning
 from trimtab.schema import Document
-from trimtab.state import Brief
 
 #: The least share of neurons or channels that is worth a try: it makes a model hardly smaller.
 LEAST_SHARE = 0.05

@@ -26,8 +26,8 @@ from trimtab.adjust.respects import (
     risk,
     training_footprint,
 )
+from trimtab.loop.state import Brief
 from trimtab.recipe import Recipe
-from trimtab.state import Brief
 
 TOO_HARSH = ("accuracy", "perplexity", "indeterminate")
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Discriminator, Tag, model_validator
 
-from trimtab.recipe.calibration import MAX_CALIBRATION_BYTES, Calibration, Source
+from trimtab.recipe.calibration import Calibration, Source
 from trimtab.recipe.distillation import Distillation
 from trimtab.recipe.engine import SIZES, Acceptance, Engine
 from trimtab.recipe.pruning import DepthPruning, MovementPruning, Pruning, SparsePruning, WidthPruning
@@ -35,7 +35,6 @@ __all__ = [
     "Format",
     "GROUPED_FORMATS",
     "KVCache",
-    "MAX_CALIBRATION_BYTES",
     "MIXED_FORMATS",
     "MovementPruning",
     "NEAREST_FORMATS",

@@ -10,9 +10,6 @@ from trimtab.recipe.fields import Count
 from trimtab.schema import Document
 from trimtab.schema_errors import in_yaml
 
-#: The most bytes of JSON that a recipe's `calibrate` may take: it travels in the state, which must stay small.
-MAX_CALIBRATION_BYTES = 600
-
 
 class Source(Document):
     """One source of calibration text, and its share of the samples.
@@ -85,12 +82,4 @@ class Calibration(Document):
             if key in seen:  # each would draw its windows without regard to the other's
                 raise ValueError(f"names '{source.title}' twice; write it once, with a larger weight")
             seen.add(key)
-        return self
-
-    @model_validator(mode="after")
-    def _travels_in_the_state(self) -> Calibration:
-        size = len(self.to_json().encode())
-        if size > MAX_CALIBRATION_BYTES:
-            limit = f"{size} bytes as JSON, more than {MAX_CALIBRATION_BYTES}"
-            raise ValueError(f"has {limit}; write fewer sources or shorter paths")
         return self

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trimtab.loop.state import State
 from trimtab.report.rows import COLUMNS, INTERVALS, Row, rows
 from trimtab.report.story import headline
-from trimtab.state import State
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -5,9 +5,9 @@ from __future__ import annotations
 import html
 import re
 
+from trimtab.loop.state import State
 from trimtab.report.rows import COLUMNS, rows
 from trimtab.report.story import explanation, headline
-from trimtab.state import State
 
 
 def summary_markdown(state: State) -> str:

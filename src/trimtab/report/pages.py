@@ -9,11 +9,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from trimtab.loop.state import Brief, State
 from trimtab.report import curves, figures, story
 from trimtab.report.figures import Dimension, Point
 from trimtab.report.rows import COLUMNS, DASH, INTERVALS, Row, fraction, interval_text, number, rows, spent
 from trimtab.stages import STAGES
-from trimtab.state import Brief, State
 from trimtab.store.tree import Tree
 from trimtab.verdict import Interval, Measurements, Verdict
 
@@ -232,7 +232,7 @@ def _references(state: State, found: tuple[int, Brief] | None) -> list[tuple[str
             trees["accepted artifact"] = state.trees.get("export") or state.trees.get("checkpoint") or state.model
         trees |= {"engine": brief.engine, "evidence": brief.evaluation}
         references.append(("accepted recipe", brief.recipe.digest, ""))
-    trees["ladder"] = state.ladder
+    trees["plan"] = state.plan
     shown = [(name, tree.digest, tree.uri) for name, tree in trees.items() if tree]
     return [*shown[:1], *references, *shown[1:]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from trimtab.state import Brief, State
+from trimtab.loop.state import Brief, State
 from trimtab.verdict import Interval
 
 DASH = "–"

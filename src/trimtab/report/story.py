@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from trimtab.loop.state import Brief, State
 from trimtab.report.rows import interval_text, one_line
-from trimtab.state import Brief, State
 from trimtab.verdict import Verdict
 
 #: What `Verdict.gain` counts, for each goal.

@@ -11,11 +11,9 @@
 
 from trimtab.stages.accelerators import accelerators
 from trimtab.stages.execution import (
-    MAX_REASON,
     Result,
     advance,
     cached,
-    fail,
     inputs_of,
     key_here,
     tree_of,
@@ -27,7 +25,6 @@ from trimtab.stages.registry import STAGES, TASKS, Stage, always, work_stage
 __all__ = [
     "ENGINES",
     "Environment",
-    "MAX_REASON",
     "MEASURED",
     "QUANTIZED",
     "Result",
@@ -40,7 +37,6 @@ __all__ = [
     "always",
     "cached",
     "describe_tree",
-    "fail",
     "inputs_of",
     "key_here",
     "log_metrics",

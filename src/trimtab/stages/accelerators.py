@@ -10,9 +10,9 @@ without it, it could not even look its result up.
 
 from __future__ import annotations
 
+from trimtab.loop.state import State
 from trimtab.stages.execution import inputs_of, is_asked
 from trimtab.stages.registry import STAGES, TASKS
-from trimtab.state import State
 from trimtab.store import open_store
 from trimtab.store.tree import Tree
 

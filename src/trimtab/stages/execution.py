@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import textwrap
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,14 +12,10 @@ from typing import Any
 
 from trimtab import child, progress
 from trimtab.errors import Failure
+from trimtab.loop.state import State, fail
 from trimtab.stages.registry import MAKE_A_STUDENT, STAGES, Stage
-from trimtab.state import State
 from trimtab.store import Store, open_store
 from trimtab.store.tree import Tree
-from trimtab.verdict import Verdict
-
-#: The state holds a reason for every attempt, and must stay small.
-MAX_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -121,11 +116,3 @@ def advance(name: str, state: State) -> tuple[State, Result | None]:
     seconds = {**state.seconds, name: 0.0 if result.hit else round(result.seconds, 1)}
     trees = {**state.trees, stage.output: result.tree}
     return state.model_copy(update={"trees": trees, "seconds": seconds}), result
-
-
-def fail(state: State, name: str, failure: Failure) -> State:
-    """Makes an expected failure the state's verdict."""
-    progress.report(name, failure.reason)
-    reason = textwrap.shorten(failure.reason, MAX_REASON, placeholder=" …")
-    verdict = Verdict(outcome="rejected", failure_class=failure.failure_class, reason=reason, stage=name)
-    return state.model_copy(update={"verdict": verdict})

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import child, environment
+from trimtab.loop.documents import load, save
 from trimtab.stages.execution import advance, tree_of
 from trimtab.stages.keys import SHAPING
 from trimtab.stages.registry import STAGES
-from trimtab.state import State
 from trimtab.store.tree import Tree
 
 
-def run(names: str, state_json: str, artifact: Any, metrics: Any, shown: str = "") -> str:
+def run(names: str, state_uri: str, artifact: Any, metrics: Any, shown: str = "") -> str:
     """The body of a stage's component: runs the named stages and fills the artifacts that the UI shows.
 
     Args:
@@ -23,15 +23,15 @@ def run(names: str, state_json: str, artifact: Any, metrics: Any, shown: str = "
             where there is nothing to do: see `accelerators`.
         shown: the stage whose tree the artifact stands for; the first when empty. The names of the others' metrics
             begin with their stage's, for all have seconds.
-        state_json: the state as the previous stage returned it.
+        state_uri: the document of the attempt, as the previous stage returned it.
         artifact: KFP output artifact; gets a few kB that name the tree, so that the UI draws the lineage.
         metrics: KFP Metrics artifact, or None.
 
     Returns:
-        The state for the next stage, as JSON.
+        The URI of the document for the next stage.
     """
     child.follow_run()
-    state = State.parse(state_json)
+    state = load(state_uri)
     shown = shown or names.split()[0]
     for name in names.split():
         state, result = advance(name, state)
@@ -41,7 +41,7 @@ def run(names: str, state_json: str, artifact: Any, metrics: Any, shown: str = "
             told = {**result.metrics, "seconds": result.seconds, "from_store": float(result.hit)}
             log_metrics(metrics, {key if name == shown else f"{name}_{key}": value for key, value in told.items()})
     describe_tree(artifact, tree_of(STAGES[shown].output, state))
-    return state.to_json()
+    return save(state)
 
 
 def log_metrics(artifact: Any, metrics: Mapping[str, Any]) -> None:

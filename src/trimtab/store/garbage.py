@@ -2,7 +2,8 @@
 
 A tree stays when a release or a pin names it, or a document of a tree that stays (the evidence names the answers, the
 calibration and the parent), or when it is young: put or looked up within `age`. What a running attempt uses is
-therefore safe as long as a run is shorter than that by a day; what a schedule uses is in a release, or pinned.
+therefore safe as long as a run is shorter than that by a day; what a schedule uses is in a release, or pinned. What
+runs have said of themselves goes when it is that old.
 """
 
 from __future__ import annotations
@@ -36,9 +37,13 @@ _DIGEST = re.compile(rb"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Garbage:
-    """What can go: keys of results, of manifests and of blobs; `bytes` of the blobs; trees by kind; trees that stay."""
+    """What can go: keys of results, of runs' status, of manifests and of blobs; `bytes` of the blobs; trees by kind.
+
+    `kept` are the trees that stay.
+    """
 
     records: tuple[str, ...]
+    statuses: tuple[str, ...]
     manifests: tuple[str, ...]
     blobs: tuple[str, ...]
     bytes: int
@@ -95,6 +100,7 @@ def _find(store: Store, age: timedelta, now: datetime, keep_up: Callable[[], Non
     blobs = [entry for entry in old if _digest_in(entry.key) not in wanted]
     return Garbage(
         records=tuple(key for key, is_gone in zip(records, gone, strict=True) if is_gone),
+        statuses=tuple(entry.key for entry in back.entries("status") if entry.modified < before),
         manifests=tuple(f"trees/{digest}.json" for digest in sorted(dead)),
         blobs=tuple(entry.key for entry in blobs),
         bytes=sum(entry.bytes for entry in blobs),
@@ -146,9 +152,10 @@ def _digest_in(key: str) -> str:
 
 
 def _remove(back: Any, garbage: Garbage, collection: Collection) -> None:
-    total = len(garbage.records) + len(garbage.manifests) + len(garbage.blobs)
+    kinds = (garbage.records, garbage.statuses, garbage.manifests, garbage.blobs)
+    total = sum(map(len, kinds))
     done = 0
-    for keys in (garbage.records, garbage.manifests, garbage.blobs):  # each kind is gone before the next begins
+    for keys in kinds:  # each kind is gone before the next begins
         _each(back.remove, keys, collection.keep_up)
         done += len(keys)
         progress.report("gc", "removing", done, total)

@@ -47,9 +47,9 @@ class Store:
     """Immutable, content-addressed trees; the results of stages by key; numbered releases.
 
     Layout: `blobs/<first two digits>/<SHA-256>`, `trees/<digest>.json` (the manifest, written last: what is
-    half written is never visible), `index/<key>.json`, `releases/<name>/<version>.json`, `pins/<name>.json`;
-    `leases/` and `collecting.json` say who is at work; in a folder also `.partial/` for temporary files. Threads
-    and processes may share a store.
+    half written is never visible), `index/<key>.json`, `releases/<name>/<version>.json`, `pins/<name>.json`,
+    `status/<run>/<what>.json` for those who watch; `leases/` and `collecting.json` say who is at work; in a folder
+    also `.partial/` for temporary files. Threads and processes may share a store.
 
     Every method raises StoreError when the store fails (network, disk, a damaged object) and InputError when
     something given is wrong (address, credentials, permissions, arguments).
@@ -196,6 +196,25 @@ class Store:
             return None
         return value if all(self._exists(*where) for where in _trees(value)) else None
 
+    def write_status(self, run: str, what: str, value: Any) -> None:
+        """Keeps what a run says of itself (small JSON) for those who watch it; the last writer wins.
+
+        Args:
+            run: the id of the run, of letters, digits, '.', '_' and '-'.
+            what: a name for it, likewise.
+        """
+        data = _json({"value": value}, "a status")
+        self._back.prepare()
+        self._back.write(self._status(run, what), data)
+
+    def status(self, run: str, what: str) -> Any:
+        """Returns what `write_status` kept last; None when there is nothing, or something else wrote it."""
+        data = self._back.read(self._status(run, what))
+        try:
+            return json.loads(data)["value"] if data is not None else None
+        except (ValueError, LookupError, TypeError):
+            return None
+
     def release(self, name: str, record: Mapping[str, Any] | Callable[[str], Mapping[str, Any]]) -> str:
         """Adds a release and returns its URI, `<store>/releases/<name>/<version>`.
 
@@ -301,6 +320,9 @@ class Store:
             return data is not None
         except InputError:  # a store that may only be read
             return True
+
+    def _status(self, run: str, what: str) -> str:
+        return f"status/{check_name(run, 'run')}/{check_name(what, 'status')}.json"
 
     def _versions(self, name: str) -> list[str]:
         names = (entry.removesuffix(".json") for entry in self._back.names(f"releases/{check_name(name, 'release')}"))

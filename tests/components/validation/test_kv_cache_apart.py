@@ -8,10 +8,13 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
-from trimtab import evidence, flow, stages
+from trimtab import evidence, stages
 from trimtab.components.fetch.source import fetch
 from trimtab.components.validation import stage as validation
-from trimtab.state import Evaluation, State
+from trimtab.loop import decisions
+from trimtab.loop.documents import load, save
+from trimtab.loop.state import State
+from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import Store, open_store
 
 pytestmark = pytest.mark.slow
@@ -38,7 +41,7 @@ class Run:
             tasks=(tiny.TASK,), task_path=str(self.folder / "tasks"), items=(200, 30, 30), windows=(4, 4, 4),
             confirm_items=0, confirm_windows=0, window_tokens=64,
         )  # fmt: skip
-        return flow.begin(
+        return decisions.begin(
             model=fetch(str(self.folder / "model"), self.store), store_uri=self.store.uri, name="tiny",
             goal="fit_larger_model", target="cpu", recipe=RECIPE, max_attempts=2, evaluation=evaluation,
         )  # fmt: skip
@@ -49,7 +52,7 @@ class Run:
                 self._file_ruined_export(state)
             state, _ = stages.advance(name, state)
         page, metrics = self.folder / "page.html", SimpleNamespace(log_metric=lambda *_: None)
-        return State.parse(validation.run(state.to_json(), SimpleNamespace(path=str(page)), metrics))
+        return load(validation.run(save(state), SimpleNamespace(path=str(page)), metrics))
 
     def _file_ruined_export(self, state: State) -> None:
         """Files, as what quantization made, good INT8 weights with scales at which keys and values are clipped."""
@@ -73,7 +76,7 @@ def test_a_ruinous_kv_cache_is_found_and_dropped_alone(tmp_path):
     state = run.through(run.begin())
     assert state.baseline.verdict.outcome == "baseline"
 
-    state = run.through(flow.next_attempt(state))
+    state = run.through(decisions.next_attempt(state))
     blamed = state.history[0].verdict
     assert (blamed.outcome, blamed.failure_class) == ("rejected", "kv_cache_accuracy"), blamed.reason
     assert blamed.reason.startswith("the KV cache is to blame: perplexity ratio ")
@@ -81,8 +84,8 @@ def test_a_ruinous_kv_cache_is_found_and_dropped_alone(tmp_path):
     assert "in 16 bits, which is accepted" in blamed.reason
     assert blamed.recovery.high < 0.9 or blamed.perplexity_ratio.low > 1.1, "the numbers are those of the export"
 
-    assert flow.decide(state) == "retry"
-    state = flow.next_attempt(state)
+    assert decisions.decide(state) == "retry"
+    state = decisions.next_attempt(state)
     assert state.recipe.quantize.model_dump() == {**state.history[0].recipe.quantize.model_dump(), "kv_cache": "none"}
     assert "the same with the KV cache in 16 bits" in state.why
     state = run.through(state)

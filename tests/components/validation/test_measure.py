@@ -15,8 +15,8 @@ from trimtab.components.validation.generation import is_degenerate
 from trimtab.components.validation.tasks import choose, filters_of
 from trimtab.errors import InputError
 from trimtab.recipe import Acceptance
+from trimtab.recipe.evaluation import Evaluation
 from trimtab.runtime.text import read_text
-from trimtab.state import Evaluation
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from trimtab.components.validation.stage import _Judge
 from trimtab.evidence import look_name
-from trimtab.state import State
+from trimtab.loop.state import State
 from trimtab.store import open_store
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from trimtab import bulletin, progress
+from trimtab import progress, status
+from trimtab.loop.state import Brief, State
 from trimtab.recipe import Recipe
-from trimtab.state import Brief, State
 from trimtab.store import open_store
 from trimtab.verdict import Verdict
 
@@ -30,39 +30,39 @@ def state(tmp_path) -> State:
 
 def test_told(state):
     store = open_store(state.store)
-    assert bulletin.told(store, RUN) == []
-    bulletin.tell(state.model_copy(update={"history": ()}), RUN)
-    bulletin.tell(state, RUN)
-    told = bulletin.told(store, RUN)
+    assert status.attempts(store, RUN) == []
+    status.write_attempts(state.model_copy(update={"history": ()}), RUN)
+    status.write_attempts(state, RUN)
+    told = status.attempts(store, RUN)
     assert [line["outcome"] for line in told] == ["baseline", "rejected"]
     assert told[1] == {"recipe": "int8_wo", "outcome": "rejected", "reason": "recovery is below the limit"}
-    assert bulletin.told(store, OTHER) == []
+    assert status.attempts(store, OTHER) == []
 
 
 def test_the_rollout_is_told_beside_the_verdicts(state):
     store = open_store(state.store)
-    assert bulletin.told_rollout(store, RUN) == []
-    bulletin.tell(state, RUN)
-    bulletin.tell_rollout(store, RUN, ["applied"])
-    bulletin.tell_rollout(store, RUN, ["applied", "rolled back"])
-    assert bulletin.told_rollout(store, RUN) == ["applied", "rolled back"] and len(bulletin.told(store, RUN)) == 2
+    assert status.rollout(store, RUN) == []
+    status.write_attempts(state, RUN)
+    status.write_rollout(store, RUN, ["applied"])
+    status.write_rollout(store, RUN, ["applied", "rolled back"])
+    assert status.rollout(store, RUN) == ["applied", "rolled back"] and len(status.attempts(store, RUN)) == 2
 
 
 def test_told_though_its_trees_are_gone(state, tmp_path):
     """The record names no tree, so what is collected later takes no verdict with it."""
-    bulletin.tell(state, RUN)
+    status.write_attempts(state, RUN)
     for path in (tmp_path / "store" / "trees").iterdir():
         path.unlink()
-    assert len(bulletin.told(open_store(state.store), RUN)) == 2
+    assert len(status.attempts(open_store(state.store), RUN)) == 2
 
 
 def test_trouble_of_the_store_does_not_fail_the_run(state, monkeypatch, capsys):
     monkeypatch.delenv(progress.ENVIRONMENT, raising=False)
-    bulletin.tell(state.model_copy(update={"store": "gs://elsewhere"}), RUN)
+    status.write_attempts(state.model_copy(update={"store": "gs://elsewhere"}), RUN)
     assert "those who watch do not see it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("run", ["", "4711471147", "{{$.pipeline_job_uuid}}"])
-def test_a_run_on_this_machine_tells_its_terminal(run, state):
-    bulletin.tell(state, run)
-    assert bulletin.told(open_store(state.store), run) == []
+def test_a_run_on_this_machine_tells_its_terminal(run, state, tmp_path):
+    status.write_attempts(state, run)
+    assert not (tmp_path / "store" / "status").exists()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import Any
 
 from trimtab import adjust, dealing, hardware, materials, memory, placing, plan, progress, task_sizes
+from trimtab.catalog.goals import GOALS
 from trimtab.errors import Failure, InputError, nearest
+from trimtab.loop.documents import Plan, read_plan, write_plan
+from trimtab.loop.state import State, fail
 from trimtab.model import ModelFacts
 from trimtab.plan import MAX_RUNGS, Rung
 from trimtab.recipe import Recipe
+from trimtab.recipe.evaluation import Evaluation
 from trimtab.serving import traffic as recorded
 from trimtab.serving.traffic import Traffic
 from trimtab.serving.workload import Workload
-from trimtab.stages import MAX_REASON, fail
-from trimtab.state import GOALS, Evaluation, State
 from trimtab.store import Store, Tree, open_store
 from trimtab.store.address import check_name
 
@@ -73,23 +74,23 @@ def begin(
         images=images,
         traffic=traffic,
     )
-    return State(
-        store=store.uri,
-        name=name,
-        goal=goal,
-        target=machine.name,
-        evaluation=evaluation,
-        model=model,
-        max_attempts=max_attempts,
-        ladder=store.put_json(
-            "ladder",
-            [rung.to_dict() for rung in rungs],
-            materials=made_of.model_dump(mode="json"),
-            deal=dealt.to_dict(),
-        ),
-        recipe=unchanged.recipe,
-        why=unchanged.why,
+    planned = {
+        "name": name,
+        "goal": goal,
+        "target": machine.name,
+        "model": model,
+        "max_attempts": max_attempts,
+        "evaluation": evaluation,
+    }
+    whole = Plan(
+        **planned,
+        ladder=tuple(rungs),
+        baseline=unchanged.recipe,
+        materials=made_of.model_dump(mode="json"),
+        dealt=dealt,
     )
+    where = write_plan(store, whole)
+    return State(store=store.uri, **planned, plan=where, recipe=unchanged.recipe, why=unchanged.why)
 
 
 def ladder(goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Recipe) -> list[Rung]:
@@ -185,7 +186,7 @@ def next_attempt(state: State) -> State:
         update={
             "attempt": len(state.history) + 1,
             "recipe": rung.recipe,
-            "why": textwrap.shorten(why, MAX_REASON, placeholder=" …"),
+            "why": why,
             "trees": {"checkpoint": rung.student} if rung.student else {},
             "verdict": None,
             "seconds": {},
@@ -200,8 +201,7 @@ def facts_of(store: Store, model: Tree) -> ModelFacts:
 
 def _next(state: State) -> tuple[Rung | None, str]:
     store, machine = open_store(state.store), hardware.target(state.target)
-    ladder, facts = store.get_json("ladder", state.ladder), facts_of(store, state.model)
-    rungs = [Rung.model_validate(rung) for rung in ladder]
+    rungs, facts = list(read_plan(store, state.plan).ladder), facts_of(store, state.model)
     rung, why = adjust.next_recipe(
         rungs, state.history, lambda recipe: hardware.check(recipe, machine, facts) is None
     )

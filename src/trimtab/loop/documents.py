@@ -1,0 +1,160 @@
+"""The plan and the attempts of a run, as immutable documents in the store.
+
+Between tasks travels the URI of an attempt's document, a few dozen bytes, and nothing else of it: so no string that
+Kubeflow Pipelines carries grows with what is said in a document, or with the number of attempts. An attempt names its
+plan and the attempt before it; what was tried so far is read by following these.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trimtab.catalog.goals import Goal
+from trimtab.dealing import Deal
+from trimtab.errors import InputError
+from trimtab.loop.state import Brief, State
+from trimtab.plan import Rung
+from trimtab.recipe import Recipe
+from trimtab.recipe.evaluation import Evaluation
+from trimtab.schema import Document
+from trimtab.store import Store, Tree, open_store
+from trimtab.store.address import split_tree
+from trimtab.verdict import Verdict
+
+
+class Plan(Document):
+    """The whole plan of a run, written once before any work.
+
+    `ladder` are the recipes to try, `baseline` is how the unchanged model is served, `materials` what the run is made
+    of. `resources` says for each stage of each rung what it needs; empty where a plan leaves that to the stages.
+    `dealt` says which items of which task serve which look.
+    """
+
+    name: str
+    goal: Goal
+    target: str
+    model: Tree
+    max_attempts: int
+    evaluation: Evaluation
+    ladder: tuple[Rung, ...] = ()
+    baseline: Recipe = Recipe()
+    materials: dict[str, Any] | None = None
+    resources: dict[str, Any] = {}
+    dealt: Deal | None = None
+
+
+class Attempt(Document):
+    """One recipe on its way, or at its end.
+
+    `number` 0 is the baseline, `parent` the attempt before. `evaluation` is the evidence of one that was accepted, and
+    `is_over` says that it is judged and filed. The other fields are those of `State`.
+    """
+
+    plan: Tree
+    parent: Tree | None = None
+    number: int = 0
+    recipe: Recipe
+    why: str = ""
+    trees: dict[str, Tree] = {}
+    verdict: Verdict | None = None
+    seconds: dict[str, float] = {}
+    libraries: dict[str, dict[str, str]] = {}
+    evaluation: Tree | None = None
+    is_over: bool = False
+
+    @property
+    def brief(self) -> Brief:
+        """What is remembered of it."""
+        return Brief(
+            recipe=self.recipe,
+            why=self.why,
+            verdict=self.verdict,
+            seconds=self.seconds,
+            evaluation=self.evaluation,
+            engine=self.trees.get("engine"),
+        )
+
+
+#: The kinds of these documents' trees.
+PLAN, ATTEMPT = "plan", "attempt"
+#: What an attempt's document and the state have in common.
+_CURRENT = ("recipe", "why", "trees", "verdict", "seconds", "libraries")
+_PLANNED = ("name", "goal", "target", "model", "max_attempts", "evaluation")
+
+
+def save(state: State) -> str:
+    """Writes where a run stands and returns the URI of the document of its current attempt.
+
+    What is in the store already, the plan and the attempts that were over, is named and not written again.
+    """
+    store = open_store(state.store)
+    plan = state.plan or write_plan(store, Plan(**{name: getattr(state, name) for name in _PLANNED}))
+    filed = list(state.filed)
+    for number, brief in list(enumerate(state.finished))[len(filed) :]:
+        said = {name: getattr(brief, name) for name in ("recipe", "why", "verdict", "seconds", "evaluation")}
+        said["trees"] = {"engine": brief.engine} if brief.engine else {}
+        if number == state.attempt:
+            said |= {"trees": said["trees"] | state.trees, "libraries": state.libraries}
+        parent = filed[-1] if filed else None
+        filed.append(_put(store, Attempt(plan=plan, parent=parent, number=number, is_over=True, **said)))
+    if state.is_over:
+        return filed[-1].uri
+    said = {name: getattr(state, name) for name in _CURRENT}
+    return _put(store, Attempt(plan=plan, parent=filed[-1] if filed else None, number=state.attempt, **said)).uri
+
+
+def load(uri: str) -> State:
+    """Reads where a run stands.
+
+    Args:
+        uri: what `save` returned.
+
+    Raises:
+        InputError: not the URI of an attempt.
+        Damaged: a document that it needs is not there.
+    """
+    parts = split_tree(uri)
+    if not parts:
+        raise InputError(f"state: '{uri}' is not valid; write the URI of an attempt, <store>/trees/<64 hex digits>")
+    store = open_store(parts[0])
+    found = store.manifest(uri)
+    if found.kind != ATTEMPT:  # and it is not brought here, however large
+        raise InputError(f"state: {uri} is no attempt but a {found.kind}; write what a task of the run returned")
+    current = read_attempt(store, uri)
+    past = [(store.tree(parts[1], found.size), current)] if current.is_over else []
+    parent = current.parent
+    while parent:
+        past.append((parent, read_attempt(store, parent)))
+        parent = past[-1][1].parent
+    past.reverse()
+    briefs = [attempt.brief for _, attempt in past]
+    plan = read_plan(store, current.plan)
+    return State(
+        store=store.uri,
+        **{name: getattr(plan, name) for name in _PLANNED},
+        plan=current.plan,
+        attempt=current.number,
+        **{name: getattr(current, name) for name in _CURRENT},
+        baseline=briefs[0] if briefs else None,
+        history=tuple(briefs[1:]),
+        filed=tuple(tree for tree, _ in past),
+    )
+
+
+def write_plan(store: Store, plan: Plan) -> Tree:
+    """Stores a plan and returns its tree."""
+    return store.put_json(PLAN, plan.to_dict())
+
+
+def read_plan(store: Store, tree: Tree) -> Plan:
+    """Reads what `write_plan` stored."""
+    return Plan.parse(store.get_json(PLAN, tree))
+
+
+def read_attempt(store: Store, tree: Tree | str) -> Attempt:
+    """Reads the document of one attempt."""
+    return Attempt.parse(store.get_json(ATTEMPT, tree))
+
+
+def _put(store: Store, attempt: Attempt) -> Tree:
+    return store.put_json(ATTEMPT, attempt.to_dict())
