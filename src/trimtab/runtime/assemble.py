@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from trimtab.errors import Failure, InputError
-from trimtab.runtime import fused, linear, parallel
+from trimtab.runtime import cpu_products, fused, linear, parallel
 from trimtab.runtime import kv_cache as cache
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.formats import SCALES, Quantized
@@ -58,6 +58,7 @@ def assemble(
     model = model.requires_grad_(False).eval().to(device)
     if fuse:
         fused.fuse_linears(model)
+    cpu_products.use(model)
     return model
 
 
