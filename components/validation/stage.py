@@ -31,7 +31,7 @@ _MEASURE = "trimtab.components.validation.measure"
 EVALUATE = stages.work_stage(
     "evaluate", f"{_MEASURE}:evaluate", "evaluation", stages.Environment(("lm-eval",), measured=True), version=2
 )
-COMPARE_SPEED = stages.work_stage("speed", f"{_MEASURE}:compare_speed", "speed", stages.MEASURED)
+COMPARE_SPEED = stages.work_stage("speed", f"{_MEASURE}:compare_speed", "speed", stages.MEASURED, version=2)
 #: It loads the export in the embedded engine, as far as this device can.
 INTEGRITY = stages.work_stage(
     "integrity",

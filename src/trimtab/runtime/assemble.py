@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from trimtab import families
 from trimtab.errors import Failure, InputError
-from trimtab.runtime import fused, linear, parallel
+from trimtab.runtime import cpu_products, fused, linear, parallel
 from trimtab.runtime import kv_cache as cache
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.formats import SCALES, Quantized
@@ -60,6 +60,7 @@ def assemble(
     model = model.requires_grad_(False).eval().to(device)
     if fuse:
         fused.fuse_linears(model, family)
+    cpu_products.use(model)
     return model
 
 

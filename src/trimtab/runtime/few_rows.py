@@ -49,7 +49,7 @@ class Chosen:
 
 def operands(layer: nn.Module) -> dict[str, Any] | None:
     """Returns a layer's `weight`, `bias`, and what `matvec` takes beside; None where it has no such product."""
-    if type(layer) is nn.Linear:
+    if isinstance(layer, nn.Linear):
         return {"weight": layer.weight, "bias": layer.bias}
     if not isinstance(layer, linear.PackedLinear) or layer.pre_quant_scale is not None:
         return None

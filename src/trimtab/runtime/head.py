@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trimtab.errors import Failure
+from trimtab.runtime import cpu_products
 
 #: Rows scored at once, and tokens of the vocabulary in a slice: 16 MB of float32 logits.
 ROWS = 1024
@@ -69,9 +70,16 @@ def logit_slices(head: nn.Linear, hidden: torch.Tensor) -> Iterator[tuple[int, t
     """Yields (first token, float32 logits [n, at most SLICE]) over the vocabulary."""
     hidden = hidden.float()
     for start in range(0, len(head.weight), SLICE):
-        with _bf16_products():
-            logits = hidden @ head.weight[start : start + SLICE].float().t()
+        weight = head.weight[start : start + SLICE]
+        logits = _product(hidden, weight)
         yield start, logits if head.bias is None else logits + head.bias[start : start + SLICE].float()
+
+
+def _product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if not hidden.is_cuda and cpu_products.dtype() == torch.float32:
+        return cpu_products.exact(hidden, weight)
+    with _bf16_products():
+        return hidden @ weight.float().t()
 
 
 @contextmanager

@@ -1,0 +1,168 @@
+"""Products on a CPU: the one place that decides in which type a processor multiplies, and how a weight is read for it.
+
+Models are in bfloat16. A processor with instructions for it (AMX, AVX512-BF16) multiplies that fast. Without them
+PyTorch falls back to loops that are ten times slower than float32, or eighty where the weight is row-major as in
+`x @ w`; so there a product is computed in float32. A bfloat16 is a float32 whose lower half is zero and the product of
+two has 16 bits, so float32 products are exact, their sums at least as good as bfloat16's instructions give them, and
+the output is rounded to bfloat16 either way: baseline and candidate compute the same numbers on both kinds, but for the
+order of sums.
+
+A float32 copy of the weights would be the fastest to multiply, and would double the memory of a model; a packed one's
+would have eight times the bytes that it was quantized for. So weights stay as they are, and some rows at a time are
+widened into a buffer that stays in the processor's cache: that costs a fifth of the product of a single row, where
+PyTorch's own bfloat16 loop is as fast as float32, and nothing worth mentioning with more.
+
+Axes in names: R rows (tokens), I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+#: Weights that are widened at once for each thread: 512 KiB of float32, which the second-level cache of a core holds.
+TILE = 128 << 10
+#: With more rows than this a product is long enough that larger tiles pay: BLAS packs what it multiplies.
+FEW = 64
+#: Tiles are whole multiples of this many outputs, which is a block of the packed INT4 layout too.
+BLOCK = 64
+
+#: outputs a tile may have -> the tiles of a weight: some of its rows, [n, I], which the next tile may overwrite, and
+#: where their outputs stand: of all outputs [O, R] the view [..., R] of theirs.
+Tiles = Callable[[int], Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]]
+
+
+@functools.cache
+def dtype() -> torch.dtype:
+    """Returns the type in which this processor multiplies bfloat16 fastest: bfloat16, or float32.
+
+    What a processor has is asked first; some announce bfloat16 and emulate it, so what is left is timed.
+    """
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    x, w = torch.ones(64, 768), torch.ones(768, 768)
+    works = {kind: functools.partial(F.linear, x.to(kind), w.to(kind)) for kind in (torch.bfloat16, torch.float32)}
+    seconds = fastest(works)
+    return min(seconds, key=seconds.__getitem__)
+
+
+@functools.cache
+def integers_are_exact() -> bool:
+    """Returns whether `torch._int_mm` computes its sums in 32 bits here: tried on the largest numbers of both signs."""
+    signs = torch.tensor([127, -128], dtype=torch.int8)
+    a_RI, b_IO = signs.repeat(16)[:, None].expand(32, 64).contiguous(), signs.repeat(16).expand(64, 32).contiguous()
+    expected = 64 * a_RI[:, :1].int() * b_IO[:1].int()
+    return all(torch.equal(torch._int_mm(a_RI[:rows], b_IO), expected[:rows]) for rows in (1, 2, 32))
+
+
+def describe() -> str:
+    """Returns in a few words how this processor computes."""
+    how = "bfloat16 products" if dtype() == torch.bfloat16 else "float32 products of bfloat16 numbers"
+    return f"{how} on a CPU ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def fastest(works: dict, rounds: int = 5) -> dict:
+    """Returns the seconds of each work in its fastest round; they take turns, so that a busy machine disturbs all."""
+    found = dict.fromkeys(works, float("inf"))
+    for turn in range(rounds + 1):
+        for name, work in works.items():
+            started = time.perf_counter()
+            work()
+            if turn:  # the first loads kernels
+                found[name] = min(found[name], time.perf_counter() - started)
+    return found
+
+
+def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns `F.linear` of tensors in bfloat16, in bfloat16."""
+    x_RI = x.reshape(-1, x.shape[-1])
+    if dtype() == torch.bfloat16 or len(x_RI) <= 1:  # of a single row PyTorch's loop is as fast
+        return F.linear(x, weight_OI, bias_O)
+    y_RO = exact(x_RI, weight_OI)
+    if bias_O is not None:
+        y_RO += bias_O
+    return y_RO.to(x.dtype).reshape(*x.shape[:-1], len(weight_OI))
+
+
+def exact(x_RI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """Returns `F.linear` in float32 of numbers that are stored in fewer bits, float32 [R, O]."""
+    return product(x_RI, widened(weight_OI, torch.float32), len(weight_OI), torch.float32)
+
+
+def widened(weight_OI: torch.Tensor, kind: torch.dtype) -> Tiles:
+    """Returns the tiles of a stored weight, in a type that holds its numbers."""
+
+    def tiles(step: int) -> Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]:
+        for start in range(0, len(weight_OI), step):
+            here = slice(start, start + step)
+            part = weight_OI[here]
+            yield scratch("tile", kind, *part.shape).copy_(part), operator.itemgetter(here)
+
+    return tiles
+
+
+_held = threading.local()
+
+
+def scratch(name: str, kind: torch.dtype, *shape: int) -> torch.Tensor:
+    """Returns a tensor of this shape with any content; the thread's next call with this name and type takes it back.
+
+    Fresh memory comes a page at a time, which for a tile would cost as much as filling it.
+    """
+    size = math.prod(shape)
+    held = getattr(_held, f"{name} {kind}", None)
+    if held is None or len(held) < size:
+        with torch.inference_mode(False):
+            held = torch.empty(size, dtype=kind)
+        setattr(_held, f"{name} {kind}", held)
+    return held[:size].view(shape)
+
+
+def product(x_RI: torch.Tensor, tiles: Tiles, out_features: int, kind: torch.dtype) -> torch.Tensor:
+    """Returns x @ w.T of a weight that is unpacked tile by tile, [R, O] in the type of `kind`.
+
+    Args:
+        tiles: of the weight, in `kind`.
+        kind: float32, or bfloat16 on a processor that multiplies it.
+    """
+    count, in_features = x_RI.shape
+    few = count <= FEW and kind == torch.float32
+    step = max(BLOCK, TILE * torch.get_num_threads() * (1 if few else 8) // in_features // BLOCK * BLOCK)
+    x_RI = x_RI.to(kind)
+    if few:  # BLAS is quicker then when the long side, the outputs, comes first
+        x_IR, y_OR = x_RI.t().contiguous(), torch.empty(out_features, count, dtype=kind)
+    else:
+        y_OR = torch.empty(count, out_features, dtype=kind).t()
+    for w_OI, place in tiles(step):
+        y = place(y_OR)
+        if y.dim() > 2:
+            y.copy_((torch.mm(w_OI, x_IR) if few else torch.mm(x_RI, w_OI.t()).t()).view_as(y))
+        elif few:
+            torch.mm(w_OI, x_IR, out=y)
+        else:
+            torch.mm(x_RI, w_OI.t(), out=y.t())
+    return y_OR.t()
+
+
+class Linear(nn.Linear):
+    """A linear layer in bfloat16 as this processor multiplies it."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.dtype != torch.bfloat16 or self.weight.dtype != torch.bfloat16:
+            return super().forward(input)
+        return linear(input, self.weight, self.bias)
+
+
+def use(model: nn.Module) -> None:
+    """Makes the linear layers of a model on a CPU multiply as this processor does it fast; their weights stay."""
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.device.type == "cpu":
+            module.__class__ = Linear

@@ -1,0 +1,146 @@
+"""Products on a CPU are those of the stored numbers, in whichever type the processor multiplies and in any tiles."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from trimtab.runtime import cpu_products, linear
+from trimtab.runtime.formats import Layout, Quantized, dequantize
+
+CPU = torch.device("cpu")
+#: A processor that has AVX2, and neither AVX-512 nor instructions for bfloat16, as PyTorch and its libraries see one.
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+#: Half the distance of two bfloat16 numbers, which have eight bits, relative to them: what rounding once may cost.
+ROUNDING = 2**-8
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Each type, as if this processor multiplied it the faster; and tiles that layers of tests have several of."""
+    monkeypatch.setattr(cpu_products, "dtype", lambda: request.param)
+    monkeypatch.setattr(cpu_products, "TILE", 64 * 64)
+    return request.param
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64, 65, 300])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (63, 40), (64, 64), (333, 96)])
+def test_a_layer_computes_its_float32_product(kind: torch.dtype, outputs: int, inputs: int, rows: int) -> None:
+    x, weight, bias = normal(2, rows, inputs), normal(outputs, inputs, seed=1), normal(outputs, seed=2)
+    found = cpu_products.linear(x, weight, bias)
+    assert found.dtype == torch.bfloat16 and found.shape == (2, rows, outputs)
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    # PyTorch rounds before the bias too where it multiplies bfloat16 itself.
+    terms = F.linear(x.double(), weight.double()).abs() + bias.double().abs()
+    assert ((found.double() - expected).abs() <= 1.01 * ROUNDING * (expected.abs() + terms) + 1e-5).all()
+
+
+def test_only_the_output_is_rounded(kind: torch.dtype) -> None:
+    x, weight = normal(80, 200), normal(130, 200, seed=1)
+    exact = F.linear(x.double(), weight.double())
+    assert (cpu_products.exact(x, weight).double() - exact).abs().max() < 1e-5
+    wrong = (cpu_products.linear(x, weight).double() - exact).abs() > 1.01 * ROUNDING * exact.abs() + 1e-5
+    assert not wrong.any()
+
+
+def test_layers_of_a_model_are_replaced_with_their_weights(kind: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(48, 96, dtype=torch.bfloat16), nn.Linear(96, 8, dtype=torch.float32))
+    weights = [layer.weight for layer in model]
+    x = normal(70, 48)
+    with torch.no_grad():
+        expected = model[0](x).float()
+        cpu_products.use(model)
+        assert [layer.weight for layer in model] == weights and all(isinstance(layer, nn.Linear) for layer in model)
+        assert (model[0](x).float() - expected).abs().max() <= 2 * ROUNDING * expected.abs().max()
+        assert torch.equal(model[1](expected), F.linear(expected, weights[1], model[1].bias)), "float32 stays float32"
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "group"), [(64, 64, 64), (208, 128, 32), (400, 256, 128), (48, 64, 32)])
+def test_packed_int4_is_read_in_tiles(kind: torch.dtype, outputs: int, inputs: int, group: int) -> None:
+    layer = int4(outputs, inputs, group)
+    module = linear.build(layer, None, CPU)
+    for rows in (3, 90):
+        x = normal(rows, inputs)
+        expected = F.linear(x.double(), dequantize(layer).double())
+        # In bfloat16 each scaled weight is rounded, so the bound is relative to the sum of magnitudes.
+        weights = F.linear(x.double().abs(), dequantize(layer).double().abs()) if kind == torch.bfloat16 else 0
+        bound = 1.01 * ROUNDING * (expected.abs() + weights) + 1e-5
+        assert ((module.dense(x).double() - expected).abs() <= bound).all()
+
+
+def int4(outputs: int, inputs: int, group: int) -> Quantized:
+    generator = torch.Generator().manual_seed(outputs)
+    weight = torch.randint(256, (outputs // 2, inputs), generator=generator, dtype=torch.uint8)
+    scale = (torch.rand(outputs, inputs // group, generator=generator) * 0.02 + 0.01).bfloat16()
+    return Quantized(Layout("W4A16_AWQ", group), weight, scale)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("rows", [1, 7, 200])
+def test_int8_products_do_not_saturate(monkeypatch: pytest.MonkeyPatch, exact: bool, rows: int) -> None:
+    if not exact:
+        monkeypatch.setattr(cpu_products, "integers_are_exact", lambda: False)
+    assert saturation(rows) <= 1.01 * ROUNDING
+
+
+def saturation(rows: int) -> float:
+    """The largest relative error of INT8 activations and weights that are as large as they can be."""
+    one, found = torch.tensor(1.0), []
+    for a, w in ((127, 127), (127, -128), (-128, 127), (-128, -128)):
+        weight = torch.full((32, 256), w, dtype=torch.int8)
+        module = linear.build(Quantized(Layout("W8A8_SQ_PER_CHANNEL"), weight, one.expand(32), one), None, CPU)
+        y = module(torch.full((rows, 256), a).bfloat16()).float()
+        found.append((y / (256 * a * w) - 1).abs().max().item())
+    return max(found)
+
+
+def test_a_kernel_without_vector_code_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = int4(64, 64, 32)
+    monkeypatch.setattr("trimtab.runtime.linear_cpu._fast", {"_weight_int4pack_mm_for_cpu": False})
+    module = linear.build(layer, None, CPU)
+    assert module.packed_rows == 0
+    monkeypatch.setattr(torch, "_weight_int4pack_mm_for_cpu", None)
+    assert torch.isfinite(module(normal(1, 64))).all()
+
+
+def test_a_processor_with_avx2_alone_computes_the_same_numbers() -> None:
+    """There oneDNN's INT8 product saturates, and PyTorch's bfloat16 product is a loop of ten times float32's time."""
+    run = [sys.executable, __file__]
+    done = subprocess.run(run, env={**os.environ, **AVX2}, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    if found["capability"] != "AVX2":
+        pytest.skip("this processor is not of x86-64 with AVX2")
+    assert found["dtype"] == "torch.float32"
+    assert max(found["int8"]) <= 1.01 * ROUNDING
+    assert found["int4"] <= 0.01
+
+
+def main() -> None:
+    """What the process with AVX2 alone finds."""
+    layer = int4(208, 128, 32)
+    x = normal(90, 128)
+    expected = F.linear(x.float(), dequantize(layer))
+    with torch.inference_mode():
+        found = {
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "dtype": str(cpu_products.dtype()),
+            "int8": [saturation(rows) for rows in (1, 7, 200)],
+            "int4": ((linear.build(layer, None, CPU)(x).float() - expected).norm() / expected.norm()).item(),
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
