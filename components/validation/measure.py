@@ -36,8 +36,8 @@ def evaluate(
         export: folder of the exported checkpoint, all that is known of the model here.
         parameters: tasks, task_path, filters, items (task -> [start, stop]), windows [start, stop], all_windows (how
             many all looks ask for together), window_tokens, heldout, speed (measure decoding and
-            generation too); optional kv_cache ("none" runs the export with its KV cache in 16 bits) and max_length (the
-            most tokens of a request, where the other engine it is compared with takes fewer than this one).
+            generation too), max_length (the most tokens of a request and its answer), and optionally kv_cache ("none"
+            runs the export with its KV cache in 16 bits).
         calibration: folder of the calibration whose text must not be what is evaluated on, or None.
 
     Returns:
@@ -49,8 +49,8 @@ def evaluate(
         _refuse_overlap((Path(calibration) / "text.txt").read_text(encoding="utf-8"), parameters)
     served = open_engine(Path(engine), Path(export), parameters.get("kv_cache", "export"))
     folder = Path(output)
-    settings = record.read(Path(engine)).settings
-    model = EngineLM(served, parameters.get("max_length", settings.longest_request), settings.max_batch_size)
+    batch = record.read(Path(engine)).settings.max_batch_size
+    model = EngineLM(served, parameters["max_length"], batch)
     metrics = _score_windows(served, parameters, folder) | _score_items(model, parameters, folder)
     (folder / "kernels.json").write_text(json.dumps(served.kernels()), encoding="utf-8")
     if parameters["speed"]:

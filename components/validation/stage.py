@@ -172,8 +172,9 @@ class _Judge:
         speed: bool,
         kv_cache: str = "export",
     ) -> stages.Result:
-        parameters = evaluation_parameters(self.state.evaluation, items, windows, speed, kv_cache)
-        parameters |= self._same_length(engine)
+        parameters = evaluation_parameters(
+            self.state.evaluation, items, windows, speed, max_length=self.max_length, kv_cache=kv_cache
+        )
         inputs = {"engine": engine, "export": export}
         calibration = self.state.trees.get("calibration")
         own_text = self.state.recipe.calibrate.text == "builtin"  # trimtab's tests keep it apart from the suite
@@ -185,12 +186,13 @@ class _Judge:
             progress.report("validate", what)
         return result
 
-    def _same_length(self, engine: Tree) -> dict[str, int]:
-        """Baseline and candidate are asked the same: what is too long for one of them is cut for both."""
-        own = self.state.recipe.engine.longest_request
-        base = self.state.baseline.recipe.engine.longest_request if self.state.baseline else own
-        mine = own if engine == self.engine else base
-        return {"max_length": min(own, base)} if min(own, base) < mine else {}
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a request: baseline and candidate are asked the same, so what is too long for one of them,
+        or for the model, is cut for both."""
+        recipes = [self.state.recipe, *([self.state.baseline.recipe] if self.state.baseline else [])]
+        reads = decisions.facts_of(self.store, self.state.model).max_position_embeddings
+        return min(reads, *(recipe.engine.longest_request for recipe in recipes))
 
     def _cached(
         self, name: str, stage: stages.Stage, parameters: dict[str, Any], inputs: dict[str, Tree]
@@ -310,7 +312,13 @@ class _Judge:
 
 
 def evaluation_parameters(
-    settings: Evaluation, items: Spans, windows: list[int], speed: bool, kv_cache: str = "export"
+    settings: Evaluation,
+    items: Spans,
+    windows: list[int],
+    speed: bool,
+    *,
+    max_length: int,
+    kv_cache: str = "export",
 ) -> dict[str, Any]:
     """Returns the parameters of `EVALUATE`, which are part of its key in the store.
 
@@ -324,6 +332,7 @@ def evaluation_parameters(
         "windows": windows,
         "all_windows": sum(settings.windows) + (settings.confirm_windows if settings.confirm_items else 0),
         "window_tokens": settings.window_tokens,
+        "max_length": max_length,
         "heldout": settings.heldout,
         "speed": speed,
         **({} if kv_cache == "export" else {"kv_cache": kv_cache}),

@@ -145,7 +145,10 @@ class Script:
         kv_cache: str = "export",
     ) -> None:
         speed = look == 1 and kv_cache == "export"
-        parameters = validation.evaluation_parameters(EVALUATION, items, windows, speed, kv_cache)
+        reads = decisions.facts_of(self.store, self.model).max_position_embeddings
+        parameters = validation.evaluation_parameters(
+            EVALUATION, items, windows, speed, max_length=reads, kv_cache=kv_cache
+        )
         inputs = {"engine": state.trees["engine"], "export": _export(state)}
         key = validation.EVALUATE.key(parameters, inputs, here(validation.EVALUATE))
         files = {
@@ -364,6 +367,17 @@ def test_verdict(scores, ending, reason, script):
     assert told(state) == [f"int4_rtn {ending}"]
     assert reason in state.history[-1].verdict.reason
     assert (state.history[-1].evaluation is not None) == ending.startswith("accepted")
+
+
+def test_another_attempt_is_confirmed_on_other_items(script):
+    """Otherwise the items that refused the first would steer what is tried next, and judge that too."""
+    script.file({script.ladder[0].quantize.format: LUCKY})
+    state = attempts(script, script.begin(max_attempts=2), 2)
+    assert told(state) == ["int4_rtn rejected accuracy", "int4_gptq accepted confirmed"]
+    measured = evidence.read(script.store, state.history[-1].evaluation)["measured"]
+    lines = (script.store.get(Tree.model_validate(measured["look-4"])) / "items.jsonl").read_text().splitlines()
+    numbers = [int(json.loads(line)["id"].removeprefix("item/")) for line in lines]
+    assert (min(numbers), len(numbers)) == (sum(EVALUATION.items) + EVALUATION.confirm_items, EVALUATION.confirm_items)
 
 
 # --- a quantized KV cache -------------------------------------------------------------------------------------

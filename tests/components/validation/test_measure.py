@@ -104,8 +104,10 @@ def test_looks_and_fresh_windows_follow_each_other():
 
 def test_a_kv_cache_in_16_bits_is_another_evaluation():
     parameters = (Evaluation(), {"a": [0, 9]}, [0, 1], True)
-    own, without = (stage.evaluation_parameters(*parameters, kv) for kv in ("export", "none"))
-    assert own == stage.evaluation_parameters(*parameters)
+    own, without = (
+        stage.evaluation_parameters(*parameters, max_length=64, kv_cache=kv) for kv in ("export", "none")
+    )
+    assert own == stage.evaluation_parameters(*parameters, max_length=64)
     assert without == {**own, "kv_cache": "none"}
     assert stage.EVALUATE.key(own, {}, {}) != stage.EVALUATE.key(without, {}, {})
 

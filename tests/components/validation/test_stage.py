@@ -1,4 +1,4 @@
-"""What the page of an attempt shows is the attempt's own."""
+"""What the page of an attempt shows is the attempt's own, and baseline and candidate are asked the same."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import json
 
 import pytest
 
+from trimtab.components.fetch.source import fetch
 from trimtab.components.validation.stage import _Judge
 from trimtab.evidence import look_name
-from trimtab.loop.state import State
+from trimtab.loop.state import Brief, State
+from trimtab.recipe import Engine, Recipe
 from trimtab.store import open_store
+from trimtab.verdict import Verdict
 
 
 @pytest.mark.parametrize("baseline_first", [True, False])
@@ -30,3 +33,24 @@ def test_kernels_are_those_of_the_attempt_and_not_of_the_baseline(baseline_first
     assert judge.read("kernels.json") == "attempt"
     judge.trees = {look_name(1, baseline=True): measured[look_name(1, baseline=True)]}
     assert judge.read("kernels.json") is None
+
+
+@pytest.mark.parametrize(
+    ("own", "base", "expected"),
+    [
+        ({}, {}, 256),  # what the model can read
+        ({"max_seq_len": 100}, {}, 100),
+        ({}, {"max_seq_len": 100}, 100),
+        ({"max_num_tokens": 64}, {"max_seq_len": 100}, 64),
+        ({"max_seq_len": 100, "backend": "vllm"}, {}, 99),  # it generates a token behind what it scores
+    ],
+)
+def test_both_are_asked_no_more_than_either_can_answer(own, base, expected, tmp_path, write_model):
+    store = open_store(str(tmp_path / "store"))
+    model = fetch(str(write_model(tmp_path / "model")), store)
+    baseline = Brief(recipe=Recipe(engine=Engine(**base)), verdict=Verdict(outcome="baseline", reason="unchanged"))
+    state = State(
+        store=store.uri, goal="fit_larger_model", target="cpu", model=model, baseline=baseline,
+        recipe=Recipe(engine=Engine(**own)), attempt=1,
+    )  # fmt: skip
+    assert _Judge(store, state).max_length == expected
