@@ -81,7 +81,7 @@ def _part(name: str) -> Callable[[Recipe], dict[str, Any]]:
 
 def _calibrate(name: str, wanted: Callable[[Recipe], bool]) -> Stage:
     work = "trimtab.components.calibration.work:calibrate"
-    return Stage(name, work, ("checkpoint",), "calibration", wanted, _calibration_data, version=3)
+    return Stage(name, work, ("checkpoint",), "calibration", wanted, _calibration_data, version=4)
 
 
 def _calibration_data(recipe: Recipe) -> dict[str, Any]:
@@ -131,7 +131,7 @@ STAGES: dict[str, Stage] = {
             output="checkpoint",
             wanted=lambda recipe: recipe.prune is not None and not isinstance(recipe.prune, MovementPruning),
             parameters=_part("prune"),
-            version=3,
+            version=4,
         ),
         Stage(
             name="generate",
@@ -157,7 +157,7 @@ STAGES: dict[str, Stage] = {
             output="checkpoint",
             wanted=lambda recipe: recipe.distill is not None,
             parameters=_training,
-            version=3,
+            version=4,
         ),
         _calibrate("recalibrate", _quantize_needs("statistics")),
         Stage(
@@ -178,7 +178,7 @@ STAGES: dict[str, Stage] = {
                 "formats": list(recipe.quantize.layer_formats),
                 "group_size": recipe.quantize.group_size,
             },
-            version=2,
+            version=3,
         ),
         Stage(
             name="quantize",
@@ -187,7 +187,7 @@ STAGES: dict[str, Stage] = {
             output="export",
             wanted=lambda recipe: recipe.quantize is not None,
             parameters=_part("quantize"),
-            version=2,
+            version=3,
         ),
         Stage(
             name="engine",
@@ -196,7 +196,7 @@ STAGES: dict[str, Stage] = {
             output="engine",
             wanted=lambda recipe: True,
             parameters=_part("engine"),
-            version=2,
+            version=3,
         ),
     )
 }

@@ -24,7 +24,6 @@ excludes. The tensors keep their names and numbers; scales by row become [out, 1
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,8 @@ import torch
 
 from trimtab import fusion
 from trimtab.errors import Failure
-from trimtab.runtime import stream
+from trimtab.model_files import CONFIG, read_json
+from trimtab.runtime import config_file, stream
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.formats import SCALES, Quantized, unpack_int4
 
@@ -73,12 +73,12 @@ def translate(export: Path, output: Path, scratch: Path) -> str:
     stream.rewrite(export, output, scratch, [], lambda names, _: _shard(Export(export), names, dtype))
     stream.copy_the_rest(export, output)
     (output / "hf_quant_config.json").unlink(missing_ok=True)
-    (output / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    config_file.write(output, config)
     return config["quantization_config"]["quant_method"]
 
 
 def _config(export: Path) -> dict[str, Any]:
-    return json.loads((export / "config.json").read_text(encoding="utf-8"))
+    return read_json(export / CONFIG)
 
 
 def pack(numbers: torch.Tensor) -> torch.Tensor:
