@@ -107,7 +107,7 @@ def pack(form: str, weight: torch.Tensor, scale: torch.Tensor, settings: Quantiz
     packed, kept = torch.cat(parts), {}
     if form == "w4a8_awq":
         largest = (unpack_int4(packed).unflatten(1, (-1, size)).abs().amax(-1) * scale).max()
-        kept = {"weight_scale_2": largest / E4M3_MAX}
+        kept = {"weight_scale_2": scales.scale_of(largest, E4M3_MAX)}
     return Quantized(layout, packed, scale.bfloat16() if size else scale, **kept)
 
 
@@ -142,7 +142,7 @@ def _fp8(
 
 def _nvfp4(weight: torch.Tensor, settings: Quantization, amax: torch.Tensor) -> Quantized:
     layout, packed, scale = layout_of("nvfp4", settings), [], []
-    second = amax / (E2M1_MAX * E4M3_MAX)
+    second = scales.scale_of(amax, E2M1_MAX * E4M3_MAX)
     for (part,) in _slices(weight):
         scale.append(NVFP4QTensor.get_weights_scaling_factor(part, layout.group_size, second)[0])
         packed.append(to_quantized_weight(part, scale[-1], MODELOPT_NAMES[layout.algo], second, layout.group_size))
