@@ -35,6 +35,7 @@ from trimtab.errors import Failure
 from trimtab.model_files import CONFIG, read_json
 from trimtab.runtime import config_file, stream
 from trimtab.runtime.checkpoint import Export
+from trimtab.runtime.float16_range import declared_dtype
 from trimtab.runtime.formats import SCALES, Quantized, unpack_int4
 
 #: The layers that are translated, and the groups of INT4 that vLLM's kernels know.
@@ -65,7 +66,7 @@ def translate(export: Path, output: Path, scratch: Path) -> str:
         Failure: `unsupported`, layers that vLLM cannot be given so; names one and says why.
     """
     read, config = Export(export), _config(export)
-    dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    dtype = declared_dtype(export)
     _check(read, config["model_type"], dtype)
     scaled = [name for name in read.layers if _scales_inputs(read, name)]
     config["quantization_config"] = _quantization(read, scaled)
