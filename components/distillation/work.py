@@ -107,7 +107,7 @@ def train(
             kept, _ = checkpoints.load(Path(checkpoint), torch.bfloat16)
             outcome = "; the student is kept as it was"
         progress.report("distill", f"held-out loss {before:.4f} before, {after:.4f} after{outcome}")
-        checkpoints.save(kept.bfloat16(), tokenizer, Path(output))
+        checkpoints.save(kept.bfloat16(), Path(output), Path(checkpoint))
         told = _told(curve, batches, settings, before, after, improved)
         (Path(output) / "distillation.json").write_text(json.dumps(told), encoding="utf-8")
         if processes.count() == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trimtab.runtime import checkpoint as checkpoints
+from trimtab.model_files import CONFIG, read_json
+from trimtab.runtime import config_file
 
 
 def convert(paths: Sequence[str], output: str) -> None:
@@ -29,7 +31,19 @@ def convert(paths: Sequence[str], output: str) -> None:
         del model.config.quantization_config
     model.hf_quantizer = None
     model.config.architectures = [type(model).__name__]
-    checkpoints.save(model, tokenizer, Path(output))
+    folder = Path(output)
+    model.save_pretrained(folder)
+    config_file.write(folder, read_json(folder / CONFIG))
+    tokenizer.save_pretrained(folder)
+    _name_tokenizer(folder / "tokenizer_config.json")
+
+
+def _name_tokenizer(path: Path) -> None:
+    """Calls the class by the name that transformers before 5 knows too."""
+    settings = read_json(path)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def join(parts: Sequence[Path], output: Path) -> None:

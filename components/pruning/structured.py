@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from trimtab import families, progress
 from trimtab.model import inspect, read_tensors
-from trimtab.runtime import stream
+from trimtab.runtime import config_file, stream
 from trimtab.runtime.checkpoint import Export, check_finite
 
 
@@ -29,7 +29,7 @@ class Left(NamedTuple):
 
 def read_config(checkpoint: Path) -> PreTrainedConfig:
     """Returns the config of a model folder, for `Left` to change."""
-    return AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+    return config_file.read(checkpoint)
 
 
 def write(checkpoint: Path, left: Left, output: Path, scratch: Path) -> None:
@@ -55,4 +55,4 @@ def write(checkpoint: Path, left: Left, output: Path, scratch: Path) -> None:
         gone.append(f"{families.named(facts.model_type).head}.weight")
     stream.rewrite(checkpoint, output, scratch / "shards", gone, convert)
     stream.copy_the_rest(checkpoint, output)
-    left.config.save_pretrained(output)
+    config_file.write(output, config_file.changed(checkpoint, left.config))

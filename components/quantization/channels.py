@@ -72,8 +72,9 @@ def smoothquant(
 
 
 def _positive(x: torch.Tensor) -> torch.Tensor:
-    """Keeps channels that calibration never saw from getting a scale of zero."""
-    return x.clamp_min(1e-5 * x.max()).clamp_min(torch.finfo(torch.float32).tiny)
+    """Keeps channels that calibration never saw from getting a scale of zero; where it saw none, all are alike."""
+    some = x.clamp_min(1e-5 * x.max()).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.where(x.max() == 0, 1.0, some)
 
 
 def _normalized(scale: torch.Tensor) -> torch.Tensor:

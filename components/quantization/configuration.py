@@ -14,6 +14,8 @@ from modelopt.torch.export.quant_utils import process_layer_quant_config
 from trimtab import families
 from trimtab.catalog.kv_caches import KV_CACHES
 from trimtab.model import ModelFacts
+from trimtab.model_files import CONFIG, read_json
+from trimtab.runtime import config_file
 from trimtab.runtime.formats import Layout
 
 
@@ -28,15 +30,12 @@ def write(
         kv_cache: the recipe's.
         dtype: of everything that is not quantized.
     """
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config.pop("torch_dtype", None)  # the older name of the same
+    config = read_json(folder / CONFIG) | {"dtype": str(dtype).removeprefix("torch.")}
     if layouts or kv_cache != "none":
         own = {"producer": _producer(), "quantization": _quantization(facts, layouts, kv_cache)}
         (folder / "hf_quant_config.json").write_text(json.dumps(own, indent=4), encoding="utf-8")
         config["quantization_config"] = convert_hf_quant_config_format(own)
-    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    config_file.write(folder, config)
 
 
 def _producer() -> dict[str, str]:

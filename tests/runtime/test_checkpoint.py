@@ -35,12 +35,31 @@ def model_folder(plain_folder: Path, tmp_path: Path) -> Path:
 def test_a_checkpoint_round_trips(model_folder: Path, tmp_path: Path) -> None:
     model, tokenizer = checkpoint.load(model_folder, torch.bfloat16)
     assert not model.training
-    checkpoint.save(model, tokenizer, tmp_path / "copy")
+    checkpoint.save(model, tmp_path / "copy", model_folder)
     again, tokenizer = checkpoint.load(tmp_path / "copy", torch.float32)
     assert again.dtype == torch.float32
     assert tokenizer.vocab_size == 3
     for (name, before), after in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(before.float(), after), name
+
+
+def test_what_stands_beside_the_weights_is_kept_as_it_is(model_folder: Path, tmp_path: Path) -> None:
+    """transformers refuses to save a temperature with do_sample false, and names tokenizers by classes of its own."""
+    settings = '{"temperature": 0.7, "do_sample": false, "eos_token_id": 2}'
+    (model_folder / "generation_config.json").write_text(settings)
+    model, _ = checkpoint.load(model_folder, torch.bfloat16)
+    checkpoint.save(model, tmp_path / "copy", model_folder)
+    for path in model_folder.iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            assert (tmp_path / "copy" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert checkpoint.end_tokens(tmp_path / "copy") == [2]
+
+
+def test_a_model_without_a_generation_config_gets_none(model_folder: Path, tmp_path: Path) -> None:
+    (model_folder / "generation_config.json").unlink()
+    model, _ = checkpoint.load(model_folder, torch.bfloat16)
+    checkpoint.save(model, tmp_path / "copy", model_folder)
+    assert not (tmp_path / "copy" / "generation_config.json").exists()
 
 
 def test_a_missing_tensor_is_not_initialised_at_random(model_folder: Path) -> None:

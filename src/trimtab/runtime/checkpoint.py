@@ -12,14 +12,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from trimtab.catalog import kv_caches
 from trimtab.catalog.formats import STORAGES
 from trimtab.errors import Failure, InputError
 from trimtab.model import read_header
 from trimtab.model_files import CONFIG, is_computed, read_json, weight_files
-from trimtab.runtime import formats
+from trimtab.runtime import config_file, formats, stream
 from trimtab.runtime.formats import Layout, Quantized
 
 _FINGERPRINT_ROWS = 2
@@ -88,10 +94,21 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise InputError(f"{folder}: has no tokenizer that loads: {_first_line(error)}") from None
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a plain checkpoint: safetensors, config, generation config and tokenizer."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def save(model: PreTrainedModel, folder: Path, source: Path) -> None:
+    """Writes the weights of a plain checkpoint; all else as it is in `source`, the folder that the model was read from.
+
+    Not as transformers would write it: it refuses a generation config with a temperature and do_sample false, as many
+    models have it, and its versions before 5 do not know the tokenizers of 5 by their names.
+    """
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = own
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    stream.copy_the_rest(source, folder)
+    dtype = str(model.dtype).removeprefix("torch.")
+    config_file.write(folder, read_json(source / CONFIG) | {"dtype": dtype})
 
 
 def weight_file_bytes(folder: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trimtab import progress
 from trimtab.errors import InputError
 from trimtab.recipe import Engine as Settings
-from trimtab.runtime import batching, decode, fewer_kernels, fused, gpu_memory, head, parallel, step
+from trimtab.runtime import batching, decode, fewer_kernels, float16_range, fused, gpu_memory, head, parallel, step
 from trimtab.runtime.assemble import assemble
 from trimtab.runtime.batching import Request
 from trimtab.runtime.checkpoint import load_tokenizer
@@ -95,6 +96,8 @@ def check_length(what: str, tokens: int, limit: int, name: str = "engine.max_seq
 class TorchEngine:
     """Runs an export folder in this process, in bfloat16, with PyTorch's low-precision kernels.
 
+    A model in float16 is judged in its range: see `runtime.float16_range`.
+
     bfloat16 serves the baseline too, so both are compared in the same arithmetic: on AVX512-BF16 its dense
     product has twice the speed of float32's, and log-probabilities are summed over float32 logits anyway.
 
@@ -134,6 +137,7 @@ class TorchEngine:
         # Products of one row are chosen by their speed, which ranks would find to differ, and leave out their sums.
         self._has_step = self.device.type == "cuda" and place is None
         self._decoders: dict[tuple[int, int, int], Growing | Recorded] = {}
+        self._is_float16 = float16_range.declared_dtype(self.folder) == torch.float16
         #: How `decode_speed` last ran its steps: "CUDA graph" of which step, or "loop" and on a GPU why.
         self.decode_path = ""
         head.check(self.model)
@@ -241,7 +245,8 @@ class TorchEngine:
         """Returns the last hidden states [B, L, hidden_size]; padding on the right needs no mask."""
         inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask}
         inputs = {name: value.to(self.device) for name, value in inputs.items() if value is not None}
-        return self.body(**inputs, use_cache=False).last_hidden_state
+        with float16_range.checked(self.body) if self._is_float16 else nullcontext():
+            return self.body(**inputs, use_cache=False).last_hidden_state
 
     def _generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         length = max(map(len, prompts))

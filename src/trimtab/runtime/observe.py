@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from trimtab import families
 from trimtab.errors import Failure
@@ -89,7 +91,7 @@ def _norms(rows: torch.Tensor) -> torch.Tensor:
 
 
 class CacheRange:
-    """Running largest magnitude of a block's keys, behind their rotary embedding, and values."""
+    """Running largest magnitude of a block's keys, behind their rotary embedding, and values, of all tokens."""
 
     def __init__(self, device: torch.device):
         self.key, self.value = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -97,6 +99,18 @@ class CacheRange:
     def add(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self.key = torch.maximum(self.key, key.abs().amax().float())
         self.value = torch.maximum(self.value, value.abs().amax().float())
+
+
+class _WatchedCache(DynamicCache):
+    """A KV cache that shows what is put into it: behind a sliding window it keeps no more than the last tokens."""
+
+    def __init__(self, model: nn.Module, ranges: Sequence[CacheRange]):
+        super().__init__(config=model.config)
+        self._ranges = ranges
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        self._ranges[layer_idx].add(key_states, value_states)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 class Observation:
@@ -115,9 +129,8 @@ class Observation:
 
     def run(self, model: nn.Module, windows: torch.Tensor) -> None:
         """Passes windows of tokens, int64 [n, length], through the observed model."""
-        cache = model(windows, use_cache=True, logits_to_keep=1).past_key_values
-        for seen, layer in zip(self.caches, cache.layers, strict=True):
-            seen.add(layer.keys, layer.values)
+        cache = _WatchedCache(model, self.caches)
+        model(windows, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns `<layer>.amax` and `<layer>.second_moment`, float32 [in_features], for every linear layer;

@@ -102,7 +102,7 @@ def pack(form: str, weight: torch.Tensor, scale: torch.Tensor, settings: Quantiz
     packed, kept = torch.cat(parts), {}
     if storage.second_scale == "rounded":
         largest = (unpack_int4(packed).unflatten(1, (-1, size)).abs().amax(-1) * scale).max()
-        kept = {"weight_scale_2": largest / NUMBERS[storage.inputs.numbers].largest}
+        kept = {"weight_scale_2": scales.scale_of(largest, NUMBERS[storage.inputs.numbers].largest)}
     return Quantized(layout, packed, scale.to(numbers.scale_dtype), **kept)
 
 
@@ -148,7 +148,7 @@ def _one_scale(
 
 def _nvfp4(weight: torch.Tensor, layout: Layout, amax: torch.Tensor) -> Quantized:
     packed, scale = [], []
-    second = amax / (E2M1_MAX * E4M3_MAX)
+    second = scales.scale_of(amax, E2M1_MAX * E4M3_MAX)
     for (part,) in _slices(weight):
         scale.append(NVFP4QTensor.get_weights_scaling_factor(part, layout.group_size, second)[0])
         packed.append(to_quantized_weight(part, scale[-1], layout.storage.modelopt, second, layout.group_size))

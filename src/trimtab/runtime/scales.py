@@ -20,8 +20,12 @@ RATIOS = torch.linspace(1.15, 0.5, 40).tolist()
 
 
 def scale_of(amax: torch.Tensor, largest: float) -> torch.Tensor:
-    """Returns the scale, float32, with which `amax` becomes the largest number; positive where all is zero."""
-    return (amax.float() / largest).clamp_min(torch.finfo(torch.float32).tiny * 2**24)
+    """Returns the scale, float32, with which `amax` becomes the largest number; 1 where all is zero.
+
+    A smaller one would be zero in float16, and would clip to nothing whatever comes after all.
+    """
+    scale = (amax.float() / largest).clamp_min(torch.finfo(torch.float32).tiny * 2**24)
+    return torch.where(amax == 0, 1.0, scale)
 
 
 @dataclass(frozen=True)

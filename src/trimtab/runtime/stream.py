@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from trimtab.fusion import block_of
 from trimtab.model import Tensor, read_tensors
-from trimtab.model_files import INDEX, SINGLE, companions
+from trimtab.model_files import CONFIG, INDEX, SINGLE, companions, read_json
+from trimtab.runtime import config_file
 
 #: Bytes of the source that a shard is made from, unless a single block or tensor has more.
 SHARD_BYTES = 512 << 20
@@ -71,7 +72,9 @@ def rewrite(source: Path, output: Path, scratch: Path, skip: Sequence[str], conv
 def copy_the_rest(source: Path, output: Path) -> None:
     """Config, tokenizer and chat template go along; weights and their index have been written anew."""
     for name in companions(source):
-        shutil.copyfile(source / name, output / name)
+        if name != CONFIG:
+            shutil.copyfile(source / name, output / name)
+    config_file.write(output, read_json(source / CONFIG))
 
 
 def _publish(shards: Sequence[Path], output: Path) -> None:

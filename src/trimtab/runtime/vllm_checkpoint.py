@@ -24,7 +24,6 @@ excludes. The tensors keep their names and numbers; scales by row become [out, 1
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,10 @@ from trimtab.catalog.backends import BACKENDS
 from trimtab.catalog.formats import STORAGES, Storage
 from trimtab.catalog.kv_caches import KV_CACHES
 from trimtab.errors import Failure
-from trimtab.runtime import stream
+from trimtab.model_files import CONFIG, read_json
+from trimtab.runtime import config_file, stream
 from trimtab.runtime.checkpoint import Export
+from trimtab.runtime.float16_range import declared_dtype
 from trimtab.runtime.formats import SCALES, Quantized, unpack_int4
 
 #: compressed-tensors' words for what shares a scale, among the weights and among the inputs.
@@ -72,7 +73,7 @@ def translate(export: Path, output: Path, scratch: Path) -> str:
         Failure: `unsupported`, layers that vLLM cannot be given so; names one and says why.
     """
     read, config = Export(export), _config(export)
-    dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    dtype = declared_dtype(export)
     _check(read, config["model_type"], dtype)
     scaled = [name for name in read.layers if _scales_inputs(read, name)]
     config["quantization_config"] = _quantization(read, scaled, families.named(config["model_type"]).head)
@@ -80,12 +81,12 @@ def translate(export: Path, output: Path, scratch: Path) -> str:
     stream.rewrite(export, output, scratch, [], lambda names, _: _shard(Export(export), names, dtype))
     stream.copy_the_rest(export, output)
     (output / "hf_quant_config.json").unlink(missing_ok=True)
-    (output / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    config_file.write(output, config)
     return config["quantization_config"]["quant_method"]
 
 
 def _config(export: Path) -> dict[str, Any]:
-    return json.loads((export / "config.json").read_text(encoding="utf-8"))
+    return read_json(export / CONFIG)
 
 
 def pack(numbers: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,7 @@ def _part(name: str) -> Callable[[Recipe], dict[str, Any]]:
 def _calibrate(name: str, wanted: Callable[[Recipe], bool]) -> Stage:
     work = "trimtab.components.calibration.work:calibrate"
     environment = always(TENSORS)
-    return Stage(name, work, ("checkpoint",), "calibration", wanted, _calibration_data, environment, version=4)
+    return Stage(name, work, ("checkpoint",), "calibration", wanted, _calibration_data, environment, version=5)
 
 
 def _calibration_data(recipe: Recipe) -> dict[str, Any]:
@@ -121,7 +121,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: recipe.prune is not None and not isinstance(recipe.prune, MovementPruning),
             parameters=_part("prune"),
             environment=always(TENSORS),
-            version=4,
+            version=5,
         ),
         Stage(
             name="generate",
@@ -151,7 +151,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: recipe.distill is not None,
             parameters=_training,
             environment=_training_environment,
-            version=4,
+            version=5,
         ),
         _calibrate("recalibrate", _quantize_needs("statistics")),
         Stage(
@@ -174,7 +174,7 @@ STAGES: dict[str, Stage] = {
                 "group_size": recipe.quantize.group_size,
             },
             environment=always(QUANTIZED),
-            version=2,
+            version=3,
         ),
         Stage(
             name="quantize",
@@ -184,7 +184,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: recipe.quantize is not None,
             parameters=_part("quantize"),
             environment=always(QUANTIZED),
-            version=3,
+            version=4,
         ),
         Stage(
             name="engine",
@@ -194,7 +194,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: True,
             parameters=_part("engine"),
             environment=always(MEASURED),
-            version=2,
+            version=3,
         ),
     )
 }

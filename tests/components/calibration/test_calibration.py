@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -48,6 +49,37 @@ def test_block_influence(model, statistics, tokens):
     expected = 1 - torch.cosine_similarity(before, after, dim=-1).mean()
     torch.testing.assert_close(statistics["block_influence"][0], expected, rtol=1e-4, atol=1e-5)
     assert len(statistics["block_influence"]) == 4
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@torch.inference_mode()
+def test_ranges_of_the_kv_cache_are_those_of_all_tokens(family, tmp_path, monkeypatch):
+    """Also behind a sliding window, whose cache keeps the last tokens alone: here 16 of 96."""
+    from importlib import import_module
+
+    from trimtab.components.calibration.work import statistics
+
+    folder = tiny.write_model(tmp_path / family, family=family)
+    config = json.loads((folder / "config.json").read_text()) | {"sliding_window": 16}
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded, _ = checkpoint.load(folder, torch.float32)
+    windows = torch.randint(3, 300, (3, 96), generator=torch.Generator().manual_seed(1))
+    measured = statistics(loaded, windows)
+
+    module = import_module(f"transformers.models.{family}.modeling_{family}")
+    rotate, keys, values = module.apply_rotary_pos_emb, [], []
+
+    def rotated(*args, **kwargs):
+        query, key = rotate(*args, **kwargs)
+        keys.append(key.abs().amax())
+        return query, key
+
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", rotated)
+    for block in loaded.model.layers:
+        block.self_attn.v_proj.register_forward_hook(lambda _, __, output: values.append(output.abs().amax()))
+    loaded(windows, use_cache=False)
+    torch.testing.assert_close(measured["key_amax"], torch.stack(keys))
+    torch.testing.assert_close(measured["value_amax"], torch.stack(values))
 
 
 def test_every_linear_layer_is_measured(model, statistics):

@@ -40,7 +40,7 @@ def test_rounding_by_hand():
 def test_the_export_holds_what_training_saw(form, model, calibration, tmp_path):
     """Bit for bit, for students that training moved off bfloat16's numbers, with some of a group excluded."""
     settings = Quantization(format=form, group_size=32, exclude=("lm_head", "*.v_proj"))
-    student, tokenizer = checkpoint.load(model, torch.float32)
+    student, _ = checkpoint.load(model, torch.float32)
     layers = observe.linears(student)
     generator = torch.Generator().manual_seed(0)
     for layer in layers.values():
@@ -50,7 +50,7 @@ def test_the_export_holds_what_training_saw(form, model, calibration, tmp_path):
     seen = {name: layer.weight.detach() for name, layer in layers.items() if not name.endswith("v_proj")}
     change.finish(student)
     plain, export = tmp_path / "plain", tmp_path / "export"
-    checkpoint.save(student.bfloat16(), tokenizer, plain)
+    checkpoint.save(student.bfloat16(), plain, model)
     export.mkdir()
     measured = str(rebound(calibration, plain, tmp_path)) if settings.needs_statistics else None
     quantize(str(plain), measured, None, None, str(export), str(tmp_path / "scratch"), settings.model_dump(mode="json"))

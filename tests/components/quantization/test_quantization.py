@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from trimtab import child
 from trimtab.catalog import formats as catalog
-from trimtab.components.quantization import sensitivity, work
+from trimtab.components.quantization import formats, sensitivity, work
+from trimtab.components.quantization.formats import Input
 from trimtab.errors import Failure, InputError
 from trimtab.fusion import groups
 from trimtab.hardware import target
 from trimtab.model import inspect
-from trimtab.recipe import Engine
+from trimtab.recipe import Engine, Quantization
 from trimtab.runtime import checkpoint, rounding, scales
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.engine import TorchEngine
@@ -360,3 +361,33 @@ def test_memory_holds_no_second_copy_of_the_largest_tensor(write_model, tmp_path
         )
         peaks[vocab] = done.peak_memory_bytes
     assert peaks[400_000] - peaks[64] < 1.5 * 400_000 * 512 * 2
+
+
+@pytest.mark.parametrize("what", ["weights", "one layer of two", "inputs", "weights and inputs"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_is_all_zero_gets_scales_that_are_valid(form, what):
+    """Layers that pruning emptied, and inputs that calibration never saw: finite, positive scales, also in float16."""
+    draw = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(64, 64, generator=draw) for name in ("a", "b")}
+    x = torch.randn(128, 64, generator=draw)
+    if what.startswith("weights"):
+        weights = {name: torch.zeros(64, 64) for name in weights}
+    if what == "one layer of two":
+        weights["a"] = torch.zeros(64, 64)
+    if what.endswith("inputs"):
+        x = torch.zeros(128, 64)
+    settings = Quantization(format=form, group_size=32)
+    seen = Input(x.abs().amax(0), x.square().mean(0), x.t() @ x)
+    scale = formats.channel_scale(form, weights, seen, settings)
+    if scale is not None:
+        assert torch.isfinite(scale).all() and (scale > 0).all()
+        weights, seen = {name: weight * scale for name, weight in weights.items()}, seen.scaled(scale)
+    for name, layer in formats.quantize(form, weights, seen, settings).items():
+        for part in ("weight_scale", "weight_scale_2", "input_scale"):
+            found = layer.tensors.get(part)
+            if found is not None and found.dtype != torch.uint8:  # e8m0 is an exponent, and 0 one of them
+                assert torch.isfinite(found.float()).all() and (found.half() > 0).all(), part
+        back = dequantize(layer)
+        assert torch.isfinite(back).all()
+        if not weights[name].any():
+            assert not back.any()
