@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from trimtab.catalog.formats import FORMATS
 from trimtab.errors import InputError
 from trimtab.hardware import GB, GPUS, Hardware, check
 from trimtab.memory import least_training, memory, trainable
@@ -192,7 +193,7 @@ def _engines(goal: str, recipe: Recipe, facts: ModelFacts, on_gpu: bool) -> Iter
     if backend == "torch":  # its packed kernels serve so many rows, and it has no chunked prefill
         batch, length, tokens, least = min(batch, 64 if on_gpu else 16), min(length, MIN_CONTEXT), 8192, 1
         chunked = False
-    elif goal == "lower_latency" and recipe.weight_format.startswith("int4_"):
+    elif goal == "lower_latency" and FORMATS[recipe.weight_format].is_four_bit_weight_only:
         batch = 1  # weight-only INT4 is faster at batch 1 and slower at 8 (`catalog.formats`)
     longest = facts.max_position_embeddings
     length = min(length or longest, longest)

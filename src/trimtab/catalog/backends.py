@@ -16,7 +16,7 @@ class Backend:
 
     Attributes:
         name: as a recipe's `engine.backend` has it.
-        module: what opens an engine of it (`runtime.backends.open_engine`).
+        module: its `open_engine` opens what was built for it (see `runtime.backends.open_engine`).
         library: what people call the library that must be installed; "" for PyTorch, which always is.
         group_sizes: the weights of a row that may share a scale in grouped formats, the largest first.
         architectures: the models that it serves, by the name in config.json; empty for all.
@@ -24,6 +24,7 @@ class Backend:
         emulates: whether it runs formats that it has no kernel for, slowly, by dequantising: enough to judge accuracy.
         switches_kv_cache: whether it can run an export with its KV cache in 16 bits, so that the KV cache can be judged
             apart from the weights.
+        compiled: whether it serves engines that were compiled for one kind of GPU, in the place of a checkpoint.
         claims_gpu: whether it claims most of a GPU's memory for its KV cache: a second engine beside it finds none.
         kv_cache_alone: whether it reads a quantized KV cache beside weights that are not quantized.
         clashes: pairs of a format and a KV cache that it serves apart, and not together.
@@ -37,6 +38,7 @@ class Backend:
     cpu: bool = False
     emulates: bool = False
     switches_kv_cache: bool = False
+    compiled: bool = False
     claims_gpu: bool = True
     kv_cache_alone: bool = True
     clashes: tuple[tuple[str, str], ...] = ()
@@ -52,7 +54,7 @@ BACKENDS = {
         ),
         Backend("trtllm", "trimtab.runtime.trtllm", "TensorRT-LLM", group_sizes=(128, 64)),
         Backend(
-            "trtllm-legacy", "trimtab.runtime.trtllm", "TensorRT-LLM", group_sizes=(128, 64),
+            "trtllm-legacy", "trimtab.runtime.trtllm", "TensorRT-LLM", group_sizes=(128, 64), compiled=True,
             # TensorRT-LLM has one module for both.
             architectures=("LlamaForCausalLM", "MistralForCausalLM"),
             # TensorRT-LLM issue #1113: this pair asserts in the engine build.

@@ -164,6 +164,11 @@ class WeightFormat:
         return not self.parts
 
     @property
+    def is_four_bit_weight_only(self) -> bool:
+        """Whether all its layers hold weights in four bits, and multiply them in 16."""
+        return all(part.storage.bits == 4 for part in self.parts) and not (self.is_cast or self.rounds_inputs)
+
+    @property
     def rounds_inputs(self) -> bool:
         """Whether it multiplies in few bits, too."""
         return any(part.storage.inputs for part in self.parts)

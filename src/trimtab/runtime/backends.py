@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 from pathlib import Path
 
 import torch
 
 from trimtab import files, recipe
+from trimtab.catalog.backends import BACKENDS
 from trimtab.errors import Failure
 from trimtab.hardware import installed
 from trimtab.runtime.checkpoint import Export
-from trimtab.runtime.engine import Engine, TorchEngine
+from trimtab.runtime.engine import Engine
 from trimtab.runtime.kv_cache import ServedKVCache
-from trimtab.runtime.parallel_engine import ParallelEngine
 from trimtab.schema import digest
 from trimtab.serving import record
-from trimtab.serving.record import Device
+from trimtab.serving.record import CHECKPOINT, RANKS, Device
+
+__all__ = ["CHECKPOINT", "EXCLUSIVE", "RANKS", "check", "checkpoint_digest", "device", "open_engine", "versions"]
 
 #: Back ends that claim most of a GPU's memory for their KV cache: a second engine beside them finds none.
-EXCLUSIVE = ("trtllm", "trtllm-legacy", "vllm")
-#: Folder of the serialized engines, beside `engine.json`.
-RANKS = "engine"
-#: Folder of the checkpoint that vLLM reads in the export's place, beside `engine.json`.
-CHECKPOINT = "checkpoint"
+EXCLUSIVE = tuple(name for name, row in BACKENDS.items() if row.claims_gpu)
 
 
 def check(settings: recipe.Engine) -> None:
@@ -50,24 +49,11 @@ def open_engine(engine: Path, export: Path, kv_cache: ServedKVCache = "export") 
     built = record.read(engine)
     check(built.settings)
     built.check(checkpoint_digest(export), versions(), device())
-    if built.settings.backend == "torch":
-        if built.settings.world_size > 1:
-            return ParallelEngine(export, built.settings, kv_cache)
-        return TorchEngine(export, built.settings, kv_cache=kv_cache)
-    if kv_cache != "export":
-        raise Failure("unsupported", f"{built.settings.backend} serves the KV cache that the export asks for alone")
-    if built.settings.backend == "vllm":
-        from trimtab.runtime.vllm import VllmEngine
-
-        return VllmEngine(export, built.settings, Path(engine) / CHECKPOINT if built.translated else None)
-    from trimtab.runtime.trtllm import TrtllmEngine
-
-    if built.settings.backend == "trtllm":
-        return TrtllmEngine(export, built.settings)
-    ranks, wanted = Path(engine) / RANKS, built.settings.world_size
-    if (found := len(list(ranks.glob("rank*.engine")))) != wanted:
-        raise Failure("unsupported", f"{ranks} holds engines of {found} ranks, and {wanted} are asked for")
-    return TrtllmEngine(export, built.settings, ranks)
+    row = BACKENDS[built.settings.backend]
+    if kv_cache != "export" and not row.switches_kv_cache:
+        raise Failure("unsupported", f"{row.name} serves the KV cache that the export asks for alone")
+    # A back end's library is not in every image, and takes seconds to import.
+    return importlib.import_module(row.module).open_engine(built, Path(engine), export, kv_cache)
 
 
 def checkpoint_digest(export: Path) -> str:

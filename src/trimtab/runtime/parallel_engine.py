@@ -22,7 +22,9 @@ from trimtab.errors import Failure, StageError
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime.batching import Request
 from trimtab.runtime.checkpoint import load_tokenizer
+from trimtab.runtime.engine import Engine, TorchEngine
 from trimtab.runtime.kv_cache import ServedKVCache
+from trimtab.serving.record import Built
 
 #: Seconds between looks at whether the processes still live.
 _LOOK = 1.0
@@ -192,3 +194,10 @@ def _start(count: int, request: dict[str, Any], scratch: str) -> subprocess.Pope
     environment = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count)), **os.environ}
     command = [sys.executable, "-m", "torch.distributed.run", *options, json.dumps(request)]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
+
+
+def open_engine(built: Built, engine: Path, export: Path, kv_cache: ServedKVCache) -> Engine:
+    """Opens the embedded engine: see `runtime.backends.open_engine`."""
+    if built.settings.world_size > 1:
+        return ParallelEngine(export, built.settings, kv_cache)
+    return TorchEngine(export, built.settings, kv_cache=kv_cache)

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 
 from trimtab import progress
+from trimtab.catalog.backends import BACKENDS
 from trimtab.errors import Failure
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime import decode_time, gpu_memory
 from trimtab.runtime.batching import Request
 from trimtab.runtime.engine import check_length, check_prompts, check_requests
 from trimtab.runtime.library_engine import LibraryEngine
+from trimtab.serving.record import RANKS, Built
 from trimtab.serving.settings import compiled_args, llm_args
 
 
@@ -122,6 +124,20 @@ class TrtllmEngine(LibraryEngine):
     @cached_property
     def _vocabulary(self) -> int:
         return json.loads((self.export / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+
+
+def open_engine(built: Built, engine: Path, export: Path, kv_cache: str) -> TrtllmEngine:
+    """Opens an engine of either back end of TensorRT-LLM: see `runtime.backends.open_engine`.
+
+    Raises:
+        Failure: `unsupported`, the folder holds compiled engines of another number of ranks.
+    """
+    if not BACKENDS[built.settings.backend].compiled:
+        return TrtllmEngine(export, built.settings)
+    ranks, wanted = engine / RANKS, built.settings.world_size
+    if (found := len(list(ranks.glob("rank*.engine")))) != wanted:
+        raise Failure("unsupported", f"{ranks} holds engines of {found} ranks, and {wanted} are asked for")
+    return TrtllmEngine(export, built.settings, ranks)
 
 
 def _score(

@@ -23,6 +23,7 @@ from trimtab.runtime.batching import Request
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.engine import check_length, check_prompts, check_requests
 from trimtab.runtime.library_engine import LibraryEngine
+from trimtab.serving.record import CHECKPOINT, Built
 from trimtab.serving.vllm import READS, vllm_args
 
 #: Tensors of a prompt's float32 logits that vLLM holds at once while it scores, and does not count when it plans.
@@ -136,6 +137,11 @@ class VllmEngine(LibraryEngine):
         if weights > share * total:
             found = f"weights of {weights / GB:.1f} GB a GPU did not fit: vLLM has {share * total / GB:.1f} GB"
             raise Failure("does_not_fit", found)
+
+
+def open_engine(built: Built, engine: Path, export: Path, kv_cache: str) -> VllmEngine:
+    """Opens an engine of vLLM: see `runtime.backends.open_engine`."""
+    return VllmEngine(export, built.settings, engine / CHECKPOINT if built.translated else None)
 
 
 def score(told: list[dict[int, Any] | None] | None, prompt: list[int], continuation: int) -> tuple[float, bool]:

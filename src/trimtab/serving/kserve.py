@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from trimtab.catalog.backends import BACKENDS
 from trimtab.serving.artifact import Served
 from trimtab.serving.settings import longest_prompt, serve_command, target_version
 
@@ -26,7 +27,7 @@ def inference_service(served: Served, model_uri: str, image_: str, arguments: st
         image_: of the container.
         arguments: the content of the YAML that trtllm-serve reads; it is written into the container before it starts.
     """
-    engines = served.settings.backend == "trtllm-legacy"
+    engines = BACKENDS[served.settings.backend].compiled
     model, engine = (f"{MOUNT}/export", f"{MOUNT}/engine") if engines else (MOUNT, "")
     config = "/tmp/llm_args.yaml"
     command = serve_command(served.settings, model, engine, config)

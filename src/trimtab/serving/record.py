@@ -6,11 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trimtab.catalog.backends import BACKENDS
 from trimtab.errors import Failure
 from trimtab.recipe import Engine
 from trimtab.schema import Document
 
 NAME = "engine.json"
+#: Folder of the serialized engines, beside it.
+RANKS = "engine"
+#: Folder of the checkpoint that a back end reads in the export's place, beside it.
+CHECKPOINT = "checkpoint"
 
 
 class Device(Document):
@@ -53,7 +58,7 @@ class Built(Document):
         if checkpoint != self.checkpoint:
             what = f"the engine was built from export {self.checkpoint[:12]}, and this one is {checkpoint[:12]}"
             raise Failure("export_damaged", what)
-        if self.settings.backend != "trtllm-legacy":
+        if not BACKENDS[self.settings.backend].compiled:
             return
         for package in ("tensorrt_llm", "tensorrt"):
             built, here = self.versions.get(package), versions.get(package)

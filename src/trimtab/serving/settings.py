@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from trimtab.catalog.backends import BACKENDS
 from trimtab.contracts import arguments, version
 from trimtab.recipe import Engine
 
@@ -101,5 +102,5 @@ def serve_command(settings: Engine, model: str, engine: str = "", config: str = 
         engine: folder of the built engine, for `trtllm-legacy`.
         config: the YAML with `llm_args`.
     """
-    legacy = ["--backend", "tensorrt", "--tokenizer", model] if settings.backend == "trtllm-legacy" else []
+    legacy = ["--backend", "tensorrt", "--tokenizer", model] if BACKENDS[settings.backend].compiled else []
     return ["trtllm-serve", engine if legacy else model, *legacy, "--extra_llm_api_options", config]

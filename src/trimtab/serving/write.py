@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from trimtab.catalog.backends import BACKENDS
 from trimtab.errors import InputError
 from trimtab.hardware import TENSORRT_LLM_FORMATS, TENSORRT_LLM_KV_CACHES
 from trimtab.serving import kserve, triton
@@ -80,7 +81,7 @@ def _check(served: Served) -> None:
 
 
 def _files(served: Served, model_uri: str, image: str) -> dict[str, str]:
-    settings, engines = served.settings, served.settings.backend == "trtllm-legacy"
+    settings, engines = served.settings, BACKENDS[served.settings.backend].compiled
     arguments = yaml.safe_dump(compiled_args(settings) if engines else llm_args(settings), sort_keys=False)
     if engines:
         repository = triton.inflight_batcher(settings, served.engine_path, served.model_path)
@@ -99,7 +100,7 @@ def _files(served: Served, model_uri: str, image: str) -> dict[str, str]:
 
 
 def _readme(served: Served, uri: str) -> str:
-    engines = served.settings.backend == "trtllm-legacy"
+    engines = BACKENDS[served.settings.backend].compiled
     places = [f"The checkpoint is expected in `{served.model_path}`, in the cluster at `{uri}`."]
     if engines:
         places.append(f"The engines are expected in `{served.engine_path}`; they run on the GPU they were built on.")

@@ -13,7 +13,7 @@ import torch
 from trimtab.components.engine import work
 from trimtab.errors import Failure, InputError, StageError
 from trimtab.recipe import Engine
-from trimtab.runtime import backends
+from trimtab.runtime import backends, parallel_engine
 from trimtab.runtime.engine import TorchEngine
 from trimtab.runtime.parallel_engine import ParallelEngine
 
@@ -46,7 +46,7 @@ def shortfall(alone: TorchEngine, prompt: list[int], answer: list[int]) -> float
 def test_tensor_parallel(model, alone, tmp_path, monkeypatch):
     settings = {"tensor_parallel_size": 2, **LIMITS}
     engine = ParallelEngine(model, Engine(**settings))
-    monkeypatch.setattr(backends, "ParallelEngine", lambda *_: engine)  # starting one takes seconds
+    monkeypatch.setattr(parallel_engine, "ParallelEngine", lambda *_: engine)  # starting one takes seconds
     with monkeypatch.context() as during:
         during.setattr(engine, "close", lambda: None)
         built = work.build(str(model), str(tmp_path), str(tmp_path / "scratch"), settings)
