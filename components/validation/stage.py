@@ -23,8 +23,8 @@ from trimtab.verdict import Measurements, Verdict
 SPEED_GOALS = ("lower_latency", "higher_throughput", "lower_cost")
 
 _MEASURE = "trimtab.components.validation.measure"
-EVALUATE = stages.work_stage("evaluate", f"{_MEASURE}:evaluate", "evaluation")
-COMPARE_SPEED = stages.work_stage("speed", f"{_MEASURE}:compare_speed", "speed")
+EVALUATE = stages.work_stage("evaluate", f"{_MEASURE}:evaluate", "evaluation", version=2)
+COMPARE_SPEED = stages.work_stage("speed", f"{_MEASURE}:compare_speed", "speed", version=2)
 INTEGRITY = stages.work_stage(
     "integrity", "trimtab.components.validation.integrity:inspect", "integrity", version=3
 )
@@ -192,6 +192,8 @@ class _Judge:
             throughput_tokens_per_second=round(measured["throughput_tokens_per_second"], 2),
             peak_memory_bytes=measured["peak_memory_bytes"],
             max_context_tokens=memory.max_context_tokens(facts, self.state.recipe, machine, integrity["bytes"]),
+            devices=self.state.recipe.engine.world_size,
+            batch=self.state.recipe.engine.max_batch_size,
         )
 
     def _refuse_degenerate(self, baseline: dict[str, Any], candidate: dict[str, Any]) -> None:
