@@ -14,6 +14,7 @@ from trimtab import progress
 from trimtab.components.validation import tasks as known_tasks
 from trimtab.components.validation.generation import generate, is_degenerate
 from trimtab.components.validation.lm import EngineLM
+from trimtab.components.validation.load import Load, alike, load_of
 from trimtab.errors import Failure, InputError
 from trimtab.runtime import text
 from trimtab.runtime.backends import EXCLUSIVE, open_engine
@@ -22,8 +23,8 @@ from trimtab.serving import record
 
 HELDOUT_TEXT = ("trimtab.components.validation.suite", "heldout.txt")
 
+#: On a CPU; `load` says what is measured on a GPU.
 SPEED = {"prompt_tokens": 32, "new_tokens": 48, "repeats": 3}
-BATCH = 8
 
 
 def evaluate(
@@ -54,7 +55,7 @@ def evaluate(
     metrics = _score_windows(served, parameters, folder) | _score_items(model, parameters, folder)
     (folder / "kernels.json").write_text(json.dumps(served.kernels()), encoding="utf-8")
     if parameters["speed"]:
-        metrics |= decode_speed(served) | _generate(served, folder)
+        metrics |= decode_speed(served, _load(Path(engine))) | _generate(served, folder)
     served.close()
     return metrics
 
@@ -70,18 +71,23 @@ def compare_speed(
 ) -> dict[str, float]:
     """Measures candidate and baseline in turn in one process, so that a busy machine disturbs both alike.
 
-    Engines of TensorRT-LLM and vLLM claim the GPU's memory, so there one is closed before the other is opened.
+    Each has the batch of its own recipe, and both the same lengths. Engines of TensorRT-LLM and vLLM claim the GPU's
+    memory, and one that is spread over several devices may need all that there is of them, so there one is closed
+    before the other is opened.
 
     Returns:
         decode and throughput tokens/s of the candidate, and those of the baseline with the prefix `baseline_`.
     """
     places = ((Path(baseline_engine), Path(baseline_export)), (Path(engine), Path(export)))
-    if record.read(places[1][0]).settings.backend in EXCLUSIVE:
-        columns = [_speeds_alone(*place, parameters["rounds"]) for place in places]
+    loads = alike(*(_load(folder) for folder, _ in places))
+    settings = [record.read(folder).settings for folder, _ in places]
+    if settings[1].backend in EXCLUSIVE or any(each.world_size > 1 for each in settings):
+        columns = [_speeds_alone(*at, parameters["rounds"], load) for at, load in zip(places, loads, strict=True)]
         rounds = list(zip(*columns, strict=True))
     else:
         baseline, candidate = (open_engine(*place) for place in places)
-        rounds = [(decode_speed(baseline), decode_speed(candidate)) for _ in range(parameters["rounds"])]
+        pairs = ((baseline, loads[0]), (candidate, loads[1]))
+        rounds = [tuple(decode_speed(*pair) for pair in pairs) for _ in range(parameters["rounds"])]
         baseline.close()
         candidate.close()
     metrics = {}
@@ -92,20 +98,26 @@ def compare_speed(
     return metrics
 
 
-def _speeds_alone(engine: Path, export: Path, rounds: int) -> list[dict[str, float]]:
+def _load(engine: Path) -> Load:
+    short = SPEED["prompt_tokens"], SPEED["new_tokens"]
+    return load_of(record.read(engine).settings, torch.cuda.is_available(), short)
+
+
+def _speeds_alone(engine: Path, export: Path, rounds: int, load: Load) -> list[dict[str, float]]:
     """Measures one engine after the other where the GPU has no room for both."""
     served = open_engine(engine, export)
     try:
-        return [decode_speed(served) for _ in range(rounds)]
+        return [decode_speed(served, load) for _ in range(rounds)]
     finally:
         served.close()
 
 
-def decode_speed(engine: Engine) -> dict[str, float]:
-    """Returns the median decode speed at batch 1, and at batch 8 as throughput, in tokens a second."""
+def decode_speed(engine: Engine, load: Load) -> dict[str, float]:
+    """Returns the median decode speed at batch 1, and at the load's batch as throughput, in tokens a second."""
     progress.report("validate", "measuring decode speed")
-    single = engine.decode_speed(batch_size=1, **SPEED)
-    batched = engine.decode_speed(batch_size=BATCH, **SPEED)
+    lengths = {**SPEED, "prompt_tokens": load.prompt_tokens, "new_tokens": load.new_tokens}
+    single = engine.decode_speed(batch_size=1, **lengths)
+    batched = engine.decode_speed(batch_size=load.batch_size, **lengths) if load.batch_size > 1 else single
     return {
         "decode_tokens_per_second": statistics.median(single),
         "throughput_tokens_per_second": statistics.median(batched),

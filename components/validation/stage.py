@@ -212,6 +212,8 @@ class _Judge:
             throughput_tokens_per_second=round(measured["throughput_tokens_per_second"], 2),
             peak_memory_bytes=measured["peak_memory_bytes"],
             max_context_tokens=memory.max_context_tokens(facts, self.state.recipe, machine, integrity["bytes"]),
+            devices=self.state.recipe.engine.world_size,
+            batch=self.state.recipe.engine.max_batch_size,
         )
 
     def _refuse_degenerate(self, baseline: dict[str, Any], candidate: dict[str, Any]) -> None:

@@ -191,6 +191,10 @@ def _plots(state: State, verdict: Verdict, baseline: Verdict | None) -> list[dic
     return [{"title": t, "svg": figures.interval_plot(lines, limit, q)} for t, q, lines, limit in drawn if lines]
 
 
+def _both(ours: int, theirs: int) -> str:
+    return f"{ours}" if ours == theirs else f"{ours} (baseline {theirs})"
+
+
 def _measured(verdict: Verdict, baseline: Verdict | None) -> list[tuple[str, str, str, str]]:
     """Returns (what, this attempt, baseline, change) of everything the engine measured."""
     if not verdict.measurements.bytes and verdict.perplexity is None:
@@ -199,16 +203,19 @@ def _measured(verdict: Verdict, baseline: Verdict | None) -> list[tuple[str, str
     lines = (
         ("size, MB", ours.bytes / 1e6, theirs.bytes / 1e6),
         ("decode at batch 1, tokens/s", ours.decode_tokens_per_second, theirs.decode_tokens_per_second),
-        ("throughput at batch 8, tokens/s", ours.throughput_tokens_per_second, theirs.throughput_tokens_per_second),
+        (f"throughput at batch {_both(ours.batch, theirs.batch)}, tokens/s",
+         ours.throughput_tokens_per_second, theirs.throughput_tokens_per_second),
         ("peak memory, MB", ours.peak_memory_bytes / 1e6, theirs.peak_memory_bytes / 1e6),
         ("longest context that fits, tokens", ours.max_context_tokens, theirs.max_context_tokens),
         ("perplexity", verdict.perplexity, baseline.perplexity if baseline else None),
-    )
+    )  # fmt: skip
     found = [
         (what, number(a or None), number(b or None), f"{a / b - 1:+.1%}".replace("%", " %") if a and b else DASH)
         for what, a, b in lines
         if a or b
     ]
+    if ours.devices != 1 or theirs.devices != 1:
+        found.append(("devices of one copy", number(ours.devices), number(theirs.devices) if baseline else DASH, DASH))
     if ours.bytes:
         share = f"{100 * ours.quantized_share:.1f}"
         found.insert(1, ("quantized tensors, % of their BF16 bytes", share, DASH, DASH))
