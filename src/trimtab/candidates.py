@@ -55,12 +55,12 @@ class Kit:
     ):
         self.goal, self.facts, self.hardware, self.backend, self.workload = goal, facts, hardware, backend, workload
         self.formats = hardware.formats[backend]
-        self.kv = "fp8" in hardware.kv_caches[backend]
+        self.family = families.named(facts.model_type)
+        self.kv = "fp8" in hardware.kv_caches[backend] and self.family.attention.scaled is not None
         # Large batches are bound by arithmetic, so formats that also compute in 8 bits come first there.
         busy = goal in ("higher_throughput", "lower_cost")
         order = ("fp8", "int8_sq", "int8_wo") if busy else ("fp8", "int8_wo", "int8_sq")
         self.eights = [form for form in order if form in self.formats]
-        self.family = families.named(facts.model_type)
 
     def place(self, recipe: Recipe) -> tuple[Recipe | None, str]:
         """See `placing.place`."""

@@ -239,8 +239,9 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
 
     layers, heads, hidden = (number(k) for k in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
     found = {block for name in tensors if (block := family.place(name)[0]) is not None}
-    if found and found != set(range(layers)):
-        raise InputError(f"{path}: num_hidden_layers is {layers}, and the weights hold {len(found)} blocks")
+    if found != set(range(layers)):
+        where = f"{len(found)} blocks named {family.blocks}.…"
+        raise InputError(f"{path}: num_hidden_layers is {layers}, and the weights hold {where}; download it again")
     has_head = f"{family.head}.weight" in tensors
     if not has_head and config.get("tie_word_embeddings") is False:
         raise InputError(f"{folder}: {family.head}.weight is missing, and config.json says that it is not tied")
