@@ -10,7 +10,7 @@ from typing import Any
 
 from machine import describe, log
 
-from trimtab import child
+from trimtab.base import child
 
 #: Of the processes that are started: vLLM reads its own when it is imported, and benchmarks are imported from here.
 ENVIRONMENT = {

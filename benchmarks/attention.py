@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from machine import CUDA, DEVICE, copy_bandwidth, describe, release, versions
 
-from trimtab.runtime import paged, replay
-from trimtab.runtime.paged import PagedKVCache, Pass, Spans
+from trimtab.runtime.kernels import cuda_graphs
+from trimtab.runtime.kv_cache import paged
+from trimtab.runtime.kv_cache.paged import PagedKVCache, Pass, Spans
 
 HEADS, KV_HEADS, SIZE, BLOCK = 32, 8, 128, 16
 #: Sequences, and tokens of the cache that each looks at.
@@ -55,7 +56,7 @@ def measure(sequences: int, tokens: int, algorithm: str | None) -> dict[str, Any
     """Returns microseconds of a layer's attention by its way, and the GB/s of the kernel."""
     width = tokens // BLOCK
     each = 2 * sequences * tokens * KV_HEADS * SIZE * (1 if algorithm else 2)
-    layers = max(1, -(-replay.COLD_BYTES // each))
+    layers = max(1, -(-cuda_graphs.COLD_BYTES // each))
     shapes = dict.fromkeys(range(layers), (KV_HEADS, SIZE))
     scales = dict.fromkeys(range(layers), (0.02, 0.03))
     cache = PagedKVCache(shapes, sequences * width, BLOCK, DEVICE, algorithm, scales if algorithm else None)
@@ -80,7 +81,7 @@ def measure(sequences: int, tokens: int, algorithm: str | None) -> dict[str, Any
     for name, way in ways.items():
         try:
             off = float((way(0).float() - expected).norm() / expected.norm())
-            row[name] = round(1e6 * replay.seconds([partial(way, layer) for layer in range(layers)]), 1)
+            row[name] = round(1e6 * cuda_graphs.seconds([partial(way, layer) for layer in range(layers)]), 1)
             row[f"{name} off by"] = round(off, 4)
         except Exception as error:
             row[name] = describe(error)

@@ -26,7 +26,8 @@ from trimtab import stages
 from trimtab.components.calibration.work import statistics as measure
 from trimtab.loop.state import State
 from trimtab.recipe import Recipe
-from trimtab.runtime import checkpoint, gradients, observe
+from trimtab.runtime.checkpoint import model_files
+from trimtab.runtime.measure import gradients, observe
 from trimtab.store import open_store
 
 
@@ -45,7 +46,7 @@ def main() -> int:
     shape = EIGHT_BILLION if options.eight_billion else SMALL
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.model or random_model(Path(scratch) / "model", shape)
-        model = checkpoint.load_for_measuring(folder)[0]
+        model = model_files.load_for_measuring(folder)[0]
     tokens = torch.randint(model.config.vocab_size, (samples, 512), device=model.device)
     passes = {"forward": _forward, "statistics": measure, "gram": _gram, "gradients": _gradients}
     if options.eight_billion:  # Gram matrices of this shape take 33 GB and gradients as much as the weights

@@ -106,8 +106,8 @@ def random_model(shape: dict[str, Any], form: str, fuse: bool) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from trimtab.families.llama import LLAMA
-    from trimtab.runtime import fused, linear
-    from trimtab.runtime.formats import Layout
+    from trimtab.runtime.checkpoint.layer_layout import Layout
+    from trimtab.runtime.linear import choice, fused
 
     rotary = {"rope_type": "default", "rope_theta": 500000.0}
     config = LlamaConfig(**shape, max_position_embeddings=8192, rope_parameters=rotary)
@@ -119,9 +119,9 @@ def random_model(shape: dict[str, Any], form: str, fuse: bool) -> Any:
             shapes = [tuple(model.get_submodule(name).weight.shape) for name in group]
             stored = [random_layer(Layout(*FORMATS[form]), *sizes) for sizes in shapes]
             if len(group) == 1:
-                model.set_submodule(group[0], linear.build(stored[0], None, DEVICE))
+                model.set_submodule(group[0], choice.build(stored[0], None, DEVICE))
             else:
-                packed = linear.build(fused.join(stored), None, DEVICE)
+                packed = choice.build(fused.join(stored), None, DEVICE)
                 fused.place(model, group, packed, [sizes[0] for sizes in shapes])
     for name, parameter in list(model.named_parameters()):
         tensor = torch.ones(parameter.shape, dtype=torch.bfloat16, device=DEVICE)
@@ -138,7 +138,7 @@ def random_model(shape: dict[str, Any], form: str, fuse: bool) -> Any:
 
 def random_layer(layout: Any, rows: int, columns: int) -> Any:
     """Returns a layer as ModelOpt stores it, whose weights have a deviation of about 0.02."""
-    from trimtab.runtime.formats import Quantized
+    from trimtab.runtime.checkpoint.layer_layout import Quantized
 
     storage, given = layout.storage, {}
     if storage.number.packed:
@@ -199,23 +199,24 @@ def rows_of(
 
 def own_step(model: Any, variant: str) -> Any:
     """Returns the step that a variant decodes by, None for transformers' forward pass."""
-    from trimtab.runtime import fewer_kernels, small_kernels
-    from trimtab.runtime import step as steps
+    from trimtab.runtime.decoder import step as steps
+    from trimtab.runtime.kernels import replacements
+    from trimtab.runtime.linear import elementwise
 
     if variant == "transformers":
         return None
-    fewer_kernels.group_queries(model)
-    fewer_kernels.fuse_norms(model)
+    replacements.group_queries(model)
+    replacements.fuse_norms(model)
     length = PROMPT_TOKENS + NEW_TOKENS
     if variant in ("engine", "not fused"):
         return steps.build(model, length)
-    chosen = small_kernels.choose(steps.sizes(model), DEVICE) if variant == "library products" else None
+    chosen = elementwise.choose(steps.sizes(model), DEVICE) if variant == "library products" else None
     return steps.Step(model, length, chosen, by_spans=bool(chosen) and CUDA)
 
 
 def decoder_of(model: Any, step: Any, batch: int) -> Any:
     """Returns the engine's decoder, and on a CPU the one that a GPU would record."""
-    from trimtab.runtime import decode
+    from trimtab.runtime.decoder import decode
 
     sizes = (batch, PROMPT_TOKENS, NEW_TOKENS)
     if CUDA:
@@ -266,14 +267,14 @@ def kernels(decoder: Any, batch: int) -> dict[str, Any]:
 
 def products(model: Any) -> dict[str, dict[str, float]]:
     """Returns by shape and rows the GB/s of the product, in each block that was tried and the layer's own."""
-    from trimtab.runtime import few_rows
-    from trimtab.runtime import step as steps
+    from trimtab.runtime.decoder import step as steps
+    from trimtab.runtime.linear import small_batch
 
     found = {}
-    for members in few_rows.by_shape(steps.layers(model)):
+    for members in small_batch.by_shape(steps.layers(model)):
         layer, weight = members[0][0], members[0][1]["weight"]
-        for rows in few_rows.ROWS:
-            times = few_rows.measure(members, rows)
+        for rows in small_batch.ROWS:
+            times = small_batch.measure(members, rows)
             found[f"{layer.out_features} x {layer.in_features}, {getattr(layer, 'kernel', 'bf16')}, {rows} rows"] = {
                 "own" if block is None else "x".join(map(str, block)): round(weight.nbytes / seconds / 1e9)
                 for block, seconds in times.items()

@@ -37,7 +37,9 @@ from measuring import Measuring, add_arguments, short
 from students import equal_bytes, movement, movement_otherwise, quantization_aware
 
 from trimtab.components.calibration.work import calibrate
-from trimtab.components.distillation import generation, teacher, work
+from trimtab.components.distillation import work
+from trimtab.components.distillation.objective import teacher
+from trimtab.components.distillation.text import generation
 from trimtab.components.pruning.work import prune
 from trimtab.recipe import Distillation
 

@@ -17,9 +17,9 @@ from machine import CUDA, DEVICE, describe, log, peak, release, seconds_of, spee
 from safetensors.torch import save_file
 
 from trimtab.recipe import Engine
-from trimtab.runtime import text
-from trimtab.runtime.checkpoint import weight_file_bytes
-from trimtab.runtime.engine import TorchEngine
+from trimtab.runtime.checkpoint.model_files import weight_file_bytes
+from trimtab.runtime.engines.torch_engine import TorchEngine
+from trimtab.runtime.text import token_windows
 
 PROMPTS = ("The capital of France is", "Once upon a time, in a small village by the sea,")
 ROUNDS, PROMPT_TOKENS, NEW_TOKENS = 3, 32, 48
@@ -120,12 +120,13 @@ def calibrate(folder: Path, trees: Path, model: dict[str, Any], small: bool, qui
     """Measures statistics, for a small model Gram matrices and sensitivity too, and what they cost."""
     from trimtab.components.calibration import data, grams, work
     from trimtab.recipe import Calibration
-    from trimtab.runtime import checkpoint, measurements
+    from trimtab.runtime.checkpoint import model_files
+    from trimtab.runtime.measure import measurements
 
     found = {name: str(trees / name) for name in ("calibration", "gram", "sensitivity")}
     for path in found.values():
         Path(path).mkdir(parents=True)
-    loaded, tokenizer = checkpoint.load_for_measuring(folder)
+    loaded, tokenizer = model_files.load_for_measuring(folder)
     settings = Calibration(samples=8, length=512) if CUDA else Calibration(samples=4, length=64)
     tokens = data.draw(settings, tokenizer).tokens
     seen: dict[str, torch.Tensor] = {}
@@ -141,7 +142,7 @@ def calibrate(folder: Path, trees: Path, model: dict[str, Any], small: bool, qui
     measurements.write(Path(found["calibration"]), folder, "statistics", seen)
     save_file({"tokens": tokens.int()}, Path(found["calibration"]) / "tokens.safetensors")
     if small and not quick:
-        from trimtab.components.quantization import sensitivity
+        from trimtab.components.quantization.mixed import sensitivity
         from trimtab.recipe import MIXED_FORMATS
 
         arguments = (str(folder), found["calibration"])
@@ -155,7 +156,7 @@ def calibrate(folder: Path, trees: Path, model: dict[str, Any], small: bool, qui
 
 @torch.inference_mode()
 def bare_pass(model: torch.nn.Module, tokens: torch.Tensor) -> None:
-    from trimtab.runtime import observe
+    from trimtab.runtime.measure import observe
 
     for windows in observe.batches(model, tokens):
         model(windows, use_cache=False, logits_to_keep=1)
@@ -163,10 +164,10 @@ def bare_pass(model: torch.nn.Module, tokens: torch.Tensor) -> None:
 
 def check(export: Path, folder: Path, scratch: Path, parameters: dict[str, Any]) -> dict[str, Any]:
     """Compares every layer of the export with its source."""
-    from trimtab.components.validation import integrity
+    from trimtab.components.validation.integrity import gate
 
     started = time.perf_counter()
-    worst = integrity.inspect(str(export), str(folder), str(scratch), "", parameters)["max_relative_error"]
+    worst = gate.inspect(str(export), str(folder), str(scratch), "", parameters)["max_relative_error"]
     return {"largest_layer_error": round(worst, 4), "check_seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -201,15 +202,15 @@ def measure(row: dict[str, Any], engine: Any, baseline: Any, batches: tuple[int,
 
 
 def perplexity(engine: Any, source: str) -> float:
-    content = text.read_text(source, ("trimtab.components.validation.suite", "heldout.txt"), field="--text")
-    windows = text.windows(engine.tokenizer, content, 256 if CUDA else 64, 16 if CUDA else 4)
+    content = token_windows.read_text(source, ("trimtab.components.validation.suite", "heldout.txt"), field="--text")
+    windows = token_windows.windows(engine.tokenizer, content, 256 if CUDA else 64, 16 if CUDA else 4)
     return math.exp(sum(engine.nll(windows)) / (windows.shape[0] * (windows.shape[1] - 1)))
 
 
 @torch.inference_mode()
 def loop_speed(engine: Any) -> float:
     """Tokens a second at batch 1 where Python launches every kernel: what replaying saves."""
-    from trimtab.runtime.decode import Growing
+    from trimtab.runtime.decoder.decode import Growing
 
     decoder, new_tokens = Growing(engine.model), NEW_TOKENS if CUDA else EMULATED_NEW_TOKENS
     prompt = torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64, device=DEVICE)

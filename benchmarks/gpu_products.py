@@ -15,8 +15,8 @@ import torch
 from gpu_results import Results
 from machine import DEVICE, describe, release
 
-from trimtab.runtime import replay
-from trimtab.runtime.linear import WeightOnly
+from trimtab.runtime.kernels import cuda_graphs
+from trimtab.runtime.linear.choice import WeightOnly
 
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 SHAPES = ((4096, 4096), (14336, 4096))
@@ -43,7 +43,7 @@ def time_products(results: Results, rows: tuple[int, ...]) -> None:
                         break
                     x = torch.randn(count, in_features, device=DEVICE, dtype=torch.bfloat16)
                     works = [partial(product, x) for product in products]
-                    line["microseconds"][str(count)] = round(1e6 * replay.seconds(works), 1)
+                    line["microseconds"][str(count)] = round(1e6 * cuda_graphs.seconds(works), 1)
             except Exception as error:
                 line["error"] = describe(error)
             products = None
@@ -54,15 +54,15 @@ def dense_layer(out_features: int, in_features: int) -> list[Callable]:
     size = 2 * out_features * in_features
     weights = [
         torch.randn(out_features, in_features, device=DEVICE, dtype=torch.bfloat16)
-        for _ in range(math.ceil(replay.COLD_BYTES / size))
+        for _ in range(math.ceil(cuda_graphs.COLD_BYTES / size))
     ]
     return [lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights]
 
 
 def packed_layer(kind: str, path: str, out_features: int, in_features: int) -> list[Callable]:
     """The products of copies of a layer whose numbers are drawn at random."""
-    from trimtab.runtime import linear
-    from trimtab.runtime.formats import Layout, Quantized
+    from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized
+    from trimtab.runtime.linear import choice
 
     algo = ALGORITHMS[kind]
     scale = torch.full((out_features,), 0.01, device=DEVICE)
@@ -75,7 +75,7 @@ def packed_layer(kind: str, path: str, out_features: int, in_features: int) -> l
         if "FP8" in algo:
             weight = (weight.bfloat16() / 32).to(torch.float8_e4m3fn)
         layer = Quantized(Layout(algo), weight, scale[0] if algo == "FP8" else scale, given)
-    first = linear.build(layer, None, DEVICE)
+    first = choice.build(layer, None, DEVICE)
     size = out_features * in_features // (2 if algo == "W4A16_AWQ" else 1)
-    modules = [first, *(copy.deepcopy(first) for _ in range(math.ceil(replay.COLD_BYTES / size) - 1))]
+    modules = [first, *(copy.deepcopy(first) for _ in range(math.ceil(cuda_graphs.COLD_BYTES / size) - 1))]
     return [getattr(module, path) for module in modules]

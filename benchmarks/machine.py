@@ -76,7 +76,7 @@ def speed_limit(model: Any, batch: int, tokens: float) -> float:
 
     The torch engine holds these in 16 bits. Of an embedding that is not the head too, a step reads a row.
     """
-    from trimtab.runtime.paged import attention_layers, key_features
+    from trimtab.runtime.kv_cache.paged import attention_layers, key_features
 
     embedding = model.get_input_embeddings().weight
     read = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from trimtab.recipe import Engine
-from trimtab.runtime import text
-from trimtab.runtime.engine import TorchEngine
+from trimtab.runtime.engines.torch_engine import TorchEngine
+from trimtab.runtime.text import token_windows
 
 LENGTH = 512
 
@@ -96,12 +96,12 @@ class Measuring:
 
     def windows(self, engine: Any) -> torch.Tensor:
         """Returns the test text as the engine's tokenizer has it, int64 [windows, LENGTH]."""
-        return text.windows(engine.tokenizer, self._test, LENGTH, self.options.windows)
+        return token_windows.windows(engine.tokenizer, self._test, LENGTH, self.options.windows)
 
     def likelihoods(self, engine: Any) -> list[float]:
         """Returns the nats of each sentence of BLiMP's pairs."""
-        start = text.prefix(engine.tokenizer) or [engine.tokenizer.eos_token_id]
-        tokens = [text.encode(engine.tokenizer, s, special=False) for s in self.sentences]
+        start = token_windows.prefix(engine.tokenizer) or [engine.tokenizer.eos_token_id]
+        tokens = [token_windows.encode(engine.tokenizer, s, special=False) for s in self.sentences]
         return [score for score, _ in engine.loglikelihood([(start, t) for t in tokens])]
 
 
@@ -134,7 +134,7 @@ def _texts(path: Path | None, folder: Path) -> tuple[str, str]:
     """Returns the calibration text as a recipe names it, and the test text itself."""
     if path is None:
         heldout = ("trimtab.components.validation.suite", "heldout.txt")
-        return "builtin", text.read_text("builtin", heldout)
+        return "builtin", token_windows.read_text("builtin", heldout)
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     cut = int(0.8 * len(lines))
     (folder / "calibration.txt").write_text("".join(lines[:cut]), encoding="utf-8")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from trimtab.components.pruning import depth, width
-from trimtab.components.pruning.structured import Left
-from trimtab.model import ModelFacts, inspect
-from trimtab.runtime.checkpoint import Export
-from trimtab.runtime.measurements import Measurements
+from trimtab.components.pruning.structured import depth, width
+from trimtab.components.pruning.structured.writing import Left
+from trimtab.model.facts import ModelFacts, inspect
+from trimtab.runtime.checkpoint.model_files import Export
+from trimtab.runtime.measure.measurements import Measurements
 
 
 def last_blocks(source: Path, sizes: ModelFacts, measured: Measurements, draw: torch.Generator) -> Left:

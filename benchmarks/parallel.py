@@ -67,14 +67,14 @@ def main() -> int:
 
 def rank(scratch: Path, lines: Path, shapes: list[str]) -> None:
     """One process: answers with its part of each model in each layout."""
-    from trimtab.runtime import processes
+    from trimtab.runtime.parallel import torchrun
 
-    with processes.joined():
+    with torchrun.joined():
         for shape in shapes:
-            layouts = LAYOUTS if processes.count() > 1 else {"one process": (1, 1, None)}
+            layouts = LAYOUTS if torchrun.count() > 1 else {"one process": (1, 1, None)}
             for layout, (tensors, stages, limit) in layouts.items():
                 row = measure(scratch, shape, tensors, stages)
-                if processes.rank() == 0:
+                if torchrun.rank() == 0:
                     with lines.open("a", encoding="utf-8") as file:
                         print(json.dumps({"model": shape, "layout": layout, "limit": limit, **row}), file=file)
                 release()
@@ -83,13 +83,13 @@ def rank(scratch: Path, lines: Path, shapes: list[str]) -> None:
 @torch.inference_mode()
 def measure(scratch: Path, shape: str, tensors: int, stages: int) -> dict[str, Any]:
     from trimtab.recipe import Engine
-    from trimtab.runtime import parallel
-    from trimtab.runtime.engine import TorchEngine
+    from trimtab.runtime.engines.torch_engine import TorchEngine
+    from trimtab.runtime.parallel import shards
 
     log(f"{shape}, {tensors} x {stages}")
     settings = Engine(tensor_parallel_size=tensors, pipeline_parallel_size=stages, max_seq_len=256, max_batch_size=8)
     device = "cuda" if CUDA else "cpu"
-    place = parallel.place(settings, torch.device(device)) if tensors * stages > 1 else None
+    place = shards.place(settings, torch.device(device)) if tensors * stages > 1 else None
     started = time.monotonic()
     engine = TorchEngine(scratch / shape, settings, device, place=place)
     loaded = time.monotonic() - started

@@ -24,13 +24,13 @@ import torch
 from measuring import Measuring, blimp, columns, short
 from pydantic import TypeAdapter
 
-from trimtab import shapes
 from trimtab.components.calibration.work import calibrate
-from trimtab.components.pruning import structured
+from trimtab.components.pruning.structured import writing
 from trimtab.components.pruning.work import prune
-from trimtab.model import inspect
+from trimtab.model import shapes
+from trimtab.model.facts import inspect
 from trimtab.recipe import Pruning
-from trimtab.runtime.measurements import Measurements
+from trimtab.runtime.measure.measurements import Measurements
 
 #: Row -> the recipe's `prune`.
 ROWS: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ ROWS |= {
 #: Structured pruning and its naive peers at equal parameters: title -> the recipe's `prune`, and peer -> its function.
 _DEPTH = {"last": naive.last_blocks, "random": naive.random_blocks}
 _WIDTH = {"by magnitude": naive.magnitude_width, "random": naive.random_width}
-STRUCTURED: dict[str, tuple[dict[str, Any], dict[str, Callable[..., structured.Left]]]] = {
+STRUCTURED: dict[str, tuple[dict[str, Any], dict[str, Callable[..., writing.Left]]]] = {
     "4 blocks": ({"method": "depth", "blocks": 4}, _DEPTH),
     "4 blocks in a row": ({"method": "depth", "blocks": 4, "contiguous": True}, {}),
     "7 blocks": ({"method": "depth", "blocks": 7}, {}),
@@ -102,7 +102,7 @@ class _Benchmark:
         source = self.options.model
         sizes = shapes.pruned(inspect(source), TypeAdapter(Pruning).validate_python(recipe))
         measured = Measurements(calibration, source, "calibration")
-        structured.write(source, choose(source, sizes, measured, torch.Generator().manual_seed(seed)), folder, scratch)
+        writing.write(source, choose(source, sizes, measured, torch.Generator().manual_seed(seed)), folder, scratch)
 
     def _print(self, name: str, seed: int | str, found: dict[str, Any]) -> None:
         gap = f"{found['gap']:>8.3f}"

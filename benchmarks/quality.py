@@ -27,10 +27,10 @@ from safetensors.torch import load_file
 
 from trimtab.components.calibration import grams
 from trimtab.components.calibration.work import calibrate
-from trimtab.components.quantization import sensitivity
+from trimtab.components.quantization.mixed import sensitivity
 from trimtab.components.quantization.work import quantize
 from trimtab.recipe import MIXED_FORMATS, Quantization
-from trimtab.runtime import checkpoint
+from trimtab.runtime.checkpoint import model_files
 
 GROUP = 64
 #: Row -> the recipe's quantization, and ModelOpt's preset to set beside it, if there is one.
@@ -118,7 +118,7 @@ class _Benchmark:
 
     def _plain(self, preset: str, calibration: Path) -> Path:
         """ModelOpt as its documentation has it, on the same tokens; in float32, as its export wants it on a CPU."""
-        model, tokenizer = checkpoint.load(self.options.model, torch.float32)
+        model, tokenizer = model_files.load(self.options.model, torch.float32)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         tokens = load_file(calibration / "tokens.safetensors")["tokens"].long().to(model.device)
         config = copy.deepcopy(getattr(mtq, preset))

@@ -130,7 +130,7 @@ class Results:
 
     def found(self) -> dict[str, Any]:
         """Everything: of each figure the mean over the repeats and half the width of its 95 % interval."""
-        from trimtab.components.engine.load import interval
+        from trimtab.components.engine.server.load_generator import interval
 
         def parts(part: str) -> dict[str, Any]:
             rows = {name: rows for (of, name), rows in self.rows.items() if of == part}
@@ -151,10 +151,10 @@ class Results:
 
 def measure(results: Results, folder: Path, options: argparse.Namespace) -> None:
     """Measures the strategies, then the caches, and what a GPU holds."""
-    from trimtab.components.engine.load import Lengths, Objective, Workload
+    from trimtab.components.engine.server.load_generator import Lengths, Objective, Workload
     from trimtab.recipe import Engine
-    from trimtab.runtime.paged_engine import PagedEngine
-    from trimtab.runtime.scheduler import Scheduler
+    from trimtab.runtime.service.paged_engine import PagedEngine
+    from trimtab.runtime.service.scheduler import Scheduler
 
     batch = options.batch or (64 if CUDA else 8)
     repeats = 2 if options.quick else options.repeats
@@ -217,7 +217,7 @@ def warm_up(engine: Any) -> None:
 
 def _capacity(engine: Any, workload: Any) -> tuple[float, float]:
     """Returns requests a second, and the median seconds between two tokens, when all requests come at once."""
-    from trimtab.components.engine.load import Objective, figures, replay
+    from trimtab.components.engine.server.load_generator import Objective, figures, replay
 
     arrivals = workload.draw(10_000, engine.model.config.vocab_size)
     replay(engine, arrivals[: len(arrivals) // 4])  # what is loaded or recorded once
@@ -227,7 +227,7 @@ def _capacity(engine: Any, workload: Any) -> tuple[float, float]:
 
 def repeat(engine: Any, workload: Any, objective: Any, seed: int) -> dict[str, float]:
     """Returns the figures of one draw of the workload."""
-    from trimtab.components.engine.load import figures, replay
+    from trimtab.components.engine.server.load_generator import figures, replay
 
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
@@ -264,7 +264,7 @@ def longest_batch(engine: Any, settings: Any, workload: Any) -> dict[str, Any]:
 
 
 def _does_not_hold(engine: Any, settings: Any, workload: Any, count: int, block_size: int) -> str:
-    from trimtab.errors import Failure
+    from trimtab.base.errors import Failure
 
     drawn = replace(workload, requests=count).draw(3, engine.model.config.vocab_size)
     blocks = sum(-(-request.length // block_size) for _, request in drawn)

@@ -28,7 +28,8 @@ def soak(folder: Path, clients: int, seconds: float) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as recipe:
         recipe.write(RECIPE)
         recipe.flush()
-        command = [sys.executable, "-m", "trimtab.pipelines.cli", "serve", str(folder), "--port", "0", "--name", "soak"]
+        command = [sys.executable, "-m", "trimtab.pipelines.commands.main", "serve", str(folder)]
+        command += ["--port", "0", "--name", "soak"]
         process = subprocess.Popen([*command, "--recipe", recipe.name], stderr=subprocess.PIPE, env=_environment())
         try:
             said = iter(process.stderr.readline, b"")

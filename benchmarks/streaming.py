@@ -24,8 +24,8 @@ from typing import Any
 
 from random_model import EIGHT_BILLION, random_model
 
-from trimtab import child, progress
-from trimtab.errors import StageError
+from trimtab.base import child, progress
+from trimtab.base.errors import StageError
 
 WORK = "trimtab.components.quantization.work:quantize"
 FORMATS = {"fp8": {"format": "fp8", "scale_search": "max"}, "int4_rtn": {"format": "int4_rtn", "group_size": 128}}
@@ -166,8 +166,8 @@ def write_statistics(model: Path, folder: Path) -> None:
     """Writes what a calibration pass would have measured, at random, bound to the model."""
     import torch
 
-    from trimtab.model import inspect
-    from trimtab.runtime import measurements
+    from trimtab.model.facts import inspect
+    from trimtab.runtime.measure import measurements
 
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)

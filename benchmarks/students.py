@@ -7,9 +7,9 @@ from typing import Any
 
 from trimtab.components.calibration import grams
 from trimtab.components.pruning.work import prune
-from trimtab.components.quantization import sensitivity
+from trimtab.components.quantization.mixed import sensitivity
 from trimtab.components.quantization.work import quantize
-from trimtab.model import inspect
+from trimtab.model.facts import inspect
 from trimtab.recipe import MIXED_FORMATS, Distillation, MovementPruning, Quantization
 
 #: Equal bytes: how near the peer's must come, as a share, and how often it is tried.

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from trimtab.components.distillation import data, teacher, work
-from trimtab.components.distillation.objective import Objective
-from trimtab.components.distillation.training import Training
+from trimtab.components.distillation import work
+from trimtab.components.distillation.objective import teacher
+from trimtab.components.distillation.objective.objective import Objective
+from trimtab.components.distillation.text import data
+from trimtab.components.distillation.training.training import Training
 from trimtab.recipe import Distillation
-from trimtab.runtime import checkpoint
+from trimtab.runtime.checkpoint import model_files
 
 CUDA = torch.cuda.is_available()
 
@@ -23,7 +25,7 @@ def compared(benchmark: Any) -> dict[str, Any]:
     """Tokens/s of a training step, medians over rounds in which the three take turns."""
     options = benchmark.options
     settings = benchmark.settings(generate=0, stored_logits=0)
-    tokenizer = checkpoint.load_tokenizer(options.model)
+    tokenizer = model_files.load_tokenizer(options.model)
     windows = data.read(tokenizer, settings.texts, settings.length)
     kept = benchmark.settings(generate=0, stored_logits=options.stored_logits or 64)
     tree = benchmark.stage("teach", teacher.teach, kept, model=benchmark.model)
@@ -51,7 +53,7 @@ def compared(benchmark: Any) -> dict[str, Any]:
 
 def _ours(benchmark: Any, settings: Distillation, windows: data.Windows, stored: str | None) -> float:
     options = benchmark.options
-    student, _ = checkpoint.load_for_measuring(Path(benchmark.student))
+    student, _ = model_files.load_for_measuring(Path(benchmark.student))
     source = work.teacher_of(Path(benchmark.model), stored, windows, student.device)
     batches = data.Batches(windows.training, settings)
     training = Training(Objective(student, source, settings), windows.heldout, batches, settings, benchmark.new("run"))
@@ -67,8 +69,8 @@ def _ours(benchmark: Any, settings: Distillation, windows: data.Windows, stored:
 def _plain(benchmark: Any, settings: Distillation, windows: data.Windows) -> float:
     """A Trainer as its documentation has it: float32 weights, bfloat16 autocast and fused AdamW on a GPU."""
     options = benchmark.options
-    student, _ = checkpoint.load(Path(benchmark.student), torch.float32)
-    source, _ = checkpoint.load_for_measuring(Path(benchmark.model))
+    student, _ = model_files.load(Path(benchmark.student), torch.float32)
+    source, _ = model_files.load_for_measuring(Path(benchmark.model))
     arguments = TrainingArguments(
         output_dir=str(benchmark.new("trainer")),
         per_device_train_batch_size=settings.batch_size // settings.gradient_accumulation,

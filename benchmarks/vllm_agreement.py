@@ -28,12 +28,13 @@ import torch
 from machine import DEVICE, versions
 from measuring import Measuring
 
-from trimtab import verdict
+from trimtab import judge
+from trimtab.judge import Scores
 from trimtab.recipe import Acceptance, Engine, Quantization
-from trimtab.runtime import backends, formats, vllm_checkpoint
-from trimtab.runtime.checkpoint import Export, load_tokenizer
-from trimtab.runtime.engine import TorchEngine
-from trimtab.verdict import Scores
+from trimtab.runtime.checkpoint import compressed_tensors, layer_layout
+from trimtab.runtime.checkpoint.model_files import Export, load_tokenizer
+from trimtab.runtime.engines import backends
+from trimtab.runtime.engines.torch_engine import TorchEngine
 
 FORMATS = ("bf16", "fp8", "int4_awq", "int4_gptq")
 ENGINES = ("torch", "vllm", "reference")
@@ -58,11 +59,11 @@ def main() -> int:
         options.samples, options.windows, options.pairs = 2, 2, 5
     apart.tell({"versions": versions() | backends.versions()}, options.out)
     with tempfile.TemporaryDirectory() as scratch:
-        judge(options, Path(scratch))
+        set_side_by_side(options, Path(scratch))
     return 0
 
 
-def judge(options: argparse.Namespace, scratch: Path) -> None:
+def set_side_by_side(options: argparse.Namespace, scratch: Path) -> None:
     """Exports each format, lets each engine answer, and sets the answers side by side."""
     asked = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     answers: dict[tuple[str, str], dict[str, Any]] = {}
@@ -114,9 +115,9 @@ def export(form: str, scratch: str, options: dict[str, Any]) -> dict[str, Any]:
         str(Path(scratch) / f"scratch-{form}"),
         settings.model_dump(mode="json"),
     )
-    if not vllm_checkpoint.is_needed(folder):
+    if not compressed_tensors.is_needed(folder):
         return {"folder": str(folder), "checkpoint": None}
-    vllm_checkpoint.translate(folder, checkpoint, Path(scratch) / f"shards-{form}")
+    compressed_tensors.translate(folder, checkpoint, Path(scratch) / f"shards-{form}")
     return {"folder": str(folder), "checkpoint": str(checkpoint)}
 
 
@@ -151,7 +152,7 @@ def open_engine(name: str, folder: Path, checkpoint: str | None) -> Any:
     if name == "torch":
         return TorchEngine(folder, settings)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process ends anyway, and takes all with it
-    from trimtab.runtime.vllm import VllmEngine
+    from trimtab.runtime.engines.vllm_engine import VllmEngine
 
     return VllmEngine(folder, settings, Path(checkpoint) if checkpoint else None)
 
@@ -173,15 +174,15 @@ class Reference:
         config = AutoConfig.from_pretrained(folder)
         config.__dict__.pop("quantization_config", None)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        own = {f"{layer}.{part}" for layer in export.layers for part in ("weight", *formats.SCALES)}
+        own = {f"{layer}.{part}" for layer in export.layers for part in ("weight", *layer_layout.SCALES)}
         tensors = {name: export.tensor(name).float() for name in export.names if name not in own}
         for name in export.layers:
             layer = export.layer(name)
-            tensors[f"{name}.weight"] = formats.dequantize(layer)
+            tensors[f"{name}.weight"] = layer_layout.dequantize(layer)
             if layer.layout.storage.inputs:
                 scale = layer.input_scale.float().to(DEVICE)  # FP8 with one scale: the only one among the formats here
                 model.get_submodule(name).register_forward_pre_hook(
-                    lambda _, given, scale=scale: (formats.round_fp8(given[0], scale),)
+                    lambda _, given, scale=scale: (layer_layout.round_fp8(given[0], scale),)
                 )
         model.load_state_dict(tensors, strict=False)
         model.tie_weights()
@@ -238,7 +239,7 @@ def verdict_on(plain: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         )
         for one in (plain, found)
     ]
-    said = verdict.judge(baseline=scores[0], candidate=scores[1], accept=Acceptance(), look=1, looks=1)
+    said = judge.judge(baseline=scores[0], candidate=scores[1], accept=Acceptance(), look=1, looks=1)
     intervals = {
         name: [round(end, 4) for end in (value.estimate, value.low, value.high)]
         for name in ("recovery", "perplexity_ratio")

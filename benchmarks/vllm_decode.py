@@ -24,7 +24,8 @@ from decode import NEW_TOKENS, PROMPT_TOKENS, REPEATS
 from machine import log, versions
 from random_model import EIGHT_BILLION
 
-from trimtab.runtime import backends, decode_time, vllm_checkpoint
+from trimtab.runtime.checkpoint import compressed_tensors
+from trimtab.runtime.engines import backends, decode_time
 
 _INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64, "dynamic": False}
 #: Format -> `quantization_config`, as exports in it have it.
@@ -32,7 +33,7 @@ FORMATS = {
     "bf16": None,
     "fp8": {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"],
             "producer": {"name": "modelopt", "version": "0.47.0"}},
-    "int4": {"quant_method": vllm_checkpoint.PLAIN, "format": "pack-quantized", "ignore": ["lm_head"],
+    "int4": {"quant_method": compressed_tensors.PLAIN, "format": "pack-quantized", "ignore": ["lm_head"],
              "config_groups": {"group_0": {"targets": ["Linear"], "weights": _INT4}}},
 }  # fmt: skip
 

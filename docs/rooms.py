@@ -22,10 +22,10 @@ from kfp.dsl.base_component import BaseComponent
 from kfp.dsl.structures import InputSpec, OutputSpec
 from pydantic import AwareDatetime, Field, StrictBool, field_validator
 
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
+from trimtab.base.schema import Document
 from trimtab.pipelines.optimize import optimize_pipeline
 from trimtab.pipelines.rebuild import rebuild_pipeline
-from trimtab.schema import Document
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "<!-- `make docs` writes what follows, out of the docstrings and metadata.yaml -->"

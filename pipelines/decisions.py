@@ -37,7 +37,7 @@ def plan(
     Returns:
         The URI of the document with which the baseline is measured.
     """
-    from trimtab.components.deployment.serving import asked
+    from trimtab.components.deployment.rollout.settings import asked
     from trimtab.loop import decisions
     from trimtab.loop.documents import save
     from trimtab.recipe.evaluation import Evaluation
@@ -112,8 +112,7 @@ def decide(state: str, run: str) -> str:
     Returns:
         'retry' or 'stop'.
     """
-    from trimtab import status
-    from trimtab.loop import decisions
+    from trimtab.loop import decisions, status
     from trimtab.loop.documents import load
 
     now = load(state)
@@ -173,7 +172,7 @@ def summarize(
     from pathlib import Path
 
     from trimtab import report as pages
-    from trimtab import status
+    from trimtab.loop import status
     from trimtab.loop.documents import load
 
     now = load(state)

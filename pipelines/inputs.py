@@ -7,10 +7,10 @@ import re
 import unicodedata
 from pathlib import Path
 
-from trimtab.errors import InputError, nearest
-from trimtab.profile import Profile
+from trimtab.base.errors import InputError, nearest
+from trimtab.base.schema import mapping
 from trimtab.recipe.evaluation import Evaluation
-from trimtab.schema import mapping
+from trimtab.stages.profile import Profile
 from trimtab.store.address import check_name
 
 

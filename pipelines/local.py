@@ -21,8 +21,8 @@ from typing import Any
 from kfp import local
 from rich.console import Console
 
-from trimtab import child, errors, progress
-from trimtab.errors import Failure, InputError, StageError, TrimtabError
+from trimtab.base import child, errors, progress
+from trimtab.base.errors import Failure, InputError, StageError, TrimtabError
 from trimtab.loop.state import State
 from trimtab.pipelines.optimize import optimize_pipeline
 

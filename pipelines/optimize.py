@@ -23,12 +23,12 @@ from trimtab.components.fetch.component import fetch
 from trimtab.components.pruning.component import prune
 from trimtab.components.quantization.component import quantize
 from trimtab.components.validation.component import validate
-from trimtab.hardware import TARGETS
+from trimtab.model.hardware import TARGETS
 from trimtab.pipelines.decisions import adjust, carry, decide, plan, prepare, summarize
 from trimtab.pipelines.package import ROLLED_BACK, ROLLOUT
 from trimtab.pipelines.placement import place, reach, sign
-from trimtab.profile import Profile
 from trimtab.stages import TASKS
+from trimtab.stages.profile import Profile
 
 #: The most attempts that are unrolled; `max_attempts` of a run is at most this.
 MAX_ATTEMPTS = 10

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from trimtab.base.errors import InputError
 from trimtab.components import images
-from trimtab.errors import InputError
-from trimtab.profile import Profile
+from trimtab.stages.profile import Profile
 
 if TYPE_CHECKING:
     from kfp.dsl.base_component import BaseComponent

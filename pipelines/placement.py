@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from kfp import dsl, kubernetes
 
-from trimtab import signing
-from trimtab.profile import Profile
+from trimtab.base import signing
+from trimtab.stages.profile import Profile
 
 
 def place(
@@ -15,7 +15,7 @@ def place(
 
     Args:
         task: the task, inside the pipeline that owns it.
-        name: one of `trimtab.profile.PLACED`.
+        name: one of `trimtab.stages.profile.PLACED`.
         profile: the cluster's.
         accelerators: how many, an output of `prepare`; None for a task that never needs one.
         nodes: the selector to use at run time, an output of `prepare`; None likewise.

@@ -20,7 +20,7 @@ from trimtab.pipelines.optimize import (
 )
 from trimtab.pipelines.package import REVIEW
 from trimtab.pipelines.placement import place
-from trimtab.profile import Profile
+from trimtab.stages.profile import Profile
 
 
 @dsl.component(base_image=names.CPU, install_kfp_package=False)
@@ -59,11 +59,12 @@ def review(
     from collections import namedtuple
     from pathlib import Path
 
-    from trimtab import child, rebuild
-    from trimtab.components.deployment.serving import asked
+    from trimtab.base import child
+    from trimtab.components.deployment.rollout.settings import asked
     from trimtab.components.fetch.source import fetch
     from trimtab.loop.documents import save
     from trimtab.recipe.evaluation import Evaluation
+    from trimtab.release import rebuild
     from trimtab.store import open_store
     from trimtab.store.address import check_name
 

@@ -74,7 +74,7 @@ def oom_counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What counts kills for memory, in place of Linux's own; $OOM_COUNTER for processes that feign one."""
     counter = tmp_path / "oom_counter"
     counter.write_text("oom_kill 0\n")
-    monkeypatch.setattr("trimtab.kills.COUNTERS", (counter,))
+    monkeypatch.setattr("trimtab.base.kills.COUNTERS", (counter,))
     monkeypatch.setenv("OOM_COUNTER", str(counter))
     return counter
 

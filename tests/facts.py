@@ -1,6 +1,6 @@
 """Facts of models by their published shapes, for tests that compute nothing."""
 
-from trimtab.model import Linear, ModelFacts
+from trimtab.model.facts import Linear, ModelFacts
 
 
 def llama(layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, positions, tied) -> ModelFacts:

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from trimtab import evidence, signing, statement
-from trimtab.evidence import CONFIRMATION, look_name
+from trimtab.base import signing
+from trimtab.judge import Verdict
+from trimtab.loop import evidence
+from trimtab.loop.evidence import CONFIRMATION, look_name
 from trimtab.loop.state import State
 from trimtab.recipe import Recipe
+from trimtab.release import statement
+from trimtab.release.verification import verify
 from trimtab.store import Store, Tree
-from trimtab.verdict import Verdict
-from trimtab.verification import verify
 
 ITEMS, WINDOWS = 300, 16
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from trimtab.judge import Confirmation, Interval, Measurements, Verdict
 from trimtab.loop.state import Brief, State
 from trimtab.recipe import Recipe
 from trimtab.store.tree import Tree
-from trimtab.verdict import Confirmation, Interval, Measurements, Verdict
 
 HOSTILE = '<script>alert("x")</script> | [x](javascript:1) \x1b[31m & \'"'
 

@@ -14,7 +14,7 @@ import uvicorn
 from trimtab.components.engine.server.app import Server
 from trimtab.components.engine.server.serve import configuration
 from trimtab.recipe import Engine as Settings
-from trimtab.runtime.paged_engine import PagedEngine
+from trimtab.runtime.service.paged_engine import PagedEngine
 
 SETTINGS = Settings(max_seq_len=512, max_num_tokens=64, max_batch_size=8, enable_chunked_prefill=True)
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimtab.components.calibration import named
+from trimtab.components.calibration import hub_datasets
 from trimtab.recipe import Calibration, Source
-from trimtab.runtime import documents, text
+from trimtab.runtime.text import documents, token_windows
 
 #: A dataset may have no end: it is read until it has this many times the tokens that are drawn from it.
 READ_AHEAD = 4
@@ -43,7 +43,7 @@ def draw(settings: Calibration, tokenizer: Any) -> Sample:
     """
     sources = settings.sources
     counts = shares([source.weight for source in sources], settings.samples)
-    room = settings.length - len(text.prefix(tokenizer))
+    room = settings.length - len(token_windows.prefix(tokenizer))
     windows, lengths, lines = [], [], []
     for source, count in zip(sources, counts, strict=True):
         if not count:  # more sources than samples
@@ -54,13 +54,13 @@ def draw(settings: Calibration, tokenizer: Any) -> Sample:
         tokens = torch.tensor(list(chain.from_iterable(pieces)), dtype=torch.int64)
         owners = torch.arange(len(pieces)).repeat_interleave(torch.tensor([len(p) for p in pieces], dtype=torch.int64))
         field = f"calibrate.text: '{source.title}'"
-        cut = [text.cut(row, room, count, settings.seed, field) for row in (tokens, owners)]
+        cut = [token_windows.cut(row, room, count, settings.seed, field) for row in (tokens, owners)]
         windows.append(cut[0])
         lengths += [len(piece) for piece in pieces]
         used = {"documents": len(cut[1].unique()), "tokens_available": len(tokens)}
         lines.append({"source": source.title, "samples": count, **used})
     rows = torch.cat(windows)
-    tokens = text.begin(tokenizer, rows)
+    tokens = token_windows.begin(tokenizer, rows)
     low, median, high = (round(float(q)) for q in np.quantile(lengths, (0.1, 0.5, 0.9)))
     report = {
         "samples": len(tokens),
@@ -92,16 +92,16 @@ def shares(weights: Sequence[float], samples: int) -> list[int]:
 
 def _documents(source: Source, seed: int, tokenizer: Any) -> Iterable[str]:
     if source.dataset is not None:
-        return named.stream(source, tokenizer, seed)
-    return documents.read(source.text, text.CALIBRATION_TEXT, tokenizer, "calibrate.text")
+        return hub_datasets.stream(source, tokenizer, seed)
+    return documents.read(source.text, token_windows.CALIBRATION_TEXT, tokenizer, "calibrate.text")
 
 
 def _tokenize(found: Iterable[str], tokenizer: Any, enough: int | None) -> list[list[int]]:
     """Returns the tokens of each document and of the separator behind it; stops at `enough` tokens in all."""
     pieces, total = [], 0
     for document, following in pairwise(chain(found, [None])):
-        separator = "" if following is None else text.SEPARATOR
-        pieces.append(text.encode(tokenizer, document + separator, special=False))
+        separator = "" if following is None else token_windows.SEPARATOR
+        pieces.append(token_windows.encode(tokenizer, document + separator, special=False))
         total += len(pieces[-1])
         if enough and total >= enough:
             break

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from trimtab import progress
-from trimtab.fusion import block_of
-from trimtab.runtime import checkpoint as checkpoints
-from trimtab.runtime import measurements, observe
+from trimtab.base import progress
+from trimtab.families.fusion import block_of
+from trimtab.runtime.checkpoint import model_files as checkpoints
+from trimtab.runtime.measure import measurements, observe
 
 #: Bytes of sums held at once. A model with more of them is run over the text several times.
 BUDGET = 8 << 30

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from trimtab import files, progress
+from trimtab.base import progress
 from trimtab.components.calibration import data
-from trimtab.recipe import Calibration
-from trimtab.runtime import checkpoint as checkpoints
-from trimtab.runtime import measurements, observe
+from trimtab.recipe import Calibration, files
+from trimtab.runtime.checkpoint import model_files as checkpoints
+from trimtab.runtime.measure import measurements, observe
 
 
 def calibrate(checkpoint: str, output: str, scratch: str, parameters: dict[str, Any]) -> dict[str, float]:

@@ -46,7 +46,7 @@ def roll_out(
     """
     from collections import namedtuple
 
-    from trimtab.components.deployment.delivery import run as deliver
+    from trimtab.components.deployment.rollout.delivery import run as deliver
 
     return namedtuple("RolledOut", ["Output", "told"])(*deliver(release, rollout, run, story, compared))
 
@@ -58,6 +58,6 @@ def fail_rollout(told: str):
     Args:
         told: Why it does not serve.
     """
-    from trimtab.errors import NotReleased
+    from trimtab.base.errors import NotReleased
 
     raise NotReleased(told)

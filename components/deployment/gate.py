@@ -5,9 +5,12 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from trimtab import child, evidence, progress, signing, stages, statement
-from trimtab.errors import NotReleased, NotVerified
+from trimtab import stages
+from trimtab.base import child, progress, signing
+from trimtab.base.errors import NotReleased, NotVerified
+from trimtab.loop import evidence
 from trimtab.loop.documents import load
+from trimtab.release import statement
 from trimtab.store import Store, Tree, open_store
 
 

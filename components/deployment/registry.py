@@ -8,7 +8,7 @@ import re
 import warnings
 from typing import Any
 
-from trimtab.errors import InputError, StageError
+from trimtab.base.errors import InputError, StageError
 
 #: Where the token for the registry is read from; never a flag, which `ps` would show.
 TOKEN = "TRIMTAB_REGISTRY_TOKEN"

@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trimtab import child
-from trimtab.errors import Failure, TrimtabError
+from trimtab.base import child
+from trimtab.base.errors import Failure, TrimtabError
 from trimtab.recipe import Distillation
-from trimtab.runtime import processes
+from trimtab.runtime.parallel import torchrun
 
 _WORK = "trimtab.components.distillation.work:train"
 
@@ -46,9 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.request:
             return _answer(json.loads(options.request.read_text(encoding="utf-8")), options.answer)
         wanted = _wanted(parser, options)
-        with processes.joined():
+        with torchrun.joined():
             found = child.done(child.answer_of(_WORK, wanted))
-            if processes.rank() == 0:
+            if torchrun.rank() == 0:
                 print(json.dumps(found.value))
     except TrimtabError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -79,11 +79,11 @@ def _answer(request: dict[str, Any], path: Path) -> int:
     """One of the processes that a stage started: the first answers it, or whichever fails."""
     child.die_with(os.getppid())
     child.follow_run()
-    with processes.joined():
+    with torchrun.joined():
         answer = child.answer_of(_WORK, request)
         failed = "value" not in answer
-        if failed or processes.rank() == 0:
-            partial = path.with_suffix(f".{processes.rank()}")
+        if failed or torchrun.rank() == 0:
+            partial = path.with_suffix(f".{torchrun.rank()}")
             partial.write_text(json.dumps(answer), encoding="utf-8")
             partial.replace(path)
         if failed:

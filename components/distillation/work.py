@@ -11,20 +11,23 @@ from typing import Any
 
 import torch
 
-from trimtab import child, files, hardware, progress
-from trimtab.components.distillation import data, processes
-from trimtab.components.distillation.masks import KeptZeros
-from trimtab.components.distillation.movement import Movement
-from trimtab.components.distillation.objective import Objective
-from trimtab.components.distillation.optimization import schedule
-from trimtab.components.distillation.reparametrization import Reparametrization, Together
-from trimtab.components.distillation.resume import Curve
-from trimtab.components.distillation.teacher import StoredLogits
-from trimtab.components.distillation.training import Training, heldout_loss
-from trimtab.errors import Failure, InputError, StageError
-from trimtab.model import inspect
-from trimtab.recipe import Distillation, MovementPruning, Quantization
-from trimtab.runtime import checkpoint as checkpoints
+from trimtab.base import child, progress
+from trimtab.base.errors import Failure, InputError, StageError
+from trimtab.components.distillation.objective.objective import Objective
+from trimtab.components.distillation.objective.teacher import StoredLogits
+from trimtab.components.distillation.text import data
+from trimtab.components.distillation.training import data_parallel
+from trimtab.components.distillation.training.optimization import schedule
+from trimtab.components.distillation.training.resume import Curve
+from trimtab.components.distillation.training.training import Training, heldout_loss
+from trimtab.components.distillation.weights.masks import KeptZeros
+from trimtab.components.distillation.weights.movement import Movement
+from trimtab.components.distillation.weights.reparametrization import Reparametrization, Together
+from trimtab.model import linear_layers
+from trimtab.model.facts import inspect
+from trimtab.plan import checks
+from trimtab.recipe import Distillation, MovementPruning, Quantization, files
+from trimtab.runtime.checkpoint import model_files as checkpoints
 
 #: Points of the training loss in the picture.
 MOST_POINTS = 100
@@ -50,7 +53,7 @@ def distill(
     request, answer = folder / "request.json", folder / "answer.json"
     answer.unlink(missing_ok=True)
     request.write_text(json.dumps(arguments), encoding="utf-8")
-    if not processes.launch(count, ["--request", str(request), "--answer", str(answer)]) and not answer.exists():
+    if not data_parallel.launch(count, ["--request", str(request), "--answer", str(answer)]) and not answer.exists():
         raise StageError(f"distill: one of {count} processes ended without an answer; see its log above")
     found = child.done(json.loads(answer.read_text(encoding="utf-8"))).value
     shutil.rmtree(scratch, ignore_errors=True)
@@ -101,7 +104,7 @@ def train(
     change.finish(student)
     improved = after < before
     stopped = len(curve.train) < batches.steps
-    if processes.rank() == 0:
+    if data_parallel.rank() == 0:
         kept, outcome = student, ""
         if change.untrained_is_an_answer and not improved:
             kept, _ = checkpoints.load(Path(checkpoint), torch.bfloat16)
@@ -110,7 +113,7 @@ def train(
         checkpoints.save(kept.bfloat16(), Path(output), Path(checkpoint))
         told = _told(curve, batches, settings, before, after, improved)
         (Path(output) / "distillation.json").write_text(json.dumps(told), encoding="utf-8")
-        if processes.count() == 1:
+        if data_parallel.count() == 1:
             shutil.rmtree(scratch, ignore_errors=True)
     return {
         "steps": len(curve.train),
@@ -183,10 +186,10 @@ def _change(weights: dict[str, Any], checkpoint: Path) -> Reparametrization:
     if "movement" in weights:
         changes.append(Movement(MovementPruning.model_validate(weights["movement"])))
     if "rounded" in weights:
-        from trimtab.components.distillation.rehearsal import Rehearsal  # imports ModelOpt
+        from trimtab.components.distillation.weights.quantization_aware import Rehearsal  # imports ModelOpt
 
         quantize, facts = Quantization.model_validate(weights["rounded"]), inspect(checkpoint)
-        if reason := hardware.check_packing(quantize, facts):
+        if reason := checks.check_packing(quantize, facts):
             raise Failure("unsupported", reason)
-        changes.append(Rehearsal(quantize, {layer.name for layer in hardware.quantized_layers(facts, quantize)}))
+        changes.append(Rehearsal(quantize, {layer.name for layer in linear_layers.quantized_layers(facts, quantize)}))
     return Together(changes)

@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from trimtab import progress
-from trimtab.errors import Failure
+from trimtab.base import progress
+from trimtab.base.errors import Failure
 
 PROMPT = "The quick brown fox"
 
@@ -19,12 +19,12 @@ def smoke(engine: str, export: str) -> dict[str, Any]:
         Failure: `unsupported`, a back end that this image does not have; `export_damaged`, the export does not
             load or its outputs are not numbers; `degenerate_output`, it writes nothing.
     """
-    from trimtab.runtime import text
-    from trimtab.runtime.backends import open_engine
+    from trimtab.runtime.engines.backends import open_engine
+    from trimtab.runtime.text import token_windows
 
     progress.report("engine", "warm load")
     served = open_engine(Path(engine), Path(export))
-    prompt = text.encode(served.tokenizer, PROMPT)
+    prompt = token_windows.encode(served.tokenizer, PROMPT)
     likelihood, _ = served.loglikelihood([(prompt[:1], prompt[1:])])[0]
     if not math.isfinite(likelihood):
         raise Failure("export_damaged", f"the likelihood of '{PROMPT}' is {likelihood}")

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from trimtab import child, progress
+from trimtab.base import child, progress
+from trimtab.base.errors import InputError
 from trimtab.components.engine import smoke
-from trimtab.errors import InputError
 from trimtab.recipe import Engine
 from trimtab.serving import vllm
 from trimtab.serving.record import Built
@@ -37,23 +37,23 @@ def build(export: str, output: str, scratch: str, parameters: dict[str, Any]) ->
             load or its outputs are not numbers; `degenerate_output`; `does_not_fit`.
         StageError: TensorRT-LLM or vLLM took longer than the time limit.
     """
-    from trimtab.runtime import backends
+    from trimtab.runtime.engines import backends
 
     settings, folder, translated = Engine.model_validate(parameters), Path(output), ""
     backends.check(settings)
     if settings.backend == "trtllm":
         (folder / "llm_args.yaml").write_text(yaml.safe_dump(llm_args(settings), sort_keys=False), encoding="utf-8")
     elif settings.backend == "trtllm-legacy":
-        from trimtab.components.engine import legacy
+        from trimtab.components.engine.trtllm import legacy
 
         legacy.build(Path(export), folder / backends.RANKS, Path(scratch), settings, _time_limit())
     elif settings.backend == "vllm":
-        from trimtab.runtime import vllm_checkpoint
+        from trimtab.runtime.checkpoint import compressed_tensors
 
         model = '"${1:?folder of the export}"'
-        if vllm_checkpoint.is_needed(Path(export)):
+        if compressed_tensors.is_needed(Path(export)):
             checkpoint = folder / backends.CHECKPOINT
-            translated = vllm_checkpoint.translate(Path(export), checkpoint, Path(scratch) / "shards")
+            translated = compressed_tensors.translate(Path(export), checkpoint, Path(scratch) / "shards")
             model = f'"$(dirname "$0")/{backends.CHECKPOINT}"'
         command = shlex.join(vllm.serve_command(settings, "MODEL")).replace("MODEL", model)
         (folder / "serve.sh").write_text(f"#!/bin/sh\nexec {command}\n", encoding="utf-8")

@@ -17,7 +17,8 @@ def fetch(model: str, store: str, source: dsl.Output[dsl.Model]) -> str:
     Returns:
         The model's tree, JSON.
     """
-    from trimtab import child, stages
+    from trimtab import stages
+    from trimtab.base import child
     from trimtab.components.fetch.source import fetch
     from trimtab.store import open_store
 

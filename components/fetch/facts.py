@@ -7,11 +7,11 @@ import os
 import tempfile
 from pathlib import Path
 
-from trimtab.child import call
+from trimtab.base.child import call
+from trimtab.base.errors import InputError
 from trimtab.components.fetch import source
-from trimtab.errors import InputError
-from trimtab.model import ModelFacts
-from trimtab.outline import outline
+from trimtab.model.facts import ModelFacts
+from trimtab.model.outline import outline
 from trimtab.store import open_store
 from trimtab.store.address import canonical, split_tree
 from trimtab.store.s3 import S3Back

@@ -11,8 +11,8 @@ import torch
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trimtab.model_files import CONFIG, read_json
-from trimtab.runtime import config_file
+from trimtab.model.files import CONFIG, read_json
+from trimtab.runtime.checkpoint import config_file
 
 
 def convert(paths: Sequence[str], output: str) -> None:

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
 
 
 def read(path: str) -> dict[str, Any]:

@@ -8,13 +8,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from trimtab import files, progress
-from trimtab.admission import Admitted, admit
-from trimtab.child import call
-from trimtab.errors import InputError
-from trimtab.model import ModelFacts
-from trimtab.model_files import COMPANIONS
-from trimtab.schema import digest
+from trimtab.base import progress
+from trimtab.base.child import call
+from trimtab.base.errors import InputError
+from trimtab.base.schema import digest
+from trimtab.model.admission import Admitted, admit
+from trimtab.model.facts import ModelFacts
+from trimtab.model.files import COMPANIONS
+from trimtab.recipe import files
 from trimtab.store import Store, open_store
 from trimtab.store.address import split_source, split_tree
 from trimtab.store.s3 import S3Back

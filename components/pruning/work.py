@@ -7,14 +7,15 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from trimtab import shapes
-from trimtab.components.pruning import depth, sparsity, structured, width
-from trimtab.errors import Failure
-from trimtab.fusion import block_of
-from trimtab.model import ModelFacts, inspect
+from trimtab.base.errors import Failure
+from trimtab.components.pruning.structured import depth, width, writing
+from trimtab.components.pruning.zeros import sparsity
+from trimtab.families.fusion import block_of
+from trimtab.model import shapes
+from trimtab.model.facts import ModelFacts, inspect
 from trimtab.recipe import DepthPruning, Pruning, SparsePruning, WidthPruning
-from trimtab.runtime.checkpoint import Export
-from trimtab.runtime.measurements import Measurements
+from trimtab.runtime.checkpoint.model_files import Export
+from trimtab.runtime.measure.measurements import Measurements
 
 
 def prune(
@@ -41,13 +42,13 @@ def prune(
         sparsity.prune(source, Path(calibration) if calibration else None, *folders, settings)
     else:
         measured = Measurements(Path(calibration), source, "calibration")
-        structured.write(source, _left(source, facts, measured, settings), *folders)
+        writing.write(source, _left(source, facts, measured, settings), *folders)
     return _told(Path(output))
 
 
 def _left(
     source: Path, facts: ModelFacts, measured: Measurements, settings: DepthPruning | WidthPruning
-) -> structured.Left:
+) -> writing.Left:
     if isinstance(settings, DepthPruning):
         choose = depth.least_influential_run if settings.contiguous else depth.least_influential
         return depth.without(source, choose(measured["block_influence"], settings.blocks))

@@ -13,10 +13,10 @@ from modelopt.torch.export.quant_utils import process_layer_quant_config
 
 from trimtab import families
 from trimtab.catalog.kv_caches import KV_CACHES
-from trimtab.model import ModelFacts
-from trimtab.model_files import CONFIG, read_json
-from trimtab.runtime import config_file
-from trimtab.runtime.formats import Layout
+from trimtab.model.facts import ModelFacts
+from trimtab.model.files import CONFIG, read_json
+from trimtab.runtime.checkpoint import config_file
+from trimtab.runtime.checkpoint.layer_layout import Layout
 
 
 def write(

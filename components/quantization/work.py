@@ -8,18 +8,24 @@ from typing import Any
 
 import torch
 
-from trimtab import families, fusion, hardware, progress
+from trimtab import families
+from trimtab.base import progress
+from trimtab.base.errors import Failure
 from trimtab.catalog.formats import FORMATS
-from trimtab.components.quantization import assignment, configuration, formats, kv_cache
-from trimtab.components.quantization.formats import Input
-from trimtab.errors import Failure
-from trimtab.fusion import Group
-from trimtab.model import inspect as read_facts
+from trimtab.components.quantization import configuration
+from trimtab.components.quantization.methods import kv_cache, packed_layers
+from trimtab.components.quantization.methods.packed_layers import Input
+from trimtab.components.quantization.mixed import assignment
+from trimtab.families import fusion
+from trimtab.families.fusion import Group
+from trimtab.model.facts import inspect as read_facts
+from trimtab.plan import checks
 from trimtab.recipe import Quantization
-from trimtab.runtime import formats as stored
-from trimtab.runtime import measurements, stream
-from trimtab.runtime.checkpoint import Export, check_finite, weight_file_bytes
-from trimtab.runtime.measurements import Measurements
+from trimtab.runtime.checkpoint import layer_layout as stored
+from trimtab.runtime.checkpoint import stream
+from trimtab.runtime.checkpoint.model_files import Export, check_finite, weight_file_bytes
+from trimtab.runtime.measure import measurements
+from trimtab.runtime.measure.measurements import Measurements
 
 
 def quantize(
@@ -52,7 +58,7 @@ def quantize(
     settings = Quantization.model_validate(parameters)
     source, folder = Path(checkpoint), Path(output)
     facts = read_facts(source)
-    if reason := hardware.check_packing(settings, facts):
+    if reason := checks.check_packing(settings, facts):
         raise Failure("unsupported", reason)
     groups = fusion.groups([layer.name for layer in facts.linears], facts.model_type)
     if sensitivity:
@@ -110,7 +116,7 @@ class _Quantizer:
         weights = {n: _finite(shard, f"{n}.weight").to(self.device) for n in group.layers}
         quantized = {n: weights[n] for n in layers}
         seen = self._seen(form, group.layers[0])
-        scale = formats.channel_scale(form, quantized, seen, self.settings)
+        scale = packed_layers.channel_scale(form, quantized, seen, self.settings)
         written: dict[str, torch.Tensor] = {}
         before = None
         if scale is not None:
@@ -124,7 +130,7 @@ class _Quantizer:
             seen = seen.scaled(1 / before)
         elif FORMATS[form].storage.pre_quant_scale and not group.norm:  # TensorRT-LLM asks layers like these for one
             before = torch.ones(next(iter(weights.values())).shape[1])
-        stored = formats.quantize(form, {n: weights[n] for n in layers}, seen, self.settings)
+        stored = packed_layers.quantize(form, {n: weights[n] for n in layers}, seen, self.settings)
         for name in group.layers:
             if name not in stored:  # excluded, but the norm before it may be scaled all the same
                 written[f"{name}.weight"] = weights[name].to(self.dtype)

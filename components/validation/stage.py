@@ -11,23 +11,25 @@ from typing import Any
 
 import numpy as np
 
-from trimtab import child, evidence, hardware, memory, progress, report, stages, verdict
+from trimtab import judge, report, stages
+from trimtab.base import child, progress
+from trimtab.base.errors import Failure
 from trimtab.catalog.backends import BACKENDS
-from trimtab.dealing import Deal, Spans
-from trimtab.errors import Failure
-from trimtab.evidence import CONFIRMATION, LOOKS, look_name
-from trimtab.loop import decisions
+from trimtab.judge import Measurements, Verdict
+from trimtab.judge.statistics import wilson
+from trimtab.loop import decisions, evidence
 from trimtab.loop.documents import load, read_plan, save
+from trimtab.loop.evidence import CONFIRMATION, LOOKS, look_name
 from trimtab.loop.state import Brief, State, fail
+from trimtab.model import hardware, memory
+from trimtab.plan.dealing import Deal, Spans
 from trimtab.recipe.evaluation import Evaluation
-from trimtab.statistics import wilson
 from trimtab.store import Store, open_store
 from trimtab.store.tree import Tree
-from trimtab.verdict import Measurements, Verdict
 
 SPEED_GOALS = ("lower_latency", "higher_throughput", "lower_cost")
 
-_MEASURE = "trimtab.components.validation.measure"
+_MEASURE = "trimtab.components.validation.evaluation.measure"
 EVALUATE = stages.work_stage(
     "evaluate", f"{_MEASURE}:evaluate", "evaluation", stages.Environment(("lm-eval",), measured=True), version=2
 )
@@ -35,7 +37,7 @@ COMPARE_SPEED = stages.work_stage("speed", f"{_MEASURE}:compare_speed", "speed",
 #: It loads the export in the embedded engine, as far as this device can.
 INTEGRITY = stages.work_stage(
     "integrity",
-    "trimtab.components.validation.integrity:inspect",
+    "trimtab.components.validation.integrity.gate:inspect",
     "integrity",
     stages.Environment(stages.QUANTIZED.libraries, measured=True),
     version=4,
@@ -238,7 +240,7 @@ class _Judge:
             ).metrics
             measured = _with_speed(measured, speed, "")
             base = _with_speed(base, speed, "baseline_")
-        return verdict.check_gain(result, self.state.goal, self.state.recipe.accept, base, measured)
+        return judge.check_gain(result, self.state.goal, self.state.recipe.accept, base, measured)
 
     def _confirm(self, result: Verdict) -> Verdict:
         settings = self.state.evaluation
@@ -256,7 +258,7 @@ class _Judge:
         """
         recipe = self.state.recipe
         kv_cache = recipe.kv_cache_format
-        told = result.failure_class in verdict.KV_CACHE_SUSPECT and result.recovery is not None
+        told = result.failure_class in judge.KV_CACHE_SUSPECT and result.recovery is not None
         if kv_cache == "none" or not told or not BACKENDS[recipe.engine.backend].switches_kv_cache:
             return result
         progress.report("validate", f"{result.outcome}, {result.reason}; measuring without the {kv_cache} KV cache")
@@ -265,7 +267,7 @@ class _Judge:
         except Failure as failure:  # the verdict stands on what was measured before
             reason = f"{result.reason}; the KV cache could not be judged apart: {failure.reason}"
             return result.model_copy(update={"reason": reason})
-        return verdict.blame_kv_cache(result, kv_cache, apart)
+        return judge.blame_kv_cache(result, kv_cache, apart)
 
     def _without_kv_cache(self, result: Verdict) -> Verdict:
         def measure(look: int, items: Spans, windows: list[int]) -> None:

@@ -37,7 +37,7 @@ def gram(model: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def harms(model: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sensitivity tree: the harm of each format to each group of layers."""
-    from trimtab.components.quantization import sensitivity
+    from trimtab.components.quantization.mixed import sensitivity
 
     folder = tmp_path_factory.mktemp("sensitivity")
     parameters = {"formats": ["int4_gptq", "int8_wo", "int4_rtn"], "group_size": 32}

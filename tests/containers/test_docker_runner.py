@@ -19,7 +19,7 @@ import tiny
 from kfp import local
 from rich.console import Console
 
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
 from trimtab.pipelines import local as pipelines
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import open_store

@@ -11,7 +11,7 @@ import rooms
 import yaml
 from kfp import dsl
 
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
 
 VALID = {
     "name": "room",

@@ -17,10 +17,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from trimtab.components.deployment import approval
-from trimtab.components.deployment.serving import GROUP, PLURAL
-from trimtab.pipelines import cli
-from trimtab.profile import Profile
+from trimtab.components.deployment.rollout import approval
+from trimtab.components.deployment.rollout.settings import GROUP, PLURAL
+from trimtab.pipelines.commands import main
+from trimtab.stages.profile import Profile
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = ROOT / "manifests"
@@ -186,7 +186,7 @@ def test_a_rollout_may_do_what_it_does(overlay):
 def test_the_pipeline_as_objects(tmp_path):
     shutil.copy(MANIFESTS / "pipeline/kustomization.yaml", tmp_path)
     options = ["--max-attempts", "1", "--profile", str(MANIFESTS / "overlays/gpu/profile.yaml")]
-    assert cli.main(["compile", "--objects", "-o", str(tmp_path / "objects.yaml"), *options]) == 0
+    assert main.main(["compile", "--objects", "-o", str(tmp_path / "objects.yaml"), *options]) == 0
     pipeline, version = kustomize(tmp_path)
     for item in (pipeline, version):
         check(item)

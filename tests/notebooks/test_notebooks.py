@@ -57,7 +57,7 @@ def test_no_output_is_kept(path):
 
 #: In the place of torch: work on a model takes minutes, and ends here in its first second.
 TORCH = """
-from trimtab.errors import Failure
+from trimtab.base.errors import Failure
 raise Failure("export_damaged", "this model cannot be measured")
 """
 

@@ -29,7 +29,7 @@ if kind == "killed":
         file.write("oom_kill 1")
     os.kill(os.getpid(), signal.SIGKILL)
 if kind:
-    from trimtab.errors import Failure
+    from trimtab.base.errors import Failure
     raise Failure(kind, reason)
 raise ImportError("this run must not need torch")
 """

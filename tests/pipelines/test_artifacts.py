@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import tiny
 
-from trimtab import child, stages
+from trimtab import stages
+from trimtab.base import child
+from trimtab.base.errors import InputError
+from trimtab.base.schema import digest
 from trimtab.components.fetch.source import fetch
-from trimtab.errors import InputError
 from trimtab.loop.state import State
-from trimtab.pipelines import cli
+from trimtab.pipelines.commands import main
 from trimtab.recipe import Recipe
-from trimtab.schema import digest
 from trimtab.store import open_store
 from trimtab.store.tree import Manifest
 
@@ -67,12 +68,12 @@ def artifact(begin, worked, model, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     result = stages.advance("calibrate", begin("a", model))[1]
     worked.clear()
-    assert cli.main(["artifact", "export", "--store", "a", result.tree.uri, "artifact"]) == 0
+    assert main.main(["artifact", "export", "--store", "a", result.tree.uri, "artifact"]) == 0
     return tmp_path / "artifact"
 
 
 def command(capsys, *options: str) -> tuple[int, str]:
-    code = cli.main(["artifact", *options])
+    code = main.main(["artifact", *options])
     return code, " ".join(capsys.readouterr().err.split())
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from trimtab.pipelines import cli
+from trimtab.pipelines.commands import main
 
 GOOD_RECIPE = "quantize: {format: int8_wo}\n"
 
@@ -30,7 +30,7 @@ def folder(tmp_path: Path, write_model: Callable[..., Path], monkeypatch: pytest
 
 def trimtab(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
     """Runs the command and returns its exit code and what it says to people, on one line."""
-    code = cli.main(["run", *options])
+    code = main.main(["run", *options])
     said = capsys.readouterr().err
     assert "Traceback" not in said
     return code, " ".join(said.split())
@@ -134,7 +134,7 @@ PLANNED = [
 @pytest.mark.parametrize(("recipe", "target", "message"), PLANNED)
 def test_recipes_that_do_not_suit_model_or_target(command, recipe, target, message, folder, capsys):
     (folder / "recipe.yaml").write_text(recipe)
-    code = cli.main([command, "--model", "model", "--recipe", "recipe.yaml", "--target", target])
+    code = main.main([command, "--model", "model", "--recipe", "recipe.yaml", "--target", target])
     said = " ".join(capsys.readouterr().err.split())
     assert (code, message in said) == (2, True), said
     assert not (folder / "trimtab-store").exists() and not (folder / "trimtab-runs").exists()
@@ -144,7 +144,7 @@ def test_recipes_that_do_not_suit_model_or_target(command, recipe, target, messa
 @pytest.mark.parametrize("recipe", ["quantize: {format: int8_wo, exclude: ['*.down']}", PLANNED[0][0]])
 def test_the_plan_refuses_what_the_command_could_not_see(recipe, folder, capsys, monkeypatch):
     """As with a model that must be fetched first: the run ends there, before any work."""
-    monkeypatch.setattr(cli, "_ladder", lambda *_: [])
+    monkeypatch.setattr(main, "_ladder", lambda *_: [])
     (folder / "recipe.yaml").write_text(recipe)
     code, said = trimtab(capsys, "--model", "model", "--recipe", "recipe.yaml", "--target", "a100-40")
     assert code == 2 and "trimtab: quantize." in said
@@ -308,7 +308,8 @@ def test_full_disk(folder):
     """No file may grow beyond 64 kB: the model does not fit into the store."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)); "
-        "from trimtab.pipelines.cli import main; sys.exit(main(['run', '--model', 'model', '--max-attempts', '1']))"
+        "from trimtab.pipelines.commands.main import main; "
+        "sys.exit(main(['run', '--model', 'model', '--max-attempts', '1']))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     said = " ".join(run.stderr.split())

@@ -9,12 +9,14 @@ import pytest
 import yaml
 from kfp_server import KfpServer
 
-from trimtab import progress, status
-from trimtab.components.deployment.serving import Rollout
-from trimtab.errors import StoreError
-from trimtab.pipelines import cli, connection, watch
+from trimtab.base import progress
+from trimtab.base.errors import StoreError
+from trimtab.components.deployment.rollout.settings import Rollout
+from trimtab.loop import status
+from trimtab.pipelines.cluster import connection, watch
+from trimtab.pipelines.commands import main
 from trimtab.pipelines.optimize import MAX_ATTEMPTS
-from trimtab.profile import Profile
+from trimtab.stages.profile import Profile
 from trimtab.store import Store, open_store
 
 RUN = ["--model", "org/tiny", "--store", "s3://bucket/store"]
@@ -23,14 +25,14 @@ RUN = ["--model", "org/tiny", "--store", "s3://bucket/store"]
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("package") / "optimize.yaml"
-    assert cli.main(["compile", "-o", str(output), "--max-attempts", "2"]) == 0
+    assert main.main(["compile", "-o", str(output), "--max-attempts", "2"]) == 0
     return output
 
 
 @pytest.fixture(scope="module")
 def rebuilding(package: Path) -> Path:
     output = package.with_name("rebuild.yaml")
-    assert cli.main(["compile", "-o", str(output), "--max-attempts", "1", "--pipeline", "rebuild"]) == 0
+    assert main.main(["compile", "-o", str(output), "--max-attempts", "1", "--pipeline", "rebuild"]) == 0
     return output
 
 
@@ -56,7 +58,7 @@ def server(package: Path, monkeypatch: pytest.MonkeyPatch):
 
 def trimtab(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
     """Runs a command; returns its exit code and all that it says, on one line."""
-    code = cli.main(list(options))
+    code = main.main(list(options))
     said = capsys.readouterr()
     assert "Traceback" not in said.err
     return code, " ".join((said.out + said.err).split())
@@ -288,7 +290,7 @@ def test_watch_a_rollout(state, last, line, exit_code, says, server, package, ca
     server.kept["runs"].append({"run_id": run})
     done = [*BEGINNING, ("gate", "SUCCEEDED")]
     server.story = story(package, ("RUNNING", done), (state, [*done, *last]), store=str(tmp_path / "store"))
-    code = cli.main(["watch", run])
+    code = main.main(["watch", run])
     said = capsys.readouterr().err
     assert said.count(f"rollout: {waits}\n") == 1 and f"rollout: {line}\n" in said
     assert (code, says in " ".join(said.split())) == (exit_code, True), said

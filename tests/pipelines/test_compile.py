@@ -11,8 +11,8 @@ from kfp import components
 
 from trimtab.catalog.goals import GOALS
 from trimtab.components import images
-from trimtab.hardware import TARGETS
-from trimtab.pipelines import cli
+from trimtab.model.hardware import TARGETS
+from trimtab.pipelines.commands import main
 from trimtab.stages import TASKS
 
 MEGABYTE = 2**20
@@ -23,7 +23,7 @@ STEPS = ["prepare", "calibrate", "prune", "distill", "recalibrate", "quantize", 
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pipeline as `trimtab compile` writes it, ten attempts unrolled."""
     output = tmp_path_factory.mktemp("compiled") / "optimize.yaml"
-    assert cli.main(["compile", "-o", str(output)]) == 0
+    assert main.main(["compile", "-o", str(output)]) == 0
     return output
 
 
@@ -61,7 +61,7 @@ def test_ten_attempts_and_a_baseline(ir):
 @pytest.mark.parametrize("number", [1, 2, 10])
 def test_fewer_attempts(number, tmp_path):
     output = tmp_path / "few.yaml"
-    assert cli.main(["compile", "-o", str(output), "--max-attempts", str(number)]) == 0
+    assert main.main(["compile", "-o", str(output), "--max-attempts", str(number)]) == 0
     compiled = yaml.load(output.read_text(), yaml.CSafeLoader)
     conditions = [name for name in compiled["components"] if name.startswith("comp-condition-branches")]
     assert len(conditions) == number - 1
@@ -183,7 +183,7 @@ def test_prepare_returns_a_count_for_every_task(ir):
 )
 def test_bad_input(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["compile", *options]) == 2
+    assert main.main(["compile", *options]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert list(tmp_path.iterdir()) == []
 
@@ -211,7 +211,7 @@ def placed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     folder = tmp_path_factory.mktemp("placed")
     (folder / "profile.yaml").write_text(PROFILE)
     options = ["--max-attempts", "1", "--profile", str(folder / "profile.yaml"), "--image", "registry/trimtab:2"]
-    assert cli.main(["compile", "-o", str(folder / "optimize.yaml"), *options]) == 0
+    assert main.main(["compile", "-o", str(folder / "optimize.yaml"), *options]) == 0
     spec, platform = yaml.load_all((folder / "optimize.yaml").read_text(), yaml.CSafeLoader)
     settings = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     found = {}

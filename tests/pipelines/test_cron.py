@@ -4,8 +4,8 @@ from datetime import datetime
 
 import pytest
 
-from trimtab.errors import InputError
-from trimtab.pipelines.cron import Cron
+from trimtab.base.errors import InputError
+from trimtab.pipelines.cluster.cron import Cron
 
 AFTER = datetime(2026, 11, 24, 10, 30, 15)  # a Tuesday
 

@@ -7,11 +7,13 @@ import os
 
 import pytest
 
-from trimtab import evidence, signing, statement
-from trimtab.evidence import look_name
+from trimtab.base import signing
+from trimtab.loop import evidence
+from trimtab.loop.evidence import look_name
 from trimtab.loop.state import State
-from trimtab.pipelines import cli
+from trimtab.pipelines.commands import main
 from trimtab.recipe import Recipe
+from trimtab.release import statement
 from trimtab.store import open_store
 
 
@@ -20,7 +22,7 @@ def trimtab(capsys):
     """A function: runs the command and returns its exit code and what it prints, on one line."""
 
     def run(*options: object) -> tuple[int, str]:
-        code = cli.main([str(option) for option in options])
+        code = main.main([str(option) for option in options])
         said = capsys.readouterr()
         assert "Traceback" not in said.err
         return code, " ".join((said.out + said.err).split())

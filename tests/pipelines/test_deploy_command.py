@@ -8,7 +8,7 @@ import pytest
 from registry_server import RegistryServer
 from releases import Released, scores_in
 
-from trimtab.pipelines import cli
+from trimtab.pipelines.commands import main
 from trimtab.store import open_store
 
 SETTINGS = """
@@ -28,7 +28,7 @@ def server(kubernetes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def trimtab(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
-    code = cli.main(["deploy", *options, "--rollout", "rollout.yaml"])
+    code = main.main(["deploy", *options, "--rollout", "rollout.yaml"])
     said = capsys.readouterr()
     assert "Traceback" not in said.err
     return code, " ".join((said.out + said.err).split())

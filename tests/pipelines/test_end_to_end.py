@@ -58,7 +58,7 @@ class Command:
         self.folder = folder
         (folder / "recipe.yaml").write_text(recipe)
         (folder / "evaluation.yaml").write_text(EVALUATION)
-        self.command = [sys.executable, "-m", "trimtab.pipelines.cli", "run", "--model", str(home / "model")]
+        self.command = [sys.executable, "-m", "trimtab.pipelines.commands.main", "run", "--model", str(home / "model")]
         self.command += ["--tasks", tiny.TASK, "--task-path", str(home / "tasks"), "--max-attempts", str(attempts)]
         self.command += ["--recipe", "recipe.yaml", "--evaluation", "evaluation.yaml", "--store", "store"]
         self.environment = {**os.environ, "TRIMTAB_CACHE": str(folder / "cache")}

@@ -7,7 +7,7 @@ from datetime import datetime
 
 import pytest
 
-from trimtab import errors
+from trimtab.base import errors
 from trimtab.pipelines import local
 
 
@@ -26,19 +26,19 @@ def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
 
 
 LOGS = [
-    ("trimtab.errors.InputError: model: 'x' does not exist", errors.InputError, "model: 'x' does not exist"),
-    ("trimtab.errors.Failure: fetch was killed: it needed more memory than there is", errors.StageError,
+    ("trimtab.base.errors.InputError: model: 'x' does not exist", errors.InputError, "model: 'x' does not exist"),
+    ("trimtab.base.errors.Failure: fetch was killed: it needed more memory than there is", errors.StageError,
      "fetch was killed: it needed more memory than there is"),
     # what ends a traceback, not what was told of on the way
     ("Traceback (most recent call last):\ntrimtab.errors.NotReleased: nothing is released\n"
-     "retried: trimtab.errors.StoreError: no answer", errors.NotReleased, "nothing is released"),
-    ("trimtab.errors.StoreError: first\n\nDuring handling, another occurred:\n\ntrimtab.errors.InputError: second",
+     "retried: trimtab.base.errors.StoreError: no answer", errors.NotReleased, "nothing is released"),
+    ("trimtab.base.errors.StoreError: first\n\nDuring handling, another occurred:\n\ntrimtab.errors.InputError: second",
      errors.InputError, "second"),
     # a container's log may have something before each line
-    ("[optimize] trimtab.errors.Damaged: a blob is missing", errors.Damaged, "a blob is missing"),
+    ("[optimize] trimtab.base.errors.Damaged: a blob is missing", errors.Damaged, "a blob is missing"),
     # names of the module that are no errors
-    ("trimtab.errors.InputError: y\ntrimtab.errors.nearest: x\ntrimtab.errors.re: x", errors.InputError, "y"),
-    ("trimtab.errors.NoSuchError: x", errors.StageError, "a stage failed; its output is in "),
+    ("trimtab.base.errors.InputError: y\ntrimtab.errors.nearest: x\ntrimtab.errors.re: x", errors.InputError, "y"),
+    ("trimtab.base.errors.NoSuchError: x", errors.StageError, "a stage failed; its output is in "),
     ("RuntimeError: other", errors.StageError, "a stage failed; its output is in "),
 ]  # fmt: skip
 

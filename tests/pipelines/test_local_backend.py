@@ -7,10 +7,12 @@ from importlib import metadata
 import pytest
 import yaml
 
-from trimtab.errors import InputError
-from trimtab.hardware import installed, target
-from trimtab.pipelines import cli, local
-from trimtab.pipelines.local_backend import choose
+from trimtab.base.errors import InputError
+from trimtab.model.hardware import target
+from trimtab.pipelines import local
+from trimtab.pipelines.commands import main
+from trimtab.pipelines.commands.local_backend import choose
+from trimtab.plan import installed
 from trimtab.recipe import Recipe
 
 
@@ -114,7 +116,7 @@ def test_nothing_is_copied_before_it_is_known(have, write_model, tmp_path, monke
     write_model(tmp_path / "model")
     have(torch="2.11")
     (tmp_path / "recipe.yaml").write_text("engine: {backend: trtllm}")
-    assert cli.main(["run", "--model", "model", "--target", "h200", "--recipe", "recipe.yaml"]) == 2
+    assert main.main(["run", "--model", "model", "--target", "h200", "--recipe", "recipe.yaml"]) == 2
     assert "is not part of this image" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "trimtab-store").exists()
 
@@ -130,6 +132,6 @@ def test_the_run_says_which_and_is_given_it(have, write_model, tmp_path, monkeyp
         return local.Outcome(None, None, "release", None, tmp_path)
 
     monkeypatch.setattr(local, "run", run)
-    assert cli.main(["run", "--model", "model", "--target", "h200"]) == 0
+    assert main.main(["run", "--model", "model", "--target", "h200"]) == 0
     assert yaml.safe_load(asked[0]["recipe"]) == {"engine": {"backend": "torch"}}
     assert "engine torch, the best that is installed here for h200" in " ".join(capsys.readouterr().err.split())

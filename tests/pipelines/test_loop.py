@@ -17,21 +17,23 @@ from typing import Any
 import pytest
 from kfp import local
 
-from trimtab import dealing, evidence, plan, signing, stages, task_sizes
+from trimtab import stages
+from trimtab.base import signing
+from trimtab.base.errors import Failure, InputError, NotReleased, NotVerified, StageError, StoreError
 from trimtab.components.deployment import gate
 from trimtab.components.deployment.component import gate as gate_component
 from trimtab.components.fetch.source import fetch
 from trimtab.components.validation import stage as validation
-from trimtab.dealing import Spans
-from trimtab.errors import Failure, InputError, NotReleased, NotVerified, StageError, StoreError
-from trimtab.loop import decisions
+from trimtab.loop import decisions, evidence
 from trimtab.loop.documents import load, read_plan, save
 from trimtab.loop.state import State
 from trimtab.pipelines.rebuild import rebuild_pipeline
+from trimtab.plan import dealing, matrix, task_sizes
+from trimtab.plan.dealing import Spans
 from trimtab.recipe import Acceptance, Recipe
 from trimtab.recipe.evaluation import Evaluation
+from trimtab.release.verification import verify
 from trimtab.store import Store, Tree, open_store
-from trimtab.verification import verify
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +69,7 @@ class Script:
         self.store, self.model, self.folder, self.recipe = store, model, folder, recipe
         self.ladder = [rung.recipe for rung in self._rungs()]
 
-    def _rungs(self) -> list[plan.Rung]:
+    def _rungs(self) -> list[matrix.Rung]:
         return list(read_plan(self.store, self.begin().plan).ladder)
 
     def begin(self, max_attempts: int = 1) -> State:
@@ -618,5 +620,5 @@ def test_gate_fails_its_task(script, accepted, tmp_path, capfd):
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "root"))
     with pytest.raises(RuntimeError, match="gate"):
         gate_component(state=save(other_scores(script, accepted)))
-    assert "trimtab.errors.NotReleased: nothing is released: judged anew" in capfd.readouterr().out
+    assert "trimtab.base.errors.NotReleased: nothing is released: judged anew" in capfd.readouterr().out
     assert script.store.releases("tiny") == []

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
 from trimtab.loop import decisions
-from trimtab.pipelines import cli
+from trimtab.pipelines.commands import main
 from trimtab.pipelines.inputs import release_name
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import Tree, open_store
@@ -38,7 +38,7 @@ def test_the_plan_refuses_them_before_it_looks_at_the_model(name, tmp_path):
 @pytest.mark.parametrize("command", [["submit"], ["schedule", "--cron", "0 3 * * 1"]])
 def test_before_a_cluster_is_asked(command, capsys):
     """No server is there: the name is looked at first."""
-    code = cli.main([*command, "--model", "org/tiny", "--store", "s3://b/s", "--name", "../x", "--host", "http://no"])
+    code = main.main([*command, "--model", "org/tiny", "--store", "s3://b/s", "--name", "../x", "--host", "http://no"])
     assert code == 2 and "the release name '../x' is not valid" in capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ import pytest
 from gguf import GGUFWriter
 
 from trimtab.components.fetch import source
-from trimtab.pipelines import cli
+from trimtab.pipelines.commands import main
 from trimtab.store import open_store
 
 #: Llama-3.1-8B's own.
@@ -32,7 +32,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def plan(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, str]:
-    code = cli.main(["plan", *options])
+    code = main.main(["plan", *options])
     said = capsys.readouterr()
     assert "Traceback" not in said.err
     return code, said.out, " ".join(said.err.split())

@@ -13,15 +13,15 @@ from releases import file_release
 
 from trimtab.catalog.goals import GOALS
 from trimtab.components.fetch.source import fetch
-from trimtab.hardware import TARGETS
 from trimtab.loop import decisions
-from trimtab.pipelines import cli
+from trimtab.model.hardware import TARGETS
+from trimtab.pipelines.commands import main
 from trimtab.pipelines.optimize import image_names
 from trimtab.pipelines.package import REVIEW
 from trimtab.pipelines.rebuild import rebuild_pipeline
-from trimtab.profile import Profile
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
+from trimtab.stages.profile import Profile
 from trimtab.store import open_store
 
 #: What only a cluster has.
@@ -36,7 +36,7 @@ def ir(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("compiled")
     (folder / "profile.yaml").write_text(PROFILE)
     options = ["--profile", str(folder / "profile.yaml"), "--image", "registry/cpu:1", "--pipeline", "rebuild"]
-    assert cli.main(["compile", "-o", str(folder / "rebuild.yaml"), *options]) == 0
+    assert main.main(["compile", "-o", str(folder / "rebuild.yaml"), *options]) == 0
     assert (folder / "rebuild.yaml").stat().st_size < 2**20
     return next(yaml.load_all((folder / "rebuild.yaml").read_text(), yaml.CSafeLoader))
 
@@ -83,14 +83,14 @@ def test_the_form(ir):
 
 def test_objects_for_a_cluster_that_keeps_pipelines_itself(tmp_path):
     output = tmp_path / "objects.yaml"
-    assert cli.main(["compile", "--objects", "-o", str(output), "--pipeline", "rebuild", "--max-attempts", "1"]) == 0
+    assert main.main(["compile", "--objects", "-o", str(output), "--pipeline", "rebuild", "--max-attempts", "1"]) == 0
     pipeline, version = yaml.load_all(output.read_text(), yaml.CSafeLoader)
     assert pipeline["metadata"]["name"] == version["spec"]["pipelineName"] == "trimtab-rebuild"
     assert version["metadata"]["name"].startswith("trimtab-rebuild-")
 
 
 def test_no_such_pipeline(tmp_path, capsys):
-    assert cli.main(["compile", "-o", str(tmp_path / "x.yaml"), "--pipeline", "rebuilt"]) == 2
+    assert main.main(["compile", "-o", str(tmp_path / "x.yaml"), "--pipeline", "rebuilt"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "pipeline: 'rebuilt' is not valid; write 'rebuild' (valid: optimize, rebuild)" in said
 

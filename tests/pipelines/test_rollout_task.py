@@ -8,12 +8,13 @@ import pytest
 from kfp import dsl, local
 from releases import Released, scores_in
 
-from trimtab import progress, signing, status
-from trimtab.components.deployment import delivery
-from trimtab.components.deployment.serving import Rollout
-from trimtab.errors import InputError, NotVerified
+from trimtab.base import progress, signing
+from trimtab.base.errors import InputError, NotVerified
+from trimtab.components.deployment.rollout import delivery
+from trimtab.components.deployment.rollout.settings import Rollout
+from trimtab.loop import status
 from trimtab.pipelines.optimize import deliver, small_tasks
-from trimtab.profile import Profile
+from trimtab.stages.profile import Profile
 from trimtab.store import open_store
 
 RUN = "0b0c4b6e-3b7d-4c57-9d55-6f2b7c1d8a90"
@@ -77,7 +78,7 @@ def test_a_run_that_serves_its_release_and_one_that_rolls_back(released, kuberne
     assert kubernetes.service is None and open_store(released.store.uri).newest("tiny") == released.uri
     assert (tasks["roll-out"] / "story").read_text().startswith(f"# {why}")
     printed = capfd.readouterr()
-    assert f"trimtab.errors.NotReleased: {why}" in printed.err + printed.out
+    assert f"trimtab.base.errors.NotReleased: {why}" in printed.err + printed.out
 
 
 class Page:

@@ -10,7 +10,7 @@ from releases import file_release
 
 from trimtab.components.fetch.source import fetch
 from trimtab.loop import decisions
-from trimtab.pipelines import cli
+from trimtab.pipelines.commands import main
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import open_store
@@ -43,17 +43,17 @@ def told(capsys: pytest.CaptureFixture[str], what: str) -> str:
 def test_the_shape_of_a_log_is_a_workload(record, capsys, tmp_path):
     stated, recorded = tmp_path / "stated.yaml", tmp_path / "recorded.yaml"
     recorded.write_text(f"recorded: {record(seconds=9)}")
-    assert cli.main(["traffic", str(tmp_path / "log.jsonl")]) == 0
+    assert main.main(["traffic", str(tmp_path / "log.jsonl")]) == 0
     stated.write_text(told(capsys, "workload: "))
     engines = []
     for workload in (stated, recorded):
-        assert cli.main(["plan", "--engine", "--model", CONFIG, "--target", "h100", "--workload", str(workload)]) == 0
+        assert main.main(["plan", "--engine", "--model", CONFIG, "--target", "h100", "--workload", str(workload)]) == 0
         engines.append(json.loads(told(capsys, "engine: ")))
     assert engines[0] == engines[1] and (engines[0]["max_batch_size"], engines[0]["max_seq_len"]) == (9, 120)
 
 
 def test_what_a_log_does_not_tell(record, capsys):
-    assert cli.main(["traffic", record(count=10)]) == 0
+    assert main.main(["traffic", record(count=10)]) == 0
     shown = said(capsys)
     assert "fewer than 1,000 requests are too few for a run to go by" in shown
     assert "the log does not say how long requests took; add concurrency to a workload" in shown
@@ -70,12 +70,12 @@ def test_beside_a_release(record, capsys, tmp_path, write_model):
     state = state.model_copy(update={"recipe": Recipe.parse("quantize: {format: int8_wo}")})
     uri = file_release(store, state, store.put_json("export", {}))
     capsys.readouterr()
-    assert cli.main(["traffic", record(output=50, seconds=1), "--release", uri]) == 0
+    assert main.main(["traffic", record(output=50, seconds=1), "--release", uri]) == 0
     assert "since the release: output p95: 20 → 50 tokens, 2.50 times" in said(capsys)
     other = file_release(store, state.model_copy(update={"plan": None}), store.put_json("export", {}))
-    assert cli.main(["traffic", record(), "--release", other]) == 2
+    assert main.main(["traffic", record(), "--release", other]) == 2
     assert f"release: '{other}' was not sized for recorded traffic; leave --release out" in said(capsys)
-    assert cli.main(["traffic", record(), "--release", "tiny"]) == 2
+    assert main.main(["traffic", record(), "--release", "tiny"]) == 2
     assert "release: 'tiny' is no release; write STORE/releases/NAME/VERSION" in said(capsys)
 
 
@@ -100,5 +100,5 @@ def test_bad_input(options, message, record, capsys, tmp_path, write_model, monk
     (tmp_path / "relative.yaml").write_text("workload: {recorded: log.jsonl}")
     known = {"LOG": str(tmp_path / "log.jsonl"), "FEW": "few.yaml", "RELATIVE": "relative.yaml"}
     known["MODEL"] = str(write_model(tmp_path / "model"))
-    assert cli.main([known.get(option, option) for option in options]) == 2
+    assert main.main([known.get(option, option) for option in options]) == 2
     assert message in said(capsys)

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from trimtab.recipe import Engine
-from trimtab.runtime import decode, parallel, processes
-from trimtab.runtime.assemble import assemble
+from trimtab.runtime.decoder import decode
+from trimtab.runtime.decoder.assemble import assemble
+from trimtab.runtime.parallel import shards, torchrun
 
 CPU = torch.device("cpu")
 
@@ -49,9 +50,9 @@ def test_ranks_agree_how_they_decode(told: list[dict[str, Any]], fault: str) -> 
 @torch.inference_mode()
 def main(folder: str, out: str) -> None:
     """One rank: decodes with each fault in turn."""
-    with processes.joined():
-        place = parallel.place(Engine(tensor_parallel_size=2), CPU)
-        model, agree = assemble(Path(folder), CPU, place=place), parallel.agreement(place, CPU)
+    with torchrun.joined():
+        place = shards.place(Engine(tensor_parallel_size=2), CPU)
+        model, agree = assemble(Path(folder), CPU, place=place), shards.agreement(place, CPU)
         found = {}
         for fault in FAULTS:
             decode.Recorded._warm_up = lambda self: None
@@ -59,7 +60,7 @@ def main(folder: str, out: str) -> None:
             decoder = decode.recorded(model, 2, 8, 6, agree=agree)
             decoder.prefill(torch.arange(3, 19).view(2, 8))
             found[fault] = {"path": decoder.path, "tokens": decoder.steps(6).tolist()}
-        (Path(out) / f"{processes.rank()}.json").write_text(json.dumps(found))
+        (Path(out) / f"{torchrun.rank()}.json").write_text(json.dumps(found))
 
 
 def recording(fault: str) -> Callable[[decode.Recorded], Callable[[], None]]:

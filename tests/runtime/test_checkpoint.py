@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from trimtab.errors import Failure, InputError
-from trimtab.runtime import checkpoint
-from trimtab.runtime.checkpoint import Export
-from trimtab.runtime.formats import Layout, dequantize
+from trimtab.base.errors import Failure, InputError
+from trimtab.runtime.checkpoint import model_files
+from trimtab.runtime.checkpoint.layer_layout import Layout, dequantize
+from trimtab.runtime.checkpoint.model_files import Export
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -33,10 +33,10 @@ def model_folder(plain_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_a_checkpoint_round_trips(model_folder: Path, tmp_path: Path) -> None:
-    model, tokenizer = checkpoint.load(model_folder, torch.bfloat16)
+    model, tokenizer = model_files.load(model_folder, torch.bfloat16)
     assert not model.training
-    checkpoint.save(model, tmp_path / "copy", model_folder)
-    again, tokenizer = checkpoint.load(tmp_path / "copy", torch.float32)
+    model_files.save(model, tmp_path / "copy", model_folder)
+    again, tokenizer = model_files.load(tmp_path / "copy", torch.float32)
     assert again.dtype == torch.float32
     assert tokenizer.vocab_size == 3
     for (name, before), after in zip(model.named_parameters(), again.parameters(), strict=True):
@@ -47,18 +47,18 @@ def test_what_stands_beside_the_weights_is_kept_as_it_is(model_folder: Path, tmp
     """transformers refuses to save a temperature with do_sample false, and names tokenizers by classes of its own."""
     settings = '{"temperature": 0.7, "do_sample": false, "eos_token_id": 2}'
     (model_folder / "generation_config.json").write_text(settings)
-    model, _ = checkpoint.load(model_folder, torch.bfloat16)
-    checkpoint.save(model, tmp_path / "copy", model_folder)
+    model, _ = model_files.load(model_folder, torch.bfloat16)
+    model_files.save(model, tmp_path / "copy", model_folder)
     for path in model_folder.iterdir():
         if path.name not in ("config.json", "model.safetensors"):
             assert (tmp_path / "copy" / path.name).read_bytes() == path.read_bytes(), path.name
-    assert checkpoint.end_tokens(tmp_path / "copy") == [2]
+    assert model_files.end_tokens(tmp_path / "copy") == [2]
 
 
 def test_a_model_without_a_generation_config_gets_none(model_folder: Path, tmp_path: Path) -> None:
     (model_folder / "generation_config.json").unlink()
-    model, _ = checkpoint.load(model_folder, torch.bfloat16)
-    checkpoint.save(model, tmp_path / "copy", model_folder)
+    model, _ = model_files.load(model_folder, torch.bfloat16)
+    model_files.save(model, tmp_path / "copy", model_folder)
     assert not (tmp_path / "copy" / "generation_config.json").exists()
 
 
@@ -67,7 +67,7 @@ def test_a_missing_tensor_is_not_initialised_at_random(model_folder: Path) -> No
     del tensors[f"{UP}.weight"]
     save_file(tensors, model_folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=f"lacks {UP}.weight"):
-        checkpoint.load(model_folder, torch.float32)
+        model_files.load(model_folder, torch.float32)
 
 
 BAD_FOLDERS = {
@@ -82,7 +82,7 @@ BAD_FOLDERS = {
 def test_a_bad_folder_is_bad_input(model_folder: Path, case: str) -> None:
     BAD_FOLDERS[case](model_folder)
     with pytest.raises(InputError):
-        checkpoint.load(model_folder, torch.float32)
+        model_files.load(model_folder, torch.float32)
 
 
 def test_a_plain_checkpoint_has_no_quantized_layers(plain_folder: Path) -> None:

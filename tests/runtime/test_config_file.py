@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from trimtab.runtime import config_file
+from trimtab.runtime.checkpoint import config_file
 
 #: Llama 3.1's own.
 LLAMA3 = {
@@ -181,8 +181,8 @@ def test_transformers_4_reads_a_pruned_model(transformers_4, tmp_path):
     """Llama 3.1, a block shorter."""
     import tiny
 
-    from trimtab.components.pruning import structured
-    from trimtab.components.pruning.depth import without
+    from trimtab.components.pruning.structured import writing
+    from trimtab.components.pruning.structured.depth import without
 
     source, output = tiny.write_model(tmp_path / "source"), tmp_path / "output"
     content = json.loads((source / "config.json").read_text())
@@ -190,7 +190,7 @@ def test_transformers_4_reads_a_pruned_model(transformers_4, tmp_path):
     content |= {"rope_theta": 500000.0, "rope_scaling": LLAMA3, "max_position_embeddings": 131072}
     (source / "config.json").write_text(json.dumps(content))
     output.mkdir()
-    structured.write(source, without(source, [0]), output, tmp_path / "scratch")
+    writing.write(source, without(source, [0]), output, tmp_path / "scratch")
     old, new = read_by(transformers_4, [source, output])
     assert new.pop("num_hidden_layers") == old.pop("num_hidden_layers") - 1
     assert {name: new[name] for name in old} == old

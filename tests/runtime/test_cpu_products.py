@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trimtab.runtime import cpu_products, linear
-from trimtab.runtime.formats import Layout, Quantized, dequantize
+from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized, dequantize
+from trimtab.runtime.linear import choice, cpu_products
 
 CPU = torch.device("cpu")
 #: A processor that has AVX2, and neither AVX-512 nor instructions for bfloat16, as PyTorch and its libraries see one.
@@ -69,7 +69,7 @@ def test_layers_of_a_model_are_replaced_with_their_weights(kind: torch.dtype) ->
 @pytest.mark.parametrize(("outputs", "inputs", "group"), [(64, 64, 64), (208, 128, 32), (400, 256, 128), (48, 64, 32)])
 def test_packed_int4_is_read_in_tiles(kind: torch.dtype, outputs: int, inputs: int, group: int) -> None:
     layer = int4(outputs, inputs, group)
-    module = linear.build(layer, None, CPU)
+    module = choice.build(layer, None, CPU)
     for rows in (3, 90):
         x = normal(rows, inputs)
         expected = F.linear(x.double(), dequantize(layer).double())
@@ -99,7 +99,7 @@ def saturation(rows: int) -> float:
     one, found = torch.tensor(1.0), []
     for a, w in ((127, 127), (127, -128), (-128, 127), (-128, -128)):
         weight = torch.full((32, 256), w, dtype=torch.int8)
-        module = linear.build(Quantized(Layout("W8A8_SQ_PER_CHANNEL"), weight, one.expand(32), one), None, CPU)
+        module = choice.build(Quantized(Layout("W8A8_SQ_PER_CHANNEL"), weight, one.expand(32), one), None, CPU)
         y = module(torch.full((rows, 256), a).bfloat16()).float()
         found.append((y / (256 * a * w) - 1).abs().max().item())
     return max(found)
@@ -107,8 +107,8 @@ def saturation(rows: int) -> float:
 
 def test_a_kernel_without_vector_code_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = int4(64, 64, 32)
-    monkeypatch.setattr("trimtab.runtime.linear_cpu._fast", {"_weight_int4pack_mm_for_cpu": False})
-    module = linear.build(layer, None, CPU)
+    monkeypatch.setattr("trimtab.runtime.linear.cpu._fast", {"_weight_int4pack_mm_for_cpu": False})
+    module = choice.build(layer, None, CPU)
     assert module.packed_rows == 0
     monkeypatch.setattr(torch, "_weight_int4pack_mm_for_cpu", None)
     assert torch.isfinite(module(normal(1, 64))).all()
@@ -137,7 +137,7 @@ def main() -> None:
             "capability": torch.backends.cpu.get_cpu_capability(),
             "dtype": str(cpu_products.dtype()),
             "int8": [saturation(rows) for rows in (1, 7, 200)],
-            "int4": ((linear.build(layer, None, CPU)(x).float() - expected).norm() / expected.norm()).item(),
+            "int4": ((choice.build(layer, None, CPU)(x).float() - expected).norm() / expected.norm()).item(),
         }
     print(json.dumps(found))
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from trimtab.recipe import Engine
-from trimtab.runtime import decode, few_rows, formats, linear, small_kernels
-from trimtab.runtime.engine import TorchEngine
-from trimtab.runtime.formats import Layout, Quantized
-from trimtab.runtime.paged_engine import Attention, PagedEngine
-from trimtab.runtime.small_kernels import Sizes
+from trimtab.runtime.checkpoint import layer_layout
+from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized
+from trimtab.runtime.decoder import decode
+from trimtab.runtime.engines.torch_engine import TorchEngine
+from trimtab.runtime.linear import choice, elementwise, small_batch
+from trimtab.runtime.linear.elementwise import Sizes
+from trimtab.runtime.service.paged_engine import Attention, PagedEngine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -35,9 +37,9 @@ def fp8(columns: int = 128, by_row: bool = False) -> Quantized:
 
 
 def triton_kernels() -> ModuleType:
-    from trimtab.runtime import triton_kernels
+    from trimtab.runtime.kernels import elementwise
 
-    return triton_kernels
+    return elementwise
 
 
 def fp8_per_token() -> Quantized:
@@ -87,28 +89,28 @@ def test_a_kernel_computes_the_dense_product(name: str, rows: int) -> None:
     make, kernel = CASES[name]
     layer = make()
     bias = torch.randn(OUT).bfloat16()
-    module = linear.build(layer, bias, CUDA)
+    module = choice.build(layer, bias, CUDA)
     assert (module.kernel, module.emulated) == (kernel, kernel.endswith("+ mm"))
     x_RI = torch.randn(rows, layer.shape[1], device=CUDA, dtype=torch.bfloat16)
-    expected = _rounded(x_RI.float(), layer) @ formats.dequantize(layer).cuda().t() + bias.cuda()
+    expected = _rounded(x_RI.float(), layer) @ layer_layout.dequantize(layer).cuda().t() + bias.cuda()
     found = module(x_RI).float()
     assert (found - expected).norm() / expected.norm() < 0.01  # bfloat16 keeps eight bits
 
 
 @pytest.mark.parametrize("name", [name for name, (_, kernel) in CASES.items() if "words" in kernel])
 def test_packed_and_dense_paths_agree(name: str) -> None:
-    module = linear.build(CASES[name][0](), None, CUDA)
+    module = choice.build(CASES[name][0](), None, CUDA)
     x = torch.randn(33, module.in_features, device=CUDA, dtype=torch.bfloat16)
     packed, dense = module.packed(x).float(), module.dense(x).float()
     assert (packed - dense).norm() / dense.norm() < 0.01
 
 
 def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trimtab.runtime import matmul_kernel
+    from trimtab.runtime.kernels import matmul
 
-    right = matmul_kernel.Product.__call__
-    monkeypatch.setattr(matmul_kernel.Product, "__call__", lambda *args: right(*args) * 1.5)
-    assert linear.build(int4(64), None, CUDA).emulated
+    right = matmul.Product.__call__
+    monkeypatch.setattr(matmul.Product, "__call__", lambda *args: right(*args) * 1.5)
+    assert choice.build(int4(64), None, CUDA).emulated
 
 
 def _rounded(x: torch.Tensor, layer: Quantized) -> torch.Tensor:
@@ -117,8 +119,8 @@ def _rounded(x: torch.Tensor, layer: Quantized) -> torch.Tensor:
     if inputs is None:
         return x
     if inputs.scale == "token":
-        return formats.round_fp8(x, x.abs().amax(-1, keepdim=True) / formats.E4M3_MAX)
-    rounding = {"e4m3": formats.round_fp8, "int8": formats.round_int8, "e2m1": formats.round_nvfp4}
+        return layer_layout.round_fp8(x, x.abs().amax(-1, keepdim=True) / layer_layout.E4M3_MAX)
+    rounding = {"e4m3": layer_layout.round_fp8, "int8": layer_layout.round_int8, "e2m1": layer_layout.round_nvfp4}
     return rounding[inputs.numbers](x, scale)
 
 
@@ -147,7 +149,7 @@ def test_decoding_is_replayed(engine: TorchEngine) -> None:
 
 @pytest.mark.parametrize("make", [nvfp4, lambda: int4(64, 128, "W4A16_AWQ"), fp8_per_token, fp8])
 def test_a_layer_can_be_captured(make: Callable[[], Quantized]) -> None:
-    module = linear.build(make(), None, CUDA)
+    module = choice.build(make(), None, CUDA)
     x = torch.randn(3, 128, device=CUDA, dtype=torch.bfloat16)
     expected = module(x)
     graph = torch.cuda.CUDAGraph()
@@ -162,20 +164,20 @@ def _tokens(decoder: decode.Recorded | decode.Growing, prompt: torch.Tensor) -> 
     return decoder.steps(24)
 
 
-@pytest.mark.parametrize("name", list(small_kernels.TRIALS))
+@pytest.mark.parametrize("name", list(elementwise.TRIALS))
 @pytest.mark.parametrize(
     "sizes", [Sizes(32, 8, 128, 4096, 14336), Sizes(9, 3, 64, 576, 1536), Sizes(4, 2, 16, 64, 128)]
 )
 def test_a_small_kernel_computes_what_it_replaces(name: str, sizes: Sizes) -> None:
-    function = small_kernels.adapted(triton_kernels())[name]
-    assert small_kernels.try_out(name, function, sizes, CUDA) == ""
+    function = elementwise.adapted(elementwise())[name]
+    assert elementwise.try_out(name, function, sizes, CUDA) == ""
 
 
 @needs_fp8
 def test_rounding_to_e4m3_is_pytorchs() -> None:
     x = torch.cat([torch.linspace(-600, 600, 100_001), torch.linspace(-0.1, 0.1, 10_001)]).bfloat16().cuda()
     factor = torch.ones(1, device=CUDA)
-    found, expected = (f(x, factor).view(torch.uint8) for f in (triton_kernels().to_e4m3, small_kernels.to_e4m3))
+    found, expected = (f(x, factor).view(torch.uint8) for f in (elementwise().to_e4m3, elementwise.to_e4m3))
     assert torch.equal(found, expected)
 
 
@@ -185,11 +187,11 @@ def test_rounding_to_e4m3_is_pytorchs() -> None:
     "make",
     [
         lambda columns: torch.nn.Linear(columns, OUT, device=CUDA, dtype=torch.bfloat16),
-        lambda columns: linear.build(int4(64, 4 * columns), None, CUDA),
-        lambda columns: linear.build(int8("W8A16", columns=2 * columns), None, CUDA),
-        lambda columns: linear.build(int8("W8A8_SQ_PER_CHANNEL", 0.03, columns), torch.randn(OUT), CUDA),
-        pytest.param(lambda columns: linear.build(fp8(columns), None, CUDA), marks=needs_fp8),
-        pytest.param(lambda columns: linear.build(fp8(columns, by_row=True), None, CUDA), marks=needs_fp8),
+        lambda columns: choice.build(int4(64, 4 * columns), None, CUDA),
+        lambda columns: choice.build(int8("W8A16", columns=2 * columns), None, CUDA),
+        lambda columns: choice.build(int8("W8A8_SQ_PER_CHANNEL", 0.03, columns), torch.randn(OUT), CUDA),
+        pytest.param(lambda columns: choice.build(fp8(columns), None, CUDA), marks=needs_fp8),
+        pytest.param(lambda columns: choice.build(fp8(columns, by_row=True), None, CUDA), marks=needs_fp8),
     ],
     ids=["bf16", "int4", "int8_wo", "int8_sq", "fp8", "fp8, by row"],
 )
@@ -198,9 +200,9 @@ def test_every_block_computes_the_product_of_few_rows(
     make: Callable[[int], torch.nn.Module], columns: int, rows: int
 ) -> None:
     torch.manual_seed(0)
-    (members,) = few_rows.by_shape([make(columns) for _ in range(3)])
-    found = few_rows.measure(members, rows)
-    assert set(found) == {None, *few_rows.cuts(*members[0], rows)}
+    (members,) = small_batch.by_shape([make(columns) for _ in range(3)])
+    found = small_batch.measure(members, rows)
+    assert set(found) == {None, *small_batch.cuts(*members[0], rows)}
     assert all(0 < seconds < 1 for seconds in found.values())
 
 

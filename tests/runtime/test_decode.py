@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trimtab.runtime import decode
-from trimtab.runtime.decode import Growing, Static
+from trimtab.runtime.decoder import decode
+from trimtab.runtime.decoder.decode import Growing, Static
 
 
 @torch.inference_mode()

@@ -9,10 +9,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from trimtab.errors import InputError
-from trimtab.runtime import documents, text
+from trimtab.base.errors import InputError
+from trimtab.runtime.text import documents, token_windows
 
-BUILTIN = text.CALIBRATION_TEXT
+BUILTIN = token_windows.CALIBRATION_TEXT
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 CHAT = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
 
@@ -40,7 +40,7 @@ def test_a_text_file_is_one_document(tmp_path):
 def test_each_line_is_a_document(tokenizer, tmp_path):
     path = write(tmp_path, {"text": "one"}, "", {"text": " "}, {"messages": CHAT}, {"text": "both", "messages": CHAT})
     assert documents.read(path, BUILTIN, tokenizer) == ["one", "<user>Hi?\n<assistant>Yes.\n", "both"]
-    assert text.read_text(path, BUILTIN, tokenizer) == "one\n\n<user>Hi?\n<assistant>Yes.\n\n\nboth"
+    assert token_windows.read_text(path, BUILTIN, tokenizer) == "one\n\n<user>Hi?\n<assistant>Yes.\n\n\nboth"
 
 
 def test_separators_of_unicode_do_not_end_a_line(tmp_path):

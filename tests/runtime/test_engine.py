@@ -13,17 +13,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from trimtab.errors import Failure, InputError
+from trimtab.base.errors import Failure, InputError
 from trimtab.recipe import Engine as Settings
-from trimtab.runtime import batching, linear
-from trimtab.runtime.checkpoint import Export
-from trimtab.runtime.engine import TorchEngine
+from trimtab.runtime.checkpoint.model_files import Export
+from trimtab.runtime.engines import batching
+from trimtab.runtime.engines.torch_engine import TorchEngine
+from trimtab.runtime.linear import choice
 
 SETTINGS = Settings(max_seq_len=64, max_num_tokens=256, max_batch_size=2)
 EMULATED = {"kernel": "dequantize + mm", "emulated": True}
 KERNELS = {
     "int8_wo": {"kernel": "_weight_int8pack_mm", "emulated": False},
-    "int8_sq": {"kernel": linear.Int8Static.name_on(torch.device("cpu")), "emulated": False},
+    "int8_sq": {"kernel": choice.Int8Static.name_on(torch.device("cpu")), "emulated": False},
     "fp8": EMULATED,
     "fp8_kv": EMULATED,
     "int4_rtn_g32": {"kernel": "_weight_int4pack_mm_for_cpu", "emulated": False},

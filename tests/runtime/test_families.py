@@ -12,9 +12,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from trimtab import families
-from trimtab.errors import InputError
-from trimtab.model import inspect
-from trimtab.runtime import parallel
+from trimtab.base.errors import InputError
+from trimtab.model.facts import inspect
+from trimtab.runtime.parallel import shards
 
 TYPES = list(families.BY_TYPE)
 TOKENS = torch.randint(3, 300, (1, 24), generator=torch.Generator().manual_seed(0))
@@ -102,7 +102,7 @@ def test_every_list_by_block_is_known(model_type: str) -> None:
 def test_what_tensor_parallelism_is_asked_of_can_be_split(model_type: str) -> None:
     with torch.device("meta"):
         model = decoders.build(model_type)
-    cut = parallel.cut(model, parallel.Place(0, 2))
+    cut = shards.cut(model, shards.Place(0, 2))
     family = families.BY_TYPE[model_type]
     assert {family.place(name)[1] for name in cut.rows} == set(family.row_parallel)
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from trimtab.runtime import decode, fewer_kernels
-from trimtab.runtime.fewer_kernels import FusedRMSNorm, fuse_norms, grouped_attention
+from trimtab.runtime.decoder import decode
+from trimtab.runtime.kernels import replacements
+from trimtab.runtime.kernels.replacements import FusedRMSNorm, fuse_norms, grouped_attention
 
 
 @torch.inference_mode()
@@ -45,7 +46,7 @@ def test_decoding_with_grouped_queries_gives_the_same_tokens(original: torch.nn.
     plain = decode.Static(original, 6, 8, 12)
     plain.prefill(windows[:, :8])
     expected = plain.steps(12)
-    fewer_kernels.group_queries(original)
+    replacements.group_queries(original)
     assert original.config._attn_implementation == "trimtab_grouped"
     for decoder in (decode.Static(original, 6, 8, 12), decode.Growing(original)):
         decoder.prefill(windows[:, :8])

@@ -10,11 +10,11 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from trimtab.base.errors import Failure
 from trimtab.components.quantization.work import quantize
-from trimtab.errors import Failure
 from trimtab.recipe import Engine
-from trimtab.runtime import float16_range
-from trimtab.runtime.engine import TorchEngine
+from trimtab.runtime.decoder import float16_range
+from trimtab.runtime.engines.torch_engine import TorchEngine
 
 UP, DOWN = (f"model.layers.1.mlp.{part}_proj.weight" for part in ("up", "down"))
 WINDOWS = torch.randint(3, 300, (2, 32), generator=torch.Generator().manual_seed(1))

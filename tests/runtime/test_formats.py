@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from trimtab.base.errors import Failure
 from trimtab.catalog.formats import STORAGES
 from trimtab.catalog.numbers import NUMBERS
-from trimtab.errors import Failure
-from trimtab.runtime.formats import Layout, Quantized, check, dequantize, pack_int4, unpack_int4
+from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized, check, dequantize, pack_int4, unpack_int4
 
 INT8 = torch.tensor([[-128, -2, -1, 0, 1, 2, 3, 127]] * 4, dtype=torch.int8)
 INT4 = Layout("W4A16_AWQ", 4)

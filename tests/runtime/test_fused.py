@@ -13,11 +13,12 @@ from torch import nn
 from trimtab.catalog.formats import STORAGES
 from trimtab.families.llama import LLAMA
 from trimtab.recipe import Engine
-from trimtab.runtime import formats, fused, linear
-from trimtab.runtime.assemble import assemble
-from trimtab.runtime.engine import TorchEngine
-from trimtab.runtime.formats import Layout, Quantized
-from trimtab.runtime.fused import Part
+from trimtab.runtime.checkpoint import layer_layout
+from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized
+from trimtab.runtime.decoder.assemble import assemble
+from trimtab.runtime.engines.torch_engine import TorchEngine
+from trimtab.runtime.linear import choice, fused
+from trimtab.runtime.linear.fused import Part
 
 CPU = torch.device("cpu")
 #: Four products of two blocks: q, k, v and gate, up.
@@ -82,12 +83,12 @@ def test_every_format_can_be_joined(algo: str, own: bool) -> None:
     single = layers(algo, group, **changes)
     joined = fused.join(single)
     if not own:
-        formats.check("joined", joined)
-    expected = torch.cat([formats.dequantize(layer) for layer in single])
-    assert torch.equal(formats.dequantize(joined), expected)
+        layer_layout.check("joined", joined)
+    expected = torch.cat([layer_layout.dequantize(layer) for layer in single])
+    assert torch.equal(layer_layout.dequantize(joined), expected)
     x = torch.randn(3, 64).bfloat16()
-    found = linear.build(joined, None, CPU)(x)
-    expected = torch.cat([linear.build(layer, None, CPU)(x) for layer in single], dim=-1)
+    found = choice.build(joined, None, CPU)(x)
+    expected = torch.cat([choice.build(layer, None, CPU)(x) for layer in single], dim=-1)
     assert torch.allclose(found.float(), expected.float(), rtol=0.01, atol=0.01 * expected.float().abs().max().item())
 
 

@@ -18,11 +18,11 @@ from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface, LlamaForCausalLM
 
-from trimtab.errors import Failure
+from trimtab.base.errors import Failure
 from trimtab.recipe import Engine as Settings
-from trimtab.runtime import kv_cache
-from trimtab.runtime.checkpoint import Export
-from trimtab.runtime.engine import TorchEngine
+from trimtab.runtime.checkpoint.model_files import Export
+from trimtab.runtime.engines.torch_engine import TorchEngine
+from trimtab.runtime.kv_cache import emulated
 
 SETTINGS = Settings(max_seq_len=64, max_num_tokens=256, max_batch_size=2)
 RANGE = {"FP8": 448.0, "INT8": 127.0, "NVFP4": 6.0 * 448.0}
@@ -46,7 +46,7 @@ def test_eight_bits_round_as_modelopt_does(algorithm, bits, clip):
     x = keys()
     amax = clip * x.abs().max()
     quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=bits), amax=amax)
-    found = kv_cache.rounded(algorithm, x, amax.item() / RANGE[algorithm])
+    found = emulated.rounded(algorithm, x, amax.item() / RANGE[algorithm])
     assert torch.allclose(found, quantizer(x), rtol=1e-6)
     assert not torch.equal(found, x)
 
@@ -57,7 +57,7 @@ def test_nvfp4_rounds_as_modelopt_packs_it(room):
     scale = room * x.abs().max() / RANGE["NVFP4"]
     packed, blocks, scale = NVFP4QTensor.quantize(x.clone(), 16, weights_scaling_factor_2=scale)
     expected = packed.dequantize(scale=blocks, double_scale=scale, block_sizes={-1: 16})
-    assert torch.allclose(kv_cache.rounded("NVFP4", x, scale.item()), expected, rtol=1e-6)
+    assert torch.allclose(emulated.rounded("NVFP4", x, scale.item()), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.1], ids=["whole range", "blocks clipped"])
@@ -65,7 +65,7 @@ def test_nvfp4_by_the_definition(clip):
     """One number at a time, by search among the eight values instead of by arithmetic."""
     x = keys()[0, 0]
     scale = clip * x.abs().max().item() / RANGE["NVFP4"]
-    found = kv_cache.rounded("NVFP4", x, scale)
+    found = emulated.rounded("NVFP4", x, scale)
     for row, given in zip(found, x, strict=True):
         for start in range(0, 32, 16):
             block = given[start : start + 16].double()
@@ -80,25 +80,25 @@ def test_ties_go_to_the_even_code():
     middles = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
     x = torch.tensor([*middles, *(-m for m in middles), 6.0, 0.0])  # 6 makes the block's scale 1
     expected = [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
-    assert kv_cache.rounded("NVFP4", x, 1.0).tolist() == [*expected, *(-e for e in expected), 6.0, 0.0]
-    assert kv_cache.rounded("INT8", torch.tensor([0.5, 1.5, -2.5]), 1.0).tolist() == [0, 2, -2]
+    assert emulated.rounded("NVFP4", x, 1.0).tolist() == [*expected, *(-e for e in expected), 6.0, 0.0]
+    assert emulated.rounded("INT8", torch.tensor([0.5, 1.5, -2.5]), 1.0).tolist() == [0, 2, -2]
 
 
 def test_blocks_of_zeros_and_blocks_too_small_for_their_scale_are_zero():
     x = torch.zeros(48)
     x[16:32] = 2**-13  # a sixth of it is less than half of e4m3's least number, 2 ** -9
     x[32:] = 1.0
-    assert kv_cache.rounded("NVFP4", x, 1.0).tolist() == [0.0] * 32 + [pytest.approx(1.0, rel=0.1)] * 16
+    assert emulated.rounded("NVFP4", x, 1.0).tolist() == [0.0] * 32 + [pytest.approx(1.0, rel=0.1)] * 16
 
 
 @pytest.mark.parametrize("algorithm", RANGE)
 def test_what_was_rounded_stays_and_the_type_too(algorithm):
     x = keys().bfloat16()
     scale = x.abs().max().item() / RANGE[algorithm]
-    once = kv_cache.rounded(algorithm, x, scale)
+    once = emulated.rounded(algorithm, x, scale)
     assert once.dtype == torch.bfloat16 and once.shape == x.shape
     # bfloat16 has fewer digits than a code times its scale, so a code may come back a bit beside itself
-    assert torch.allclose(kv_cache.rounded(algorithm, once, scale).float(), once.float(), rtol=0.01)
+    assert torch.allclose(emulated.rounded(algorithm, once, scale).float(), once.float(), rtol=0.01)
 
 
 # --- exports --------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trimtab.runtime import linear
-from trimtab.runtime.formats import Layout, Quantized, dequantize
+from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized, dequantize
+from trimtab.runtime.linear import choice
 
 CPU = torch.device("cpu")
 # relative to the largest output; bfloat16 has 8 bits (2^-8 = 0.4 %), rounded at most twice
@@ -35,7 +35,7 @@ def quantized(
 
 
 #: What multiplies INT8 by INT8 here: some processors have no exact instruction for it.
-INT8 = linear.Int8Static.name_on(CPU)
+INT8 = choice.Int8Static.name_on(CPU)
 #: algo, out, in, group_size, pre_quant_scale -> the kernel that must run it.
 CASES = [
     ("W8A16", 48, 64, 0, False, "_weight_int8pack_mm"),
@@ -59,7 +59,7 @@ def test_product(
 ) -> None:
     layer = quantized(algo, out_features, in_features, group_size, scaled)
     bias = torch.randn(out_features)
-    module = linear.build(layer, bias, CPU)
+    module = choice.build(layer, bias, CPU)
     assert (module.kernel, module.emulated) == (kernel, kernel == "dequantize + mm")
     x = torch.randn(2, rows, in_features).bfloat16()
     y = module(x)
@@ -84,7 +84,7 @@ def rounded(x: torch.Tensor, layer: Quantized) -> torch.Tensor:
 
 @pytest.mark.parametrize("case", [c for c in CASES if "pack_mm" in c[5]])
 def test_packed_and_dense_paths_agree(case: tuple) -> None:
-    module = linear.build(quantized(*case[:5]), None, CPU)
+    module = choice.build(quantized(*case[:5]), None, CPU)
     x = torch.randn(16, case[2]).bfloat16()
     packed, dense = module.packed(x).float(), module.dense(x).float()
     assert (packed - dense).abs().max() < TOLERANCE * dense.abs().max()
@@ -93,12 +93,12 @@ def test_packed_and_dense_paths_agree(case: tuple) -> None:
 def test_a_scale_of_ones_costs_nothing() -> None:
     layer = quantized("W4A16_AWQ", 64, 64, 64)
     ones = replace(layer, pre_quant_scale=torch.ones(64).bfloat16())
-    assert linear.build(ones, None, CPU).pre_quant_scale is None
-    assert linear.build(replace(layer, pre_quant_scale=torch.full((64,), 0.5)), None, CPU).pre_quant_scale is not None
+    assert choice.build(ones, None, CPU).pre_quant_scale is None
+    assert choice.build(replace(layer, pre_quant_scale=torch.full((64,), 0.5)), None, CPU).pre_quant_scale is not None
 
 
 def test_the_packed_weight_is_the_only_copy() -> None:
-    module = linear.build(quantized("W4A16_AWQ", 128, 256, 64), None, CPU)
+    module = choice.build(quantized("W4A16_AWQ", 128, 256, 64), None, CPU)
     assert sum(b.nbytes for b in module.buffers()) == 128 * 256 // 2 + 128 * (256 // 64) * 2 * 2
     assert not list(module.parameters())
     assert not module.state_dict()
@@ -107,25 +107,25 @@ def test_the_packed_weight_is_the_only_copy() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_kernel_is_trusted_when_it_computes_the_layer(case: tuple) -> None:
     layer = quantized(*case[:5])
-    module = linear.build(layer, None, CPU)
-    assert linear._tried(module, layer) is module
+    module = choice.build(layer, None, CPU)
+    assert choice._tried(module, layer) is module
     other = replace(layer, weight_scale=layer.weight_scale * 1.2)
-    assert linear._tried(module, other) is not module
+    assert choice._tried(module, other) is not module
 
 
 def test_a_kernel_keeps_the_rows_that_it_runs_for(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = quantized("W4A16_AWQ", 64, 64, 64)
-    module = linear.build(layer, None, CPU)
+    module = choice.build(layer, None, CPU)
     module.packed_rows = 128
-    assert linear._tried(module, layer) is module and module.packed_rows == 128
+    assert choice._tried(module, layer) is module and module.packed_rows == 128
     right = type(module).packed
 
-    def small(self: linear.PackedLinear, x_RI: torch.Tensor) -> torch.Tensor:
+    def small(self: choice.PackedLinear, x_RI: torch.Tensor) -> torch.Tensor:
         if len(x_RI) > 16:
             raise RuntimeError("out of resource: shared memory")
         return right(self, x_RI)
 
     monkeypatch.setattr(type(module), "packed", small)
-    assert linear._tried(module, layer) is module and module.packed_rows == 16
+    assert choice._tried(module, layer) is module and module.packed_rows == 16
     monkeypatch.setattr(type(module), "packed", lambda self, x_RI: 2 * right(self, x_RI))
-    assert isinstance(linear._tried(module, layer), linear.Emulated)
+    assert isinstance(choice._tried(module, layer), choice.Emulated)

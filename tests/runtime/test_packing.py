@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trimtab.runtime import packing
-from trimtab.runtime.packing import Item, Shape
+from trimtab.runtime.service import step_inputs
+from trimtab.runtime.service.step_inputs import Item, Shape
 
 
 class Cache:
@@ -19,8 +19,8 @@ def test_every_token_is_where_its_sequence_says(span: int) -> None:
     items = alone if span == 1 else [*alone, Item(list(range(40, 73)), 10, [6, 0, 8])]
     shape = Shape.of(items, padding=2, most=4)
     assert shape.span == span
-    row = packing.pack(items, shape, block_size=16, padding_slot=160)
-    tokens, positions, where, last = packing.unpack(row, shape, Cache())
+    row = step_inputs.pack(items, shape, block_size=16, padding_slot=160)
+    tokens, positions, where, last = step_inputs.unpack(row, shape, Cache())
     assert (tokens.shape, positions.shape, len(where.slots_T)) == ((1, shape.tokens), (1, shape.tokens), shape.tokens)
     first = 0
     found = [tuple(line) for line in where.spans.spans_B4.tolist()]
@@ -50,12 +50,12 @@ def test_shapes(counts: list[int], padding: int, tokens: int) -> None:
     items = [Item([0] * count, 0, [0] * -(-count // 16)) for count in counts]
     shape = Shape.of(items, padding, most=8)
     assert shape.tokens == tokens and shape.is_recorded == (tokens <= 4096)
-    row = packing.pack(items, shape, 16, 0)  # everything has room
+    row = step_inputs.pack(items, shape, 16, 0)  # everything has room
     assert len(row) == shape.size
 
 
 def test_usual_shapes_are_those_that_steps_have() -> None:
-    usual = set(packing.shapes(most=6, budget=200))
+    usual = set(step_inputs.shapes(most=6, budget=200))
     for counts in ([1], [1] * 6, [2], [100, 1, 1], [200], [33] * 6):
         assert Shape.of([Item([0] * count, 0, [0]) for count in counts], 0, 6) in usual
     assert len(usual) < 20

@@ -9,12 +9,14 @@ import pytest
 import torch
 from tiny import write_kv_cache
 
-from trimtab.errors import Failure, InputError
+from trimtab.base.errors import Failure, InputError
 from trimtab.recipe import Engine as Settings
-from trimtab.runtime import gpu_memory, kv_cache, paged, replay
-from trimtab.runtime.engine import TorchEngine
-from trimtab.runtime.paged_engine import PagedEngine, Request
-from trimtab.runtime.sampling import Sampling
+from trimtab.runtime.decoder import gpu_memory
+from trimtab.runtime.engines.torch_engine import TorchEngine
+from trimtab.runtime.kernels import cuda_graphs
+from trimtab.runtime.kv_cache import emulated, paged
+from trimtab.runtime.service.paged_engine import PagedEngine, Request
+from trimtab.runtime.service.sampling import Sampling
 
 SETTINGS = Settings(max_seq_len=96, max_num_tokens=24, max_batch_size=4, enable_chunked_prefill=True)
 CONTIGUOUS = Settings(max_seq_len=96, max_batch_size=1)
@@ -116,9 +118,9 @@ def test_what_is_read_is_what_the_judged_engine_reads(folders, name) -> None:
     cache.write(1, torch.tensor([33, 34, 35, 36, 96]), x, -x)
     keys, values = cache.read(1, torch.tensor([[2]]))
     scale = 0.02 if name == "fp8" else 0.03
-    right = kv_cache.rounded(KV_CACHES[name], x[:4], scale) if name in KV_CACHES else x[:4]
+    right = emulated.rounded(KV_CACHES[name], x[:4], scale) if name in KV_CACHES else x[:4]
     assert torch.equal(keys[0, :, 1:5].transpose(0, 1), right)
-    negative = kv_cache.rounded(KV_CACHES[name], -x[:4], scale) if name in KV_CACHES else -x[:4]
+    negative = emulated.rounded(KV_CACHES[name], -x[:4], scale) if name in KV_CACHES else -x[:4]
     assert torch.equal(values[0, :, 1:5].transpose(0, 1), negative)
     assert not keys[0, :, 5:].any() and cache.padding_slot == 96
     each = 1 if name in ("fp8", "int8") else 2
@@ -212,16 +214,16 @@ def test_a_model_without_paged_attention_is_refused(tmp_path: Path) -> None:
     ("number", "expected"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (7, 8), (9, 12), (13, 16), (24, 24), (25, 32)]
 )
 def test_sizes_of_recordings(number: int, expected: int) -> None:
-    assert replay.rounded_up(number) == expected
+    assert cuda_graphs.rounded_up(number) == expected
 
 
 @torch.inference_mode()
 def test_padding_rows_change_no_logits(folders) -> None:
     """What a recording computes beside the sequences is written where nobody reads."""
     served = engine(folders["none"], blocks=4)
-    rows = [replay.Row(5, 2, 2, [0]), replay.Row(9, 17, 33, [1, 2])]
+    rows = [cuda_graphs.Row(5, 2, 2, [0]), cuda_graphs.Row(9, 17, 33, [1, 2])]
     alone = served._decode(rows)
-    lines = replay.to_tensor(rows, 8, 4, served.cache.padding_slot, 16)
+    lines = cuda_graphs.to_tensor(rows, 8, 4, served.cache.padding_slot, 16)
     padded = served._decode_lines(lines)
     assert padded.shape == (8, 128)
     assert torch.allclose(padded[:2], alone, atol=0.02 * float(alone.abs().max()))

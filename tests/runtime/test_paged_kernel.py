@@ -11,10 +11,10 @@ import torch
 from tiny import write_kv_cache
 
 from trimtab.recipe import Engine as Settings
-from trimtab.runtime import fewer_kernels
-from trimtab.runtime.paged import why_no_kernel
-from trimtab.runtime.paged_engine import PagedEngine, Request
-from trimtab.runtime.step import Step
+from trimtab.runtime.decoder.step import Step
+from trimtab.runtime.kernels import replacements
+from trimtab.runtime.kv_cache.paged import why_no_kernel
+from trimtab.runtime.service.paged_engine import PagedEngine, Request
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -51,7 +51,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_attention_is_that_of_the_formula(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trimtab.runtime import paged_kernel
+    from trimtab.runtime.kernels import paged_attention
 
     size, works, heads, kv_heads, width, window, kind = CASES[name]
     generator = torch.Generator().manual_seed(3)
@@ -79,10 +79,10 @@ def test_attention_is_that_of_the_formula(name: str, monkeypatch: pytest.MonkeyP
         expected[first : first + count] = plain(query[first : first + count], *read, position, width**-0.5, window)
         first += count
     spans += [[0, 0, 0, 0]] * (3 if "each" in name else 2)
-    where = paged_kernel.Spans(torch.tensor(spans, dtype=torch.int32).to(DEVICE), tables.to(DEVICE), size)
+    where = paged_attention.Spans(torch.tensor(spans, dtype=torch.int32).to(DEVICE), tables.to(DEVICE), size)
     on = [x.to(DEVICE) for x in (query, keys, values)]
     monkeypatch.setattr(torch, "empty", lambda *shape, **kinds: torch.full(shape, torch.nan, **kinds))
-    found = paged_kernel.attend(*on, where, width**-0.5, scales, window).float().cpu()
+    found = paged_attention.attend(*on, where, width**-0.5, scales, window).float().cpu()
     assert not found[first:].any()
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()
 
@@ -92,11 +92,11 @@ NEW_TOKENS = 4
 
 
 def test_keys_are_cut_into_more_parts_where_programs_are_few_or_keys_many() -> None:
-    from trimtab.runtime import paged_kernel
+    from trimtab.runtime.kernels import paged_attention
 
-    assert [paged_kernel.parts_of(programs, 1024) for programs in (8, 64, 512, 4096)] == [16, 8, 1, 1]
-    assert [paged_kernel.parts_of(512, keys) for keys in (16, 2048, 2049, 1 << 20)] == [1, 1, 2, 64]
-    assert paged_kernel.parts_of(8, 65) == 2
+    assert [paged_attention.parts_of(programs, 1024) for programs in (8, 64, 512, 4096)] == [16, 8, 1, 1]
+    assert [paged_attention.parts_of(512, keys) for keys in (16, 2048, 2049, 1 << 20)] == [1, 1, 2, 64]
+    assert paged_attention.parts_of(8, 65) == 2
 
 
 @pytest.mark.parametrize("kind", ["none", "FP8", "none, by a step of its own"])
@@ -105,14 +105,15 @@ def test_the_engine_gives_the_logits_of_gathered_blocks(
 ) -> None:
     """Through chunks, preemption and padding: the same tokens are fed to both, and every step's logits compared."""
     if not CUDA:
-        monkeypatch.setattr("trimtab.runtime.paged_kernel.MAX_PARTS", 2)  # the interpreter runs them one by one
+        # The interpreter runs them one by one.
+        monkeypatch.setattr("trimtab.runtime.kernels.paged_attention.MAX_PARTS", 2)
     folder = plain_folder if "none" in kind else write_kv_cache(plain_folder, tmp_path, kind, 0.03, 0.03)
     prompts = [torch.arange(3, 3 + length).tolist() for length in (8, 7, 8, 30)]
     blocks = {"block_size": 8, "blocks": 5}
     engines = [PagedEngine(folder, SETTINGS, DEVICE.type, attention=a, **blocks) for a in ("kernel", "gathered")]
     assert engines[0].attention_path == "kernel"
     if "own" in kind and not CUDA:  # where an engine has it anyway
-        fewer_kernels.fuse_norms(engines[0].model)
+        replacements.fuse_norms(engines[0].model)
         engines[0]._step = Step(engines[0].model, SETTINGS.max_seq_len)
     requests = [[Request(list(prompt), NEW_TOKENS) for prompt in prompts] for _ in engines]
     for served, some in zip(engines, requests, strict=True):
@@ -138,10 +139,10 @@ def test_the_engine_gives_the_logits_of_gathered_blocks(
 
 
 def test_a_kernel_that_computes_something_else_is_not_used(plain_folder: Path, monkeypatch) -> None:
-    from trimtab.runtime import paged_kernel
+    from trimtab.runtime.kernels import paged_attention
 
-    right = paged_kernel.attend
-    monkeypatch.setattr(paged_kernel, "attend", lambda *args: right(*args) * 1.05)
+    right = paged_attention.attend
+    monkeypatch.setattr(paged_attention, "attend", lambda *args: right(*args) * 1.05)
     model = PagedEngine(plain_folder, SETTINGS, DEVICE.type, attention="gathered").model
     assert re.fullmatch("its results differ by [4-6].[0-9]% from those of PyTorch's attention", why_no_kernel(model))
 
@@ -149,7 +150,7 @@ def test_a_kernel_that_computes_something_else_is_not_used(plain_folder: Path, m
 def test_a_warm_engine_serves(plain_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the padding of a static batch."""
     if not CUDA:
-        monkeypatch.setattr("trimtab.runtime.paged_kernel.MAX_PARTS", 2)
+        monkeypatch.setattr("trimtab.runtime.kernels.paged_attention.MAX_PARTS", 2)
     served = PagedEngine(plain_folder, SETTINGS, DEVICE.type, strategy="static", attention="kernel")
     served.warm_up(0)
     answers = served.generate([[5, 6, 7]] * 3, 3)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 
-from trimtab.errors import Failure
-from trimtab.runtime import decode, parallel
-from trimtab.runtime.assemble import assemble, skeleton
-from trimtab.runtime.parallel import Place
+from trimtab.base.errors import Failure
+from trimtab.runtime.decoder import decode
+from trimtab.runtime.decoder.assemble import assemble, skeleton
+from trimtab.runtime.parallel import shards
+from trimtab.runtime.parallel.shards import Place
 
 CPU = torch.device("cpu")
 FORMATS = ("int8_wo", "int8_sq", "fp8_kv", "int4_rtn_g32", "int4_awq_g32", "mixed")
@@ -68,7 +69,7 @@ def places(tensors: int, stages: int) -> list[Place]:
 def models(folder: Path, monkeypatch: pytest.MonkeyPatch, **sizes: int) -> tuple[Threads, list[PreTrainedModel]]:
     found = places(**{"tensors": 1, "stages": 1} | sizes)
     threads = Threads(len(found))
-    monkeypatch.setattr(parallel, "distributed", threads)
+    monkeypatch.setattr(shards, "distributed", threads)
     return threads, [assemble(folder, CPU, place=place) for place in found]
 
 
@@ -102,7 +103,7 @@ def test_an_embedding_that_transformers_would_split_stays_whole(plain_folder, mo
     plan = LlamaConfig.base_model_tp_plan | {"embed_tokens": "embedding_rowwise"}
     monkeypatch.setattr(LlamaConfig, "base_model_tp_plan", plan)
     model = skeleton(plain_folder)
-    parallel.cut(model, places(2, 1)[0])
+    shards.cut(model, places(2, 1)[0])
     assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size
 
 
@@ -168,7 +169,7 @@ def test_what_cannot_be_shared_out_is_refused(tiny, tmp_path, changes, sizes, re
     settings.pop("layer_types", None)
     AutoConfig.for_model(**settings).save_pretrained(tmp_path)
     with pytest.raises(Failure) as caught:
-        parallel.cut(skeleton(tmp_path), places(**{"tensors": 1, "stages": 1} | sizes)[0])
+        shards.cut(skeleton(tmp_path), places(**{"tensors": 1, "stages": 1} | sizes)[0])
     assert (caught.value.failure_class, caught.value.reason) == ("unsupported", reason)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trimtab.errors import InputError
-from trimtab.runtime.sampling import Sampling, choose
+from trimtab.base.errors import InputError
+from trimtab.runtime.service.sampling import Sampling, choose
 
 LOGITS = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
 DRAWS = 4000

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.errors import InputError
-from trimtab.runtime.blocks import BlockPool
-from trimtab.runtime.scheduler import STRATEGIES, Scheduler, Sequence, Step
+from trimtab.base.errors import InputError
+from trimtab.runtime.kv_cache.block_pool import BlockPool
+from trimtab.runtime.service.scheduler import STRATEGIES, Scheduler, Sequence, Step
 
 LENGTHS = st.tuples(st.integers(1, 40), st.integers(1, 40))
 

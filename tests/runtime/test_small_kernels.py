@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from trimtab import runtime
-from trimtab.runtime import few_rows, formats, linear, small_kernels, tile, words
-from trimtab.runtime.formats import Layout, Quantized
-from trimtab.runtime.small_kernels import Sizes
-from trimtab.runtime.tile import Tile
+from trimtab.runtime.checkpoint import layer_layout
+from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized
+from trimtab.runtime.kernels import tile, words
+from trimtab.runtime.kernels.tile import Tile
+from trimtab.runtime.linear import choice, elementwise, small_batch
+from trimtab.runtime.linear.elementwise import Sizes
 
 CPU = torch.device("cpu")
 #: Triton's interpreter cuts what e4m3 has no bits for, where a GPU rounds.
@@ -45,11 +47,11 @@ def triton_kernels() -> Iterator[ModuleType]:
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton compiles here")
-    from trimtab.runtime import triton_kernels
+    from trimtab.runtime.kernels import elementwise
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "int", Whole, raising=False)
-        yield triton_kernels
+        yield elementwise
 
 
 @pytest.fixture(params=list(SIZES))
@@ -61,23 +63,23 @@ def sizes(request: pytest.FixtureRequest) -> Sizes:
 def test_a_kernel_computes_what_it_replaces(
     name: str, sizes: Sizes, triton_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(small_kernels, "direct", lambda _: (None,))  # FP8 is rounded another way when interpreted
-    function = small_kernels.adapted(triton_kernels)[name]
-    assert small_kernels.try_out(name, function, sizes, CPU) == ""
+    monkeypatch.setattr(elementwise, "direct", lambda _: (None,))  # FP8 is rounded another way when interpreted
+    function = elementwise.adapted(triton_kernels)[name]
+    assert elementwise.try_out(name, function, sizes, CPU) == ""
 
 
 def test_rounding_to_e4m3_saturates(triton_kernels: ModuleType) -> None:
     x, factor = torch.linspace(-3, 3, 1500).view(3, -1).bfloat16(), torch.tensor([200.0])
-    found, expected = (function(x, factor).float() for function in (triton_kernels.to_e4m3, small_kernels.to_e4m3))
-    assert found.max() == expected.max() == formats.E4M3_MAX
+    found, expected = (function(x, factor).float() for function in (triton_kernels.to_e4m3, elementwise.to_e4m3))
+    assert found.max() == expected.max() == layer_layout.E4M3_MAX
     assert (found - expected).norm() <= INTERPRETED_FP8 * expected.norm()
 
 
 def test_keys_and_values_in_fp8_are_stored_as_the_cache_stores_them(triton_kernels: ModuleType) -> None:
     sizes = SIZES["grouped"]
-    function = small_kernels.adapted(triton_kernels)["rotate_and_store"]
-    trial = small_kernels.TRIALS["rotate_and_store"]
-    found, expected = (trial(kernel, sizes, CPU)[3:] for kernel in (function, small_kernels.rotate_and_store))
+    function = elementwise.adapted(triton_kernels)["rotate_and_store"]
+    trial = elementwise.TRIALS["rotate_and_store"]
+    found, expected = (trial(kernel, sizes, CPU)[3:] for kernel in (function, elementwise.rotate_and_store))
     for a, b in zip(found, expected, strict=True):
         assert (a.float() - b.float()).norm() <= INTERPRETED_FP8 * b.float().norm()
 
@@ -92,18 +94,18 @@ def layer(kind: str, rows: int = 18, columns: int = 200) -> torch.nn.Module:
         return made.requires_grad_(False)
     weight = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
     if kind == "int8_wo":
-        return linear.WeightOnly(Quantized(Layout("W8A16"), weight, torch.rand(rows) * 0.01), None)
+        return choice.WeightOnly(Quantized(Layout("W8A16"), weight, torch.rand(rows) * 0.01), None)
     if kind == "int4":
         scale = torch.rand(rows, columns // 32) * 0.01
-        return linear.WeightOnly(Quantized(Layout("W4A16_AWQ", 32), formats.pack_int4(weight >> 4), scale), None)
+        return choice.WeightOnly(Quantized(Layout("W4A16_AWQ", 32), layer_layout.pack_int4(weight >> 4), scale), None)
     if kind.startswith("int8_sq"):
         smoothing = torch.rand(columns) + 0.5 if "smoothed" in kind else None
         given = {"input_scale": torch.tensor(0.03), "pre_quant_scale": smoothing}
         stored = Quantized(Layout("W8A8_SQ_PER_CHANNEL"), weight, torch.rand(rows) * 0.01, **given)
-        return linear.Int8Static(stored, torch.randn(rows))
+        return choice.Int8Static(stored, torch.randn(rows))
     scale = torch.rand(rows) * 0.02 if "by row" in kind else torch.tensor(0.02)
     stored = Quantized(Layout("FP8"), (weight / 32).to(torch.float8_e4m3fn), scale, torch.tensor(0.01))
-    return linear.Fp8(stored, None)
+    return choice.Fp8(stored, None)
 
 
 @pytest.mark.parametrize("block", [(2, 8, 4), (16, 64, 4)])  # that fit the matrix, and that do not
@@ -112,11 +114,11 @@ def layer(kind: str, rows: int = 18, columns: int = 200) -> torch.nn.Module:
 )
 def test_one_row_is_the_product_of_many(kind: str, block: tuple[int, int, int], triton_kernels: ModuleType) -> None:
     module = layer(kind)
-    given = few_rows.operands(module)
+    given = small_batch.operands(module)
     x_1I = torch.randn(1, 200).bfloat16()
     found = triton_kernels.matvec(x_1I, block=block, **given).float()
     if kind.startswith("fp8"):  # no kernel for it on a CPU
-        rounded = formats.round_fp8(x_1I.float(), 0.01)
+        rounded = layer_layout.round_fp8(x_1I.float(), 0.01)
         expected = rounded @ module.weight_OI.float().t() * module.weight_scale
     else:
         expected = module(x_1I).float()
@@ -134,9 +136,9 @@ def test_few_rows_are_the_product_of_many(kind: str, cut: str, rows: int, triton
     torch.manual_seed(1)
     module = layer(kind, rows=32, columns={"int4": 384, "int8_wo": 192}.get(kind, 96))
     module.bias = None
-    given = few_rows.operands(module)
+    given = small_batch.operands(module)
     x_RI = torch.randn(rows, module.in_features).bfloat16()
-    multiply = few_rows.product(module, given, CUTS[cut])
+    multiply = small_batch.product(module, given, CUTS[cut])
     found = multiply(x_RI).float()
     if kind in ("int4", "int8_wo"):
         expected = module.dense(x_RI).float()
@@ -153,16 +155,16 @@ def rounded(module: torch.nn.Module, x_RI: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["int4", "int8_wo"])
 def test_words_are_widened_to_the_numbers_of_the_layer(kind: str, triton_kernels: ModuleType) -> None:
-    from trimtab.runtime import matmul_kernel
+    from trimtab.runtime.kernels import matmul
 
     module = layer(kind, rows=16, columns=128)
     numbers_OI = words.unpack(module.words_OW, module.bits).float()
     if kind == "int4":
-        found = matmul_kernel.widen(module.words_OW, 4, module.scale, 32).float()
+        found = matmul.widen(module.words_OW, 4, module.scale, 32).float()
         expected = (numbers_OI.view(16, 4, 32) * module.scale.t()[..., None]).view(16, 128)
         assert (found - expected).abs().max() <= 2**-7 * expected.abs().max()  # interpreted, what is no bfloat16 is cut
     else:
-        assert torch.equal(matmul_kernel.widen(module.words_OW, 8).float(), numbers_OI)
+        assert torch.equal(matmul.widen(module.words_OW, 8).float(), numbers_OI)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -175,15 +177,15 @@ def test_words_hold_the_numbers(bits: int) -> None:
 
 def test_a_tile_that_does_not_divide_a_matrix_is_not_tried(triton_kernels: ModuleType) -> None:
     module = layer("fp8", rows=192, columns=384)
-    given = few_rows.operands(module)
+    given = small_batch.operands(module)
     tiles = tuple(cut for cut in tile.BYTES if cut.inputs == 128)
-    assert few_rows.cuts(module, given, 16) == tiles
-    assert few_rows.cuts(module, given, 1) == few_rows.BLOCKS + tiles
-    assert few_rows.cuts(layer("bf16"), few_rows.operands(layer("bf16")), 16) == ()
+    assert small_batch.cuts(module, given, 16) == tiles
+    assert small_batch.cuts(module, given, 1) == small_batch.BLOCKS + tiles
+    assert small_batch.cuts(layer("bf16"), small_batch.operands(layer("bf16")), 16) == ()
     narrow = layer("fp8", rows=96, columns=320)
-    assert few_rows.cuts(narrow, few_rows.operands(narrow), 16) == (tile.SMALL_BYTES[2],)
+    assert small_batch.cuts(narrow, small_batch.operands(narrow), 16) == (tile.SMALL_BYTES[2],)
     small = layer("int4", rows=64, columns=512)  # groups of 32, and no tile has so few words
-    assert few_rows.cuts(small, few_rows.operands(small), 1) == ()
+    assert small_batch.cuts(small, small_batch.operands(small), 1) == ()
     with pytest.raises(ValueError, match="a tile of 64 x 64 does not divide 64 x 128 in groups of 32"):
         small.by(tile.WORDS[0])
 
@@ -208,7 +210,7 @@ def test_layers_of_one_kind_and_shape_are_measured_together() -> None:
     layers = [layer(kind) for kind in kinds]
     hooked = layer("bf16")
     hooked.register_forward_hook(lambda *_: None)  # as where ranks add up
-    found = few_rows.by_shape([*layers, layers[0], hooked, layer("bf16", rows=20)])
+    found = small_batch.by_shape([*layers, layers[0], hooked, layer("bf16", rows=20)])
     assert [[layers.index(x) for x, _ in members] for members in found[:-1]] == [[0, 3], [1, 5], [2], [4]]
     assert [x.out_features for x, _ in found[-1]] == [20]
 
@@ -216,11 +218,11 @@ def test_layers_of_one_kind_and_shape_are_measured_together() -> None:
 def test_what_has_no_product_of_few_rows_keeps_its_own() -> None:
     smoothed = Quantized(Layout("W8A16"), torch.ones(16, 32, dtype=torch.int8), torch.ones(16))
     plain = layer("int8_sq")
-    assert few_rows.operands(plain) is not None
+    assert small_batch.operands(plain) is not None
     plain.pre_quant_scale = torch.ones(200)
-    assert few_rows.operands(linear.Int8WeightOnly(smoothed, None)) is None
-    assert few_rows.operands(plain) is None
-    assert few_rows.operands(linear.Emulated(smoothed, None)) is None
+    assert small_batch.operands(choice.Int8WeightOnly(smoothed, None)) is None
+    assert small_batch.operands(plain) is None
+    assert small_batch.operands(choice.Emulated(smoothed, None)) is None
 
 
 # ----------------------------------------------------------------------------------------------------- trying out
@@ -233,24 +235,24 @@ def test_a_kernel_that_fails_or_computes_something_else_is_not_used() -> None:
         raise RuntimeError("no such instruction\nmore")
 
     def wrong(x: torch.Tensor, *rest: Any) -> Any:
-        return tuple(1.1 * part for part in small_kernels.add_norm(x, *rest))
+        return tuple(1.1 * part for part in elementwise.add_norm(x, *rest))
 
-    assert small_kernels.try_out("add_norm", small_kernels.add_norm, sizes, CPU) == ""
-    assert small_kernels.try_out("add_norm", broken, sizes, CPU) == "RuntimeError: no such instruction"
-    assert "other numbers" in small_kernels.try_out("add_norm", wrong, sizes, CPU)
+    assert elementwise.try_out("add_norm", elementwise.add_norm, sizes, CPU) == ""
+    assert elementwise.try_out("add_norm", broken, sizes, CPU) == "RuntimeError: no such instruction"
+    assert "other numbers" in elementwise.try_out("add_norm", wrong, sizes, CPU)
 
 
 def test_what_is_left_as_it_was_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "trimtab.runtime.triton_kernels", None)
+    monkeypatch.setitem(sys.modules, "trimtab.runtime.kernels.elementwise", None)
     monkeypatch.delattr(runtime, "triton_kernels", raising=False)
-    assert small_kernels.choose(SIZES["grouped"], torch.device("cuda")) == small_kernels.Kernels()
+    assert elementwise.choose(SIZES["grouped"], torch.device("cuda")) == elementwise.Kernels()
     assert capsys.readouterr().err.count("runs without a kernel of its own: ") == 3
 
 
 def test_a_cpu_has_no_kernels_of_its_own() -> None:
-    found = small_kernels.choose(SIZES["grouped"], CPU)
-    assert found == small_kernels.Kernels()
+    found = elementwise.choose(SIZES["grouped"], CPU)
+    assert found == elementwise.Kernels()
     for name in ("to_e4m3", "to_int8"):
-        assert small_kernels.rounding(name, CPU) is getattr(small_kernels, name)
+        assert elementwise.rounding(name, CPU) is getattr(elementwise, name)

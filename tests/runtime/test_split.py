@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trimtab.runtime import split
+from trimtab.runtime.parallel import split
 
 #: Four rows, eight columns; entry = 10 * row + column.
 MATRIX = torch.arange(4)[:, None] * 10 + torch.arange(8)

@@ -10,11 +10,13 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from trimtab.runtime import decode, few_rows, fewer_kernels, step
-from trimtab.runtime.assemble import assemble
-from trimtab.runtime.decode import Growing, Stepping
-from trimtab.runtime.paged_engine import PagedEngine
-from trimtab.runtime.step import Step
+from trimtab.runtime.decoder import decode, step
+from trimtab.runtime.decoder.assemble import assemble
+from trimtab.runtime.decoder.decode import Growing, Stepping
+from trimtab.runtime.decoder.step import Step
+from trimtab.runtime.kernels import replacements
+from trimtab.runtime.linear import small_batch
+from trimtab.runtime.service.paged_engine import PagedEngine
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -51,7 +53,7 @@ def make(name: str, **changes: Any) -> PreTrainedModel:
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("bias") or "norm" in parameter_name:
             parameter.add_(0.3 * torch.randn(parameter.shape))
-    fewer_kernels.fuse_norms(model)
+    replacements.fuse_norms(model)
     return model
 
 
@@ -81,7 +83,7 @@ def test_the_llama_family_has_a_step(name: str, windows: torch.Tensor) -> None:
 def test_an_export_has_a_step(name: str, fuse: bool, plain_folder: Path, exported: Any) -> None:
     model = assemble(plain_folder if name == "bf16" else exported(name).folder, CPU, fuse=fuse)
     assert step.build(model, 64) is None  # for the norms are not replaced
-    fewer_kernels.fuse_norms(model)
+    replacements.fuse_norms(model)
     found = step.build(model, 64)
     assert isinstance(found, Step)
     assert step.disagreement(model, found, 64) == ""
@@ -134,7 +136,7 @@ def test_another_model_is_told_from_rounding(name: str, exported: Any) -> None:
     model, other = (assemble(exported(name).folder, CPU) for _ in range(2))
     other.model.layers[0].post_attention_layernorm.weight.mul_(1.5)
     for one in (model, other):
-        fewer_kernels.fuse_norms(one)
+        replacements.fuse_norms(one)
     assert step.disagreement(model, Step(model, 64), 64) == ""
     assert "other logits" in step.disagreement(model, Step(other, 64), 64)
 
@@ -142,16 +144,16 @@ def test_another_model_is_told_from_rounding(name: str, exported: Any) -> None:
 @torch.inference_mode()
 def test_products_are_used_for_the_rows_that_they_were_chosen_for(plain_folder: Path) -> None:
     model = assemble(plain_folder, CPU)
-    fewer_kernels.fuse_norms(model)
+    replacements.fuse_norms(model)
     layers, used = step.layers(model), []
     assert len(layers) == 2 * 4 + 1
-    assert all(few_rows.operands(layer) for layer in layers)
+    assert all(small_batch.operands(layer) for layer in layers)
 
     def noting(layer: torch.nn.Module, name: str) -> Any:
         return lambda x: used.append(name) or layer(x)
 
     names = {1: "one", 3: "few"}
-    chosen = {x: few_rows.Chosen(x, [(rows, noting(x, name)) for rows, name in names.items()]) for x in layers}
+    chosen = {x: small_batch.Chosen(x, [(rows, noting(x, name)) for rows, name in names.items()]) for x in layers}
     found = Step(model, 64, products=chosen)
     for batch, expected in ((1, ["one"]), (2, ["few"]), (3, ["few"]), (4, [])):
         used.clear()
@@ -169,7 +171,7 @@ def test_the_server_decodes_by_the_same_step(plain_folder: Path, windows: torch.
     prompts = [row[: 5 + number].tolist() for number, row in enumerate(windows)]
     expected = PagedEngine(plain_folder, settings, "cpu").generate(prompts, 10)
     engine = PagedEngine(plain_folder, settings, "cpu")
-    fewer_kernels.fuse_norms(engine.model)
+    replacements.fuse_norms(engine.model)
     asked = []
     own = Step(engine.model, 64)
     engine._step = lambda *args: asked.append(1) or own(*args)

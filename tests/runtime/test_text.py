@@ -10,15 +10,15 @@ import pytest
 import tiny
 import torch
 
+from trimtab.base.errors import InputError
 from trimtab.components.calibration import data as calibration
-from trimtab.components.distillation import data as distillation
-from trimtab.components.distillation import generation
-from trimtab.components.validation import measure
-from trimtab.components.validation.generation import PROMPTS, generate
-from trimtab.errors import InputError
+from trimtab.components.distillation.text import data as distillation
+from trimtab.components.distillation.text import generation
+from trimtab.components.validation.evaluation import measure
+from trimtab.components.validation.evaluation.generation import PROMPTS, generate
 from trimtab.recipe import Calibration
-from trimtab.runtime import text
-from trimtab.runtime.checkpoint import load_tokenizer
+from trimtab.runtime.checkpoint.model_files import load_tokenizer
+from trimtab.runtime.text import token_windows
 
 SENTENCE = tiny.SENTENCES[0]
 
@@ -42,21 +42,21 @@ def begins(tokenizer: Any, tokenizers: dict[bool, Any]) -> list[int]:
 
 
 def test_a_text_begins_as_the_tokenizer_begins_it(tokenizer, begins):
-    bare = text.encode(tokenizer, SENTENCE, special=False)
+    bare = token_windows.encode(tokenizer, SENTENCE, special=False)
     assert tokenizer.decode(bare) == SENTENCE
-    assert text.encode(tokenizer, SENTENCE) == begins + bare and text.prefix(tokenizer) == begins
-    assert text.encode(tokenizer, "") == begins
+    assert token_windows.encode(tokenizer, SENTENCE) == begins + bare and token_windows.prefix(tokenizer) == begins
+    assert token_windows.encode(tokenizer, "") == begins
 
 
 def test_a_text_that_has_its_bos_gets_no_second(tokenizer):
-    bare = text.encode(tokenizer, SENTENCE, special=False)
+    bare = token_windows.encode(tokenizer, SENTENCE, special=False)
     for special in (True, False):
-        assert text.encode(tokenizer, f"<s>{SENTENCE}", special) == [tokenizer.bos_token_id, *bare]
+        assert token_windows.encode(tokenizer, f"<s>{SENTENCE}", special) == [tokenizer.bos_token_id, *bare]
 
 
 def test_windows_of_perplexity(tokenizer, begins):
     content = " ".join(tiny.SENTENCES * 20)
-    windows = text.windows(tokenizer, content, 32, 8)
+    windows = token_windows.windows(tokenizer, content, 32, 8)
     assert windows.shape == (8, 32) and (windows[:, : len(begins)] == torch.tensor(begins)).all()
     assert content.startswith(tokenizer.decode(windows[:, len(begins) :].flatten())), "no token of it is left out"
 
@@ -78,7 +78,7 @@ def test_distillation_and_what_a_teacher_goes_on_from(tokenizer, begins):
 
 def test_what_an_engine_writes_after(tokenizer, begins):
     echo = SimpleNamespace(tokenizer=tokenizer, generate=lambda prompts, max_new_tokens: prompts)
-    assert generate(echo) == {p: begins + text.encode(tokenizer, p, special=False) for p in PROMPTS}
+    assert generate(echo) == {p: begins + token_windows.encode(tokenizer, p, special=False) for p in PROMPTS}
 
 
 def evaluated(tokenizer: Any, folder: Path, sentences: int, span: list[int], asked: int) -> tuple[int, torch.Tensor]:
@@ -91,7 +91,8 @@ def evaluated(tokenizer: Any, folder: Path, sentences: int, span: list[int], ask
 def test_where_a_text_gives_fewer_windows_each_look_gets_its_share(tokenizer, begins, tmp_path):
     """A larger vocabulary makes fewer tokens of the same text; a run may not end after acceptance for it."""
     start, whole = evaluated(tokenizer, tmp_path, 20, [0, 10], 10)
-    there = len(text.encode(tokenizer, (tmp_path / "heldout.txt").read_text(), special=False)) // (32 - len(begins))
+    text = (tmp_path / "heldout.txt").read_text()
+    there = len(token_windows.encode(tokenizer, text, special=False)) // (32 - len(begins))
     assert start == 0 and len(whole) == 10 < there
     asked = there + there // 2
     first, second = ([0, asked // 2], [asked // 2, asked])

@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from trimtab.contracts.arguments import tables
+from trimtab.catalog.contracts.arguments import tables
 
 
 def main() -> None:

@@ -6,11 +6,11 @@ import random
 
 import pytest
 
-from trimtab.adjust import next_recipe, predicted_ratio
+from trimtab.judge import FAILURE_CLASSES, Interval, Verdict
+from trimtab.loop.adjust import next_recipe, predicted_ratio
 from trimtab.loop.state import Brief
-from trimtab.plan import Rung
+from trimtab.plan.matrix import Rung
 from trimtab.recipe import Recipe
-from trimtab.verdict import FAILURE_CLASSES, Interval, Verdict
 
 
 def rung(text: str) -> Rung:

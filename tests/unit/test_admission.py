@@ -5,9 +5,9 @@ import struct
 
 import pytest
 
-from trimtab.admission import admit
-from trimtab.errors import InputError
-from trimtab.model import read_tensors, ties_embeddings
+from trimtab.base.errors import InputError
+from trimtab.model.admission import admit
+from trimtab.model.facts import read_tensors, ties_embeddings
 
 
 @pytest.fixture

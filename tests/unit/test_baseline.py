@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from trimtab.base.errors import InputError
 from trimtab.catalog.goals import GOALS
-from trimtab.errors import InputError
-from trimtab.hardware import GB, check, target
+from trimtab.judge import Verdict
 from trimtab.loop import decisions
 from trimtab.loop.state import Brief
-from trimtab.memory import memory
-from trimtab.outline import outline
+from trimtab.model.hardware import GB, target
+from trimtab.model.memory import memory
+from trimtab.model.outline import outline
+from trimtab.plan.checks import check
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import open_store
-from trimtab.verdict import Verdict
 
 CONFIGS = Path(__file__).parent / "configs"
 #: Published shapes, by the models' config.json.

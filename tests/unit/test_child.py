@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from trimtab import child
-from trimtab.errors import Failure, InputError, StageError, StoreError
+from trimtab.base import child
+from trimtab.base.errors import Failure, InputError, StageError, StoreError
 
 WORK = '''
 import os, signal
-from trimtab.errors import Failure, InputError, StoreError
+from trimtab.base.errors import Failure, InputError, StoreError
 
 def answer(**arguments):
     return {"pid": os.getpid(), **arguments}

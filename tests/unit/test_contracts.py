@@ -2,9 +2,9 @@
 
 import pytest
 
-from trimtab.contracts import version
-from trimtab.contracts.arguments import llm_args, tables, trtllm_build
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
+from trimtab.catalog.contracts import version
+from trimtab.catalog.contracts.arguments import llm_args, tables, trtllm_build
 from trimtab.recipe import Engine, Recipe
 from trimtab.serving import settings
 

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.dealing import Deal, Spans, deal, fewest
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
+from trimtab.judge.statistics import paired_recovery
+from trimtab.plan.dealing import Deal, Spans, deal, fewest
 from trimtab.recipe import Acceptance
 from trimtab.recipe.evaluation import Evaluation
-from trimtab.statistics import paired_recovery
 
 #: Items of the splits that lm-eval evaluates.
 SIZES = {

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from trimtab.base.errors import InputError
 from trimtab.components.fetch.source import fetch
-from trimtab.errors import InputError
+from trimtab.judge import Verdict
 from trimtab.loop import decisions
 from trimtab.loop.documents import load, read_plan, save
 from trimtab.loop.state import Brief, State
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import open_store
-from trimtab.verdict import Verdict
 
 BASELINE = Verdict(outcome="baseline", reason="the model unchanged")
 ACCEPTED = Verdict(outcome="accepted", reason="good")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trimtab import environment, evidence
-from trimtab.errors import InputError, StoreError
-from trimtab.evidence import CONFIRMATION, LOOKS, look_name
+from trimtab.base import environment
+from trimtab.base.errors import InputError, StoreError
+from trimtab.judge import NotPaired
+from trimtab.loop import evidence
+from trimtab.loop.evidence import CONFIRMATION, LOOKS, look_name
 from trimtab.loop.state import State
 from trimtab.recipe import Recipe
 from trimtab.store import Tree
-from trimtab.verdict import NotPaired
 
 RECIPE = Recipe()
 ITEMS, WINDOWS = 300, 16

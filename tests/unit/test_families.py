@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trimtab import families
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
 
 
 @pytest.mark.parametrize(

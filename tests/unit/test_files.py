@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.files import with_files, without
 from trimtab.recipe import Calibration, Source
+from trimtab.recipe.files import with_files, without
 
 
 def found(*texts: str) -> dict[str, str]:

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from trimtab.errors import InputError
-from trimtab.fusion import Group, block_of, groups
+from trimtab.base.errors import InputError
+from trimtab.families.fusion import Group, block_of, groups
 
 LLAMA = [
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from trimtab.errors import Damaged, InputError, StoreError
+from trimtab.base.errors import Damaged, InputError, StoreError
 from trimtab.store import leases, open_store
 from trimtab.store.garbage import collect
 

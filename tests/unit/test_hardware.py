@@ -3,10 +3,12 @@
 import facts
 import pytest
 
-from trimtab import hardware
-from trimtab.errors import InputError
-from trimtab.hardware import GB, GPUS, TARGETS, check, largest_group_size, machine_memory, target
-from trimtab.model import Linear, ModelFacts
+from trimtab.base.errors import InputError
+from trimtab.model import hardware
+from trimtab.model.facts import Linear, ModelFacts
+from trimtab.model.hardware import GB, GPUS, TARGETS, machine_memory, target
+from trimtab.model.linear_layers import largest_group_size
+from trimtab.plan.checks import check
 from trimtab.recipe import GROUPED_FORMATS, Quantization, Recipe
 
 

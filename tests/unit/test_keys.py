@@ -11,12 +11,13 @@ from types import SimpleNamespace
 import pytest
 from facts import LLAMA_8B
 
-from trimtab import child, environment, stages
+from trimtab import stages
+from trimtab.base import child, environment
 from trimtab.components.validation import stage as validation
-from trimtab.hardware import target
 from trimtab.loop.documents import load, save
 from trimtab.loop.state import State
-from trimtab.plan import ladder
+from trimtab.model.hardware import target
+from trimtab.plan.matrix import ladder
 from trimtab.recipe import Recipe
 from trimtab.stages import STAGES, Stage
 from trimtab.store import Store, open_store

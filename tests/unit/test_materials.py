@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trimtab.materials import Materials, differences, gather
+from trimtab.loop.provenance import Materials, differences, gather
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import Tree

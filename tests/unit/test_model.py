@@ -5,8 +5,8 @@ import struct
 
 import pytest
 
-from trimtab.errors import InputError
-from trimtab.model import Linear, ModelFacts, inspect, read_header
+from trimtab.base.errors import InputError
+from trimtab.model.facts import Linear, ModelFacts, inspect, read_header
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8,

@@ -5,9 +5,9 @@ import struct
 
 import pytest
 
-from trimtab.errors import InputError
-from trimtab.model import inspect, read_tensors
-from trimtab.model_files import INDEX, companions, is_computed, model_files, weight_files
+from trimtab.base.errors import InputError
+from trimtab.model.facts import inspect, read_tensors
+from trimtab.model.files import INDEX, companions, is_computed, model_files, weight_files
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 

@@ -3,14 +3,15 @@
 import pytest
 from facts import LLAMA_3B, LLAMA_8B, LLAMA_70B, SMOLLM2, llama
 
+from trimtab.base.errors import InputError
 from trimtab.catalog.goals import GOALS
-from trimtab.errors import InputError
-from trimtab.hardware import GB, check, target
-from trimtab.memory import max_context_tokens, memory
-from trimtab.plan import MAX_RUNGS, ladder
+from trimtab.model.hardware import GB, target
+from trimtab.model.memory import max_context_tokens, memory
+from trimtab.model.shapes import pruned
+from trimtab.plan.checks import check
+from trimtab.plan.matrix import MAX_RUNGS, ladder
 from trimtab.recipe import Acceptance, Recipe, SparsePruning
-from trimtab.serving.workload import Workload
-from trimtab.shapes import pruned
+from trimtab.recipe.workload import Workload
 
 MODELS = {"SmolLM2-135M": SMOLLM2, "Llama-3.1-8B": LLAMA_8B, "Llama-3.1-70B": LLAMA_70B}
 TARGETS = ("cpu", "a100-40", "a100-80", "l4", "l40s", "h100", "h200", "b200", "rtx4090")

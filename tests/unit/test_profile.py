@@ -2,8 +2,8 @@
 
 import pytest
 
-from trimtab.errors import InputError
-from trimtab.profile import Profile
+from trimtab.base.errors import InputError
+from trimtab.stages.profile import Profile
 
 REFUSED = [
     ("gpus: {}", "gpus: unknown key 'gpus'; write 'gpu'"),

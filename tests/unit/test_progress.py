@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from trimtab import progress
+from trimtab.base import progress
 
 
 @pytest.fixture

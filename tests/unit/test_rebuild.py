@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 from releases import file_release
 
-from trimtab import environment, placing, rebuild, signing, stages, statement
+from trimtab import stages
+from trimtab.base import environment, signing
+from trimtab.base.errors import Damaged, InputError
 from trimtab.components.fetch.source import fetch
-from trimtab.errors import Damaged, InputError
+from trimtab.judge import Verdict
 from trimtab.loop import decisions
 from trimtab.loop.documents import read_plan, write_plan
 from trimtab.loop.state import Brief
+from trimtab.plan import placement
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
+from trimtab.release import rebuild, statement
 from trimtab.store import Store, Tree
-from trimtab.verdict import Verdict
 
 DISTILLED = """
 prune: {method: depth, blocks: 1}
@@ -172,14 +175,14 @@ def test_a_released_recipe_that_does_not_fit_any_more(store, run, monkeypatch, c
     better = Recipe.parse(DISTILLED.replace("blocks: 1", "blocks: 2"))
     released(store, run(SERVED), recipe=better)
     record(output=40)
-    plan_engine = placing.plan_engine
+    plan_engine = placement.plan_engine
 
     def refuses(facts: Any, recipe: Recipe, *others: Any) -> Any:
         if recipe.prune == better.prune:
             raise InputError("target: not one request fits")
         return plan_engine(facts, recipe, *others)
 
-    monkeypatch.setattr(placing, "plan_engine", refuses)
+    monkeypatch.setattr(placement, "plan_engine", refuses)
     _, state = rebuild.plan(**run(SERVED))
     assert "the recipe of the last release is not tried: target: not one request fits" in capsys.readouterr().err
     ladder = [rung.recipe for rung in read_plan(store, state.plan).ladder]

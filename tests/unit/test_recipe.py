@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from trimtab.base.errors import InputError
 from trimtab.catalog.formats import FORMATS
-from trimtab.errors import InputError
 from trimtab.recipe import Format, Recipe
 
 BAD = [

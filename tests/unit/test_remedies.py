@@ -10,15 +10,14 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from trimtab.base.errors import InputError, nearest
+from trimtab.base.schema_errors import explain
 from trimtab.catalog.goals import GOALS
-from trimtab.components.deployment.serving import Rollout
-from trimtab.errors import InputError, nearest
-from trimtab.hardware import TARGETS, target
-from trimtab.profile import Profile
-from trimtab.recipe import Format, Recipe
+from trimtab.components.deployment.rollout.settings import Rollout
+from trimtab.model.hardware import TARGETS, target
+from trimtab.recipe import Format, Recipe, workload
 from trimtab.recipe.evaluation import Evaluation
-from trimtab.schema_errors import explain
-from trimtab.serving import workload
+from trimtab.stages.profile import Profile
 
 ROLLOUT = "{service: a, namespace: b, image: 'i:1', command: [x], loader: 'l:1'}"
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from trimtab.base.schema import digest
 from trimtab.recipe import Recipe
-from trimtab.schema import digest
 
 RECIPE = Recipe.parse(
     "{name: grün, prune: {method: depth, blocks: 2}, quantize: {format: mixed, effective_bits: 5.5, exclude: []}}"

@@ -3,8 +3,8 @@
 import pytest
 from facts import LLAMA_8B, SMOLLM2, llama
 
+from trimtab.model.shapes import check, kept, pruned
 from trimtab.recipe import Recipe
-from trimtab.shapes import check, kept, pruned
 
 QWEN = llama(24, 896, 4864, 14, 2, 64, 151936, 32768, True).model_copy(update={"model_type": "qwen2"})
 MQA = llama(2, 512, 1024, 8, 1, 64, 256, 512, True)

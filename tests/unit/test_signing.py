@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from trimtab import signing
-from trimtab.errors import InputError, NotVerified
+from trimtab.base import signing
+from trimtab.base.errors import InputError, NotVerified
 
 PAYLOAD = b'{"a": 1}'
 

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from trimtab import child, environment, stages
-from trimtab.errors import Failure, StoreError
+from trimtab import stages
+from trimtab.base import child, environment
+from trimtab.base.errors import Failure, StoreError
 from trimtab.loop.documents import load, save
 from trimtab.loop.state import State, fail
 from trimtab.recipe import Recipe

@@ -7,20 +7,20 @@ import math
 import pytest
 from facts import LLAMA_8B
 
-from trimtab.adjust import next_recipe
+from trimtab.base.errors import InputError
 from trimtab.catalog.goals import GOALS
-from trimtab.errors import InputError
-from trimtab.hardware import TARGETS, target
+from trimtab.judge import Confirmation, Measurements, Verdict
+from trimtab.judge.statistics import Interval
 from trimtab.loop import decisions
+from trimtab.loop.adjust import next_recipe
 from trimtab.loop.documents import load, read_attempt, save
 from trimtab.loop.state import Brief, State
-from trimtab.plan import ladder
+from trimtab.model.hardware import TARGETS, target
+from trimtab.plan.matrix import ladder
 from trimtab.recipe import Acceptance, Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.stages import STAGES
-from trimtab.statistics import Interval
 from trimtab.store import Tree
-from trimtab.verdict import Confirmation, Measurements, Verdict
 
 STORE = "s3://ml-platform-artifacts/teams/compression/trimtab"
 TREE = Tree(uri=f"{STORE}/trees/{'a' * 64}", digest="a" * 64, bytes=16_060_522_240)

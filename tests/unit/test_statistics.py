@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from trimtab.statistics import (
+from trimtab.judge.statistics import (
     BaselineAtChance,
     Interval,
     mcnemar,
@@ -241,5 +241,5 @@ def test_no_proportion_of_nothing(successes, n):
 
 
 def test_importing_needs_no_scipy():
-    code = "import sys, trimtab.statistics, trimtab.verdict; sys.exit('scipy' in sys.modules)"
+    code = "import sys, trimtab.judge.statistics, trimtab.judge; sys.exit('scipy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from trimtab import progress, status
+from trimtab.base import progress
+from trimtab.judge import Verdict
+from trimtab.loop import status
 from trimtab.loop.state import Brief, State
 from trimtab.recipe import Recipe
 from trimtab.store import open_store
-from trimtab.verdict import Verdict
 
 RUN, OTHER = "0b0c4b6e-3b7d-4c57-9d55-6f2b7c1d8a90", "7d1f2a34-5b6c-4d7e-8f90-a1b2c3d4e5f6"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import seaweed
 
-from trimtab.errors import InputError, StoreError
+from trimtab.base.errors import InputError, StoreError
 from trimtab.store import Store, open_store
 from trimtab.store.local import blob_key
 from trimtab.store.s3 import S3Back

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from facts import LLAMA_1B, LLAMA_3B, LLAMA_8B, SMOLLM2
 
+from trimtab.base.errors import InputError
 from trimtab.catalog.goals import GOALS
-from trimtab.errors import InputError
-from trimtab.hardware import GB, GPUS, target
-from trimtab.memory import TRAINING_SHARE, activation_bytes, trainable, training
-from trimtab.plan import ladder
+from trimtab.model.hardware import GB, GPUS, target
+from trimtab.model.memory import TRAINING_SHARE, activation_bytes, trainable, training
+from trimtab.plan.matrix import ladder
 from trimtab.recipe import Recipe
 
 DISTILL = "distill: {{tokens: 100000000, batch_size: 16, length: {length}{more}}}, engine: {{backend: trtllm}}"

@@ -4,10 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from trimtab.errors import TrimtabError
-from trimtab.recipe import Acceptance
-from trimtab.statistics import Interval
-from trimtab.verdict import (
+from trimtab.base.errors import TrimtabError
+from trimtab.judge import (
     FAILURE_CLASSES,
     Measurements,
     NotPaired,
@@ -19,6 +17,8 @@ from trimtab.verdict import (
     gain,
     judge,
 )
+from trimtab.judge.statistics import Interval
+from trimtab.recipe import Acceptance
 
 ACCEPT = Acceptance()
 ITEMS, WINDOWS = (360, 840, 1800), (16, 32, 48)

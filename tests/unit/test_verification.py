@@ -15,10 +15,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from releases import Released
 
-from trimtab import signing, statement
-from trimtab.errors import InputError, NotVerified, StoreError
+from trimtab.base import signing
+from trimtab.base.errors import InputError, NotVerified, StoreError
+from trimtab.release import statement
+from trimtab.release.verification import verify
 from trimtab.store import open_store
-from trimtab.verification import verify
 
 
 @pytest.fixture

@@ -14,16 +14,16 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from trimtab.base.errors import InputError, TrimtabError
 from trimtab.components.engine.server import protocol
 from trimtab.components.engine.server.metrics import Metrics
 from trimtab.components.engine.server.protocol import Answer, Chat, Completion
 from trimtab.components.engine.server.recorder import Recorder
 from trimtab.components.engine.server.text_stream import TextStream
 from trimtab.components.engine.server.worker import Worker
-from trimtab.errors import InputError, TrimtabError
-from trimtab.runtime.paged_engine import PagedEngine, Request
-from trimtab.runtime.sampling import Chosen
-from trimtab.runtime.text import encode
+from trimtab.runtime.service.paged_engine import PagedEngine, Request
+from trimtab.runtime.service.sampling import Chosen
+from trimtab.runtime.text.token_windows import encode
 
 #: Bytes of a request's body at most: a prompt of a million tokens.
 MAX_BODY = 4 << 20

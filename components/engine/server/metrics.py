@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from trimtab.components.engine.server.recorder import Recorder
-from trimtab.runtime.paged_engine import Event, PagedEngine, Request
+from trimtab.runtime.service.paged_engine import Event, PagedEngine, Request
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from trimtab.errors import InputError
-from trimtab.runtime.sampling import Chosen, Sampling
-from trimtab.schema import Document
+from trimtab.base.errors import InputError
+from trimtab.base.schema import Document
+from trimtab.runtime.service.sampling import Chosen, Sampling
 
 #: Answers of one request at most: prompts times `n`.
 MAX_CHOICES = 128

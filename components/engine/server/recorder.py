@@ -13,9 +13,9 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from trimtab import progress
-from trimtab.errors import InputError
-from trimtab.runtime.paged_engine import Request
+from trimtab.base import progress
+from trimtab.base.errors import InputError
+from trimtab.runtime.service.paged_engine import Request
 
 
 class Recorder:

@@ -9,13 +9,13 @@ from types import FrameType
 
 import uvicorn
 
-from trimtab import progress
+from trimtab.base import progress
+from trimtab.base.errors import InputError
 from trimtab.components.engine.server.app import Server
 from trimtab.components.engine.server.recorder import Recorder
-from trimtab.errors import InputError
 from trimtab.recipe import Engine as Settings
-from trimtab.runtime.paged_engine import PagedEngine
-from trimtab.runtime.scheduler import Strategy
+from trimtab.runtime.service.paged_engine import PagedEngine
+from trimtab.runtime.service.scheduler import Strategy
 
 
 class _Draining(uvicorn.Server):

@@ -15,8 +15,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from trimtab.errors import Failure, StageError
-from trimtab.runtime.paged_engine import Event, PagedEngine, Request
+from trimtab.base.errors import Failure, StageError
+from trimtab.runtime.service.paged_engine import Event, PagedEngine, Request
 
 #: Seconds until a batch that waits for more sequences is asked again.
 WAIT = 0.002

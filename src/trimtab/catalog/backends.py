@@ -16,7 +16,7 @@ class Backend:
 
     Attributes:
         name: as a recipe's `engine.backend` has it.
-        module: its `open_engine` opens what was built for it (see `runtime.backends.open_engine`).
+        module: its `open_engine` opens what was built for it (see `runtime.engines.backends.open_engine`).
         library: what people call the library that must be installed; "" for PyTorch, which always is.
         group_sizes: the weights of a row that may share a scale in grouped formats, the largest first.
         architectures: the models that it serves, by the name in config.json; empty for all.
@@ -49,19 +49,19 @@ BACKENDS = {
     row.name: row
     for row in (
         Backend(
-            "torch", "trimtab.runtime.parallel_engine",
+            "torch", "trimtab.runtime.engines.parallel",
             cpu=True, emulates=True, switches_kv_cache=True, claims_gpu=False,
         ),
-        Backend("trtllm", "trimtab.runtime.trtllm", "TensorRT-LLM", group_sizes=(128, 64)),
+        Backend("trtllm", "trimtab.runtime.engines.trtllm", "TensorRT-LLM", group_sizes=(128, 64)),
         Backend(
-            "trtllm-legacy", "trimtab.runtime.trtllm", "TensorRT-LLM", group_sizes=(128, 64), compiled=True,
+            "trtllm-legacy", "trimtab.runtime.engines.trtllm", "TensorRT-LLM", group_sizes=(128, 64), compiled=True,
             # TensorRT-LLM has one module for both.
             architectures=("LlamaForCausalLM", "MistralForCausalLM"),
             # TensorRT-LLM issue #1113: this pair asserts in the engine build.
             clashes=(("int8_wo", "fp8"),),
         ),
         # vLLM refuses a ModelOpt checkpoint that names no format of weights ("Missing 'quant_algo'").
-        Backend("vllm", "trimtab.runtime.vllm", "vLLM", kv_cache_alone=False),
+        Backend("vllm", "trimtab.runtime.engines.vllm_engine", "vLLM", kv_cache_alone=False),
     )
 }  # fmt: skip
 #: Those of TensorRT-LLM.

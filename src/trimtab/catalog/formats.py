@@ -3,15 +3,15 @@
 What is served on which compute capability, and where that is said:
 
 - `torch`: PyTorch's own kernels: `_scaled_mm` (FP8, 8.9 and later), `_int_mm`, on a CPU those of packed INT4 and
-  INT8; on a GPU trimtab's for these (`runtime.matmul_kernel`), in bfloat16's instructions of 8.0 and later. The
+  INT8; on a GPU trimtab's for these (`runtime.kernels.matmul`), in bfloat16's instructions of 8.0 and later. The
   only back end for `mixed`: a MIXED_PRECISION checkpoint of INT4 and INT8 weights has no other reader, because
   TensorRT-LLM's matrix has no INT8 weights at all and vLLM reads no INT8 of ModelOpt.
 - `trtllm`: the matrix of TensorRT-LLM's docs/source/features/quantization.md. sm120 (consumer Blackwell) has no W4A16
   AWQ there, sm100 and sm103 do.
 - `trtllm-legacy`: the support matrix of TensorRT-LLM 0.18 (INT8 and INT4 up to compute capability 9.0).
-- `vllm`: FP8 from ModelOpt's unified checkpoint; INT4 once it is translated (`runtime.vllm_checkpoint`), which Marlin
-  multiplies from Turing on, in BF16 from Ampere on. (vLLM also runs FP8 files on Ampere, as weight-only Marlin kernels.
-  That is another computation than the one that was calibrated, so trimtab does not offer it.)
+- `vllm`: FP8 from ModelOpt's unified checkpoint; INT4 once it is translated (`runtime.checkpoint.compressed_tensors`),
+  which Marlin multiplies from Turing on, in BF16 from Ampere on. (vLLM also runs FP8 files on Ampere, as weight-only
+  Marlin kernels. That is another computation than the one that was calibrated, so trimtab does not offer it.)
 """
 
 from __future__ import annotations

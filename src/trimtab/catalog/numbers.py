@@ -1,4 +1,4 @@
-"""The types of numbers that are stored or multiplied in few bits. How they are rounded: `runtime.formats`, `scales`."""
+"""The types of numbers that are stored or multiplied in few bits."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ compares every name with transformers' own modules.
 
 from __future__ import annotations
 
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
 from trimtab.families import cohere, gemma, glm, llama, olmo, phi, plain, qwen
 from trimtab.families.family import Attention, Config, Family, Layer, Limit, Mlp, SharedInput
 from trimtab.families.undescribed import missing

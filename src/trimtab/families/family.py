@@ -134,8 +134,8 @@ class Family:
         sizes: a config's sizes under the names that Llama has for them, where this family has others.
         bos: whether every text must begin with the BOS token, without which likelihoods are far off.
         qkv_bias: whether query, key and value have a bias, or the field of config.json that says it.
-        llama_block: whether a block computes what a Llama's does, which `runtime.step` then computes faster.
-        width: whether its blocks can be made narrower, and its shapes follow from its config (`trimtab.outline`).
+        llama_block: whether a block computes what a Llama's does, which `runtime.decoder.step` then computes faster.
+        width: whether its blocks can be made narrower, and its shapes follow from its config (`trimtab.model.outline`).
         heads_divide_hidden: whether its config wants a hidden size that the number of heads divides.
         tensor_parallel: whether the torch engine can split its layers over processes.
         no_serve: why `serve` and paged attention cannot run it; "" where they can.

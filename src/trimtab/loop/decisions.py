@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from trimtab import adjust, dealing, hardware, materials, memory, placing, plan, progress, task_sizes
+from trimtab.base import progress
+from trimtab.base.errors import Failure, InputError, nearest
 from trimtab.catalog.goals import GOALS
-from trimtab.errors import Failure, InputError, nearest
+from trimtab.loop import adjust, provenance
 from trimtab.loop.documents import Plan, read_plan, write_plan
 from trimtab.loop.state import State, fail
-from trimtab.model import ModelFacts
-from trimtab.plan import MAX_RUNGS, Rung
+from trimtab.model import hardware, memory
+from trimtab.model.facts import ModelFacts
+from trimtab.plan import checks, dealing, matrix, placement, task_sizes
+from trimtab.plan.matrix import MAX_RUNGS, Rung
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
+from trimtab.recipe.workload import Workload
 from trimtab.serving import traffic as recorded
 from trimtab.serving.traffic import Traffic
-from trimtab.serving.workload import Workload
 from trimtab.store import Store, Tree, open_store
 from trimtab.store.address import check_name
 
@@ -63,8 +66,8 @@ def begin(
     if released:
         others = [rung for rung in rungs if rung.recipe.digest != released.recipe.digest]
         rungs = [released, *others][:MAX_RUNGS]
-    unchanged = plan.baseline(goal, facts, machine, rungs, wanted.workload, wanted.engine.world_size)
-    made_of = materials.gather(
+    unchanged = matrix.baseline(goal, facts, machine, rungs, wanted.workload, wanted.engine.world_size)
+    made_of = provenance.gather(
         model=model,
         recipe=wanted,
         goal=goal,
@@ -113,16 +116,16 @@ def outline(goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Re
     """
     wanted = _for_traffic(wanted, recorded.of(wanted.workload))
     rungs, refused = _climbed(goal, facts, machine, wanted)
-    unchanged = plan.baseline(goal, facts, machine, rungs, wanted.workload, wanted.engine.world_size)
-    return plan.outline(unchanged, rungs, refused)
+    unchanged = matrix.baseline(goal, facts, machine, rungs, wanted.workload, wanted.engine.world_size)
+    return matrix.outline(unchanged, rungs, refused)
 
 
 def _climbed(
     goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Recipe
-) -> tuple[list[Rung], list[plan.Refused]]:
+) -> tuple[list[Rung], list[matrix.Refused]]:
     wanted = _for_traffic(wanted, recorded.of(wanted.workload))
     first = wanted if wanted.prune or wanted.distill or wanted.quantize else None
-    rungs, refused = plan.climb(
+    rungs, refused = matrix.climb(
         goal,
         facts,
         machine,
@@ -138,7 +141,7 @@ def _climbed(
 def _sized(released: Rung, facts: ModelFacts, machine: hardware.Hardware, workload: Workload) -> Rung | None:
     """Gives a released recipe an engine for another workload; None where it does not fit any more."""
     try:
-        sized = placing.sized(released.recipe, facts, machine, workload)
+        sized = placement.sized(released.recipe, facts, machine, workload)
     except InputError as error:
         progress.report("plan", f"the recipe of the last release is not tried: {error}")
         return None
@@ -156,7 +159,7 @@ def prepare(state: State) -> State:
     if state.verdict or state.attempt == 0:
         return state
     facts, machine = facts_of(open_store(state.store), state.model), hardware.target(state.target)
-    reason = hardware.check(state.recipe, machine, facts)
+    reason = checks.check(state.recipe, machine, facts)
     if reason:
         return fail(state, "prepare", Failure("unsupported", reason))
     need = memory.memory(facts, state.recipe, machine)
@@ -203,7 +206,7 @@ def _next(state: State) -> tuple[Rung | None, str]:
     store, machine = open_store(state.store), hardware.target(state.target)
     rungs, facts = list(read_plan(store, state.plan).ladder), facts_of(store, state.model)
     rung, why = adjust.next_recipe(
-        rungs, state.history, lambda recipe: hardware.check(recipe, machine, facts) is None
+        rungs, state.history, lambda recipe: checks.check(recipe, machine, facts) is None
     )
     return rung and rung.model_copy(update={"student": _student(rungs, rung.recipe)}), why
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from trimtab.base.errors import InputError
+from trimtab.base.schema import Document
 from trimtab.catalog.goals import Goal
-from trimtab.dealing import Deal
-from trimtab.errors import InputError
+from trimtab.judge import Verdict
 from trimtab.loop.state import Brief, State
-from trimtab.plan import Rung
+from trimtab.plan.dealing import Deal
+from trimtab.plan.matrix import Rung
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
-from trimtab.schema import Document
 from trimtab.store import Store, Tree, open_store
 from trimtab.store.address import split_tree
-from trimtab.verdict import Verdict
 
 
 class Plan(Document):

@@ -9,14 +9,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from trimtab import progress
+from trimtab.base import progress
+from trimtab.base.errors import Failure
+from trimtab.base.schema import Document
 from trimtab.catalog.goals import Goal
-from trimtab.errors import Failure
+from trimtab.judge import Verdict
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
-from trimtab.schema import Document
 from trimtab.store.tree import Tree
-from trimtab.verdict import Verdict
 
 
 class Brief(Document):

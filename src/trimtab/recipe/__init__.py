@@ -9,6 +9,7 @@ from typing import Annotated
 
 from pydantic import Discriminator, Tag, model_validator
 
+from trimtab.base.schema import Document, digest
 from trimtab.recipe.calibration import Calibration, Source
 from trimtab.recipe.distillation import Distillation
 from trimtab.recipe.engine import SIZES, Acceptance, Engine
@@ -22,8 +23,7 @@ from trimtab.recipe.quantization import (
     KVCache,
     Quantization,
 )
-from trimtab.schema import Document, digest
-from trimtab.serving.workload import Recorded, Workload, kind
+from trimtab.recipe.workload import Recorded, Workload, kind
 
 __all__ = [
     "Acceptance",

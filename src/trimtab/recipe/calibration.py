@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from trimtab.base.schema import Document
+from trimtab.base.schema_errors import in_yaml
 from trimtab.recipe.fields import Count
-from trimtab.schema import Document
-from trimtab.schema_errors import in_yaml
 
 
 class Source(Document):

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_serializer, model_validator
 
+from trimtab.base.schema import Document
 from trimtab.recipe.fields import Count
-from trimtab.schema import Document
 
 
 class Distillation(Document):

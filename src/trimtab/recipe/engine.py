@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
+from trimtab.base.errors import InputError
+from trimtab.base.schema import Document
 from trimtab.catalog.backends import BACKENDS
-from trimtab.contracts import version as tensorrt_llm
-from trimtab.errors import InputError
+from trimtab.catalog.contracts import version as tensorrt_llm
 from trimtab.recipe.fields import Count, Ratio
-from trimtab.schema import Document
 
 #: Fields of `Engine` that are written down only where they differ from their defaults.
 _LATER = ("tensorrt_llm", "kv_cache_tokens", "tokens_per_block", "enable_block_reuse", "scheduler_policy")

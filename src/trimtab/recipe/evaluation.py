@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from trimtab.schema import Document
+from trimtab.base.schema import Document
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -15,7 +15,7 @@ class Evaluation(Document):
     """What is measured: lm-eval tasks, and how many items and text windows each of three looks adds.
 
     `confirm_items` and `confirm_windows` are drawn after acceptance and are disjoint from those of the looks. Where
-    there are fewer items or windows in all, each gets its share of them; `trimtab.dealing` says which.
+    there are fewer items or windows in all, each gets its share of them; `trimtab.plan.dealing` says which.
 
     An item is one answer, also where its task reads the answer in several ways ("filters"): `filters` names one for a
     task, such as {gsm8k: flexible-extract}. Without, it is the task's first, which for gsm8k is strict-match.

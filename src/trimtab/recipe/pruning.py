@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from trimtab.base.schema import Document
 from trimtab.recipe.fields import Count, Ratio
-from trimtab.schema import Document
 
 
 class SparsePruning(Document):

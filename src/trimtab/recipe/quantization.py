@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from trimtab.base.schema import Document
 from trimtab.catalog.formats import FORMATS, WeightFormat
 from trimtab.catalog.kv_caches import KV_CACHES
-from trimtab.schema import Document
 
 #: Formats of weights and activations, by the names of the recipe.
 Format = Literal[tuple(FORMATS)]

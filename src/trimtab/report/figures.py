@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from trimtab.judge import Interval
 from trimtab.report.rows import fraction, interval_text, number
-from trimtab.verdict import Interval
 
 #: Width and height of a scatter, and its margins, in SVG units (about a CSS pixel).
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 540, 330, 58, 18, 16, 48

@@ -9,13 +9,13 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from trimtab.judge import Interval, Measurements, Verdict
 from trimtab.loop.state import Brief, State
 from trimtab.report import curves, figures, story
 from trimtab.report.figures import Dimension, Point
 from trimtab.report.rows import COLUMNS, DASH, INTERVALS, Row, fraction, interval_text, number, rows, spent
 from trimtab.stages import STAGES
 from trimtab.store.tree import Tree
-from trimtab.verdict import Interval, Measurements, Verdict
 
 WORST_LAYERS = 10
 

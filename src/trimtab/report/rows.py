@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from trimtab.judge import Interval
 from trimtab.loop.state import Brief, State
-from trimtab.verdict import Interval
 
 DASH = "–"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+from trimtab.judge import Verdict
 from trimtab.loop.state import Brief, State
 from trimtab.report.rows import interval_text, one_line
-from trimtab.verdict import Verdict
 
 #: What `Verdict.gain` counts, for each goal.
 GAINED = {

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trimtab.base.errors import InputError
+from trimtab.base.schema import Document
 from trimtab.catalog.formats import FORMATS
-from trimtab.errors import InputError
 from trimtab.recipe import Engine, Recipe
-from trimtab.schema import Document
 from trimtab.store import open_store
 from trimtab.store.address import split_release
 

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trimtab.base.errors import Failure
+from trimtab.base.schema import Document
 from trimtab.catalog.backends import BACKENDS
-from trimtab.errors import Failure
 from trimtab.recipe import Engine
-from trimtab.schema import Document
 
 NAME = "engine.json"
 #: Folder of the serialized engines, beside it.

@@ -28,8 +28,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from trimtab import progress
-from trimtab.errors import InputError
+from trimtab.base import progress
+from trimtab.base.errors import InputError
 
 SUFFIXES = (".jsonl", ".csv", ".jsonl.gz", ".csv.gz")
 

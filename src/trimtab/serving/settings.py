@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trimtab.catalog.backends import BACKENDS
-from trimtab.contracts import arguments, version
+from trimtab.catalog.contracts import arguments, version
 from trimtab.recipe import Engine
 
 

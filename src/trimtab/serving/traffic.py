@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from trimtab.errors import InputError
-from trimtab.schema import Document
+from trimtab.base.errors import InputError
+from trimtab.base.schema import Document
+from trimtab.recipe.workload import Lengths, Recorded, Workload
 from trimtab.serving.request_log import Requests, read
-from trimtab.serving.workload import Lengths, Recorded, Workload
 
 #: Fewer requests say too little of their longest: with log-normal lengths of usual spread (0.8), the 95th percentile
 #: of 1,000 is known to 5 %, that of 100 to 17 %.

@@ -1,8 +1,8 @@
 """Triton model repositories for TensorRT-LLM: of its LLM API, and of engines.
 
 The names of tensors and parameters are those of `triton_backend/all_models/{llmapi,inflight_batcher_llm}` in
-TensorRT-LLM, which also has the Python of the models (`model.py`) and the models around the engine; they are part of
-NVIDIA's Triton images and not of these folders.
+TensorRT-LLM, which also has the Python of the models (`model.py`) and the models around the engine; they are
+part of NVIDIA's Triton images and not of these folders.
 """
 
 from __future__ import annotations

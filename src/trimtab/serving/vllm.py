@@ -10,15 +10,15 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
+from trimtab.base.errors import InputError
+from trimtab.catalog.contracts.version import parse, within
 from trimtab.catalog.formats import STORAGES
-from trimtab.contracts.version import parse, within
-from trimtab.errors import InputError
 from trimtab.recipe import Engine
 
 #: The versions whose arguments and outputs these are: the first, and the first that is another.
 VERSIONS = ("0.24", "0.25")
 #: How ModelOpt calls the layers that vLLM reads: those that it reads as they are, and then those that are translated
-#: (`runtime.vllm_checkpoint`).
+#: (`runtime.checkpoint.compressed_tensors`).
 READS = tuple(
     algorithm for way in ("modelopt", "compressed-tensors") for algorithm, row in STORAGES.items() if row.vllm == way
 )

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import yaml
 
+from trimtab.base.errors import InputError
 from trimtab.catalog.backends import BACKENDS
-from trimtab.errors import InputError
-from trimtab.hardware import TENSORRT_LLM_FORMATS, TENSORRT_LLM_KV_CACHES
+from trimtab.model.hardware import TENSORRT_LLM_FORMATS, TENSORRT_LLM_KV_CACHES
 from trimtab.serving import kserve, triton
 from trimtab.serving.artifact import Served
 from trimtab.serving.settings import compiled_args, llm_args, serve_command, target_version

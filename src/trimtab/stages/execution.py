@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab import child, progress
-from trimtab.errors import Failure
+from trimtab.base import child, progress
+from trimtab.base.errors import Failure
 from trimtab.loop.state import State, fail
 from trimtab.stages.registry import MAKE_A_STUDENT, STAGES, Stage
 from trimtab.store import Store, open_store

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trimtab import child, environment
+from trimtab.base import child, environment
 from trimtab.loop.documents import load, save
 from trimtab.stages.execution import advance, tree_of
 from trimtab.stages.keys import SHAPING

@@ -24,8 +24,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab import environment
-from trimtab.schema import digest
+from trimtab.base import environment
+from trimtab.base.schema import digest
 from trimtab.store.tree import Tree
 
 #: Back end -> the libraries that compute in it.

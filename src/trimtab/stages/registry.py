@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab import files
-from trimtab.recipe import Distillation, MovementPruning, Recipe, Source
+from trimtab.recipe import Distillation, MovementPruning, Recipe, Source, files
 from trimtab.stages import keys
 from trimtab.stages.keys import MEASURED, QUANTIZED, TENSORS, Environment
 from trimtab.store.tree import Tree
@@ -125,7 +124,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="generate",
-            work="trimtab.components.distillation.generation:generate",
+            work="trimtab.components.distillation.text.generation:generate",
             inputs=("model",),
             output="generated",
             wanted=_distills("generate"),
@@ -135,7 +134,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="teach",
-            work="trimtab.components.distillation.teacher:teach",
+            work="trimtab.components.distillation.objective.teacher:teach",
             inputs=("model", "generated"),
             output="teacher_logits",
             wanted=_distills("stored_logits"),
@@ -165,7 +164,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="sensitivity",
-            work="trimtab.components.quantization.sensitivity:measure",
+            work="trimtab.components.quantization.mixed.sensitivity:measure",
             inputs=("checkpoint", "calibration"),
             output="sensitivity",
             wanted=_quantize_needs("sensitivity"),

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
 
 _TREE = re.compile(r"(.+)/trees/([0-9a-f]{64})")
 _RELEASE = re.compile(r"(.+)/releases/([^/]+)/([0-9]+)")

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from trimtab.errors import InputError, StoreError
-from trimtab.schema import Document
+from trimtab.base.errors import InputError, StoreError
+from trimtab.base.schema import Document
 from trimtab.store.store import Store
 from trimtab.store.transfer import explained
 from trimtab.store.tree import Manifest, Tree, list_files

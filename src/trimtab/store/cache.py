@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trimtab.errors import Damaged
+from trimtab.base.errors import Damaged
 from trimtab.store.local import blob_key
 from trimtab.store.transfer import Meter, Progress, chunks, explained, in_parallel, pump
 from trimtab.store.tree import Manifest

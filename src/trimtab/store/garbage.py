@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from trimtab import progress
-from trimtab.errors import Damaged, InputError
+from trimtab.base import progress
+from trimtab.base.errors import Damaged, InputError
 from trimtab.store.leases import Collection, collecting
 from trimtab.store.local import blob_key
 from trimtab.store.store import RENEW, Store

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from trimtab import progress
-from trimtab.errors import StoreError, TrimtabError
+from trimtab.base import progress
+from trimtab.base.errors import StoreError, TrimtabError
 
 #: How long a put may take that finds old files in the store. Younger ones are safe in any case.
 LEASE = timedelta(days=1)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from trimtab.errors import InputError, StoreError
+from trimtab.base.errors import InputError, StoreError
 from trimtab.store.transfer import Meter, changed, chunks, explained, pump, settle
 from trimtab.store.tree import Entry
 

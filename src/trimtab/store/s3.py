@@ -14,8 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from trimtab import progress
-from trimtab.errors import InputError, StoreError, Unreachable
+from trimtab.base import progress
+from trimtab.base.errors import InputError, StoreError, Unreachable
 from trimtab.store.local import blob_key
 from trimtab.store.s3_client import connect
 from trimtab.store.s3_errors import explain_code, explain_connection

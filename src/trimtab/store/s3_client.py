@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
 
 AWS = "https://s3.amazonaws.com"
 

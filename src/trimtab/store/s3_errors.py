@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimtab.errors import InputError, StoreError, TrimtabError, Unreachable
+from trimtab.base.errors import InputError, StoreError, TrimtabError, Unreachable
 
 #: Error codes whose cause is in the address or the credentials → what to do. Sources: the "Error responses"
 #: page of the Amazon S3 API reference; MinIO's and SeaweedFS's lists carry the same names.

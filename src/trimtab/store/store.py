@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import Damaged, InputError
+from trimtab.base.errors import Damaged, InputError
 from trimtab.store import leases
 from trimtab.store.address import canonical, check_name, folder_of, is_name, split_release, split_tree
 from trimtab.store.cache import bring

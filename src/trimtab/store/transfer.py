@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import InputError, StoreError
+from trimtab.base.errors import InputError, StoreError
 
 CHUNK = 1 << 20
 WORKERS = 8

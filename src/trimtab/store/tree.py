@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from trimtab.errors import InputError
-from trimtab.schema import Document, digest
+from trimtab.base.errors import InputError
+from trimtab.base.schema import Document, digest
 
 
 class Tree(Document):

@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trimtab import stages
+from trimtab.base.errors import Failure, InputError
 from trimtab.components.calibration.work import calibrate
-from trimtab.components.validation import measure
+from trimtab.components.validation.evaluation import measure
 from trimtab.components.validation.suite import loading
-from trimtab.errors import Failure, InputError
 from trimtab.recipe import Recipe
-from trimtab.runtime import checkpoint, text
+from trimtab.runtime.checkpoint import model_files
+from trimtab.runtime.text import token_windows
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def tokens(calibration: Path) -> torch.Tensor:
 @torch.inference_mode()
 def test_statistics_of_the_first_layer(model, statistics, tokens):
     """The input of block 0 is the normed embedding, which can be computed by hand."""
-    loaded, _ = checkpoint.load(model, torch.float32)
+    loaded, _ = model_files.load(model, torch.float32)
     hidden = loaded.model.layers[0].input_layernorm(loaded.model.embed_tokens(tokens)).flatten(0, 1)
     name = "model.layers.0.self_attn.q_proj"
     torch.testing.assert_close(statistics[f"{name}.amax"], hidden.abs().amax(0))
@@ -43,7 +44,7 @@ def test_statistics_of_the_first_layer(model, statistics, tokens):
 @torch.inference_mode()
 def test_block_influence(model, statistics, tokens):
     """One minus the mean cosine between what enters a block and what leaves it."""
-    loaded, _ = checkpoint.load(model, torch.float32)
+    loaded, _ = model_files.load(model, torch.float32)
     before = loaded.model.embed_tokens(tokens)
     after = loaded(tokens, output_hidden_states=True).hidden_states[1]
     expected = 1 - torch.cosine_similarity(before, after, dim=-1).mean()
@@ -62,7 +63,7 @@ def test_ranges_of_the_kv_cache_are_those_of_all_tokens(family, tmp_path, monkey
     folder = tiny.write_model(tmp_path / family, family=family)
     config = json.loads((folder / "config.json").read_text()) | {"sliding_window": 16}
     (folder / "config.json").write_text(json.dumps(config))
-    loaded, _ = checkpoint.load(folder, torch.float32)
+    loaded, _ = model_files.load(folder, torch.float32)
     windows = torch.randint(3, 300, (3, 96), generator=torch.Generator().manual_seed(1))
     measured = statistics(loaded, windows)
 
@@ -83,7 +84,7 @@ def test_ranges_of_the_kv_cache_are_those_of_all_tokens(family, tmp_path, monkey
 
 
 def test_every_linear_layer_is_measured(model, statistics):
-    from trimtab.model import inspect
+    from trimtab.model.facts import inspect
 
     for layer in inspect(model).linears:
         assert statistics[f"{layer.name}.amax"].shape == (layer.in_features,)
@@ -95,7 +96,7 @@ def test_what_is_written_down(model, calibration, tokens):
     assert tokens.shape == (4, 32) and (report["samples"], report["length"], report["tokens"]) == (4, 32, 128)
     assert report["vocabulary_coverage"] == pytest.approx(len(tokens.unique()) / 300)
     assert [line["source"] for line in report["sources"]] == ["builtin"]
-    decoded = checkpoint.load_tokenizer(model).batch_decode(tokens)
+    decoded = model_files.load_tokenizer(model).batch_decode(tokens)
     assert (calibration / "text.txt").read_text() == "\n\n".join(decoded), "what the check of overlap reads"
 
 
@@ -159,11 +160,11 @@ def test_of_what_overflows_the_first_layer_is_named(model, tmp_path):
 
 # --- calibration text is not what is measured later (GPT-3's measure: 13 words in a row) ---------------------
 
-CALIBRATION = text.read_text("builtin", text.CALIBRATION_TEXT)
+CALIBRATION = token_windows.read_text("builtin", token_windows.CALIBRATION_TEXT)
 
 
 def test_no_overlap_with_the_heldout_text():
-    assert text.shared_sequences(CALIBRATION, text.read_text("builtin", measure.HELDOUT_TEXT)) == []
+    assert token_windows.shared_sequences(CALIBRATION, token_windows.read_text("builtin", measure.HELDOUT_TEXT)) == []
 
 
 @pytest.mark.parametrize("words", [13, 8])
@@ -171,21 +172,21 @@ def test_no_overlap_with_the_items(words):
     for path in sorted(loading.DATA.glob("*.jsonl")):
         items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         texts = [f"{item['context']}{choice}" for item in items for choice in item["choices"]]
-        assert text.shared_sequences(CALIBRATION, "\n".join(texts), words) == [], path.name
+        assert token_windows.shared_sequences(CALIBRATION, "\n".join(texts), words) == [], path.name
 
 
 def test_overlap_is_found():
     words = "one two three four five six seven eight nine ten eleven twelve thirteen"
-    assert text.shared_sequences(f"Before: {words.upper()}!", f"{words}, after") == [words]
-    assert text.shared_sequences(words, words.replace("seven", "7")) == []
+    assert token_windows.shared_sequences(f"Before: {words.upper()}!", f"{words}, after") == [words]
+    assert token_windows.shared_sequences(words, words.replace("seven", "7")) == []
 
 
 def test_statistics_do_not_depend_on_the_batch(model, tokens, monkeypatch):
     """A GPU gets several windows at a time."""
     from trimtab.components.calibration.work import statistics as measure
-    from trimtab.runtime import observe
+    from trimtab.runtime.measure import observe
 
-    loaded, _ = checkpoint.load(model, torch.float32)
+    loaded, _ = model_files.load(model, torch.float32)
     one = measure(loaded, tokens)
     monkeypatch.setattr(observe, "batches", lambda _, windows: windows.split(3))
     for name, found in measure(loaded, tokens).items():

@@ -13,10 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.components.calibration import data, named
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
+from trimtab.components.calibration import data, hub_datasets
 from trimtab.recipe import Calibration, Source
-from trimtab.runtime import checkpoint, text
+from trimtab.runtime.checkpoint import model_files
+from trimtab.runtime.text import token_windows
 
 LENGTH = 16
 
@@ -24,7 +25,7 @@ LENGTH = 16
 @pytest.fixture(scope="module")
 def tokenizer(model):
     """The tiny model's tokenizer, with a chat template."""
-    tokenizer = checkpoint.load_tokenizer(model)
+    tokenizer = model_files.load_tokenizer(model)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     return tokenizer
 
@@ -66,7 +67,8 @@ def draw(tokenizer, source, samples: int = 4, **settings) -> data.Sample:
 def test_the_default_recipe_draws_what_it_always_drew(tokenizer):
     """The whole text in one call of the tokenizer, cut, and a random permutation: spelled out."""
     sample = data.draw(Calibration(), tokenizer)
-    ids = tokenizer(Path(text.__file__).with_name("calibration.txt").read_text(), add_special_tokens=False).input_ids
+    text = Path(token_windows.__file__).with_name("calibration.txt").read_text()
+    ids = tokenizer(text, add_special_tokens=False).input_ids
     cut = torch.tensor(ids[: len(ids) // 512 * 512]).reshape(-1, 512)
     expected = cut[torch.randperm(len(cut), generator=torch.Generator().manual_seed(0))[:8]]
     assert sample.tokens.dtype == torch.int64 and torch.equal(sample.tokens, expected)
@@ -192,7 +194,7 @@ def test_only_as_much_as_is_needed_is_read(tokenizer, dataset):
 
 def test_the_rows_are_drawn_from_all_over_the_buffer(tokenizer, dataset):
     def first(seed: int) -> list[int]:
-        stream = named.stream(Source(text=dataset), tokenizer, seed)
+        stream = hub_datasets.stream(Source(text=dataset), tokenizer, seed)
         return [int(document.split()[1]) for document in islice(stream, 200)]
 
     found = first(0)

@@ -8,7 +8,7 @@ import pytest
 from kubernetes import client
 from kubernetes_server import KubernetesServer
 
-from trimtab.components.deployment.cluster import Cluster
+from trimtab.components.deployment.rollout.cluster import Cluster
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from kubernetes_server import status
 
-from trimtab import progress
-from trimtab.components.deployment import approval, rollout
-from trimtab.components.deployment.cluster import Cluster
-from trimtab.components.deployment.rollout import Account, roll_out
-from trimtab.components.deployment.serving import Rollout, inference_service
-from trimtab.errors import InputError, NotReleased, StageError
+from trimtab.base import progress
+from trimtab.base.errors import InputError, NotReleased, StageError
+from trimtab.components.deployment.rollout import approval, canary
+from trimtab.components.deployment.rollout.canary import Account, roll_out
+from trimtab.components.deployment.rollout.cluster import Cluster
+from trimtab.components.deployment.rollout.settings import Rollout, inference_service
 
 OLD, NEW = "a" * 64, "b" * 64
 ID = NEW[:12]
@@ -266,7 +266,7 @@ def test_who_changes_the_canary_while_it_waits_gets_nothing_promoted(annotation,
 
 
 def test_reminders(server, go, monkeypatch, capsys):
-    monkeypatch.setattr(rollout, "REMIND_SECONDS", 0.03)
+    monkeypatch.setattr(canary, "REMIND_SECONDS", 0.03)
     monkeypatch.delenv(progress.ENVIRONMENT, raising=False)
     go(OLD, approval_minutes=0)
     with pytest.raises(NotReleased):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from registry_server import RegistryServer
 
+from trimtab.base.errors import InputError, StageError
 from trimtab.components.deployment.registry import TOKEN, register
-from trimtab.errors import InputError, StageError
 
 pytest.importorskip("model_registry", reason="model-registry is not installed: pip install 'trimtab[registry]'")
 URI = "s3://bucket/store/releases/model/000001"

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from kubernetes_server import status
 
-from trimtab.components.deployment import rollout as rollouts
-from trimtab.components.deployment.cluster import Cluster
-from trimtab.components.deployment.comparison import Answer, percentile, refusal
-from trimtab.components.deployment.delivery import unwinding
-from trimtab.components.deployment.rollout import difference, roll_out
-from trimtab.components.deployment.serving import ARTIFACT, Rollout, inference_service
-from trimtab.errors import InputError, NotReleased, StageError
+from trimtab.base.errors import InputError, NotReleased, StageError
+from trimtab.components.deployment.rollout import canary as rollouts
+from trimtab.components.deployment.rollout.canary import difference, roll_out
+from trimtab.components.deployment.rollout.cluster import Cluster
+from trimtab.components.deployment.rollout.comparison import Answer, percentile, refusal
+from trimtab.components.deployment.rollout.delivery import unwinding
+from trimtab.components.deployment.rollout.settings import ARTIFACT, Rollout, inference_service
 
 OLD, NEW = "a" * 64, "b" * 64
 STORE = "s3://bucket/store"

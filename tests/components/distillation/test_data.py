@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trimtab.components.distillation import data
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
+from trimtab.components.distillation.text import data
 from trimtab.recipe import Distillation
-from trimtab.runtime.checkpoint import load_tokenizer
+from trimtab.runtime.checkpoint.model_files import load_tokenizer
 
 from .conftest import SETTINGS
 

@@ -10,8 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trimtab.components.distillation import chunks
-from trimtab.components.distillation.loss import distillation_loss, hidden_loss, stored_distillation_loss, top
+from trimtab.components.distillation.objective import chunks
+from trimtab.components.distillation.objective.loss import (
+    distillation_loss,
+    hidden_loss,
+    stored_distillation_loss,
+    top,
+)
 
 #: Two tokens, a vocabulary of two; logits that are logarithms of probabilities.
 STUDENT = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()

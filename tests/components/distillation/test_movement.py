@@ -8,11 +8,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrize
 
-from trimtab.components.distillation import masks, movement, resume, training, work
-from trimtab.components.distillation.movement import Movement, ScoredMask, schedule
+from trimtab.components.distillation import work
+from trimtab.components.distillation.training import resume, training
+from trimtab.components.distillation.weights import masks, movement
+from trimtab.components.distillation.weights.movement import Movement, ScoredMask, schedule
 from trimtab.components.pruning.work import prune
 from trimtab.recipe import MovementPruning
-from trimtab.runtime import checkpoint, observe
+from trimtab.runtime.checkpoint import model_files
+from trimtab.runtime.measure import observe
 
 #: 1 to 32, four by eight.
 SCORES = torch.arange(1.0, 33).reshape(4, 8)
@@ -159,7 +162,7 @@ def distill(student, model, folder, weights, name="run", **settings):
 
 
 def zeros(folder) -> float:
-    weights = [layer.weight for layer in observe.linears(checkpoint.load(folder, torch.bfloat16)[0]).values()]
+    weights = [layer.weight for layer in observe.linears(model_files.load(folder, torch.bfloat16)[0]).values()]
     return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
 
 

@@ -12,10 +12,10 @@ import torch
 import yaml
 from seaweed import free_ports
 
+from trimtab.base.errors import InputError
 from trimtab.components import distillation
 from trimtab.components.distillation import __main__ as command
-from trimtab.components.distillation import processes
-from trimtab.errors import InputError
+from trimtab.components.distillation.training import data_parallel
 
 from .conftest import SETTINGS
 
@@ -32,16 +32,16 @@ def test_two_processes_give_the_curve_of_one(distill, tmp_path):
 
 
 def test_processes_take_turns_with_rows(monkeypatch):
-    monkeypatch.setattr(processes, "count", lambda: 2)
-    monkeypatch.setattr(processes, "rank", lambda: 1)
-    assert processes.share(torch.arange(6)).tolist() == [1, 3, 5]
+    monkeypatch.setattr(data_parallel, "count", lambda: 2)
+    monkeypatch.setattr(data_parallel, "rank", lambda: 1)
+    assert data_parallel.share(torch.arange(6)).tolist() == [1, 3, 5]
 
 
 def test_fewer_gpus_than_processes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match="distill.processes: 2, and there are 1 GPUs; write at most 1"):
-        processes.launch(2, [])
+        data_parallel.launch(2, [])
 
 
 def test_the_command(student, model, tmp_path, capsys):

@@ -9,16 +9,17 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from trimtab.base.errors import Failure
 from trimtab.catalog.formats import FORMATS
 from trimtab.components.distillation import work
-from trimtab.components.distillation.rehearsal import Rehearsal, Rounding
+from trimtab.components.distillation.weights.quantization_aware import Rehearsal, Rounding
 from trimtab.components.pruning.work import prune
 from trimtab.components.quantization.work import quantize
-from trimtab.errors import Failure
 from trimtab.recipe import NEAREST_FORMATS, Quantization
-from trimtab.runtime import checkpoint, observe
-from trimtab.runtime.checkpoint import Export
-from trimtab.runtime.formats import dequantize
+from trimtab.runtime.checkpoint import model_files
+from trimtab.runtime.checkpoint.layer_layout import dequantize
+from trimtab.runtime.checkpoint.model_files import Export
+from trimtab.runtime.measure import observe
 
 SETTINGS = {"tokens": 6 * 4 * 32, "batch_size": 4, "length": 32, "learning_rate": 0.001}
 
@@ -40,7 +41,7 @@ def test_rounding_by_hand():
 def test_the_export_holds_what_training_saw(form, model, calibration, tmp_path):
     """Bit for bit, for students that training moved off bfloat16's numbers, with some of a group excluded."""
     settings = Quantization(format=form, group_size=32, exclude=("lm_head", "*.v_proj"))
-    student, _ = checkpoint.load(model, torch.float32)
+    student, _ = model_files.load(model, torch.float32)
     layers = observe.linears(student)
     generator = torch.Generator().manual_seed(0)
     for layer in layers.values():
@@ -50,7 +51,7 @@ def test_the_export_holds_what_training_saw(form, model, calibration, tmp_path):
     seen = {name: layer.weight.detach() for name, layer in layers.items() if not name.endswith("v_proj")}
     change.finish(student)
     plain, export = tmp_path / "plain", tmp_path / "export"
-    checkpoint.save(student.bfloat16(), plain, model)
+    model_files.save(student.bfloat16(), plain, model)
     export.mkdir()
     measured = str(rebound(calibration, plain, tmp_path)) if settings.needs_statistics else None
     quantize(str(plain), measured, None, None, str(export), str(tmp_path / "scratch"), settings.model_dump(mode="json"))
@@ -82,7 +83,7 @@ def test_the_loss_is_that_of_the_rounded_student(model, tmp_path):
     metrics, output = distill(model, model, tmp_path, weights, tokens=20 * 4 * 32, learning_rate=3e-4)
     assert metrics["heldout_loss_before"] > 0.001, "the student is its teacher, but for the rounding"
     assert metrics["heldout_loss_after"] < 0.9 * metrics["heldout_loss_before"]
-    weight = checkpoint.load(output, torch.float32)[0].model.layers[0].mlp.up_proj.weight
+    weight = model_files.load(output, torch.float32)[0].model.layers[0].mlp.up_proj.weight
     assert len(weight[0, :32].unique()) > 16, "what is saved is not rounded yet"
 
 
@@ -93,7 +94,7 @@ def test_zeros_stay_in_a_rounded_student(model, calibration, tmp_path):
     prune(str(model), str(calibration), str(sparse), str(tmp_path / "pruning"), parameters)
     weights = {"keep_zeros": True, "rounded": {"format": "int4_rtn", "group_size": 32}}
     _, output = distill(sparse, model, tmp_path, weights)
-    before, after = (checkpoint.load(folder, torch.float32)[0] for folder in (sparse, output))
+    before, after = (model_files.load(folder, torch.float32)[0] for folder in (sparse, output))
     for old, new in zip(observe.linears(before).values(), observe.linears(after).values(), strict=True):
         assert (new.weight[old.weight == 0] == 0).all() and not torch.equal(old.weight, new.weight)
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trimtab.components.distillation import data, generation, teacher
-from trimtab.components.distillation.teacher import StoredLogits
-from trimtab.errors import Failure, InputError
-from trimtab.runtime import checkpoint
-from trimtab.runtime.checkpoint import load_tokenizer
+from trimtab.base.errors import Failure, InputError
+from trimtab.components.distillation.objective import teacher
+from trimtab.components.distillation.objective.teacher import StoredLogits
+from trimtab.components.distillation.text import data, generation
+from trimtab.runtime.checkpoint import model_files
+from trimtab.runtime.checkpoint.model_files import load_tokenizer
 
 GENERATE = {"text": ["builtin"], "length": 32, "generate": 40 * 32, "seed": 0}
 TEACH = {"text": ["builtin"], "length": 32, "temperature": 2.0, "stored_logits": 8}
@@ -141,7 +142,7 @@ def test_stored_is_what_the_teacher_says(model, logits, windows):
     stored = StoredLogits(logits, windows.all, torch.device("cpu"))
     places = torch.tensor([5, 400, len(windows.all) - 1])
     values, indices, rest = stored.rows(places, torch.device("cpu"))
-    network, _ = checkpoint.load(model, torch.float32)
+    network, _ = model_files.load(model, torch.float32)
     with torch.no_grad():
         expected = (network(windows.all[places]).logits[:, :-1].flatten(0, 1) / 2.0).log_softmax(-1)
     best, where = expected.topk(8, dim=-1)
@@ -184,7 +185,7 @@ def test_a_student_learns_from_what_is_stored(stored, distill, model, tmp_path, 
     (tmp_path / "tree").mkdir()
     teach(model, tmp_path / "tree", temperature=1.0, stored_logits=stored)
     live, _, told = distill("live")
-    monkeypatch.setattr(checkpoint, "load_for_measuring", load_but(model, checkpoint.load_for_measuring))
+    monkeypatch.setattr(model_files, "load_for_measuring", load_but(model, model_files.load_for_measuring))
     found, _, told_stored = distill("stored", trees=(None, str(tmp_path / "tree" / "logits")), stored_logits=stored)
     if stored == 300:
         assert told_stored["train"] == pytest.approx(told["train"], rel=2e-3)

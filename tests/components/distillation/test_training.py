@@ -11,11 +11,14 @@ from safetensors.torch import load_file, save_file
 from tiny import write_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trimtab import memory
-from trimtab.components.distillation import data, objective, optimization, resume, training, work
-from trimtab.components.distillation.optimization import Optimizer, schedule
-from trimtab.components.distillation.reparametrization import Reparametrization
-from trimtab.errors import Failure, InputError
+from trimtab.base.errors import Failure, InputError
+from trimtab.components.distillation import work
+from trimtab.components.distillation.objective import objective
+from trimtab.components.distillation.text import data
+from trimtab.components.distillation.training import optimization, resume, training
+from trimtab.components.distillation.training.optimization import Optimizer, schedule
+from trimtab.components.distillation.weights.reparametrization import Reparametrization
+from trimtab.model import memory
 from trimtab.recipe import Distillation
 
 
@@ -358,7 +361,7 @@ def test_a_damaged_student(distill, student, model, tmp_path):
 
 def test_blocks_are_matched_by_their_norms(student, model):
     """Fresh norms are all one, so the tiny model's are told apart first."""
-    from trimtab.components.distillation.objective import matching_blocks
+    from trimtab.components.distillation.objective.objective import matching_blocks
 
     teacher, _ = work.checkpoints.load(model, torch.float32)
     for number, block in enumerate(teacher.model.layers):

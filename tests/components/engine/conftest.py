@@ -10,7 +10,7 @@ import tiny
 from safetensors.torch import load_file, save_file
 from serving import Running, serving
 
-from trimtab.runtime.checkpoint import load_tokenizer
+from trimtab.runtime.checkpoint.model_files import load_tokenizer
 
 
 @pytest.fixture(scope="session")

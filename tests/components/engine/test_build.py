@@ -9,13 +9,13 @@ import standin
 import torch
 import yaml
 
-from trimtab import child
+from trimtab.base import child
+from trimtab.base.errors import Failure, InputError, StageError
+from trimtab.catalog.contracts import arguments
 from trimtab.components.engine import smoke, work
-from trimtab.contracts import arguments
-from trimtab.errors import Failure, InputError, StageError
 from trimtab.recipe import Engine
-from trimtab.runtime.backends import open_engine
-from trimtab.runtime.engine import TorchEngine
+from trimtab.runtime.engines.backends import open_engine
+from trimtab.runtime.engines.torch_engine import TorchEngine
 from trimtab.serving.record import Device, read
 
 LIMITS = {"max_batch_size": 4, "max_seq_len": 96, "max_num_tokens": 80}
@@ -85,7 +85,7 @@ def test_speeds_are_compared_one_engine_after_the_other(export, tmp_path, trtllm
     """Each claims the GPU's memory, so the first is closed before the second is opened."""
     from tensorrt_llm import LLM
 
-    from trimtab.components.validation import measure
+    from trimtab.components.validation.evaluation import measure
 
     log: list[str] = []
     opened, shut = LLM.__init__, LLM.shutdown

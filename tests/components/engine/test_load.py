@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 from serving import SETTINGS
 
-from trimtab.components.engine.load import Lengths, Objective, Run, Workload, figures, interval, replay
-from trimtab.runtime.paged_engine import PagedEngine, Request
+from trimtab.components.engine.server.load_generator import (
+    Lengths,
+    Objective,
+    Run,
+    Workload,
+    figures,
+    interval,
+    replay,
+)
+from trimtab.runtime.service.paged_engine import PagedEngine, Request
 
 WORKLOAD = Workload(4000, 50.0, Lengths(32, 200), Lengths(16, 100))
 

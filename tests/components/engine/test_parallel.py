@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from trimtab.base.errors import Failure, InputError, StageError
 from trimtab.components.engine import work
-from trimtab.errors import Failure, InputError, StageError
 from trimtab.recipe import Engine
-from trimtab.runtime import backends, parallel_engine
-from trimtab.runtime.engine import TorchEngine
-from trimtab.runtime.parallel_engine import ParallelEngine
+from trimtab.runtime.engines import backends, parallel
+from trimtab.runtime.engines.parallel import ParallelEngine
+from trimtab.runtime.engines.torch_engine import TorchEngine
 
 LIMITS = {"max_seq_len": 64, "max_num_tokens": 128, "max_batch_size": 2}
 WINDOWS = torch.randint(3, 300, (3, 24), generator=torch.Generator().manual_seed(1))
@@ -46,7 +46,7 @@ def shortfall(alone: TorchEngine, prompt: list[int], answer: list[int]) -> float
 def test_tensor_parallel(model, alone, tmp_path, monkeypatch):
     settings = {"tensor_parallel_size": 2, **LIMITS}
     engine = ParallelEngine(model, Engine(**settings))
-    monkeypatch.setattr(parallel_engine, "ParallelEngine", lambda *_: engine)  # starting one takes seconds
+    monkeypatch.setattr(parallel, "ParallelEngine", lambda *_: engine)  # starting one takes seconds
     with monkeypatch.context() as during:
         during.setattr(engine, "close", lambda: None)
         built = work.build(str(model), str(tmp_path), str(tmp_path / "scratch"), settings)

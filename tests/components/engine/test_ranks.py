@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from standins.recombine import recombine
 
-from trimtab.components.engine import ranks
-from trimtab.errors import Failure
+from trimtab.base.errors import Failure
+from trimtab.components.engine.trtllm import ranks
 from trimtab.recipe import Engine
-from trimtab.runtime import formats
-from trimtab.runtime.checkpoint import Export
+from trimtab.runtime.checkpoint import layer_layout
+from trimtab.runtime.checkpoint.model_files import Export
 
 GROUPED = ("int4_awq", "int4_gptq", "w4a8_awq")
 PARTS = {
@@ -55,7 +55,7 @@ def test_ranks_recombine_to_the_export(export, tmp_path, form, settings, tensor,
     source, found = Export(folder), recombine(tmp_path)
     for name in source.names:
         layer, _, part = name.rpartition(".")
-        if part in formats.SCALES or name.endswith(("k_scale", "v_scale")) or layer in source.layers:
+        if part in layer_layout.SCALES or name.endswith(("k_scale", "v_scale")) or layer in source.layers:
             continue
         assert torch.equal(found.pop(name), source.tensor(name)), name
     assert torch.equal(found.pop("lm_head.weight"), source.tensor("model.embed_tokens.weight"))
@@ -63,7 +63,7 @@ def test_ranks_recombine_to_the_export(export, tmp_path, form, settings, tensor,
         stored = source.layer(layer)
         weight = found.pop(f"{layer}.weight")
         if form == "int8_wo":  # trtllm-build rounds anew
-            assert torch.equal(weight, formats.dequantize(stored).bfloat16())
+            assert torch.equal(weight, layer_layout.dequantize(stored).bfloat16())
             continue
         assert torch.equal(weight.view(torch.uint8), stored.weight.view(torch.uint8)), layer
         for theirs, ours in PARTS.items():
@@ -118,7 +118,7 @@ def test_config(export, tmp_path, form, settings, quantization):
 
 
 def test_rotary_scaling_in_both_spellings():
-    from trimtab.components.engine.rank_config import config
+    from trimtab.components.engine.trtllm.rank_config import config
 
     base = {
         "architectures": ["LlamaForCausalLM"], "vocab_size": 8, "max_position_embeddings": 8, "hidden_size": 8,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from trimtab.base.errors import InputError
 from trimtab.components.engine.server.recorder import Recorder
-from trimtab.errors import InputError
-from trimtab.runtime.paged_engine import Request
+from trimtab.runtime.service.paged_engine import Request
 from trimtab.serving import request_log
 
 

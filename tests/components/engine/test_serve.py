@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.pipelines import cli, serving_commands
-from trimtab.runtime.checkpoint import load_tokenizer
+from trimtab.pipelines.commands import main, serving
+from trimtab.runtime.checkpoint.model_files import load_tokenizer
 from trimtab.store import open_store
 
 PROMPT = "The river runs past"
@@ -39,7 +39,7 @@ RECIPE = "engine: {max_seq_len: 1200, max_num_tokens: 64, max_batch_size: 2, ena
 def test_bad_input(served: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         known = {"MODEL": str(served), "TAKEN": str(taken.getsockname()[1])}
-        assert cli.main(["serve", *(known.get(option, option) for option in options)]) == 2
+        assert main.main(["serve", *(known.get(option, option) for option in options)]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
 
@@ -47,10 +47,10 @@ def test_a_release_names_its_artifact_and_its_recipe(served: Path, tmp_path: Pat
     store = open_store(str(tmp_path / "store"))
     tree = store.put(served, kind="checkpoint")
     release = store.release("small", {"artifact": tree.model_dump(), "recipe": {"engine": {"max_seq_len": 99}}})
-    folder, name, recipe = serving_commands._artifact(release)
+    folder, name, recipe = serving._artifact(release)
     assert (folder / "config.json").read_bytes() == (served / "config.json").read_bytes()
     assert (name, json.loads(recipe)["engine"]) == ("small", {"max_seq_len": 99})
-    assert serving_commands._artifact(tree.uri)[0] == folder
+    assert serving._artifact(tree.uri)[0] == folder
 
 
 def complete(url: str, tokens: int) -> tuple[int, dict]:
@@ -64,7 +64,8 @@ def complete(url: str, tokens: int) -> tuple[int, dict]:
 
 def test_sigterm_finishes_what_was_accepted_and_refuses_what_is_new(served: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    command = [sys.executable, "-m", "trimtab.pipelines.cli", "serve", str(served), "--port", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "trimtab.pipelines.commands.main", "serve", str(served)]
+    command += ["--port", "0", "--device", "cpu"]
     command += ["--recipe", str(tmp_path / "recipe.yaml")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:

@@ -17,10 +17,10 @@ from openai import APIStatusError, OpenAI
 from serving import SETTINGS, Running
 from starlette.testclient import TestClient
 
+from trimtab.base.errors import Failure
 from trimtab.components.engine.server.app import Server
 from trimtab.components.engine.server.recorder import Recorder
-from trimtab.errors import Failure
-from trimtab.runtime.paged_engine import PagedEngine
+from trimtab.runtime.service.paged_engine import PagedEngine
 from trimtab.serving import request_log
 from trimtab.serving.traffic import shape
 

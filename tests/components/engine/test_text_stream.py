@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.components.engine.server.text_stream import TextStream
-from trimtab.runtime.checkpoint import load_tokenizer
+from trimtab.runtime.checkpoint.model_files import load_tokenizer
 
 TEXTS = ["The river runs.", "naïve café – 東京 🚤🚤 ok", "\ta\n\n  b", "🚤"]
 

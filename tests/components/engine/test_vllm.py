@@ -8,13 +8,13 @@ import pytest
 import standin
 import torch
 
-from trimtab import child
+from trimtab.base import child
+from trimtab.base.errors import Failure, InputError
 from trimtab.components.engine import smoke, work
-from trimtab.errors import Failure, InputError
 from trimtab.recipe import Engine
-from trimtab.runtime.backends import checkpoint_digest, open_engine
-from trimtab.runtime.engine import TorchEngine
-from trimtab.runtime.vllm import VllmEngine, score
+from trimtab.runtime.engines.backends import checkpoint_digest, open_engine
+from trimtab.runtime.engines.torch_engine import TorchEngine
+from trimtab.runtime.engines.vllm_engine import VllmEngine, score
 from trimtab.serving.record import read
 from trimtab.serving.vllm import VERSIONS
 

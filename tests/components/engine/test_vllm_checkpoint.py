@@ -9,13 +9,13 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save_file
 
-from trimtab.errors import Failure
-from trimtab.runtime import formats, vllm_checkpoint
-from trimtab.runtime.checkpoint import Export
+from trimtab.base.errors import Failure
+from trimtab.runtime.checkpoint import compressed_tensors, layer_layout
+from trimtab.runtime.checkpoint.model_files import Export
 
 
 def translate(export: Path, folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    vllm_checkpoint.translate(export, folder / "there", folder / "scratch")
+    compressed_tensors.translate(export, folder / "there", folder / "scratch")
     config = json.loads((folder / "there" / "config.json").read_text())
     return config["quantization_config"], load_file(folder / "there" / "model.safetensors")
 
@@ -40,13 +40,13 @@ def test_each_number_is_the_exports(export, tmp_path, form, settings, method):
         assert scale.dtype == torch.bfloat16 and torch.equal(scale, layer.weight_scale)
         assert tuple(shape.tolist()) == layer.shape
         numbers = unpack_from_int32(packed, 4, torch.Size(shape.tolist()))
-        assert torch.equal(numbers, formats.unpack_int4(layer.weight))
+        assert torch.equal(numbers, layer_layout.unpack_int4(layer.weight))
         weight = numbers.float().unflatten(1, (-1, size)) * scale.float()[..., None]
-        assert torch.equal(weight.flatten(1), formats.scaled_weight(layer))
+        assert torch.equal(weight.flatten(1), layer_layout.scaled_weight(layer))
         assert (name in config.get("input_scaled_layers", ())) == layer.scales_inputs
         if layer.scales_inputs:
             assert torch.equal(tensors.pop(f"{name}.pre_quant_scale"), layer.pre_quant_scale)
-    own = {f"{name}.{part}" for name in source.layers for part in ("weight", *formats.SCALES)}
+    own = {f"{name}.{part}" for name in source.layers for part in ("weight", *layer_layout.SCALES)}
     assert sorted(tensors) == [name for name in source.names if name not in own]
     assert all(torch.equal(tensor, source.tensor(name)) for name, tensor in tensors.items())
     assert ("model.layers.0.mlp.down_proj" in config["ignore"]) == bool(settings.get("exclude"))
@@ -60,7 +60,7 @@ def test_each_number_is_the_exports(export, tmp_path, form, settings, method):
 )  # fmt: skip
 def test_fp8_with_a_tied_head_keeps_its_numbers(export, tmp_path, form, kv_cache, of_weights, of_inputs):
     source = Export(export(form, kv_cache=kv_cache, exclude=["*.down_proj"]))
-    assert vllm_checkpoint.is_needed(source.folder)
+    assert compressed_tensors.is_needed(source.folder)
     config, tensors = translate(source.folder, tmp_path)
     parsed = QuantizationConfig.model_validate(config)
     (group,) = parsed.config_groups.values()
@@ -83,12 +83,12 @@ def test_fp8_with_a_head_of_its_own_is_read_as_it_is(export, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert not vllm_checkpoint.is_needed(tmp_path)
+    assert not compressed_tensors.is_needed(tmp_path)
 
 
 def test_every_nibble_finds_its_place():
     numbers = torch.arange(-8, 8, dtype=torch.int8).repeat(3, 2)
-    packed = vllm_checkpoint.pack(numbers)
+    packed = compressed_tensors.pack(numbers)
     assert packed.dtype == torch.int32 and packed.shape == (3, 4)
     assert torch.equal(unpack_from_int32(packed, 4, numbers.shape), numbers)
     assert packed[0, 0].item() == 0x76543210

@@ -12,8 +12,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 
+from trimtab.base.errors import InputError
 from trimtab.components.fetch import gguf, source
-from trimtab.errors import InputError
 from trimtab.store import open_store
 from trimtab.store.store import Store
 

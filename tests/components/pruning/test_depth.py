@@ -12,9 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from trimtab import families
-from trimtab.components.pruning import structured
-from trimtab.components.pruning.depth import without
-from trimtab.errors import Failure
+from trimtab.base.errors import Failure
+from trimtab.components.pruning.structured import writing
+from trimtab.components.pruning.structured.depth import without
 
 
 class Bypass(nn.Module):
@@ -29,7 +29,7 @@ class Bypass(nn.Module):
 
 def prune(source: Path, removed: list[int], folder: Path) -> Path:
     folder.mkdir()
-    structured.write(source, without(source, removed), folder, folder / "scratch")
+    writing.write(source, without(source, removed), folder, folder / "scratch")
     return folder
 
 

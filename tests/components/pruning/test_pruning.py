@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from trimtab.components.pruning import depth, structured, work
-from trimtab.errors import Failure, InputError
-from trimtab.model import inspect
-from trimtab.runtime import stream
+from trimtab.base.errors import Failure, InputError
+from trimtab.components.pruning import work
+from trimtab.components.pruning.structured import depth, writing
+from trimtab.model.facts import inspect
+from trimtab.runtime.checkpoint import stream
 
 
 def prune(model, calibration, folder, **parameters):
@@ -90,7 +91,7 @@ def test_a_kill_costs_the_open_shard(parameters, model, calibration, tmp_path, m
     """Four blocks, a shard each, and what stands outside of them; two blocks are finished when it is killed."""
     prune(model, calibration, tmp_path / "whole", **parameters)
     monkeypatch.setattr(stream, "SHARD_BYTES", 1)
-    check, seen = structured.check_finite, []
+    check, seen = writing.check_finite, []
 
     def counted(name, tensor):
         seen.append(name)
@@ -98,7 +99,7 @@ def test_a_kill_costs_the_open_shard(parameters, model, calibration, tmp_path, m
             raise Killed
         check(name, tensor)
 
-    monkeypatch.setattr(structured, "check_finite", counted)
+    monkeypatch.setattr(writing, "check_finite", counted)
     killed = True
     with pytest.raises(Killed):
         prune(model, calibration, tmp_path / "resumed", **parameters)
@@ -126,7 +127,7 @@ def test_weights_that_are_not_finite_are_refused(parameters, model, calibration,
         export.view = lambda name: view(name) * torch.nan if name == "model.norm.weight" else view(name)
         return export
 
-    Export = structured.Export
-    monkeypatch.setattr(structured, "Export", broken)
+    Export = writing.Export
+    monkeypatch.setattr(writing, "Export", broken)
     with pytest.raises(InputError, match="model.norm.weight holds NaN or infinity"):
         prune(model, calibration, tmp_path, **parameters)

@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from trimtab.components.pruning import allocation, magnitude, mask, sequential, sparsegpt, wanda
+from trimtab.base.errors import Failure, InputError
 from trimtab.components.pruning import work as pruning
-from trimtab.errors import Failure, InputError
-from trimtab.model import inspect
-from trimtab.runtime import checkpoint as checkpoints
-from trimtab.runtime import hessian, observe, stream
+from trimtab.components.pruning.zeros import allocation, magnitude, mask, sequential, sparsegpt, wanda
+from trimtab.model.facts import inspect
+from trimtab.runtime.checkpoint import model_files as checkpoints
+from trimtab.runtime.checkpoint import stream
+from trimtab.runtime.measure import observe
+from trimtab.runtime.rounding import hessian
 
 #: 1 to 32 with changing signs, four by eight.
 WEIGHT = (torch.arange(1.0, 33) * torch.tensor([1.0, -1.0]).repeat(16)).reshape(4, 8)

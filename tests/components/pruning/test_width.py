@@ -11,16 +11,16 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from trimtab import shapes
+from trimtab.base.errors import Failure
 from trimtab.components.calibration.work import calibrate
-from trimtab.components.pruning import width
+from trimtab.components.pruning.structured import width
 from trimtab.components.pruning.work import prune
 from trimtab.components.quantization.work import quantize
-from trimtab.components.validation import integrity
-from trimtab.errors import Failure
-from trimtab.model import inspect
+from trimtab.components.validation.integrity import gate
+from trimtab.model import shapes
+from trimtab.model.facts import inspect
 from trimtab.recipe import WidthPruning
-from trimtab.runtime.measurements import Measurements
+from trimtab.runtime.measure.measurements import Measurements
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -158,7 +158,7 @@ def test_a_narrowed_model_quantizes_and_passes_the_gate(family, tmp_path):
     calibrate(pruned, measured, "", {"samples": 4, "length": 32})
     settings = {"format": "int4_awq", "group_size": 64}
     quantize(pruned, measured, None, None, export, str(tmp_path / "scratch"), settings)
-    metrics = integrity.inspect(export, pruned, checked, "", settings)
+    metrics = gate.inspect(export, pruned, checked, "", settings)
     assert metrics["tensor_bytes"] == pytest.approx(metrics["predicted_bytes"], rel=0.035)
     assert metrics["quantized_share"] < 0.3 and metrics["reload_skipped"] == ""
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.components.quantization.allocation import BITS, Group, allocate
-from trimtab.errors import Failure
+from trimtab.base.errors import Failure
+from trimtab.components.quantization.mixed.allocation import BITS, Group, allocate
 
 groups = st.lists(
     st.tuples(st.integers(1, 1000), st.floats(0, 100), st.floats(0, 100)), min_size=1, max_size=7

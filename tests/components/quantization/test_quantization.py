@@ -12,19 +12,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trimtab import child
+from trimtab.base import child
+from trimtab.base.errors import Failure, InputError
 from trimtab.catalog import formats as catalog
-from trimtab.components.quantization import formats, sensitivity, work
-from trimtab.components.quantization.formats import Input
-from trimtab.errors import Failure, InputError
-from trimtab.fusion import groups
-from trimtab.hardware import target
-from trimtab.model import inspect
+from trimtab.components.quantization import work
+from trimtab.components.quantization.methods import packed_layers
+from trimtab.components.quantization.methods.packed_layers import Input
+from trimtab.components.quantization.mixed import sensitivity
+from trimtab.families.fusion import groups
+from trimtab.model.facts import inspect
+from trimtab.model.hardware import target
 from trimtab.recipe import Engine, Quantization
-from trimtab.runtime import checkpoint, rounding, scales
-from trimtab.runtime.checkpoint import Export
-from trimtab.runtime.engine import TorchEngine
-from trimtab.runtime.formats import dequantize
+from trimtab.runtime.checkpoint import model_files
+from trimtab.runtime.checkpoint.layer_layout import dequantize
+from trimtab.runtime.checkpoint.model_files import Export
+from trimtab.runtime.engines.torch_engine import TorchEngine
+from trimtab.runtime.rounding import quantizers, scales
 
 #: Format -> bits a weight takes with its scales at most (64 features, groups of 32), relative error of a layer at most.
 FORMATS = {
@@ -98,7 +101,7 @@ def modelopt_export(model: Path, calibration: Path, preset: str, folder: Path) -
         blocks = (entry.get("cfg") or {}).get("block_sizes") if isinstance(entry.get("cfg"), dict) else None
         if blocks and -1 in blocks:
             blocks[-1] = 32
-    loaded, _ = checkpoint.load(model, torch.float32)
+    loaded, _ = model_files.load(model, torch.float32)
     tokens = load_file(calibration / "tokens.safetensors")["tokens"].long()
     with torch.inference_mode():
         mtq.quantize(loaded, config, lambda m: m(tokens))
@@ -152,7 +155,7 @@ def test_int4_names_a_scale_of_the_input_where_tensorrt_llm_asks_for_one(name, e
 @pytest.mark.parametrize("name", FORMATS)
 def test_slices_change_nothing(name, export, model, calibration, gram, tmp_path, monkeypatch):
     """Two rows at a time, where otherwise a whole matrix of the tiny model fits one slice."""
-    monkeypatch.setattr(rounding, "SLICE", 1)
+    monkeypatch.setattr(quantizers, "SLICE", 1)
     quantize(model, tmp_path / "q", calibration, gram, format=name)
     sliced, whole = Export(tmp_path / "q" / "output"), Export(export(name))
     assert sliced.names == whole.names
@@ -314,7 +317,7 @@ def test_weights_that_are_not_finite_are_refused(name, form, model, tmp_path):
 
 
 def test_a_kill_between_shards_costs_only_the_open_one(model, calibration, monkeypatch, tmp_path):
-    from trimtab.runtime import stream
+    from trimtab.runtime.checkpoint import stream
 
     monkeypatch.setattr(stream, "SHARD_BYTES", 1)
     (tmp_path / "whole").mkdir()
@@ -378,11 +381,11 @@ def test_what_is_all_zero_gets_scales_that_are_valid(form, what):
         x = torch.zeros(128, 64)
     settings = Quantization(format=form, group_size=32)
     seen = Input(x.abs().amax(0), x.square().mean(0), x.t() @ x)
-    scale = formats.channel_scale(form, weights, seen, settings)
+    scale = packed_layers.channel_scale(form, weights, seen, settings)
     if scale is not None:
         assert torch.isfinite(scale).all() and (scale > 0).all()
         weights, seen = {name: weight * scale for name, weight in weights.items()}, seen.scaled(scale)
-    for name, layer in formats.quantize(form, weights, seen, settings).items():
+    for name, layer in packed_layers.quantize(form, weights, seen, settings).items():
         for part in ("weight_scale", "weight_scale_2", "input_scale"):
             found = layer.tensors.get(part)
             if found is not None and found.dtype != torch.uint8:  # e8m0 is an exponent, and 0 one of them

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import tiny
 
-from trimtab.components.validation import measure, tasks
-from trimtab.components.validation.lm import EngineLM
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
+from trimtab.components.validation.evaluation import measure, tasks
+from trimtab.components.validation.evaluation.lm import EngineLM
 from trimtab.recipe import Engine
-from trimtab.runtime.engine import TorchEngine
+from trimtab.runtime.engines.torch_engine import TorchEngine
 
 TASK = "two_ways"
 ITEMS = 6

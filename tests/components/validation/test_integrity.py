@@ -14,11 +14,11 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from trimtab.base.errors import Failure
 from trimtab.catalog.formats import FORMATS
-from trimtab.components.validation import reload
-from trimtab.components.validation.generation import is_degenerate
-from trimtab.components.validation.integrity import inspect
-from trimtab.errors import Failure
+from trimtab.components.validation.evaluation.generation import is_degenerate
+from trimtab.components.validation.integrity import reload
+from trimtab.components.validation.integrity.gate import inspect
 
 #: Format -> what else its recipe asks for.
 SETTINGS = dict.fromkeys(FORMATS, {}) | {

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
-from trimtab import evidence, stages
+from trimtab import stages
 from trimtab.components.fetch.source import fetch
 from trimtab.components.validation import stage as validation
-from trimtab.loop import decisions
+from trimtab.loop import decisions, evidence
 from trimtab.loop.documents import load, save
 from trimtab.loop.state import State
 from trimtab.recipe.evaluation import Evaluation

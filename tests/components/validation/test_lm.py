@@ -11,10 +11,10 @@ import tiny
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from trimtab.components.validation.lm import EngineLM
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
+from trimtab.components.validation.evaluation.lm import EngineLM
 from trimtab.recipe import Engine
-from trimtab.runtime.engine import TorchEngine
+from trimtab.runtime.engines.torch_engine import TorchEngine
 
 LONG = " ".join(tiny.SENTENCES * 4)
 PAIRS = [

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from facts import LLAMA_8B
 
-from trimtab.components.validation.load import Load, alike, load_of
-from trimtab.hardware import target
-from trimtab.memory import kv_bytes_per_token, weight_bytes
-from trimtab.plan import baseline, ladder
+from trimtab.components.validation.evaluation.load import Load, alike, load_of
+from trimtab.model.hardware import target
+from trimtab.model.memory import kv_bytes_per_token, weight_bytes
+from trimtab.plan.matrix import baseline, ladder
 from trimtab.recipe import Engine, Recipe
 
 SHORT = (32, 48)

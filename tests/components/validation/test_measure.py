@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab import dealing
-from trimtab.components.validation import measure, stage
-from trimtab.components.validation.generation import is_degenerate
-from trimtab.components.validation.tasks import choose, filters_of
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
+from trimtab.components.validation import stage
+from trimtab.components.validation.evaluation import measure
+from trimtab.components.validation.evaluation.generation import is_degenerate
+from trimtab.components.validation.evaluation.tasks import choose, filters_of
+from trimtab.plan import dealing
 from trimtab.recipe import Acceptance
 from trimtab.recipe.evaluation import Evaluation
-from trimtab.runtime.text import read_text
+from trimtab.runtime.text.token_windows import read_text
 
 
 @pytest.mark.parametrize(

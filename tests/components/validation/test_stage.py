@@ -8,11 +8,11 @@ import pytest
 
 from trimtab.components.fetch.source import fetch
 from trimtab.components.validation.stage import _Judge
-from trimtab.evidence import look_name
+from trimtab.judge import Verdict
+from trimtab.loop.evidence import look_name
 from trimtab.loop.state import Brief, State
 from trimtab.recipe import Engine, Recipe
 from trimtab.store import open_store
-from trimtab.verdict import Verdict
 
 
 @pytest.mark.parametrize("baseline_first", [True, False])

@@ -73,7 +73,7 @@ class LLM:
         self.closed = False
 
     def _load(self, folder: Path) -> Any:
-        from trimtab.runtime.assemble import assemble
+        from trimtab.runtime.decoder.assemble import assemble
 
         return assemble(folder, torch.device("cpu"))
 

@@ -99,7 +99,7 @@ class LLM:
         if quantization.get("quant_method") in packed.METHODS:
             self._model = packed.read(Path(model), quantization)
         else:
-            from trimtab.runtime.assemble import assemble
+            from trimtab.runtime.decoder.assemble import assemble
 
             self._model = assemble(Path(model), torch.device("cpu"))
         self._end, self._longest = config["eos_token_id"], max_model_len

@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.errors import InputError
-from trimtab.hardware import GB, check, target
-from trimtab.memory import kv_bytes_per_token
-from trimtab.outline import outline
+from trimtab.base.errors import InputError
+from trimtab.model.hardware import GB, target
+from trimtab.model.memory import kv_bytes_per_token
+from trimtab.model.outline import outline
+from trimtab.plan.checks import check
+from trimtab.plan.engine import plan_engine
+from trimtab.plan.parallelism import worlds
 from trimtab.recipe import Recipe
-from trimtab.serving.parallelism import worlds
-from trimtab.serving.plan import plan_engine
-from trimtab.serving.workload import Lengths, Workload
+from trimtab.recipe.workload import Lengths, Workload
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MODELS = {name: outline(CONFIGS / f"{name}.json") for name in

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
 from trimtab.serving import request_log
 
 AT = 1700164800.0  # 2023-11-16T20:00:00Z

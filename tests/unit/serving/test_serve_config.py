@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trimtab.contracts.arguments import llm_args
-from trimtab.errors import InputError
-from trimtab.pipelines import cli
+from trimtab.base.errors import InputError
+from trimtab.catalog.contracts.arguments import llm_args
+from trimtab.pipelines.commands import main
 from trimtab.recipe import Recipe
 from trimtab.serving import artifact
 from trimtab.serving.triton import engine_parameters
@@ -173,18 +173,18 @@ def test_static_batching_is_called_v1():
 def test_what_no_server_should_be_given(tmp_path, change, message, capsys):
     folder = export(tmp_path / "export")
     change(folder)
-    assert cli.main(["serve-config", str(folder), str(tmp_path / "out")]) == 2
+    assert main.main(["serve-config", str(folder), str(tmp_path / "out")]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export"]
 
 
 def test_a_release_of_the_torch_engine_needs_another_engine(tmp_path, released, capsys):
     uri = released("{quantize: {format: int4_awq}}")
-    assert cli.main(["serve-config", uri, str(tmp_path / "out")]) == 2
+    assert main.main(["serve-config", uri, str(tmp_path / "out")]) == 2
     message = "engine.backend: 'torch' is not served by TensorRT-LLM; give a recipe with engine: {backend: trtllm}"
     assert message in " ".join(capsys.readouterr().err.split())
     (tmp_path / "recipe.yaml").write_text("engine: {backend: trtllm, max_batch_size: 4}")
-    assert cli.main(["serve-config", uri, str(tmp_path / "out"), "--recipe", str(tmp_path / "recipe.yaml")]) == 0
+    assert main.main(["serve-config", uri, str(tmp_path / "out"), "--recipe", str(tmp_path / "recipe.yaml")]) == 0
     assert yaml.safe_load((tmp_path / "out" / "llm_args.yaml").read_text())["max_batch_size"] == 4
 
 
@@ -218,10 +218,10 @@ def test_an_engine_is_planned_from_a_config_alone(capsys, tmp_path):
     config = str(Path(__file__).parent.parent / "configs" / "llama-3.1-70b.json")
     (tmp_path / "workload.yaml").write_text("{concurrency: 64}")
     options = ["--model", config, "--target", "h100", "--workload", str(tmp_path / "workload.yaml")]
-    assert cli.main(["plan", "--engine", *options]) == 0
+    assert main.main(["plan", "--engine", *options]) == 0
     said = capsys.readouterr().out
     assert "4 x 1" in said and "not 2 x 1" in said and "163,840" in said
     engine = said.partition("engine:")[2].strip()
     assert Recipe.parse({"engine": json.loads(engine)}).engine.tensor_parallel_size == 4
-    assert cli.main(["plan", "--engine", *options[:-2], "--gpus", "1"]) == 2
+    assert main.main(["plan", "--engine", *options[:-2], "--gpus", "1"]) == 2
     assert "not one request fits on 1 h100" in " ".join(capsys.readouterr().err.split())

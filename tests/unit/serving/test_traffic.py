@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
+from trimtab.recipe.workload import Recorded, Workload, parse
 from trimtab.serving import traffic
 from trimtab.serving.request_log import Requests
 from trimtab.serving.traffic import drift, shape
-from trimtab.serving.workload import Recorded, Workload, parse
 
 
 def requests(time, inputs=10, outputs=20, seconds=1.0) -> Requests:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from trees import FILES, KEY, blob_of, contents, fill, is_clean
 
-from trimtab.errors import InputError, StoreError
+from trimtab.base.errors import InputError, StoreError
 from trimtab.store import open_store
 
 

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 from trees import KEY, child, fill, is_clean, is_local
 
-from trimtab.errors import StoreError
+from trimtab.base.errors import StoreError
 from trimtab.store import open_store
 
 # ----------------------------------------------------------------------------------------------------------- full disks
@@ -22,7 +22,7 @@ def test_full_disk(store, tmp_path, limit):
     folder = fill(tmp_path / "in", {"big": random.Random(1).randbytes(8 << 20), "small": b"1"})
     code = """
 import resource
-from trimtab.errors import StoreError
+from trimtab.base.errors import StoreError
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 store = open_store(sys.argv[1])
 try:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from trees import KEY, child, contents, delete, fill
 
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
 from trimtab.store import open_store
 
 # ------------------------------------------------------------------------------------------------------------ the cache

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trees import FILES, blob_of, child, contents, delete, fill, is_clean, is_local, objects
 
-from trimtab.errors import InputError, StoreError
-from trimtab.schema import digest
+from trimtab.base.errors import InputError, StoreError
+from trimtab.base.schema import digest
 from trimtab.store import open_store
 
 

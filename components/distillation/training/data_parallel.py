@@ -1,0 +1,71 @@
+"""Data-parallel training: each process takes its rows of every batch, and gradients are averaged before a step.
+
+Gradients are averaged in float32 after the last part of a batch, so any number of processes takes the same steps but
+for rounding. Without a process group everything here does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import distributed
+
+from trimtab.base.errors import InputError
+from trimtab.runtime.parallel.torchrun import count, rank
+
+#: Bytes that are averaged at once: many small tensors in one message.
+BUCKET_BYTES = 64 << 20
+
+
+def share(rows: torch.Tensor) -> torch.Tensor:
+    """Returns every nth of the rows, those of this process."""
+    return rows[rank() :: count()]
+
+
+def average(tensors: Sequence[torch.Tensor]) -> None:
+    """Replaces each tensor by its mean over the processes; they have the same order and shapes in all."""
+    if count() == 1:
+        return
+    bucket: list[torch.Tensor] = []
+    for place, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        if place == len(tensors) - 1 or sum(t.nbytes for t in bucket) >= BUCKET_BYTES:
+            _average(bucket)
+            bucket = []
+
+
+def _average(bucket: list[torch.Tensor]) -> None:
+    flat = torch.cat([tensor.flatten() for tensor in bucket])
+    distributed.all_reduce(flat)
+    flat /= count()
+    for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def wait() -> None:
+    """Waits until every process is here."""
+    if count() > 1:
+        distributed.barrier()
+
+
+def launch(processes: int, arguments: Sequence[str]) -> bool:
+    """Runs `python -m trimtab.components.distillation` with the arguments in that many processes, as torchrun does.
+
+    Returns whether all of them came to their end; where one fails, the others are ended.
+
+    Raises:
+        InputError: fewer GPUs than that.
+    """
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if torch.cuda.is_available() and torch.cuda.device_count() < processes:
+        have = torch.cuda.device_count()
+        raise InputError(f"distill.processes: {processes}, and there are {have} GPUs; write at most {have}")
+    options = ["--standalone", f"--nproc-per-node={processes}", "-m", "trimtab.components.distillation"]
+    try:
+        run.main([*options, *arguments])
+    except ChildFailedError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""What changes the student's weights while it trains: masks, movement pruning, rounding."""

@@ -1,0 +1,40 @@
+"""Zeros that a training keeps: a mask on each linear layer's weight, and which weights a mask keeps."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from trimtab.components.distillation.weights.reparametrization import Reparametrization
+from trimtab.runtime.measure import observe
+
+
+def top(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Returns the mask that keeps the highest scores, True where a weight is kept, of the scores' shape.
+
+    Exactly round(sparsity · n) of the n weights are dropped, among equals too.
+    """
+    kept = scores.numel() - round(sparsity * scores.numel())
+    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    mask[scores.flatten().topk(kept, sorted=False).indices] = True
+    return mask.view(scores.shape)
+
+
+class Mask(nn.Module):
+    """A parametrization: the weight where the mask is True, zero elsewhere, and no gradient there."""
+
+    def __init__(self, mask: torch.Tensor):
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * self.mask
+
+
+class KeptZeros(Reparametrization):
+    """What pruning set to zero stays zero: the student learns with the weights that it has left."""
+
+    def attach(self, student: nn.Module) -> None:
+        for layer in observe.linears(student).values():
+            parametrize.register_parametrization(layer, "weight", Mask(layer.weight.detach() != 0))

@@ -1,0 +1,1 @@
+"""Whole blocks or channels that go, and the smaller checkpoint that is left."""

@@ -1,0 +1,1 @@
+"""Weights that become zero: magnitude, Wanda, SparseGPT; and how sparsity is shared out."""

@@ -1,0 +1,1 @@
+"""How numbers are found: channel scales, GPTQ, and the packed layers that a format asks for."""

@@ -1,0 +1,1 @@
+"""Which layer gets which format, by how much each harms it."""

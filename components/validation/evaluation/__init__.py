@@ -1,0 +1,1 @@
+"""What an engine scores, and how fast it is."""

@@ -1,0 +1,238 @@
+"""What one engine scores on a range of items and windows, and how fast it is: runs in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+
+from trimtab.base import progress
+from trimtab.base.errors import Failure, InputError
+from trimtab.components.validation.evaluation import tasks as known_tasks
+from trimtab.components.validation.evaluation.generation import generate, is_degenerate
+from trimtab.components.validation.evaluation.lm import EngineLM
+from trimtab.components.validation.evaluation.load import Load, alike, load_of
+from trimtab.runtime.engines.backends import EXCLUSIVE, open_engine
+from trimtab.runtime.engines.torch_engine import Engine
+from trimtab.runtime.text import token_windows
+from trimtab.serving import record
+
+HELDOUT_TEXT = ("trimtab.components.validation.suite", "heldout.txt")
+
+#: On a CPU; `load` says what is measured on a GPU.
+SPEED = {"prompt_tokens": 32, "new_tokens": 48, "repeats": 3}
+
+
+def evaluate(
+    engine: str, export: str, output: str, scratch: str, parameters: dict[str, Any], calibration: str | None = None
+) -> dict[str, float]:
+    """Scores items and windows and writes `items.jsonl`, `windows.json`, `kernels.json` and `outputs.json`.
+
+    Args:
+        engine: folder of the built engine, `engine.json`.
+        export: folder of the exported checkpoint, all that is known of the model here.
+        parameters: tasks, task_path, filters, items (task -> [start, stop]), windows [start, stop], all_windows (how
+            many all looks ask for together), window_tokens, heldout, speed (measure decoding and
+            generation too), max_length (the most tokens of a request and its answer), and optionally kv_cache ("none"
+            runs the export with its KV cache in 16 bits).
+        calibration: folder of the calibration whose text must not be what is evaluated on, or None.
+
+    Returns:
+        items, accuracy, truncated (requests that lost their beginning), windows, log_perplexity; with `speed`
+        decode_tokens_per_second, throughput_tokens_per_second and degenerate (share of the prompts whose continuation
+        is empty or goes round in a loop).
+    """
+    if calibration:
+        _refuse_overlap((Path(calibration) / "text.txt").read_text(encoding="utf-8"), parameters)
+    served = open_engine(Path(engine), Path(export), parameters.get("kv_cache", "export"))
+    folder = Path(output)
+    batch = record.read(Path(engine)).settings.max_batch_size
+    model = EngineLM(served, parameters["max_length"], batch)
+    metrics = _score_windows(served, parameters, folder) | _score_items(model, parameters, folder)
+    (folder / "kernels.json").write_text(json.dumps(served.kernels()), encoding="utf-8")
+    if parameters["speed"]:
+        metrics |= decode_speed(served, _load(Path(engine))) | _generate(served, folder)
+    served.close()
+    return metrics
+
+
+def compare_speed(
+    engine: str,
+    export: str,
+    baseline_engine: str,
+    baseline_export: str,
+    output: str,
+    scratch: str,
+    parameters: dict[str, Any],
+) -> dict[str, float]:
+    """Measures candidate and baseline in turn in one process, so that a busy machine disturbs both alike.
+
+    Each has the batch of its own recipe, and both the same lengths. Engines of TensorRT-LLM and vLLM claim the GPU's
+    memory, and one that is spread over several devices may need all that there is of them, so there one is closed
+    before the other is opened.
+
+    Returns:
+        decode and throughput tokens/s of the candidate, and those of the baseline with the prefix `baseline_`.
+    """
+    places = ((Path(baseline_engine), Path(baseline_export)), (Path(engine), Path(export)))
+    loads = alike(*(_load(folder) for folder, _ in places))
+    settings = [record.read(folder).settings for folder, _ in places]
+    if settings[1].backend in EXCLUSIVE or any(each.world_size > 1 for each in settings):
+        columns = [_speeds_alone(*at, parameters["rounds"], load) for at, load in zip(places, loads, strict=True)]
+        rounds = list(zip(*columns, strict=True))
+    else:
+        baseline, candidate = (open_engine(*place) for place in places)
+        pairs = ((baseline, loads[0]), (candidate, loads[1]))
+        rounds = [tuple(decode_speed(*pair) for pair in pairs) for _ in range(parameters["rounds"])]
+        baseline.close()
+        candidate.close()
+    metrics = {}
+    for position, prefix in ((0, "baseline_"), (1, "")):
+        for name in rounds[0][0]:
+            metrics[prefix + name] = statistics.median(pair[position][name] for pair in rounds)
+    (Path(output) / "speed.json").write_text(json.dumps(rounds), encoding="utf-8")
+    return metrics
+
+
+def _load(engine: Path) -> Load:
+    short = SPEED["prompt_tokens"], SPEED["new_tokens"]
+    return load_of(record.read(engine).settings, torch.cuda.is_available(), short)
+
+
+def _speeds_alone(engine: Path, export: Path, rounds: int, load: Load) -> list[dict[str, float]]:
+    """Measures one engine after the other where the GPU has no room for both."""
+    served = open_engine(engine, export)
+    try:
+        return [decode_speed(served, load) for _ in range(rounds)]
+    finally:
+        served.close()
+
+
+def decode_speed(engine: Engine, load: Load) -> dict[str, float]:
+    """Returns the median decode speed at batch 1, and at the load's batch as throughput, in tokens a second."""
+    progress.report("validate", "measuring decode speed")
+    lengths = {**SPEED, "prompt_tokens": load.prompt_tokens, "new_tokens": load.new_tokens}
+    single = engine.decode_speed(batch_size=1, **lengths)
+    batched = engine.decode_speed(batch_size=load.batch_size, **lengths) if load.batch_size > 1 else single
+    return {
+        "decode_tokens_per_second": statistics.median(single),
+        "throughput_tokens_per_second": statistics.median(batched),
+    }
+
+
+def _refuse_overlap(calibrated: str, parameters: dict[str, Any]) -> None:
+    _, tasks = known_tasks.load(parameters["tasks"], parameters["task_path"])
+    asked = [_words(task, document) for task in tasks.values() for document in task.eval_docs]
+    for what, evaluated in (("the held-out text", _heldout(parameters)), ("the items", "\n".join(asked))):
+        shared = token_windows.shared_sequences(calibrated, evaluated)
+        if shared:
+            raise InputError(
+                f"calibrate.text: shares {len(shared)} sequences of 13 words with {what}, such as '{shared[0]}'; "
+                f"calibrate on other text"
+            )
+
+
+def _words(task: Any, document: dict[str, Any]) -> str:
+    choices = task.doc_to_choice(document) if task.OUTPUT_TYPE == "multiple_choice" else ""
+    return f"{task.doc_to_text(document)} {choices}"
+
+
+def _heldout(parameters: dict[str, Any]) -> str:
+    return token_windows.read_text(parameters["heldout"], HELDOUT_TEXT, field="heldout")
+
+
+def _score_items(model: EngineLM, parameters: dict[str, Any], folder: Path) -> dict[str, float]:
+    manager, tasks = known_tasks.load(parameters["tasks"], parameters["task_path"])
+    chosen = known_tasks.choose(tasks, parameters["items"])
+    filters = known_tasks.filters_of(tasks, parameters["filters"])
+    items = []
+    if chosen:
+        results = lm_eval.simple_evaluate(
+            model=model,
+            tasks=sorted(chosen),
+            samples=chosen,
+            task_manager=manager,
+            log_samples=True,
+            bootstrap_iters=0,
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
+        items = [
+            _item(name, sample)
+            for name, samples in sorted(results["samples"].items())
+            for sample in samples
+            if sample["filter"] == filters[name]  # the same answer read in another way is no other item
+        ]
+    with (folder / "items.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(item) + "\n" for item in items)
+    if not items:
+        return {"items": 0}
+    accuracy = statistics.fmean(item["score"] for item in items)
+    return {"items": len(items), "accuracy": accuracy, "truncated": model.truncated}
+
+
+def _item(task: str, sample: dict[str, Any]) -> dict[str, Any]:
+    """Keeps of lm-eval's sample what the verdict reads and what a person wants to look up."""
+    metric = next((name for name in known_tasks.ITEM_METRICS if name in sample), None)
+    if metric is None:
+        raise Failure(
+            "unsupported", f"tasks: '{task}' scores no single items (one of {', '.join(known_tasks.ITEM_METRICS)})"
+        )
+    choices = len(sample["arguments"])
+    return {
+        "id": f"{task}/{sample['doc_id']}/{sample['doc_hash'][:12]}",
+        "score": float(sample[metric]),
+        "chance": 1 / choices if metric.startswith("acc") and choices > 1 else 0.0,
+        "answers": [response[0] for response in sample["filtered_resps"]] if choices > 1 else [],
+    }
+
+
+def _score_windows(engine: Engine, parameters: dict[str, Any], folder: Path) -> dict[str, float]:
+    start, windows = _windows(engine, parameters)
+    length = parameters["window_tokens"]
+    nll = []
+    for window in progress.track(windows, "validate", "measuring perplexity", len(windows)):
+        nll += engine.nll(window[None])
+    document = {"start": start, "nll": nll, "tokens": [length - 1] * len(nll)}
+    (folder / "windows.json").write_text(json.dumps(document), encoding="utf-8")
+    if not nll:
+        return {"windows": 0}
+    mean = sum(nll) / sum(document["tokens"])
+    return {"windows": len(nll), "log_perplexity": mean}
+
+
+def _windows(engine: Engine, parameters: dict[str, Any]) -> tuple[int, torch.Tensor]:
+    """Returns the windows of a look, int64 [n, window_tokens], and the number of the first.
+
+    How many windows a text gives is known once its model's tokenizer is. Where it gives fewer than all looks together
+    ask for, each gets its share, as of the items.
+
+    Raises:
+        InputError: the text gives less than half of them.
+    """
+    length, asked, (start, stop) = parameters["window_tokens"], parameters["all_windows"], parameters["windows"]
+    room = length - len(token_windows.prefix(engine.tokenizer))
+    tokens = token_windows.encode(engine.tokenizer, _heldout(parameters), special=False)
+    tokens = torch.tensor(tokens, dtype=torch.int64)
+    there = len(tokens) // room
+    if there < asked:
+        first, last = (round(place * there / asked) for place in (start, stop))
+        if 2 * there < asked or last - first < min(2, stop - start):
+            raise InputError(
+                f"heldout: {len(tokens):,} tokens give {there} windows of {length}, and {asked} are asked for; write a "
+                f"longer text, fewer windows, or window_tokens: {max(16, len(tokens) // asked)}"
+            )
+        start, stop = first, last
+    return start, token_windows.begin(engine.tokenizer, token_windows.cut(tokens, room, there)[start:stop])
+
+
+def _generate(engine: Engine, folder: Path) -> dict[str, float]:
+    written = generate(engine)
+    texts = {prompt: engine.tokenizer.decode(tokens) for prompt, tokens in written.items()}
+    (folder / "outputs.json").write_text(json.dumps(texts, indent=1), encoding="utf-8")
+    return {"degenerate": statistics.fmean(map(is_degenerate, written.values()))}

@@ -1,0 +1,1 @@
+"""The `trimtab` command, a file a subject; `main` puts them together."""

@@ -1,0 +1,11 @@
+"""What every room stands on: documents, errors, progress, child processes, keys.
+
+| file | idea |
+|---|---|
+| `schema`, `schema_errors` | documents that are validated when they are read, and what a bad one is told |
+| `errors` | the exceptions, each with its exit code |
+| `progress` | what long work says of itself |
+| `child`, `kills` | work in a process of its own, and who killed it |
+| `environment` | the libraries and the device that a number was computed with |
+| `signing` | keys, and what is signed with them |
+"""

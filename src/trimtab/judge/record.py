@@ -1,0 +1,80 @@
+"""What is said of one attempt: the outcome, why it fell short, and the numbers that this rests on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from trimtab.base.schema import Document
+from trimtab.judge.statistics import Interval
+
+FailureClass = Literal[
+    "accuracy",
+    "kv_cache_accuracy",
+    "perplexity",
+    "no_gain",
+    "export_damaged",
+    "degenerate_output",
+    "does_not_fit",
+    "unsupported",
+    "training_diverged",
+]
+FAILURE_CLASSES: tuple[str, ...] = FailureClass.__args__
+#: The classes that a quantized KV cache may be the cause of, and that judging it apart can tell.
+KV_CACHE_SUSPECT = ("accuracy", "perplexity")
+
+
+class Measurements(Document):
+    """What the engine cost; 0 means not measured.
+
+    `bytes` of the artifact's files; `quantized_share` is the bytes of the quantized tensors over their bytes
+    in BF16; decode at batch 1 and throughput at `batch` sequences at a time, in tokens a second; the peak memory in
+    bytes; the longest context that fits, in tokens. All are those of one copy of the model, on `devices` of the
+    target.
+    """
+
+    bytes: int = 0
+    quantized_share: float = 1.0
+    decode_tokens_per_second: float = 0.0
+    throughput_tokens_per_second: float = 0.0
+    peak_memory_bytes: int = 0
+    max_context_tokens: int = 0
+    devices: int = 1
+    batch: int = 8
+
+
+class Confirmation(Document):
+    """What fresh items said of an accepted attempt; interval ends have one-sided confidence `level`."""
+
+    items: int
+    windows: int
+    level: float
+    recovery: Interval | None = None
+    perplexity_ratio: Interval | None = None
+
+
+class Verdict(Document):
+    """What is said of one attempt, and the numbers it rests on.
+
+    `stage` is the one that failed, where the attempt ended before it was measured.
+    `looks` says how often items were drawn, `items` and `windows` how many there were in all. `accuracy` and
+    `perplexity` are the candidate's; `recovery` and `perplexity_ratio` compare it with the baseline. All
+    intervals have the two-sided confidence of their look (see `trimtab.judge.verdict`). `mcnemar_p`, for the
+    hypothesis that nothing changed, is shown and not decided on. `gain` is the relative improvement at the goal.
+    """
+
+    outcome: Literal["accepted", "rejected", "indeterminate", "baseline"]
+    failure_class: FailureClass | None = None
+    reason: str
+    stage: str = ""
+    looks: int = 0
+    items: int = 0
+    windows: int = 0
+    accuracy: Interval | None = None
+    recovery: Interval | None = None
+    perplexity: float | None = None
+    perplexity_ratio: Interval | None = None
+    mcnemar_p: float | None = None
+    gain: float | None = None
+    confirmed: bool = False
+    confirmation: Confirmation | None = None
+    measurements: Measurements = Measurements()

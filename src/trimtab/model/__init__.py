@@ -1,0 +1,10 @@
+"""What is known of a model before it runs.
+
+| file | idea |
+|---|---|
+| `files`, `admission` | which files of a folder are the model, and whether it may be made smaller |
+| `facts`, `outline` | its shapes, from its tensors or from its config.json alone |
+| `linear_layers`, `shapes` | the layers that a format applies to, and what pruning leaves of them |
+| `hardware` | the devices of a target, and what a back end runs there |
+| `memory` | the bytes that serving and training take |
+"""

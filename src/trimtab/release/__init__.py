@@ -1,0 +1,8 @@
+"""A release: what it says of itself, how that is verified, and when it is due again.
+
+| file | idea |
+|---|---|
+| `statement` | the signed statement of what was released and on which evidence |
+| `verification` | whether a release in a store still is what its statement says |
+| `rebuild` | what a release is made of now, beside what it was made of |
+"""

@@ -1,0 +1,272 @@
+"""How ModelOpt's unified checkpoints lay a quantized layer out, and what float weight it stands for.
+
+| quant_algo | recipe | weight | weight_scale | weight_scale_2 | input_scale |
+|---|---|---|---|---|---|
+| W8A16 | int8_wo | int8 [out, in] | [out] | - | - |
+| W8A8_SQ_PER_CHANNEL | int8_sq | int8 [out, in] | [out] | - | scalar |
+| FP8 | fp8 | e4m3 [out, in] | scalar | - | scalar |
+| FP8_PER_CHANNEL_PER_TOKEN | fp8_per_channel | e4m3 [out, in] | [out] | - | - |
+| W4A16_AWQ | int4_rtn, int4_awq, int4_gptq | INT4 [out / 2, in] | [out, in / group] | - | - |
+| W4A8_AWQ | w4a8_awq | INT4 [out / 2, in] | [out, in / group] | scalar | scalar |
+| NVFP4 | nvfp4 | E2M1 [out, in / 2] | e4m3 [out, in / 16] | scalar | scalar |
+| W4A8_MXFP4_FP8 | mxfp4 | E2M1 [out, in / 2] | E8M0 [out, in / 32] | - | scalar |
+
+A byte of INT4 holds two output channels: the low nibble is row 2r, the high nibble row 2r + 1, both in two's
+complement. A byte of E2M1 holds two inputs of one channel, the even one in the low nibble; E8M0 is a power of
+two, stored as its exponent plus 127. `weight_scale_2` multiplies NVFP4's block scales; in W4A8_AWQ it is the
+scale at which the INT4 weights are rounded to FP8 for the product. `pre_quant_scale` [in], where it is stored,
+multiplies the layer's input; where it was folded into the layer norm before it, it is absent. TensorRT-LLM wants one
+for W4A16_AWQ where no norm stands before a layer, so int4_rtn has ones there.
+Source: modelopt/torch/export/quant_utils.py, 0.47.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from trimtab.base.errors import Failure
+from trimtab.catalog.formats import FORMATS, STORAGES, Storage
+from trimtab.catalog.numbers import NUMBERS
+from trimtab.model.facts import ModelFacts
+from trimtab.recipe import Quantization
+
+E4M3_MAX, E2M1_MAX = NUMBERS["e4m3"].largest, NUMBERS["e2m1"].largest
+#: The type of a stored weight, by the type of its numbers: where two share a byte, that of the bytes.
+_DTYPES = {"int8": torch.int8, "int4": torch.uint8, "e4m3": torch.float8_e4m3fn, "e2m1": torch.uint8}
+#: Numbers of an input, or of a head of a KV cache, that share a scale in NVFP4.
+_BLOCK = STORAGES["NVFP4"].block
+#: The tensors of a layer beside its weight.
+SCALES = ("weight_scale", "input_scale", "pre_quant_scale", "weight_scale_2")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one layer is quantized: ModelOpt's `quant_algo`, and the weights of a row that share a scale (or 0)."""
+
+    algo: str
+    group_size: int = 0
+
+    @property
+    def storage(self) -> Storage:
+        return STORAGES[self.algo]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the stored weight."""
+        return _DTYPES[self.storage.numbers]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight, without its scales."""
+        return self.storage.bits
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """The scales that a layer must have; `pre_quant_scale` is the one that it may have besides."""
+        inputs = self.storage.inputs
+        second = ("weight_scale_2",) if self.storage.second_scale else ()
+        given = ("input_scale",) if inputs and inputs.scale == "static" else ()
+        return ("weight_scale", *second, *given)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The stored tensors of one layer; shapes as in the table above."""
+
+    layout: Layout
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    input_scale: torch.Tensor | None = None
+    pre_quant_scale: torch.Tensor | None = None
+    weight_scale_2: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        rows, columns = self.weight.shape
+        packed = self.layout.storage.number.packed
+        return (2 * rows if packed == "out" else rows), (2 * columns if packed == "in" else columns)
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether its `pre_quant_scale` changes anything: ones stand there for engines that ask for the tensor."""
+        return self.pre_quant_scale is not None and not bool((self.pre_quant_scale == 1).all())
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The stored tensors by the name that follows the layer's."""
+        found = {name: getattr(self, name) for name in ("weight", *SCALES)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def to(self, device: torch.device) -> Quantized:
+        """Returns the layer with its tensors on a device."""
+        return Quantized(self.layout, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight and its scales, as stored."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def layout_of(form: str, settings: Quantization) -> Layout:
+    """Returns how a layer in a format that quantizes it is stored."""
+    storage = FORMATS[form].storage
+    return Layout(storage.algorithm, (storage.block or settings.group_size) if storage.in_groups else 0)
+
+
+def plain_dtype(form: str) -> torch.dtype:
+    """Returns the type of everything that a recipe's format does not quantize."""
+    return getattr(torch, FORMATS[form].dtype)
+
+
+def mean_bits(facts: ModelFacts, layouts: Mapping[str, Layout]) -> float:
+    """Returns the mean bits of the quantized weights, without their scales; 16 where nothing is quantized."""
+    sizes = {layer.name: layer.parameters for layer in facts.linears if layer.name in layouts}
+    bits = sum(layouts[layer].bits * size for layer, size in sizes.items())
+    return bits / sum(sizes.values()) if sizes else 16.0
+
+
+def check(name: str, layer: Quantized) -> None:
+    """Checks types, shapes and scales.
+
+    Raises:
+        Failure: `export_damaged`; the reason names the layer, the tensor and what is wrong with it.
+    """
+    layout, storage = layer.layout, layer.layout.storage
+    if layer.weight.dtype != layout.dtype or layer.weight.dim() != 2:
+        found = f"{layer.weight.dtype} {list(layer.weight.shape)}"
+        raise _damaged(name, f"its weight is {found}, where {layout.algo} stores a {layout.dtype} matrix")
+    out_features, in_features = layer.shape
+    if storage.in_groups:
+        group = layout.group_size
+        if group <= 0 or in_features % group or storage.block not in (0, group):
+            raise _damaged(name, f"group_size {group} is not one for {layout.algo} and its {in_features} inputs")
+        scale_shape = (out_features, in_features // group)
+    else:
+        scale_shape = () if storage.scale == "tensor" else (out_features,)
+    for scale in layout.scales:
+        _check_scale(name, scale, getattr(layer, scale), scale_shape if scale == "weight_scale" else ())
+    if layer.pre_quant_scale is not None:
+        _check_scale(name, "pre_quant_scale", layer.pre_quant_scale, (in_features,))
+
+
+def _check_scale(name: str, what: str, scale: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    if scale is None:
+        raise _damaged(name, f"its {what} is missing")
+    if tuple(n for n in scale.shape if n != 1) != tuple(n for n in shape if n != 1):
+        raise _damaged(name, f"its {what} has shape {list(scale.shape)}, expected {list(shape)}")
+    # Any E8M0 but 255, which stands for "not a number", is positive.
+    good = scale < 255 if scale.dtype == torch.uint8 else torch.isfinite(scale.float()) & (scale.float() > 0)
+    if not good.all():
+        raise _damaged(name, f"its {what} has values that are not finite and positive")
+
+
+def _damaged(name: str, what: str) -> Failure:
+    return Failure("export_damaged", f"{name}: {what}")
+
+
+def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
+    """Returns the signed values of packed INT4: uint8 [out / 2, in] -> int8 [out, in], from -8 to 7."""
+    low, high = packed & 15, packed >> 4
+    nibbles = torch.stack([low, high], dim=1).reshape(2 * packed.shape[0], packed.shape[1])
+    return (nibbles ^ 8).to(torch.int8) - 8  # the sign bit of two's complement
+
+
+def pack_int4(numbers: torch.Tensor) -> torch.Tensor:
+    """Returns the packed bytes of signed values: int8 [out, in], from -8 to 7 -> uint8 [out / 2, in]."""
+    low, high = numbers.view(-1, 2, numbers.shape[1]).unbind(1)
+    return ((low & 15) | (high << 4)).view(torch.uint8)
+
+
+def unpack_e2m1(packed: torch.Tensor) -> torch.Tensor:
+    """Returns the values of packed E2M1: uint8 [out, in / 2] -> float32 [out, in], from -6 to 6."""
+    nibbles = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+    return _e2m1(packed.device)[nibbles.int()]
+
+
+@cache
+def _e2m1(device: torch.device) -> torch.Tensor:
+    """The number of each code; kept, because a CUDA graph cannot record a copy to the GPU."""
+    positive = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    return torch.cat([positive, -positive]).to(device)
+
+
+def numbers(layer: Quantized) -> torch.Tensor:
+    """Returns the stored numbers before scaling, [out, in]: int8, float8_e4m3fn or float32."""
+    unpack = {"out": unpack_int4, "in": unpack_e2m1}.get(layer.layout.storage.number.packed)
+    return unpack(layer.weight) if unpack else layer.weight
+
+
+def dequantize(layer: Quantized) -> torch.Tensor:
+    """Returns the float32 weight [out, in] that the layer applies to its unscaled input.
+
+    `pre_quant_scale` is multiplied in, so the result compares with the original weight, up to what was folded
+    into layer norms.
+    """
+    weight = scaled_weight(layer)
+    return weight if layer.pre_quant_scale is None else weight * layer.pre_quant_scale.float().reshape(1, -1)
+
+
+def scaled_weight(layer: Quantized) -> torch.Tensor:
+    """Returns the float32 weight [out, in] that the layer applies to an input times `pre_quant_scale`."""
+    weight, layout, storage = numbers(layer).float(), layer.layout, layer.layout.storage
+    scale = layer.weight_scale.float()
+    if storage.scale_type == "e8m0":
+        scale = torch.exp2(scale - 127)
+    if storage.second_scale == "blocks":
+        scale = scale * layer.weight_scale_2.float()
+    if storage.in_groups:
+        blocks = weight.view(weight.shape[0], -1, layout.group_size)
+        weight = (blocks * scale.reshape(weight.shape[0], -1, 1)).view_as(weight)
+    else:
+        weight = weight * scale.reshape(-1, 1)
+    if storage.second_scale == "rounded":
+        return ROUNDED[storage.inputs.numbers](weight, layer.weight_scale_2.float())
+    return weight
+
+
+def to_fp8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """Returns float32 x in units of `scale` as e4m3 numbers; beyond their range it saturates."""
+    return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def round_fp8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """Returns float32 x as e4m3 numbers times `scale` represent it; beyond their range it saturates."""
+    return to_fp8(x, scale).float() * scale
+
+
+def to_int8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """Returns float32 x in units of `scale` as whole numbers from -128 to 127."""
+    return (x / scale).round().clamp(-128, 127).to(torch.int8)
+
+
+def round_int8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """Returns float32 x as whole numbers from -128 to 127 times `scale` represent it."""
+    return to_int8(x, scale).float() * scale
+
+
+def round_nvfp4(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """Returns float32 x [..., n] as NVFP4 represents it, n a multiple of 16.
+
+    Each block of 16 has an e4m3 scale in units of `scale`, chosen so that its largest value becomes 6. A block too
+    small for e4m3 gets the scale 0, and is read back as zeros whatever its codes are.
+    """
+    blocks = x.unflatten(-1, (-1, _BLOCK))
+    block_scale = round_fp8(blocks.abs().amax(-1, keepdim=True) / E2M1_MAX, scale)
+    return (_round_e2m1(blocks / block_scale.where(block_scale > 0, 1.0)) * block_scale).flatten(-2)
+
+
+def _round_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """Rounds to 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives; ties go to the even code."""
+    x = x.clamp(-E2M1_MAX, E2M1_MAX)
+    size = x.abs()
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return (x / step).round() * step
+
+
+#: How inputs, keys and values are rounded to a type of number and read back, by its name; e2m1 is that of NVFP4.
+ROUNDED = {"int8": round_int8, "e4m3": round_fp8, "e2m1": round_nvfp4}

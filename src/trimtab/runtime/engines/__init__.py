@@ -1,0 +1,10 @@
+"""The engines that judge and serve an export, behind one protocol.
+
+| file | idea |
+|---|---|
+| `backends` | opens a built engine in the back end that its recipe names |
+| `torch_engine` | the protocol, and the embedded engine on PyTorch; `batching` packs what it scores |
+| `parallel`, `rank` | the same over several devices |
+| `library`, `decode_time` | what engines of other libraries share |
+| `trtllm`, `vllm_engine`, `vllm_plugin` | TensorRT-LLM and vLLM |
+"""

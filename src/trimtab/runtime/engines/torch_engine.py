@@ -1,0 +1,289 @@
+"""The engine: what validation asks of whatever serves an artifact, and the embedded back end on PyTorch."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from trimtab.base import progress
+from trimtab.base.errors import InputError
+from trimtab.recipe import Engine as Settings
+from trimtab.runtime.checkpoint.model_files import load_tokenizer
+from trimtab.runtime.decoder import decode, float16_range, gpu_memory, head, step
+from trimtab.runtime.decoder.assemble import assemble
+from trimtab.runtime.decoder.decode import Growing, Recorded
+from trimtab.runtime.decoder.step import Step
+from trimtab.runtime.engines import batching
+from trimtab.runtime.engines.batching import Request
+from trimtab.runtime.kernels import replacements
+from trimtab.runtime.kv_cache.emulated import ServedKVCache
+from trimtab.runtime.linear import fused
+from trimtab.runtime.parallel import shards
+from trimtab.runtime.parallel.shards import Place
+
+
+class Engine(Protocol):
+    """Every back end runs one exported artifact and answers in the same units."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The artifact's tokenizer."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that the weights occupy while the engine runs, on all devices together."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that the engine holds of its first device's memory, KV cache and graphs included; 0 on a CPU."""
+
+    def kernels(self) -> dict[str, dict[str, Any]]:
+        """Returns for each quantized layer {"kernel": name, "emulated": bool}."""
+
+    def loglikelihood(self, requests: list[Request]) -> list[tuple[float, bool]]:
+        """Returns for each (context, continuation) its log-probability in nats, and whether it is greedy."""
+
+    def nll(self, windows: torch.Tensor) -> list[float]:
+        """Returns for each window, int64 [n, length], the nats of its tokens after the first, summed."""
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """Returns for each prompt the tokens that greedy decoding adds, without the end-of-text token."""
+
+    def decode_speed(self, batch_size: int, prompt_tokens: int, new_tokens: int, repeats: int) -> list[float]:
+        """Returns the tokens a second of all sequences together, once a repeat, prefill excluded."""
+
+    def close(self) -> None:
+        """Gives memory and processes back; the engine answers no more."""
+
+
+def check_requests(requests: list[Request], limit: int, name: str = "engine.max_seq_len") -> None:
+    """Refuses requests for log-likelihoods that an engine cannot answer whole.
+
+    Raises:
+        InputError: a context or continuation is empty, or both together exceed `limit`, which is called `name`.
+    """
+    for number, (context, continuation) in enumerate(requests):
+        if not context or not continuation:
+            part = "continuation" if context else "context"
+            raise InputError(f"request {number}: its {part} is empty; a token is scored on one before it")
+        check_length(f"request {number}", len(context) + len(continuation), limit, name)
+
+
+def check_prompts(prompts: list[list[int]], max_new_tokens: int, limit: int) -> None:
+    """Refuses prompts that an engine cannot continue.
+
+    Raises:
+        InputError: a prompt is empty, or with its new tokens exceeds `limit`, the engine's max_seq_len.
+    """
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise InputError(f"prompt {number}: is empty; give at least one token")
+        check_length(f"prompt {number} with {max_new_tokens} new tokens", len(prompt) + max_new_tokens, limit)
+
+
+def check_length(what: str, tokens: int, limit: int, name: str = "engine.max_seq_len") -> None:
+    """Refuses more tokens than the engine has room for: nothing is ever truncated.
+
+    Raises:
+        InputError: there are more.
+    """
+    if tokens > limit:
+        raise InputError(f"{what} has {tokens} tokens, more than {name} {limit}; raise it or cut")
+
+
+class TorchEngine:
+    """Runs an export folder in this process, in bfloat16, with PyTorch's low-precision kernels.
+
+    A model in float16 is judged in its range: see `runtime.decoder.float16_range`.
+
+    bfloat16 serves the baseline too, so both are compared in the same arithmetic: on AVX512-BF16 its dense
+    product has twice the speed of float32's, and log-probabilities are summed over float32 logits anyway.
+
+    Args:
+        folder: a plain Hugging Face checkpoint or a ModelOpt unified checkpoint.
+        settings: `max_seq_len` bounds a sequence, `max_num_tokens` a forward pass, `max_batch_size` `generate`.
+        device: "cpu", "cuda", or "auto" for CUDA where there is one.
+        kv_cache: "export" for the KV cache that the export asks for, "none" for 16 bits whatever it asks for.
+        place: of this process among several that answer together, each on its part of the model; all must be asked
+            the same, in the same order. `runtime.engines.parallel` sees to that.
+
+    Raises:
+        InputError: not a model folder.
+        Failure: `export_damaged`, `unsupported`, or `does_not_fit`, naming the part, as every method does.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        device: str = "auto",
+        kv_cache: ServedKVCache = "export",
+        place: Place | None = None,
+    ):
+        self.folder, self.settings = Path(folder), settings
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.device = torch.device(name)
+        with gpu_memory.part("weights", self.device):
+            self.model = assemble(self.folder, self.device, kv_cache, place)
+        if self.device.type == "cuda":
+            replacements.fuse_norms(self.model)
+            replacements.group_queries(self.model)
+        self.body, self.head = self.model.base_model, self.model.get_output_embeddings()
+        # A branch's mask says nothing of a sliding window, so there every request gets a row of its own.
+        self._share_contexts = not getattr(self.model.config, "sliding_window", None)
+        self._agree = shards.agreement(place, self.device) if place else bool
+        # Products of one row are chosen by their speed, which ranks would find to differ, and leave out their sums.
+        self._has_step = self.device.type == "cuda" and place is None
+        self._decoders: dict[tuple[int, int, int], Growing | Recorded] = {}
+        self._is_float16 = float16_range.declared_dtype(self.folder) == torch.float16
+        #: How `decode_speed` last ran its steps: "CUDA graph" of which step, or "loop" and on a GPU why.
+        self.decode_path = ""
+        head.check(self.model)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.folder)
+
+    @cached_property
+    def _step(self) -> Step | None:
+        return step.build(self.model, self.settings.max_seq_len) if self._has_step else None
+
+    @property
+    def weight_bytes(self) -> int:
+        tensors = [*self.model.parameters(), *self.model.buffers()]  # tied ones come once
+        return sum(tensor.nbytes for tensor in tensors)
+
+    @property
+    def device_bytes(self) -> int:
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+
+    def kernels(self) -> dict[str, dict[str, Any]]:
+        packed = fused.packed_layers(self.model)
+        return {name: {"kernel": m.kernel, "emulated": m.emulated} for name, m in packed.items()}
+
+    @torch.inference_mode()
+    def loglikelihood(self, requests: list[Request]) -> list[tuple[float, bool]]:
+        """As the protocol says; nothing is truncated, and requests that share a context share its work.
+
+        Raises:
+            InputError: a context or continuation is empty, or both together exceed `max_seq_len`.
+        """
+        check_requests(requests, self.settings.max_seq_len)
+        budget = self.settings.max_num_tokens
+        sums = torch.zeros(len(requests), dtype=torch.float64)
+        misses = torch.zeros(len(requests), dtype=torch.int64)
+        for group in batching.batches(batching.rows(requests, self._share_contexts, budget), budget):
+            batch = batching.to_tensors(group)
+            with gpu_memory.part("activations", self.device):
+                hidden = self._hidden(batch.tokens, batch.positions, batch.mask)[batch.rows, batch.columns]
+                log_probs, likeliest = head.score(self.head, hidden, batch.targets.to(self.device))
+            sums.index_add_(0, batch.owners, log_probs.cpu().double())
+            misses.index_add_(0, batch.owners, (~likeliest).cpu().long())
+        return list(zip(sums.tolist(), (misses == 0).tolist(), strict=True))
+
+    @torch.inference_mode()
+    def nll(self, windows: torch.Tensor) -> list[float]:
+        """As the protocol says.
+
+        Raises:
+            InputError: a window exceeds `max_seq_len`, or has fewer than two tokens.
+        """
+        length = windows.shape[1]
+        check_length("a window", length, self.settings.max_seq_len)
+        if length < 2:
+            raise InputError(f"a window of {length} tokens predicts nothing; give at least 2")
+        totals = []
+        for batch in windows.split(max(1, self.settings.max_num_tokens // length)):
+            with gpu_memory.part("activations", self.device):
+                hidden = self._hidden(batch[:, :-1]).flatten(0, 1)
+                log_probs, _ = head.score(self.head, hidden, batch[:, 1:].flatten().to(self.device))
+            totals += (-log_probs).double().view(len(batch), -1).sum(1).tolist()
+        return totals
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """As the protocol says.
+
+        Raises:
+            InputError: a prompt is empty, or with its new tokens exceeds `max_seq_len`.
+        """
+        check_prompts(prompts, max_new_tokens, self.settings.max_seq_len)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        answers: dict[int, list[int]] = {}
+        size = self.settings.max_batch_size
+        for start in range(0, len(order), size):
+            some = order[start : start + size]
+            with gpu_memory.part("KV cache and activations", self.device):
+                answers |= zip(some, self._generate([prompts[i] for i in some], max_new_tokens), strict=True)
+        return [answers[i] for i in range(len(prompts))]
+
+    @torch.inference_mode()
+    def decode_speed(self, batch_size: int, prompt_tokens: int, new_tokens: int, repeats: int) -> list[float]:
+        """As the protocol says; one untimed repeat comes first.
+
+        Raises:
+            InputError: prompt and new tokens exceed `max_seq_len`.
+        """
+        check_length("a sequence of decode_speed", prompt_tokens + new_tokens, self.settings.max_seq_len)
+        generator = torch.Generator().manual_seed(0)
+        shape = (batch_size, prompt_tokens)
+        prompt = torch.randint(self.model.config.vocab_size, shape, generator=generator).to(self.device)
+        with gpu_memory.part("KV cache and activations", self.device):
+            decoder = self._decoder(batch_size, prompt_tokens, new_tokens)
+            seconds = [self._decode(decoder, prompt, new_tokens) for _ in range(repeats + 1)]
+        self.decode_path = decoder.path
+        return [batch_size * new_tokens / s for s in seconds[1:]]
+
+    def close(self) -> None:
+        """Nothing to do: memory goes back with the object."""
+
+    def _hidden(
+        self, tokens: torch.Tensor, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Returns the last hidden states [B, L, hidden_size]; padding on the right needs no mask."""
+        inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask}
+        inputs = {name: value.to(self.device) for name, value in inputs.items() if value is not None}
+        with float16_range.checked(self.body) if self._is_float16 else nullcontext():
+            return self.body(**inputs, use_cache=False).last_hidden_state
+
+    def _generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        length = max(map(len, prompts))
+        ends = self.model.generation_config.eos_token_id
+        ends = [ends] if isinstance(ends, int) else ends or []
+        padding = ends[0] if ends else 0
+        tokens = torch.tensor([[padding] * (length - len(p)) + p for p in prompts])
+        seen = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
+        # The folder's own generation config may ask for sampling.
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends or None, pad_token_id=padding
+        )
+        inputs = {"input_ids": tokens.to(self.device), "attention_mask": seen.to(self.device)}
+        output = self.model.generate(**inputs, generation_config=config)[:, length:].tolist()
+        return [answer[: next((i for i, t in enumerate(answer) if t in ends), None)] for answer in output]
+
+    def _decoder(self, *sizes: int) -> Growing | Recorded:
+        """Decoders are kept: recording one takes longer than a measurement."""
+        if sizes not in self._decoders:
+            self._decoders[sizes] = decode.decoder(self.model, *sizes, self._step, self._agree)
+            if self.device.type == "cuda":
+                progress.report("validate", f"decoding by {self._decoders[sizes].path}")
+        return self._decoders[sizes]
+
+    def _decode(self, decoder: Growing | Recorded, prompt: torch.Tensor, new_tokens: int) -> float:
+        """Returns the seconds of `new_tokens` single steps after a prefill."""
+        decoder.prefill(prompt)
+        self._synchronize()
+        started = time.perf_counter()
+        decoder.steps(new_tokens)
+        self._synchronize()
+        return time.perf_counter() - started
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -1,0 +1,10 @@
+"""Kernels in Triton, and what launches them with little overhead; nothing here knows a model.
+
+| file | idea |
+|---|---|
+| `matmul`, `tile`, `words` | products of few rows with packed weights, how they are cut, how weights stand |
+| `paged_attention` | attention over a paged KV cache |
+| `elementwise` | what stands between the products of a decoding step |
+| `replacements` | modules of transformers that are cheaper in another shape |
+| `cuda_graphs` | steps that are recorded once and replayed |
+"""

@@ -1,0 +1,1 @@
+"""The KV cache: emulated in few bits, or paged and held in them."""

@@ -1,0 +1,112 @@
+"""What a linear layer over a packed weight is, and the one that runs any format anywhere.
+
+Axes in names: R rows (tokens), I in_features, O out_features, G groups of a row. `x_RI @ w_OI.T -> y_RO`.
+
+A packed kernel reads few bytes and wins where the weight is the traffic: few rows, as in decoding. With many
+rows the dense product wins even though it must unpack the weight first; `packed_rows` is the crossover. The
+packed weight is the only copy kept: the unpacked one lives for one product.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from trimtab.catalog.formats import Inputs
+from trimtab.catalog.numbers import NUMBERS
+from trimtab.runtime.checkpoint import layer_layout
+from trimtab.runtime.checkpoint.layer_layout import E4M3_MAX, Quantized
+
+
+class PackedLinear(nn.Module):
+    """A linear layer over a packed weight, bfloat16 in and out.
+
+    `kernel` names the product that few rows use. `emulated` is True where that is no low-precision kernel:
+    the numbers are the format's, the speed is not.
+    """
+
+    kernel = ""
+    #: What it multiplies, as `Storage.product` tells them apart: numbers, which share a scale, how inputs are rounded.
+    products: tuple[tuple[str, str, Inputs | None], ...] = ()
+    emulated = False
+    packed_rows = 0
+
+    def __init__(self, layer: Quantized, bias: torch.Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = layer.shape
+        self.keep(bias=None if bias is None else bias.bfloat16())
+        scale = layer.pre_quant_scale if layer.scales_inputs else None
+        self.keep(pre_quant_scale=None if scale is None else scale.reshape(-1).bfloat16())
+
+    @classmethod
+    def runs(cls, layer: Quantized) -> bool:
+        """Whether there is a kernel here for the layer's product and its shape."""
+        storage = layer.layout.storage
+        return storage.has_plain_scales and storage.product in cls.products and cls.fits(layer)
+
+    @staticmethod
+    def fits(layer: Quantized) -> bool:
+        """Whether the kernel takes the layer's shape: here, sides that are multiples of 16."""
+        return not any(size % 16 for size in layer.shape)
+
+    def keep(self, **tensors: torch.Tensor | None) -> None:
+        """Registers buffers that move with the module and are no part of its state dict."""
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x_RI = x.reshape(-1, self.in_features)
+        if self.pre_quant_scale is not None:
+            x_RI = x_RI * self.pre_quant_scale
+        y_RO = self.packed(x_RI) if len(x_RI) <= self.packed_rows else self.dense(x_RI)
+        if self.bias is not None:
+            y_RO = y_RO + self.bias
+        return y_RO.reshape(*x.shape[:-1], self.out_features)
+
+    def packed(self, x_RI: torch.Tensor) -> torch.Tensor:
+        """The product on the packed weight."""
+        raise NotImplementedError
+
+    def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
+        """The product on the weight unpacked to bfloat16."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.kernel}{', emulated' * self.emulated}"
+
+
+class Emulated(PackedLinear):
+    """Any format without a kernel on this device: activations rounded as it says, the weight unpacked each time.
+
+    The products are those of the format up to the order of sums; FP8 and FP4 numbers times their scales do not
+    all fit bfloat16, so the unpacked weight is rounded once more.
+    """
+
+    kernel = "dequantize + mm"
+    emulated = True
+
+    def __init__(self, layer: Quantized, bias: torch.Tensor | None):
+        super().__init__(layer, bias)
+        self.layout = layer.layout
+        self.keep(weight=layer.weight, weight_scale=layer.weight_scale, weight_scale_2=layer.weight_scale_2)
+        self.keep(input_scale=None if layer.input_scale is None else layer.input_scale.float().reshape(()))
+
+    def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
+        layer = Quantized(self.layout, self.weight, self.weight_scale, weight_scale_2=self.weight_scale_2)
+        return F.linear(self.rounded(x_RI), layer_layout.scaled_weight(layer).bfloat16())
+
+    def rounded(self, x_RI: torch.Tensor) -> torch.Tensor:
+        """The activations as the format's product sees them."""
+        inputs = self.layout.storage.inputs
+        if inputs is None:
+            return x_RI
+        x_RI = x_RI.float()
+        scale = self.input_scale if inputs.scale == "static" else token_scales(x_RI, NUMBERS[inputs.numbers].largest)
+        return layer_layout.ROUNDED[inputs.numbers](x_RI, scale).bfloat16()
+
+
+def token_scales(x_RI: torch.Tensor, largest: float = E4M3_MAX) -> torch.Tensor:
+    """Returns for each row the scale that makes its largest value the largest number, e4m3's, float32 [R, 1]."""
+    largest_R1 = torch.linalg.vector_norm(x_RI, torch.inf, dim=-1, keepdim=True, dtype=torch.float32)
+    return largest_R1.div_(largest).clamp_min_(1e-12)

@@ -1,0 +1,1 @@
+"""One model over several processes: who they are, and which part each holds."""

@@ -1,0 +1,1 @@
+"""Weights become few bits: scales, rounding, packing, and the Hessian that second-order methods want."""

@@ -1,0 +1,1 @@
+"""Texts and conversations, read and cut into windows of tokens."""

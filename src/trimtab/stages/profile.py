@@ -1,0 +1,186 @@
+"""The profile of a cluster: where the stages of a run find GPUs, memory, credentials and a cache. YAML, as a recipe is.
+
+    gpu:
+      node_selector: {nvidia.com/gpu.product: NVIDIA-H100-80GB-HBM3}
+      tolerations: [{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]
+    images: {cuda: registry.example/trimtab-cuda:0.1.0, pull_secrets: [registry]}
+    secrets: {trimtab-s3: {access_key: AWS_ACCESS_KEY_ID, secret_key: AWS_SECRET_ACCESS_KEY}}
+    environment: {AWS_ENDPOINT_URL: "http://seaweedfs.kubeflow:8333"}
+    cache: {claim: trimtab-cache}
+    shared_memory: 16Gi
+    stage: {memory: 16Gi, cpu: "4", timeout_hours: 12, retries: 2}
+    stages: {distill: {memory: 64Gi, timeout_hours: 48}}
+
+How many accelerators a stage gets is no part of it: the recipe says so, and `prepare` asks for none where a stage has
+nothing to do.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
+
+from trimtab.base.errors import nearest
+from trimtab.base.schema import Document
+from trimtab.base.signing import KEY
+from trimtab.stages import TASKS
+
+#: The tasks that a profile places one by one: those that do work on a model, by their names in a run.
+PLACED = ("fetch", *TASKS, "validate")
+
+#: Those that load a built engine.
+ENGINE_TASKS = ("engine", "validate")
+
+#: What a value in the clear must not be.
+SECRET = re.compile(r"(SECRET|PASSWORD|TOKEN|ACCESS_KEY|CREDENTIAL)", re.IGNORECASE)
+
+
+def _quantity(value: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*(\.\d+)?(Ki|Mi|Gi|Ti|k|M|G|T|m)?", value):
+        raise ValueError("is not a Kubernetes quantity; write such as '4', '500m' or '16Gi'")
+    return value
+
+
+def _dns_name(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", value):
+        raise ValueError("is not a name of Kubernetes; write lower case letters, digits, '-' and '.'")
+    return value
+
+
+def _label(value: str) -> str:
+    if not re.fullmatch(r"([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", value):
+        raise ValueError("is not a label's key; write such as 'team' or 'example.com/team'")
+    return value
+
+
+def _variable(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+        raise ValueError("is not the name of an environment variable; write such as AWS_REGION")
+    return value
+
+
+def _image(value: str) -> str:
+    name, _, digest = value.partition("@")
+    tag = name.rpartition("/")[2].partition(":")[2]
+    if not digest and tag in ("", "latest"):
+        raise ValueError("has no tag that stays; write name:version or name@sha256:…")
+    return value
+
+
+Quantity = Annotated[str, AfterValidator(_quantity)]
+Name = Annotated[str, AfterValidator(_dns_name)]
+LabelKey = Annotated[str, AfterValidator(_label)]
+LabelValue = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$")]
+Variable = Annotated[str, AfterValidator(_variable)]
+ImageName = Annotated[str, AfterValidator(_image)]
+
+
+class Toleration(Document):
+    """A taint that the stages with a GPU tolerate."""
+
+    key: LabelKey | None = None
+    operator: Literal["Equal", "Exists"] = "Equal"
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+
+    @model_validator(mode="after")
+    def _value_where_it_means_something(self) -> Toleration:
+        if self.operator == "Exists" and self.value is not None:
+            raise ValueError("has operator Exists and a value; remove the value, or write operator: Equal")
+        if self.operator == "Equal" and self.key is None:
+            raise ValueError("has operator Equal and no key; write the key, or operator: Exists")
+        return self
+
+
+class Gpu(Document):
+    """Where stages run that need an accelerator. The selector holds only while a stage asks for one."""
+
+    resource: LabelKey = "nvidia.com/gpu"
+    node_selector: dict[LabelKey, LabelValue] = {}
+    tolerations: tuple[Toleration, ...] = ()
+
+
+class Images(Document):
+    """`cuda` runs the stages of an attempt in place of the pipeline's image, and `engine` those of them that build and
+    judge engines, such as one that holds TensorRT-LLM; `pull_secrets` opens the registry."""
+
+    cuda: ImageName | None = None
+    engine: ImageName | None = None
+    pull_secrets: tuple[Name, ...] = ()
+
+    def of(self, task: str) -> str | None:
+        """Returns the image of a task that works on a model; None for the pipeline's own."""
+        return (self.engine if task in ENGINE_TASKS else None) or self.cuda
+
+
+class Cache(Document):
+    """A claim that keeps trees between pods: ReadWriteMany, or all stages of all runs land on one node."""
+
+    claim: Name
+    path: Annotated[str, StringConstraints(pattern=r"^/[^\s:]+$")] = "/cache"
+
+
+class Signing(Document):
+    """The secret that the deploy gate signs releases with, and that reaches no other task.
+
+    `key` is the entry of the secret that holds the private key, PEM, and `password` that of its password.
+    """
+
+    secret: Name
+    key: str = "key"
+    password: str | None = None
+
+
+class StageLimits(Document):
+    """What one stage may take; what is absent is not limited. Requests equal limits, so that nothing is evicted."""
+
+    cpu: Quantity | None = None
+    memory: Quantity | None = None
+    timeout_hours: Annotated[float, Field(gt=0)] | None = None
+    retries: Annotated[int, Field(ge=0, le=10)] | None = None
+
+
+class Profile(Document):
+    """See the module."""
+
+    gpu: Gpu = Gpu()
+    images: Images = Images()
+    environment: dict[Variable, str] = {}
+    secrets: dict[Name, dict[str, Variable]] = {}
+    signing: Signing | None = None
+    cache: Cache | None = None
+    shared_memory: Quantity | None = None
+    labels: dict[LabelKey, LabelValue] = {}
+    stage: StageLimits = StageLimits()
+    stages: dict[str, StageLimits] = {}
+
+    @field_validator("environment")
+    @classmethod
+    def _nothing_secret(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if SECRET.search(name):
+                raise ValueError(f"has {name}, which anyone who sees the pipeline could read; name it in secrets")
+        return value
+
+    @field_validator("secrets")
+    @classmethod
+    def _signing_is_the_gate_s(cls, value: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+        for secret, variables in value.items():
+            if KEY in variables.values():
+                raise ValueError(f"has {KEY}, which every task would see; write signing: {{secret: {secret}, key: …}}")
+        return value
+
+    @field_validator("stages")
+    @classmethod
+    def _known_stages(cls, value: dict[str, StageLimits]) -> dict[str, StageLimits]:
+        for name in value:
+            if name not in PLACED:
+                raise ValueError(f"has no stage '{name}'; {nearest(name, PLACED)}")
+        return value
+
+    def limits(self, task: str) -> StageLimits:
+        """Returns what a task may take: its own entry of `stages`, and `stage` for what that leaves open."""
+        own = self.stages.get(task, StageLimits()).model_dump(exclude_none=True)
+        return self.stage.model_copy(update=own)
