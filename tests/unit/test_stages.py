@@ -11,8 +11,9 @@ from trimtab import child, stages
 from trimtab.errors import Failure, StoreError
 from trimtab.recipe import Recipe
 from trimtab.stages import STAGES, TASKS, Stage
-from trimtab.state import State
+from trimtab.state import Brief, State
 from trimtab.store import open_store
+from trimtab.verdict import Verdict
 
 DISTILL = "{tokens: 99, generate: 9, stored_logits: 8}"
 FULL = f"{{prune: {{method: depth, blocks: 1}}, distill: {DISTILL}, quantize: {{format: mixed, effective_bits: 6}}}}"
@@ -230,6 +231,20 @@ def test_every_stage_runs_in_one_task_in_order():
 def test_accelerators(recipe, target, expected, state):
     begun = state(recipe, target)
     assert stages.accelerators(begun) == dict.fromkeys(TASKS, "0") | expected
+
+
+def test_an_attempt_is_judged_where_its_baseline_fits_too(state):
+    """Validation, which has the accelerators of `engine`, measures both."""
+    verdict = Verdict(outcome="baseline", reason="the model unchanged")
+    baseline = Brief(recipe=Recipe.parse("engine: {backend: trtllm, tensor_parallel_size: 4}"), verdict=verdict)
+    begun = state("{quantize: {format: fp8}, engine: {backend: trtllm}}", "h100")
+    assert stages.accelerators(begun)["engine"] == "1"
+    assert stages.accelerators(begun.model_copy(update={"baseline": baseline}))["engine"] == "4"
+
+
+def test_a_failure_says_where(state):
+    failed = stages.fail(state(FULL), "distill", Failure("does_not_fit", "distill was killed"))
+    assert (failed.verdict.stage, failed.verdict.failure_class) == ("distill", "does_not_fit")
 
 
 def test_what_exists_needs_no_accelerator(state, worked):
