@@ -14,7 +14,7 @@ import trimtab
 import trimtab.components
 import trimtab.pipelines
 
-#: The floors from the ground up, each with its rooms in the same order: a room imports from those before it and from
+#: The floors from the ground up, each with its rooms in that order: a room imports from those before it and from
 #: the floors below. The rooms of the components stand side by side; none imports another.
 ROOMS = {
     "trimtab": (

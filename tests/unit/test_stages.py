@@ -10,8 +10,9 @@ import pytest
 from trimtab import stages
 from trimtab.base import child, environment
 from trimtab.base.errors import Failure, StoreError
+from trimtab.judge import Verdict
 from trimtab.loop.documents import load, save
-from trimtab.loop.state import State, fail
+from trimtab.loop.state import Brief, State, fail
 from trimtab.recipe import Recipe
 from trimtab.stages import STAGES, TASKS, TENSORS, Stage
 from trimtab.store import open_store
@@ -233,6 +234,20 @@ def test_every_stage_runs_in_one_task_in_order():
 def test_accelerators(recipe, target, expected, state):
     begun = state(recipe, target)
     assert stages.accelerators(begun) == dict.fromkeys((*TASKS, "validate"), "0") | expected
+
+
+def test_an_attempt_is_judged_where_its_baseline_fits_too(state):
+    """Validation measures both."""
+    verdict = Verdict(outcome="baseline", reason="the model unchanged")
+    baseline = Brief(recipe=Recipe.parse("engine: {backend: trtllm, tensor_parallel_size: 4}"), verdict=verdict)
+    begun = state("{quantize: {format: fp8}, engine: {backend: trtllm}}", "h100")
+    assert stages.accelerators(begun)["validate"] == "1"
+    assert stages.accelerators(begun.model_copy(update={"baseline": baseline}))["validate"] == "4"
+
+
+def test_a_failure_says_where(state):
+    failed = fail(state(FULL), "distill", Failure("does_not_fit", "distill was killed"))
+    assert (failed.verdict.stage, failed.verdict.failure_class) == ("distill", "does_not_fit")
 
 
 def test_what_exists_needs_no_accelerator(state, worked):
