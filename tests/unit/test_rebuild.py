@@ -91,7 +91,7 @@ CHANGES = {  # what changes, and what the review says of it
     "recipe": ({"recipe": DISTILLED.replace("1024", "2048")}, "recipe.distill.tokens: 1024 → 2048"),
     "image": ({"images": "registry/trimtab:2"}, "images: registry/trimtab:1 → registry/trimtab:2"),
     "attempts": ({"max_attempts": 2}, "max_attempts: 5 → 2"),
-    "evaluation": ({"evaluation": Evaluation(confirm_items=8)}, "evaluation.confirm_items: 960 → 8"),
+    "evaluation": ({"evaluation": Evaluation(confirm_items=90)}, "evaluation.confirm_items: 960 → 90"),
 }
 
 
