@@ -96,8 +96,9 @@ def _check_embeddings(folder: Path, facts: ModelFacts) -> None:
     if tied and not _same(found[_HEAD], found[embedding]):
         raise InputError(
             f"{folder}: {_HEAD} has other numbers than {embedding}, and config.json says that they are one "
-            f"(tie_word_embeddings): engines differ in which they use; write tie_word_embeddings: false if the head "
-            f"was trained, else save the model again without it"
+            f"(tie_word_embeddings): engines differ in which they use; write \"tie_word_embeddings\": false if the "
+            f"head was trained, else load the model, set model.get_output_embeddings().weight = "
+            f"model.get_input_embeddings().weight, and save it"
         )
 
 
