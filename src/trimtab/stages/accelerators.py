@@ -39,7 +39,8 @@ def _needed(state: State) -> dict[str, int]:
     several = {"engine": world}
     if state.recipe.distill:
         several["distill"] = state.recipe.distill.processes
-    store, known, counts = open_store(state.store), True, {JUDGE: world}
+    baseline = state.baseline.recipe.engine.world_size if state.baseline else 1
+    store, known, counts = open_store(state.store), True, {JUDGE: max(world, baseline)}  # it measures both
     for name, stage in STAGES.items():
         if not is_asked(stage, state):
             continue
