@@ -85,8 +85,8 @@ def prepare(state: str, nodes: dict, checkpoint: dsl.Output[dsl.Model]) -> Named
         checkpoint: Names the model.
 
     Returns:
-        The state, and for each task its count of accelerators, "0" for a pass-through or a result that exists,
-        and its node selector, {} where the count is "0".
+        The URI of the document, and for each task its count of accelerators, "0" for a pass-through or a result that
+        exists, and its node selector, {} where the count is "0".
     """
     from collections import namedtuple
 

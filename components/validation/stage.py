@@ -199,7 +199,10 @@ class _Judge:
     def _cached(
         self, name: str, stage: stages.Stage, parameters: dict[str, Any], inputs: dict[str, Tree]
     ) -> stages.Result:
-        backend = "torch" if stage is INTEGRITY else self.state.recipe.engine.backend
+        recipe, base = self.state.recipe, self.state.baseline
+        if base and inputs.get("engine") == base.engine:
+            recipe = base.recipe
+        backend = "torch" if stage is INTEGRITY else recipe.engine.backend
         result = stages.cached(self.store, stage, parameters, inputs, backend)
         self.trees[name] = result.tree
         self.seconds += 0.0 if result.hit else result.seconds

@@ -18,8 +18,8 @@ import trimtab.pipelines
 #: the floors below. The rooms of the components stand side by side; none imports another.
 ROOMS = {
     "trimtab": (
-        "base", "catalog", "recipe", "store", "families", "model", "serving", "judge", "plan", "loop", "stages", "release",
-        "report",
+        "base", "catalog", "recipe", "store", "families", "model", "serving", "judge", "plan", "loop", "stages",
+        "release", "report",
     ),
     "trimtab.runtime": (
         "text", "checkpoint", "rounding", "kernels", "kv_cache", "linear", "parallel", "decoder", "measure",

@@ -15,13 +15,14 @@ from trimtab import stages
 from trimtab.base import child, environment
 from trimtab.components.validation import stage as validation
 from trimtab.loop.documents import load, save
-from trimtab.loop.state import State
+from trimtab.loop.state import Brief, State
 from trimtab.model.hardware import target
 from trimtab.plan.matrix import ladder
 from trimtab.recipe import Recipe
 from trimtab.stages import STAGES, Stage
 from trimtab.store import Store, open_store
 from trimtab.store.tree import Tree
+from trimtab.verdict import Verdict
 
 CHECKPOINT = Tree(uri=f"file:///x/trees/{'a' * 64}", digest="a" * 64)
 H100 = {"gpu": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0"}
@@ -202,6 +203,10 @@ def test_validation_keeps_its_devices_where_the_engine_is_found(begun, placed, m
     assert stages.advance("engine", state)[1].hit is False and stages.advance("engine", state)[1].hit
     needed = stages.accelerators(state)
     assert (needed["engine"], needed["validate"]) == ("2", "2")
+    larger = Recipe.parse("engine: {tensor_parallel_size: 4}")
+    baseline = Brief(recipe=larger, verdict=Verdict(outcome="baseline", reason="the model unchanged"))
+    needed = stages.accelerators(state.model_copy(update={"baseline": baseline}))
+    assert (needed["engine"], needed["validate"]) == ("2", "4"), "the baseline is measured beside it"
 
 
 def test_the_device_is_read_without_torch():

@@ -170,6 +170,18 @@ def test_what_is_over_is_written_once(run, store):
     assert (again.filed, again.trees, again.is_over) == (over.filed, {"export": TREE}, False)
 
 
+def test_what_is_saved_is_what_the_state_says(run):
+    """Also where it says otherwise than the documents that it was read from, of which nothing is lost."""
+    over = load(save(run("lower_latency", "h100", 3)))
+    first = over.history[0].model_copy(update={"why": "another reason"})
+    changed = over.model_copy(update={"history": (first, *over.history[1:])})
+    back = load(save(changed))
+    assert [brief.why for brief in back.history] == [brief.why for brief in changed.history]
+    assert back.filed[0] == over.filed[0] and not set(back.filed[1:]) & set(over.filed)
+    elsewhere = over.model_copy(update={"target": "l4"})
+    assert load(save(elsewhere)).target == "l4" and load(save(over)).target == "h100"
+
+
 def test_a_run_whose_baseline_failed_goes_nowhere(run):
     there = run("lower_latency", "h100", 1)
     failed = Brief(recipe=Recipe(), verdict=REJECTED)

@@ -85,12 +85,17 @@ _PLANNED = ("name", "goal", "target", "model", "max_attempts", "evaluation")
 def save(state: State) -> str:
     """Writes where a run stands and returns the URI of the document of its current attempt.
 
-    What is in the store already, the plan and the attempts that were over, is named and not written again.
+    What is in the store already, the plan and the attempts that are over, is named and not written again, as far as it
+    says what the state says.
     """
     store = open_store(state.store)
-    plan = state.plan or write_plan(store, Plan(**{name: getattr(state, name) for name in _PLANNED}))
-    filed = list(state.filed)
-    for number, brief in list(enumerate(state.finished))[len(filed) :]:
+    plan, filed = _plan(store, state), []
+    known = list(state.filed) if plan == state.plan else []
+    for number, brief in enumerate(state.finished):
+        if known and read_attempt(store, known[0]).brief == brief:
+            filed.append(known.pop(0))
+            continue
+        known = []  # those behind it name another parent
         said = {name: getattr(brief, name) for name in ("recipe", "why", "verdict", "seconds", "evaluation")}
         said["trees"] = {"engine": brief.engine} if brief.engine else {}
         if number == state.attempt:
@@ -139,6 +144,16 @@ def load(uri: str) -> State:
         history=tuple(briefs[1:]),
         filed=tuple(tree for tree, _ in past),
     )
+
+
+def _plan(store: Store, state: State) -> Tree:
+    """Returns the plan that says what the state says."""
+    planned = {name: getattr(state, name) for name in _PLANNED}
+    if state.plan is None:
+        return write_plan(store, Plan(**planned))
+    known = read_plan(store, state.plan)
+    wanted = known.model_copy(update=planned)
+    return state.plan if wanted == known else write_plan(store, wanted)
 
 
 def write_plan(store: Store, plan: Plan) -> Tree:

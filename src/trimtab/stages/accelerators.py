@@ -37,11 +37,10 @@ def _needed(state: State) -> dict[str, int]:
     """The accelerators of the stages that must run."""
     world = state.recipe.engine.world_size
     several = {"engine": world}
-    # Validation measures the baseline beside the attempt, in the engine that the baseline has.
-    beside = [state.baseline.recipe.engine.world_size] if state.baseline else []
     if state.recipe.distill:
         several["distill"] = state.recipe.distill.processes
-    store, known, counts = open_store(state.store), True, {JUDGE: max([world, *beside])}
+    baseline = state.baseline.recipe.engine.world_size if state.baseline else 1
+    store, known, counts = open_store(state.store), True, {JUDGE: max(world, baseline)}  # it measures both
     for name, stage in STAGES.items():
         if not is_asked(stage, state):
             continue
