@@ -105,7 +105,7 @@ def _second_attempt() -> float:
         recipe = Recipe.parse("quantize: {format: int4_awq}")
         state = State(store=store.uri, goal="fit_larger_model", target="cpu", model=model, recipe=recipe)
         stage = stages.STAGES["recalibrate"]
-        key = stage.key(stage.parameters(recipe), stages.inputs_of(stage, state))
+        key = stages.key_here(stage, state)
         store.record(key, {"tree": model.model_dump(), "metrics": {}, "seconds": 1.0})
         started = time.perf_counter()
         _, result = stages.advance("recalibrate", state)

@@ -105,6 +105,7 @@ def random_model(shape: dict[str, Any], form: str, fuse: bool) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    from trimtab.families.llama import LLAMA
     from trimtab.runtime import fused, linear
     from trimtab.runtime.formats import Layout
 
@@ -114,14 +115,14 @@ def random_model(shape: dict[str, Any], form: str, fuse: bool) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if FORMATS[form]:
         names = [name for name, m in model.base_model.named_modules(prefix="model") if isinstance(m, nn.Linear)]
-        for family in fused.families(names) if fuse else [[name] for name in names]:
-            shapes = [tuple(model.get_submodule(name).weight.shape) for name in family]
+        for group in fused.groups(names, LLAMA) if fuse else [[name] for name in names]:
+            shapes = [tuple(model.get_submodule(name).weight.shape) for name in group]
             stored = [random_layer(Layout(*FORMATS[form]), *sizes) for sizes in shapes]
-            if len(family) == 1:
-                model.set_submodule(family[0], linear.build(stored[0], None, DEVICE))
+            if len(group) == 1:
+                model.set_submodule(group[0], linear.build(stored[0], None, DEVICE))
             else:
                 packed = linear.build(fused.join(stored), None, DEVICE)
-                fused.place(model, family, packed, [sizes[0] for sizes in shapes])
+                fused.place(model, group, packed, [sizes[0] for sizes in shapes])
     for name, parameter in list(model.named_parameters()):
         tensor = torch.ones(parameter.shape, dtype=torch.bfloat16, device=DEVICE)
         if not name.endswith("norm.weight"):
@@ -131,7 +132,7 @@ def random_model(shape: dict[str, Any], form: str, fuse: bool) -> Any:
     model.tie_weights()
     model = model.eval().to(DEVICE)
     if fuse:
-        fused.fuse_linears(model)
+        fused.fuse_linears(model, LLAMA)
     return model
 
 

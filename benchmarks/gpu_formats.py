@@ -17,6 +17,7 @@ from machine import CUDA, DEVICE, describe, log, peak, release, seconds_of, spee
 from safetensors.torch import save_file
 
 from trimtab.recipe import Engine
+from trimtab.runtime import text
 from trimtab.runtime.checkpoint import weight_file_bytes
 from trimtab.runtime.engine import TorchEngine
 
@@ -177,7 +178,7 @@ def measure(row: dict[str, Any], engine: Any, baseline: Any, batches: tuple[int,
     row["layers"] = len(kernels)
     row["weight_gb"] = round(engine.weight_bytes / 1e9, 3)
     slow = 2 * row["emulated"] > row["layers"]
-    prompts = [engine.tokenizer(prompt, add_special_tokens=False).input_ids for prompt in PROMPTS]
+    prompts = [text.encode(engine.tokenizer, prompt) for prompt in PROMPTS]
     answers = engine.generate(prompts, max_new_tokens=8 if slow else 24)
     row["tokens_generated"] = [len(answer) for answer in answers]
     if text:
@@ -200,8 +201,6 @@ def measure(row: dict[str, Any], engine: Any, baseline: Any, batches: tuple[int,
 
 
 def perplexity(engine: Any, source: str) -> float:
-    from trimtab.runtime import text
-
     content = text.read_text(source, ("trimtab.components.validation.suite", "heldout.txt"), field="--text")
     windows = text.windows(engine.tokenizer, content, 256 if CUDA else 64, 16 if CUDA else 4)
     return math.exp(sum(engine.nll(windows)) / (windows.shape[0] * (windows.shape[1] - 1)))

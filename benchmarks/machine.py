@@ -76,13 +76,13 @@ def speed_limit(model: Any, batch: int, tokens: float) -> float:
 
     The torch engine holds these in 16 bits. Of an embedding that is not the head too, a step reads a row.
     """
-    from trimtab.runtime.paged import attention_layers
+    from trimtab.runtime.paged import attention_layers, key_features
 
     embedding = model.get_input_embeddings().weight
     read = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     if embedding is not model.get_output_embeddings().weight:
         read -= embedding.nbytes
-    keys_and_values = sum(2 * 2 * module.k_proj.out_features for module in attention_layers(model))
+    keys_and_values = sum(2 * 2 * key_features(model, module) for module in attention_layers(model))
     return batch * copy_bandwidth() / (read + batch * tokens * keys_and_values)
 
 

@@ -100,8 +100,8 @@ class Measuring:
 
     def likelihoods(self, engine: Any) -> list[float]:
         """Returns the nats of each sentence of BLiMP's pairs."""
-        start = [engine.tokenizer.eos_token_id]
-        tokens = [engine.tokenizer(s, add_special_tokens=False).input_ids for s in self.sentences]
+        start = text.prefix(engine.tokenizer) or [engine.tokenizer.eos_token_id]
+        tokens = [text.encode(engine.tokenizer, s, special=False) for s in self.sentences]
         return [score for score, _ in engine.loglikelihood([(start, t) for t in tokens])]
 
 

@@ -1,4 +1,4 @@
-"""The `trimtab` command: run, plan, compile and artifact here, the rest in the modules beside it; exit codes are in
+"""The `trimtab` command: run, compile and artifact here, the rest in the modules beside it; exit codes are in
 `trimtab.errors`."""
 
 from __future__ import annotations
@@ -7,21 +7,18 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
 from trimtab import __version__, hardware, signing
 from trimtab.errors import InputError, TrimtabError
 from trimtab.errors import __doc__ as exit_codes
-from trimtab.pipelines import cluster_commands, custody, deploy_command, serving_commands
-from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_profile, release_name
+from trimtab.pipelines import cluster_commands, custody, deploy_command, local_backend, plan_command, serving_commands
+from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_evaluation, read_profile, release_name
 from trimtab.recipe import Recipe
-from trimtab.serving import traffic, workload
+from trimtab.serving import traffic
 from trimtab.state import GOALS, Evaluation
-
-if TYPE_CHECKING:
-    from trimtab.plan import Rung
 
 STORE = "trimtab-store"
 RUNS = "trimtab-runs"
@@ -36,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     except TrimtabError as error:
         console.print(f"trimtab: {error}", style="red", markup=False, highlight=False)
         return error.exit_code
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         console.print("trimtab: interrupted; the same command goes on from the stages that were complete")
         return 130
@@ -57,28 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     run = commands.add_parser("run", help="optimize a model on this machine")
-    _add_common(run)
-    run.add_argument(
-        "--max-attempts", type=int, default=5, metavar="N", help="the most attempts, 1 to 10 (5)"
-    )
-    run.add_argument("--name", default="", help="name of the release (the model's)")
-    run.add_argument(
-        "--tasks", default="trimtab_suite", help="lm-eval tasks, separated by commas (trimtab_suite)"
-    )
-    run.add_argument("--task-path", default="", metavar="DIR", help="a folder with lm-eval task YAMLs")
-    run.add_argument(
-        "--evaluation", default="", metavar="FILE", help="items, windows and text to measure, YAML"
-    )
-    run.add_argument("--require-signature", action="store_true", help="release nothing that cannot be signed")
-    run.add_argument("--runs", default=RUNS, metavar="DIR", help=f"logs and reports of runs (./{RUNS})")
+    _add_run(run)
     run.set_defaults(command=_run)
-
-    plan = commands.add_parser("plan", help="show the ladder of recipes, and why each stands there")
-    _add_common(plan)
-    plan.add_argument("--engine", action="store_true", help="size an engine for a workload instead, line by line")
-    plan.add_argument("--workload", default="", metavar="FILE", help="lengths and concurrency, YAML (for --engine)")
-    plan.add_argument("--gpus", type=int, default=8, metavar="N", help="devices there are, for --engine (8)")
-    plan.set_defaults(command=_plan)
+    plan_command.add(commands, _add_run, _checked)
 
     compile_ = commands.add_parser(
         "compile", help="write a pipeline for a Kubeflow Pipelines backend >= 2.17.0"
@@ -113,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a run, which `plan` takes too."""
     parser.add_argument("--model", required=True, help="a folder, a .gguf file, s3://…, or a hub id org/name")
     parser.add_argument(
         "--goal", default="fit_larger_model", help=f"one of {', '.join(GOALS)} (fit_larger_model)"
@@ -121,10 +103,24 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="cpu", help=f"one of {', '.join(hardware.TARGETS)} (cpu)")
     parser.add_argument("--recipe", default="", metavar="FILE", help="a recipe to try first, YAML or JSON")
     parser.add_argument("--store", default=STORE, help=f"s3://bucket/prefix or a folder (./{STORE})")
+    parser.add_argument(
+        "--max-attempts", type=int, default=5, metavar="N", help="the most attempts, 1 to 10 (5)"
+    )
+    parser.add_argument("--name", default="", help="name of the release (the model's)")
+    parser.add_argument(
+        "--tasks", help="lm-eval tasks, separated by commas (those of --evaluation, or trimtab_suite)"
+    )
+    parser.add_argument("--task-path", default="", metavar="DIR", help="a folder with lm-eval task YAMLs")
+    parser.add_argument(
+        "--evaluation", default="", metavar="FILE", help="items, windows and text to measure, YAML"
+    )
+    parser.add_argument("--require-signature", action="store_true", help="release nothing that cannot be signed")
+    parser.add_argument("--runs", default=RUNS, metavar="DIR", help=f"logs and reports of runs (./{RUNS})")
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
-    parameters = _parameters(arguments)
+    parameters, backend = _parameters(arguments)
+    console.print(f"engine   {backend}", soft_wrap=True, highlight=False)
     from trimtab.pipelines import local
     from trimtab.report import console_table
 
@@ -141,88 +137,54 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Checks everything that can be checked in a second, before a long run begins."""
+def _checked(arguments: argparse.Namespace) -> tuple[str, Evaluation]:
+    """Checks everything that can be checked in a second without the model, before anything long begins.
+
+    Returns the recipe as it is written, and what is measured.
+    """
     check_attempts(arguments.max_attempts)
     check_choice("goal", arguments.goal, GOALS)
-    _check_signing(arguments.require_signature)
+    release_name(arguments.name, arguments.model)
     hardware.target(arguments.target)
     recipe = read(arguments.recipe, "recipe")
     if recipe:
         _check_texts(Recipe.parse(recipe))
-    evaluation = Evaluation.parse(read(arguments.evaluation, "evaluation") or "{}").model_copy(
-        update={
-            "tasks": tuple(task.strip() for task in arguments.tasks.split(",") if task.strip()),
-            "task_path": str(Path(arguments.task_path).absolute()) if arguments.task_path else "",
-        }
-    )
-    _check_tasks(evaluation)
-    model = _model(arguments.model)
+    evaluation = read_evaluation(arguments.evaluation, arguments.tasks, arguments.task_path)
+    _check_evaluation(evaluation, Recipe.parse(recipe or "{}"), arguments.max_attempts)
+    return recipe, evaluation
+
+
+def _parameters(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Returns what the pipeline is run with, and a sentence on the back end; refuses all that can be seen by now."""
+    _check_signing(arguments.require_signature)
+    recipe, evaluation = _checked(arguments)
+    model, target = _model(arguments.model), hardware.target(arguments.target)
     if Path(model).is_dir():
-        _ladder(arguments, recipe)
+        recipe, backend = local_backend.choose(recipe, target, lambda text: _ladder(arguments, text))
     else:  # of any other model nothing is known before it is fetched
         traffic.of(Recipe.parse(recipe or "{}").workload)
+        recipe, backend = local_backend.choose(recipe, target)
     store = _store(arguments.store)
-    return {
+    parameters = {
         "model": model,
         "store": store,
         "goal": arguments.goal,
         "target": arguments.target,
         "recipe": recipe,
         "max_attempts": arguments.max_attempts,
-        "name": arguments.name or release_name(model),
+        "name": release_name(arguments.name, model),
         "evaluation": evaluation.to_json(),
     }
+    return parameters, backend
 
 
-def _plan(arguments: argparse.Namespace, console: Console) -> int:
-    from rich.table import Table
-
-    check_choice("goal", arguments.goal, GOALS)
-    if arguments.engine:
-        return _plan_engine(arguments)
-    recipe = read(arguments.recipe, "recipe")
-    table = Table("", "recipe", "why", title=f"{arguments.goal} on {arguments.target}")
-    for number, rung in enumerate(_ladder(arguments, recipe), start=1):
-        table.add_row(str(number), rung.recipe.title, rung.why)
-    Console().print(table)
-    return 0
-
-
-def _plan_engine(arguments: argparse.Namespace) -> int:
-    from rich.table import Table
-
-    from trimtab.components.fetch.source import facts
-    from trimtab.outline import outline
-    from trimtab.serving.plan import plan_engine
-
-    target, text = hardware.target(arguments.target), read(arguments.recipe, "recipe")
-    recipe = Recipe.parse(text) if text else Recipe.parse({"engine": {"backend": target.default_backend}})
-    model = Path(arguments.model)
-    known = outline(model) if model.suffix == ".json" else facts(_model(arguments.model))
-    text = read(arguments.workload, "workload")
-    asked = workload.parse(text) if text else recipe.workload or workload.Workload()
-    recorded = traffic.of(asked)
-    plan = plan_engine(known, recipe, target, recorded.workload if recorded else asked, gpus=arguments.gpus)
-    title = f"{recipe.title} on {arguments.target}, {recipe.engine.backend}"
-    table = Table("setting", "value", "why", title=title)
-    for line in plan.lines:
-        table.add_row(line.setting, line.value, line.why)
-    out = Console()
-    if recorded:
-        out.print(f"recorded: {recorded.sentence}", soft_wrap=True, highlight=False)
-    out.print(table)
-    out.print("engine:", plan.recipe.engine.to_json(), soft_wrap=True, highlight=False)
-    return 0
-
-
-def _ladder(arguments: argparse.Namespace, recipe: str) -> list[Rung]:
-    """Plans; refuses a recipe that the model or the target does not allow."""
+def _ladder(arguments: argparse.Namespace, recipe: str) -> dict[str, Any]:
+    """Plans the run; refuses a recipe that the model or the target does not allow."""
     from trimtab import flow
     from trimtab.components.fetch.source import facts
 
     target, wanted = hardware.target(arguments.target), Recipe.parse(recipe or "{}")
-    return flow.ladder(arguments.goal, facts(_model(arguments.model)), target, wanted)
+    return flow.outline(arguments.goal, facts(_model(arguments.model)), target, wanted)
 
 
 def _compile(arguments: argparse.Namespace, console: Console) -> int:
@@ -274,17 +236,17 @@ def _check_texts(recipe: Recipe) -> None:
     texts = [("calibrate.text", source.text) for source in recipe.calibrate.sources if source.dataset is None]
     texts += [("distill.text", name) for name in recipe.distill.texts] if recipe.distill else []
     for field, name in texts:
-        # Conversations need the model's chat template, so JSON lines are read where the model is.
-        if name != "builtin" and not (name.endswith(".jsonl") and Path(name).is_file()):
-            documents.read(name, ("", ""), field=field)
+        documents.check(name, field)
 
 
-def _check_tasks(evaluation: Evaluation) -> None:
-    """trimtab's own suite is known; any other name is asked of lm-eval now rather than after the baseline."""
-    if evaluation.tasks != ("trimtab_suite",):
-        from trimtab.components.validation import tasks
+def _check_evaluation(evaluation: Evaluation, recipe: Recipe, attempts: int) -> None:
+    """Tasks that are not there or too small, and a text that is none, are refused now, not after the baseline."""
+    from trimtab import dealing, task_sizes
+    from trimtab.runtime import documents
 
-        tasks.load(list(evaluation.tasks), evaluation.task_path)
+    if evaluation.heldout != "builtin":
+        documents.read(evaluation.heldout, ("", ""), field="heldout")
+    dealing.deal(task_sizes.of(evaluation), evaluation, recipe.accept, attempts)
 
 
 def _store(address: str) -> str:

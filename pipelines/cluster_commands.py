@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from trimtab import hardware
+from trimtab import dealing, hardware, task_sizes
 from trimtab.errors import InputError
-from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_profile, release_name
+from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_evaluation, read_profile, release_name
 from trimtab.pipelines.package import PIPELINES
 from trimtab.recipe import Recipe
 from trimtab.serving.workload import Recorded
-from trimtab.state import GOALS, Evaluation
+from trimtab.state import GOALS
 
 if TYPE_CHECKING:
     from trimtab.pipelines.connection import Connection
@@ -188,9 +188,11 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     workload = Recipe.parse(recipe or "{}").workload
     if isinstance(workload, Recorded):
         _check_seen_from_cluster("workload.recorded", workload.recorded)
-    evaluation = Evaluation.parse(read(arguments.evaluation, "evaluation") or "{}")
+    evaluation = read_evaluation(arguments.evaluation)
     for field in ("model", "store"):
         _check_seen_from_cluster(field, getattr(arguments, field))
+    if own := task_sizes.of_own(evaluation):  # others are counted by the run's own plan
+        dealing.deal(own, evaluation, Recipe.parse(recipe or "{}").accept, arguments.max_attempts)
     rollout = asked(read(arguments.rollout, "rollout"), arguments.store)
     return {
         "model": arguments.model,
@@ -199,7 +201,7 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
         "target": arguments.target,
         "recipe": recipe,
         "max_attempts": arguments.max_attempts,
-        "name": arguments.name or release_name(arguments.model),
+        "name": release_name(arguments.name, arguments.model),
         "evaluation": evaluation.to_json(),
         "rollout": rollout.to_json() if rollout else "",
     }

@@ -66,12 +66,14 @@ def prepare(state: str, nodes: dict, checkpoint: dsl.Output[dsl.Model]) -> Named
     recalibrate=str,
     quantize=str,
     engine=str,
+    validate=str,
     calibrate_nodes=dict,
     prune_nodes=dict,
     distill_nodes=dict,
     recalibrate_nodes=dict,
     quantize_nodes=dict,
     engine_nodes=dict,
+    validate_nodes=dict,
 ):
     """Refuses what the target cannot run, and says how many accelerators each task needs, and on which nodes.
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+import unicodedata
 from pathlib import Path
 
 from trimtab.errors import InputError, nearest
 from trimtab.profile import Profile
+from trimtab.schema import mapping
+from trimtab.state import Evaluation
+from trimtab.store.address import check_name
 
 
 def check_attempts(number: int) -> None:
@@ -30,12 +36,52 @@ def read(path: str, field: str) -> str:
         raise InputError(f"{field}: '{path}' cannot be read ({error.__class__.__name__}); write a YAML file") from None
 
 
+def read_evaluation(path: str, tasks: str | None = None, task_path: str = "") -> Evaluation:
+    """Returns what is measured: a YAML file's, "" for none, with the tasks that were named beside it.
+
+    Args:
+        tasks: names of tasks, separated by commas; None where none are named beside the file.
+        task_path: the folder of their YAMLs; "" where none is named beside the file.
+
+    Raises:
+        InputError: the file is none, or has a bad value, or names what is named beside it too.
+    """
+    document = dict(mapping(read(path, "evaluation") or "{}", "evaluation"))
+    for option, field, value in (("--tasks", "tasks", tasks), ("--task-path", "task_path", task_path or None)):
+        if value is None:
+            continue
+        if field in document:
+            raise InputError(f"{option}: '{path}' has '{field}' too; name them there or here, not in both places")
+        document[field] = value
+    if tasks is not None:
+        document["tasks"] = [task.strip() for task in tasks.split(",") if task.strip()]
+        if not document["tasks"]:
+            raise InputError("--tasks: names no task; write names separated by commas, such as trimtab_suite")
+    if document.get("task_path"):
+        document["task_path"] = str(Path(document["task_path"]).absolute())
+    return Evaluation.parse(document)
+
+
 def read_profile(path: str) -> Profile:
     """Returns the profile of the cluster in a YAML file; the empty one for no path."""
     return Profile.parse(read(path, "profile") or "{}")
 
 
-def release_name(model: str) -> str:
-    """A release name out of the model's: its last part without the ending, in the characters a name may have."""
-    stem = Path(model.rstrip("/")).name.removesuffix(".gguf")
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in stem).strip("._-")[:100] or "model"
+def release_name(given: str, model: str) -> str:
+    """Returns the name that a user gave the release, or one out of the model's.
+
+    That is the last part of the model's path without its ending and without accents. Where letters of another script
+    are lost, eight digits of the whole name's checksum stand for them, so that two models keep two names.
+
+    Raises:
+        InputError: the given name is not valid.
+    """
+    if given:
+        return check_name(given, "release")
+    stem = re.sub(r"\.gguf$", "", Path(model.rstrip("/")).name, flags=re.IGNORECASE)
+    letters = [c for c in unicodedata.normalize("NFKD", stem) if not unicodedata.combining(c)]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "".join(c for c in letters if c.isascii() or not c.isalnum()))
+    name = name.strip("._-")[:100] or "model"
+    if all(c.isascii() or not c.isalnum() for c in letters):
+        return name
+    return f"{name}-{hashlib.sha256(stem.encode(errors='surrogatepass')).hexdigest()[:8]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from kfp import local
 from rich.console import Console
 
 from trimtab import child, errors, progress
-from trimtab.errors import InputError, StageError, TrimtabError
+from trimtab.errors import Failure, InputError, StageError, TrimtabError
 from trimtab.pipelines.optimize import optimize_pipeline
 from trimtab.state import State
 
@@ -57,8 +58,7 @@ def run(arguments: dict[str, Any], folder: Path, console: Console, runner: Any =
             raise InputError(
                 f"{name}: '{value}' contains 'python3', which kfp.local replaces; use another path"
             )
-    root = folder / datetime.now().strftime("%Y%m%d-%H%M%S")
-    root.mkdir(parents=True, exist_ok=True)
+    root = _new_folder(folder)
     log, events = root / "run.log", root / "events.jsonl"
     os.environ[progress.ENVIRONMENT] = str(events)
     os.environ[child.RUN_PID] = str(os.getpid())
@@ -82,6 +82,17 @@ def run(arguments: dict[str, Any], folder: Path, console: Console, runner: Any =
     return Outcome(*_summary(root), release if error is None else None, error, log)
 
 
+def _new_folder(folder: Path) -> Path:
+    """Makes the folder of a run, named by the second: `-2` and so on where others began in the same one."""
+    now = datetime.now().strftime("%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        root = folder / (now if number == 1 else f"{now}-{number}")
+        with contextlib.suppress(FileExistsError):
+            root.mkdir(parents=True)
+            return root
+    raise AssertionError("there is always a free name")
+
+
 def _summary(root: Path) -> tuple[State | None, Path | None]:
     outcome = next(root.glob("*/summarize*/outcome"), None)
     page = next(root.glob("*/summarize*/report"), None)
@@ -99,12 +110,19 @@ def _release(root: Path) -> str | None:
 
 
 def _error_in(log: Path) -> TrimtabError:
-    """Returns the last of trimtab's own errors in the log: the stage that failed said what to do."""
-    found = re.findall(r"trimtab\.errors\.(\w+): (.*)", log.read_text(encoding="utf-8", errors="replace"))
-    if not found:
-        return StageError(f"a stage failed; its output is in {log}")
-    name, message = found[-1]
-    return getattr(errors, name, StageError)(message.strip())
+    """Returns the last of trimtab's own errors in the log: the stage that failed said what to do.
+
+    Those that end a traceback count, at the beginning of a line, before others that were only told of. A Failure that
+    no stage turned into a verdict is one of the stage.
+    """
+    text = log.read_text(encoding="utf-8", errors="replace")
+    told = re.findall(r"^(.*)trimtab\.errors\.(\w+): (.*)$", text, re.MULTILINE)
+    found = [(name, message) for before, name, message in told if not before] or [line[1:] for line in told]
+    for name, message in reversed(found):
+        kind = getattr(errors, name, None)
+        if isinstance(kind, type) and issubclass(kind, TrimtabError):
+            return (StageError if issubclass(kind, Failure) else kind)(message.strip())
+    return StageError(f"a stage failed; its output is in {log}")
 
 
 @contextlib.contextmanager

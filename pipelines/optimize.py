@@ -64,10 +64,9 @@ def attempt_pipeline(profile: Profile):
         ready = uncached(prepare(state=state, nodes=profile.gpu.node_selector), "prepare")
         need = reach(ready, profile).outputs
 
-        def staged(task: dsl.PipelineTask, stage: str, name: str = "", as_for: str = "") -> dict[str, object]:
-            counted = as_for or stage
+        def staged(task: dsl.PipelineTask, stage: str, name: str = "") -> dict[str, object]:
             uncached(task, name or stage)
-            return place(task, stage, profile, need[counted], need[f"{counted}_nodes"]).outputs
+            return place(task, stage, profile, need[stage], need[f"{stage}_nodes"]).outputs
 
         calibrated = staged(calibrate(state=need["state"], checkpoint=need["checkpoint"]), "calibrate")
         pruned = staged(
@@ -88,7 +87,7 @@ def attempt_pipeline(profile: Profile):
             "quantize",
         )
         built = staged(build_engine(state=quantized["Output"], export=quantized["export"]), "engine", "build engine")
-        judged = staged(validate(state=built["Output"], engine=built["engine"]), "validate", as_for="engine")
+        judged = staged(validate(state=built["Output"], engine=built["engine"]), "validate")
         return judged["Output"]
 
     return attempt

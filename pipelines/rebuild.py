@@ -64,8 +64,10 @@ def review(
     from trimtab.components.fetch.source import fetch
     from trimtab.state import Evaluation
     from trimtab.store import open_store
+    from trimtab.store.address import check_name
 
     child.follow_run()
+    check_name(name, "release")
     asked(rollout, store)
     found, state = rebuild.plan(
         model=fetch(model, open_store(store)),

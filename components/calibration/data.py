@@ -23,7 +23,8 @@ READ_AHEAD = 4
 class Sample:
     """Calibration data.
 
-    `tokens` is int64 [samples, length], source by source; `text` what they decode to. `report` is JSON: `samples`,
+    `tokens` is int64 [samples, length], source by source, each row begun as the tokenizer begins a text; `text` what
+    they decode to without that beginning. `report` is JSON: `samples`,
     `length`, `tokens`, `vocabulary_coverage` (share of the tokenizer's vocabulary that occurs), `document_tokens`
     (quantiles p10, median and p90 of the lengths of the documents read, in tokens), and for each of `sources`
     `source`, `samples`, `documents` (those that the samples are cut from) and `tokens_available` (read).
@@ -42,6 +43,7 @@ def draw(settings: Calibration, tokenizer: Any) -> Sample:
     """
     sources = settings.sources
     counts = shares([source.weight for source in sources], settings.samples)
+    room = settings.length - len(text.prefix(tokenizer))
     windows, lengths, lines = [], [], []
     for source, count in zip(sources, counts, strict=True):
         if not count:  # more sources than samples
@@ -52,12 +54,13 @@ def draw(settings: Calibration, tokenizer: Any) -> Sample:
         tokens = torch.tensor(list(chain.from_iterable(pieces)), dtype=torch.int64)
         owners = torch.arange(len(pieces)).repeat_interleave(torch.tensor([len(p) for p in pieces], dtype=torch.int64))
         field = f"calibrate.text: '{source.title}'"
-        cut = [text.cut(row, settings.length, count, settings.seed, field) for row in (tokens, owners)]
+        cut = [text.cut(row, room, count, settings.seed, field) for row in (tokens, owners)]
         windows.append(cut[0])
         lengths += [len(piece) for piece in pieces]
         used = {"documents": len(cut[1].unique()), "tokens_available": len(tokens)}
         lines.append({"source": source.title, "samples": count, **used})
-    tokens = torch.cat(windows)
+    rows = torch.cat(windows)
+    tokens = text.begin(tokenizer, rows)
     low, median, high = (round(float(q)) for q in np.quantile(lengths, (0.1, 0.5, 0.9)))
     report = {
         "samples": len(tokens),
@@ -67,7 +70,7 @@ def draw(settings: Calibration, tokenizer: Any) -> Sample:
         "document_tokens": {"p10": low, "median": median, "p90": high},
         "sources": lines,
     }
-    return Sample(tokens, "\n\n".join(tokenizer.batch_decode(tokens)), report)
+    return Sample(tokens, "\n\n".join(tokenizer.batch_decode(rows)), report)
 
 
 def shares(weights: Sequence[float], samples: int) -> list[int]:
@@ -98,7 +101,7 @@ def _tokenize(found: Iterable[str], tokenizer: Any, enough: int | None) -> list[
     pieces, total = [], 0
     for document, following in pairwise(chain(found, [None])):
         separator = "" if following is None else text.SEPARATOR
-        pieces.append(tokenizer(document + separator, add_special_tokens=False).input_ids)
+        pieces.append(text.encode(tokenizer, document + separator, special=False))
         total += len(pieces[-1])
         if enough and total >= enough:
             break

@@ -27,7 +27,7 @@ def stream(source: Source, tokenizer: Any, seed: int) -> Iterator[str]:
             )
         value = row[source.field]
         try:
-            document = documents.document(value, tokenizer) if value is not None else ""
+            document = documents.document(value, tokenizer, row.get("tools")) if value is not None else ""
         except ValueError as error:
             raise InputError(f"calibrate.text: field '{source.field}' of '{source.title}' {error}") from None
         if document.strip():

@@ -35,11 +35,13 @@ class Windows:
 def read(tokenizer: Any, sources: Sequence[str], length: int, generated: Path | None = None) -> Windows:
     """Cuts the texts of all sources into windows; of every twenty, one is held out, spread evenly over the texts.
 
+    Each window begins as the tokenizer begins a text, with BOS where it writes one.
+
     Windows of text that the teacher generated are trained on besides; where there is no other text, some of them are
     held out.
 
     Args:
-        sources: "builtin", .txt or .jsonl files, in the order in which they are read.
+        sources: "builtin", or files of text, in the order in which they are read.
         generated: the folder of a stage `generate`, or None.
 
     Raises:
@@ -47,10 +49,10 @@ def read(tokenizer: Any, sources: Sequence[str], length: int, generated: Path | 
             more; names `distill.text`.
     """
     found = [text.read_text(s, text.CALIBRATION_TEXT, tokenizer, "distill.text") for s in sources]
-    tokens = tokenizer(text.SEPARATOR.join(found), add_special_tokens=False).input_ids if found else []
+    tokens = text.encode(tokenizer, text.SEPARATOR.join(found), special=False) if found else []
     extra = load_file(generated / "generated.safetensors")["tokens"].long() if generated else None
     if found:
-        windows = _cut(tokens, length)
+        windows = _cut(tokenizer, tokens, length)
     else:
         windows, extra = extra, None
     if len(windows) < LEAST_HELD_OUT + 1:
@@ -65,9 +67,11 @@ def read(tokenizer: Any, sources: Sequence[str], length: int, generated: Path | 
     return Windows(windows[held], training)
 
 
-def _cut(tokens: list[int], length: int) -> torch.Tensor:
-    count = len(tokens) // length
-    return torch.tensor(tokens[: count * length], dtype=torch.int64).reshape(count, length)
+def _cut(tokenizer: Any, tokens: list[int], length: int) -> torch.Tensor:
+    """Returns all windows of the text, int64 [windows, length], each begun as the tokenizer begins a text."""
+    room = length - len(text.prefix(tokenizer))
+    rows = torch.tensor(tokens, dtype=torch.int64)
+    return text.begin(tokenizer, text.cut(rows, room, len(rows) // room))
 
 
 class Batches:

@@ -14,7 +14,7 @@ from trimtab import progress
 from trimtab.components.distillation import data
 from trimtab.errors import InputError
 from trimtab.runtime import checkpoint as checkpoints
-from trimtab.runtime import decode, fewer_kernels
+from trimtab.runtime import decode, fewer_kernels, text
 
 #: Tokens less likely than this are not drawn, as a small model's text loses its way by them; 3e-4 is the paper's
 #: middle value.
@@ -132,10 +132,10 @@ def _prompts(tokenizer: Any, sources: list[str], length: int, count: int, seed: 
         return torch.full((count, 1), start)
     windows = data.read(tokenizer, sources, length).training
     generator = torch.Generator().manual_seed(seed)
-    size = max(1, min(PROMPT_TOKENS, length // 4))
+    size, begun = max(1, min(PROMPT_TOKENS, length // 4)), len(text.prefix(tokenizer))
     rows = torch.randint(len(windows), (count, 1), generator=generator)
-    columns = torch.randint(length - size + 1, (count, 1), generator=generator) + torch.arange(size)
-    return windows[rows, columns]
+    columns = begun + torch.randint(length - begun - size + 1, (count, 1), generator=generator) + torch.arange(size)
+    return text.begin(tokenizer, windows[rows, columns])
 
 
 def _windows_at_once(network: Any, length: int) -> int:

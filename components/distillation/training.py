@@ -47,6 +47,19 @@ def _windows_at_once(student: nn.Module, length: int) -> int:
     return max(1, (1024 if student.device.type == "cpu" else 16384) // length)
 
 
+def _keep_block_inputs_alone(student: nn.Module) -> None:
+    """Has the student compute each block once more in the backward pass, from its input, instead of keeping what is
+    in it: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174).
+
+    Raises:
+        Failure: `unsupported`, transformers has no such way for this architecture.
+    """
+    if not getattr(student, "supports_gradient_checkpointing", False):
+        what = f"distill.activation_checkpointing: transformers has none for {type(student).__name__}"
+        raise Failure("unsupported", f"{what}; write false, and a larger gradient_accumulation")
+    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 class Training:
     """One training of a student, in place.
 
@@ -70,6 +83,8 @@ class Training:
         self.objective, self.heldout, self.batches, self.settings = objective, heldout, batches, settings
         self.student = objective.student
         self.change = change or Reparametrization()
+        if settings.activation_checkpointing:
+            _keep_block_inputs_alone(self.student)
         self.optimizer = Optimizer(self.student, settings, self.change.parameter_groups())
         self.checkpoint = Checkpoint(folder, self.student, self.optimizer)
         self.curve = Curve()

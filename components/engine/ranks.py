@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from trimtab import progress
+from trimtab import families, progress
 from trimtab.catalog.backends import BACKENDS
 from trimtab.components.engine.rank_config import config
 from trimtab.errors import Failure
@@ -54,16 +54,18 @@ class _Module(NamedTuple):
 def modules(settings: Mapping[str, Any], ranks: int) -> tuple[_Module, ...]:
     """Returns the linear layers of a block of a Llama with that config.json; `units` may not be torn apart by ranks."""
     heads = settings["num_attention_heads"]
-    kv_heads = settings.get("num_key_value_heads") or heads
-    return (
-        _Module(
-            "attention.qkv",
-            (("self_attn.q_proj", heads), ("self_attn.k_proj", kv_heads), ("self_attn.v_proj", kv_heads)),
-        ),
-        _Module("attention.dense", (("self_attn.o_proj", 0),)),
-        _Module("mlp.fc", (("mlp.gate_proj", ranks),)),
-        _Module("mlp.gate", (("mlp.up_proj", ranks),)),
-        _Module("mlp.proj", (("mlp.down_proj", 0),)),
+    units = {"attention": heads, "kv": settings.get("num_key_value_heads") or heads, "ffn": ranks, "hidden": 0}
+    before, dense, gate_up, down = families.of(settings).inputs
+    gate, up = gate_up.layers
+    parts = {
+        "attention.qkv": before.layers,
+        "attention.dense": dense.layers,
+        "mlp.fc": (gate,),
+        "mlp.gate": (up,),
+        "mlp.proj": down.layers,
+    }
+    return tuple(
+        _Module(name, tuple((layer.name, units[layer.outputs]) for layer in layers)) for name, layers in parts.items()
     )
 
 
@@ -124,6 +126,7 @@ class _Source:
         self.blocks = self.settings["num_hidden_layers"]
         if self.blocks % engine.pipeline_parallel_size:
             raise Failure("unsupported", f"{engine.pipeline_parallel_size} stages do not divide {self.blocks} blocks")
+        self.family = families.of(self.settings)
         self.modules = modules(self.settings, engine.tensor_parallel_size)
         self.algorithm = self._algorithm()
 
@@ -138,22 +141,22 @@ class _Source:
         each = self.blocks // self.engine.pipeline_parallel_size
         found = {}
         for local in range(each):
-            block = f"model.layers.{pipeline * each + local}"
+            block = f"{self.family.blocks}.{pipeline * each + local}"
             for name, value in self._block(block, tensor).items():
                 found[f"transformer.layers.{local}.{name}"] = value
         vocabulary = partial(split.padded_rows, rank=tensor, ranks=self.engine.tensor_parallel_size)
+        embedding, head = f"{self.family.embedding}.weight", f"{self.family.head}.weight"
         if pipeline == 0:
-            found["transformer.vocab_embedding.weight"] = vocabulary(self._plain("model.embed_tokens.weight"))
+            found["transformer.vocab_embedding.weight"] = vocabulary(self._plain(embedding))
         if pipeline == self.engine.pipeline_parallel_size - 1:
-            found["transformer.ln_f.weight"] = self._plain("model.norm.weight")
-            tied = not self.export.has("lm_head.weight")
-            found["lm_head.weight"] = vocabulary(self._plain("model.embed_tokens.weight" if tied else "lm_head.weight"))
+            found["transformer.ln_f.weight"] = self._plain(f"{self.family.last_norm}.weight")
+            found["lm_head.weight"] = vocabulary(self._plain(head if self.export.has(head) else embedding))
         return found
 
     def _block(self, block: str, rank: int) -> dict[str, torch.Tensor]:
         found = {
-            "input_layernorm.weight": self._plain(f"{block}.input_layernorm.weight"),
-            "post_layernorm.weight": self._plain(f"{block}.post_attention_layernorm.weight"),
+            "input_layernorm.weight": self._plain(f"{block}.{self.family.attention.norm}.weight"),
+            "post_layernorm.weight": self._plain(f"{block}.{self.family.mlp.norm}.weight"),
         }
         for module in self.modules:
             layers = [f"{block}.{name}" for name, _ in module.sources]
@@ -215,7 +218,7 @@ class _Source:
         algorithm = self.export.kv_cache_algo
         if algorithm is None:
             return {}
-        scales = kv_cache.scales(self.export, f"{block}.self_attn")
+        scales = kv_cache.scales(self.export, self.family, f"{block}.{self.family.attention.module}")
         for name, scale in scales.items():
             if scale is None:
                 raise kv_cache.missing_scale(name, algorithm)
@@ -240,7 +243,7 @@ class _Source:
         """The modules that stay in 16 bits, by TensorRT-LLM's names, which count the blocks of each stage from 0."""
         found = []
         for module in self.modules:
-            layers = [f"model.layers.{n}.{module.sources[0][0]}" for n in range(self.blocks)]
+            layers = [f"{self.family.blocks}.{n}.{module.sources[0][0]}" for n in range(self.blocks)]
             plain = [n for n, layer in enumerate(layers) if layer not in self.export.layers]
             if len(plain) == self.blocks:
                 found.append(f"transformer.layers.*.{module.name}")

@@ -19,11 +19,12 @@ def smoke(engine: str, export: str) -> dict[str, Any]:
         Failure: `unsupported`, a back end that this image does not have; `export_damaged`, the export does not
             load or its outputs are not numbers; `degenerate_output`, it writes nothing.
     """
+    from trimtab.runtime import text
     from trimtab.runtime.backends import open_engine
 
     progress.report("engine", "warm load")
     served = open_engine(Path(engine), Path(export))
-    prompt = served.tokenizer(PROMPT, add_special_tokens=False).input_ids
+    prompt = text.encode(served.tokenizer, PROMPT)
     likelihood, _ = served.loglikelihood([(prompt[:1], prompt[1:])])[0]
     if not math.isfinite(likelihood):
         raise Failure("export_damaged", f"the likelihood of '{PROMPT}' is {likelihood}")

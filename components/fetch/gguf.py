@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.runtime import checkpoint as checkpoints
 
 
-def convert(path: str, output: str) -> None:
-    """Writes the GGUF file's model as bfloat16 safetensors with config and tokenizer."""
-    file = Path(path)
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
+def convert(paths: Sequence[str], output: str) -> None:
+    """Writes the model of a GGUF file, or of the parts of one, as bfloat16 safetensors with config and tokenizer."""
+    with tempfile.TemporaryDirectory(prefix="trimtab-gguf-", dir=output) as folder:
+        file = Path(folder) / "model.gguf"  # transformers knows the form by this ending, in lower case
+        if len(paths) == 1:
+            file.symlink_to(Path(paths[0]).absolute())
+        else:
+            join([Path(path) for path in paths], file)
+        where = {"pretrained_model_name_or_path": folder, "gguf_file": file.name, "local_files_only": True}
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
     # The weights are plain numbers now; with these marks left, save_pretrained would ask a quantizer that is gone.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
     model.config.architectures = [type(model).__name__]
-    checkpoints.save(model, AutoTokenizer.from_pretrained(**where), Path(output))
+    checkpoints.save(model, tokenizer, Path(output))
+
+
+def join(parts: Sequence[Path], output: Path) -> None:
+    """Writes the parts that llama.cpp's gguf-split made of a model as the one file that they were.
+
+    The first part has the model's metadata, each has tensors; nothing is converted.
+    """
+    readers = [GGUFReader(part) for part in parts]
+    first = readers[0]
+    writer = GGUFWriter(output, first.fields["general.architecture"].contents(), endianess=first.endianess)
+    for field in first.fields.values():
+        if field.name != "general.architecture" and not field.name.startswith(("GGUF.", "split.")):
+            of_list = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], of_list)
+    tensors = [tensor for reader in readers for tensor in reader.tensors]
+    for tensor in tensors:
+        data = tensor.data
+        writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in tensors:
+        writer.write_tensor_data(tensor.data)
+    writer.close()

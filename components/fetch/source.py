@@ -5,21 +5,28 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from trimtab import files, progress
+from trimtab.admission import Admitted, admit
 from trimtab.child import call
 from trimtab.errors import InputError
-from trimtab.model import ModelFacts, inspect
+from trimtab.model import ModelFacts
+from trimtab.model_files import COMPANIONS
 from trimtab.schema import digest
 from trimtab.store import Store, open_store
-from trimtab.store.address import canonical
+from trimtab.store.address import split_source, split_tree
 from trimtab.store.s3 import S3Back
 from trimtab.store.tree import Tree
 
+#: A part of the hub's names begins with no dot or dash, so that ./name and ../name are paths.
+_HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 #: Never pickles: they run code when they are loaded.
-_HUB_ID = r"[\w.-]+/[\w.-]+"
-_MODEL_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja")
+_MODEL_FILES = (".safetensors", *COMPANIONS)
+#: Mistral's own form of its weights, as large as the model, and what lies in folders below it.
+_NOT_MODEL_FILES = ["consolidated*", "*/*"]
+_GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 
 
 def fetch(model: str, store: Store) -> Tree:
@@ -32,24 +39,17 @@ def fetch(model: str, store: Store) -> Tree:
         InputError: it does not exist, is damaged, holds pickles only, or needs code of its own.
         StoreError: the store cannot be read or written.
     """
-    if "/trees/" in model:
-        tree = open_store(model.split("/trees/")[0]).get(model)
-        return _put(tree, store)
-    if model.startswith("s3://"):
-        with tempfile.TemporaryDirectory(prefix="trimtab-fetch-") as folder:
-            progress.report("fetch", f"downloading {model}")
-            bucket, _, prefix = canonical(model).removeprefix("s3://").partition("/")
-            S3Back(bucket, prefix).download(Path(folder), _MODEL_FILES)
-            return _put(Path(folder), store, move=True)
     path = Path(model).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return _put_gguf(path, store)
+    if (tree := split_tree(model)) and not path.exists():
+        return _put(open_store(tree[0]).get(model), store)
+    if model.startswith("s3://"):
+        return _put_downloaded(lambda folder: _download_from_s3(model, folder), store)
+    if _is_gguf(path):
+        return _put_gguf(gguf_parts(path), store)
     if path.exists():
         return _put(path, store)
     if re.fullmatch(_HUB_ID, model):
-        with tempfile.TemporaryDirectory(prefix="trimtab-fetch-") as folder:
-            _download_from_hub(model, folder)
-            return _put(Path(folder), store, move=True)
+        return _put_downloaded(lambda folder: _download_from_hub(model, folder), store)
     raise InputError(_unknown(model))
 
 
@@ -60,13 +60,18 @@ def check(model: str) -> str:
         InputError: as `fetch`, for what can be seen without reading the weights.
     """
     path = Path(model).expanduser()
-    if model.startswith("s3://") or not path.exists():
-        if model.startswith("s3://") or re.fullmatch(_HUB_ID, model):
-            return model
-        raise InputError(_unknown(model))
-    if path.suffix != ".gguf":
-        inspect(path)
-    return str(path.absolute())
+    if path.exists():
+        if _is_gguf(path):
+            gguf_parts(path)
+        else:
+            _told(admit(path))
+        return str(path.absolute())
+    if model.startswith("s3://"):
+        split_source(model)
+        return model
+    if split_tree(model) or re.fullmatch(_HUB_ID, model):
+        return model
+    raise InputError(_unknown(model))
 
 
 def facts(model: str) -> ModelFacts:
@@ -75,7 +80,30 @@ def facts(model: str) -> ModelFacts:
     Raises:
         InputError: it is not a folder with a model.
     """
-    return inspect(Path(model))
+    return admit(model).facts
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """Returns the files of a GGUF model: the file, or for one of llama.cpp's `…-00001-of-0000N.gguf` all of them.
+
+    Raises:
+        InputError: a part is missing.
+    """
+    match = _GGUF_PART.fullmatch(path.name)
+    if not match:
+        return [path]
+    beside = {other.name.lower(): other for other in path.parent.iterdir()}
+    parts = []
+    for number in range(1, int(match[3]) + 1):
+        name = f"{match[1]}-{number:05d}-of-{match[3]}.gguf"
+        if name.lower() not in beside:
+            raise InputError(f"model: {path.parent / name} is missing, a part of the same model; download it")
+        parts.append(beside[name.lower()])
+    return parts
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf" and path.is_file()
 
 
 def _unknown(model: str) -> str:
@@ -86,33 +114,59 @@ def _unknown(model: str) -> str:
 
 
 def _put(folder: Path, store: Store, move: bool = False) -> Tree:
-    facts = inspect(folder)
-    progress.report("fetch", f"{facts.parameters / 1e6:,.0f} million parameters into the store")
-    return store.put(folder, kind="checkpoint", metadata={"facts": facts.model_dump(mode="json")}, move=move)
+    model = _told(admit(folder))
+    progress.report("fetch", f"{model.facts.parameters / 1e6:,.0f} million parameters into the store")
+    metadata = {"facts": model.facts.model_dump(mode="json")}
+    return store.put(model.files, kind="checkpoint", metadata=metadata, move=move)
 
 
-def _put_gguf(path: Path, store: Store) -> Tree:
-    """Converts once: the key is the file's content."""
-    key = digest(["gguf", files.sha256(path), 1])
+def _told(model: Admitted) -> Admitted:
+    """Names what lies beside the model."""
+    if model.left_out:
+        progress.report("fetch", f"left out, not the model: {', '.join(model.left_out)}")
+    return model
+
+
+def _put_downloaded(download: Callable[[Path], None], store: Store) -> Tree:
+    with tempfile.TemporaryDirectory(prefix="trimtab-fetch-") as folder:
+        download(Path(folder))
+        return _put(Path(folder), store, move=True)
+
+
+def _put_gguf(parts: list[Path], store: Store) -> Tree:
+    """Converts once: the key is the content of the files."""
+    sums = [files.sha256(part) for part in parts]
+    key = digest(["gguf", *sums, 2])
     record = store.lookup(key)
     if record:
         return Tree.model_validate(record["tree"])
-    progress.report("fetch", f"converting {path.name} to safetensors in bfloat16")
-    with tempfile.TemporaryDirectory(prefix="trimtab-fetch-") as folder:
-        call("trimtab.components.fetch.gguf:convert", path=str(path), output=folder)
-        tree = _put(Path(folder), store, move=True)
+    progress.report("fetch", f"converting {parts[0].name} to safetensors in bfloat16")
+    convert = "trimtab.components.fetch.gguf:convert"
+    tree = _put_downloaded(lambda folder: call(convert, paths=[str(part) for part in parts], output=str(folder)), store)
     store.record(key, {"tree": tree.model_dump()})
     return tree
 
 
-def _download_from_hub(model: str, folder: str) -> None:
+def _download_from_s3(model: str, folder: Path) -> None:
+    progress.report("fetch", f"downloading {model}")
+    bucket, prefix = split_source(model)
+    S3Back(bucket, prefix).download(folder, _MODEL_FILES, without=_NOT_MODEL_FILES)
+
+
+def _download_from_hub(model: str, folder: Path) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     progress.report("fetch", f"downloading {model} from the Hugging Face hub")
     try:
         patterns = [f"*{suffix}" for suffix in _MODEL_FILES]
-        snapshot_download(model, local_dir=folder, allow_patterns=patterns, token=os.environ.get("HF_TOKEN"))
+        snapshot_download(
+            model,
+            local_dir=folder,
+            allow_patterns=patterns,
+            ignore_patterns=_NOT_MODEL_FILES,
+            token=os.environ.get("HF_TOKEN"),
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().partition("\n")[0]
         raise InputError(

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
+from trimtab import families
 from trimtab.components.pruning.structured import Left, read_config
+from trimtab.errors import Failure
 from trimtab.fusion import block_of, in_block
 
 
@@ -36,7 +38,11 @@ def least_influential_run(influence: torch.Tensor, count: int) -> list[int]:
 
 
 def without(checkpoint: Path, removed: Collection[int]) -> Left:
-    """Returns what is left of a model without some blocks: the others move up, and config.json says so."""
+    """Returns what is left of a model without some blocks: the others move up, and config.json says so.
+
+    Raises:
+        Failure: `unsupported`, its config has a list that may go by block and that its family does not know.
+    """
     config = read_config(checkpoint)
     kept = [block for block in range(config.num_hidden_layers) if block not in removed]
     places = {block: place for place, block in enumerate(kept)}
@@ -47,7 +53,10 @@ def without(checkpoint: Path, removed: Collection[int]) -> Left:
             return name
         return in_block(name, places[block]) if block in places else None
 
-    config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[block] for block in kept]
+    try:
+        changes = families.named(config.model_type).without_blocks(config.to_dict(), kept)
+    except ValueError as error:
+        raise Failure("unsupported", f"prune.method: depth: config.json: {error}; write another method") from None
+    for name, value in changes.items():
+        setattr(config, name, value)
     return Left(config, rename)

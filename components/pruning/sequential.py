@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from trimtab import progress
+from trimtab import families, progress
 from trimtab.errors import Failure
 from trimtab.fusion import block_of, groups
 from trimtab.runtime import assemble, observe
@@ -89,7 +89,8 @@ class _Run:
         self.device, self.dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
         self.model = assemble.skeleton(checkpoint).eval()
         self.blocks = observe.blocks(self.model)
-        self.prefix = next(name for name, module in self.model.named_modules() if module is self.blocks)
+        self.family = families.named(self.model.config.model_type)
+        self.prefix = self.family.blocks
         self.layers, self.export = layers, Export(checkpoint)
         self.hidden, self.arguments = self._enter(tokens)
 
@@ -122,7 +123,8 @@ class _Run:
 
         The arguments are those of one window; they are the same for all, for all have one length and no padding.
         """
-        names = [name for name in self.export.names if block_of(name) is None and not name.startswith("lm_head.")]
+        head = f"{self.family.head}."
+        names = [name for name in self.export.names if block_of(name) is None and not name.startswith(head)]
         self._assign(self.model, {name: self._tensor(name).to(self.dtype) for name in names})
         seen: dict[int, tuple[Any, Any]] = {}
         first: list[torch.Tensor] = []

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from trimtab import progress
+from trimtab import families, progress
 from trimtab.components.pruning import allocation, magnitude, sequential, sparsegpt, wanda
 from trimtab.fusion import block_of
 from trimtab.model import inspect as read_facts
@@ -64,7 +64,7 @@ def prune(
 
     if settings.method == "sparsegpt":
         sequential.prune_blocks(checkpoint, _tokens(calibration), list(layers), scratch / "blocks", prune_group)
-    skip = ["lm_head.weight"] if facts.tied_embeddings else []
+    skip = [f"{families.named(facts.model_type).head}.weight"] if facts.tied_embeddings else []
     stream.rewrite(checkpoint, output, scratch / "shards", skip, convert)
     stream.copy_the_rest(checkpoint, output)
     shutil.rmtree(scratch / "blocks", ignore_errors=True)

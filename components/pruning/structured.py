@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from trimtab import progress
+from trimtab import families, progress
 from trimtab.model import inspect, read_tensors
 from trimtab.runtime import stream
 from trimtab.runtime.checkpoint import Export, check_finite
@@ -50,8 +50,9 @@ def write(checkpoint: Path, left: Left, output: Path, scratch: Path) -> None:
         return written
 
     gone = [name for name in read_tensors(checkpoint) if left.rename(name) is None]
-    if inspect(checkpoint).tied_embeddings:
-        gone.append("lm_head.weight")
+    facts = inspect(checkpoint)
+    if facts.tied_embeddings:
+        gone.append(f"{families.named(facts.model_type).head}.weight")
     stream.rewrite(checkpoint, output, scratch / "shards", gone, convert)
     stream.copy_the_rest(checkpoint, output)
     left.config.save_pretrained(output)

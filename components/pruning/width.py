@@ -15,17 +15,11 @@ from typing import NamedTuple
 
 import torch
 
-from trimtab import shapes
+from trimtab import families
 from trimtab.components.pruning.structured import Left, read_config
-from trimtab.fusion import block_of
+from trimtab.families import Family
 from trimtab.model import ModelFacts, inspect
 from trimtab.runtime.checkpoint import Export
-
-#: Names in the models of `shapes.WIDTH_MODEL_TYPES`: the blocks, a block's norms with a layer behind each, and the last
-#: norm.
-_BLOCKS = "model.layers"
-_BEHIND_NORMS = {"input_layernorm": "self_attn.q_proj", "post_attention_layernorm": "mlp.gate_proj"}
-_LAST_NORM = "model.norm.weight"
 
 
 def group_importance(second_moment: torch.Tensor, groups: int) -> torch.Tensor:
@@ -97,19 +91,21 @@ def choose(checkpoint: Path, sizes: ModelFacts, measured: Mapping[str, torch.Ten
     """Returns the most important neurons, KV groups and channels, as many as the narrowed model has.
 
     Args:
-        checkpoint: of one of `shapes.WIDTH_MODEL_TYPES`.
+        checkpoint: of a family whose `width` says that its blocks can be narrowed.
         sizes: the facts of the narrowed model.
         measured: `<layer>.second_moment`, float32 [in_features], of the linear layers.
     """
     facts = inspect(checkpoint)
+    family = families.named(facts.model_type)
 
-    def moments(layer: str) -> list[torch.Tensor]:
-        return [measured[f"{_BLOCKS}.{block}.{layer}.second_moment"] for block in range(facts.layers)]
+    def moments(side: str) -> list[torch.Tensor]:
+        layer = next(layer.name for layer in family.layers.values() if layer.inputs == side)
+        return [measured[f"{family.blocks}.{block}.{layer}.second_moment"] for block in range(facts.layers)]
 
-    heads = [group_importance(moment, facts.kv_heads) for moment in moments("self_attn.o_proj")]
+    heads = [group_importance(moment, facts.kv_heads) for moment in moments("attention")]
     channels = torch.stack(list(_energies(checkpoint, measured).values())).sum(dim=0)
     return Kept(
-        neurons=[strongest(moment, sizes.intermediate_size) for moment in moments("mlp.down_proj")],
+        neurons=[strongest(moment, sizes.intermediate_size) for moment in moments("ffn")],
         groups=[strongest(importance, sizes.kv_heads) for importance in heads],
         channels=strongest(channels, sizes.hidden_size),
     )
@@ -123,11 +119,12 @@ def keeping(checkpoint: Path, sizes: ModelFacts, kept: Kept, measured: Mapping[s
         kept: what is left, of the sizes.
     """
     facts, config = inspect(checkpoint), read_config(checkpoint)
+    family = families.named(facts.model_type)
     scales: dict[str, torch.Tensor] = {}
     if sizes.hidden_size < facts.hidden_size:
         scales = {name: norm_scale(energy, kept.channels) for name, energy in _energies(checkpoint, measured).items()}
         # nothing is measured behind the last norm: the scale of the one before it stands in
-        scales[_LAST_NORM] = list(scales.values())[-1]
+        scales[f"{family.last_norm}.weight"] = list(scales.values())[-1]
 
     def indices(side: str, block: int) -> torch.Tensor:
         if side in ("hidden", "ffn"):
@@ -136,11 +133,11 @@ def keeping(checkpoint: Path, sizes: ModelFacts, kept: Kept, measured: Mapping[s
         return spread(kept.groups[block], heads * facts.head_dim)
 
     def narrow(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        layer, kind = name.split(".")[-2:]
-        if layer in shapes.FEATURES:
-            outputs, inputs = (indices(side, block_of(name)) for side in shapes.FEATURES[layer])
+        module, _, kind = name.rpartition(".")
+        if layer := family.layer(module):
+            outputs, inputs = (indices(side, family.place(module)[0]) for side in (layer.outputs, layer.inputs))
             return tensor[outputs] if kind == "bias" else tensor[outputs][:, inputs]
-        if layer in ("embed_tokens", "lm_head"):
+        if module in (family.embedding, family.head):
             return tensor[:, kept.channels]
         return (tensor[kept.channels] * scales[name]).to(tensor.dtype) if name in scales else tensor
 
@@ -152,7 +149,13 @@ def keeping(checkpoint: Path, sizes: ModelFacts, kept: Kept, measured: Mapping[s
 
 def _energies(checkpoint: Path, measured: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The channels' energy at each block's two norms, before attention and after it, by the names of their weights."""
-    export, blocks = Export(checkpoint), range(inspect(checkpoint).layers)
-    pairs = [(f"{_BLOCKS}.{block}.{norm}.weight", f"{_BLOCKS}.{block}.{layer}") for block in blocks
-             for norm, layer in _BEHIND_NORMS.items()]  # fmt: skip
+    export, facts = Export(checkpoint), inspect(checkpoint)
+    pairs = _behind_norms(families.named(facts.model_type), facts.layers)
     return {norm: channel_energy(export.tensor(norm), measured[f"{layer}.second_moment"]) for norm, layer in pairs}
+
+
+def _behind_norms(family: Family, blocks: int) -> list[tuple[str, str]]:
+    """The weight of each norm in a block, and a layer that reads what it makes."""
+    shared = [shared for shared in family.inputs if shared.norm]
+    names = [f"{family.blocks}.{block}" for block in range(blocks)]
+    return [(f"{block}.{s.norm}.weight", f"{block}.{s.layers[0].name}") for block in names for s in shared]

@@ -11,6 +11,7 @@ import torch
 from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 from modelopt.torch.export.quant_utils import process_layer_quant_config
 
+from trimtab import families
 from trimtab.catalog.kv_caches import KV_CACHES
 from trimtab.model import ModelFacts
 from trimtab.runtime.formats import Layout
@@ -44,7 +45,7 @@ def _producer() -> dict[str, str]:
 
 def _quantization(facts: ModelFacts, layouts: Mapping[str, Layout], kv_cache: str) -> dict:
     layers = {}
-    for layer in (*(linear.name for linear in facts.linears), "lm_head"):
+    for layer in (*(linear.name for linear in facts.linears), families.named(facts.model_type).head):
         layout = layouts.get(layer)
         layers[f"{layer}.quantization"] = layout.storage.modelopt if layout else None
         if layout and layout.group_size:

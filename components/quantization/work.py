@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trimtab import fusion, hardware, progress
+from trimtab import families, fusion, hardware, progress
 from trimtab.catalog.formats import FORMATS
 from trimtab.components.quantization import assignment, configuration, formats, kv_cache
 from trimtab.components.quantization.formats import Input
@@ -62,7 +62,7 @@ def quantize(
     read = (("calibration", calibration, settings.needs_statistics), ("gram", gram, settings.needs_grams))
     measured = [Measurements(Path(folder), source, name) for name, folder, needed in read if folder and needed]
     quantizer = _Quantizer(source, settings, groups, chosen, measured)
-    skip = ["lm_head.weight"] if facts.tied_embeddings else []
+    skip = [f"{families.named(facts.model_type).head}.weight"] if facts.tied_embeddings else []
     stream.rewrite(source, folder, Path(scratch) / "shards", skip, quantizer)
     stream.copy_the_rest(source, folder)
     layouts = {layer: stored.layout_of(form, settings) for layer, form in chosen.items()}
@@ -82,6 +82,7 @@ class _Quantizer:
         measured: Sequence[Measurements],
     ):
         self.source, self.settings, self.groups = source, settings, groups
+        self.family = families.named(read_facts(source).model_type)
         self.chosen, self.measured = chosen, measured
         self.dtype = stored.plain_dtype(settings.format)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -98,7 +99,7 @@ class _Quantizer:
                 tensor = _finite(shard, name)  # not copied: it may be an embedding of a gigabyte
                 written[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
         if self.settings.kv_cache != "none":
-            written |= kv_cache.scales(self.settings.kv_cache, names, self._measured)
+            written |= kv_cache.scales(self.settings.kv_cache, self.family, names, self._measured)
         # Layers of a group share scalars, and safetensors wants memory of its own for each tensor.
         return {n: t.cpu().contiguous() if t.numel() > 1 else t.cpu().clone() for n, t in written.items()}
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from glob import escape
 from pathlib import Path
 
 import torch
 
-from trimtab import hardware, memory
+from trimtab import families, hardware, memory
 from trimtab.catalog.kv_caches import KV_CACHES
 from trimtab.errors import Failure
+from trimtab.families import Family
 from trimtab.fusion import Group
 from trimtab.model import ModelFacts, read_header
+from trimtab.model_files import is_computed
 from trimtab.recipe import Quantization, Recipe
 from trimtab.runtime import formats, kv_cache
 from trimtab.runtime.checkpoint import Export
@@ -22,10 +23,6 @@ from trimtab.runtime.formats import Layout
 #: How far the bytes of all tensors may be from what planning predicts, which counts a scale as two bytes and those of
 #: inputs not at all. Measured over all formats: 0.1 % in SmolLM2-135M, 3.0 % where layers are 64 wide.
 BYTES_TOLERANCE = 0.05
-_HEAD = "lm_head.weight"
-_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|embed_in|wte)\.weight$")
-#: How the weight of an attention layer's keys ends.
-_KEYS = ".k_proj.weight"
 
 
 def check_layers(export: Export, facts: ModelFacts, groups: Sequence[Group], settings: Quantization | None) -> None:
@@ -96,36 +93,39 @@ def check_tensors(export: Export, source: Export, facts: ModelFacts) -> None:
         Failure: `export_damaged`; names a tensor that is missing, superfluous, or a second output head that differs
             from the embedding which it is.
     """
-    needed = set(source.names) - ({_HEAD} if facts.tied_embeddings else set())
+    family = families.named(facts.model_type)
+    head = f"{family.head}.weight"
+    needed = set(source.names) - ({head} if facts.tied_embeddings else set())
     needed |= {f"{layer}.{scale}" for layer, layout in export.layers.items() for scale in layout.scales}
     allowed = {f"{layer}.pre_quant_scale" for layer in export.layers}
     if export.kv_cache_algo:
-        allowed |= {scale for layer in attention_layers(source) for scale in kv_cache.scales(export, layer)}
+        allowed |= {scale for layer in attention_layers(facts) for scale in kv_cache.scales(export, family, layer)}
     for name in sorted(needed):
         if not export.has(name):
             raise Failure("export_damaged", f"{name}: is missing")
     for name in sorted(set(export.names) - needed - allowed):
-        if name == _HEAD and facts.tied_embeddings:
-            _check_head(export)
+        if name == head and facts.tied_embeddings:
+            _check_head(export, family)
         else:
             raise Failure("export_damaged", f"{name}: is superfluous, neither its source nor its format has it")
 
 
-def _check_head(export: Export) -> None:
+def _check_head(export: Export, family: Family) -> None:
     """A tied head that is stored all the same must be the embedding: engines differ in which of the two they use."""
-    head = export.tensor(_HEAD)
-    embedding = next((name for name in export.names if _EMBEDDING.search(name)), None)
-    if embedding is None or not torch.equal(head, export.tensor(embedding)):
-        what = f"is tied to {embedding or 'the embedding'}, but stored a second time with other numbers"
-        raise Failure("export_damaged", f"{_HEAD}: {what}")
+    head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
+    if not torch.equal(export.tensor(head), export.tensor(embedding)):
+        what = f"is tied to {embedding}, but stored a second time with other numbers"
+        raise Failure("export_damaged", f"{head}: {what}")
 
 
-def attention_layers(source: Export) -> list[str]:
-    """Returns the modules that have a KV cache: those with a `k_proj`."""
-    return sorted(name.removesuffix(_KEYS) for name in source.names if name.endswith(_KEYS))
+def attention_layers(facts: ModelFacts) -> list[str]:
+    """Returns the modules that have a KV cache with scales: those with a layer of its own for keys."""
+    attention = families.named(facts.model_type).attention
+    keys = f".{attention.scaled[0]}" if attention.scaled else None
+    return sorted(layer.name.rpartition(".")[0] for layer in facts.linears if keys and layer.name.endswith(keys))
 
 
-def check_kv_cache(asked: str, export: Export, source: Export) -> None:
+def check_kv_cache(asked: str, export: Export, facts: ModelFacts) -> None:
     """Compares the KV cache of an export with the one that its recipe asks for.
 
     Both scales of every attention layer must be there, in FP8 too: an export holds whatever was calibrated,
@@ -133,13 +133,13 @@ def check_kv_cache(asked: str, export: Export, source: Export) -> None:
 
     Args:
         asked: the recipe's `kv_cache`.
-        source: what the export was made from.
+        facts: of what the export was made from.
 
     Raises:
         Failure: `export_damaged`; names the layer: another format than asked for, or a scale that is missing or
             not one finite, positive number. `unsupported`; a model without such layers.
     """
-    layers = attention_layers(source)
+    layers, family = attention_layers(facts), families.named(facts.model_type)
     wanted, found = KV_CACHES[asked].algorithm, export.kv_cache_algo
     if found != wanted:
         where = f"{layers[0]} ({len(layers)} layers in all)" if layers else "the config"
@@ -148,9 +148,9 @@ def check_kv_cache(asked: str, export: Export, source: Export) -> None:
     if wanted is None:
         return
     if not layers:
-        raise Failure("unsupported", f"a KV cache in {asked}: the model has no attention layer with a k_proj")
+        raise Failure("unsupported", f"a KV cache in {asked}: the model has no attention layer with keys of its own")
     for layer in layers:
-        for name, scale in kv_cache.scales(export, layer).items():
+        for name, scale in kv_cache.scales(export, family, layer).items():
             if scale is None:
                 raise kv_cache.missing_scale(name, wanted)
 
@@ -160,7 +160,8 @@ def check_bytes(
 ) -> tuple[int, int]:
     """Returns the bytes of all tensors in the folder's safetensors, and those that planning predicts.
 
-    Files that the index does not name count too: they would travel with the model.
+    Files that the index does not name count too: they would travel with the model. Of a model unchanged, what
+    transformers computes, and a head that is the embedding once more, count as little as in planning.
 
     Args:
         facts, groups, settings: as of `check_layers`, which has passed.
@@ -168,7 +169,11 @@ def check_bytes(
     Raises:
         Failure: `export_damaged`; they differ by more than `BYTES_TOLERANCE`.
     """
-    found = sum(tensor.end - tensor.begin for path in _weight_files(export.folder) for tensor in read_header(path))
+    tensors = [tensor for path in _weight_files(export.folder) for tensor in read_header(path)]
+    if settings is None:
+        again = f"{families.named(facts.model_type).head}.weight" if facts.tied_embeddings else None
+        tensors = [t for t in tensors if t.name != again and not is_computed(t.name, t.shape)]
+    found = sum(tensor.end - tensor.begin for tensor in tensors)
     predicted = _predicted(export, facts, groups, settings)
     if abs(found - predicted) > BYTES_TOLERANCE * predicted:
         form = settings.format if settings else "the model unchanged"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trimtab.runtime import text
 from trimtab.runtime.engine import Engine
 
 PROMPTS = (
@@ -14,7 +15,7 @@ PROMPTS = (
 
 def generate(engine: Engine, new_tokens: int = 32) -> dict[str, list[int]]:
     """Returns the greedy continuation of each of `PROMPTS`, in tokens."""
-    prompts = [engine.tokenizer(prompt, add_special_tokens=False).input_ids for prompt in PROMPTS]
+    prompts = [text.encode(engine.tokenizer, prompt) for prompt in PROMPTS]
     return dict(zip(PROMPTS, engine.generate(prompts, max_new_tokens=new_tokens), strict=True))
 
 

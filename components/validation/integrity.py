@@ -44,7 +44,7 @@ def inspect(
     _check_files(folder)
     declaration.check(folder, origin, settings)
     read, source = Export(folder), Export(origin)
-    coverage.check_kv_cache(settings.kv_cache if settings else "none", read, source)
+    coverage.check_kv_cache(settings.kv_cache if settings else "none", read, facts)
     coverage.check_layers(read, facts, groups, settings)
     coverage.check_tensors(read, source, facts)
     made = settings is not None or not folder.samefile(origin)

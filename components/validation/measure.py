@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import torch
 
 from trimtab import progress
-from trimtab.components.validation import tasks as task_row
+from trimtab.components.validation import tasks as known_tasks
 from trimtab.components.validation.generation import generate, is_degenerate
 from trimtab.components.validation.lm import EngineLM
 from trimtab.errors import Failure, InputError
@@ -20,9 +21,6 @@ from trimtab.runtime.engine import Engine
 from trimtab.serving import record
 
 HELDOUT_TEXT = ("trimtab.components.validation.suite", "heldout.txt")
-
-#: lm-eval's metrics that score one item between 0 and 1, the first that a task has counts.
-ITEM_METRICS = ("acc", "exact_match", "acc_norm", "em")
 
 SPEED = {"prompt_tokens": 32, "new_tokens": 48, "repeats": 3}
 BATCH = 8
@@ -36,20 +34,24 @@ def evaluate(
     Args:
         engine: folder of the built engine, `engine.json`.
         export: folder of the exported checkpoint, all that is known of the model here.
-        parameters: tasks, task_path, items [start, stop], windows [start, stop], window_tokens, heldout,
-            speed (measure decoding and generation too), kv_cache (optional: "none" runs the export with its
-            KV cache in 16 bits).
+        parameters: tasks, task_path, filters, items (task -> [start, stop]), windows [start, stop], all_windows (how
+            many all looks ask for together), window_tokens, heldout, speed (measure decoding and
+            generation too); optional kv_cache ("none" runs the export with its KV cache in 16 bits) and max_length (the
+            most tokens of a request, where the other engine it is compared with takes fewer than this one).
         calibration: folder of the calibration whose text must not be what is evaluated on, or None.
 
     Returns:
-        accuracy, log_perplexity; with `speed` decode_tokens_per_second, throughput_tokens_per_second and
-        degenerate (share of the prompts whose continuation is empty or goes round in a loop).
+        items, accuracy, truncated (requests that lost their beginning), windows, log_perplexity; with `speed`
+        decode_tokens_per_second, throughput_tokens_per_second and degenerate (share of the prompts whose continuation
+        is empty or goes round in a loop).
     """
     if calibration:
         _refuse_overlap((Path(calibration) / "text.txt").read_text(encoding="utf-8"), parameters)
     served = open_engine(Path(engine), Path(export), parameters.get("kv_cache", "export"))
     folder = Path(output)
-    metrics = _score_items(served, parameters, folder) | _score_windows(served, parameters, folder)
+    settings = record.read(Path(engine)).settings
+    model = EngineLM(served, parameters.get("max_length", settings.longest_request), settings.max_batch_size)
+    metrics = _score_windows(served, parameters, folder) | _score_items(model, parameters, folder)
     (folder / "kernels.json").write_text(json.dumps(served.kernels()), encoding="utf-8")
     if parameters["speed"]:
         metrics |= decode_speed(served) | _generate(served, folder)
@@ -111,7 +113,7 @@ def decode_speed(engine: Engine) -> dict[str, float]:
 
 
 def _refuse_overlap(calibrated: str, parameters: dict[str, Any]) -> None:
-    _, tasks = task_row.load(parameters["tasks"], parameters["task_path"])
+    _, tasks = known_tasks.load(parameters["tasks"], parameters["task_path"])
     asked = [_words(task, document) for task in tasks.values() for document in task.eval_docs]
     for what, evaluated in (("the held-out text", _heldout(parameters)), ("the items", "\n".join(asked))):
         shared = text.shared_sequences(calibrated, evaluated)
@@ -131,13 +133,14 @@ def _heldout(parameters: dict[str, Any]) -> str:
     return text.read_text(parameters["heldout"], HELDOUT_TEXT, field="heldout")
 
 
-def _score_items(engine: Engine, parameters: dict[str, Any], folder: Path) -> dict[str, float]:
-    manager, tasks = task_row.load(parameters["tasks"], parameters["task_path"])
-    chosen = task_row.choose(tasks, *parameters["items"])
+def _score_items(model: EngineLM, parameters: dict[str, Any], folder: Path) -> dict[str, float]:
+    manager, tasks = known_tasks.load(parameters["tasks"], parameters["task_path"])
+    chosen = known_tasks.choose(tasks, parameters["items"])
+    filters = known_tasks.filters_of(tasks, parameters["filters"])
     items = []
     if chosen:
         results = lm_eval.simple_evaluate(
-            model=EngineLM(engine),
+            model=model,
             tasks=sorted(chosen),
             samples=chosen,
             task_manager=manager,
@@ -147,20 +150,26 @@ def _score_items(engine: Engine, parameters: dict[str, Any], folder: Path) -> di
             numpy_random_seed=None,
             torch_random_seed=None,
         )
-        items = [_item(name, s) for name, samples in sorted(results["samples"].items()) for s in samples]
+        items = [
+            _item(name, sample)
+            for name, samples in sorted(results["samples"].items())
+            for sample in samples
+            if sample["filter"] == filters[name]  # the same answer read in another way is no other item
+        ]
     with (folder / "items.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(item) + "\n" for item in items)
     if not items:
         return {"items": 0}
-    return {"items": len(items), "accuracy": statistics.fmean(item["score"] for item in items)}
+    accuracy = statistics.fmean(item["score"] for item in items)
+    return {"items": len(items), "accuracy": accuracy, "truncated": model.truncated}
 
 
 def _item(task: str, sample: dict[str, Any]) -> dict[str, Any]:
     """Keeps of lm-eval's sample what the verdict reads and what a person wants to look up."""
-    metric = next((name for name in ITEM_METRICS if name in sample), None)
+    metric = next((name for name in known_tasks.ITEM_METRICS if name in sample), None)
     if metric is None:
         raise Failure(
-            "unsupported", f"tasks: '{task}' scores no single items (one of {', '.join(ITEM_METRICS)})"
+            "unsupported", f"tasks: '{task}' scores no single items (one of {', '.join(known_tasks.ITEM_METRICS)})"
         )
     choices = len(sample["arguments"])
     return {
@@ -172,9 +181,8 @@ def _item(task: str, sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def _score_windows(engine: Engine, parameters: dict[str, Any], folder: Path) -> dict[str, float]:
-    start, stop = parameters["windows"]
+    start, windows = _windows(engine, parameters)
     length = parameters["window_tokens"]
-    windows = text.windows(engine.tokenizer, _heldout(parameters), length, stop)[start:stop]
     nll = []
     for window in progress.track(windows, "validate", "measuring perplexity", len(windows)):
         nll += engine.nll(window[None])
@@ -184,6 +192,30 @@ def _score_windows(engine: Engine, parameters: dict[str, Any], folder: Path) -> 
         return {"windows": 0}
     mean = sum(nll) / sum(document["tokens"])
     return {"windows": len(nll), "log_perplexity": mean}
+
+
+def _windows(engine: Engine, parameters: dict[str, Any]) -> tuple[int, torch.Tensor]:
+    """Returns the windows of a look, int64 [n, window_tokens], and the number of the first.
+
+    How many windows a text gives is known once its model's tokenizer is. Where it gives fewer than all looks together
+    ask for, each gets its share, as of the items.
+
+    Raises:
+        InputError: the text gives less than half of them.
+    """
+    length, asked, (start, stop) = parameters["window_tokens"], parameters["all_windows"], parameters["windows"]
+    room = length - len(text.prefix(engine.tokenizer))
+    tokens = torch.tensor(text.encode(engine.tokenizer, _heldout(parameters), special=False), dtype=torch.int64)
+    there = len(tokens) // room
+    if there < asked:
+        first, last = (round(place * there / asked) for place in (start, stop))
+        if 2 * there < asked or last - first < min(2, stop - start):
+            raise InputError(
+                f"heldout: {len(tokens):,} tokens give {there} windows of {length}, and {asked} are asked for; write a "
+                f"longer text, fewer windows, or window_tokens: {max(16, len(tokens) // asked)}"
+            )
+        start, stop = first, last
+    return start, text.begin(engine.tokenizer, text.cut(tokens, room, there)[start:stop])
 
 
 def _generate(engine: Engine, folder: Path) -> dict[str, float]:

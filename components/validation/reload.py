@@ -10,6 +10,7 @@ import torch
 from trimtab.components.validation.generation import generate, is_degenerate
 from trimtab.errors import Failure, InputError
 from trimtab.recipe import Engine
+from trimtab.runtime import text as texts
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.engine import TorchEngine
 
@@ -72,7 +73,7 @@ def _device() -> str:
 @torch.inference_mode()
 def _check_finite(engine: TorchEngine, written: dict[str, list[int]]) -> None:
     for prompt, tokens in written.items():
-        ids = [*engine.tokenizer(prompt, add_special_tokens=False).input_ids, *tokens]
+        ids = [*texts.encode(engine.tokenizer, prompt), *tokens]
         logits = engine.model(torch.tensor([ids], device=engine.device), use_cache=False).logits
         if not torch.isfinite(logits).all():
             raise Failure("export_damaged", f"its logits after '{prompt}' are not all finite")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from trimtab import child, evidence, flow, hardware, memory, progress, report, stages, verdict
 from trimtab.catalog.backends import BACKENDS
+from trimtab.dealing import Deal, Spans
 from trimtab.errors import Failure
 from trimtab.evidence import CONFIRMATION, LOOKS, look_name
 from trimtab.state import Brief, Evaluation, State
@@ -24,10 +26,17 @@ from trimtab.verdict import Measurements, Verdict
 SPEED_GOALS = ("lower_latency", "higher_throughput", "lower_cost")
 
 _MEASURE = "trimtab.components.validation.measure"
-EVALUATE = stages.work_stage("evaluate", f"{_MEASURE}:evaluate", "evaluation")
-COMPARE_SPEED = stages.work_stage("speed", f"{_MEASURE}:compare_speed", "speed")
+EVALUATE = stages.work_stage(
+    "evaluate", f"{_MEASURE}:evaluate", "evaluation", stages.Environment(("lm-eval",), measured=True), version=2
+)
+COMPARE_SPEED = stages.work_stage("speed", f"{_MEASURE}:compare_speed", "speed", stages.MEASURED)
+#: It loads the export in the embedded engine, as far as this device can.
 INTEGRITY = stages.work_stage(
-    "integrity", "trimtab.components.validation.integrity:inspect", "integrity", version=3
+    "integrity",
+    "trimtab.components.validation.integrity:inspect",
+    "integrity",
+    stages.Environment(stages.QUANTIZED.libraries, measured=True),
+    version=4,
 )
 #: What is measured beside the attempt, and no part of its page.
 _BASELINE_LOOKS = {look_name(look, baseline=True) for look in range(1, CONFIRMATION + 1)}
@@ -57,7 +66,7 @@ def run(state_json: str, page: Any, metrics: Any) -> str:
         result = state.verdict
     filed_evidence = None
     if result.outcome == "accepted":
-        filed_evidence = evidence.write(store, state, result, judge.export, judge.trees, stages.versions())
+        filed_evidence = evidence.write(store, state, result, judge.export, judge.trees)
     seconds = {**state.seconds, "validate": round(judge.seconds, 1)}
     brief = Brief(
         recipe=state.recipe,
@@ -115,7 +124,7 @@ class _Judge:
         if skipped := integrity.metrics.get("reload_skipped"):
             progress.report("validate", f"the text of this export is not checked: the embedded engine says {skipped}")
         recipe = self.state.recipe
-        for look, (items, windows) in enumerate(ranges(self.state.evaluation), start=1):
+        for look, (items, windows) in enumerate(looks(self.state.evaluation, self.deal), start=1):
             baseline, candidate = self._look(look, items, windows)
             if look == 1:
                 measured = self._measurements(integrity.metrics, candidate.metrics)
@@ -132,7 +141,7 @@ class _Judge:
         return self._judge_kv_cache_apart(result)
 
     def _baseline(self) -> Verdict:
-        items, windows = next(ranges(self.state.evaluation))
+        items, windows = next(looks(self.state.evaluation, self.deal))
         result = self._evaluate(look_name(1), self.engine, self.export, items, windows, speed=True)
         scores = evidence.read_scores(self.store, [result.tree])
         integrity = self._cached(
@@ -149,7 +158,7 @@ class _Judge:
             measurements=self._measurements(integrity.metrics, result.metrics),
         )
 
-    def _look(self, look: int, items: list[int], windows: list[int]) -> tuple[stages.Result, stages.Result]:
+    def _look(self, look: int, items: Spans, windows: list[int]) -> tuple[stages.Result, stages.Result]:
         base = self.state.baseline
         baseline = self._evaluate(
             look_name(look, baseline=True), base.engine, self.state.model, items, windows, speed=look == 1
@@ -163,23 +172,36 @@ class _Judge:
         name: str,
         engine: Tree,
         export: Tree,
-        items: list[int],
+        items: Spans,
         windows: list[int],
         speed: bool,
         kv_cache: str = "export",
     ) -> stages.Result:
         parameters = evaluation_parameters(self.state.evaluation, items, windows, speed, kv_cache)
+        parameters |= self._same_length(engine)
         inputs = {"engine": engine, "export": export}
         calibration = self.state.trees.get("calibration")
         own_text = self.state.recipe.calibrate.text == "builtin"  # trimtab's tests keep it apart from the suite
         if engine == self.engine and calibration and not own_text:
             inputs["calibration"] = calibration
-        return self._cached(name, EVALUATE, parameters, inputs)
+        result = self._cached(name, EVALUATE, parameters, inputs)
+        if cut := result.metrics.get("truncated"):
+            what = f"{cut} requests were too long for the engine and lost their beginning, as in lm-eval"
+            progress.report("validate", what)
+        return result
+
+    def _same_length(self, engine: Tree) -> dict[str, int]:
+        """Baseline and candidate are asked the same: what is too long for one of them is cut for both."""
+        own = self.state.recipe.engine.longest_request
+        base = self.state.baseline.recipe.engine.longest_request if self.state.baseline else own
+        mine = own if engine == self.engine else base
+        return {"max_length": min(own, base)} if min(own, base) < mine else {}
 
     def _cached(
         self, name: str, stage: stages.Stage, parameters: dict[str, Any], inputs: dict[str, Tree]
     ) -> stages.Result:
-        result = stages.cached(self.store, stage, parameters, inputs)
+        backend = "torch" if stage is INTEGRITY else self.state.recipe.engine.backend
+        result = stages.cached(self.store, stage, parameters, inputs, backend)
         self.trees[name] = result.tree
         self.seconds += 0.0 if result.hit else result.seconds
         return result
@@ -223,7 +245,9 @@ class _Judge:
         settings = self.state.evaluation
         if not settings.confirm_items:
             return result
-        self._look(CONFIRMATION, *fresh_range(settings))
+        if again := self.deal.asked_again(self._confirmations):
+            progress.report("validate", f"items of {', '.join(again)} have confirmed an earlier attempt too")
+        self._look(CONFIRMATION, *fresh(settings, self.deal, self._confirmations))
         return evidence.confirm(self.store, self.trees, self.state.recipe, result, self.state.max_attempts)
 
     def _judge_kv_cache_apart(self, result: Verdict) -> Verdict:
@@ -245,21 +269,31 @@ class _Judge:
         return verdict.blame_kv_cache(result, kv_cache, apart)
 
     def _without_kv_cache(self, result: Verdict) -> Verdict:
-        def measure(look: int, items: list[int], windows: list[int]) -> None:
+        def measure(look: int, items: Spans, windows: list[int]) -> None:
             name = look_name(look, kv_cache="none")
             self._evaluate(name, self.engine, self.export, items, windows, speed=False, kv_cache="none")
 
         recipe = self.state.recipe
-        for look, drawn in enumerate(islice(ranges(self.state.evaluation), result.looks), start=1):
+        for look, drawn in enumerate(islice(looks(self.state.evaluation, self.deal), result.looks), start=1):
             measure(look, *drawn)
             apart = evidence.judge_looks(self.store, self.trees, recipe, look, kv_cache="none")
             if apart.outcome != "indeterminate":
                 break
         if apart.outcome == "accepted" and result.confirmation:
-            measure(CONFIRMATION, *fresh_range(self.state.evaluation))
+            measure(CONFIRMATION, *fresh(self.state.evaluation, self.deal, self._confirmations))
             attempts = self.state.max_attempts
             apart = evidence.confirm(self.store, self.trees, recipe, apart, attempts, kv_cache="none")
         return apart
+
+    @cached_property
+    def deal(self) -> Deal:
+        """Which items are asked when, as the plan has it."""
+        return Deal.model_validate(self.store.get_json("deal", self.state.ladder))
+
+    @property
+    def _confirmations(self) -> int:
+        """How many attempts before this one were asked to confirm."""
+        return sum(brief.verdict.confirmation is not None for brief in self.state.history)
 
     def read(self, name: str) -> Any:
         """Returns a JSON file of what was measured on this attempt or calibrated on, for the page, or None."""
@@ -281,18 +315,19 @@ class _Judge:
 
 
 def evaluation_parameters(
-    settings: Evaluation, items: list[int], windows: list[int], speed: bool, kv_cache: str = "export"
+    settings: Evaluation, items: Spans, windows: list[int], speed: bool, kv_cache: str = "export"
 ) -> dict[str, Any]:
     """Returns the parameters of `EVALUATE`, which are part of its key in the store.
 
-    `kv_cache` "none" runs an export with its KV cache in 16 bits; the other way is no part of the key, so that
-    results from before there was a choice are found.
+    `kv_cache` "none" runs an export with its KV cache in 16 bits; the other way is no part of the key.
     """
     return {
         "tasks": list(settings.tasks),
         "task_path": settings.task_path,
+        "filters": settings.filters,
         "items": items,
         "windows": windows,
+        "all_windows": sum(settings.windows) + (settings.confirm_windows if settings.confirm_items else 0),
         "window_tokens": settings.window_tokens,
         "heldout": settings.heldout,
         "speed": speed,
@@ -300,18 +335,22 @@ def evaluation_parameters(
     }
 
 
-def ranges(settings: Evaluation) -> Iterator[tuple[list[int], list[int]]]:
-    """Yields for each look the items and windows that it adds, as [start, stop]."""
-    item = window = 0
-    for items, windows in zip(settings.items, settings.windows, strict=True):
-        yield [item, item + items], [window, window + windows]
-        item, window = item + items, window + windows
+def looks(settings: Evaluation, deal: Deal) -> Iterator[tuple[Spans, list[int]]]:
+    """Yields for each look the items of each task and the windows that it adds, as [start, stop]."""
+    window = 0
+    for number, windows in enumerate(settings.windows, start=1):
+        yield deal.look(number), [window, window + windows]
+        window += windows
 
 
-def fresh_range(settings: Evaluation) -> tuple[list[int], list[int]]:
-    """Returns the items and windows of the confirmation: those behind the last look's."""
-    items, windows = sum(settings.items), sum(settings.windows)
-    return [items, items + settings.confirm_items], [windows, windows + settings.confirm_windows]
+def fresh(settings: Evaluation, deal: Deal, earlier: int) -> tuple[Spans, list[int]]:
+    """Returns the items and windows of a confirmation, of which there were `earlier` ones in the run.
+
+    Its items are those of no look and, as long as the tasks have enough, of no earlier confirmation; its windows, of
+    which a text has few, are the same for all.
+    """
+    windows = sum(settings.windows)
+    return deal.confirm(earlier), [windows, windows + settings.confirm_windows]
 
 
 def _with_speed(measured: Measurements, speed: dict[str, float], prefix: str) -> Measurements:

@@ -1,8 +1,9 @@
-"""lm-eval tasks as one row of items, from which the looks draw ranges that never overlap."""
+"""lm-eval's tasks: which there are, how many items they have, and which items a look asks."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from lm_eval.tasks import TaskManager
 from trimtab.errors import InputError, nearest
 
 SUITE = Path(__file__).parent / "suite"
+
+#: lm-eval's metrics that score one item between 0 and 1; the first that a task has counts.
+ITEM_METRICS = ("acc", "exact_match", "acc_norm", "em")
 
 
 def load(names: list[str], task_path: str) -> tuple[TaskManager, dict[str, Any]]:
@@ -21,7 +25,7 @@ def load(names: list[str], task_path: str) -> tuple[TaskManager, dict[str, Any]]
         task_path: a folder of task YAMLs, or "".
 
     Raises:
-        InputError: a task or the folder does not exist; names the nearest that does.
+        InputError: a task or the folder does not exist; names the nearest that does. Or a task scores no single items.
     """
     if task_path and not Path(task_path).is_dir():
         raise InputError(f"task_path: '{task_path}' is not a folder")
@@ -32,7 +36,14 @@ def load(names: list[str], task_path: str) -> tuple[TaskManager, dict[str, Any]]
     for name in names:
         if name not in manager.all_tasks:
             raise InputError(f"tasks: there is no task '{name}'; {_near(name, manager)}")
-    return manager, manager.load(list(names))["tasks"]
+    tasks = manager.load(list(names))["tasks"]
+    for name, task in tasks.items():
+        if not set(ITEM_METRICS) & set(task.aggregation()):
+            raise InputError(
+                f"tasks: '{name}' scores no single items (one of {', '.join(ITEM_METRICS)}), of which baseline and "
+                "candidate could be compared; name tasks of multiple choice or generation"
+            )
+    return manager, tasks
 
 
 def _near(name: str, manager: TaskManager) -> str:
@@ -41,19 +52,49 @@ def _near(name: str, manager: TaskManager) -> str:
     return hint.split(" (valid")[0] if hint.startswith("write") else f"trimtab's own are {', '.join(own)}"
 
 
-def choose(tasks: dict[str, Any], start: int, stop: int) -> dict[str, list[int]]:
-    """Returns the documents of the items `start` to `stop`: task after task in turn, each in its own fixed order.
+def sizes(names: list[str], task_path: str, filters: Mapping[str, str]) -> dict[str, int]:
+    """Returns how many items each of the tasks has, groups resolved into their members; checks `filters` too."""
+    _, tasks = load(names, task_path)
+    filters_of(tasks, filters)
+    return {name: len(task.eval_docs) for name, task in tasks.items()}
 
-    The order of a task's documents is shuffled with its name as the seed, because many data sets are sorted,
-    and a prefix must be a random sample. Tasks that have run out of documents are passed over.
+
+def filters_of(tasks: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, str]:
+    """Returns for each task the filter that reads its answers: the named one, else the task's first.
+
+    Raises:
+        InputError: a filter is named for a task that is not asked, or that has none of this name.
     """
-    orders = {name: _shuffled(name, len(task.eval_docs)) for name, task in sorted(tasks.items())}
-    rounds = max((len(order) for order in orders.values()), default=0)
-    row = [(name, order[i]) for i in range(rounds) for name, order in orders.items() if i < len(order)]
-    chosen: dict[str, list[int]] = {}
-    for name, document in row[start:stop]:
-        chosen.setdefault(name, []).append(document)
-    return {name: sorted(documents) for name, documents in chosen.items()}
+    for task in named:
+        if task not in tasks:
+            raise InputError(f"filters: there is no task '{task}' among {', '.join(sorted(tasks))}; remove it")
+    chosen = {}
+    for name, task in tasks.items():
+        there = [known.name for known in task._filters]
+        chosen[name] = named.get(name, there[0])
+        if chosen[name] not in there:
+            raise InputError(f"filters: '{name}' has no filter '{chosen[name]}'; write {' or '.join(there)}")
+    return chosen
+
+
+def choose(tasks: Mapping[str, Any], spans: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """Returns the documents of each task that stand at [start, stop] in the task's own fixed order.
+
+    The order is shuffled with the task's name as the seed, because many data sets are sorted, and a span must be a
+    random sample.
+
+    Raises:
+        InputError: a task has fewer documents than it had when its items were dealt.
+    """
+    chosen = {}
+    for name, (start, stop) in sorted(spans.items()):
+        order = _shuffled(name, len(tasks[name].eval_docs))
+        if stop > len(order):
+            raise InputError(
+                f"tasks: '{name}' has {len(order)} items, and had {stop} or more when the run was planned; begin anew"
+            )
+        chosen[name] = sorted(order[start:stop])
+    return chosen
 
 
 def _shuffled(name: str, count: int) -> list[int]:

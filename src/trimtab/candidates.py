@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trimtab import placing, shapes
+from trimtab import families, placing, shapes
 from trimtab.catalog.formats import FORMATS
 from trimtab.hardware import GB, GPUS, Hardware, check, largest_group_size
 from trimtab.memory import memory
@@ -40,12 +40,8 @@ _NARROWER = (
     "a narrower FFN, which loses less than half as much log-perplexity as fewer blocks with as many parameters "
     "(SmolLM2-135M, not distilled; `benchmarks/pruning.py`)"
 )
-#: Bytes of a parameter that is trained: a float32 master, gradient and two moments, and the teacher's 16 bits; and the
-#: share of a GPU's memory that leaves room for what the layers compute.
-_TRAINING_BYTES, _TRAINING_SHARE = 18, 0.75
-_FFN = ("gate_proj", "up_proj", "down_proj")
 _KV = "the FP8 KV cache holds twice the tokens"
-_NO_DOWN = "down_proj, whose inputs have the largest outliers, stays in 16 bits"
+_NO_DOWN = "{down}, whose inputs have the largest outliers, stays in 16 bits"
 
 
 Candidate = tuple[Recipe, str]
@@ -64,7 +60,7 @@ class Kit:
         busy = goal in ("higher_throughput", "lower_cost")
         order = ("fp8", "int8_sq", "int8_wo") if busy else ("fp8", "int8_wo", "int8_sq")
         self.eights = [form for form in order if form in self.formats]
-        self.has_down = any(layer.name.endswith(".down_proj") for layer in facts.linears)
+        self.family = families.named(facts.model_type)
 
     def place(self, recipe: Recipe) -> tuple[Recipe | None, str]:
         """See `placing.place`."""
@@ -73,7 +69,8 @@ class Kit:
     def quantized(
         self, form: str, *, kv: bool = False, bits: float | None = None, keep_down: bool = False
     ) -> Candidate:
-        exclude = ("lm_head", "*.down_proj") if keep_down else ("lm_head",)
+        down, head = self.family.mlp.down, self.family.head
+        exclude = (head, f"*.{down}") if keep_down else (head,)
         quantize = Quantization(
             format=form, effective_bits=bits, kv_cache="fp8" if kv else "none", exclude=exclude
         )
@@ -82,8 +79,8 @@ class Kit:
             quantize = quantize.model_copy(update={"group_size": size} if size else {})
         recipe = Recipe(quantize=quantize, engine=Engine(backend=self.backend))
         if keep_down:
-            recipe = recipe.model_copy(update={"name": f"{recipe.title}, down_proj in 16 bits"})
-        why = [FORMATS[form].expect, _KV if kv else "", _NO_DOWN if keep_down else ""]
+            recipe = recipe.model_copy(update={"name": f"{recipe.title}, {down} in 16 bits"})
+        why = [FORMATS[form].expect, _KV if kv else "", _NO_DOWN.format(down=down) if keep_down else ""]
         return recipe, "; ".join(filter(None, why))
 
     def eight_bits(self) -> Iterator[Candidate]:
@@ -93,10 +90,16 @@ class Kit:
                 yield self.quantized(form, kv=True)
             yield self.quantized(form)
 
+    def four_bit_floats(self) -> Iterator[Candidate]:
+        """NVFP4 where it is computed in, with the KV cache in FP8 where that is served, then without."""
+        if "nvfp4" in self.formats:
+            if self.kv:
+                yield self.quantized("nvfp4", kv=True)
+            yield self.quantized("nvfp4")
+
     def rehearsed(self) -> Iterator[Candidate]:
-        """INT4 by rounding to nearest, of the whole model trained with the rounding, where one GPU can train it."""
-        trained = _TRAINING_BYTES * self.facts.parameters
-        if self.hardware.compute_capability is not None and trained < _TRAINING_SHARE * self.hardware.memory_bytes:
+        """INT4 by rounding to nearest, of the whole model trained with the rounding: too long a work for a CPU."""
+        if self.hardware.compute_capability is not None:
             recipe, _ = self.quantized("int4_rtn")
             length = min(2048, self.facts.max_position_embeddings)
             distill = Distillation(tokens=10_000_000, batch_size=16, length=length, quantization_aware=True)
@@ -121,7 +124,7 @@ class Kit:
 
     def _smaller(self, blocks: int) -> tuple[Pruning, str]:
         """Removes as many parameters as so many blocks have: FFN neurons where that can be, else the blocks."""
-        ffn = sum(layer.parameters for layer in self.facts.linears if layer.name.endswith(_FFN))
+        ffn = sum(layer.parameters for layer in self.facts.linears if layer.name.endswith(self.family.neurons))
         removed = blocks / self.facts.layers * self.facts.linear_parameters
         if removed < ffn:
             narrower = WidthPruning(method="width", ffn=round(removed / ffn, 2))
@@ -130,13 +133,13 @@ class Kit:
         return DepthPruning(method="depth", blocks=blocks), "fewer blocks"
 
     def safest(self) -> Iterator[Candidate]:
-        if self.has_down:
-            form = "int8_wo" if "int8_wo" in self.eights else (self.eights or ["int4_awq"])[0]
-            yield self.quantized(form, keep_down=True)
+        form = "int8_wo" if "int8_wo" in self.eights else (self.eights or ["int4_awq"])[0]
+        yield self.quantized(form, keep_down=True)
 
 
 def _lower_latency(kit: Kit) -> Iterator[Candidate]:
     yield from kit.eight_bits()
+    yield from kit.four_bit_floats()
     yield kit.quantized("int4_awq")
     yield kit.quantized("int4_gptq")
     yield from kit.rehearsed()
@@ -149,7 +152,8 @@ def _higher_throughput(kit: Kit) -> Iterator[Candidate]:
     # No INT4: at batch 64 it reaches 0.83x of BF16 (benchmark.md).
     unchanged = Recipe(engine=Engine(backend=kit.backend))
     whole, _ = kit.place(unchanged)
-    rungs = [*kit.eight_bits(), *kit.students(kv=True), *(kit.safest() if kit.eights else ())]
+    eights = (*kit.eight_bits(), *kit.four_bit_floats())
+    rungs = [*eights, *kit.students(kv=True), *(kit.safest() if kit.eights else ())]
     if not kit.eights and kit.kv:
         rungs.insert(0, kit.quantized("bf16", kv=True))
     for recipe, why in rungs:
@@ -194,7 +198,8 @@ def _long_context(kit: Kit) -> Iterator[Candidate]:
 
 
 def _lower_cost(kit: Kit) -> Iterator[Candidate]:
-    rungs = [*kit.eight_bits(), kit.quantized("int4_awq"), *kit.students(kv=True), *kit.safest()]
+    quantized = (*kit.eight_bits(), *kit.four_bit_floats(), kit.quantized("int4_awq"))
+    rungs = [*quantized, *kit.students(kv=True), *kit.safest()]
     for recipe, why in rungs:
         smaller = _smaller_gpu(recipe, kit)
         # INT4 is slow at the batches that cost little: it is here only when it makes a smaller GPU enough.

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab import errors
+from trimtab import errors, kills
 from trimtab.errors import Failure, StageError, TrimtabError
 
 #: Set by the command line to its own process id: stages end when it is gone, also after a SIGKILL.
@@ -47,19 +47,16 @@ def call(work: str, *, time_limit: float | None = None, **arguments: Any) -> Don
         time_limit: seconds after which the child, and whatever it started, is killed.
 
     Raises:
-        Failure: the work raised one, or ran out of memory (`does_not_fit`), or was killed.
+        Failure: the work raised one, or ran out of memory (`does_not_fit`).
         TrimtabError: the work raised one of these.
-        StageError: any other exception, of which the traceback is in the log; or the time limit was reached.
+        StageError: any other exception, of which the traceback is in the log; it was killed while there was memory; or
+            the time limit was reached.
     """
     with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
         answer = Path(folder) / "answer.json"
         request = {"work": work, "arguments": arguments, "answer": str(answer), "parent": os.getpid()}
         command = [sys.executable, "-m", "trimtab.child"]
         process = run_limited(command, work.rpartition(":")[2], time_limit, input=json.dumps(request))
-        if process.returncode == -signal.SIGKILL or process.returncode == 128 + signal.SIGKILL:
-            raise Failure(
-                "does_not_fit", f"{work.rpartition(':')[2]} was killed: it needed more memory than there is"
-            )
         if not answer.exists():
             raise StageError(
                 f"{work} ended with exit code {process.returncode} and no answer; see its log above"
@@ -89,8 +86,10 @@ def run_limited(
     What it prints goes to where this process prints, or into the file `log`.
 
     Raises:
-        StageError: the time limit was reached; calls the command `name`.
+        Failure: `does_not_fit`, it was killed because memory ran out; calls the command `name`.
+        StageError: it was killed for another reason, or the time limit was reached.
     """
+    killed_before = kills.out_of_memory_kills()
     # A session of its own makes a group to kill; without a limit Ctrl+C must reach the child.
     with contextlib.ExitStack() as files:
         output = files.enter_context(log.open("wb")) if log else None
@@ -104,6 +103,7 @@ def run_limited(
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL) if time_limit is not None else process.kill()
             process.wait()
+    kills.check(name, process.returncode, killed_before)
     return subprocess.CompletedProcess(command, process.returncode)
 
 

@@ -13,7 +13,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_WORD = re.compile(r"[a-z0-9]+")
 
 
 class TrimtabError(Exception):
@@ -72,13 +75,50 @@ class Failure(TrimtabError):
         self.reason = reason
 
 
-def nearest(value: object, valid: Iterable[str], listed: Iterable[str] | None = None) -> str:
+def nearest(value: object, valid: Iterable[object], listed: Iterable[str] | None = None) -> str:
     """Returns "write 'fp8' (valid: …)", for a message about a value that is not in `valid`.
+
+    Of numbers, the nearest is that of the least distance. Of names it is one that differs in its case and its
+    separators alone ("INT8_WO"), else the longest whose words begin the value ("H100-SXM5-80GB" is an "h100"), else
+    the most similar.
 
     Args:
         listed: what stands for all of `valid` in the message, where these are too many.
     """
-    names = [str(name) for name in valid]
-    close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-    listed = ", ".join(names if listed is None else listed)
-    return f"write '{close[0]}' (valid: {listed})" if close else f"valid: {listed}"
+    values = list(valid)
+    close = _closest(value, values)
+    listed = ", ".join(map(str, values) if listed is None else listed)
+    return f"write {written(close)} (valid: {listed})" if close is not None else f"valid: {listed}"
+
+
+def written(value: object) -> str:
+    """Returns a name or a number as it is written into YAML: a text in quotes, which YAML reads as nothing else."""
+    return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value)
+
+
+def _closest(value: object, valid: list[object]) -> object | None:
+    numbers = [number for number in valid if isinstance(number, int | float)]
+    if numbers and isinstance(value, int | float) and not isinstance(value, bool):
+        return min(numbers, key=lambda number: (abs(number - value), -number))
+    by_words = {tuple(_WORD.findall(str(name).casefold())): name for name in valid}
+    words = _WORD.findall(str(value).casefold())
+    for known, name in by_words.items():
+        if words and "".join(known) == "".join(words):
+            return name
+    if begun := [known for known in by_words if known and _begins(list(known), words)]:
+        return by_words[max(begun, key=lambda known: len("".join(known)))]
+    by_text = {str(name).casefold(): name for name in valid}
+    close = difflib.get_close_matches(str(value).casefold(), by_text, n=1, cutoff=0.5)
+    return by_text[close[0]] if close else None
+
+
+def _begins(known: list[str], words: list[str]) -> bool:
+    """Whether the first words are the same, and the others of `known` follow; "80gb" counts as "80"."""
+    rest = iter(words)
+    first = next(rest, "")
+    return _is_word(known[0], first) and all(any(_is_word(word, other) for other in rest) for word in known[1:])
+
+
+def _is_word(known: str, word: str) -> bool:
+    unit = word.removeprefix(known)
+    return word == known or (known[-1:].isdigit() and unit != word and unit.isalpha())

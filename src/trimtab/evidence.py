@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trimtab import verdict
+from trimtab import environment, verdict
 from trimtab.errors import InputError
 from trimtab.recipe import Recipe
 from trimtab.state import Brief, State
@@ -94,9 +94,9 @@ def write(
     result: Verdict,
     export: Tree,
     measured: Mapping[str, Tree],
-    versions: dict[str, str],
 ) -> Tree:
-    """Stores the evidence of an attempt as a tree with one file, `evidence.json`."""
+    """Stores the evidence of an attempt as a tree with one file, `evidence.json`: also where all of it was measured,
+    which is here."""
     document = {
         "model": state.model.model_dump(),
         "export": export.model_dump(),
@@ -109,7 +109,8 @@ def write(
         "trees": {name: tree.model_dump() for name, tree in state.trees.items()},
         "measured": {name: tree.model_dump() for name, tree in measured.items()},
         "verdict": result.to_dict(),
-        "versions": versions,
+        "versions": environment.versions(),
+        "device": environment.device(),
     }
     return store.put_json("evidence", document)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import textwrap
+from typing import Any
 
-from trimtab import adjust, hardware, materials, memory, placing, plan, progress
+from trimtab import adjust, dealing, hardware, materials, memory, placing, plan, progress, task_sizes
 from trimtab.errors import Failure, InputError, nearest
 from trimtab.model import ModelFacts
 from trimtab.plan import MAX_RUNGS, Rung
@@ -15,6 +16,7 @@ from trimtab.serving.workload import Workload
 from trimtab.stages import MAX_REASON, fail
 from trimtab.state import GOALS, Evaluation, State
 from trimtab.store import Store, Tree, open_store
+from trimtab.store.address import check_name
 
 
 def begin(
@@ -42,21 +44,25 @@ def begin(
         traffic: the shape of the recorded traffic, where the recipe names some and it was read before.
 
     Raises:
-        InputError: an unknown goal or target, a bad recipe, recorded traffic that cannot be read, or a model or recipe
-            that the target cannot run.
+        InputError: a name that no release can have, an unknown goal or target, a bad recipe, recorded traffic that
+            cannot be read, a model or recipe that the target cannot run, or tasks that do not exist or have too few
+            items.
     """
+    check_name(name, "release")
     if goal not in GOALS:
         raise InputError(f"goal: '{goal}' is not valid; {nearest(goal, GOALS)}")
     store, machine = open_store(store_uri), hardware.target(target)
     wanted, facts = Recipe.parse(recipe) if recipe.strip() else Recipe(), facts_of(store, model)
     traffic = traffic or recorded.of(wanted.workload)
     wanted = _for_traffic(wanted, traffic)
+    dealt = dealing.deal(task_sizes.of(evaluation), evaluation, wanted.accept, max_attempts)
     rungs = ladder(goal, facts, machine, wanted)
     if released and wanted.workload:
         released = _sized(released, facts, machine, wanted.workload)
     if released:
         others = [rung for rung in rungs if rung.recipe.digest != released.recipe.digest]
         rungs = [released, *others][:MAX_RUNGS]
+    unchanged = plan.baseline(goal, facts, machine, rungs, wanted.workload, wanted.engine.world_size)
     made_of = materials.gather(
         model=model,
         recipe=wanted,
@@ -76,10 +82,13 @@ def begin(
         model=model,
         max_attempts=max_attempts,
         ladder=store.put_json(
-            "ladder", [rung.to_dict() for rung in rungs], materials=made_of.model_dump(mode="json")
+            "ladder",
+            [rung.to_dict() for rung in rungs],
+            materials=made_of.model_dump(mode="json"),
+            deal=dealt.to_dict(),
         ),
-        recipe=Recipe(engine=rungs[0].recipe.engine),
-        why="the model unchanged",
+        recipe=unchanged.recipe,
+        why=unchanged.why,
     )
 
 
@@ -92,9 +101,27 @@ def ladder(goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Rec
     Raises:
         InputError: recorded traffic that cannot be read, or a model, recipe or workload that the target cannot run.
     """
+    return _climbed(goal, facts, machine, wanted)[0]
+
+
+def outline(goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Recipe) -> dict[str, Any]:
+    """Returns what a run would do, as plain data (see `plan.outline`): its baseline, its ladder, what it leaves out.
+
+    Raises:
+        InputError: as `ladder`; or nothing of the target serves the unchanged model, or nothing can be gained.
+    """
+    wanted = _for_traffic(wanted, recorded.of(wanted.workload))
+    rungs, refused = _climbed(goal, facts, machine, wanted)
+    unchanged = plan.baseline(goal, facts, machine, rungs, wanted.workload, wanted.engine.world_size)
+    return plan.outline(unchanged, rungs, refused)
+
+
+def _climbed(
+    goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Recipe
+) -> tuple[list[Rung], list[plan.Refused]]:
     wanted = _for_traffic(wanted, recorded.of(wanted.workload))
     first = wanted if wanted.prune or wanted.distill or wanted.quantize else None
-    rungs = plan.ladder(
+    rungs, refused = plan.climb(
         goal,
         facts,
         machine,
@@ -104,7 +131,7 @@ def ladder(goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Rec
         workload=wanted.workload,
     )
     calibrated = {"calibrate": wanted.calibrate}
-    return [rung.model_copy(update={"recipe": rung.recipe.model_copy(update=calibrated)}) for rung in rungs]
+    return [rung.model_copy(update={"recipe": rung.recipe.model_copy(update=calibrated)}) for rung in rungs], refused
 
 
 def _sized(released: Rung, facts: ModelFacts, machine: hardware.Hardware, workload: Workload) -> Rung | None:
@@ -123,12 +150,13 @@ def _for_traffic(wanted: Recipe, traffic: Traffic | None) -> Recipe:
 
 
 def prepare(state: State) -> State:
-    """Refuses, before a GPU is asked for, a recipe that its target cannot run or hold."""
-    if state.verdict:
+    """Refuses, before a GPU is asked for, a recipe that its target cannot run or hold; the baseline was placed so that
+    it is held (`plan.baseline`)."""
+    if state.verdict or state.attempt == 0:
         return state
     facts, machine = facts_of(open_store(state.store), state.model), hardware.target(state.target)
     reason = hardware.check(state.recipe, machine, facts)
-    if reason and state.attempt > 0:
+    if reason:
         return fail(state, "prepare", Failure("unsupported", reason))
     need = memory.memory(facts, state.recipe, machine)
     if not need.fits:

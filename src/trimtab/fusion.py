@@ -1,4 +1,4 @@
-"""Which linear layers read the same input, and which norm makes it: by the names of Llama's family.
+"""Which linear layers read the same input, and which norm makes it: by the names that a model's family has.
 
 Engines fuse such layers into one product, so they share a format, an input scale and a channel scale; and what
 multiplies their input can be folded into the norm. A layer that the names do not place is a group by itself.
@@ -10,35 +10,34 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-#: The layers of a group by their place in the block, and the norm before them.
-_GROUPS = (
-    (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
-    (("self_attn.qkv_proj",), "input_layernorm"),
-    (("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
-    (("mlp.gate_up_proj",), "post_attention_layernorm"),
-)
-#: Model types whose norms multiply by their weight and stand directly before these layers. Elsewhere a norm of
-#: that name may stand behind the layer (OLMo 2) or multiply by one plus its weight (Gemma).
-_PRE_NORM = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3"})
-_BLOCK = re.compile(r"^(.*\.(?:layers|h|blocks)\.(\d+))\.(.+)$")
+from trimtab import families
+
+_LISTS = "|".join(sorted(re.escape(blocks) for blocks in {family.blocks for family in families.BY_TYPE.values()}))
+_BLOCK = re.compile(rf"^((?:{_LISTS})\.(\d+))\.(.+)$")
 
 
 class Group(NamedTuple):
-    """Layers with one input, in the order of their names; `norm` is the module whose output it is, or None."""
+    """Layers with one input, in the order of their names; `norm` is the module whose weight it may be scaled by, or
+    None: no norm stands directly before these layers and no others, or it does not just multiply by its weight."""
 
     layers: tuple[str, ...]
     norm: str | None = None
 
 
 def groups(layers: Iterable[str], model_type: str) -> list[Group]:
-    """Returns the layers in groups, ordered by block and name; each layer stands in exactly one."""
+    """Returns the layers in groups, ordered by block and name; each layer stands in exactly one.
+
+    Raises:
+        InputError: no family describes the model type.
+    """
+    family = families.named(model_type)
     found: dict[tuple[int, str], Group] = {}
     for layer in layers:
-        match = _BLOCK.match(layer)
-        prefix, number, place = (match[1], int(match[2]), match[3]) if match else ("", -1, layer)
-        members, norm = next(((m, n) for m, n in _GROUPS if match and place in m), ((), None))
-        key = (number, f"{prefix}.{members[0]}" if members else layer)
-        norm = f"{prefix}.{norm}" if norm and model_type in _PRE_NORM else None
+        number, place = family.place(layer)
+        shared = None if number is None else family.shared.get(place)
+        block = f"{family.blocks}.{number}"
+        key = (-1 if number is None else number, f"{block}.{shared.layers[0].name}" if shared else layer)
+        norm = f"{block}.{shared.norm}" if shared and shared.norm and family.folds else None
         found[key] = Group((*found[key].layers, layer) if key in found else (layer,), norm)
     return [Group(tuple(sorted(group.layers)), group.norm) for _, group in sorted(found.items())]
 

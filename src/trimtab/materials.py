@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from trimtab import files, stages
+from trimtab import environment, files
 from trimtab.recipe import Recipe, Source
 from trimtab.schema import Document
 from trimtab.serving.traffic import Traffic, drift
@@ -80,7 +80,7 @@ def gather(
         max_attempts=max_attempts,
         evaluation=evaluation.model_dump(mode="json"),
         images=images,
-        versions=stages.versions(),
+        versions=environment.versions(),
         workload=stated and stated.model_dump(mode="json"),
         traffic=traffic,
     )

@@ -1,16 +1,24 @@
-"""What serving a recipe needs in memory on each device: weights, KV cache, activations."""
+"""What a recipe needs in memory on each device: to serve it, and to train it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
-from trimtab import shapes
+from trimtab import families, shapes
 from trimtab.catalog.formats import Storage
 from trimtab.catalog.kv_caches import KV_CACHES
 from trimtab.hardware import GB, Hardware, quantized_layers
 from trimtab.model import ModelFacts
-from trimtab.recipe import Quantization, Recipe
+from trimtab.recipe import Engine, MovementPruning, Quantization, Recipe, SparsePruning
 from trimtab.schema import Document
+
+#: Bytes of one chunk of float32 logits and how many copies of it a loss and its gradient hold, and the tokens whose
+#: held-out loss is measured at once, on a CPU and on a GPU (`components.distillation.chunks`, `.training`).
+_CHUNK_BYTES, _CHUNK_COPIES = (32 << 20, 512 << 20), 4
+_HELD_OUT_TOKENS = (1024, 16384)
+#: The share of a device's memory that training may take: the rest is CUDA's context and what the allocator wastes.
+TRAINING_SHARE = 0.9
 
 
 class Memory(Document):
@@ -72,7 +80,8 @@ def _shares(quantize: Quantization) -> list[tuple[Storage, float]]:
 
 
 def kv_bytes_per_token(facts: ModelFacts, recipe: Recipe) -> int:
-    """Returns the bytes of K and V of one token on one device: 2 x blocks x KV heads x head_dim x bytes.
+    """Returns the bytes that one token keeps on one device: blocks x the numbers that the family caches x bytes;
+    with ordinary attention these are 2 x KV heads x head_dim.
 
     One scale a layer is not counted. Where the format is only emulated the cache holds 16 bits: see `memory`.
     """
@@ -80,7 +89,8 @@ def kv_bytes_per_token(facts: ModelFacts, recipe: Recipe) -> int:
     heads = math.ceil(facts.kv_heads / recipe.engine.tensor_parallel_size)
     blocks = math.ceil(facts.layers / recipe.engine.pipeline_parallel_size)
     each = KV_CACHES[recipe.kv_cache_format].bytes
-    return math.ceil(2 * blocks * heads * facts.head_dim * each)
+    attention = families.named(facts.model_type).attention
+    return math.ceil(blocks * attention.cached_numbers(heads, facts.head_dim) * each)
 
 
 def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
@@ -98,7 +108,6 @@ def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
     served = _as_held(recipe, hardware)
     linears, rest = weight_bytes(facts, served)
     left = shapes.pruned(facts, recipe.prune)
-    stage = math.ceil(left.layers / engine.pipeline_parallel_size) / left.layers
     length = min(engine.max_seq_len, facts.max_position_embeddings)
     tokens = min(engine.max_num_tokens, engine.max_batch_size * length)
     width = 4 * left.hidden_size + 3 * math.ceil(left.intermediate_size / engine.tensor_parallel_size)
@@ -106,18 +115,135 @@ def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
     if engine.backend == "torch" and recipe.quantize:
         activations += 2 * max((layer.parameters for layer in left.linears), default=0)
     return Memory(
-        weights=round(linears * stage / engine.tensor_parallel_size) + rest,
+        weights=_on_each(linears, facts, recipe) + rest,
         kv_cache=(engine.kv_cache_tokens or engine.max_batch_size * length) * kv_bytes_per_token(facts, served),
         activations=activations,
-        available=hardware.memory_bytes // (1 if hardware.compute_capability else engine.world_size),
+        available=_available(engine, hardware),
         kv_cache_fraction=engine.kv_cache_fraction,
     )
 
 
 def max_context_tokens(facts: ModelFacts, recipe: Recipe, hardware: Hardware, weights: int) -> int:
-    """Returns how many tokens of KV cache fit beside `weights` bytes of a measured artifact."""
-    free = int((hardware.memory_bytes - weights) * recipe.engine.kv_cache_fraction)
-    return max(0, free) // kv_bytes_per_token(facts, _as_held(recipe, hardware))
+    """Returns the longest context that the recipe's world holds beside its weights, in tokens.
+
+    That is at most what the model can read. Each device has its share of `weights`, the bytes of a measured artifact,
+    as `memory` shares them out; of a model that is not quantized, or in a format that the target only emulates, they
+    are as it is served, whatever type its files have.
+    """
+    engine, held = recipe.engine, _as_held(recipe, hardware)
+    linears, rest = weight_bytes(facts, held)
+    if recipe.quantize and not recipe.quantize.row.is_cast and held.weight_format == recipe.weight_format:
+        linears = max(0, weights - rest)
+    free = _available(engine, hardware) - _on_each(linears, facts, recipe) - rest
+    tokens = int(free * engine.kv_cache_fraction) // kv_bytes_per_token(facts, held)
+    return min(max(0, tokens), facts.max_position_embeddings)
+
+
+def _on_each(linears: float, facts: ModelFacts, recipe: Recipe) -> int:
+    """Bytes of the linear layers on each device: tensor parallelism splits them, pipeline parallelism the blocks."""
+    layers = shapes.pruned(facts, recipe.prune).layers
+    stage = math.ceil(layers / recipe.engine.pipeline_parallel_size) / layers
+    return round(linears * stage / recipe.engine.tensor_parallel_size)
+
+
+def _available(engine: Engine, hardware: Hardware) -> int:
+    """Bytes that each device has; on a CPU the ranks share one memory."""
+    return hardware.memory_bytes // (1 if hardware.compute_capability else engine.world_size)
+
+
+class TrainingMemory(Document):
+    """What distillation needs on each device, in bytes: both models' weights, the optimizer's states with the
+    gradients, what is kept for the gradients (`activations`), and the loss with what is computed on the way."""
+
+    weights: int
+    states: int
+    activations: int
+    loss: int
+    available: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.states + self.activations + self.loss
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= TRAINING_SHARE * self.available
+
+    @property
+    def explanation(self) -> str:
+        parts = f"{self.weights / GB:.1f} GB weights of student and teacher + {self.states / GB:.1f} GB gradients and "
+        parts += f"optimizer + {self.activations / GB:.1f} GB activations + {self.loss / GB:.1f} GB loss"
+        fits = "fits" if self.fits else "does not fit"
+        return f"training needs {parts} = {self.total / GB:.1f} GB of {self.available / GB:.0f} GB: {fits}"
+
+
+def activation_bytes(facts: ModelFacts, width: int = 2) -> int:
+    """Returns the bytes that autograd keeps of one token in one block: 109, 131 and 201 kB in Llama 3's 1B, 3B and 8B.
+
+    In 16 bits (`width` 2), of h hidden channels, f neurons and a and k heads of d numbers: of each norm its input in
+    float32 and two vectors behind it (8 h), of the FFN gate, its activation, up and their product (8 f), of attention
+    queries and outputs (4 a d), keys and values (4 k d) and a float32 a head; and a float32 of each norm. In float32
+    twice as much, but of norms 12 h each.
+    """
+    attention = 2 * width * facts.head_dim * (facts.heads + facts.kv_heads) + 4 * facts.heads
+    norms = 2 * ((8 if width == 2 else 12) * facts.hidden_size + 4)
+    return norms + 4 * width * facts.intermediate_size + attention
+
+
+def training(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> TrainingMemory:
+    """Returns what the recipe's distillation needs on each device, of each of its processes alike.
+
+    On a GPU weights are in 16 bits: of each parameter that is trained there are that, its gradient, and in float32 a
+    master, its gradient and two moments, 20 bytes; on a CPU all is float32, 16 bytes. Learned or kept zeros and
+    weights that are rounded while they train add to that in the linear layers. The teacher, with all its weights,
+    stands beside the student unless its logits are stored. `facts` are those of the model before it is pruned.
+    """
+    distill, on_gpu = recipe.distill, hardware.compute_capability is not None
+    width = 2 if on_gpu else 4
+    student = shapes.pruned(facts, recipe.prune)
+    states = (18 if on_gpu else 12) * student.parameters
+    if isinstance(recipe.prune, MovementPruning):
+        states += (16 + width) * student.linear_parameters
+    if isinstance(recipe.prune, SparsePruning):
+        states += (1 + width) * student.linear_parameters
+    if distill.quantization_aware:
+        states += width * student.linear_parameters
+    tokens = distill.windows_at_once * distill.length
+    block = activation_bytes(student, width)
+    hidden = width * student.hidden_size
+    kept = (student.layers * hidden + block) if distill.activation_checkpointing else student.layers * block
+    if distill.hidden_weight:
+        kept += 2 * student.layers * hidden
+    head = (4 + width) * facts.vocab_size * student.hidden_size
+    passing = max(tokens, _HELD_OUT_TOKENS[on_gpu]) * width * (4 * facts.hidden_size + 3 * facts.intermediate_size)
+    return TrainingMemory(
+        weights=width * (student.parameters + (0 if distill.stored_logits else facts.parameters)),
+        states=states,
+        activations=tokens * (kept + 4 * hidden),
+        loss=_CHUNK_COPIES * _CHUNK_BYTES[on_gpu] + head + passing,
+        available=hardware.memory_bytes // (1 if on_gpu else distill.processes),
+    )
+
+
+def trainable(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Recipe | None:
+    """Returns the recipe with a training that fits: its batch in as few parts as can be, or else with activation
+    checkpointing too, which costs a third more time; None where no training does."""
+    return next((tried for tried in _trainings(recipe) if training(facts, tried, hardware).fits), None)
+
+
+def least_training(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> TrainingMemory:
+    """Returns what the training of the recipe needs that needs the least, one window at a time with checkpointing."""
+    return min((training(facts, tried, hardware) for tried in _trainings(recipe)), key=lambda need: need.total)
+
+
+def _trainings(recipe: Recipe) -> Iterator[Recipe]:
+    """The recipe with its batch in ever more parts, then so with activation checkpointing."""
+    distill = recipe.distill
+    whole = distill.batch_size // distill.processes
+    for checkpointing in sorted({distill.activation_checkpointing, True}):
+        for parts in (n for n in range(distill.gradient_accumulation, whole + 1) if whole % n == 0):
+            fields = {"gradient_accumulation": parts, "activation_checkpointing": checkpointing}
+            yield recipe.model_copy(update={"distill": distill.model_copy(update=fields)})
 
 
 def _as_held(recipe: Recipe, hardware: Hardware) -> Recipe:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trimtab import families
 from trimtab.errors import InputError
+from trimtab.families import Family
+from trimtab.model_files import INDEX, has_tokenizer, is_computed, quantized_by, read_json, weight_files
 from trimtab.schema import Document
 
 #: Bytes of one element, by safetensors' names of the types.
@@ -22,14 +25,16 @@ DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+#: Decoders whose embeddings are tied where config.json says nothing (transformers 5.14).
+_TIED_BY_DEFAULT = {
+    "bloom", "cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "falcon", "gemma", "gemma2",
+    "gemma3_text", "gemma3n_text", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neo", "lfm2", "lfm2_moe", "mamba",
+    "minicpm3", "mpt", "opt", "smollm3", "starcoder2", "vaultgemma", "youtu",
+}  # fmt: skip
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-_INDEX = "model.safetensors.index.json"
 #: The safetensors library refuses longer headers too.
 _MAX_HEADER_BYTES = 100_000_000
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_BLOCK = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
-_NOT_LINEAR = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|wpe|lm_head)\.weight$")
 
 
 class Linear(NamedTuple):
@@ -100,30 +105,40 @@ def inspect(folder: str | Path) -> ModelFacts:
         raise InputError(f"{folder}: has no config.json, so it is not a Hugging Face model{hint}")
     config = _config(folder)
     tensors = read_tensors(folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise InputError(f"{folder}: has no tokenizer.json and no tokenizer.model; add the model's tokenizer")
+    if not has_tokenizer(folder):
+        other = "no other tokenizer (tokenizer.model, or vocab.json with merges.txt)"
+        raise InputError(f"{folder}: has no tokenizer.json and {other}; add the model's tokenizer")
     return facts_of(folder, config, tensors)
 
 
+def ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether config.json makes the output head the embedding, as transformers reads it: where it does not say, by
+    the model type."""
+    said = config.get("tie_word_embeddings")
+    return config.get("model_type") in _TIED_BY_DEFAULT if said is None else bool(said)
+
+
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a model folder by name, from the headers of the files that transformers loads.
+    """Returns the tensors of a model folder by name, from the headers of the files that are the model.
+
+    What transformers computes itself is not among them, see `model_files.is_computed`.
 
     Raises:
         InputError: no safetensors; a file that is missing, cut short or contradicts itself; a tensor twice.
     """
     tensors: dict[str, Tensor] = {}
     owner: dict[str, str] = {}
-    weight_map, shards = _shards(folder)
-    for shard in shards:
+    files = weight_files(folder)
+    for shard in files.names:
         for tensor in read_header(folder / shard):
             if tensor.name in tensors:
                 both = f"{owner[tensor.name]} and {shard}"
                 raise InputError(f"{folder}: tensor {tensor.name} stands in both {both}; download them again")
             tensors[tensor.name], owner[tensor.name] = tensor, shard
-    for name, shard in weight_map.items():
+    for name, shard in files.index.items():
         if owner.get(name) != shard:
-            raise InputError(f"{folder}: {shard} lacks {name}, which {_INDEX} promises; download it again")
-    return tensors
+            raise InputError(f"{folder}: {shard} lacks {name}, which {INDEX} promises; download it again")
+    return {name: tensor for name, tensor in tensors.items() if not is_computed(name, tensor.shape)}
 
 
 def read_header(path: Path) -> list[Tensor]:
@@ -172,6 +187,12 @@ def read_header(path: Path) -> list[Tensor]:
     return tensors
 
 
+def header_bytes(path: Path) -> int:
+    """Returns where the tensors of a safetensors file begin."""
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = Counter(name for name, _ in pairs)
     if twice := [name for name, count in names.items() if count > 1]:
@@ -179,59 +200,33 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path}: is not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: must be a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _shards(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Returns the index (tensor -> file; empty without one) and the names of the weight files."""
-    if (folder / _INDEX).is_file():
-        weight_map = _json(folder / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{folder / _INDEX}: has no weight_map")
-        shards = sorted({str(shard) for shard in weight_map.values()})
-        for shard in shards:
-            if Path(shard).name != shard or not shard.endswith(".safetensors"):
-                raise InputError(f"{folder / _INDEX}: '{shard}' is no name of a safetensors file beside it")
-            if not (folder / shard).is_file():
-                raise InputError(f"{folder}: {shard} is missing, which {_INDEX} names; download it")
-        return weight_map, shards
-    if (folder / "model.safetensors").is_file():
-        return {}, ["model.safetensors"]
-    if others := sorted(folder.glob("*.safetensors")):
-        raise InputError(f"{folder}: holds {others[0].name}, but no model.safetensors or {_INDEX}; add it")
-    if pickles := sorted(path for pattern in _PICKLES for path in folder.glob(pattern)):
-        raise InputError(
-            f"{folder}: {pickles[0].name} is a pickle, which can run code when it is loaded, and is refused; "
-            f"if you trust it, convert it: "
-            f"AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-        )
-    raise InputError(f"{folder}: holds no weights; add model.safetensors, or {_INDEX} and the files it names")
-
-
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    config = _json(path)
+    config = read_json(path)
     tokenizer = folder / "tokenizer_config.json"
-    for source, content in ((path, config), (tokenizer, _json(tokenizer) if tokenizer.is_file() else {})):
+    for source, content in ((path, config), (tokenizer, read_json(tokenizer) if tokenizer.is_file() else {})):
         if content.get("auto_map"):
             raise InputError(
                 f"{source}: needs remote code (auto_map), which trimtab never runs; use a model whose "
                 f"architecture transformers has itself, or remove auto_map if it has this one"
             )
-    if "quantization_config" in config:
-        raise InputError(f"{path}: the model is already quantized; give the 16-bit model it was made from")
+    families.of(config, str(path))  # before all that follows: a model that is not known needs no other remedy
+    if reason := quantized_by(folder, config):
+        raise InputError(
+            f"{path.parent}: {reason} says that it is already quantized; give the 16-bit model it was made from"
+        )
     return config
 
 
 def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelFacts:
+    """Returns the facts of the model that has this config.json and these tensors.
+
+    Raises:
+        InputError: config.json or the tensors are not those of a model that a family describes.
+    """
     path = folder / "config.json"
+    family = families.of(config, str(path))
+    config = {**config, **family.sizes(config)}
     architecture = (config.get("architectures") or [""])[0]
     if not architecture.endswith("ForCausalLM"):
         raise InputError(f"{path}: architecture '{architecture}' is no decoder-only model (…ForCausalLM)")
@@ -243,15 +238,15 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
         return value
 
     layers, heads, hidden = (number(k) for k in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
-    found = {int(match[1]) for name in tensors if (match := _BLOCK.search(name))}
+    found = {block for name in tensors if (block := family.place(name)[0]) is not None}
     if found and found != set(range(layers)):
         raise InputError(f"{path}: num_hidden_layers is {layers}, and the weights hold {len(found)} blocks")
-    has_head = "lm_head.weight" in tensors
+    has_head = f"{family.head}.weight" in tensors
     if not has_head and config.get("tie_word_embeddings") is False:
-        raise InputError(f"{folder}: lm_head.weight is missing, and config.json says that it is not tied")
-    tied = not has_head or bool(config.get("tie_word_embeddings"))
+        raise InputError(f"{folder}: {family.head}.weight is missing, and config.json says that it is not tied")
+    tied = not has_head or ties_embeddings(config)
     # A tied head that was saved all the same is the same tensor once more.
-    counted = [tensor for tensor in tensors.values() if not (tied and tensor.name == "lm_head.weight")]
+    counted = [tensor for tensor in tensors.values() if not (tied and tensor.name == f"{family.head}.weight")]
     if not any(tensor.dtype in _DTYPE_NAMES for tensor in counted):
         raise InputError(f"{folder}: holds no floating point weights")
     by_dtype = Counter()
@@ -273,9 +268,20 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
         parameters=sum(math.prod(tensor.shape) for tensor in counted),
         bytes=sum(by_dtype.values()),
         dtype=_DTYPE_NAMES.get(dtype, dtype.lower()),
-        linears=tuple(
-            Linear(name.removesuffix(".weight"), *tensor.shape)
-            for name, tensor in sorted(tensors.items())
-            if name.endswith(".weight") and len(tensor.shape) == 2 and not _NOT_LINEAR.search(name)
-        ),
+        linears=_linears(path, family, tensors),
     )
+
+
+def _linears(path: Path, family: Family, tensors: dict[str, Tensor]) -> tuple[Linear, ...]:
+    found = []
+    for name, tensor in sorted(tensors.items()):
+        module = name.removesuffix(".weight")
+        if module == name or len(tensor.shape) != 2 or family.place(name)[0] is None:
+            continue
+        if family.layer(module) is None:  # another build under a name that is known
+            raise InputError(
+                f"{path}: a '{family.model_type}' has no {name}, which the weights hold: it is built in a way that "
+                f"is not described; give another model"
+            )
+        found.append(Linear(module, *tensor.shape))
+    return tuple(found)

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trimtab import families
 from trimtab.errors import InputError
+from trimtab.families import Family
 from trimtab.model import ModelFacts, Tensor, facts_of
 
 #: Model types whose tensors follow from the config as `_shapes` lays them out.
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = tuple(family.model_type for family in families.BY_TYPE.values() if family.width)
 
 
 def outline(path: str | Path) -> ModelFacts:
@@ -24,41 +26,40 @@ def outline(path: str | Path) -> ModelFacts:
     path = Path(path)
     try:
         config = json.loads(path.read_bytes())
-        model_type = config["model_type"]
+        config["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: is no config.json of a model ({error.__class__.__name__}: {error})") from None
-    if model_type not in MODEL_TYPES:
+    family = families.of(config, str(path))
+    if not family.width:
         known = ", ".join(MODEL_TYPES)
-        raise InputError(f"{path}: the shapes of a '{model_type}' are not known ({known} are); give the whole model")
+        what = f"the shapes of a '{family.model_type}' do not follow from its config ({known}'s do)"
+        raise InputError(f"{path}: {what}; give the whole model")
     try:
-        shapes = dict(_shapes(config))
+        shapes = dict(_shapes(config, family))
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"{path}: lacks {error}; give the model's own config.json") from None
     tensors = {name: Tensor(name, "BF16", shape, 0, 2 * math.prod(shape)) for name, shape in shapes.items()}
     return facts_of(path.parent, config, tensors)
 
 
-def _shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _shapes(config: dict[str, Any], family: Family) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    attention = family.attention
     head = config.get("head_dim") or hidden // heads
     keys = (config.get("num_key_value_heads") or heads) * head
-    biased = config["model_type"] == "qwen2" or config.get("attention_bias")
-    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
+    sizes = {"hidden": hidden, "attention": heads * head, "kv": keys, "ffn": inner}
+    biased = config.get(family.qkv_bias) if isinstance(family.qkv_bias, str) else family.qkv_bias
+    yield f"{family.embedding}.weight", (config["vocab_size"], hidden)
     for n in range(config["num_hidden_layers"]):
-        block = f"model.layers.{n}"
-        for part, rows in (("q", heads * head), ("k", keys), ("v", keys)):
-            yield f"{block}.self_attn.{part}_proj.weight", (rows, hidden)
-            if biased:
-                yield f"{block}.self_attn.{part}_proj.bias", (rows,)
-        yield f"{block}.self_attn.o_proj.weight", (hidden, heads * head)
-        if config["model_type"] == "qwen3":
-            yield f"{block}.self_attn.q_norm.weight", (head,)
-            yield f"{block}.self_attn.k_norm.weight", (head,)
-        for part in ("gate", "up"):
-            yield f"{block}.mlp.{part}_proj.weight", (inner, hidden)
-        yield f"{block}.mlp.down_proj.weight", (hidden, inner)
-        for part in ("input", "post_attention"):
-            yield f"{block}.{part}_layernorm.weight", (hidden,)
-    yield "model.norm.weight", (hidden,)
+        block = f"{family.blocks}.{n}"
+        for layer in family.layers.values():
+            yield f"{block}.{layer.name}.weight", (sizes[layer.outputs], sizes[layer.inputs])
+            if biased and layer in attention.inputs[0].layers:
+                yield f"{block}.{layer.name}.bias", (sizes[layer.outputs],)
+        for norm in attention.head_norms:
+            yield f"{block}.{attention.module}.{norm}.weight", (head,)
+        for norm in (attention.norm, family.mlp.norm):
+            yield f"{block}.{norm}.weight", (hidden,)
+    yield f"{family.last_norm}.weight", (hidden,)
     if not config.get("tie_word_embeddings"):
-        yield "lm_head.weight", (config["vocab_size"], hidden)
+        yield f"{family.head}.weight", (config["vocab_size"], hidden)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from trimtab.catalog.formats import FORMATS
 from trimtab.errors import InputError
-from trimtab.hardware import Hardware, check
-from trimtab.memory import memory
+from trimtab.hardware import GB, GPUS, Hardware, check
+from trimtab.memory import least_training, memory, trainable
 from trimtab.model import ModelFacts
 from trimtab.recipe import Engine, Recipe
 from trimtab.serving.parallelism import worlds
@@ -36,10 +36,15 @@ def place(
 
     Returns the recipe and a note for its reason; or None, and why nothing fits. An emulated format, of weights
     or of the KV cache, is placed only when the user asks for it: it judges accuracy and makes nothing smaller
-    or faster.
+    or faster. A training gets the accumulation and the checkpointing with which the target holds it, or is not placed.
     """
     if hardware.is_emulated(recipe) or hardware.is_kv_cache_emulated(recipe):
         return None, f"{recipe.title}: only emulated on {hardware.name}"
+    if recipe.distill:
+        trained = trainable(facts, recipe, hardware)
+        if trained is None:
+            return None, f"{recipe.title}: {least_training(facts, recipe, hardware).explanation}"
+        recipe = trained
     if workload:
         try:
             placed = sized(recipe, facts, hardware, workload)
@@ -69,6 +74,110 @@ def sized(recipe: Recipe, facts: ModelFacts, hardware: Hardware, workload: Workl
     """
     total = max(workload.longest, min(MIN_CONTEXT, facts.max_position_embeddings))
     return plan_engine(facts, recipe, hardware, workload.model_copy(update={"total": total}), MAX_GPUS).recipe
+
+
+def baseline(
+    goal: str,
+    facts: ModelFacts,
+    hardware: Hardware,
+    like: Engine,
+    workload: Workload | None = None,
+    devices: int = 1,
+) -> tuple[Recipe, str]:
+    """Returns the unchanged model with an engine of its own: the smallest world of the target that serves it.
+
+    It is served as an attempt is, as far as there is memory: on as many devices as 16 bits take (tensor before
+    pipeline parallelism), there with the longest context, then the largest batch that fits. Where the goal is made of
+    large batches the world holds its least batch, if any does: starved of memory for requests, the model would be slow
+    for want of devices, and every recipe would seem to gain. A workload sizes it as it sizes every other engine.
+
+    Args:
+        like: the engine of the first attempt, whose back end, batch and lengths are the most that is asked for.
+        devices: the least that the user asks for.
+
+    Returns:
+        The recipe, and a sentence on how the model is served.
+
+    Raises:
+        InputError: no world of at most `MAX_GPUS` devices holds the model in 16 bits; says what does.
+    """
+    if workload:
+        try:
+            placed = sized(Recipe(engine=Engine(backend=like.backend)), facts, hardware, workload)
+            return placed, _served(placed, hardware)
+        except InputError:  # it may be served all the same, by more devices than `sized` asks for or in parts of it
+            pass
+    reason, least = "", min(SERVING[goal][3], like.max_batch_size)
+    for engine in (*_smaller(like, hardware, facts, devices, least), *_smaller(like, hardware, facts, devices)):
+        placed = Recipe(engine=engine)
+        if cannot := check(placed, hardware, facts):
+            reason = reason or cannot
+            continue
+        need = memory(facts, placed, hardware)
+        if need.fits:
+            return placed, _served(placed, hardware)
+        reason = need.explanation
+    raise InputError(_holds_not(facts, hardware, like.backend, reason))
+
+
+def _smaller(
+    like: Engine, hardware: Hardware, facts: ModelFacts, devices: int = 1, least: int = 1
+) -> Iterator[Engine]:
+    """The same engine on every world of so many devices or more, with shorter contexts and smaller batches."""
+    longest = min(like.max_seq_len, facts.max_position_embeddings)
+    for tensor, pipeline in worlds(_most_devices(hardware)):
+        if tensor * pipeline < devices:
+            continue
+        for length in _halved(longest, min(MIN_CONTEXT, longest)):
+            for batch in _halved(like.max_batch_size, least):
+                held = like.kv_cache_tokens
+                yield like.model_copy(
+                    update={
+                        "tensor_parallel_size": tensor,
+                        "pipeline_parallel_size": pipeline,
+                        "max_batch_size": batch,
+                        "max_seq_len": length,
+                        "kv_cache_tokens": held and min(held, batch * length),
+                    }
+                )
+
+
+def _halved(most: int, least: int) -> list[int]:
+    """`most` and its halves, down to `least`."""
+    return [most // 2**n for n in range(most.bit_length()) if n == 0 or most // 2**n >= least]
+
+
+def _most_devices(hardware: Hardware) -> int:
+    return MAX_GPUS if hardware.compute_capability is not None else 1  # the ranks of a CPU share its memory
+
+
+def _served(recipe: Recipe, hardware: Hardware) -> str:
+    engine = recipe.engine
+    where = f"{engine.world_size if engine.world_size > 1 else 'one'} {hardware.name}"
+    return f"in 16 bits on {where}, at most {engine.max_batch_size:,} x {engine.max_seq_len:,} tokens"
+
+
+def _holds_not(facts: ModelFacts, hardware: Hardware, backend: str, reason: str) -> str:
+    """Says why nothing of the target serves the unchanged model, and on what it would be served."""
+    size = f"{2 * facts.parameters / GB:,.0f} GB in 16 bits"
+    need = f"the unchanged model, which every attempt is compared with, has {size}"
+    if hardware.compute_capability is None:
+        return (
+            f"target: {need}, and this machine gives it {hardware.memory_bytes / GB:,.0f} GB of memory ({reason}); use "
+            f"a machine with more memory, or a smaller model"
+        )
+    others = [gpu for gpu in GPUS.values() if backend in gpu.formats and _holds(facts, gpu, backend)]
+    names = " or ".join(f"'{gpu.name}'" for gpu in sorted(others, key=lambda gpu: gpu.memory_bytes))
+    remedy = f"write target: {names}, of which {MAX_GPUS} hold it" if names else "use a smaller model"
+    return f"target: {need}, and {MAX_GPUS} {hardware.name} do not serve it ({reason}); {remedy}"
+
+
+def _holds(facts: ModelFacts, hardware: Hardware, backend: str) -> bool:
+    for engine in _smaller(Engine(backend=backend, max_batch_size=1), hardware, facts):
+        recipe = Recipe(engine=engine)
+        if not check(recipe, hardware, facts) and memory(facts, recipe, hardware).fits:
+            return True
+    return False
 
 
 def for_workload(workload: Workload, recipe: Recipe) -> str:

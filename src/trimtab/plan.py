@@ -6,12 +6,15 @@ target can run and what fits into its memory stands on the ladder.
 
 from __future__ import annotations
 
+from typing import Any
+
 from trimtab.candidates import CANDIDATES, Kit
 from trimtab.catalog.backends import BACKENDS
 from trimtab.errors import InputError, nearest
 from trimtab.hardware import Hardware, check
-from trimtab.memory import memory
+from trimtab.memory import least_training, max_context_tokens, memory, trainable, training, weight_bytes
 from trimtab.model import ModelFacts
+from trimtab.placing import baseline as place_baseline
 from trimtab.placing import for_workload, sized
 from trimtab.recipe import Acceptance, Recipe
 from trimtab.schema import Document
@@ -32,6 +35,13 @@ class Rung(Document):
     recipe: Recipe
     why: str
     student: Tree | None = None
+
+
+class Refused(Document):
+    """A recipe that the goal asks for and that does not stand on the ladder, and why not."""
+
+    title: str
+    why: str
 
 
 def ladder(
@@ -57,6 +67,20 @@ def ladder(
         InputError: no such goal or back end, a workload beyond the model's context, `first` cannot run on the target,
             or nothing can.
     """
+    return climb(goal, facts, hardware, accept=accept, backend=backend, first=first, workload=workload)[0]
+
+
+def climb(
+    goal: str,
+    facts: ModelFacts,
+    hardware: Hardware,
+    *,
+    accept: Acceptance | None = None,
+    backend: str | None = None,
+    first: Recipe | None = None,
+    workload: Workload | None = None,
+) -> tuple[list[Rung], list[Refused]]:
+    """Returns the ladder, of which `ladder` tells, and what was left out of it."""
     if goal not in GOALS:
         raise InputError(f"goal: '{goal}' is not known; {nearest(goal, GOALS)}")
     backend = backend or (first.engine.backend if first else hardware.default_backend)
@@ -68,16 +92,104 @@ def ladder(
     own = _users_own(first, facts, hardware, workload) if first else None
     rungs = {own.recipe.digest: own} if own else {}
     kit = Kit(goal, facts, hardware, backend, workload)
-    refused = ""
+    refused: list[Refused] = []
     for steps, why in CANDIDATES[goal](kit):
         recipe, note = kit.place(steps.model_copy(update={"accept": accept or Acceptance()}))
         if recipe:
             rungs.setdefault(recipe.digest, Rung(recipe=recipe, why="; ".join(filter(None, (why, note)))))
         else:
-            refused = note if "does not fit" in note else refused or note
+            refused.append(Refused(title=steps.title, why=note.removeprefix(f"{steps.title}: ")))
     if not rungs:
-        raise InputError(f"target: {hardware.name} runs no recipe for {goal} of this model: {refused}")
-    return list(rungs.values())[:MAX_RUNGS]
+        tight = [other for other in refused if "does not fit" in other.why]
+        last = tight[-1] if tight else refused[0] if refused else None
+        why = f"{last.title}: {last.why}" if last else "the goal asks for none"
+        raise InputError(f"target: {hardware.name} runs no recipe for {goal} of this model: {why}")
+    found = list(rungs.values())
+    refused += [
+        Refused(title=rung.recipe.title, why=f"a run tries {MAX_RUNGS} recipes at most") for rung in found[MAX_RUNGS:]
+    ]
+    return found[:MAX_RUNGS], refused
+
+
+def baseline(
+    goal: str,
+    facts: ModelFacts,
+    hardware: Hardware,
+    rungs: list[Rung],
+    workload: Workload | None = None,
+    devices: int = 1,
+) -> Rung:
+    """Returns the unchanged model with the engine that it is measured on, and a sentence on that (see `placing`).
+
+    Args:
+        rungs: the ladder, of which the first is what it is compared with first.
+        devices: the least that it is served on, where the user says so.
+
+    Raises:
+        InputError: nothing of the target serves it in 16 bits, or no rung can be any better at the goal.
+    """
+    recipe, why = place_baseline(goal, facts, hardware, rungs[0].recipe.engine, workload, devices)
+    if goal == "long_context":
+        _check_longer(facts, hardware, recipe, rungs)
+    return Rung(recipe=recipe, why=f"the model unchanged, {why}")
+
+
+def _check_longer(facts: ModelFacts, hardware: Hardware, unchanged: Recipe, rungs: list[Rung]) -> None:
+    """Refuses the search for a longer context where the unchanged model has its whole context already."""
+    if any(_context(facts, hardware, rung.recipe) > _context(facts, hardware, unchanged) for rung in rungs):
+        return
+    devices = unchanged.engine.world_size
+    where = f"one {hardware.name}" if devices == 1 else f"{devices} of them, and no recipe does on fewer"
+    raise InputError(
+        f"goal: 'long_context' has nothing to gain on {hardware.name}: the unchanged model holds all "
+        f"{facts.max_position_embeddings:,} tokens that it can read on {where}; write 'higher_throughput' to "
+        f"serve more requests at a time, or a smaller target"
+    )
+
+
+def _context(facts: ModelFacts, hardware: Hardware, recipe: Recipe) -> float:
+    """Tokens of context on each device, as they will be measured."""
+    tokens = max_context_tokens(facts, recipe, hardware, sum(weight_bytes(facts, recipe)))
+    return tokens / recipe.engine.world_size
+
+
+def outline(baseline: Rung, rungs: list[Rung], refused: list[Refused]) -> dict[str, Any]:
+    """Returns a plan as plain data, for scripts.
+
+    `baseline` and each of `rungs`, in the order in which they are tried, have `title`, `why` (a sentence; the
+    baseline's says how it is served), `recipe` (all that differs from the defaults) and `placement`: the `devices` of
+    one copy of the model, how they are shared (`tensor_parallel_size`, `pipeline_parallel_size`), and the limits
+    `max_batch_size`, `max_seq_len` and `max_num_tokens`. `refused` has the `title` of each recipe that the goal asks
+    for and that is not tried, and `why`.
+    """
+    return {
+        "baseline": _shown(baseline),
+        "rungs": [_shown(rung) for rung in rungs],
+        "refused": [other.model_dump(mode="json") for other in refused],
+    }
+
+
+def _shown(rung: Rung) -> dict[str, Any]:
+    fields = ("tensor_parallel_size", "pipeline_parallel_size", "max_batch_size", "max_seq_len", "max_num_tokens")
+    engine = rung.recipe.engine
+    placement = {"devices": engine.world_size, "backend": engine.backend}
+    return {
+        "title": rung.recipe.title,
+        "why": rung.why,
+        "placement": placement | {name: getattr(engine, name) for name in fields},
+        "recipe": rung.recipe.to_dict(),
+    }
+
+
+def _fitting(recipe: Recipe, facts: ModelFacts, hardware: Hardware) -> str:
+    """Says that a training does not fit, and what to write so that it does."""
+    need, fits = training(facts, recipe, hardware), trainable(facts, recipe, hardware)
+    if fits is None:
+        least = least_training(facts, recipe, hardware).explanation
+        return f"{least}, even one window at a time; write a larger target, prune more, or leave distill out"
+    parts = f"gradient_accumulation: {fits.distill.gradient_accumulation}"
+    more = " and activation_checkpointing: true" if fits.distill.activation_checkpointing else ""
+    return f"{need.explanation}; write {parts}{more}"
 
 
 def _users_own(recipe: Recipe, facts: ModelFacts, hardware: Hardware, workload: Workload | None) -> Rung:
@@ -90,6 +202,8 @@ def _users_own(recipe: Recipe, facts: ModelFacts, hardware: Hardware, workload: 
         raise InputError(
             f"engine: {need.explanation}; write a smaller max_batch_size or max_seq_len, or fewer bits"
         )
+    if recipe.distill and not training(facts, recipe, hardware).fits:
+        raise InputError(f"distill: {_fitting(recipe, facts, hardware)}")
     why = "the recipe that the user gave"
     if workload:
         why += f"; {for_workload(workload, recipe)}"

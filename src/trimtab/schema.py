@@ -1,6 +1,6 @@
 """The base of trimtab's documents: immutable, validated on parsing, digestible, YAML and JSON.
 
-A bad document raises an InputError that names the field, the value and the nearest valid one.
+A bad document raises an InputError that names the field, the value and the nearest valid one: `schema_errors` says how.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trimtab.errors import InputError, nearest
+from trimtab.errors import InputError
+from trimtab.schema_errors import explain
 
 
 def digest(value: Any) -> str:
@@ -22,18 +23,36 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that stands twice in a mapping, of which it would keep the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if name in first:
+                raise InputError(f"'{key.value}' stands twice, on lines {first[name]} and {line}; remove one of them")
+            first[name] = line
+        return node
+
+
 def mapping(source: str | Mapping[str, Any], what: str) -> Mapping[str, Any]:
     """Returns the mapping in a YAML or JSON text, or the mapping itself.
 
     Raises:
-        InputError: not YAML, or no mapping; `what` names the document.
+        InputError: not YAML, a key twice, or no mapping; `what` names the document.
     """
     if isinstance(source, str):
         try:
-            source = yaml.safe_load(source)
-        except yaml.YAMLError as error:
+            source = yaml.load(source, _Loader)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date without its day is a ValueError
             where = " ".join(str(error).split())
             raise InputError(f"the {what} is not valid YAML or JSON: {where}") from None
+        except InputError as error:
+            raise InputError(f"the {what} is not valid: {error}") from None
+    if source is None:
+        raise InputError(f"the {what} is empty; write its fields, such as {{name: value}}")
     if not isinstance(source, Mapping):
         raise InputError(f"the {what} must be a mapping of fields, got {type(source).__name__}")
     return source
@@ -55,7 +74,7 @@ class Document(BaseModel):
         try:
             return cls.model_validate(source)
         except ValidationError as error:
-            raise InputError("; ".join(_explain(cls, item) for item in error.errors())) from None
+            raise InputError("; ".join(explain(cls, source, item) for item in error.errors())) from None
 
     def to_json(self) -> str:
         """Returns the document as compact JSON; `parse` reads it back to an equal document."""
@@ -68,79 +87,3 @@ class Document(BaseModel):
     def to_yaml(self) -> str:
         """Returns the document as YAML for people."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-
-
-def _explain(cls: type[BaseModel], item: Mapping[str, Any]) -> str:
-    """Turns one pydantic error into a sentence: where, what was written, what to write instead."""
-    kind, context = item["type"], item.get("ctx", {})
-    path, valid_keys = _walk(cls, item["loc"])
-    where = ".".join(path) or cls.__name__.lower()
-    if kind == "extra_forbidden":
-        return f"{where}: unknown key '{path[-1]}'; {nearest(path[-1], valid_keys)}"
-    if kind == "missing":
-        return f"{where}: is required"
-    if kind == "literal_error":
-        return (
-            f"{where}: {item['input']!r} is not valid; {nearest(item['input'], _listed(context['expected']))}"
-        )
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tag = context["discriminator"].strip("'")
-        if kind == "union_tag_not_found":
-            return f"{where}.{tag}: is required"
-        remedy = nearest(context["tag"], _listed(context["expected_tags"]))
-        return f"{where}.{tag}: {context['tag']!r} is not valid; {remedy}"
-    if kind == "tuple_type":
-        return f"{where}: {item['input']!r} is not a list; write [{item['input']}]"
-    message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if not path:  # what two sections say together; the message names them, and the input is the whole document
-        return message
-    return f"{where}: {item['input']!r} {message}"
-
-
-def _listed(text: str) -> list[str]:
-    """Splits pydantic's "'a', 'b' or 'c'"."""
-    return [part.strip().strip("'") for part in text.replace(" or ", ", ").split(",")]
-
-
-def _walk(cls: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str], list[str]]:
-    """Follows pydantic's location: returns it as the user wrote it, and the keys valid at its last step.
-
-    Pydantic puts the chosen member of a tagged union into the location ('prune', 'depth', 'blocks', or
-    'calibrate', 'text', 'mix', 0); the user wrote no such step.
-    """
-    classes, path, tags = [cls], [], set()
-    for number, part in enumerate(location):
-        if part in tags:
-            tags = set()
-            continue
-        members = [
-            model
-            for c in classes
-            if part in c.model_fields
-            for model in _models(c.model_fields[part].annotation)
-        ]
-        tags = {t for c in classes if part in c.model_fields for t in _tags(c.model_fields[part].annotation)}
-        tag = (
-            len(classes) > 1
-            and number < len(location) - 1
-            and not any(part in c.model_fields for c in classes)
-        )
-        if tag:
-            classes = [c for c in classes if part in str(c.model_fields)] or classes
-            continue
-        path.append(str(part))
-        if members and number < len(location) - 1:
-            classes = members
-    return path, sorted({name for c in classes for name in c.model_fields})
-
-
-def _tags(annotation: Any) -> list[str]:
-    """The tags of a union that a function tells apart."""
-    own = [item.tag for item in getattr(annotation, "__metadata__", ()) if isinstance(item, Tag)]
-    return own + [tag for part in getattr(annotation, "__args__", ()) for tag in _tags(part)]
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in getattr(annotation, "__args__", ()) for model in _models(part)]

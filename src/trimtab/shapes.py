@@ -5,20 +5,13 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
+from trimtab import families
 from trimtab.fusion import block_of
 from trimtab.model import Linear, ModelFacts
 from trimtab.recipe import DepthPruning, Pruning, SparsePruning, WidthPruning
 
 #: Neurons and hidden channels are kept in multiples of this: what kernels like, and a whole group of INT4 weights.
 MULTIPLE = 64
-#: Model types whose blocks are narrowed: Llama's, with the biases of Qwen2, or Qwen3's norms of queries and keys.
-WIDTH_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-#: A linear layer by the last part of its name -> what its output and its input features are.
-FEATURES = {
-    "q_proj": ("attention", "hidden"), "k_proj": ("kv", "hidden"), "v_proj": ("kv", "hidden"),
-    "o_proj": ("hidden", "attention"),
-    "gate_proj": ("ffn", "hidden"), "up_proj": ("ffn", "hidden"), "down_proj": ("hidden", "ffn"),
-}  # fmt: skip
 
 
 def kept(size: int, share: float | None, multiple: int = MULTIPLE) -> int:
@@ -35,8 +28,8 @@ def check(facts: ModelFacts, prune: Pruning | None) -> str | None:
         return _check_pattern(prune, facts)
     if not isinstance(prune, WidthPruning):
         return None
-    if facts.model_type not in WIDTH_MODEL_TYPES:
-        known = ", ".join(WIDTH_MODEL_TYPES)
+    if not families.named(facts.model_type).width:
+        known = ", ".join(family.model_type for family in families.BY_TYPE.values() if family.width)
         return (
             f"prune.method: width pruning does not know {facts.architecture} (model_type '{facts.model_type}'), only "
             f"{known}; write method: depth"
@@ -76,8 +69,9 @@ def _check_share(field: str, noun: str, share: float | None, size: int, multiple
 
 
 def _hidden_multiple(facts: ModelFacts, prune: WidthPruning) -> int:
-    """A Llama's config is valid only where its heads divide the hidden size, whatever their dimension."""
-    return math.lcm(MULTIPLE, _heads(facts, prune)) if facts.model_type == "llama" else MULTIPLE
+    """A Llama's config, say, is valid only where its heads divide the hidden size, whatever their dimension."""
+    divides = families.named(facts.model_type).heads_divide_hidden
+    return math.lcm(MULTIPLE, _heads(facts, prune)) if divides else MULTIPLE
 
 
 def _heads(facts: ModelFacts, prune: WidthPruning) -> int:
@@ -103,10 +97,9 @@ def pruned(facts: ModelFacts, prune: Pruning | None) -> ModelFacts:
         "ffn": kept(facts.intermediate_size, prune.ffn),
         "hidden": kept(facts.hidden_size, prune.hidden, _hidden_multiple(facts, prune)),
     }
-    linears = tuple(
-        Linear(layer.name, *(sizes[side] for side in FEATURES[layer.name.rpartition(".")[2]]))
-        for layer in facts.linears
-    )
+    family = families.named(facts.model_type)
+    sides = {layer.name: family.layer(layer.name) for layer in facts.linears}
+    linears = tuple(Linear(name, sizes[side.outputs], sizes[side.inputs]) for name, side in sides.items())
     narrowed = {"intermediate_size": sizes["ffn"], "hidden_size": sizes["hidden"]}
     return _resized(facts, linears, heads=heads, kv_heads=kv_heads, **narrowed)
 

@@ -24,11 +24,16 @@ Count = Annotated[int, Field(ge=0)]
 class Evaluation(Document):
     """What is measured: lm-eval tasks, and how many items and text windows each of three looks adds.
 
-    `confirm_items` and `confirm_windows` are drawn after acceptance and are disjoint from those of the looks.
+    `confirm_items` and `confirm_windows` are drawn after acceptance and are disjoint from those of the looks. Where
+    there are fewer items or windows in all, each gets its share of them; `trimtab.dealing` says which.
+
+    An item is one answer, also where its task reads the answer in several ways ("filters"): `filters` names one for a
+    task, such as {gsm8k: flexible-extract}. Without, it is the task's first, which for gsm8k is strict-match.
     """
 
-    tasks: tuple[str, ...] = ("trimtab_suite",)
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("trimtab_suite",)
     task_path: str = ""
+    filters: dict[str, str] = {}
     items: tuple[Count, Count, Count] = (400, 600, 1000)
     windows: tuple[Count, Count, Count] = (20, 20, 20)
     confirm_items: Count = 960
@@ -68,7 +73,8 @@ class State(Document):
     and distilled successors), `calibration`, `export`, `engine`, `evaluation`. `ladder` is the tree that
     holds the recipes to try, and what the run is made of. `verdict` is set when the current attempt is over; every
     later stage of that attempt then passes the state on untouched. Once the attempt is filed in `baseline` or
-    `history`, that has its numbers, and of `trees` only the artifact is left.
+    `history`, that has its numbers, and of `trees` only the artifact is left. `libraries` says for each stage which
+    versions its image has, as its last task found them.
     """
 
     store: str
@@ -87,6 +93,7 @@ class State(Document):
     verdict: BriefVerdict | None = None
     history: tuple[Brief, ...] = ()
     seconds: dict[str, float] = {}
+    libraries: dict[str, dict[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod

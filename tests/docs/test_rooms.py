@@ -40,7 +40,7 @@ Stability: beta, Pipelines >=2.17.0. Last verified 2026-11-24."""
 PIPELINES = {"kubeflow": [{"name": "Pipelines", "version": "2.17.0"}]}
 #: What differs from VALID, and what the message says.
 INVALID = [
-    ({"name": None}, "name: None should be a valid string"),
+    ({"name": None}, "name: is empty; write a value"),
     ({"name": "chamber"}, "name: 'chamber' is not the folder's; write room"),
     ({"stability": "betta"}, "stability: 'betta' is not valid; write 'beta'"),
     ({"tier": "core"}, "unknown key 'tier'"),
@@ -49,7 +49,7 @@ INVALID = [
     ({"dependencies": {"kubeflow": [{"name": "Pipelines", "version": ">=2.17"}]}}, "version: '>=2.17'"),
     ({"dependencies": {**PIPELINES, "external_services": [{"name": "KServe"}]}}, "version: is required"),
     ({"tags": "quantization"}, "tags: 'quantization' is not a list; write [quantization]"),
-    ({"tags": [1]}, "tags.0: 1 should be a valid string"),
+    ({"tags": [1]}, "tags.0: 1 is not how YAML reads a text without quotes"),
     ({"lastVerified": "2026-11-24T00:00:00"}, "lastVerified"),
     ({"lastVerified": datetime(2025, 11, 20, tzinfo=UTC)}, "lastVerified: 2025-11-20 is no day of the last year"),
     ({"lastVerified": datetime(2026, 11, 30, tzinfo=UTC)}, "lastVerified: 2026-11-30 is no day of the last year"),

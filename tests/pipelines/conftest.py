@@ -15,18 +15,33 @@ from kubernetes_server import KubernetesServer
 from rich.console import Console
 
 #: Stands before the real torch in the path of every process of a run. It writes down that it was asked for, and
-#: ends the import as the environment says: an expected failure of the stage, a kill, or no torch at all.
+#: ends the import as the environment says: an expected failure of the stage, a kill for memory or
+#: by somebody, or no torch at all.
 TRIPWIRE = """
 import os, signal
 with open(os.environ["TRIPPED"], "a") as file:
     file.write("torch\\n")
 kind, _, reason = os.environ.get("FAILING", "").partition(":")
+if kind == "ended":
+    os.kill(os.getpid(), signal.SIGKILL)
 if kind == "killed":
+    with open(os.environ["OOM_COUNTER"], "w") as file:
+        file.write("oom_kill 1")
     os.kill(os.getpid(), signal.SIGKILL)
 if kind:
     from trimtab.errors import Failure
     raise Failure(kind, reason)
 raise ImportError("this run must not need torch")
+"""
+
+
+#: Python runs it first in every process: they all look at the feigned counter of kills.
+SITE = """
+import os
+if "OOM_COUNTER" in os.environ:
+    from pathlib import Path
+    from trimtab import kills
+    kills.COUNTERS = (Path(os.environ["OOM_COUNTER"]),)
 """
 
 
@@ -45,10 +60,11 @@ class Tripwire:
 
 
 @pytest.fixture
-def tripwire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tripwire:
+def tripwire(tmp_path: Path, oom_counter: Path, monkeypatch: pytest.MonkeyPatch) -> Tripwire:
     package = tmp_path / "tripwire" / "torch"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(TRIPWIRE)
+    (package.parent / "sitecustomize.py").write_text(SITE)
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
     monkeypatch.setenv("TRIPPED", str(tmp_path / "tripped"))
     return Tripwire(tmp_path / "tripped")

@@ -118,7 +118,7 @@ def test_under_a_forged_key_it_is_refused_by_what_reads_it(recipe, artifact, beg
     """The key is that of the other model, so the stage finds it; the fingerprint inside gives it away."""
     state = begin("b", other, recipe)
     stage = stages.STAGES["calibrate"]
-    forge(artifact, stage.key(stage.parameters(state.recipe), stages.inputs_of(stage, state)))
+    forge(artifact, stages.key_here(stage, state))
     assert command(capsys, "import", "--store", "b", str(artifact))[0] == 0
     state, result = stages.advance("calibrate", state)
     assert result.hit
@@ -134,7 +134,7 @@ def test_sensitivities_of_another_model_are_refused(artifact, begin, worked, mod
     assert command(capsys, "export", "--store", "a", tree.uri, "harms")[0] == 0
     state = stages.advance("calibrate", begin("b", other, recipe))[0]
     stage = stages.STAGES["sensitivity"]
-    forge(tmp_path / "harms", stage.key(stage.parameters(state.recipe), stages.inputs_of(stage, state)))
+    forge(tmp_path / "harms", stages.key_here(stage, state))
     assert command(capsys, "import", "--store", "b", "harms")[0] == 0
     state, result = stages.advance("sensitivity", state)
     assert result.hit

@@ -52,10 +52,15 @@ OPTIONS = [
     (["--recipe", "no-such.yaml"], "recipe: 'no-such.yaml' cannot be read (FileNotFoundError); write a YAML file"),
     (["--evaluation", "no-such.yaml"], "evaluation: 'no-such.yaml' cannot be read"),
     (["--task-path", "no-such", "--tasks", "x"], "no-such' is not a folder"),
+    (["--tasks", " ,"], "--tasks: names no task; write names separated by commas, such as trimtab_suite"),
     (["--store", "gs://bucket/x"], "'gs://bucket/x' is not valid: write s3://bucket/prefix"),
     (["--store", "s3://B/x"], "'s3://B/x' is not valid: write s3://bucket/prefix"),
     (["--store", "model/config.json"], "is not a folder: choose another path"),
     (["--runs", "at/python3/runs"], "contains 'python3', which kfp.local replaces; use another path"),
+    (["--name", "../x"], "the release name '../x' is not valid: write letters, digits, '.', '_', '-' of ASCII"),
+    (["--name", "mo dèl"], "the release name 'mo dèl' is not valid"),
+    (["--tasks", ""], "--tasks: names no task; write names separated by commas"),
+    (["--tasks", " ,"], "--tasks: names no task"),
     (["--modle", "x"], "unrecognized arguments: --modle x; see trimtab --help"),
 ]
 
@@ -197,6 +202,45 @@ def test_models(damage, message, folder, capsys):
     damage(folder / "model")
     code, said = trimtab(capsys, "--model", "model")
     assert (code, message in said) == (2, True), said
+    assert visible(folder / "trimtab-store") == []
+
+
+@pytest.mark.parametrize("model", ["./nope", "../nope", "~/nope", "/nope", "./nope.gguf"])
+def test_a_path_is_never_asked_of_the_hub(model, folder, capsys):
+    code, said = trimtab(capsys, "--model", model)
+    assert (code, f"model: '{model}' does not exist; write a folder" in said) == (2, True), said
+    assert not (folder / "trimtab-store").exists()
+
+
+EVALUATIONS = [
+    ("{tasks: [trimtab_plurals]}", ["--tasks", "trimtab_suite"], "--tasks: 'evaluation.yaml' has 'tasks' too; name"),
+    ("{task_path: tasks}", ["--task-path", "others"], "--task-path: 'evaluation.yaml' has 'task_path' too; name"),
+    ("{tasks: []}", [], "tasks: [] "),
+    ("{items: [10, 10, 10]}", [], "items: 30 in all are too few"),
+    ("{confirm_windows: 0}", [], "confirm_windows: 0 is too few"),
+    ("{heldout: no-such.txt}", [], "heldout: 'no-such.txt' is not a file"),
+    ("{tasks: trimtab_suite}", [], "tasks: 'trimtab_suite' is not a list; write [trimtab_suite]"),
+]
+
+
+@pytest.mark.parametrize(("evaluation", "options", "message"), EVALUATIONS, ids=[text for text, *_ in EVALUATIONS])
+def test_evaluations(evaluation, options, message, folder, capsys):
+    (folder / "evaluation.yaml").write_text(evaluation)
+    code, said = trimtab(capsys, "--model", "model", "--evaluation", "evaluation.yaml", *options)
+    assert (code, message in said) == (2, True), said
+    assert visible(folder / "trimtab-store") == []
+
+
+@pytest.mark.slow
+def test_a_task_that_is_too_small_is_refused_with_the_number_that_would_do(folder, capsys):
+    """It is lm-eval that knows how many items there are."""
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "x.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 0}\n' * 100)
+    yaml = tiny._YAML.format(name=tiny.TASK, data=folder / "tasks" / "x.jsonl")
+    (folder / "tasks" / "x.yaml").write_text(yaml)
+    code, said = trimtab(capsys, "--model", "model", "--tasks", tiny.TASK, "--task-path", "tasks")
+    assert code == 2 and f"tasks: {tiny.TASK} has 100 items for the looks and the confirmation together" in said
+    assert "with fewer than 212 even an unchanged model could not be shown to keep 0.95" in said
     assert visible(folder / "trimtab-store") == []
 
 

@@ -161,12 +161,14 @@ def test_accelerators_are_asked_for_by_prepare(ir):
             resources = ir["deploymentSpec"]["executors"][executor]["container"].get("resources", {})
             counts[task["taskInfo"]["name"]] = resources.get("accelerator", {}).get("resourceCount", "")
         assert [name for name, count in counts.items() if not count] == ["prepare"]
-        assert all("prepare" in count for name, count in counts.items() if name != "prepare")
+        own = {name: count.rpartition("prepare-")[2].rstrip("']}") for name, count in counts.items() if count}
+        assert own == {name: {"build engine": "engine"}.get(name, name) for name in own}, "each by its own count"
 
 
 def test_prepare_returns_a_count_for_every_task(ir):
     outputs = ir["components"]["comp-prepare"]["outputDefinitions"]["parameters"]
-    assert set(outputs) == {"state", *TASKS, *(f"{task}_nodes" for task in TASKS)}
+    tasks = (*TASKS, "validate")
+    assert set(outputs) == {"state", *tasks, *(f"{task}_nodes" for task in tasks)}
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def released(tmp_path, monkeypatch, trimtab):
     export = store.put_json("export", {})
     state = State(store=store.uri, goal="lower_latency", target="cpu", model=export, recipe=Recipe())
     verdict = evidence.judge_looks(store, trees, Recipe(), 1)
-    filed = evidence.write(store, state, verdict, export, trees, {})
+    filed = evidence.write(store, state, verdict, export, trees)
     signer = signing.signer({signing.KEY: "gate"})
 
     def record(version: str) -> dict:

@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 from kfp import local
 
-from trimtab import evidence, flow, plan, signing, stages
+from trimtab import dealing, evidence, flow, plan, signing, stages, task_sizes
 from trimtab.components.deployment import gate
 from trimtab.components.deployment.component import gate as gate_component
 from trimtab.components.fetch.source import fetch
 from trimtab.components.validation import stage as validation
-from trimtab.errors import Failure, InputError, NotReleased, NotVerified, StoreError
+from trimtab.dealing import Spans
+from trimtab.errors import Failure, InputError, NotReleased, NotVerified, StageError, StoreError
 from trimtab.pipelines.rebuild import rebuild_pipeline
 from trimtab.recipe import Acceptance, Recipe
 from trimtab.state import Evaluation, State
@@ -94,7 +95,7 @@ class Script:
         ready = self._walk(begun, fails)
         if ready is None:
             return
-        for look, (items, windows) in enumerate([*ranges(), validation.fresh_range(EVALUATION)], start=1):
+        for look, items, windows in asked():
             self._evaluation(ready, look, items, windows, Scores(ratio=1.0))
         self._integrity(ready, {}, 1.0)
         without_kv_cache = [
@@ -109,7 +110,7 @@ class Script:
                 continue
             wanted = scores.get(recipe.title, scores.get(recipe.quantize.format, GOOD))
             self._integrity(made, recipe.quantize.model_dump(mode="json"), wanted.bytes)
-            for look, (items, windows) in enumerate([*ranges(), validation.fresh_range(EVALUATION)], start=1):
+            for look, items, windows in asked():
                 self._evaluation(made, look, items, windows, wanted)
                 if recipe.quantize.kv_cache != "none" and kv_cache_apart:
                     self._evaluation(made, look, items, windows, kv_cache_apart, kv_cache="none")
@@ -122,15 +123,14 @@ class Script:
             form = state.recipe.quantize.format if state.recipe.quantize else "baseline"
             if fails == f"{form} {stage.name}":
                 return None
-            inputs = stages.inputs_of(stage, state)
-            key = stage.key(stage.parameters(state.recipe), inputs)
+            key = stages.key_here(stage, state)
             tree = self._record(key, stage.output, {"made.txt": key}, {"seconds_of_work": 0})
             state = state.model_copy(update={"trees": {**state.trees, stage.output: tree}})
         return state
 
     def _integrity(self, state: State, parameters: dict[str, Any], size: float) -> None:
         inputs = {"export": _export(state), "checkpoint": state.model}
-        key = validation.INTEGRITY.key(parameters, inputs)
+        key = validation.INTEGRITY.key(parameters, inputs, here(validation.INTEGRITY))
         metrics = {"bytes": int(size * BASELINE_BYTES), "quantized_share": size, "max_relative_error": 0.1}
         self._record(key, "integrity", {"layers.json": "[]"}, metrics)
 
@@ -138,14 +138,15 @@ class Script:
         self,
         state: State,
         look: int,
-        items: list[int],
+        items: Spans,
         windows: list[int],
         scores: Scores,
         kv_cache: str = "export",
     ) -> None:
         speed = look == 1 and kv_cache == "export"
         parameters = validation.evaluation_parameters(EVALUATION, items, windows, speed, kv_cache)
-        key = validation.EVALUATE.key(parameters, {"engine": state.trees["engine"], "export": _export(state)})
+        inputs = {"engine": state.trees["engine"], "export": _export(state)}
+        key = validation.EVALUATE.key(parameters, inputs, here(validation.EVALUATE))
         files = {
             "items.jsonl": "".join(json.dumps(item) + "\n" for item in _items(items, scores.lost[look - 1])),
             "windows.json": json.dumps(_windows(windows, scores.ratio)),
@@ -165,17 +166,29 @@ class Script:
         return tree
 
 
-def ranges() -> Iterator[tuple[list[int], list[int]]]:
-    return validation.ranges(EVALUATION)
+def asked() -> Iterator[tuple[int, Spans, list[int]]]:
+    """Yields the number, items and windows of each look, then of each confirmation that a run may come to."""
+    deal = dealing.deal(task_sizes.of(EVALUATION), EVALUATION, Acceptance(), attempts=10)
+    for look, drawn in enumerate(validation.looks(EVALUATION, deal), start=1):
+        yield look, *drawn
+    for earlier in range(3):
+        yield evidence.CONFIRMATION, *validation.fresh(EVALUATION, deal, earlier)
+
+
+def here(stage: stages.Stage) -> dict[str, Any]:
+    return stage.environment({}).here("torch")
 
 
 def _export(state: State) -> Tree:
     return stages.tree_of("export", state)
 
 
-def _items(span: list[int], lost: float) -> Iterator[dict[str, Any]]:
-    """Four of five are right; of those, the share `lost` is evenly spread."""
-    for n in range(*span):
+def _items(spans: Spans, lost: float) -> Iterator[dict[str, Any]]:
+    """Four of five are right; of those, the share `lost` is evenly spread.
+
+    The suite's tasks have one size, so that the sums of their spans number the items of all looks.
+    """
+    for n in range(*(sum(ends) for ends in zip(*spans.values(), strict=True))):
         right = n % 5 != 0
         turned = right and math.floor((n + 1) * lost) > math.floor(n * lost)
         yield {"id": f"item/{n}", "score": float(right and not turned), "chance": 0.25, "answers": []}
@@ -291,6 +304,14 @@ def test_loop(name, script, run_dag, tripwire, tmp_path, monkeypatch):
         assert outcome.release is None and releases == []
 
 
+def test_a_stage_that_somebody_killed_is_no_verdict(script, run_dag, tripwire, tmp_path, monkeypatch):
+    script.file({}, "int4_rtn quantize")
+    monkeypatch.setenv("FAILING", "ended")
+    outcome = run_dag(arguments(script, 1), tmp_path / "runs")
+    assert isinstance(outcome.error, StageError) and outcome.error.exit_code == 4 and outcome.state is None
+    assert str(outcome.error).startswith("quantize was killed by somebody")
+
+
 def test_again(script, run_dag, tripwire, tmp_path):
     """The same run once more finds everything, and the release too; a rebuild finds nothing to do."""
     script.file({})
@@ -396,10 +417,10 @@ def test_what_cannot_be_judged_apart_keeps_its_verdict(kv_script, monkeypatch):
     kv_script.file({"int4_rtn + nvfp4 KV": BAD})
     cached = stages.cached
 
-    def killed(store, stage, parameters, inputs):
+    def killed(store, stage, parameters, inputs, backend):
         if parameters.get("kv_cache") == "none" and stage is validation.EVALUATE:
             raise Failure("does_not_fit", "evaluate was killed")
-        return cached(store, stage, parameters, inputs)
+        return cached(store, stage, parameters, inputs, backend)
 
     monkeypatch.setattr(stages, "cached", killed)
     verdict = attempts(kv_script, kv_script.begin(), 1).history[-1].verdict
@@ -451,7 +472,7 @@ def with_last(state: State, **fields: Any) -> State:
 
 def other_scores(script: Script, state: State) -> State:
     """The evidence names the answers of a model that lost a third of its ability."""
-    items, windows = next(ranges())
+    _, items, windows = next(asked())
     worse = script._record("0" * 64, "evaluation", {
         "items.jsonl": "".join(json.dumps(item) + "\n" for item in _items(items, 0.3)),
         "windows.json": json.dumps(_windows(windows, 1.02)),

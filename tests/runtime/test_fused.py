@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from trimtab.catalog.formats import STORAGES
+from trimtab.families.llama import LLAMA
 from trimtab.recipe import Engine
 from trimtab.runtime import formats, fused, linear
 from trimtab.runtime.assemble import assemble
@@ -103,16 +104,20 @@ def test_layers_that_would_get_another_ones_scale_stay_apart(algo: str, change: 
 
 
 def test_only_whole_groups_are_joined() -> None:
-    names = ["a.q_proj", "a.k_proj", "b.gate_proj", "b.up_proj", "a.o_proj", "c.v_proj", "c.k_proj", "c.q_proj"]
-    expected = [["a.q_proj"], ["a.k_proj"], ["b.gate_proj", "b.up_proj"], ["a.o_proj"]]
-    assert list(fused.families(names)) == [*expected, ["c.q_proj", "c.k_proj", "c.v_proj"]]
+    a, b, c = (f"model.layers.{number}.{part}" for number, part in ((0, "self_attn"), (1, "mlp"), (2, "self_attn")))
+    names = [f"{a}.q_proj", f"{a}.k_proj", f"{b}.gate_proj", f"{b}.up_proj", f"{a}.o_proj", "lm_head",
+             f"{c}.v_proj", f"{c}.k_proj", f"{c}.q_proj"]  # fmt: skip
+    expected = [[f"{a}.q_proj"], [f"{a}.k_proj"], [f"{b}.gate_proj", f"{b}.up_proj"], [f"{a}.o_proj"], ["lm_head"]]
+    assert list(fused.groups(names, LLAMA)) == [*expected, [f"{c}.q_proj", f"{c}.k_proj", f"{c}.v_proj"]]
 
 
 def test_a_part_is_computed_anew_for_every_input() -> None:
     model = nn.ModuleDict({name: nn.Linear(8, size) for name, size in (("q_proj", 8), ("k_proj", 4), ("v_proj", 4))})
+    whole = nn.Module()
+    whole.model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"self_attn": model})])})
     expected = {name: layer.weight.clone() for name, layer in model.items()}
     biases = {name: layer.bias.clone() for name, layer in model.items()}
-    assert fused.fuse_linears(model) == 1
+    assert fused.fuse_linears(whole, LLAMA) == 1
     for order in (["q_proj", "k_proj", "v_proj"], ["v_proj", "q_proj"], ["v_proj", "v_proj", "k_proj", "q_proj"]):
         x = torch.randn(2, 8)
         for name in order:

@@ -199,10 +199,11 @@ def test_bad_requests_are_refused(folders, tokens, new, message) -> None:
 
 
 def test_a_model_without_paged_attention_is_refused(tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import Phi3Config, Phi3ForCausalLM
 
-    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
-    with pytest.raises(Failure, match="0 attention layers with a k_proj in 1 blocks") as caught:
+    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    Phi3ForCausalLM(Phi3Config(**sizes, pad_token_id=0)).save_pretrained(tmp_path)
+    with pytest.raises(Failure, match="'phi3' cannot be served.*: its keys and values come out of qkv_proj") as caught:
         engine(tmp_path)
     assert caught.value.failure_class == "unsupported"
 

@@ -90,13 +90,12 @@ def test_an_export_has_a_step(name: str, fuse: bool, plain_folder: Path, exporte
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("Gemma", {"head_dim": 16}, "norms of another kind"),
-        ("Gemma2", {"head_dim": 16}, "is built another way"),
-        ("Olmo2", {}, "is built another way"),
+        ("Gemma", {"head_dim": 16}, "of another family than Llama's"),
+        ("Granite", {}, "of another family than Llama's"),
+        ("SmolLM3", {"no_rope_layers": [1, 0], "pad_token_id": 0}, "block 1 has no rotary embedding"),
         ("Mistral", {"sliding_window": 32}, "looks at 32 tokens alone"),
         ("Llama", {"hidden_act": "gelu"}, "the activation GELU"),
         ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "of type dynamic"),
-        ("GPTNeoX", {}, "has"),
     ],
 )
 def test_what_is_built_another_way_has_none(name: str, changes: dict[str, Any], reason: str) -> None:
@@ -105,9 +104,25 @@ def test_what_is_built_another_way_has_none(name: str, changes: dict[str, Any], 
     assert step.build(model, 64) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("Gemma", {"head_dim": 16}, "norms of another kind"),
+        ("Gemma2", {"head_dim": 16}, "is built another way"),
+        ("Olmo2", {}, "is built another way"),
+        ("Qwen3", {"head_dim": 16}, "has other layers"),
+    ],
+)
+def test_modules_show_what_only_calls_itself_a_llama(name: str, changes: dict[str, Any], reason: str) -> None:
+    model = make(name, **changes)
+    model.config.model_type = "llama"
+    assert reason in step.refusal(model, 64)
+
+
 def test_a_model_that_computes_something_else_has_none(capsys: pytest.CaptureFixture[str]) -> None:
     """Granite's modules are Llama's, but it scales what its blocks add."""
     model = make("Granite", residual_multiplier=0.3, embedding_multiplier=3.0)
+    model.config.model_type = "llama"
     assert step.refusal(model, 64) == ""
     assert step.build(model, 64) is None
     assert "GraniteForCausalLM gives other logits" in capsys.readouterr().err

@@ -180,6 +180,44 @@ def test_does_not_fit_shortens_the_context_of_a_batch_of_one():
     assert next_recipe(only, [failed(only[0], "does_not_fit")])[0].recipe.engine.max_seq_len == 2048
 
 
+def test_a_training_that_did_not_fit_is_made_lighter_and_then_left_out():
+    """Its serving batch, which has nothing to do with it, stays."""
+    rungs = [narrow("ffn: 0.25"), narrow("ffn: 0.125"), *quantized("fp8")]
+    whole = rungs[0].recipe.model_copy(
+        update={"distill": rungs[0].recipe.distill.model_copy(update={"batch_size": 16})}
+    )
+    rungs[0] = Rung(recipe=whole, why="for the test")
+    history, found = [], []
+    while (following := next_recipe(rungs, history)[0]) is not rungs[2]:
+        distill = following.recipe.distill
+        found.append((following.recipe.prune.title, distill.windows_at_once, distill.activation_checkpointing))
+        assert following.recipe.engine == whole.engine
+        reason = "distill ran out of memory: CUDA out of memory"
+        verdict = Verdict(outcome="rejected", failure_class="does_not_fit", reason=reason, stage="distill")
+        history.append(Brief(recipe=following.recipe, verdict=verdict))
+    # the other student is larger, and four of its windows are more than the one that was too much
+    assert found == [("-25 % FFN", 16, False), ("-25 % FFN", 4, False), ("-25 % FFN", 1, True)]
+    sentence = next_recipe(rungs, history)[1]
+    assert sentence.endswith("failed (does_not_fit in distill): next is fp8, which needs less memory")
+
+
+@pytest.mark.parametrize(
+    ("stage", "failing", "others", "open"),
+    [
+        ("gram", "int4_gptq", ("mixed 5", "int4_awq"), "int4_awq"),  # both measure Gram matrices
+        ("sensitivity", "mixed 5", ("mixed 6", "int4_gptq"), "int4_gptq"),
+        ("calibrate", "int4_awq", ("int8_sq", "int8_wo"), "int8_wo"),  # which is not calibrated
+        ("quantize", "int4_gptq", ("int4_gptq+kv", "int4_awq"), "int4_awq"),
+    ],
+)
+def test_memory_that_lacked_before_serving_rules_out_what_asks_for_it_again(stage, failing, others, open):
+    verdict = Verdict(outcome="rejected", failure_class="does_not_fit", reason="killed", stage=stage)
+    rungs = quantized(failing, *others)
+    found, sentence = next_recipe(rungs, [Brief(recipe=rungs[0].recipe, verdict=verdict)])
+    assert found.recipe.title == open
+    assert f"failed (does_not_fit in {stage})" in sentence
+
+
 def test_a_diverged_training_is_tried_once_at_a_tenth_of_the_rate():
     rungs = [student(8), student(4)]
     slower, _ = next_recipe(rungs, [failed(rungs[0], "training_diverged")])

@@ -33,6 +33,10 @@ def bad_store():
 def defect():
     return {}["missing"]
 
+def killed_for_memory():
+    open(os.environ["OOM_COUNTER"], "w").write("low 0\\noom_kill 1\\n")
+    os.kill(os.getpid(), signal.SIGKILL)
+
 def killed():
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -94,13 +98,14 @@ def test_peak_memory_is_the_childs(work):
         ("leaves", StageError, "leaves ended with exit code 7 and no answer; see its log above"),
         ("other_runtime_error", StageError, "other_runtime_error: RuntimeError: shapes differ"),
         ("no_such_function", StageError, "no_such_function: AttributeError"),
-        ("killed", Failure, "killed was killed: it needed more memory than there is"),
+        ("killed_for_memory", Failure, "killed_for_memory was killed: it needed more memory than there is"),
+        ("killed", StageError, "killed was killed by somebody, or by a program that watches this machine"),
         ("memory", Failure, "memory ran out of memory"),
         ("torch_cpu_memory", Failure, "DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
         ("torch_cuda_memory", Failure, "torch_cuda_memory ran out of memory: CUDA out of memory."),
     ],
 )
-def test_failures(work, function, error, message):
+def test_failures(work, oom_counter, function, error, message):
     with pytest.raises(error) as caught:
         child.call(f"{work}:{function}")
     assert type(caught.value) is error and message in str(caught.value) and "second line" not in str(caught.value)
@@ -108,13 +113,26 @@ def test_failures(work, function, error, message):
 
 @pytest.mark.parametrize(
     ("function", "failure_class"),
-    [("expected", "training_diverged"), ("killed", "does_not_fit"), ("memory", "does_not_fit"),
+    [("expected", "training_diverged"), ("killed_for_memory", "does_not_fit"), ("memory", "does_not_fit"),
      ("torch_cpu_memory", "does_not_fit"), ("torch_cuda_memory", "does_not_fit")],
 )  # fmt: skip
-def test_failure_classes(work, function, failure_class):
+def test_failure_classes(work, oom_counter, function, failure_class):
     with pytest.raises(Failure) as caught:
         child.call(f"{work}:{function}")
     assert caught.value.failure_class == failure_class
+
+
+def test_where_nothing_counts_kills_memory_is_the_likeliest_reason(work, oom_counter):
+    oom_counter.unlink()
+    with pytest.raises(Failure, match="killed was killed: it most likely needed more memory") as caught:
+        child.call(f"{work}:killed")
+    assert caught.value.failure_class == "does_not_fit"
+
+
+def test_an_earlier_kill_for_memory_is_not_this_one(work, oom_counter):
+    oom_counter.write_text("oom_kill 7\n")
+    with pytest.raises(StageError, match="memory had not run out; run the same again"):
+        child.call(f"{work}:killed")
 
 
 def test_no_such_module():

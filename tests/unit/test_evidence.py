@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trimtab import evidence
+from trimtab import environment, evidence
 from trimtab.errors import InputError, StoreError
 from trimtab.evidence import CONFIRMATION, LOOKS, look_name
 from trimtab.recipe import Recipe
@@ -91,11 +91,12 @@ def test_written_and_read(store, scored):
     trees = measured(scored, 0.0)
     result = evidence.judge_looks(store, trees, RECIPE, 1)
     state = State(store=store.uri, goal="lower_latency", target="cpu", model=trees["look-1"], recipe=RECIPE)
-    tree = evidence.write(store, state, result, trees["look-1"], trees, {"python": "3"})
+    tree = evidence.write(store, state, result, trees["look-1"], trees)
     document = evidence.read(store, tree)
     assert {name: Tree.model_validate(value) for name, value in document["measured"].items()} == trees
-    assert document["verdict"]["outcome"] == "accepted" and document["versions"] == {"python": "3"}
-    assert evidence.write(store, state, result, trees["look-1"], trees, {"python": "3"}) == tree, "the same evidence"
+    assert document["verdict"]["outcome"] == "accepted"
+    assert (document["versions"], document["device"]) == (environment.versions(), environment.device())
+    assert evidence.write(store, state, result, trees["look-1"], trees) == tree, "the same evidence"
 
 
 def test_evidence_that_is_gone(store, scored):

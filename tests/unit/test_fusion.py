@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from trimtab.errors import InputError
 from trimtab.fusion import Group, block_of, groups
 
 LLAMA = [
@@ -57,15 +58,21 @@ def test_phi3_has_its_layers_fused_already():
     ]
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "olmo2", "", "llama4"])
+@pytest.mark.parametrize("model_type", ["gemma2", "olmo2", "cohere", "stablelm"])
 def test_what_is_not_known_to_be_a_pre_norm_is_not_folded_into(model_type):
-    """Gemma multiplies by one plus the weight, OLMo 2 has the norm of that name behind the layers."""
+    """Gemma multiplies by one plus the weight, OLMo 2 has the norm of that name behind the layers, in Command all
+    layers read one norm, StableLM's adds a bias."""
     assert groups(layers(LLAMA), model_type) == block(0, norms=False)
 
 
+def test_a_family_that_is_not_described_has_no_groups():
+    with pytest.raises(InputError, match="model_type 'mixtral' has mixtures of experts, which is not supported yet"):
+        groups(layers(LLAMA), "mixtral")
+
+
 def test_other_names_stand_alone():
-    names = ["transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_fc", "transformer.h.1.attn.c_attn"]
-    assert groups(names, "gpt2") == [Group((name,)) for name in names]
+    names = ["model.layers.0.attn.c_attn", "model.layers.0.mlp.c_fc", "model.layers.1.attn.c_attn"]
+    assert groups(names, "llama") == [Group((name,)) for name in names]
 
 
 def test_layers_outside_blocks_come_first_and_alone():
@@ -75,13 +82,11 @@ def test_layers_outside_blocks_come_first_and_alone():
     assert found[-1] == Group(("model.layers.0.mlp.up_proj",), "model.layers.0.post_attention_layernorm")
 
 
-def test_towers_with_the_same_numbers_are_kept_apart():
-    names = [f"{tower}.layers.0.self_attn.{part}_proj" for tower in ("vision", "text") for part in "qk"]
-    assert groups(names, "llama") == [
-        Group((f"{tower}.layers.0.self_attn.k_proj", f"{tower}.layers.0.self_attn.q_proj"),
-              f"{tower}.layers.0.input_layernorm")
-        for tower in ("text", "vision")
-    ]  # fmt: skip
+def test_a_tower_with_the_same_numbers_is_no_part_of_the_blocks():
+    names = [f"{tower}.layers.0.self_attn.{part}_proj" for tower in ("vision", "model") for part in "qk"]
+    blocks = Group(("model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.q_proj"),
+                   "model.layers.0.input_layernorm")  # fmt: skip
+    assert groups(names, "llama") == [*(Group((f"vision.layers.0.self_attn.{part}_proj",)) for part in "kq"), blocks]
 
 
 @pytest.mark.parametrize(

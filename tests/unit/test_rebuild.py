@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from releases import file_release
 
-from trimtab import flow, placing, rebuild, signing, stages, statement
+from trimtab import environment, flow, placing, rebuild, signing, stages, statement
 from trimtab.components.fetch.source import fetch
 from trimtab.errors import Damaged, InputError
 from trimtab.recipe import Recipe
@@ -114,7 +114,7 @@ def test_goes_on_from_the_student(change, store, run, another_model, monkeypatch
     if change != "model":
         Path("lessons.txt").write_text("a new lesson")
     if "libraries" in change:
-        monkeypatch.setattr(stages, "versions", lambda: {"torch": "3.0"})
+        monkeypatch.setattr(environment, "versions", lambda: {"torch": "3.0"})
     found, state = rebuild.plan(**asked)
     assert found.outcome == "rebuild" and found.first.student == student
     assert "goes on from the student" in found.markdown
@@ -271,11 +271,11 @@ def test_stages_that_the_student_stands_for_are_not_run(store, run, monkeypatch)
     state = flow.next_attempt(state.model_copy(update={"baseline": BASELINE}))
     ran = []
 
-    def cached(_store: Store, stage: stages.Stage, _parameters: Any, inputs: Any) -> stages.Result:
+    def cached(_store: Store, stage: stages.Stage, *_: Any) -> stages.Result:
         ran.append(stage.name)
         return stages.Result(student, {}, 0.0, hit=True)
 
-    monkeypatch.setattr(stages, "cached", cached)
+    monkeypatch.setattr(stages.execution, "cached", cached)
     for name in stages.STAGES:
         state, _ = stages.advance(name, state)
     assert ran == ["distill", "quantize", "engine"]

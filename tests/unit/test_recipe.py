@@ -27,7 +27,7 @@ BAD = [
     ("quantize: {format: fp8, scale_search: mean}", "quantize.scale_search: 'mean' is not valid; write 'mse'"),
     (
         "quantize: {format: int4_awq, group_size: 48}",
-        "quantize.group_size: 48 is not valid; write '64' (valid: 32, 64, 128)",
+        "quantize.group_size: 48 is not valid; write 64 (valid: 32, 64, 128)",
     ),
     (
         "quantize: {format: fp8, kv_cache: fp4}",
@@ -64,7 +64,7 @@ BAD = [
     ("distill: {tokens: 9, loss: kl}", "distill.loss: 'kl' is not valid; valid: forward_kl, reverse_kl"),
     ("distill: {tokens: 9, schedule: cosin}", "distill.schedule: 'cosin' is not valid; write 'cosine' (valid: cosine,"),
     ("distill: {tokens: 9, warmup: 1}", "distill.warmup: 1 should be less than 1"),
-    ("distill: {tokens: 9, text: 5}", "distill.text: 5 should be a valid string"),
+    ("distill: {tokens: 9, text: 5}", "distill.text: 5 is not how YAML reads a text without quotes; write '5'"),
     ("distill: {tokens: 9, text: []}", "has no text; write text: builtin, the path of a file, or generate: a number"),
     ("distill: {tokens: 9, batch_size: 6, gradient_accumulation: 2, processes: 2}", "write a multiple of 4"),
     ("distill: {tokens: 9, hidden_weight: 1, stored_logits: 8}", "but hidden states are not stored; remove one"),
@@ -74,9 +74,9 @@ BAD = [
     ("accept: {min_recovery: .nan}", "accept.min_recovery: nan should be a finite number"),
     ("engine: {backend: tensorrt}", "engine.backend: 'tensorrt' is not valid; valid: torch, trtllm,"),
     # a mix of calibration text
-    ("calibrate: {text: 5}", "calibrate.text: 5 should be a valid string"),
+    ("calibrate: {text: 5}", "calibrate.text: 5 is not how YAML reads a text without quotes; write '5'"),
     ("calibrate: {text: []}", "names no source of text; write text: builtin, or a list of sources"),
-    ("calibrate: {text: {text: a.txt}}", "calibrate.text: {'text': 'a.txt'} is not a list; write [{'text': 'a.txt'}]"),
+    ("calibrate: {text: {text: a.txt}}", "calibrate.text: {'text': 'a.txt'} is not a list; write [{text: a.txt}]"),
     ("calibrate: {text: [a.txt]}", "calibrate.text.0: 'a.txt' is a text without its field; write {text: a.txt}"),
     ("calibrate: {text: [{text: a}, {txt: b}]}", "calibrate.text.1.txt: unknown key 'txt'; write 'text' (valid:"),
     ("calibrate: {text: [{weight: 2}]}", "calibrate.text.0.text: is required"),
@@ -140,7 +140,7 @@ BAD = [
     ("- quantize", "the recipe must be a mapping of fields, got list"),
     ("fp8", "the recipe must be a mapping of fields, got str"),
     ("quantize: {", "the recipe is not valid YAML or JSON: while parsing a flow"),
-    ("quantize: 8", "quantize: 8 should be a valid dictionary"),
+    ("quantize: 8", "quantize: 8 is not a mapping; write its fields: effective_bits, exclude, exclude_sensitive,"),
 ]  # fmt: skip
 
 

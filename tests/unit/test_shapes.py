@@ -9,7 +9,7 @@ from trimtab.shapes import check, kept, pruned
 QWEN = llama(24, 896, 4864, 14, 2, 64, 151936, 32768, True).model_copy(update={"model_type": "qwen2"})
 MQA = llama(2, 512, 1024, 8, 1, 64, 256, 512, True)
 NARROW = llama(2, 64, 64, 2, 2, 32, 256, 512, True)
-NEOX = SMOLLM2.model_copy(update={"model_type": "gpt_neox", "architecture": "GPTNeoXForCausalLM"})
+GRANITE = SMOLLM2.model_copy(update={"model_type": "granite", "architecture": "GraniteForCausalLM"})
 
 
 def prune(text: str):
@@ -51,8 +51,8 @@ def test_what_is_kept(size, share, multiple, left):
          "prune.hidden: channels are kept in multiples of 576, and the model has 576; remove it"),
         (NARROW, "{method: width, ffn: 0.5}",
          "prune.ffn: neurons are kept in multiples of 64, and the model has 64; remove it"),
-        (NEOX, "{method: width, ffn: 0.5}",
-         "prune.method: width pruning does not know GPTNeoXForCausalLM (model_type 'gpt_neox'), only llama, mistral, "
+        (GRANITE, "{method: width, ffn: 0.5}",
+         "prune.method: width pruning does not know GraniteForCausalLM (model_type 'granite'), only llama, mistral, "
          "qwen2, qwen3; write method: depth"),
     ],
 )  # fmt: skip

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from trimtab import child, stages
+from trimtab import child, environment, stages
 from trimtab.errors import Failure, StoreError
 from trimtab.recipe import Recipe
-from trimtab.stages import STAGES, TASKS, Stage
+from trimtab.stages import STAGES, TASKS, TENSORS, Stage
 from trimtab.state import State
 from trimtab.store import open_store
 
@@ -32,6 +32,7 @@ def state(store, tmp_path):
         return State(
             store=store.uri, goal="lower_latency", target=target, model=put(store, tmp_path, "model"),
             recipe=Recipe.parse(recipe), attempt=1,
+            libraries=dict.fromkeys(STAGES, environment.versions()),
         )  # fmt: skip
 
     return make
@@ -120,17 +121,17 @@ def test_movement_pruning_is_a_part_of_distillation():
 
 
 def test_what_a_key_depends_on(store, tmp_path):
-    def key(version=1, work="a:b", parameters=None, model="model"):
-        stage = Stage("s", work, ("checkpoint",), "out", lambda r: True, lambda r: {}, version=version)
-        return stage.key(parameters or {}, {"checkpoint": put(store, tmp_path, model)})
+    def key(version=1, work="a:b", parameters=None, model="model", here=None):
+        stage = Stage("s", work, ("checkpoint",), "out", lambda r: True, lambda r: {}, lambda p: TENSORS, version)
+        return stage.key(parameters or {}, {"checkpoint": put(store, tmp_path, model)}, here or {})
 
-    keys = [key(), key(version=2), key(work="a:c"), key(parameters={"x": 1}), key(model="other")]
-    assert len(set(keys)) == 5 and key() == keys[0]
+    keys = [key(), key(version=2), key(work="a:c"), key(parameters={"x": 1}), key(model="other"), key(here={"x": 1})]
+    assert len(set(keys)) == 6 and key() == keys[0]
 
 
 def test_the_name_of_a_stage_is_not_part_of_its_key(store, tmp_path):
     inputs = {"checkpoint": put(store, tmp_path, "model")}
-    assert STAGES["calibrate"].key({}, inputs) == STAGES["recalibrate"].key({}, inputs)
+    assert STAGES["calibrate"].key({}, inputs, {}) == STAGES["recalibrate"].key({}, inputs, {})
 
 
 @pytest.mark.parametrize(
@@ -218,23 +219,24 @@ def test_every_stage_runs_in_one_task_in_order():
 @pytest.mark.parametrize(
     ("recipe", "target", "expected"),
     [
-        (FULL, "h100", dict.fromkeys(TASKS, "1")),
+        (FULL, "h100", dict.fromkeys((*TASKS, "validate"), "1")),
         (FULL, "cpu", {}),
-        ("quantize: {format: int8_wo}", "h100", {"quantize": "1", "engine": "1"}),
+        ("quantize: {format: int8_wo}", "h100", {"quantize": "1", "engine": "1", "validate": "1"}),
         ("{quantize: {format: fp8}, engine: {tensor_parallel_size: 4}}", "h100",
-         {"calibrate": "1", "recalibrate": "1", "quantize": "1", "engine": "4"}),
-        ("engine: {tensor_parallel_size: 2, pipeline_parallel_size: 2}", "h100", {"engine": "4"}),
-        ("distill: {tokens: 99, processes: 4}", "h100", {"distill": "4", "engine": "1"}),
+         {"calibrate": "1", "recalibrate": "1", "quantize": "1", "engine": "4", "validate": "4"}),
+        ("engine: {tensor_parallel_size: 2, pipeline_parallel_size: 2}", "h100", {"engine": "4", "validate": "4"}),
+        ("distill: {tokens: 99, processes: 4}", "h100", {"distill": "4", "engine": "1", "validate": "1"}),
     ],
 )  # fmt: skip
 def test_accelerators(recipe, target, expected, state):
     begun = state(recipe, target)
-    assert stages.accelerators(begun) == dict.fromkeys(TASKS, "0") | expected
+    assert stages.accelerators(begun) == dict.fromkeys((*TASKS, "validate"), "0") | expected
 
 
 def test_what_exists_needs_no_accelerator(state, worked):
     """Results are followed from stage to stage; behind the first that is missing, every wanted stage must run, and a
-    task needs an accelerator as long as any of its stages must: `recalibrate`, `gram` and `sensitivity` are one."""
+    task needs an accelerator as long as any of its stages must: `recalibrate`, `gram` and `sensitivity` are one. The
+    results of the engine and of validation are those of a device, so they look for them on it."""
     begun = state(FULL)
     seen = {}
     current = begun
@@ -242,16 +244,16 @@ def test_what_exists_needs_no_accelerator(state, worked):
         current, _ = stages.advance(name, current)
         seen[name] = [task for task, count in stages.accelerators(begun).items() if count != "0"]
     assert seen == {
-        "calibrate": ["prune", "distill", "recalibrate", "quantize", "engine"],
-        "prune": ["distill", "recalibrate", "quantize", "engine"],
-        "generate": ["distill", "recalibrate", "quantize", "engine"],
-        "teach": ["distill", "recalibrate", "quantize", "engine"],
-        "distill": ["recalibrate", "quantize", "engine"],
-        "recalibrate": ["recalibrate", "quantize", "engine"],
-        "gram": ["recalibrate", "quantize", "engine"],
-        "sensitivity": ["quantize", "engine"],
-        "quantize": ["engine"],
-        "engine": [],
+        "calibrate": ["prune", "distill", "recalibrate", "quantize", "engine", "validate"],
+        "prune": ["distill", "recalibrate", "quantize", "engine", "validate"],
+        "generate": ["distill", "recalibrate", "quantize", "engine", "validate"],
+        "teach": ["distill", "recalibrate", "quantize", "engine", "validate"],
+        "distill": ["recalibrate", "quantize", "engine", "validate"],
+        "recalibrate": ["recalibrate", "quantize", "engine", "validate"],
+        "gram": ["recalibrate", "quantize", "engine", "validate"],
+        "sensitivity": ["quantize", "engine", "validate"],
+        "quantize": ["engine", "validate"],
+        "engine": ["engine", "validate"],
     }
 
 

@@ -170,7 +170,7 @@ def test_too_large_says_so():
     [
         ("{item: 5}", "item: unknown key 'item'; write 'items'"),
         ("{tasks: piqa}", "tasks: 'piqa' is not a list; write [piqa]"),
-        ("{items: [10, 10]}", "items.2: is required"),
+        ("{items: [10, 10]}", "items: [10, 10] has 2 entries and 3 are needed; write such as [400, 600, 1000]"),
         ("{items: [-1, 0, 0]}", "items.0: -1 should be greater than or equal to 0"),
         ("{confirm_windows: -1}", "confirm_windows: -1 should be greater than or equal to 0"),
         ("{window_tokens: 8}", "window_tokens: 8 should be greater than or equal to 16"),

@@ -228,6 +228,25 @@ def test_gain(goal, value):
     assert verdict.outcome == ("accepted" if value > 0 else "rejected")
 
 
+@pytest.mark.parametrize(
+    "goal, before, after, value",
+    [
+        # two devices that do 100 tokens/s, and one that does 90: 50 and 90 a device
+        ("lower_latency", {"decode_tokens_per_second": 100}, {"decode_tokens_per_second": 90}, 0.8),
+        ("higher_throughput", {"throughput_tokens_per_second": 100}, {"throughput_tokens_per_second": 45}, -0.1),
+        ("long_context", {"max_context_tokens": 8000}, {"max_context_tokens": 8000}, 1.0),
+        ("long_context", {"max_context_tokens": 0}, {"max_context_tokens": 5}, 1.0),  # any is longer than none
+        ("long_context", {"max_context_tokens": 0}, {"max_context_tokens": 0}, 0.0),
+        ("fit_larger_model", {"bytes": 100}, {"bytes": 75}, 0.25),  # of an artifact, wherever it is served
+    ],
+)
+def test_gain_is_that_of_a_device(goal, before, after, value):
+    found = check_gain(ACCEPTED, goal, ACCEPT, Measurements(devices=2, **before), Measurements(**after))
+    assert found.gain == pytest.approx(value)
+    if value < 0:
+        assert "-10.0% more throughput a device, on 1 instead of 2, less than" in found.reason
+
+
 @pytest.mark.parametrize("fell", [{"lost": 200}, {"ratio": 1.2}, {"lost": 55}], ids=["accuracy", "perplexity", "open"])
 def test_a_kv_cache_is_to_blame_if_the_export_passes_without_it(fell):
     result = decide(**fell)

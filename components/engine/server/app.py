@@ -23,6 +23,7 @@ from trimtab.components.engine.server.worker import Worker
 from trimtab.errors import InputError, TrimtabError
 from trimtab.runtime.paged_engine import PagedEngine, Request
 from trimtab.runtime.sampling import Chosen
+from trimtab.runtime.text import encode
 
 #: Bytes of a request's body at most: a prompt of a million tokens.
 MAX_BODY = 4 << 20
@@ -222,7 +223,7 @@ class Server:
     async def _tokens(self, text: str, chat: bool) -> list[int]:
         """Tokenises in another thread: a long text takes longer than the others should wait."""
         async with self._tokenizing:  # a template writes the special tokens itself
-            return (await asyncio.to_thread(self.tokenizer, text, add_special_tokens=not chat)).input_ids
+            return await asyncio.to_thread(encode, self.tokenizer, text, not chat)
 
     def _check_model(self, name: str) -> None:
         if name and name != self.model:

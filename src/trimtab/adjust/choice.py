@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from trimtab.adjust.prediction import skip
 from trimtab.adjust.remedies import remedies
-from trimtab.adjust.rulings import cause_of, rules_out
+from trimtab.adjust.rulings import cause_of, rules_out, stage_of
 from trimtab.plan import Rung
 from trimtab.recipe import Recipe
 from trimtab.state import Brief
@@ -39,7 +39,8 @@ def next_recipe(
     if not history:
         return (ladder[0], "the first rung of the ladder") if ladder else (None, "the ladder is empty")
     last = history[-1]
-    failed = f"{last.recipe.title} failed ({cause_of(last)})"
+    where = f" in {stage_of(last)}" if cause_of(last) == "does_not_fit" and stage_of(last) else ""
+    failed = f"{last.recipe.title} failed ({cause_of(last)}{where})"
     if last.verdict.outcome == "accepted":
         return None, f"{last.recipe.title} was accepted"
     tried = {brief.recipe.digest for brief in history}

@@ -1,8 +1,8 @@
 """Recipes made from a failed one that are nearer than the next rung.
 
-The KV cache in 16 bits; a smaller batch; a tenth of the learning rate; four times the tokens of a training with rounded
-weights; after pruning, four times the distillation tokens, then half the pruning, or twice the weights; zeros anywhere
-instead of a pattern n:m, then half of them.
+The KV cache in 16 bits; a smaller batch; a training in smaller parts, then with activation checkpointing; a tenth of
+the learning rate; four times the tokens of a training with rounded weights; after pruning, four times the distillation
+tokens, then half the pruning, or twice the weights; zeros anywhere instead of a pattern n:m, then half of them.
 
 Every remedy takes something away that can be taken away only so often, and no recipe is tried twice, so the loop ends.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from trimtab.adjust.respects import at_least, bits_of, kv_of, rehearsed, removed_by
-from trimtab.adjust.rulings import TOO_HARSH, cause_of
+from trimtab.adjust.rulings import TOO_HARSH, cause_of, stage_of
 from trimtab.plan import Rung
 from trimtab.recipe import DepthPruning, MovementPruning, Recipe, SparsePruning, WidthPruning
 from trimtab.schema import Document
@@ -39,6 +39,9 @@ def remedies(last: Brief, history: Sequence[Brief], ladder: Sequence[Rung]) -> I
         plain = _change(recipe, "quantize", kv_cache="none")
         if bits_of(recipe) < 16 or recipe.prune:
             yield plain, "the same with the KV cache in 16 bits"
+    elif cause == "does_not_fit" and stage_of(last):
+        if stage_of(last) == "distill" and recipe.distill:
+            yield from _lighter_training(recipe)
     elif cause == "does_not_fit" and not any(_work(other) == _work(recipe) for other in earlier):
         if engine.max_batch_size > 1:
             batch = max(1, engine.max_batch_size // 4)
@@ -54,6 +57,18 @@ def remedies(last: Brief, history: Sequence[Brief], ladder: Sequence[Rung]) -> I
         yield from _gentler_pruning(recipe, history, ladder)
     elif cause in TOO_HARSH and rehearsed(recipe) and not any(rehearsed(brief.recipe) for brief in history[:-1]):
         yield _longer(recipe)
+
+
+def _lighter_training(recipe: Recipe) -> Iterator[tuple[Recipe, str]]:
+    """A quarter of the windows at a time, which costs nothing; then one, with activation checkpointing, which does."""
+    distill = recipe.distill
+    most = distill.batch_size // distill.processes
+    parts = [n for n in range(4 * distill.gradient_accumulation, most) if most % n == 0]
+    if parts and not distill.activation_checkpointing:
+        lighter = _change(recipe, "distill", gradient_accumulation=parts[0])
+        yield lighter, f"the same, trained on {lighter.distill.windows_at_once} windows at a time"
+    least = _change(recipe, "distill", gradient_accumulation=most, activation_checkpointing=True)
+    yield least, "the same, trained on one window at a time with activation checkpointing"
 
 
 def _gentler_pruning(

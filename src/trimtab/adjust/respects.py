@@ -86,5 +86,13 @@ def footprint(recipe: Recipe) -> tuple[float, ...]:
             engine.max_num_tokens, -devices, bool(recipe.distill))  # fmt: skip
 
 
+def training_footprint(recipe: Recipe) -> tuple[float, ...]:
+    """What the recipe's training needs of each device's memory, each respect apart."""
+    distill, removed = recipe.distill, (-part for part in removed_by(recipe))
+    zeros = isinstance(recipe.prune, SparsePruning) + 2 * isinstance(recipe.prune, MovementPruning)
+    return (*removed, zeros, distill.quantization_aware, distill.windows_at_once * distill.length,
+            not distill.activation_checkpointing, distill.hidden_weight > 0, not distill.stored_logits)  # fmt: skip
+
+
 def at_least(left: Sequence[float], right: Sequence[float]) -> bool:
     return all(a >= b for a, b in zip(left, right, strict=True))

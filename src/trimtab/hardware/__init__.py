@@ -8,7 +8,7 @@
 """
 
 from trimtab.hardware.checks import check, check_packing
-from trimtab.hardware.layers import COLUMN_PARALLEL, ROW_PARALLEL, largest_group_size, quantized_layers, splits
+from trimtab.hardware.layers import largest_group_size, quantized_layers, splits
 from trimtab.hardware.targets import (
     GB,
     GPUS,
@@ -22,11 +22,9 @@ from trimtab.hardware.targets import (
 )
 
 __all__ = [
-    "COLUMN_PARALLEL",
     "GB",
     "GPUS",
     "Hardware",
-    "ROW_PARALLEL",
     "TARGETS",
     "TENSORRT_LLM_FORMATS",
     "TENSORRT_LLM_KV_CACHES",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from trimtab import shapes
+from trimtab import families, shapes
 from trimtab.catalog.backends import BACKENDS
 from trimtab.catalog.formats import FORMATS
 from trimtab.catalog.kv_caches import KV_CACHES
 from trimtab.errors import nearest
 from trimtab.fusion import groups
-from trimtab.hardware.layers import COLUMN_PARALLEL, ROW_PARALLEL, features_per_rank, quantized_layers, splits
-from trimtab.hardware.targets import Hardware
+from trimtab.hardware.layers import features_per_rank, quantized_layers, splits
+from trimtab.hardware.targets import (
+    Hardware,
+)
 from trimtab.model import ModelFacts
 from trimtab.recipe import GROUPED_FORMATS, Quantization, Recipe
 from trimtab.serving import vllm
@@ -92,6 +94,11 @@ def _check_kv_cache(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> st
                 f"{hardware.name} has {major}.{minor}; {remedy}{hint}"
             )
         return f"quantize.kv_cache: {backend} serves no {kv_cache} KV cache on {hardware.name}; {remedy}{hint}"
+    if kv_cache != "none" and not families.named(facts.model_type).attention.scaled:
+        return (
+            f"quantize.kv_cache: a '{facts.model_type}' makes its keys and values in one layer with its queries, "
+            f"for which no scales are written; write 'none'"
+        )
     form, row = recipe.weight_format, BACKENDS[backend]
     if (form, kv_cache) in row.clashes:
         return f"quantize.kv_cache: {backend} cannot build {form} with an {kv_cache} KV cache; write 'none'"
@@ -118,9 +125,10 @@ def _check_exclusions(recipe: Recipe, facts: ModelFacts) -> str | None:
     if quantize is None or quantize.row.is_cast:
         return None
     names = [layer.name for layer in facts.linears]
-    endings = [*sorted({f"*.{name.rpartition('.')[2]}" for name in names}), "lm_head"]
+    head = families.named(facts.model_type).head
+    endings = [*sorted({f"*.{name.rpartition('.')[2]}" for name in names}), head]
     for pattern in quantize.exclude:
-        if not any(fnmatchcase(name, pattern) for name in (*names, "lm_head")):
+        if not any(fnmatchcase(name, pattern) for name in (*names, head)):
             remedy = nearest(pattern, [*endings, *names], listed=endings)
             return f"quantize.exclude: '{pattern}' matches no layer; {remedy}"
     layers = quantized_layers(facts, quantize)
@@ -149,10 +157,8 @@ def _check_stages(recipe: Recipe, facts: ModelFacts) -> str | None:
 
 def _check_parallelism(recipe: Recipe, facts: ModelFacts) -> str | None:
     engine, ranks = recipe.engine, recipe.engine.tensor_parallel_size
-    if engine.backend == "torch" and ranks > 1:
-        for layer in facts.linears:
-            if layer.name.rpartition(".")[2] not in COLUMN_PARALLEL + ROW_PARALLEL:
-                return f"engine.tensor_parallel_size: torch has no way to split {layer.name}; write 1"
+    if engine.backend == "torch" and ranks > 1 and not families.named(facts.model_type).tensor_parallel:
+        return f"engine.tensor_parallel_size: torch has no way to split the layers of a '{facts.model_type}'; write 1"
     good = [size for size in range(1, facts.heads + 1) if splits(facts, size)]
     if ranks not in good:
         return (
@@ -194,7 +200,7 @@ def _check_group_size(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> 
         sizes = ", ".join(map(str, served))
         return f"quantize.group_size: {backend} has no groups of {quantize.group_size}; write one of: {sizes}"
     for layer in quantized_layers(facts, quantize):
-        features = features_per_rank(layer, recipe.engine.tensor_parallel_size)
+        features = features_per_rank(facts, layer, recipe.engine.tensor_parallel_size)
         if features % quantize.group_size:
             divide = [str(size) for size in served if features % size == 0]
             keep = f"add '{layer.name}' to quantize.exclude"
@@ -212,7 +218,7 @@ def _check_blocks(recipe: Recipe, facts: ModelFacts) -> str | None:
     if not blocks:
         return None
     for layer in quantized_layers(facts, quantize):
-        if (features := features_per_rank(layer, ranks)) % max(blocks):
+        if (features := features_per_rank(facts, layer, ranks)) % max(blocks):
             return (
                 f"engine.tensor_parallel_size: {ranks} leaves a rank {features} input features of {layer.name}, which "
                 f"{quantize.format}'s blocks of {max(blocks)} do not divide; write 1, or add "

@@ -5,14 +5,10 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
+from trimtab import families
 from trimtab.catalog.backends import BACKENDS
 from trimtab.model import Linear, ModelFacts
 from trimtab.recipe import Quantization
-
-#: Layers that tensor parallelism splits along their input, by the last part of their name (Llama's names).
-ROW_PARALLEL = ("o_proj", "down_proj")
-#: And along their output.
-COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
 def quantized_layers(facts: ModelFacts, quantize: Quantization) -> tuple[Linear, ...]:
@@ -35,11 +31,13 @@ def splits(facts: ModelFacts, ranks: int) -> bool:
     return facts.heads % ranks == 0 and whole_kv and facts.intermediate_size % ranks == 0
 
 
-def features_per_rank(layer: Linear, ranks: int) -> int:
-    return layer.in_features // ranks if layer.name.endswith(ROW_PARALLEL) else layer.in_features
+def features_per_rank(facts: ModelFacts, layer: Linear, ranks: int) -> int:
+    """Returns the input features of a layer that a rank holds: of one behind heads or neurons, its share."""
+    split = layer.name.endswith(families.named(facts.model_type).row_parallel)
+    return layer.in_features // ranks if split else layer.in_features
 
 
 def largest_group_size(facts: ModelFacts, quantize: Quantization, backend: str, ranks: int = 1) -> int | None:
     """Returns the largest group size of the back end that divides every quantized layer, or None."""
-    features = {features_per_rank(layer, ranks) for layer in quantized_layers(facts, quantize)}
+    features = {features_per_rank(facts, layer, ranks) for layer in quantized_layers(facts, quantize)}
     return next((size for size in BACKENDS[backend].group_sizes if not any(f % size for f in features)), None)

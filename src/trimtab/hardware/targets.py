@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -86,6 +87,10 @@ def gpu(name: str, memory_gb: int, bandwidth_gb: float, capability: tuple[int, i
 
 GPUS = {row.name: gpu(row.name, row.memory_gb, row.bandwidth_gb, row.compute_capability) for row in ROWS.values()}
 TARGETS = (*GPUS, "cpu")
+#: Words before a GPU's own name.
+_VENDOR = ("nvidia", "tesla", "geforce")
+#: Devices that are no target: none of them is a misspelt one, however alike the names are.
+_OTHERS = ("a2", "a10", "a10g", "a16", "a30", "a40", "cuda", "gpu", "h20", "l20", "p100", "t4", "v100")
 
 
 def target(name: str, memory_bytes: int | None = None) -> Hardware:
@@ -111,10 +116,19 @@ def target(name: str, memory_bytes: int | None = None) -> Hardware:
             },
         )
     if name not in GPUS:
-        variants = " or ".join(f"'{known}'" for known in TARGETS if name and known.startswith(f"{name}-"))
-        remedy = f"write {variants}" if variants else nearest(name, TARGETS)
-        raise InputError(f"target: '{name}' is not known; {remedy}")
+        raise InputError(f"target: '{name}' is not known; {_known_as(name)}")
     return GPUS[name].model_copy(update={"memory_bytes": memory_bytes} if memory_bytes else {})
+
+
+def _known_as(name: str) -> str:
+    """Returns what to write for a GPU by another of its names, such as nvidia-smi's "NVIDIA A100-SXM4-80GB"."""
+    words = [word for word in re.findall(r"[a-z0-9]+", name.casefold()) if word not in _VENDOR]
+    sizes = [known for known in TARGETS if words and known.startswith(f"{words[0]}-")]
+    if sizes and not any(re.match(size.partition("-")[2], word) for size in sizes for word in words[1:]):
+        return "write " + " or ".join(f"'{size}'" for size in sizes)
+    if words and words[0] in _OTHERS:
+        return f"valid: {', '.join(TARGETS)}"
+    return nearest(" ".join(words), TARGETS)
 
 
 def machine_memory(cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int:

@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from trimtab.recipe.fields import Count
 from trimtab.schema import Document
+from trimtab.schema_errors import in_yaml
 
 #: The most bytes of JSON that a recipe's `calibrate` may take: it travels in the state, which must stay small.
 MAX_CALIBRATION_BYTES = 600
@@ -16,9 +17,9 @@ MAX_CALIBRATION_BYTES = 600
 class Source(Document):
     """One source of calibration text, and its share of the samples.
 
-    `text` is "builtin", the path of a .txt or .jsonl file, or a dataset: `hf:owner/name` on the Hugging Face hub,
-    or `hf:` and a local folder. `config`, `split` and `field` (the column that holds text or messages) are those of
-    a dataset. Samples are shared out in proportion to `weight`.
+    `text` is "builtin", the path of a .txt, .jsonl, .json or .csv file, or a dataset: `hf:owner/name` on the Hugging
+    Face hub, or `hf:` and a local folder. `config`, `split` and `field` (the column that holds text or messages) are
+    those of a dataset. Samples are shared out in proportion to `weight`.
     """
 
     text: str
@@ -42,7 +43,7 @@ class Source(Document):
     @classmethod
     def _is_a_mapping(cls, value: Any) -> Any:
         if isinstance(value, str):
-            raise ValueError(f"is a text without its field; write {{text: {value}}}")
+            raise ValueError(f"is a text without its field; write {in_yaml({'text': value})}")
         return value
 
     @model_validator(mode="after")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_serializer, model_validator
 
 from trimtab.recipe.fields import Count
 from trimtab.schema import Document
@@ -16,14 +16,16 @@ class Distillation(Document):
     With `quantization_aware` it trains with its weights rounded as `quantize` will round them.
 
     A step is on `batch_size` windows of `length` tokens, computed in `gradient_accumulation` parts one after the
-    other where memory is short, and by `processes` side by side, a GPU each. `loss` is KL(teacher ‖ student) or the
+    other where memory is short, and by `processes` side by side, a GPU each. With `activation_checkpointing` only what
+    goes into each block is kept for the gradients, and the blocks are computed once more: the same gradients, a third
+    more time, and a small part of the memory. `loss` is KL(teacher ‖ student) or the
     reverse; `label_weight` mixes in the text itself, `hidden_weight` adds the error of the hidden states behind each
     block. The learning rate rises over the share `warmup` of the steps and then follows `schedule`.
     `early_stopping` is a number of measurements of the held-out loss, of twenty in all, without a better one.
 
-    `text` is one source or a list of them: "builtin", .txt or .jsonl files. `generate` is a number of tokens by the
-    teacher itself besides. `stored_logits` is how many of the teacher's likeliest tokens are stored for each position,
-    once, so that no later run of the same text needs the teacher; 0 runs it beside the student.
+    `text` is one source or a list of them: "builtin", or .txt, .jsonl, .json or .csv files. `generate` is a number of
+    tokens by the teacher itself besides. `stored_logits` is how many of the teacher's likeliest tokens are stored for
+    each position, once, so that no later run of the same text needs the teacher; 0 runs it beside the student.
 
     Example::
 
@@ -40,6 +42,7 @@ class Distillation(Document):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     batch_size: Count = 4
     gradient_accumulation: Count = 1
+    activation_checkpointing: bool = False
     processes: Count = 1
     length: Annotated[int, Field(ge=8)] = 256
     early_stopping: Annotated[int, Field(ge=0)] = 0
@@ -51,6 +54,16 @@ class Distillation(Document):
     stored_logits: Annotated[int, Field(ge=0)] = 0
     seed: int = 0
     quantization_aware: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_what_came_later(self, handler: Any) -> dict[str, Any]:
+        # Recipes from before this field keep their digests, and the students that they trained are found.
+        return {k: v for k, v in handler(self).items() if k != "activation_checkpointing" or v}
+
+    @property
+    def windows_at_once(self) -> int:
+        """The windows of a step that one device computes at the same time."""
+        return self.batch_size // (self.gradient_accumulation * self.processes)
 
     @property
     def texts(self) -> tuple[str, ...]:

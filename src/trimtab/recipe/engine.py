@@ -54,6 +54,14 @@ class Engine(Document):
         """The devices that serve one copy of the model."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
+    @property
+    def longest_request(self) -> int:
+        """The most tokens of a prompt and its given answer that the back end scores in one piece.
+
+        vLLM generates a token besides, for which it needs room.
+        """
+        return min(self.max_seq_len, self.max_num_tokens) - (self.backend == "vllm")
+
     @model_serializer(mode="wrap")
     def _without_what_came_later(self, handler: Any) -> dict[str, Any]:
         # Recipes from before these fields keep their digests, and the results of their stages are found.

@@ -9,6 +9,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from trimtab import families
 from trimtab.errors import Failure, InputError
 from trimtab.runtime import fused, linear, parallel
 from trimtab.runtime import kv_cache as cache
@@ -43,8 +44,9 @@ def assemble(
     if cut:
         export = parallel.Part(folder, cut)
     used = set()
-    for family in fused.families(export.layers) if fuse else ([name] for name in export.layers):
-        used |= _replace(model, export, family, device)
+    family = families.named(model.config.model_type)
+    for group in fused.groups(export.layers, family) if fuse else ([name] for name in export.layers):
+        used |= _replace(model, export, group, device)
     rest = [n for n in export.names if n not in used and not n.endswith((".k_scale", ".v_scale"))]
     _assign(model, export, rest)
     model.tie_weights()
@@ -57,7 +59,7 @@ def assemble(
         parallel.join(model, cut)
     model = model.requires_grad_(False).eval().to(device)
     if fuse:
-        fused.fuse_linears(model)
+        fused.fuse_linears(model, family)
     return model
 
 
@@ -65,18 +67,26 @@ def skeleton(folder: Path) -> PreTrainedModel:
     """Returns the model with its parameters on the meta device; buffers such as rotary frequencies are real.
 
     Raises:
-        InputError: no config, or an architecture that transformers does not know.
+        InputError: no config, an architecture that transformers does not know, or one that no family describes.
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config.__dict__.pop("quantization_config", None)
+    except (OSError, ValueError, KeyError) as error:
+        raise _no_model(folder, error) from None
+    families.of(config.to_dict(), f"{folder}/config.json")
+    try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: no model can be made of its config.json: {error}") from None
+        raise _no_model(folder, error) from None
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model
+
+
+def _no_model(folder: Path, error: Exception) -> InputError:
+    return InputError(f"{folder}: no model can be made of its config.json: {error}")
 
 
 def _replace(model: nn.Module, export: Export, names: list[str], device: torch.device) -> set[str]:
@@ -115,8 +125,6 @@ def _assign(model: nn.Module, export: Export, names: list[str]) -> None:
     places = model.state_dict()
     for name in names:
         if name not in places:
-            if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what is computed
-                continue
             raise Failure("export_damaged", f"{name}: the export holds it, but the model has no place for it")
         tensor, place = export.tensor(name), places[name]
         if tensor.shape != place.shape or tensor.is_floating_point() != place.is_floating_point():

@@ -10,13 +10,13 @@ import torch
 
 from trimtab import files, recipe
 from trimtab.catalog.backends import BACKENDS
-from trimtab.contracts import version
 from trimtab.errors import Failure
+from trimtab.hardware import installed
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.engine import Engine
 from trimtab.runtime.kv_cache import ServedKVCache
 from trimtab.schema import digest
-from trimtab.serving import record, vllm
+from trimtab.serving import record
 from trimtab.serving.record import CHECKPOINT, RANKS, Device
 
 __all__ = ["CHECKPOINT", "EXCLUSIVE", "RANKS", "check", "checkpoint_digest", "device", "open_engine", "versions"]
@@ -31,18 +31,8 @@ def check(settings: recipe.Engine) -> None:
     Raises:
         Failure: `unsupported`; TensorRT-LLM or vLLM is not installed, or not in a version that has the back end.
     """
-    backend = settings.backend
-    if backend == "torch":
-        return
-    library, installed = ("vLLM", vllm.installed()) if backend == "vllm" else ("TensorRT-LLM", version.installed())
-    if installed is None:
-        lacks = f"'{backend}' is not part of this image, for it has no {library}"
-        raise Failure("unsupported", f"engine.backend: {lacks}; write 'torch'")
-    if reason := vllm.refusal(installed) if backend == "vllm" else version.refusal(backend, installed):
+    if reason := installed.refusal(settings):
         raise Failure("unsupported", reason)
-    if settings.tensorrt_llm and version.parse(settings.tensorrt_llm) != version.parse(installed):
-        reason = f"engine.tensorrt_llm: {settings.tensorrt_llm} is asked for, and this image has {installed}"
-        raise Failure("unsupported", f"{reason}; run the stage in an image with that version, or write {installed}")
 
 
 def open_engine(engine: Path, export: Path, kv_cache: ServedKVCache = "export") -> Engine:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -19,10 +18,10 @@ from trimtab.catalog import kv_caches
 from trimtab.catalog.formats import STORAGES
 from trimtab.errors import Failure, InputError
 from trimtab.model import read_header
+from trimtab.model_files import CONFIG, is_computed, read_json, weight_files
 from trimtab.runtime import formats
 from trimtab.runtime.formats import Layout, Quantized
 
-INDEX = "model.safetensors.index.json"
 _FINGERPRINT_ROWS = 2
 _NEVER_QUANTIZED = re.compile(r"(?:^|\.)(?:\w*embed\w*|\w*norm\w*|wte|wpe)$")
 
@@ -97,14 +96,14 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 def weight_file_bytes(folder: Path) -> int:
     """Returns the bytes of a checkpoint's safetensors files."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum((folder / name).stat().st_size for name in weight_files(folder).names)
 
 
 def end_tokens(folder: Path) -> list[int]:
     """Returns the tokens that end an answer: the generation config's, else the model's."""
     path = Path(folder) / "generation_config.json"
-    own = _json(path) if path.is_file() else {}
-    ends = own.get("eos_token_id", _json(Path(folder) / "config.json").get("eos_token_id"))
+    own = read_json(path) if path.is_file() else {}
+    ends = own.get("eos_token_id", read_json(Path(folder) / "config.json").get("eos_token_id"))
     return [ends] if isinstance(ends, int) else list(ends or [])
 
 
@@ -122,8 +121,9 @@ class Export:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self._files = {path: _open(path) for path in _weight_files(self.folder)}
-        self._home = {name: file for file in self._files.values() for name in file.keys()}  # noqa: SIM118
+        read_json(self.folder / CONFIG)
+        self._files = {name: _open(self.folder / name) for name in weight_files(self.folder).names}
+        self._home = {name: file for file in self._files.values() for name in _stored(file)}
         self._quantization = _read_quantization(self.folder)
         self.kv_cache_algo: str | None = self._quantization.get("kv_cache_quant_algo")
 
@@ -229,8 +229,8 @@ def _read_quantization(folder: Path) -> dict[str, Any]:
     """Returns ModelOpt's settings from hf_quant_config.json, else from config.json; {} if not quantized."""
     own = folder / "hf_quant_config.json"
     if own.is_file():
-        return _json(own).get("quantization", {})
-    settings = _json(folder / "config.json").get("quantization_config")
+        return read_json(own).get("quantization", {})
+    settings = read_json(folder / "config.json").get("quantization_config")
     if not settings:
         return {}
     if settings.get("quant_method") != "modelopt":
@@ -247,25 +247,11 @@ def _read_quantization(folder: Path) -> dict[str, Any]:
     }
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.is_file():
-        files = [folder / shard for shard in sorted(set(_json(index).get("weight_map", {}).values()))]
-    else:
-        files = [folder / "model.safetensors"]
-    for path in files:
-        if not path.is_file():
-            raise InputError(f"{path}: does not exist; the folder must hold safetensors weights")
-    return files
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: does not exist; the folder must be a Hugging Face model") from None
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON: {error}") from None
+def _stored(file: Any) -> Iterator[str]:
+    """The names of a file's tensors, without what transformers computes itself."""
+    for name in file.keys():  # noqa: SIM118
+        if not is_computed(name, file.get_slice(name).get_shape()):
+            yield name
 
 
 def _open(path: Path) -> Any:

@@ -13,11 +13,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from trimtab.families import Family
 from trimtab.runtime.formats import Quantized
 from trimtab.runtime.linear import PackedLinear
 
-#: Names of layers in a module that read the same input, in the order in which their outputs stand.
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 #: Scales that a joined layer has once.
 _SHARED = ("input_scale", "pre_quant_scale", "weight_scale_2")
 
@@ -59,16 +58,17 @@ class Part(nn.Module):
         return f"{self.in_features} -> {self.out_features}, part {self.number}"
 
 
-def families(names: Iterable[str]) -> Iterator[list[str]]:
-    """Yields each of the names of layers once, with those that read the same input if all of a group are there."""
+def groups(names: Iterable[str], family: Family) -> Iterator[list[str]]:
+    """Yields each of the names of layers once, with those that read the same input if all of a group are there: in the
+    order in which their outputs stand."""
     left = dict.fromkeys(names)
     for name in list(left):
-        parent, _, own = name.rpartition(".")
-        group = next((group for group in GROUPS if own in group), (own,))
-        family = [f"{parent}.{member}" if parent else member for member in group]
         if name not in left:
             continue
-        found = family if all(member in left for member in family) else [name]
+        block, within = family.place(name)
+        shared = None if block is None else family.shared.get(within)
+        group = [f"{family.blocks}.{block}.{layer.name}" for layer in shared.layers] if shared else [name]
+        found = group if all(member in left for member in group) else [name]
         for member in found:
             del left[member]
         yield found
@@ -111,12 +111,12 @@ def place(model: nn.Module, names: list[str], layer: nn.Linear | PackedLinear, s
 
 
 @torch.no_grad()
-def fuse_linears(model: nn.Module) -> int:
+def fuse_linears(model: nn.Module, family: Family) -> int:
     """Joins the layers that are not quantized, and returns how many products that makes."""
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     count = 0
-    for family in families(names):
-        layers = [model.get_submodule(name) for name in family]
+    for group in groups(names, family):
+        layers = [model.get_submodule(name) for name in group]
         first = layers[0]
         biased = [layer.bias is not None for layer in layers]
         same = all(x.in_features == first.in_features and x.weight.dtype == first.weight.dtype for x in layers)
@@ -127,7 +127,7 @@ def fuse_linears(model: nn.Module) -> int:
         joined.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
         if biased[0]:
             joined.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
-        place(model, family, joined.eval(), sizes)
+        place(model, group, joined.eval(), sizes)
         count += 1
     return count
 

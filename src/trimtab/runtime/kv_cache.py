@@ -6,7 +6,7 @@
 | int8 | INT8 | -128 to 127 | amax / 127 |
 | nvfp4 | NVFP4 | e2m1, and an e4m3 scale for each 16 along a head | amax / 448 |
 
-Both scales are one float32 a layer, `<attention>.k_proj.k_scale` and `<attention>.v_proj.v_scale`; ModelOpt
+Both scales are one float32 a layer, `<layer of the keys>.k_scale` and `<layer of the values>.v_scale`; ModelOpt
 quantizes the keys after their rotary embedding. In NVFP4 the scale of a block, a sixth of its largest number, is
 stored in units of the layer's: with ModelOpt 0.47's amax / 448 the blocks use e4m3 up to a sixth of its range
 (unified_export_hf.py, `kv_cache_max_bound`). It never omits a calibrated scale;
@@ -22,8 +22,10 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from trimtab import families
 from trimtab.catalog.kv_caches import BY_ALGORITHM
 from trimtab.errors import Failure
+from trimtab.families import Family
 from trimtab.runtime import formats
 from trimtab.runtime.checkpoint import Export
 from trimtab.runtime.fewer_kernels import grouped_attention
@@ -46,32 +48,33 @@ def apply(model: PreTrainedModel, export: Export) -> None:
     if algorithm not in BY_ALGORITHM:
         known = ", ".join(BY_ALGORITHM)
         raise Failure("unsupported", f"a KV cache in {algorithm} does not run on the torch engine; known: {known}")
-    attentions = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "k_proj", None), nn.Module)
-    }
-    if not attentions:
-        what = f"{type(model).__name__} has no layer with a k_proj"
+    family = families.named(model.config.model_type)
+    if not family.attention.scaled:
+        what = f"{type(model).__name__} has no layer for its keys alone"
         raise Failure("unsupported", f"a KV cache in {algorithm}: {what}, so none that its scales belong to")
-    for name, module in attentions.items():
-        head = getattr(module, "head_dim", 0) or module.k_proj.out_features // model.config.num_key_value_heads
-        if (block := BY_ALGORITHM[algorithm].block) and head % block:
-            what = f"{name} has heads of {head}, which blocks of {block} do not divide"
+    for number, block in enumerate(model.get_submodule(family.blocks)):
+        module = getattr(block, family.attention.module, None)
+        if module is None:  # a block of another process
+            continue
+        name = f"{family.blocks}.{number}.{family.attention.module}"
+        keys = getattr(module, family.attention.key).out_features
+        head = getattr(module, "head_dim", 0) or keys // model.config.num_key_value_heads
+        if (size := BY_ALGORITHM[algorithm].block) and head % size:
+            what = f"{name} has heads of {head}, which blocks of {size} do not divide"
             raise Failure("unsupported", f"a KV cache in {algorithm}: {what}")
-        module.kv_cache = (algorithm, *(_or_one(scale, algorithm) for scale in scales(export, name).items()))
+        module.kv_cache = (algorithm, *(_or_one(scale, algorithm) for scale in scales(export, family, name).items()))
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
     model.set_attn_implementation(_NAME)
 
 
-def scales(export: Export, attention: str) -> dict[str, float | None]:
+def scales(export: Export, family: Family, attention: str) -> dict[str, float | None]:
     """Returns the scales of an attention layer by the names of their tensors, keys first; None where missing.
 
     Raises:
         Failure: `export_damaged`, names a scale that is not one finite, positive number.
     """
-    names = (f"{attention}.k_proj.k_scale", f"{attention}.v_proj.v_scale")
+    names = (f"{attention}.{family.attention.key}.k_scale", f"{attention}.{family.attention.value}.v_scale")
     return {name: _read(export, name) if export.has(name) else None for name in names}
 
 

@@ -9,17 +9,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from trimtab import families
 from trimtab.errors import Failure
 from trimtab.fusion import Group, groups
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
-    """Returns the transformer blocks: the module list whose length is the number of hidden layers."""
-    wanted = model.config.num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == wanted:
-            return module
-    raise ValueError(f"{type(model).__name__} has no list of {wanted} blocks")
+    """Returns the transformer blocks, which stand where the model's family says."""
+    return model.get_submodule(families.named(model.config.model_type).blocks)
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from trimtab import families
 from trimtab.catalog.kv_caches import BY_ALGORITHM
 from trimtab.errors import Failure
 from trimtab.runtime import formats, kv_cache
@@ -66,7 +67,7 @@ class PagedKVCache:
             Failure: `unsupported`, not every block has attention.
         """
         modules = attention_layers(model)
-        shapes = {m.layer_idx: (m.k_proj.out_features // m.head_dim, m.head_dim) for m in modules}
+        shapes = {m.layer_idx: (key_features(model, m) // m.head_dim, m.head_dim) for m in modules}
         scales = {m.layer_idx: getattr(m, "kv_cache", (None, 1.0, 1.0))[1:] for m in modules}
         return cls(shapes, blocks, block_size, model.device, algorithm_of(model), scales)
 
@@ -132,18 +133,30 @@ class PagedKVCache:
         return stored.view(_CODES[self.algorithm][1]).bfloat16() * scale  # codes fit, so this rounds once
 
 
+def check(model_type: str) -> None:
+    """Refuses models that cannot be served.
+
+    Raises:
+        Failure: `unsupported`, a paged KV cache cannot hold what the family's attention keeps.
+    """
+    if why := families.named(model_type).no_serve:
+        raise Failure("unsupported", f"a '{model_type}' cannot be served from a paged KV cache: {why}")
+
+
 def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Returns the model's attention layers.
 
     Raises:
-        Failure: `unsupported`, not every block has one.
+        Failure: `unsupported`, a paged KV cache cannot hold what they keep.
     """
-    found = [module for module in model.modules() if isinstance(getattr(module, "k_proj", None), nn.Module)]
-    blocks = model.config.num_hidden_layers
-    if len(found) != blocks:
-        what = f"{type(model).__name__} has {len(found)} attention layers with a k_proj in {blocks} blocks"
-        raise Failure("unsupported", f"{what}; a paged KV cache needs one in each")
-    return found
+    check(model.config.model_type)
+    family = families.named(model.config.model_type)
+    return [getattr(block, family.attention.module) for block in model.get_submodule(family.blocks)]
+
+
+def key_features(model: PreTrainedModel, attention: nn.Module) -> int:
+    """Returns the numbers of a token's keys in an attention layer."""
+    return getattr(attention, families.named(model.config.model_type).attention.key).out_features
 
 
 def algorithm_of(model: PreTrainedModel) -> str | None:
@@ -154,7 +167,7 @@ def algorithm_of(model: PreTrainedModel) -> str | None:
 def bytes_per_token(model: PreTrainedModel) -> int:
     """Returns the bytes of keys and values of one token over all layers, as they are held here."""
     each = 1 if algorithm_of(model) in _CODES else 2
-    return sum(2 * module.k_proj.out_features * each for module in attention_layers(model))
+    return sum(2 * key_features(model, module) * each for module in attention_layers(model))
 
 
 # ------------------------------------------------------------------------------------------------------ attention
@@ -251,8 +264,9 @@ def why_no_kernel(model: PreTrainedModel) -> str:
 
     table, lone, count = [3, 1, 0], 32, 33  # 33 tokens read as a chunk, and the last of them again as a lone token
     slots = integers([table[n // 16] * 16 + n % 16 for n in range(count)])
+    named = families.named(model.config.model_type).attention
     query, key, value = (
-        draw(count, getattr(module, name).out_features) for name in ("q_proj", "k_proj", "v_proj")
+        draw(count, getattr(module, name).out_features) for name in (named.query, named.key, named.value)
     )
     last = [x[:, :, lone:] for x in (query, key, value)]
     tables = integers([table])

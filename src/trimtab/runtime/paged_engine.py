@@ -18,7 +18,7 @@ from trimtab.errors import Failure, InputError
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime import fewer_kernels, gpu_memory, head, packing, paged, replay, sampling
 from trimtab.runtime import step as own_step
-from trimtab.runtime.assemble import assemble
+from trimtab.runtime.assemble import assemble, skeleton
 from trimtab.runtime.blocks import BlockPool
 from trimtab.runtime.checkpoint import load_tokenizer
 from trimtab.runtime.kv_cache import ServedKVCache
@@ -104,6 +104,7 @@ class PagedEngine:
         self.folder = Path(folder)
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.device = torch.device(name)
+        paged.check(skeleton(self.folder).config.model_type)  # before minutes of loading
         with gpu_memory.part("weights", self.device):
             self.model = assemble(self.folder, self.device, kv_cache)
         head.check(self.model)
@@ -394,7 +395,7 @@ class PagedEngine:
         width = 4 * config.hidden_size + 3 * config.intermediate_size
         layers = [module for module in self.model.modules() if isinstance(module, (nn.Linear, PackedLinear))]
         largest = max(layer.in_features * layer.out_features for layer in layers)
-        gathered = max(2 * 2 * module.k_proj.out_features for module in paged.attention_layers(self.model))
+        gathered = max(2 * 2 * paged.key_features(self.model, m) for m in paged.attention_layers(self.model))
         gathered *= 0 if self._has_kernel else settings.max_batch_size * settings.max_seq_len
         return (
             2 * settings.max_num_tokens * width

@@ -29,6 +29,7 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
+from trimtab import families
 from trimtab.errors import Failure
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime import processes, split
@@ -121,19 +122,19 @@ def cut(model: PreTrainedModel, place: Place) -> Cut:
 
 def _cut_blocks(model: PreTrainedModel, found: Cut) -> None:
     """Leaves the blocks of this stage, and counts them from 0 for the KV cache, which has no others."""
-    place, prefix = found.place, model.base_model_prefix
-    blocks = getattr(model.base_model, "layers", None)
+    place, prefix = found.place, families.named(model.config.model_type).blocks
+    blocks = model.get_submodule(prefix)
     kinds = set(getattr(model.config, "layer_types", None) or ())
     field = f"engine.pipeline_parallel_size: {place.stages}"
-    if not isinstance(blocks, nn.ModuleList) or len(blocks) % place.stages:
-        held = len(blocks) if isinstance(blocks, nn.ModuleList) else "no list of"
-        raise Failure("unsupported", f"{field}: does not divide {held} blocks of {type(model).__name__}; write 1")
+    if len(blocks) % place.stages:
+        what = f"does not divide {len(blocks)} blocks of {type(model).__name__}"
+        raise Failure("unsupported", f"{field}: {what}; write 1")
     if len(kinds) > 1:  # masks and caches are chosen by the number of a block
         named = " and ".join(sorted(kinds))
         raise Failure("unsupported", f"{field}: {type(model).__name__} has blocks of {named}; write 1")
     each = len(blocks) // place.stages
     for number, block in enumerate(blocks):
-        name, (stage, local) = f"{prefix}.layers.{number}", divmod(number, each)
+        name, (stage, local) = f"{prefix}.{number}", divmod(number, each)
         if local == each - 1:
             found.last.append(name)
         if stage != place.stage:
@@ -151,7 +152,8 @@ def _cut_layers(model: PreTrainedModel, found: Cut) -> None:
     plan = {f"{prefix}.{pattern}": style for pattern, style in (config.base_model_tp_plan or {}).items()}
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    units = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+    family = families.named(config.model_type)
+    units = {"attention": heads, "kv": kv_heads}
     for pattern, style in plan.items():
         if style not in _SPLIT + _WHOLE:
             raise _unsupported(place.tensors, f"{type(model).__name__} splits {pattern} as '{style}'")
@@ -160,7 +162,8 @@ def _cut_layers(model: PreTrainedModel, found: Cut) -> None:
             continue
         style = next((style for pattern, style in plan.items() if fnmatchcase(name, pattern)), None)
         if style == "colwise":
-            found.units[name] = units.get(name.rpartition(".")[2], place.tensors)
+            side = family.layer(name)
+            found.units[name] = units.get(side.outputs if side else "", place.tensors)
         elif style == "rowwise":
             found.rows.append(name)
         else:
@@ -170,7 +173,8 @@ def _cut_layers(model: PreTrainedModel, found: Cut) -> None:
         layer.out_features, layer.in_features = layer.weight.shape
     for module in model.modules():
         if hasattr(module, "num_key_value_groups"):  # less than before where ranks share a KV head
-            module.num_key_value_groups = module.q_proj.out_features // module.k_proj.out_features
+            query, keys = (getattr(module, name) for name in (family.attention.query, family.attention.key))
+            module.num_key_value_groups = query.out_features // keys.out_features
 
 
 def _unsupported(ranks: int, reason: str) -> Failure:

@@ -3,7 +3,8 @@
 transformers' forward pass launches some forty kernels a block, most of which move a few kilobytes; on a fast GPU they
 take longer than reading the weights does. This computes the same for the Llama family (Llama, Mistral, Qwen2, Qwen3 and
 what is built like them): blocks of RMSNorm, attention with rotary embeddings, RMSNorm and an MLP of silu(gate) * up.
-Whether a model is one is seen by its modules, and by comparing its logits; any other keeps its own forward pass.
+Whether a model is one its family says, and its modules and a comparison of its logits confirm it; any other keeps its
+own forward pass.
 
 It is the same step in the engine that is measured and in the one that serves: both hold keys and values in blocks.
 """
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trimtab import progress
+from trimtab import families, progress
 from trimtab.runtime import few_rows, fused, paged, small_kernels
 from trimtab.runtime.fewer_kernels import FusedRMSNorm
 from trimtab.runtime.linear import PackedLinear
@@ -27,9 +28,6 @@ from trimtab.runtime.small_kernels import Angles, Kernels, Sizes
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
-_BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-_MLP = {"gate_proj", "up_proj", "down_proj"}
 #: Rotary embeddings whose angles depend on nothing but the position.
 _ROTARY = ("default", "linear", "llama3", "yarn")
 #: Tokens of the prompts that a step is tried on, and of a block of their cache.
@@ -71,12 +69,12 @@ class Step:
         products: dict[nn.Module, Product] | None = None,
         by_spans: bool = False,
     ):
-        body = model.base_model
+        body, self._family = model.base_model, families.named(model.config.model_type)
         self.kernels, self._products, self.by_spans = kernels or Kernels(), products or {}, by_spans
         self.sizes = sizes(model)
-        self._embedding, self._norm = body.embed_tokens, body.norm
+        self._embedding, self._norm = model.get_input_embeddings(), model.get_submodule(self._family.last_norm)
         self._head = self._product(model.get_output_embeddings())
-        self._blocks = [self._block(block) for block in body.layers]
+        self._blocks = [self._block(block) for block in model.get_submodule(self._family.blocks)]
         like = torch.empty(0, dtype=self._norm.weight.dtype, device=model.device)
         cos_1PD, sin_1PD = body.rotary_emb(like, position_ids=torch.arange(positions, device=model.device)[None])
         self._angles = Angles(cos_1PD[0].contiguous(), sin_1PD[0].contiguous())
@@ -108,18 +106,20 @@ class Step:
         return self._head(x)
 
     def _block(self, block: nn.Module) -> _Block:
-        attention, mlp = block.self_attn, block.mlp
+        a, m = self._family.attention, self._family.mlp
+        attention, mlp = getattr(block, a.module), getattr(block, m.module)
+        query_norm, key_norm = (getattr(attention, name) for name in a.head_norms) if a.head_norms else (None, None)
         return _Block(
             layer=attention.layer_idx,
-            before=block.input_layernorm,
-            qkv=self._together(attention, "q_proj", "k_proj", "v_proj"),
-            query_norm=getattr(attention, "q_norm", None),
-            key_norm=getattr(attention, "k_norm", None),
+            before=getattr(block, a.norm),
+            qkv=self._together(attention, a.query, a.key, a.value),
+            query_norm=query_norm,
+            key_norm=key_norm,
             scaling=attention.scaling,
-            out=self._product(attention.o_proj),
-            between=block.post_attention_layernorm,
-            gate_up=self._together(mlp, "gate_proj", "up_proj"),
-            down=self._product(mlp.down_proj),
+            out=self._product(getattr(attention, a.output)),
+            between=getattr(block, m.norm),
+            gate_up=self._together(mlp, m.gate, m.up),
+            down=self._product(getattr(mlp, m.down)),
         )
 
     def _together(self, module: nn.Module, *names: str) -> Product:
@@ -145,33 +145,41 @@ class Step:
 
 def sizes(model: PreTrainedModel) -> Sizes:
     """Returns the sizes of a model, or of this process's part of one."""
-    attention, mlp = model.base_model.layers[0].self_attn, model.base_model.layers[0].mlp
-    heads, kv_heads = (getattr(attention, name).out_features // attention.head_dim for name in ("q_proj", "k_proj"))
-    return Sizes(heads, kv_heads, attention.head_dim, attention.q_proj.in_features, mlp.gate_proj.out_features)
+    family = families.named(model.config.model_type)
+    block = model.get_submodule(family.blocks)[0]
+    attention, mlp = getattr(block, family.attention.module), getattr(block, family.mlp.module)
+    query, keys = (getattr(attention, name) for name in (family.attention.query, family.attention.key))
+    heads, kv_heads = (layer.out_features // attention.head_dim for layer in (query, keys))
+    neurons = getattr(mlp, family.mlp.up).out_features
+    return Sizes(heads, kv_heads, attention.head_dim, query.in_features, neurons)
 
 
 def refusal(model: PreTrainedModel, positions: int) -> str:
     """Returns what a model has that a step does not know, or lacks; "" where it knows all, up to so many positions."""
     body, config = model.base_model, model.config
-    blocks = getattr(body, "layers", None)
-    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
-        return "has no list of blocks"
-    if not _holding(body) <= {"embed_tokens", "layers", "norm", "rotary_emb"}:
+    family = families.named(config.model_type)
+    if not family.llama_block:
+        return "has blocks of another family than Llama's"
+    if blocks_without := family.nope(config.to_dict()):
+        return f"block {blocks_without[0]} has no rotary embedding"
+    named = (family.embedding, family.blocks, family.last_norm)
+    if not _holding(body) <= {*(name.rpartition(".")[2] for name in named), "rotary_emb"}:
         return "has more than an embedding, blocks and a norm"
     rotary = getattr(config, "rope_parameters", None) or {}
     if rotary.get("rope_type", "default") not in _ROTARY:
         return f"has rotary embeddings of type {rotary.get('rope_type')}"
-    for number, block in enumerate(blocks):
-        if _holding(block) != _BLOCK or block._forward_hooks:
+    a, m = family.attention, family.mlp
+    for number, block in enumerate(model.get_submodule(family.blocks)):
+        if _holding(block) != {a.module, a.norm, m.module, m.norm} or block._forward_hooks:
             return f"block {number} is built another way"
-        attention, mlp = block.self_attn, block.mlp
-        extra = _holding(attention) ^ _ATTENTION
-        if extra not in (set(), {"q_norm", "k_norm"}) or _holding(mlp) != _MLP:
+        attention, mlp = getattr(block, a.module), getattr(block, m.module)
+        layers = {a.query, a.key, a.value, a.output, *a.head_norms}
+        if _holding(attention) != layers or _holding(mlp) != {m.gate, m.up, m.down}:
             return f"block {number} has other layers"
-        norms = (block.input_layernorm, block.post_attention_layernorm, body.norm)
+        norms = (getattr(block, a.norm), getattr(block, m.norm), model.get_submodule(family.last_norm))
         if not all(isinstance(norm, FusedRMSNorm) for norm in norms):
             return f"block {number} has norms of another kind"
-        if extra and attention.q_norm.weight.shape != (attention.head_dim,):
+        if any(getattr(attention, norm).weight.shape != (attention.head_dim,) for norm in a.head_norms):
             return f"block {number} has norms over all heads"
         window = getattr(attention if hasattr(attention, "sliding_window") else config, "sliding_window", None)
         if window and window < positions:

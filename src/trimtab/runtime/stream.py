@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from trimtab.fusion import block_of
 from trimtab.model import Tensor, read_tensors
-from trimtab.runtime.checkpoint import INDEX
+from trimtab.model_files import INDEX, SINGLE, companions
 
 #: Bytes of the source that a shard is made from, unless a single block or tensor has more.
 SHARD_BYTES = 512 << 20
@@ -70,15 +70,14 @@ def rewrite(source: Path, output: Path, scratch: Path, skip: Sequence[str], conv
 
 def copy_the_rest(source: Path, output: Path) -> None:
     """Config, tokenizer and chat template go along; weights and their index have been written anew."""
-    for path in source.iterdir():
-        if path.is_file() and path.suffix in (".json", ".model", ".txt", ".jinja") and path.name != INDEX:
-            shutil.copyfile(path, output / path.name)
+    for name in companions(source):
+        shutil.copyfile(source / name, output / name)
 
 
 def _publish(shards: Sequence[Path], output: Path) -> None:
     """Gives the shards the names that transformers reads."""
     if len(shards) == 1:
-        _link(shards[0], output / "model.safetensors")
+        _link(shards[0], output / SINGLE)
         return
     weight_map, total = {}, 0
     for number, shard in enumerate(shards, start=1):

@@ -1,4 +1,9 @@
-"""Text as windows of tokens, for calibration, distillation and perplexity."""
+"""Text as tokens, and as windows of them: the same for what is calibrated on, trained on, judged and served.
+
+A tokenizer says itself which tokens stand before a text: Llama's, Mistral's and Gemma's write BOS there, SmolLM's and
+Qwen's nothing. A model that was trained with BOS answers worse without it, Gemma's ruinously, and a server always gives
+it; so every window and every prompt begins as the tokenizer begins a text.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +25,43 @@ def read_text(source: str, builtin: tuple[str, str], tokenizer: Any = None, fiel
     return SEPARATOR.join(documents.read(source, builtin, tokenizer, field))
 
 
-def windows(tokenizer: Any, text: str, length: int, count: int, seed: int | None = None) -> torch.Tensor:
+def encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+    """Returns the tokens that a model reads for a text.
+
+    Args:
+        special: whether the tokenizer adds what it adds to a text, BOS say. It adds nothing to a text that begins
+            with BOS already, as what a chat template wrote may. False for a part of a text, and for a dialogue, whose
+            template writes the special tokens itself.
+    """
+    written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=special and not written).input_ids
+
+
+def prefix(tokenizer: Any) -> list[int]:
+    """Returns the tokens that the tokenizer writes before every text: [BOS], or none."""
+    some = "a"
+    whole, bare = encode(tokenizer, some), encode(tokenizer, some, special=False)
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
+
+
+def begin(tokenizer: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Returns the rows of tokens [n, L] as texts begin: with the tokenizer's prefix of P tokens, [n, P + L]."""
+    return torch.cat([torch.tensor(prefix(tokenizer), dtype=rows.dtype).expand(len(rows), -1), rows], dim=1)
+
+
+def windows(
+    tokenizer: Any, text: str, length: int, count: int, seed: int | None = None, field: str = "text"
+) -> torch.Tensor:
     """Cuts the text into windows of `length` tokens and returns `count` of them, int64 [count, length].
 
-    The windows do not overlap. With a seed they are drawn at random, without one they are the first.
+    Each begins as the tokenizer begins a text, with BOS where it writes one. No token of the text is in two of them.
+    With a seed they are drawn at random, without one they are the first.
 
     Raises:
-        InputError: the text has too few tokens.
+        InputError: the text has too few tokens; begins with `field`.
     """
-    tokens = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.int64)
-    return cut(tokens, length, count, seed)
+    tokens = torch.tensor(encode(tokenizer, text, special=False), dtype=torch.int64)
+    return begin(tokenizer, cut(tokens, length - len(prefix(tokenizer)), count, seed, field))
 
 
 def cut(

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from trimtab import fusion
+from trimtab import families, fusion
 from trimtab.catalog.backends import BACKENDS
 from trimtab.catalog.formats import STORAGES, Storage
 from trimtab.catalog.kv_caches import KV_CACHES
@@ -75,7 +75,7 @@ def translate(export: Path, output: Path, scratch: Path) -> str:
     dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     _check(read, config["model_type"], dtype)
     scaled = [name for name in read.layers if _scales_inputs(read, name)]
-    config["quantization_config"] = _quantization(read, scaled)
+    config["quantization_config"] = _quantization(read, scaled, families.named(config["model_type"]).head)
     output.mkdir(parents=True, exist_ok=True)
     stream.rewrite(export, output, scratch, [], lambda names, _: _shard(Export(export), names, dtype))
     stream.copy_the_rest(export, output)
@@ -131,7 +131,7 @@ def _scales_inputs(read: Export, layer: str) -> bool:
     return read.has(f"{layer}.pre_quant_scale") and read.layer(layer).scales_inputs
 
 
-def _quantization(read: Export, scaled: Sequence[str]) -> dict[str, Any]:
+def _quantization(read: Export, scaled: Sequence[str], head: str) -> dict[str, Any]:
     """The `quantization_config` of compressed-tensors 0.17, as vLLM's CompressedTensorsConfig reads it."""
     layout = next(iter(read.layers.values()))
     float8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
@@ -149,7 +149,7 @@ def _quantization(read: Export, scaled: Sequence[str]) -> dict[str, Any]:
         "format": form,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": sorted({*read.plain_layers, "lm_head"}),
+        "ignore": sorted({*read.plain_layers, head}),
     }
     if read.kv_cache_algo:
         found["kv_cache_scheme"] = float8

@@ -109,7 +109,7 @@ def inflight_batcher(settings: Engine, engine_path: str, model_path: str) -> dic
 def _script(size: int, model_path: str) -> str:
     """The models around the engine are NVIDIA's: their templates are filled where they are."""
     shared = f"triton_max_batch_size:{size},logits_datatype:TYPE_FP32"
-    words = f"tokenizer_dir:{model_path},add_special_tokens:false"
+    words = f"tokenizer_dir:{model_path},add_special_tokens:true"
     filled = {
         "preprocessing": f"{words},triton_max_batch_size:{size},preprocessing_instance_count:1",
         "postprocessing": f"{words},triton_max_batch_size:{size},postprocessing_instance_count:1",

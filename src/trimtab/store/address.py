@@ -10,6 +10,7 @@ from trimtab.errors import InputError
 
 _TREE = re.compile(r"(.+)/trees/([0-9a-f]{64})")
 _RELEASE = re.compile(r"(.+)/releases/([^/]+)/([0-9]+)")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _S3 = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([\w!.*'()=/-]*))?", re.ASCII)
 
 
@@ -29,6 +30,20 @@ def canonical(address: str) -> str:
     return folder_of(address).as_uri()
 
 
+def split_source(uri: str) -> tuple[str, str]:
+    """Returns the bucket and the prefix that somebody else's s3:// URI names, character by character: a prefix may
+    hold what a store's may not, such as spaces, '+' and accents.
+
+    Raises:
+        InputError: no valid bucket, or a prefix with an empty part, '.' or '..'.
+    """
+    match = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?", uri)
+    prefix = (match.group(2) or "").strip("/") if match else ""
+    if not match or (prefix and any(part in ("", ".", "..") for part in prefix.split("/"))):
+        raise InputError(f"the model {uri!r} is not valid: write s3://bucket/prefix")
+    return match.group(1), prefix
+
+
 def folder_of(address: str) -> Path:
     """Returns the absolute folder that a path or a file:// URI names.
 
@@ -46,6 +61,23 @@ def folder_of(address: str) -> Path:
         raise InputError("the store's address is empty: write s3://bucket/prefix or /some/folder")
     # Not resolved: behind a link the store may move.
     return Path(path).expanduser().absolute()
+
+
+def is_name(name: str) -> bool:
+    """Whether a release or a pin may have that name."""
+    return _NAME.fullmatch(name) is not None
+
+
+def check_name(name: str, what: str) -> str:
+    """Returns the name of a release or of a pin, which is a part of paths and of URIs.
+
+    Raises:
+        InputError: it is not valid; calls it the name of `what`.
+    """
+    if not is_name(name):
+        rule = "letters, digits, '.', '_', '-' of ASCII, a letter or a digit first, at most 128"
+        raise InputError(f"the {what} name {name!r} is not valid: write {rule}")
+    return name
 
 
 def split_tree(uri: str) -> tuple[str, str] | None:

@@ -8,8 +8,9 @@ import io
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -165,10 +166,15 @@ class S3Back:
         """Returns the SHA-256 of a blob's content, None when it is absent."""
         return self._stream(key, size, None, meter)
 
-    def download(self, folder: Path, suffixes: tuple[str, ...]) -> None:
-        """Brings what lies directly below the prefix into a folder: a model that somebody else put there."""
+    def download(self, folder: Path, suffixes: tuple[str, ...], without: Sequence[str] = ()) -> None:
+        """Brings what lies directly below the prefix into a folder: a model that somebody else put there.
+
+        Args:
+            suffixes: of the names that are brought.
+            without: patterns of names that are not.
+        """
         for name in self.names(""):
-            if name.endswith(suffixes):
+            if name.endswith(suffixes) and not any(fnmatchcase(name, pattern) for pattern in without):
                 get = self._client.fget_object
                 self._insist(f"download {name}", lambda: get(self.bucket, self._key(name), str(folder / name)))  # noqa: B023
 

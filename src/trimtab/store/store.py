@@ -13,7 +13,7 @@ from typing import Any
 
 from trimtab.errors import Damaged, InputError
 from trimtab.store import leases
-from trimtab.store.address import canonical, folder_of, split_release, split_tree
+from trimtab.store.address import canonical, check_name, folder_of, is_name, split_release, split_tree
 from trimtab.store.cache import bring
 from trimtab.store.local import LocalBack, blob_key
 from trimtab.store.transfer import Meter, Progress, explained, in_parallel
@@ -23,7 +23,6 @@ from trimtab.store.tree import Blob, Manifest, Tree, list_files
 RENEW = timedelta(days=1)
 
 _KEY = re.compile(r"[0-9a-f]{64}")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def open_store(address: str) -> Store:
@@ -62,7 +61,7 @@ class Store:
 
     def put(
         self,
-        folder: str | Path,
+        folder: str | Path | Mapping[str, Path],
         *,
         kind: str,
         metadata: Mapping[str, Any] | None = None,
@@ -72,7 +71,8 @@ class Store:
         """Stores the files of a folder and returns their tree; sends no content that is there already.
 
         Args:
-            folder: its files, with links to files inside it followed; empty folders and modes are not kept.
+            folder: its files, with links to files inside it followed; empty folders and modes are not kept. Or the
+                tree's files by name, and where each lies.
             kind: what the tree is ("checkpoint"); part of the digest.
             metadata: JSON; part of the digest.
             move: the files are given away: deleted when the tree is complete, and in a local store on the
@@ -84,22 +84,27 @@ class Store:
             StoreError: a file changed while it was read, or the store failed; no part of the tree is visible,
                 and putting it again sends only what is missing.
         """
-        folder = Path(folder)
-        sizes = list_files(folder)
+        if isinstance(folder, Mapping):
+            places = dict(sorted(folder.items()))
+            with explained(", ".join(places)):
+                sizes = {name: place.stat().st_size for name, place in places.items()}
+        else:
+            sizes = list_files(folder)
+            places = {name: Path(folder) / name for name in sizes}
         metadata = json.loads(_json(metadata or {}, "metadata"))
         self._back.prepare()
         meter = Meter(sum(sizes.values()), progress)
         with leases.working(self._back):
-            sums = in_parallel(lambda path: self._back.add(folder / path, sizes[path], meter, move), sizes, meter)
+            sums = in_parallel(lambda path: self._back.add(places[path], sizes[path], meter, move), sizes, meter)
             files = {path: Blob(sha256=sha, bytes=sizes[path]) for path, sha in zip(sizes, sums, strict=True)}
             manifest = Manifest.parse({"kind": kind, "metadata": metadata, "files": files})
             key = f"trees/{manifest.digest}.json"
             if _is_old(self._back.modified(key)):
                 self._back.write(key, _json(manifest.document, "the manifest"))
         if move:
-            with explained(str(folder)):
-                for path in sizes:
-                    (folder / path).unlink()
+            for place in places.values():
+                with explained(str(place)):
+                    place.unlink()
         return Tree(uri=f"{self.uri}/trees/{manifest.digest}", digest=manifest.digest, bytes=manifest.size)
 
     def put_json(self, kind: str, document: Any, **others: Any) -> Tree:
@@ -226,7 +231,7 @@ class Store:
             Damaged: it is not as `release` wrote it.
         """
         parts = split_release(uri)
-        if not parts or not _NAME.fullmatch(parts[1]) or canonical(parts[0]) != self.uri:
+        if not parts or not is_name(parts[1]) or canonical(parts[0]) != self.uri:
             valid = f"{self.uri}/releases/<name>/<version>"
             raise InputError(f"{uri!r} is not a release of this store: write {valid}")
         data = self._back.read(f"releases/{parts[1]}/{parts[2]}.json")
@@ -258,11 +263,11 @@ class Store:
             kept = [self.manifest(tree).digest for tree in trees]
             pinned = {"trees": kept, "until": until.isoformat() if until else None}
             self._back.prepare()
-            self._back.write(f"pins/{_name(name, 'pin')}.json", _json(pinned, "a pin"))
+            self._back.write(f"pins/{check_name(name, 'pin')}.json", _json(pinned, "a pin"))
 
     def unpin(self, name: str) -> None:
         """Forgets a pin, if there is one."""
-        self._back.remove(f"pins/{_name(name, 'pin')}.json")
+        self._back.remove(f"pins/{check_name(name, 'pin')}.json")
 
     def check(self) -> None:
         """Finds out in seconds whether the store can be used: reachable, right credentials, there, writable.
@@ -298,7 +303,7 @@ class Store:
             return True
 
     def _versions(self, name: str) -> list[str]:
-        names = (entry.removesuffix(".json") for entry in self._back.names(f"releases/{_name(name, 'release')}"))
+        names = (entry.removesuffix(".json") for entry in self._back.names(f"releases/{check_name(name, 'release')}"))
         return sorted((entry for entry in names if entry.isdigit()), key=int)
 
 
@@ -313,12 +318,6 @@ def _json(value: Any, what: str) -> bytes:
         return text.encode()
     except (TypeError, ValueError) as error:
         raise InputError(f"{what} is not JSON: {error}") from None
-
-
-def _name(name: str, what: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise InputError(f"the {what} name {name!r} is not valid: write letters, digits, '.', '_', '-'")
-    return name
 
 
 def _is_old(modified: float | None) -> bool:

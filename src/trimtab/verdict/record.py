@@ -27,8 +27,9 @@ class Measurements(Document):
     """What the engine cost; 0 means not measured.
 
     `bytes` of the artifact's files; `quantized_share` is the bytes of the quantized tensors over their bytes
-    in BF16; decode at batch 1 and throughput at batch 8, in tokens a second; the peak memory in bytes; the
-    longest context that fits the target, in tokens.
+    in BF16; decode at batch 1 and throughput at `batch` sequences at a time, in tokens a second; the peak memory in
+    bytes; the longest context that fits, in tokens. All are those of one copy of the model, on `devices` of the
+    target.
     """
 
     bytes: int = 0
@@ -37,6 +38,8 @@ class Measurements(Document):
     throughput_tokens_per_second: float = 0.0
     peak_memory_bytes: int = 0
     max_context_tokens: int = 0
+    devices: int = 1
+    batch: int = 8
 
 
 class Confirmation(Document):
@@ -52,6 +55,7 @@ class Confirmation(Document):
 class Verdict(Document):
     """What is said of one attempt, and the numbers it rests on.
 
+    `stage` is the one that failed, where the attempt ended before it was measured.
     `looks` says how often items were drawn, `items` and `windows` how many there were in all. `accuracy` and
     `perplexity` are the candidate's; `recovery` and `perplexity_ratio` compare it with the baseline. All
     intervals have the two-sided confidence of their look (see `trimtab.verdict.judging`). `mcnemar_p`, for the
@@ -61,6 +65,7 @@ class Verdict(Document):
     outcome: Literal["accepted", "rejected", "indeterminate", "baseline"]
     failure_class: FailureClass | None = None
     reason: str
+    stage: str = ""
     looks: int = 0
     items: int = 0
     windows: int = 0

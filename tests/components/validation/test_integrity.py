@@ -64,6 +64,28 @@ def test_a_model_that_is_not_quantized(model, tmp_path):
     assert metrics["quantized_share"] == 1 and metrics["bytes"] > metrics["tensor_bytes"] > 0
 
 
+def test_a_model_that_stores_more_than_is_read(model, tmp_path):
+    """The embedding once more as a tied head, and what transformers computes: neither is damage of a model unchanged,
+    and both are left out of its export."""
+    from trimtab.components.quantization.work import quantize
+
+    old = shutil.copytree(model, tmp_path / "old")
+    tensors = load_file(old / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, old / "model.safetensors", {"format": "pt"})
+    (tmp_path / "output").mkdir()
+    inspect(str(old), str(old), str(tmp_path / "output"), "", {})
+    export = tmp_path / "export"
+    export.mkdir()
+    quantize(str(old), None, None, None, str(export), str(tmp_path / "scratch"), {"format": "int8_wo"})
+    (tmp_path / "output").rename(tmp_path / "first")
+    check(export, old, tmp_path, "int8_wo")
+    assert not {"lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"} & {
+        *load_file(export / "model.safetensors")
+    }
+
+
 @pytest.mark.parametrize("settings", [{}, {"format": "int8_wo"}], ids=["as it is", "int8_wo"])
 def test_a_sparse_model_passes(settings, model, calibration, tmp_path):
     from trimtab.components.pruning.work import prune

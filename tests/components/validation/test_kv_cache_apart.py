@@ -63,7 +63,7 @@ class Run:
         work.quantize(str(self.folder / "model"), calibration, None, None, str(weights), scratch, settings)
         ruined = tiny.write_kv_cache(weights, self.folder / "ruined", "FP8", 1e-5, 1e-5)
         stage = stages.STAGES["quantize"]
-        key = stage.key(stage.parameters(state.recipe), stages.inputs_of(stage, state))
+        key = stages.key_here(stage, state)
         tree = self.store.put(ruined, kind="export", metadata={"key": key})
         self.store.record(key, {"tree": tree.model_dump(), "metrics": {}, "seconds": 1.0})
 

@@ -1,4 +1,4 @@
-"""The row of items, the looks' ranges, and what counts as degenerate."""
+"""Which items and windows a look asks, which answer of an item counts, and what counts as degenerate."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trimtab import dealing
 from trimtab.components.validation import measure, stage
 from trimtab.components.validation.generation import is_degenerate
-from trimtab.components.validation.tasks import choose
+from trimtab.components.validation.tasks import choose, filters_of
 from trimtab.errors import InputError
+from trimtab.recipe import Acceptance
 from trimtab.runtime.text import read_text
 from trimtab.state import Evaluation
 
@@ -43,53 +45,69 @@ def pairs(chosen: dict[str, list[int]]) -> set[tuple[str, int]]:
     return {(name, document) for name, documents in chosen.items() for document in documents}
 
 
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=4), st.lists(st.integers(0, 30), min_size=1, max_size=5))
-def test_ranges_never_overlap_and_leave_nothing_out(sizes, steps):
-    row = tasks(**{f"task{n}": size for n, size in enumerate(sizes)})
+@given(st.integers(1, 40), st.lists(st.integers(0, 30), min_size=1, max_size=5))
+def test_spans_never_overlap_and_leave_nothing_out(size, steps):
     start, seen = 0, set()
     for step in steps:
-        found = pairs(choose(row, start, start + step))
-        assert not found & seen
-        assert len(found) == max(0, min(step, sum(sizes) - start))
+        stop = min(size, start + step)
+        found = pairs(choose(tasks(a=size), {"a": [start, stop]}))
+        assert not found & seen and len(found) == stop - start
         seen |= found
-        start += step
-
-
-def test_tasks_take_turns():
-    chosen = choose(tasks(a=100, b=100, c=2), 0, 30)
-    assert {name: len(documents) for name, documents in chosen.items()} == {"a": 14, "b": 14, "c": 2}
+        start = stop
 
 
 def test_a_prefix_is_a_random_sample_and_always_the_same():
-    chosen = choose(tasks(a=1000), 0, 100)["a"]
-    assert chosen == choose(tasks(a=1000), 0, 100)["a"]
+    chosen = choose(tasks(a=1000), {"a": [0, 100]})["a"]
+    assert chosen == choose(tasks(a=1000, b=3), {"a": [0, 100]})["a"]
     assert max(chosen) > 900 and 400 < sum(chosen) / 100 < 600
 
 
-@given(
-    st.tuples(*[st.integers(0, 1000)] * 3),
-    st.tuples(*[st.integers(0, 100)] * 3),
-    st.integers(0, 1000),
-    st.integers(0, 50),
+def test_a_task_that_has_shrunk_since_the_run_was_planned():
+    with pytest.raises(InputError, match="tasks: 'a' has 9 items, and had 10 or more when the run was planned; begin"):
+        choose(tasks(a=9), {"a": [5, 10]})
+
+
+def filtered(**filters: tuple[str, ...]) -> dict[str, SimpleNamespace]:
+    return {task: SimpleNamespace(_filters=[SimpleNamespace(name=n) for n in names]) for task, names in filters.items()}
+
+
+GSM8K = filtered(gsm8k=("strict-match", "flexible-extract"), piqa=("none",))
+
+
+@pytest.mark.parametrize(
+    ("named", "chosen"), [({}, "strict-match"), ({"gsm8k": "flexible-extract"}, "flexible-extract")]
 )
-def test_looks_and_fresh_items_follow_each_other(items, windows, confirm_items, confirm_windows):
-    settings = Evaluation(
-        items=items, windows=windows, confirm_items=confirm_items, confirm_windows=confirm_windows
-    )
-    drawn = [*stage.ranges(settings), stage.fresh_range(settings)]
-    for kind, total in ((0, sum(items) + confirm_items), (1, sum(windows) + confirm_windows)):
-        spans = [span[kind] for span in drawn]
-        assert spans[0][0] == 0 and spans[-1][1] == total
-        assert all(left[1] == right[0] for left, right in zip(spans, spans[1:], strict=False))
+def test_an_item_is_one_answer_by_a_stated_filter(named, chosen):
+    assert filters_of(GSM8K, named) == {"gsm8k": chosen, "piqa": "none"}
 
 
-def test_a_kv_cache_in_16_bits_is_another_evaluation_and_the_exports_own_is_the_old_one():
-    settings = Evaluation()
-    own, without = (stage.evaluation_parameters(settings, [0, 9], [0, 1], True, kv) for kv in ("export", "none"))
-    assert "kv_cache" not in own, "results from before there was a choice are found"
-    assert own == stage.evaluation_parameters(settings, [0, 9], [0, 1], True)
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"gsm8k": "loose"}, "filters: 'gsm8k' has no filter 'loose'; write strict-match or flexible-extract"),
+        ({"gsm": "strict-match"}, "filters: there is no task 'gsm' among gsm8k, piqa; remove it"),
+    ],
+)
+def test_a_filter_that_is_not_there_is_refused(named, message):
+    with pytest.raises(InputError, match=message):
+        filters_of(GSM8K, named)
+
+
+def test_looks_and_fresh_windows_follow_each_other():
+    settings = Evaluation(windows=(4, 0, 6), confirm_windows=5)
+    deal = dealing.deal({"a": 2000}, settings, Acceptance(), 5)
+    drawn = [*stage.looks(settings, deal), stage.fresh(settings, deal, 0)]
+    assert [windows for _, windows in drawn] == [[0, 4], [4, 4], [4, 10], [10, 15]]
+    assert [items for items, _ in drawn] == [deal.look(1), deal.look(2), deal.look(3), deal.confirm(0)]
+    assert stage.fresh(settings, deal, 1) == (deal.confirm(1), [10, 15])
+
+
+def test_a_kv_cache_in_16_bits_is_another_evaluation():
+    parameters = (Evaluation(), {"a": [0, 9]}, [0, 1], True)
+    own, without = (stage.evaluation_parameters(*parameters, kv) for kv in ("export", "none"))
+    assert own == stage.evaluation_parameters(*parameters)
     assert without == {**own, "kv_cache": "none"}
-    assert stage.EVALUATE.key(own, {}) != stage.EVALUATE.key(without, {})
+    assert stage.EVALUATE.key(own, {}, {}) != stage.EVALUATE.key(without, {}, {})
 
 
 PARAMETERS = {"tasks": ["trimtab_common_sense"], "task_path": "", "heldout": "builtin"}

@@ -172,7 +172,10 @@ def test_what_cannot_be_planned(model, gpu, recipe, longest, message):
 
 def test_an_outline_names_what_is_wrong(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    with pytest.raises(InputError, match=r"the shapes of a 'mamba' are not known \(llama, mistral, qwen2, qwen3 are\)"):
+    with pytest.raises(InputError, match="model_type 'mamba' has recurrent layers, which is not supported"):
+        outline(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text('{"model_type": "phi3"}')
+    with pytest.raises(InputError, match=r"shapes of a 'phi3' do not follow.* \(llama, mistral, qwen2, qwen3's do\)"):
         outline(tmp_path / "config.json")
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}')
     with pytest.raises(InputError, match="lacks 'intermediate_size'; give the model's own config.json"):

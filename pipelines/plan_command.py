@@ -1,0 +1,101 @@
+"""The command `plan`: what a run would do, or how an engine is sized for a workload."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trimtab import hardware
+from trimtab.errors import InputError
+from trimtab.pipelines.inputs import read
+from trimtab.recipe import Recipe
+from trimtab.serving import traffic, workload
+
+GPUS = 8
+
+
+def add(commands: Any, add_options: Callable, check: Callable[[argparse.Namespace], Any]) -> None:
+    """Adds the command to the parser of `trimtab`.
+
+    Args:
+        add_options: adds the options of `run`, all of which `plan` takes.
+        check: refuses what `run` would refuse of them, but for the model and the store.
+    """
+    plan = commands.add_parser("plan", help="show the baseline and the ladder of recipes, and why each stands there")
+    add_options(plan)
+    plan.add_argument("--json", action="store_true", help="print baseline, rungs and what is refused, for scripts")
+    plan.add_argument("--engine", action="store_true", help="size an engine for a workload instead, line by line")
+    plan.add_argument("--workload", default="", metavar="FILE", help="lengths and concurrency, YAML (for --engine)")
+    plan.add_argument("--gpus", type=int, metavar="N", help=f"devices there are, for --engine ({GPUS})")
+    plan.set_defaults(command=lambda arguments, console: _plan(arguments, console, check))
+
+
+def _plan(arguments: argparse.Namespace, console: Console, check: Callable[[argparse.Namespace], Any]) -> int:
+    for name in () if arguments.engine else ("workload", "gpus"):
+        if getattr(arguments, name):
+            other = ", or write the workload into the recipe" if name == "workload" else ""
+            raise InputError(f"{name}: is for sizing an engine; add --engine{other}")
+    if arguments.engine and arguments.json:
+        raise InputError("json: is for the plan of a run; leave --engine or --json out")
+    about = {"goal": arguments.goal, "target": arguments.target}
+    try:
+        check(arguments)
+        if arguments.engine:
+            return _plan_engine(arguments)
+        outline = _outline(arguments)
+    except InputError as error:
+        if arguments.json:
+            refused = [{"title": "", "why": str(error)}]
+            print(json.dumps({**about, "baseline": None, "rungs": [], "refused": refused}, ensure_ascii=False))
+        raise
+    if arguments.json:
+        print(json.dumps({**about, **outline}, ensure_ascii=False, indent=1))
+        return 0
+    baseline = outline["baseline"]
+    backend = baseline["recipe"].get("engine", {}).get("backend", "torch")
+    table = Table("", "recipe", "why", title=f"{arguments.goal} on {arguments.target}, {backend}")
+    table.add_row("", "baseline", baseline["why"])
+    for number, rung in enumerate(outline["rungs"], start=1):
+        table.add_row(str(number), rung["title"], rung["why"])
+    out = Console()
+    out.print(table)
+    for other in outline["refused"]:
+        out.print(f"not tried: {other['title']}: {other['why']}", soft_wrap=True, highlight=False, markup=False)
+    return 0
+
+
+def _outline(arguments: argparse.Namespace) -> dict[str, Any]:
+    from trimtab import flow
+    from trimtab.components.fetch.facts import facts
+
+    target, wanted = hardware.target(arguments.target), Recipe.parse(read(arguments.recipe, "recipe") or "{}")
+    return flow.outline(arguments.goal, facts(arguments.model), target, wanted)
+
+
+def _plan_engine(arguments: argparse.Namespace) -> int:
+    from trimtab.components.fetch.facts import facts
+    from trimtab.serving.plan import plan_engine
+
+    target, text = hardware.target(arguments.target), read(arguments.recipe, "recipe")
+    recipe = Recipe.parse(text) if text else Recipe.parse({"engine": {"backend": target.default_backend}})
+    known = facts(arguments.model)
+    text = read(arguments.workload, "workload")
+    asked = workload.parse(text) if text else recipe.workload or workload.Workload()
+    recorded = traffic.of(asked)
+    gpus = GPUS if arguments.gpus is None else arguments.gpus
+    plan = plan_engine(known, recipe, target, recorded.workload if recorded else asked, gpus=gpus)
+    title = f"{recipe.title} on {arguments.target}, {recipe.engine.backend}"
+    table = Table("setting", "value", "why", title=title)
+    for line in plan.lines:
+        table.add_row(line.setting, line.value, line.why)
+    out = Console()
+    if recorded:
+        out.print(f"recorded: {recorded.sentence}", soft_wrap=True, highlight=False)
+    out.print(table)
+    out.print("engine:", plan.recipe.engine.to_json(), soft_wrap=True, highlight=False)
+    return 0

@@ -1,0 +1,51 @@
+"""The families of models that trimtab knows: one `Family` for each model type of transformers, a file a family.
+
+To add one, describe it in a file here and add that file's `FAMILIES` to `_FILES`; `tests/unit/test_families.py` then
+compares every name with transformers' own modules.
+"""
+
+from __future__ import annotations
+
+from trimtab.errors import InputError
+from trimtab.families import cohere, gemma, glm, llama, olmo, phi, plain, qwen
+from trimtab.families.family import Attention, Config, Family, Layer, Limit, Mlp, SharedInput
+from trimtab.families.undescribed import missing
+
+__all__ = ["BY_TYPE", "Attention", "Config", "Family", "Layer", "Limit", "Mlp", "SharedInput", "named", "of"]
+
+_FILES = (llama, qwen, gemma, phi, glm, olmo, cohere, plain)
+#: Model type -> family.
+BY_TYPE = {family.model_type: family for file in _FILES for family in file.FAMILIES}
+
+
+def of(config: Config, where: str = "config.json") -> Family:
+    """Returns the family of a model by its config.json.
+
+    Raises:
+        InputError: no family describes its `model_type`, or the family does not describe one of its settings; says
+            which, and what is described.
+    """
+    model_type = config.get("model_type")
+    family = BY_TYPE.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise InputError(f"{where}: {_unknown(config)}")
+    if reason := family.refusal(config):
+        raise InputError(f"{where}: {reason}; give another model")
+    return family
+
+
+def named(model_type: str) -> Family:
+    """Returns the family of a model type, of a model that `of` has let pass.
+
+    Raises:
+        InputError: no family describes it.
+    """
+    if model_type not in BY_TYPE:
+        raise InputError(_unknown({"model_type": model_type}))
+    return BY_TYPE[model_type]
+
+
+def _unknown(config: Config) -> str:
+    what = missing(config)
+    lacks = f"{what}, which is not supported yet" if what else "is not described"
+    return f"model_type '{config.get('model_type')}' {lacks}; give a model of one of these: {', '.join(BY_TYPE)}"

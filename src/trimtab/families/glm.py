@@ -1,0 +1,10 @@
+"""GLM-4: gate and up in one layer, rotary embeddings for half a head; the later one with norms behind its parts too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from trimtab.families.family import Family, Mlp
+
+GLM = Family("glm", mlp=Mlp(gate_up="gate_up_proj"))
+FAMILIES = (GLM, replace(GLM, model_type="glm4"))

@@ -1,0 +1,25 @@
+"""OLMo and EXAONE 4: blocks without a norm that has a weight ahead of their layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from trimtab.families.family import Attention, Config, Family, Mlp
+
+#: Since OLMo 2 the norms stand behind attention and MLP, and a norm spans all heads of queries, or of keys.
+OLMO2 = Family("olmo2", attention=Attention(norm=None, head_norms=("q_norm", "k_norm")), mlp=Mlp(norm=None))
+
+
+def _whole_context(config: Config) -> list[int]:
+    """EXAONE 4 turns queries and keys by position in blocks with a window alone, if any block has one."""
+    kinds = config.get("layer_types") or ()
+    return [n for n, kind in enumerate(kinds) if kind == "full_attention"] if config.get("sliding_window") else []
+
+
+FAMILIES = (
+    OLMO2,
+    replace(OLMO2, model_type="olmo3"),
+    replace(OLMO2, model_type="exaone4", nope=_whole_context, tensor_parallel=True),
+    # Norms without weights, which checkpoints do not hold.
+    Family("olmo", attention=Attention(norm=None), mlp=Mlp(norm=None), norm="none", tensor_parallel=True),
+)

@@ -1,0 +1,49 @@
+"""What is missing for kinds of models that no family describes, so that a refusal says more than a name."""
+
+from __future__ import annotations
+
+from trimtab.families.family import Config
+
+#: What these have that is not described, and transformers' model types with it.
+_MISSING = {
+    "has mixtures of experts": (
+        "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4_text", "phimoe", "olmoe", "flex_olmo", "dbrx",
+        "granitemoe", "granitemoeshared", "ernie4_5_moe", "glm4_moe", "dots1", "hunyuan_v1_moe", "hy_v3",
+        "minimax_m2", "exaone_moe", "cohere2_moe", "afmoe", "laguna", "mellum", "mimo_v2_flash", "solar_open",
+        "aria_text",
+    ),
+    "has mixtures of experts, and attention over compressed keys and values (MLA)": (
+        "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash",
+    ),
+    "has attention over compressed keys and values (MLA)": ("minicpm3", "youtu"),
+    "has recurrent layers": (
+        "mamba", "mamba2", "falcon_mamba", "falcon_h1", "recurrent_gemma", "rwkv", "xlstm", "lfm2", "olmo_hybrid",
+        "qwen3_5", "qwen3_5_text", "zamba", "zamba2", "bamba",
+    ),
+    "has recurrent layers and mixtures of experts": (
+        "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "granitemoehybrid", "nemotron_h", "jamba", "lfm2_moe",
+        "minimax", "jetmoe", "zaya",
+    ),
+    "stores its layers transposed (Conv1D)": ("gpt2", "gpt-sw3", "openai-gpt", "ctrl"),
+    "has query, key and value interleaved by head in one layer, and a head called embed_out": ("gpt_neox",),
+    "adds biases of attention by distance (ALiBi)": ("bloom", "mpt"),
+    "multiplies queries by their position behind the rotary embedding": ("ministral3",),
+    "caps its logits": ("vaultgemma", "nanochat"),
+}  # fmt: skip
+BY_TYPE = {model_type: missing for missing, model_types in _MISSING.items() for model_type in model_types}
+#: Fields of a config.json that show the same of a model type that is not listed.
+_SIGNS = (
+    (("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), "has mixtures of experts"),
+    (("kv_lora_rank",), "has attention over compressed keys and values (MLA)"),
+    (("ssm_state_size", "mamba_d_state", "state_size", "linear_num_key_heads"), "has recurrent layers"),
+)
+
+
+def missing(config: Config) -> str:
+    """Returns what a model has that no family describes, such as "has recurrent layers"; "" where it is not known."""
+    inner = config.get("text_config")
+    if isinstance(inner, dict):
+        return f"wraps its text model ('{inner.get('model_type')}', in text_config) with others"
+    if found := BY_TYPE.get(str(config.get("model_type"))):
+        return found
+    return next((what for fields, what in _SIGNS if any(config.get(name) for name in fields)), "")

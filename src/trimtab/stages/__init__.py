@@ -1,0 +1,50 @@
+"""The stages: what a recipe asks for, what a result is found by, how it is made, and what KFP shows of it.
+
+| file | idea |
+|---|---|
+| `registry` | each stage as a row: when a recipe asks for it, what it reads, what it makes; the tasks |
+| `keys` | what a result is found by, the environment that its stage declares included |
+| `execution` | a result, from the store or from a child process |
+| `accelerators` | how many devices each task needs, said beforehand |
+| `face` | the body of a component |
+"""
+
+from trimtab.stages.accelerators import accelerators
+from trimtab.stages.execution import (
+    MAX_REASON,
+    Result,
+    advance,
+    cached,
+    fail,
+    inputs_of,
+    key_here,
+    tree_of,
+)
+from trimtab.stages.face import describe_tree, log_metrics, run
+from trimtab.stages.keys import ENGINES, MEASURED, QUANTIZED, TENSORS, Environment
+from trimtab.stages.registry import STAGES, TASKS, Stage, always, work_stage
+
+__all__ = [
+    "ENGINES",
+    "Environment",
+    "MAX_REASON",
+    "MEASURED",
+    "QUANTIZED",
+    "Result",
+    "STAGES",
+    "Stage",
+    "TASKS",
+    "TENSORS",
+    "accelerators",
+    "advance",
+    "always",
+    "cached",
+    "describe_tree",
+    "fail",
+    "inputs_of",
+    "key_here",
+    "log_metrics",
+    "run",
+    "tree_of",
+    "work_stage",
+]

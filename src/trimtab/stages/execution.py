@@ -1,0 +1,131 @@
+"""A stage's result, from the store or from its work in a child process, and what it makes of the state."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import textwrap
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab import child, progress
+from trimtab.errors import Failure
+from trimtab.stages.registry import MAKE_A_STUDENT, STAGES, Stage
+from trimtab.state import State
+from trimtab.store import Store, open_store
+from trimtab.store.tree import Tree
+from trimtab.verdict import Verdict
+
+#: The state holds a reason for every attempt, and must stay small.
+MAX_REASON = 300
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage made: its tree, its metrics, the seconds its work took, and whether it was found ready."""
+
+    tree: Tree
+    metrics: dict[str, Any]
+    seconds: float
+    hit: bool
+
+
+def cached(
+    store: Store,
+    stage: Stage,
+    parameters: dict[str, Any],
+    inputs: Mapping[str, Tree | None],
+    backend: str = "torch",
+) -> Result:
+    """Returns the stage's result from the store, or does its work in a child process and stores it.
+
+    The index is written after the tree, and the tree's manifest after its files: a kill at any moment leaves
+    either the whole result or nothing that anyone can see. The environment in the key is this process's, which is its
+    child's too.
+
+    Args:
+        backend: the engine that the work measures or builds, where it does.
+
+    Raises:
+        Failure: an expected failure of the work.
+        StageError: infrastructure trouble.
+    """
+    environment = stage.environment(parameters).here(backend)
+    key = stage.key(parameters, inputs, environment)
+    record = store.lookup(key)
+    if record:
+        return Result(Tree.model_validate(record["tree"]), record["metrics"], record["seconds"], hit=True)
+    folders = {name: tree and str(store.get(tree)) for name, tree in inputs.items()}
+    with tempfile.TemporaryDirectory(prefix=f"trimtab-{stage.name}-") as output:
+        done = child.call(
+            stage.work,
+            **folders,
+            output=output,
+            scratch=str(_scratch(key)),
+            parameters=parameters,
+        )
+        tree = store.put(Path(output), kind=stage.output, metadata={"key": key}, move=True)
+    metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes}
+    found = {"tree": tree.model_dump(), "metrics": metrics, "seconds": done.seconds, "environment": environment}
+    store.record(key, found)
+    return Result(tree, metrics, done.seconds, hit=False)
+
+
+def _scratch(key: str) -> Path:
+    cache = os.environ.get("TRIMTAB_CACHE") or Path.home() / ".cache" / "trimtab"
+    return Path(cache) / "scratch" / key
+
+
+def tree_of(name: str, state: State) -> Tree | None:
+    """Returns a tree of the attempt. What no stage has made yet is the model itself, or None."""
+    known = {"model": state.model, "checkpoint": state.model, **state.trees}
+    known.setdefault("export", known["checkpoint"])  # a recipe that does not quantize serves the checkpoint
+    return known.get(name)
+
+
+def is_asked(stage: Stage, state: State) -> bool:
+    """Whether the recipe wants the stage; what makes a student is not done where the attempt begins with one."""
+    return stage.wanted(state.recipe) and not (stage.name in MAKE_A_STUDENT and "checkpoint" in state.trees)
+
+
+def inputs_of(stage: Stage, state: State) -> dict[str, Tree | None]:
+    """Returns the trees that the stage reads."""
+    return {name: tree_of(name, state) for name in stage.inputs}
+
+
+def key_here(stage: Stage, state: State) -> str:
+    """Returns the key of the result that the stage would have in this image, on this machine."""
+    parameters = stage.parameters(state.recipe)
+    environment = stage.environment(parameters).here(state.recipe.engine.backend)
+    return stage.key(parameters, inputs_of(stage, state), environment)
+
+
+def advance(name: str, state: State) -> tuple[State, Result | None]:
+    """Takes the state through one stage. Passes it on untouched when it has a verdict or the recipe does not ask.
+
+    An expected failure becomes the state's verdict; only infrastructure trouble raises.
+    """
+    stage = STAGES[name]
+    if state.verdict or not is_asked(stage, state):
+        return state, None
+    started = time.monotonic()
+    try:
+        store, backend = open_store(state.store), state.recipe.engine.backend
+        result = cached(store, stage, stage.parameters(state.recipe), inputs_of(stage, state), backend)
+    except Failure as failure:
+        return fail(state, name, failure), None
+    progress.report(name, "found in the store" if result.hit else f"done in {time.monotonic() - started:.0f} s")
+    seconds = {**state.seconds, name: 0.0 if result.hit else round(result.seconds, 1)}
+    trees = {**state.trees, stage.output: result.tree}
+    return state.model_copy(update={"trees": trees, "seconds": seconds}), result
+
+
+def fail(state: State, name: str, failure: Failure) -> State:
+    """Makes an expected failure the state's verdict."""
+    progress.report(name, failure.reason)
+    reason = textwrap.shorten(failure.reason, MAX_REASON, placeholder=" …")
+    verdict = Verdict(outcome="rejected", failure_class=failure.failure_class, reason=reason, stage=name)
+    return state.model_copy(update={"verdict": verdict})

@@ -1,0 +1,61 @@
+"""What KFP sees of a stage: the body of its component, and the artifacts and numbers that its page shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trimtab import child, environment
+from trimtab.stages.execution import advance, tree_of
+from trimtab.stages.keys import SHAPING
+from trimtab.stages.registry import STAGES
+from trimtab.state import State
+from trimtab.store.tree import Tree
+
+
+def run(names: str, state_json: str, artifact: Any, metrics: Any, shown: str = "") -> str:
+    """The body of a stage's component: runs the named stages and fills the artifacts that the UI shows.
+
+    Args:
+        names: names of STAGES, separated by spaces. The libraries of this image are written down for each of them, also
+            where there is nothing to do: see `accelerators`.
+        shown: the stage whose tree the artifact stands for; the first when empty. The names of the others' metrics
+            begin with their stage's, for all have seconds.
+        state_json: the state as the previous stage returned it.
+        artifact: KFP output artifact; gets a few kB that name the tree, so that the UI draws the lineage.
+        metrics: KFP Metrics artifact, or None.
+
+    Returns:
+        The state for the next stage, as JSON.
+    """
+    child.follow_run()
+    state = State.parse(state_json)
+    shown = shown or names.split()[0]
+    for name in names.split():
+        state, result = advance(name, state)
+        libraries = {**state.libraries, name: environment.installed(SHAPING)}
+        state = state.model_copy(update={"libraries": libraries})
+        if metrics is not None and result:
+            told = {**result.metrics, "seconds": result.seconds, "from_store": float(result.hit)}
+            log_metrics(metrics, {key if name == shown else f"{name}_{key}": value for key, value in told.items()})
+    describe_tree(artifact, tree_of(STAGES[shown].output, state))
+    return state.to_json()
+
+
+def log_metrics(artifact: Any, metrics: Mapping[str, Any]) -> None:
+    """Shows the numbers among the metrics in the UI; texts have no place in KFP's Metrics."""
+    for name, value in metrics.items():
+        if isinstance(value, int | float):
+            artifact.log_metric(name, round(float(value), 6))
+
+
+def describe_tree(artifact: Any, tree: Tree | None) -> None:
+    """Writes what the artifact stands for: the tree stays in the store, its name travels through KFP.
+
+    The artifact's own URI is left alone: outside the pipeline root KFP's launcher fails the task.
+    """
+    facts = tree.model_dump() if tree else {}
+    Path(artifact.path).write_text(json.dumps(facts), encoding="utf-8")
+    artifact.metadata.update({f"tree_{name}": value for name, value in facts.items()})

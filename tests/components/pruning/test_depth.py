@@ -1,0 +1,61 @@
+"""A model without some of its blocks computes what the whole one does when those blocks are passed by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import decoders
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from trimtab import families
+from trimtab.components.pruning import structured
+from trimtab.components.pruning.depth import without
+from trimtab.errors import Failure
+
+
+class Bypass(nn.Module):
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        if hasattr(block, "attention_type"):
+            self.attention_type = block.attention_type
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return hidden_states
+
+
+def prune(source: Path, removed: list[int], folder: Path) -> Path:
+    folder.mkdir()
+    structured.write(source, without(source, removed), folder, folder / "scratch")
+    return folder
+
+
+@pytest.mark.parametrize("model_type", ["llama", "smollm3", "qwen2", "gemma3_text", "exaone4", "olmo3", "cohere2"])
+@torch.inference_mode()
+def test_what_goes_by_block_moves_with_the_blocks(model_type: str, tmp_path: Path) -> None:
+    source = decoders.write(tmp_path / "source", model_type)
+    left = prune(source, [0], tmp_path / "left")
+    whole, pruned = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in (source, left))
+    blocks = whole.get_submodule(families.BY_TYPE[model_type].blocks)
+    blocks[0] = Bypass(blocks[0])
+    tokens = torch.randint(3, 300, (2, 48), generator=torch.Generator().manual_seed(1))  # three windows long
+    expected, found = (model(tokens, use_cache=False).logits for model in (whole, pruned))
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_counts_of_blocks_are_of_those_that_stay(tmp_path: Path) -> None:
+    left = prune(decoders.write(tmp_path / "source", "qwen2"), [0], tmp_path / "left")
+    config = json.loads((left / "config.json").read_text())
+    assert config["max_window_layers"] == 1  # of two without a window, one is left
+    assert config["layer_types"] == ["full_attention", "sliding_attention", "sliding_attention"]
+
+
+def test_a_list_that_may_go_by_block_is_not_kept_in_silence(tmp_path: Path) -> None:
+    source = decoders.write(tmp_path / "source", "llama")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "no_rope_layers": [1, 1, 0, 1]}))
+    with pytest.raises(Failure, match="no_rope_layers has as many entries as the model has blocks.*another method"):
+        without(source, [0])

@@ -1,0 +1,136 @@
+"""Every family against transformers' own modules, and every causal language model of transformers: known or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import decoders
+import pytest
+import torch
+from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from trimtab import families
+from trimtab.errors import InputError
+from trimtab.model import inspect
+from trimtab.runtime import parallel
+
+TYPES = list(families.BY_TYPE)
+TOKENS = torch.randint(3, 300, (1, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_the_names_are_those_of_transformers(model_type: str) -> None:
+    family = families.BY_TYPE[model_type]
+    with torch.device("meta"):
+        model = decoders.build(model_type)
+    blocks = model.get_submodule(family.blocks)
+    assert len(blocks) == decoders.LAYERS
+    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and family.place(name)[1] != name}
+    assert set(found) == {f"{family.blocks}.{n}.{layer}" for n in range(len(blocks)) for layer in family.layers}
+    assert model.get_submodule(family.embedding) is model.get_input_embeddings()
+    assert model.get_submodule(family.head) is model.get_output_embeddings()
+    assert [*model.get_submodule(family.last_norm).parameters()] or family.norm == "none"
+    for block in blocks:
+        attention = block.get_submodule(family.attention.module)
+        named = [attention.get_submodule(norm) for norm in family.attention.head_norms]
+        named += [block.get_submodule(shared.norm) for shared in family.inputs if shared.norm]
+        assert all([*norm.parameters()] for norm in named)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_checkpoint_is_what_the_family_says(model_type: str, tmp_path: Path) -> None:
+    """Shapes by what the features are; and the numbers that transformers' own cache keeps of a token."""
+    family = families.BY_TYPE[model_type]
+    facts = inspect(decoders.write(tmp_path, model_type))
+    kv = facts.kv_heads * facts.head_dim
+    sizes = {"hidden": decoders.HIDDEN, "attention": decoders.HIDDEN, "kv": kv, "qkv": decoders.HIDDEN + 2 * kv,
+             "ffn": decoders.NEURONS, "gate_up": 2 * decoders.NEURONS}  # fmt: skip
+    for linear in facts.linears:
+        layer = family.layer(linear.name)
+        assert (linear.out_features, linear.in_features) == (sizes[layer.outputs], sizes[layer.inputs]), linear.name
+    with torch.inference_mode():
+        cache = decoders.build(model_type)(TOKENS[:, :4], use_cache=True).past_key_values
+    kept = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) // 4
+    assert family.attention.cached_numbers(facts.kv_heads, facts.head_dim) * facts.layers == kept
+
+
+@pytest.mark.parametrize("model_type", [family.model_type for family in families.BY_TYPE.values() if family.folds])
+@torch.inference_mode()
+def test_a_scale_in_a_norm_is_made_up_for_by_the_layers_behind_it(model_type: str) -> None:
+    """So nothing else reads what the norm makes, and the norm does nothing but multiply by its weight."""
+    family, model = families.BY_TYPE[model_type], decoders.build(model_type)
+    before = model(TOKENS).logits
+    folded = 0
+    for block in model.get_submodule(family.blocks):
+        for shared in family.inputs:
+            if shared.norm:
+                scale = torch.rand(decoders.HIDDEN) + 0.5
+                block.get_submodule(shared.norm).weight.mul_(scale)
+                for layer in shared.layers:
+                    block.get_submodule(layer.name).weight.div_(scale)
+                folded += 1
+    after = model(TOKENS).logits
+    assert (folded == 0 and torch.equal(after, before)) or (after - before).norm() < 1e-4 * before.norm()
+
+
+@pytest.mark.parametrize("model_type", ["smollm3", "exaone4", "cohere2", "llama"])
+@torch.inference_mode()
+def test_blocks_without_rotary_embeddings(model_type: str) -> None:
+    family, model = families.BY_TYPE[model_type], decoders.build(model_type)
+    hidden, size = torch.randn(1, 6, decoders.HIDDEN), decoders.HIDDEN // decoders.HEADS
+    angles = [torch.randn(1, 6, size) for _ in range(2)]
+    still = []
+    for number, block in enumerate(model.get_submodule(family.blocks)):
+        attend = block.get_submodule(family.attention.module)
+        first, second = (attend(hidden, position_embeddings=(a, a.sin()), attention_mask=None)[0] for a in angles)
+        if torch.equal(first, second):
+            still.append(number)
+    assert list(family.nope(model.config.to_dict())) == still
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_list_by_block_is_known(model_type: str) -> None:
+    changed = families.BY_TYPE[model_type].without_blocks(decoders.config(model_type).to_dict(), [0, 2])
+    assert changed.pop("num_hidden_layers") == 2
+    assert all(len(value) == 2 for value in changed.values() if isinstance(value, list))
+
+
+@pytest.mark.parametrize("model_type", [family.model_type for family in families.BY_TYPE.values()
+                                        if family.tensor_parallel])  # fmt: skip
+def test_what_tensor_parallelism_is_asked_of_can_be_split(model_type: str) -> None:
+    with torch.device("meta"):
+        model = decoders.build(model_type)
+    cut = parallel.cut(model, parallel.Place(0, 2))
+    family = families.BY_TYPE[model_type]
+    assert {family.place(name)[1] for name in cut.rows} == set(family.row_parallel)
+
+
+#: What a refusal says of some that people have; the others are told that they are not described.
+REASONS = {
+    "mixtral": "has mixtures of experts", "qwen3_moe": "has mixtures of experts", "gpt_oss": "has mixtures of experts",
+    "deepseek_v2": "and attention over compressed keys", "deepseek_v3": "and attention over compressed keys",
+    "llama4_text": "has mixtures of experts", "lfm2": "has recurrent layers", "mamba": "has recurrent layers",
+    "qwen3_next": "has recurrent layers and mixtures of experts", "granitemoehybrid": "has recurrent layers and",
+    "nemotron_h": "has recurrent layers and", "gpt2": "stores its layers transposed (Conv1D)",
+    "gpt_neox": "a head called embed_out", "bloom": "biases of attention by distance (ALiBi)",
+    "gemma4_text": "is not described", "bert": "is not described",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_every_causal_language_model_is_known_or_refused_in_a_sentence(model_type: str) -> None:
+    settings = {"model_type": model_type, "final_logit_softcapping": None, "attn_logit_softcapping": None}
+    if model_type in families.BY_TYPE:
+        assert families.of(settings | {"logit_scale": 1.0}).model_type == model_type
+        return
+    with pytest.raises(InputError, match=f"config.json: model_type '{model_type}' .*; give a model of") as refused:
+        families.of(settings)
+    assert REASONS.get(model_type, "") in str(refused.value)
+    assert "llama, mistral" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_no_model_type_is_made_up() -> None:
+    assert {*families.BY_TYPE, *families.undescribed.BY_TYPE} <= set(CONFIG_MAPPING_NAMES)
+    assert not families.BY_TYPE.keys() & families.undescribed.BY_TYPE.keys()

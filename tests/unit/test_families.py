@@ -1,0 +1,92 @@
+"""What a family answers about names and configs, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from trimtab import families
+from trimtab.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"model_type": "mixtral"}, "model_type 'mixtral' has mixtures of experts, which is not supported yet; give"),
+        ({"model_type": "brand_new"}, "model_type 'brand_new' is not described; give a model of one of these: llama,"),
+        ({"model_type": "brand_new", "num_local_experts": 8}, "model_type 'brand_new' has mixtures of experts"),
+        ({"model_type": "brand_new", "kv_lora_rank": 512}, "'brand_new' has attention over compressed keys"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
+         r"'gemma3' wraps its text model \('gemma3_text', in text_config\) with others"),
+        ({}, "model_type 'None' is not described"),
+        ({"model_type": ["llama"]}, r"is not described"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": None},
+         "final_logit_softcapping is 30.0, and the engine scores with what the output head gives alone; give another"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+         "attn_logit_softcapping is 50.0, and PyTorch's attention has no such cap"),
+        ({"model_type": "granite", "logits_scaling": 8.0}, "logits_scaling is 8.0, and the engine scores with"),
+        ({"model_type": "cohere"}, "logit_scale is 0.0625, and the engine scores with"),
+        ({"model_type": "falcon", "alibi": True}, r"alibi is True, and biases of attention by distance \(ALiBi\)"),
+        ({"model_type": "llama", "layer_types": ["full_attention", "linear_attention"]},
+         "layer_types names 'linear_attention', and full_attention and sliding_attention are what is known"),
+    ],
+)  # fmt: skip
+def test_refused(config, sentence):
+    with pytest.raises(InputError, match=f"^config.json: .*{sentence}"):
+        families.of(config)
+
+
+def test_a_name_is_placed_in_its_block():
+    family = families.named("opt")
+    assert family.place("model.decoder.layers.11.self_attn.q_proj.bias") == (11, "self_attn.q_proj.bias")
+    assert family.place("model.decoder.layers") == (None, "model.decoder.layers")
+    assert family.place("model.layers.1.fc1") == (None, "model.layers.1.fc1")
+    assert family.layer("model.decoder.layers.3.fc2") == ("fc2", "hidden", "ffn")
+    assert family.layer("model.decoder.layers.3.final_layer_norm") is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "row_parallel", "neurons"),
+    [
+        ("llama", ("self_attn.o_proj", "mlp.down_proj"), ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
+        ("phi3", ("self_attn.o_proj", "mlp.down_proj"), ("mlp.gate_up_proj", "mlp.down_proj")),
+        ("falcon", ("self_attention.dense", "mlp.dense_4h_to_h"), ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")),
+        ("opt", ("self_attn.out_proj", "fc2"), ("fc1", "fc2")),
+    ],
+)
+def test_what_layers_are(model_type, row_parallel, neurons):
+    family = families.named(model_type)
+    assert (family.row_parallel, family.neurons) == (row_parallel, neurons)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "kept", "changed"),
+    [
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 0], "layer_types": ["full_attention"] * 4}, [0, 2, 3],
+         {"no_rope_layers": [1, 1, 0], "layer_types": ["full_attention"] * 3}),
+        # blocks 0 and 1 have no window, and block 0 is gone
+        ("qwen2", {"max_window_layers": 2, "layer_types": None}, [1, 2, 3], {"max_window_layers": 1}),
+        ("qwen2", {"max_window_layers": 28}, [1, 2, 3], {"max_window_layers": 3}),
+        ("llama", {"eos_token_id": [1, 2, 3, 4]}, [0], {}),
+    ],
+)  # fmt: skip
+def test_what_a_config_says_by_block_is_of_the_blocks_that_stay(model_type, config, kept, changed):
+    found = families.named(model_type).without_blocks({"num_hidden_layers": 4, **config}, kept)
+    assert found == {"num_hidden_layers": len(kept), **changed}
+
+
+def test_a_list_by_block_that_is_not_known_is_not_left_as_it_was():
+    config = {"num_hidden_layers": 3, "no_rope_layers": [1, 1, 0]}
+    with pytest.raises(ValueError, match="no_rope_layers has as many entries as the model has blocks"):
+        families.named("llama").without_blocks(config, [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("config", "kv_heads"),
+    [
+        ({"num_attention_heads": 71, "multi_query": True}, 1),  # Falcon-7B
+        ({"num_attention_heads": 128, "num_kv_heads": 8, "new_decoder_architecture": True}, 8),  # Falcon-40B
+        ({"num_attention_heads": 16, "multi_query": False}, 16),
+    ],
+)
+def test_a_falcon_has_as_many_kv_heads_as_its_build_says(config, kv_heads):
+    assert families.named("falcon").sizes(config)["num_key_value_heads"] == kv_heads
