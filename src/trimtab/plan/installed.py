@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from trimtab.catalog.backends import BACKENDS
 from trimtab.catalog.contracts import version
 from trimtab.model.hardware import Hardware
 from trimtab.recipe import Engine
@@ -16,13 +17,13 @@ BEST_FIRST = ("trtllm", "trtllm-legacy", "vllm", "torch")
 
 def refusal(settings: Engine) -> str | None:
     """Returns why this image cannot serve with a recipe's back end, in one sentence, or None when it can."""
-    backend = settings.backend
-    if backend == "torch":
+    backend, library = settings.backend, BACKENDS[settings.backend].library
+    if not library:
         return None
-    library, found = ("vLLM", vllm.installed()) if backend == "vllm" else ("TensorRT-LLM", version.installed())
+    found = vllm.installed() if library == "vLLM" else version.installed()
     if found is None:
         return f"engine.backend: '{backend}' is not part of this image, for it has no {library}; write 'torch'"
-    if reason := vllm.refusal(found) if backend == "vllm" else version.refusal(backend, found):
+    if reason := vllm.refusal(found) if library == "vLLM" else version.refusal(backend, found):
         return reason
     if settings.tensorrt_llm and version.parse(settings.tensorrt_llm) != version.parse(found):
         reason = f"engine.tensorrt_llm: {settings.tensorrt_llm} is asked for, and this image has {found}"
