@@ -10,6 +10,7 @@ from typing import Any
 import lm_eval
 
 from trimtab import progress
+from trimtab.components.validation import pace
 from trimtab.components.validation import tasks as task_row
 from trimtab.components.validation.generation import generate, is_degenerate
 from trimtab.components.validation.lm import EngineLM
@@ -52,7 +53,7 @@ def evaluate(
     metrics = _score_items(served, parameters, folder) | _score_windows(served, parameters, folder)
     (folder / "kernels.json").write_text(json.dumps(served.kernels()), encoding="utf-8")
     if parameters["speed"]:
-        metrics |= decode_speed(served) | _generate(served, folder)
+        metrics |= decode_speed(served, new_tokens([served])) | _generate(served, folder)
     served.close()
     return metrics
 
@@ -79,7 +80,9 @@ def compare_speed(
         rounds = list(zip(*columns, strict=True))
     else:
         baseline, candidate = (open_engine(*place) for place in places)
-        rounds = [(decode_speed(baseline), decode_speed(candidate)) for _ in range(parameters["rounds"])]
+        tokens = new_tokens([baseline, candidate], parameters["rounds"])
+        both = (baseline, candidate)
+        rounds = [tuple(decode_speed(engine, tokens) for engine in both) for _ in range(parameters["rounds"])]
         baseline.close()
         candidate.close()
     metrics = {}
@@ -94,16 +97,26 @@ def _speeds_alone(engine: Path, export: Path, rounds: int) -> list[dict[str, flo
     """Measures one engine after the other where the GPU has no room for both."""
     served = open_engine(engine, export)
     try:
-        return [decode_speed(served) for _ in range(rounds)]
+        tokens = new_tokens([served], rounds)
+        return [decode_speed(served, tokens) for _ in range(rounds)]
     finally:
         served.close()
 
 
-def decode_speed(engine: Engine) -> dict[str, float]:
+def new_tokens(engines: list[Engine], rounds: int = 1) -> dict[int, int]:
+    """Returns by batch size how many tokens a repeat of `decode_speed` has, so that all rounds end in bounded time."""
+    progress.report("validate", "trying how fast it decodes")
+    prompt, most, repeats = (SPEED[name] for name in ("prompt_tokens", "new_tokens", "repeats"))
+    seconds = pace.SECONDS / rounds
+    return {batch: pace.new_tokens(engines, batch, prompt, most, repeats, seconds) for batch in (1, BATCH)}
+
+
+def decode_speed(engine: Engine, tokens: dict[int, int]) -> dict[str, float]:
     """Returns the median decode speed at batch 1, and at batch 8 as throughput, in tokens a second."""
     progress.report("validate", "measuring decode speed")
-    single = engine.decode_speed(batch_size=1, **SPEED)
-    batched = engine.decode_speed(batch_size=BATCH, **SPEED)
+    single, batched = (
+        engine.decode_speed(batch, SPEED["prompt_tokens"], tokens[batch], SPEED["repeats"]) for batch in (1, BATCH)
+    )
     return {
         "decode_tokens_per_second": statistics.median(single),
         "throughput_tokens_per_second": statistics.median(batched),

@@ -37,11 +37,26 @@ class Evaluation(Document):
     heldout: str = "builtin"
 
 
+#: Decimals, at most, with which a number of a verdict is written in a sentence or on a page.
+_DECIMALS = 4
+
+
 def _in_brief(value: Any) -> Any:
-    """Rounds the numbers of a verdict to five digits, more than its intervals are worth."""
+    """Rounds the numbers of a verdict to five digits, more than its intervals are worth.
+
+    A number is written out before and after that, and 1.31549 rounded twice is another number, 1.316, than rounded
+    once: where that would show, it keeps as many digits as it takes.
+    """
     if isinstance(value, dict):
         return {name: _in_brief(part) for name, part in value.items()}
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    shorter = (float(f"{value:.{digits}g}") for digits in range(5, 17))
+    return next((short for short in shorter if _written(short) == _written(value)), value)
+
+
+def _written(value: float) -> list[str]:
+    return [f"{value:.{decimals}f}" for decimals in range(_DECIMALS + 1)]
 
 
 BriefVerdict = Annotated[Verdict, WrapSerializer(lambda value, handler: _in_brief(handler(value)), when_used="json")]
