@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from answers import assert_same
 from tiny import write_kv_cache
 
 from trimtab.base.errors import Failure, InputError
@@ -61,20 +62,6 @@ def expected(judged: dict[str, TorchEngine], prompts: list[list[int]]) -> dict[s
 
 
 @torch.inference_mode()
-def assert_same(found: list[list[int]], right: list[list[int]], prompts: list[list[int]], judge: TorchEngine) -> None:
-    """Half of the answers at least are equal, and where one parts, it parts at a tie of the judge's logits.
-
-    In bfloat16 a product's last bit depends on how many rows it has, so ties fall either way.
-    """
-    parted = [i for i in range(len(right)) if found[i] != right[i]]
-    assert len(parted) <= len(right) // 2
-    for i in parted:
-        place = next(n for n, (a, b) in enumerate(zip(found[i], right[i], strict=False)) if a != b)
-        logits = judge.model(torch.tensor([prompts[i] + right[i][:place]])).logits[0, -1].float()
-        gap = logits[right[i][place]] - logits[found[i][place]]
-        assert abs(gap) <= 0.02 * logits.abs().max()
-
-
 @pytest.mark.parametrize("strategy", ["in-flight", "dynamic", "static"])
 @pytest.mark.parametrize("name", ["none", *KV_CACHES])
 def test_tokens_are_those_of_the_contiguous_engine(

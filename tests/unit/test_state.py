@@ -251,3 +251,12 @@ def test_bad_evaluation(source, message):
 def test_attempts_have_a_limit(attempts):
     with pytest.raises(InputError, match=f"max_attempts: {attempts} should be"):
         State.parse({"store": STORE, "goal": GOALS[0], "target": "cpu", "model": TREE, "max_attempts": attempts})
+
+
+@pytest.mark.parametrize("value", [1.315496, 0.8954996, 0.99949999, 12.3455001, 0.000123456789, math.inf, -3.0])
+def test_a_filed_number_is_written_as_it_was_in_the_sentence(value: float) -> None:
+    """1.315496 is 1.315; rounded to five digits first it would be 1.3155, and then 1.316."""
+    verdict = ACCEPTED.model_copy(update={"perplexity_ratio": Interval(estimate=value, low=value, high=value)})
+    brief = Brief(recipe=Recipe(), verdict=verdict)
+    filed = Brief.model_validate_json(brief.model_dump_json()).verdict.perplexity_ratio
+    assert [f"{filed.estimate:.{n}f}" for n in range(5)] == [f"{value:.{n}f}" for n in range(5)]

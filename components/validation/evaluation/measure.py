@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from trimtab.base import progress
 from trimtab.base.errors import Failure, InputError
+from trimtab.components.validation.evaluation import pace
 from trimtab.components.validation.evaluation import tasks as known_tasks
 from trimtab.components.validation.evaluation.generation import generate, is_degenerate
 from trimtab.components.validation.evaluation.lm import EngineLM
@@ -55,7 +57,8 @@ def evaluate(
     metrics = _score_windows(served, parameters, folder) | _score_items(model, parameters, folder)
     (folder / "kernels.json").write_text(json.dumps(served.kernels()), encoding="utf-8")
     if parameters["speed"]:
-        metrics |= decode_speed(served, _load(Path(engine))) | _generate(served, folder)
+        load = _load(Path(engine))
+        metrics |= decode_speed(served, load, new_tokens([(served, load)])) | _generate(served, folder)
     served.close()
     return metrics
 
@@ -87,7 +90,8 @@ def compare_speed(
     else:
         baseline, candidate = (open_engine(*place) for place in places)
         pairs = ((baseline, loads[0]), (candidate, loads[1]))
-        rounds = [tuple(decode_speed(*pair) for pair in pairs) for _ in range(parameters["rounds"])]
+        tokens = new_tokens(pairs, parameters["rounds"])
+        rounds = [tuple(decode_speed(*pair, tokens) for pair in pairs) for _ in range(parameters["rounds"])]
         baseline.close()
         candidate.close()
     metrics = {}
@@ -107,17 +111,40 @@ def _speeds_alone(engine: Path, export: Path, rounds: int, load: Load) -> list[d
     """Measures one engine after the other where the GPU has no room for both."""
     served = open_engine(engine, export)
     try:
-        return [decode_speed(served, load) for _ in range(rounds)]
+        tokens = new_tokens([(served, load)], rounds)
+        return [decode_speed(served, load, tokens) for _ in range(rounds)]
     finally:
         served.close()
 
 
-def decode_speed(engine: Engine, load: Load) -> dict[str, float]:
-    """Returns the median decode speed at batch 1, and at the load's batch as throughput, in tokens a second."""
+def new_tokens(pairs: Sequence[tuple[Engine, Load]], rounds: int = 1) -> tuple[int, int]:
+    """Returns how many tokens a repeat of `decode_speed` has at batch 1, and at the loads' batches, so that all rounds
+    end in bounded time. It is the same for all engines, for these are compared with each other: the slowest decides.
+    """
+    progress.report("validate", "trying how fast it decodes")
+    seconds = pace.SECONDS / rounds
+
+    def fewest(batches: Iterable[int]) -> int:
+        asked = zip(pairs, batches, strict=True)
+        return min(
+            pace.new_tokens(engine, batch, load.prompt_tokens, load.new_tokens, SPEED["repeats"], seconds)
+            for (engine, load), batch in asked
+        )
+
+    return fewest([1] * len(pairs)), fewest(load.batch_size for _, load in pairs)
+
+
+def decode_speed(engine: Engine, load: Load, tokens: tuple[int, int]) -> dict[str, float]:
+    """Returns the median decode speed at batch 1, and at the load's batch as throughput, in tokens a second.
+
+    Args:
+        tokens: how many each sequence is continued by in a repeat, as `new_tokens` returns them.
+    """
     progress.report("validate", "measuring decode speed")
-    lengths = {**SPEED, "prompt_tokens": load.prompt_tokens, "new_tokens": load.new_tokens}
-    single = engine.decode_speed(batch_size=1, **lengths)
-    batched = engine.decode_speed(batch_size=load.batch_size, **lengths) if load.batch_size > 1 else single
+    single = engine.decode_speed(1, load.prompt_tokens, tokens[0], SPEED["repeats"])
+    batched = single
+    if load.batch_size > 1:
+        batched = engine.decode_speed(load.batch_size, load.prompt_tokens, tokens[1], SPEED["repeats"])
     return {
         "decode_tokens_per_second": statistics.median(single),
         "throughput_tokens_per_second": statistics.median(batched),

@@ -8,6 +8,7 @@ import pytest
 import standin
 import torch
 import yaml
+from answers import assert_same
 
 from trimtab.base import child
 from trimtab.base.errors import Failure, InputError, StageError
@@ -73,7 +74,7 @@ def test_it_answers_as_the_torch_engine_does(export, tmp_path, trtllm, settings,
     assert served.nll(windows) == pytest.approx(torch_engine.nll(windows), abs=2 * tolerance)
     prompts = [request[0] for request in asked]
     if tolerance < 0.1:
-        assert served.generate(prompts, 8) == torch_engine.generate(prompts, 8)
+        assert_same(served.generate(prompts, 8), torch_engine.generate(prompts, 8), prompts, torch_engine)
     assert len(served.decode_speed(2, 8, 4, repeats=2)) == 2
     layers = read(engine).kernels
     assert layers == served.kernels() and len(layers) == (28 if form != "bf16" else 0)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from trimtab.base.errors import InputError
 from trimtab.components.validation import stage
-from trimtab.components.validation.evaluation import measure
+from trimtab.components.validation.evaluation import measure, pace
 from trimtab.components.validation.evaluation.generation import is_degenerate
+from trimtab.components.validation.evaluation.load import Load
 from trimtab.components.validation.evaluation.tasks import choose, filters_of
 from trimtab.plan import dealing
 from trimtab.recipe import Acceptance
@@ -124,3 +125,52 @@ def test_calibration_on_what_is_evaluated_is_refused():
 
 def test_other_text_may_be_calibrated_on():
     measure._refuse_overlap("a text of its own, with nothing in it that is asked or measured anywhere", PARAMETERS)
+
+
+class Clock:
+    """An engine that writes so many tokens a second, of all sequences together, and counts what it was asked for."""
+
+    def __init__(self, speed: float, device_bytes: int = 0):
+        self.speed, self.device_bytes, self.asked = speed, device_bytes, []
+
+    def decode_speed(self, batch_size: int, prompt_tokens: int, new_tokens: int, repeats: int) -> list[float]:
+        self.asked.append((batch_size, prompt_tokens, new_tokens, repeats))
+        return [self.speed] * repeats
+
+    @property
+    def seconds(self) -> float:
+        return sum(batch * tokens * (repeats + 1) / self.speed for batch, _, tokens, repeats in self.asked)
+
+
+#: What a CPU's engine is asked for whose recipe has batches of 8.
+LOAD = Load(8, 32, 48)
+
+
+@pytest.mark.parametrize(
+    ("speed", "tokens"), [(1e6, (48, 48)), (100.0, (48, 37)), (10.0, (30, 8)), (1.0, (8, 8))]
+)
+def test_slow_decoding_is_measured_on_fewer_tokens(speed, tokens):
+    """12 s for four repeats: of 100 tokens a second, eight sequences have 37 each; fewer than 8 are no measurement."""
+    assert measure.new_tokens([(Clock(speed), LOAD)]) == tokens
+
+
+def test_all_engines_that_are_compared_write_as_much():
+    quick, slow = (Clock(1e6), LOAD), (Clock(20.0), Load(4, 32, 48))
+    assert measure.new_tokens([quick, slow]) == measure.new_tokens([slow]) == (48, 15)
+
+
+def test_rounds_share_the_time():
+    engine = Clock(20.0)
+    tokens = measure.new_tokens([(engine, LOAD)], rounds=3)
+    for _ in range(3):
+        measure.decode_speed(engine, LOAD, tokens)
+    # Three times batch 1 in 12 s; 8 tokens at batch 8 take longer; a trial of each is 8 tokens, twice.
+    assert tokens == (20, 8) and engine.asked[-1] == (8, 32, 8, 3)
+    assert engine.seconds == pytest.approx(3 * (20 * 4 + 8 * 8 * 4) / 20 + 2 * (8 + 64) / 20)
+
+
+def test_a_gpu_is_not_tried():
+    """A trial would record a CUDA graph of its own."""
+    engine = Clock(1.0, device_bytes=1 << 30)
+    assert measure.new_tokens([(engine, LOAD)]) == (48, 48) and engine.asked == []
+    assert pace.new_tokens(engine, 1, 32, 48, 3) == 48
