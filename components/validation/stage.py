@@ -42,6 +42,8 @@ INTEGRITY = stages.work_stage(
     stages.Environment(stages.QUANTIZED.libraries, measured=True),
     version=4,
 )
+#: What the attempt itself is asked, with the KV cache that its recipe asks for.
+_OWN_LOOKS = {look_name(look) for look in range(1, CONFIRMATION + 1)}
 #: What is measured beside the attempt, and no part of its page.
 _BASELINE_LOOKS = {look_name(look, baseline=True) for look in range(1, CONFIRMATION + 1)}
 
@@ -68,6 +70,8 @@ def run(state_uri: str, page: Any, metrics: Any) -> str:
     except Failure as failure:
         state = fail(state, "validate", failure)
         result = state.verdict
+    result = result.model_copy(update={"truncated": judge.truncated})
+    state = state.model_copy(update={"verdict": result})
     filed_evidence = None
     if result.outcome == "accepted":
         filed_evidence = evidence.write(store, state, result, judge.export, judge.trees)
@@ -81,7 +85,7 @@ def run(state_uri: str, page: Any, metrics: Any) -> str:
         engine=state.trees.get("engine"),
     )
     filed = {"baseline": brief} if state.attempt == 0 else {"history": (*state.history, brief)}
-    state = state.model_copy(update={"verdict": result, "seconds": seconds, **filed})
+    state = state.model_copy(update={"seconds": seconds, **filed})
     shown = report.attempt_html(
         state,
         kernels=judge.read("kernels.json"),
@@ -102,6 +106,7 @@ class _Judge:
     def __init__(self, store: Store, state: State):
         self.store, self.state = store, state
         self.seconds = 0.0
+        self.truncated = 0  # requests to the attempt that lost their beginning
         self.trees: dict[str, Tree] = {}  # what was measured, for the evidence
         self.engine = state.trees.get("engine")
         self.export = stages.tree_of("export", state)
@@ -184,6 +189,7 @@ class _Judge:
             inputs["calibration"] = calibration
         result = self._cached(name, EVALUATE, parameters, inputs)
         if cut := result.metrics.get("truncated"):
+            self.truncated += cut if name in _OWN_LOOKS else 0
             what = f"{cut} requests were too long for the engine and lost their beginning, as in lm-eval"
             progress.report("validate", what)
         return result
