@@ -32,7 +32,7 @@ BATCH = 8
 def evaluate(
     engine: str, export: str, output: str, scratch: str, parameters: dict[str, Any], calibration: str | None = None
 ) -> dict[str, float]:
-    """Scores items and windows and writes `items.jsonl`, `windows.json`, `kernels.json` and `outputs.json`.
+    """Scores items and windows and writes `items.jsonl`, `windows.json`, `outputs.json`, and what computed them.
 
     Args:
         engine: folder of the built engine, `engine.json`.
@@ -52,6 +52,7 @@ def evaluate(
     folder = Path(output)
     metrics = _score_items(served, parameters, folder) | _score_windows(served, parameters, folder)
     (folder / "kernels.json").write_text(json.dumps(served.kernels()), encoding="utf-8")
+    (folder / "arithmetic.json").write_text(json.dumps(served.arithmetic), encoding="utf-8")
     if parameters["speed"]:
         metrics |= decode_speed(served, new_tokens([served])) | _generate(served, folder)
     served.close()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from trimtab.errors import Failure
+from trimtab.runtime import formats
 from trimtab.runtime.formats import Layout, Quantized, check, dequantize, pack_int4, unpack_int4
 
 INT8 = torch.tensor([[-128, -2, -1, 0, 1, 2, 3, 127]] * 4, dtype=torch.int8)
@@ -84,3 +85,51 @@ def test_damage_is_named(case: str) -> None:
     assert caught.value.failure_class == "export_damaged"
     assert words in caught.value.reason
     assert caught.value.reason.startswith("model.layers.0.mlp.up_proj: ")
+
+
+def test_rounding_to_e4m3_is_what_a_cast_does() -> None:
+    """On every bfloat16, and on what lies just beside the middle of two e4m3 numbers."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    every = every[every.isfinite()]
+    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    beside = torch.cat([middles, middles.nextafter(torch.tensor(1e9)), middles.nextafter(torch.tensor(0.0))])
+    for x in (every, beside, -beside):
+        assert torch.equal(formats.round_fp8(x, 1.0), formats.to_fp8(x, 1.0).float())
+    assert formats.round_fp8(torch.tensor([float("nan")]), 1.0).isnan()
+
+
+def test_rounding_to_e2m1_takes_the_nearest_number_and_the_even_code_of_two() -> None:
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    x = torch.cat([torch.linspace(0, 7, 701), numbers, (numbers[1:] + numbers[:-1]) / 2])
+    nearest = (x[:, None] - numbers).abs()
+    # argmin takes the first of two equal ones; the even code of two neighbours is the first or the second.
+    code = nearest.argmin(-1)
+    tie = (nearest == nearest.amin(-1, keepdim=True)).sum(-1) == 2
+    expected = numbers[torch.where(tie & (code % 2 == 1), code + 1, code)]
+    assert torch.equal(formats._round_e2m1(x), expected) and torch.equal(formats._round_e2m1(-x), -expected)
+
+
+@pytest.mark.parametrize("algo", [*formats.STORED])
+def test_factors_are_the_weight(algo: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layout = formats.Layout(algo, {"W4A16_AWQ": 32, "W4A8_AWQ": 32, "NVFP4": 16, "W4A8_MXFP4_FP8": 32}.get(algo, 0))
+    packed, group = layout.storage.packed, layout.group_size
+    shape = {"out": (16, 64), "in": (32, 32), "": (32, 64)}[packed]
+    weight = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    scale = torch.rand(32, 64 // group, generator=generator) + 0.5 if group else torch.rand(32, generator=generator)
+    if layout.storage.dtype == torch.int8:
+        weight = weight.view(torch.int8)
+    elif not group:
+        weight = torch.randn(32, 64, generator=generator).to(torch.float8_e4m3fn)
+    if algo == "W4A8_MXFP4_FP8":
+        scale = torch.randint(110, 140, scale.shape, generator=generator, dtype=torch.uint8)
+    elif algo == "NVFP4":
+        scale = scale.to(torch.float8_e4m3fn)
+    layer = formats.Quantized(layout, weight, scale[:1] if algo == "FP8" else scale, weight_scale_2=torch.tensor(0.037))
+    matrix, outer = formats.factors(layer)
+    expected = formats.scaled_weight(layer)
+    found = matrix.float() * outer[:, None]
+    relative = 2**-8 if algo == "W4A16_AWQ" else 1e-6  # float32 multiplies in another order
+    assert matrix.dtype == torch.bfloat16 and matrix.shape == (32, 64)
+    assert ((found - expected).abs() <= relative * expected.abs()).all() and expected.abs().max() > 0

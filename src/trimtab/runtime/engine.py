@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trimtab import progress
 from trimtab.errors import InputError
 from trimtab.recipe import Engine as Settings
-from trimtab.runtime import batching, decode, fewer_kernels, fused, gpu_memory, head, parallel, step
+from trimtab.runtime import batching, cpu_products, decode, fewer_kernels, fused, gpu_memory, head, parallel, step
 from trimtab.runtime.assemble import assemble
 from trimtab.runtime.batching import Request
 from trimtab.runtime.checkpoint import load_tokenizer
@@ -37,6 +37,10 @@ class Engine(Protocol):
     @property
     def device_bytes(self) -> int:
         """Bytes that the engine holds of its first device's memory, KV cache and graphs included; 0 on a CPU."""
+
+    @property
+    def arithmetic(self) -> str:
+        """In which numbers products are computed, and on what: for people."""
 
     def kernels(self) -> dict[str, dict[str, Any]]:
         """Returns for each quantized layer {"kernel": name, "emulated": bool}."""
@@ -95,8 +99,9 @@ def check_length(what: str, tokens: int, limit: int, name: str = "engine.max_seq
 class TorchEngine:
     """Runs an export folder in this process, in bfloat16, with PyTorch's low-precision kernels.
 
-    bfloat16 serves the baseline too, so both are compared in the same arithmetic: on AVX512-BF16 its dense
-    product has twice the speed of float32's, and log-probabilities are summed over float32 logits anyway.
+    bfloat16 serves the baseline too, so both are compared in the same arithmetic. A CPU without instructions for it
+    computes the products in float32 and rounds their sums (`runtime.cpu_products`); log-probabilities are summed over
+    float32 logits anyway.
 
     Args:
         folder: a plain Hugging Face checkpoint or a ModelOpt unified checkpoint.
@@ -154,6 +159,12 @@ class TorchEngine:
     @property
     def device_bytes(self) -> int:
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+
+    @property
+    def arithmetic(self) -> str:
+        if self.device.type == "cpu":
+            return cpu_products.describe()
+        return f"bfloat16 products on {torch.cuda.get_device_name(self.device)}"
 
     def kernels(self) -> dict[str, dict[str, Any]]:
         packed = fused.packed_layers(self.model)

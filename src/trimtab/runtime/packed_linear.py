@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trimtab.runtime import formats
+from trimtab.runtime import cpu_products, formats
 from trimtab.runtime.formats import E4M3_MAX, Quantized
 
 
@@ -62,10 +62,12 @@ class PackedLinear(nn.Module):
 
 
 class Emulated(PackedLinear):
-    """Any format without a kernel on this device: activations rounded as it says, the weight unpacked each time.
+    """Any format without a kernel on this device: activations rounded as it says, the weight unpacked.
 
-    The products are those of the format up to the order of sums; FP8 and FP4 numbers times their scales do not
-    all fit bfloat16, so the unpacked weight is rounded once more.
+    A GPU unpacks it each time, where memory is what is short; there FP8 and FP4 numbers times their scales do not all
+    fit bfloat16, so the unpacked weight is rounded once more. On a CPU that would take up to twenty times the product
+    itself, so it is unpacked once: to the numbers that `formats.factors` says bfloat16 holds, as large as the baseline
+    that the same machine runs. The products are those of the format up to the order of sums.
     """
 
     kernel = "dequantize + mm"
@@ -74,10 +76,16 @@ class Emulated(PackedLinear):
     def __init__(self, layer: Quantized, bias: torch.Tensor | None):
         super().__init__(layer, bias)
         self.layout = layer.layout
-        self.keep(weight=layer.weight, weight_scale=layer.weight_scale, weight_scale_2=layer.weight_scale_2)
+        self.keep(unpacked=None, scale=None)
+        if layer.weight.device.type == "cpu":
+            self.unpacked, self.scale = formats.factors(layer)
+        else:
+            self.keep(weight=layer.weight, weight_scale=layer.weight_scale, weight_scale_2=layer.weight_scale_2)
         self.keep(input_scale=None if layer.input_scale is None else layer.input_scale.float().reshape(()))
 
     def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
+        if self.unpacked is not None:
+            return cpu_products.scaled(self.rounded(x_RI), self.unpacked, self.scale)
         layer = Quantized(self.layout, self.weight, self.weight_scale, weight_scale_2=self.weight_scale_2)
         return F.linear(self.rounded(x_RI), formats.scaled_weight(layer).bfloat16())
 
