@@ -89,6 +89,7 @@ def run(state_uri: str, page: Any, metrics: Any) -> str:
     shown = report.attempt_html(
         state,
         kernels=judge.read("kernels.json"),
+        arithmetic=judge.read("arithmetic.json") or "",
         layers=judge.read("layers.json"),
         calibration=judge.read("calibration.json"),
         reload=judge.read("reload.json"),

@@ -14,6 +14,7 @@ from facts import LLAMA_8B
 from trimtab import stages
 from trimtab.base import child, environment
 from trimtab.components.validation import stage as validation
+from trimtab.judge import Verdict
 from trimtab.loop.documents import load, save
 from trimtab.loop.state import Brief, State
 from trimtab.model.hardware import target
@@ -22,7 +23,6 @@ from trimtab.recipe import Recipe
 from trimtab.stages import STAGES, Stage
 from trimtab.store import Store, open_store
 from trimtab.store.tree import Tree
-from trimtab.verdict import Verdict
 
 CHECKPOINT = Tree(uri=f"file:///x/trees/{'a' * 64}", digest="a" * 64)
 H100 = {"gpu": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0"}
