@@ -6,7 +6,7 @@ from itertools import zip_longest
 
 import torch
 
-from trimtab.runtime.engine import TorchEngine
+from trimtab.runtime.engines.torch_engine import TorchEngine
 
 
 @torch.inference_mode()
