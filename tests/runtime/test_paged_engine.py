@@ -212,9 +212,9 @@ def test_padding_rows_change_no_logits(folders) -> None:
     """What a recording computes beside the sequences is written where nobody reads."""
     served = engine(folders["none"], blocks=4)
     rows = [cuda_graphs.Row(5, 2, 2, [0]), cuda_graphs.Row(9, 17, 33, [1, 2])]
-    alone = served._decode(rows)
+    alone = served._forward._decode(rows)
     lines = cuda_graphs.to_tensor(rows, 8, 4, served.cache.padding_slot, 16)
-    padded = served._decode_lines(lines)
+    padded = served._forward._decode_lines(lines)
     assert padded.shape == (8, 128)
     assert torch.allclose(padded[:2], alone, atol=0.02 * float(alone.abs().max()))
 
