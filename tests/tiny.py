@@ -96,7 +96,7 @@ def write_tasks(folder: Path, model: Path, items: int = 200, wrong: int = 10) ->
     return folder
 
 
-def _tokenizer(adds_bos: bool) -> Any:
+def _tokenizer(adds_bos: bool = False) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
