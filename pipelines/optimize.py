@@ -13,7 +13,7 @@ from collections.abc import Callable
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
 
-from trimtab.catalog.goals import GOALS
+from trimtab.catalog.goals import DEFAULT_GOAL, GOALS
 from trimtab.components import images
 from trimtab.components.calibration.component import calibrate
 from trimtab.components.deployment.component import fail_rollout, gate, roll_out
@@ -162,7 +162,7 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = No
     def optimize(
         model: str,
         store: str,
-        goal: str = "fit_larger_model",
+        goal: str = DEFAULT_GOAL,
         target: str = "cpu",
         recipe: str = "",
         max_attempts: int = 5,
@@ -175,8 +175,8 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = No
         Args:
             model: A folder, a .gguf file, s3://bucket/prefix, a tree of the store, or a hub id such as org/name.
             store: Where trees, results and releases are kept: s3://bucket/prefix or a folder.
-            goal: lower_latency, higher_throughput, fit_larger_model, long_context or lower_cost.
-            target: The hardware that will serve it: a100-40, a100-80, l4, l40s, h100, h200, b200, rtx4090 or cpu.
+            goal: What is to become better.
+            target: The hardware that will serve it.
             recipe: A recipe to try first, YAML or JSON; empty for the planned ladder.
             max_attempts: The most attempts, 1 to 10.
             name: The name of the release.
@@ -210,8 +210,10 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = No
 
 
 def offer_choices(pipeline: BaseComponent) -> None:
-    """Makes the run form show lists to choose from: the format has them, KFP's SDK has no way to say them."""
+    """Makes the run form show lists to choose from, and descriptions name them: KFP's SDK has no way to say a list, and
+    takes descriptions from docstrings alone."""
     parameters = pipeline.pipeline_spec.root.input_definitions.parameters
     for name, choices in CHOICES.items():
+        parameters[name].description = f"{parameters[name].description.rstrip('.')}: {', '.join(choices)}."
         for choice in choices:
             parameters[name].literals.add().string_value = choice

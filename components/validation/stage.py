@@ -15,6 +15,7 @@ from trimtab import judge, report, stages
 from trimtab.base import child, progress
 from trimtab.base.errors import Failure
 from trimtab.catalog.backends import BACKENDS
+from trimtab.catalog.goals import GOALS
 from trimtab.judge import Measurements, Verdict
 from trimtab.judge.statistics import wilson
 from trimtab.loop import decisions, evidence
@@ -26,8 +27,6 @@ from trimtab.plan.dealing import Deal, Spans
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import Store, open_store
 from trimtab.store.tree import Tree
-
-SPEED_GOALS = ("lower_latency", "higher_throughput", "lower_cost")
 
 _MEASURE = "trimtab.components.validation.evaluation.measure"
 EVALUATE = stages.work_stage(
@@ -229,7 +228,7 @@ class _Judge:
 
     def _check_gain(self, result: Verdict, measured: Measurements) -> Verdict:
         base = self.state.baseline.verdict.measurements
-        if self.state.goal in SPEED_GOALS:
+        if GOALS[self.state.goal].measure.timed:
             speed = self._cached(
                 "speed",
                 COMPARE_SPEED,
