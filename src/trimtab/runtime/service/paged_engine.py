@@ -22,10 +22,11 @@ from trimtab.runtime.decoder import step as own_step
 from trimtab.runtime.decoder.assemble import assemble, skeleton
 from trimtab.runtime.decoder.step import Step
 from trimtab.runtime.kernels import cuda_graphs, replacements
-from trimtab.runtime.kv_cache import paged
+from trimtab.runtime.kv_cache import paged, paged_attention
 from trimtab.runtime.kv_cache.block_pool import BlockPool
 from trimtab.runtime.kv_cache.emulated import ServedKVCache
-from trimtab.runtime.kv_cache.paged import Chunk, PagedKVCache, Pass
+from trimtab.runtime.kv_cache.paged import PagedKVCache
+from trimtab.runtime.kv_cache.paged_attention import Chunk, Pass
 from trimtab.runtime.linear.choice import PackedLinear
 from trimtab.runtime.service import sampling, step_inputs
 from trimtab.runtime.service.sampling import Chosen, Sampling
@@ -121,7 +122,7 @@ class PagedEngine:
         self.ends = frozenset([ends] if isinstance(ends, int) else ends or [])
         #: How attention reads the cache, and on a GPU why no faster.
         self.attention_path = self._choose_attention(attention)
-        paged.use_paged_attention(self.model)
+        paged_attention.use_paged_attention(self.model)
         self.lay_out(settings, block_size, blocks, strategy, timeout)
 
     def lay_out(
@@ -262,7 +263,7 @@ class PagedEngine:
         why = ""
         if not (self._step and self._step.by_spans):  # which was tried when the step was built
             with gpu_memory.part("activations", self.device):
-                why = paged.why_no_kernel(self.model)
+                why = paged_attention.why_no_kernel(self.model)
         if not why:
             self._has_kernel = True
             return "kernel"
