@@ -20,8 +20,10 @@ import torch
 from machine import CUDA, DEVICE, copy_bandwidth, describe, release, versions
 
 from trimtab.runtime.kernels import cuda_graphs
-from trimtab.runtime.kv_cache import paged
-from trimtab.runtime.kv_cache.paged import PagedKVCache, Pass, Spans
+from trimtab.runtime.kernels.spans import Spans
+from trimtab.runtime.kv_cache import paged_attention
+from trimtab.runtime.kv_cache.paged import PagedKVCache
+from trimtab.runtime.kv_cache.paged_attention import Pass
 
 HEADS, KV_HEADS, SIZE, BLOCK = 32, 8, 128, 16
 #: Sequences, and tokens of the cache that each looks at.
@@ -75,7 +77,7 @@ def measure(sequences: int, tokens: int, algorithm: str | None) -> dict[str, Any
     where.decode_mask(None)  # made once a step, and not for each layer
     ways = {
         "kernel": lambda layer: cache.attend(layer, query, spans, scale),
-        "gathered": lambda layer: paged.decode_attention(query, where, layer, scale, None),
+        "gathered": lambda layer: paged_attention.decode_attention(query, where, layer, scale, None),
     }
     expected, row = ways["gathered"](0).float(), {}
     for name, way in ways.items():

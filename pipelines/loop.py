@@ -93,9 +93,11 @@ def image_names(profile: Profile, image: str = "") -> str:
 
 
 def offer_choices(pipeline: BaseComponent) -> BaseComponent:
-    """Makes the run form show lists to choose from: the format has them, KFP's SDK has no way to say them."""
+    """Makes the run form show lists to choose from, and descriptions name them: KFP's SDK has no way to say a list, and
+    takes descriptions from docstrings alone."""
     parameters = pipeline.pipeline_spec.root.input_definitions.parameters
     for name, choices in CHOICES.items():
+        parameters[name].description = f"{parameters[name].description.rstrip('.')}: {', '.join(choices)}."
         for choice in choices:
             parameters[name].literals.add().string_value = choice
     return pipeline

@@ -2,6 +2,7 @@
 
 from kfp import dsl
 
+from trimtab.catalog.goals import DEFAULT_GOAL
 from trimtab.components.fetch.component import fetch
 from trimtab.pipelines.decisions import plan
 from trimtab.pipelines.loop import MAX_ATTEMPTS, Loop, offer_choices
@@ -24,7 +25,7 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = No
     def optimize(
         model: str,
         store: str,
-        goal: str = "fit_larger_model",
+        goal: str = DEFAULT_GOAL,
         target: str = "cpu",
         recipe: str = "",
         max_attempts: int = 5,
@@ -37,8 +38,8 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = No
         Args:
             model: A folder, a .gguf file, s3://bucket/prefix, a tree of the store, or a hub id such as org/name.
             store: Where trees, results and releases are kept: s3://bucket/prefix or a folder.
-            goal: lower_latency, higher_throughput, fit_larger_model, long_context or lower_cost.
-            target: The hardware that will serve it: a100-40, a100-80, l4, l40s, h100, h200, b200, rtx4090 or cpu.
+            goal: What is to become better.
+            target: The hardware that will serve it.
             recipe: A recipe to try first, YAML or JSON; empty for the planned ladder.
             max_attempts: The most attempts, 1 to 10.
             name: The name of the release.

@@ -13,6 +13,7 @@ from trimtab import judge, stages
 from trimtab.base import child, progress
 from trimtab.base.errors import Failure
 from trimtab.catalog.backends import BACKENDS
+from trimtab.catalog.goals import GOALS
 from trimtab.components.validation.looks import (
     COMPARE_SPEED,
     EVALUATE,
@@ -33,8 +34,6 @@ from trimtab.model import hardware, memory
 from trimtab.plan.dealing import Deal, Spans
 from trimtab.store import Store, open_store
 from trimtab.store.tree import Tree
-
-SPEED_GOALS = ("lower_latency", "higher_throughput", "lower_cost")
 
 
 def run(state_uri: str, page: Any, metrics: Any) -> str:
@@ -216,7 +215,7 @@ class _Judge:
 
     def _check_gain(self, result: Verdict, measured: Measurements) -> Verdict:
         base = self.state.baseline.verdict.measurements
-        if self.state.goal in SPEED_GOALS:
+        if GOALS[self.state.goal].measure.timed:
             speed = self._cached(
                 "speed",
                 COMPARE_SPEED,

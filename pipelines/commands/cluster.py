@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from trimtab.catalog.goals import GOALS
+from trimtab.catalog.goals import DEFAULT_GOAL, GOALS
 from trimtab.model import hardware
 from trimtab.pipelines.cluster import reachable
 from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_evaluation, read_profile, release_name
@@ -69,7 +69,7 @@ def add_package(parser: argparse.ArgumentParser, pipeline: str = "optimize") -> 
 def _add_run(parser: argparse.ArgumentParser, pipeline: str = "optimize") -> None:
     parser.add_argument("--model", required=True, help="s3://bucket/prefix, a hub id org/name, or a path there")
     parser.add_argument("--store", required=True, help="s3://bucket/prefix, or a folder of a shared volume")
-    parser.add_argument("--goal", default="fit_larger_model", help=f"one of {', '.join(GOALS)} (fit_larger_model)")
+    parser.add_argument("--goal", default=DEFAULT_GOAL, help=f"one of {', '.join(GOALS)} ({DEFAULT_GOAL})")
     parser.add_argument("--target", default="cpu", help=f"one of {', '.join(hardware.TARGETS)} (cpu)")
     parser.add_argument("--recipe", default="", metavar="FILE", help="a recipe to try first, YAML or JSON")
     parser.add_argument("--max-attempts", type=int, default=5, metavar="N", help="the most attempts, 1 to 10 (5)")

@@ -15,7 +15,7 @@ from trimtab import __version__
 from trimtab.base import signing
 from trimtab.base.errors import InputError, TrimtabError
 from trimtab.base.errors import __doc__ as exit_codes
-from trimtab.catalog.goals import GOALS
+from trimtab.catalog.goals import DEFAULT_GOAL, GOALS
 from trimtab.model import hardware
 from trimtab.pipelines.commands import cluster, deploy, local_backend, plan, releases, serving
 from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_evaluation, read_profile, release_name
@@ -100,9 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a run, which `plan` takes too."""
     parser.add_argument("--model", required=True, help="a folder, a .gguf file, s3://…, or a hub id org/name")
-    parser.add_argument(
-        "--goal", default="fit_larger_model", help=f"one of {', '.join(GOALS)} (fit_larger_model)"
-    )
+    parser.add_argument("--goal", default=DEFAULT_GOAL, help=f"one of {', '.join(GOALS)} ({DEFAULT_GOAL})")
     parser.add_argument("--target", default="cpu", help=f"one of {', '.join(hardware.TARGETS)} (cpu)")
     parser.add_argument("--recipe", default="", metavar="FILE", help="a recipe to try first, YAML or JSON")
     parser.add_argument("--store", default=STORE, help=f"s3://bucket/prefix or a folder (./{STORE})")

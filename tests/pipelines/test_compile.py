@@ -293,3 +293,4 @@ def test_the_form_offers_what_is_valid(ir):
     assert parameters["goal"]["literals"] == list(GOALS) and parameters["target"]["literals"] == list(TARGETS)
     for name in ("goal", "target"):
         assert parameters[name]["defaultValue"] in parameters[name]["literals"]
+        assert parameters[name]["description"].endswith(f": {', '.join(parameters[name]['literals'])}.")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from trimtab.base.errors import Failure
 from trimtab.components.quantization.work import quantize
 from trimtab.recipe import Engine
-from trimtab.runtime.decoder import float16_range
+from trimtab.runtime.checkpoint import config_file
 from trimtab.runtime.engines.torch_engine import TorchEngine
 
 UP, DOWN = (f"model.layers.1.mlp.{part}_proj.weight" for part in ("up", "down"))
@@ -43,7 +43,7 @@ def engine(folder: Path) -> TorchEngine:
 def test_an_export_that_fits_float16_is_judged_as_ever(tmp_path):
     model = tiny.write_model(tmp_path / "model")
     half, plain = exported(model, "fp16", tmp_path / "fp16"), exported(model, "bf16", tmp_path / "bf16")
-    assert float16_range.declared_dtype(half) == torch.float16
+    assert config_file.declared_dtype(half) == torch.float16
     assert engine(half).nll(WINDOWS) == pytest.approx(engine(plain).nll(WINDOWS), rel=1e-3)
 
 

@@ -13,7 +13,7 @@ from tiny import write_kv_cache
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime.decoder.step import Step
 from trimtab.runtime.kernels import replacements
-from trimtab.runtime.kv_cache.paged import why_no_kernel
+from trimtab.runtime.kv_cache.paged_attention import why_no_kernel
 from trimtab.runtime.service.paged_engine import PagedEngine, Request
 
 CUDA = torch.cuda.is_available()

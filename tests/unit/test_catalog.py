@@ -4,8 +4,12 @@ import pytest
 
 from trimtab.catalog.backends import BACKENDS
 from trimtab.catalog.formats import FORMATS, STORAGES
+from trimtab.catalog.goals import DEFAULT_GOAL, GOALS
 from trimtab.catalog.kv_caches import KV_CACHES, of_scheme
 from trimtab.catalog.numbers import NUMBERS
+from trimtab.judge import Measurements
+from trimtab.plan.remarks import REMARKS
+from trimtab.plan.techniques import TECHNIQUES
 from trimtab.recipe import Engine, Recipe
 
 
@@ -77,3 +81,22 @@ def test_a_recipe_may_ask_for_each_back_end(name):
 )
 def test_a_scheme_of_config_json_names_a_kv_cache(scheme, name):
     assert of_scheme(scheme) == name
+
+
+@pytest.mark.parametrize("row", GOALS.values(), ids=lambda row: row.name)
+def test_a_goal_asks_for_techniques_or_formats_and_is_measured(row):
+    assert set(row.techniques) <= TECHNIQUES.keys() | FORMATS.keys()
+    assert len(set(row.techniques)) == len(row.techniques)
+    assert row.measure.name in Measurements.model_fields
+    assert row.remark in ("", *REMARKS) and row.least_batch <= row.batch
+    assert bool(row.instead) is row.measure.computed, "a plan refuses what nothing gains, and says what to write"
+
+
+def test_what_names_a_technique_names_no_format():
+    assert not TECHNIQUES.keys() & FORMATS.keys()
+
+
+def test_every_technique_and_remark_has_a_goal():
+    assert TECHNIQUES.keys() <= {name for row in GOALS.values() for name in row.techniques}
+    assert REMARKS.keys() <= {row.remark for row in GOALS.values()}
+    assert DEFAULT_GOAL in GOALS

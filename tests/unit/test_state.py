@@ -8,7 +8,7 @@ import pytest
 from facts import LLAMA_8B
 
 from trimtab.base.errors import InputError
-from trimtab.catalog.goals import GOALS
+from trimtab.catalog.goals import DEFAULT_GOAL, GOALS
 from trimtab.judge import Confirmation, Measurements, Verdict
 from trimtab.judge.statistics import Interval
 from trimtab.loop import decisions
@@ -250,7 +250,7 @@ def test_bad_evaluation(source, message):
 @pytest.mark.parametrize("attempts", [0, 11])
 def test_attempts_have_a_limit(attempts):
     with pytest.raises(InputError, match=f"max_attempts: {attempts} should be"):
-        State.parse({"store": STORE, "goal": GOALS[0], "target": "cpu", "model": TREE, "max_attempts": attempts})
+        State.parse({"store": STORE, "goal": DEFAULT_GOAL, "target": "cpu", "model": TREE, "max_attempts": attempts})
 
 
 @pytest.mark.parametrize("value", [1.315496, 0.8954996, 0.99949999, 12.3455001, 0.000123456789, math.inf, -3.0])

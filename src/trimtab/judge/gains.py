@@ -3,43 +3,33 @@
 from __future__ import annotations
 
 from trimtab.base.errors import TrimtabError
+from trimtab.catalog.goals import GOALS
 from trimtab.judge.record import Measurements, Verdict
 from trimtab.recipe import Acceptance
-
-#: For each goal: what is measured, its name in a sentence, and whether less of it is better. Of what is better the more
-#: there is, it is the share of one device that counts: devices that are saved serve something else.
-_MEASURED = {
-    "lower_latency": ("decode_tokens_per_second", "faster decoding", False),
-    "higher_throughput": ("throughput_tokens_per_second", "more throughput", False),
-    "fit_larger_model": ("bytes", "fewer bytes", True),
-    "long_context": ("max_context_tokens", "longer context", False),
-    "lower_cost": ("throughput_tokens_per_second", "more throughput", False),
-}
 
 
 def gain(goal: str, baseline: Measurements, candidate: Measurements) -> float:
     """Returns the relative improvement at the goal: 0.25 is a quarter better, negative is worse.
 
-    More is better: candidate / baseline - 1, of decode_tokens_per_second (lower_latency),
-    throughput_tokens_per_second (higher_throughput, lower_cost) or max_context_tokens (long_context), each divided by
-    the devices that it takes. Less is better: 1 - candidate / baseline, of bytes (fit_larger_model), the share that is
-    saved. A context where the baseline has no room for any is a gain of 1.
+    Of the goal's measure (`catalog.goals`). Where more is better: candidate / baseline - 1, each divided by the devices
+    that it takes. Where less is: 1 - candidate / baseline, the share that is saved. Of a computed measure, any is a
+    gain of 1 where the baseline has room for none.
 
     Raises:
         TrimtabError: an unknown goal, or one of the two was not measured (a baseline of 0, or bytes of 0).
     """
-    if goal not in _MEASURED:
-        raise TrimtabError(f"goal '{goal}' is unknown; valid: {', '.join(_MEASURED)}")
-    field, _, less = _MEASURED[goal]
-    before, after = getattr(baseline, field), getattr(candidate, field)
-    if not less:
+    if goal not in GOALS:
+        raise TrimtabError(f"goal '{goal}' is unknown; valid: {', '.join(GOALS)}")
+    measure = GOALS[goal].measure
+    before, after = getattr(baseline, measure.name), getattr(candidate, measure.name)
+    if measure.per_device:
         before, after = before / baseline.devices, after / candidate.devices
-    if goal == "long_context" and before <= 0:  # computed, so 0 says that there is no room
+    if measure.computed and before <= 0:
         return 1.0 if after > 0 else 0.0
-    if before <= 0 or (less and after <= 0):
+    if before <= 0 or (measure.less_is_better and after <= 0):
         who = "baseline" if before <= 0 else "candidate"
-        raise TrimtabError(f"the {who}'s {field} was not measured, so there is no gain for goal '{goal}'")
-    return 1 - after / before if less else after / before - 1
+        raise TrimtabError(f"the {who}'s {measure.name} was not measured, so there is no gain for goal '{goal}'")
+    return 1 - after / before if measure.less_is_better else after / before - 1
 
 
 def check_gain(
@@ -61,8 +51,9 @@ def check_gain(
         return verdict.model_copy(update={"measurements": candidate})
     update: dict[str, object] = {"gain": value, "measurements": candidate}
     if verdict.outcome == "accepted" and value < accept.min_gain:
-        words = _MEASURED[goal][1]
-        if baseline.devices != candidate.devices and not _MEASURED[goal][2]:
+        measure = GOALS[goal].measure
+        words = measure.words
+        if baseline.devices != candidate.devices and measure.per_device:
             words += f" a device, on {candidate.devices} instead of {baseline.devices}"
         update |= {
             "outcome": "rejected",

@@ -11,7 +11,7 @@ from typing import Any
 
 from trimtab.base.errors import InputError
 from trimtab.base.schema import Document
-from trimtab.catalog.goals import Goal
+from trimtab.catalog.goals import GoalName
 from trimtab.judge import Verdict
 from trimtab.loop.state import Brief, State
 from trimtab.plan.dealing import Deal
@@ -31,7 +31,7 @@ class Plan(Document):
     """
 
     name: str
-    goal: Goal
+    goal: GoalName
     target: str
     model: Tree
     max_attempts: int

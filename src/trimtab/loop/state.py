@@ -12,7 +12,7 @@ from pydantic import Field
 from trimtab.base import progress
 from trimtab.base.errors import Failure
 from trimtab.base.schema import Document
-from trimtab.catalog.goals import Goal
+from trimtab.catalog.goals import GoalName
 from trimtab.judge import Verdict
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
@@ -49,7 +49,7 @@ class State(Document):
 
     store: str
     name: str = "model"
-    goal: Goal
+    goal: GoalName
     target: str
     evaluation: Evaluation = Evaluation()
     model: Tree

@@ -3,7 +3,8 @@
 | file | idea |
 |---|---|
 | `matrix` | goal, model and target become a ladder of recipes |
-| `candidates` | the techniques that a goal asks for, in order |
+| `techniques` | what a goal's row asks for, a function a technique |
+| `candidates`, `remarks` | the recipes that techniques are made of, and what each is good for besides |
 | `placement`, `engine`, `parallelism` | the engine that serves a recipe: devices, batch, context |
 | `checks`, `installed` | why a target, or this machine, cannot run a recipe |
 | `dealing`, `task_sizes` | which items of which task serve which look |

@@ -1,6 +1,7 @@
 """The decision matrix: a goal, a model and a target become a ladder of recipes, each with its reason.
 
-The recipes and their order are those of `trimtab.plan.candidates`, their engines those of `trimtab.plan.placement`.
+The recipes are those of `trimtab.plan.techniques`, in the order of the goal's row of `trimtab.catalog.goals`, and their
+engines those of `trimtab.plan.placement`.
 Only what the target can run and what fits into its memory stands on the ladder.
 """
 
@@ -15,11 +16,12 @@ from trimtab.catalog.goals import GOALS
 from trimtab.model.facts import ModelFacts
 from trimtab.model.hardware import Hardware
 from trimtab.model.memory import least_training, max_context_tokens, memory, trainable, training, weight_bytes
-from trimtab.plan.candidates import CANDIDATES, Kit
+from trimtab.plan.candidates import Kit
 from trimtab.plan.checks import check
 from trimtab.plan.engine import check_length
 from trimtab.plan.placement import baseline as place_baseline
 from trimtab.plan.placement import for_workload, sized
+from trimtab.plan.techniques import candidates
 from trimtab.recipe import Acceptance, Recipe
 from trimtab.recipe.workload import Workload
 from trimtab.store.tree import Tree
@@ -58,7 +60,7 @@ def ladder(
     """Returns the recipes to try, in order; at most `MAX_RUNGS`, each a different piece of work.
 
     Args:
-        goal: one of `trimtab.loop.state.GOALS`.
+        goal: one of `trimtab.catalog.goals.GOALS`.
         accept: what every recipe of the ladder must keep; the defaults of `Acceptance` when absent.
         backend: the engine; the back end of `first`, or the target's default, when absent.
         first: the user's own recipe, which stands first as it is.
@@ -94,7 +96,7 @@ def climb(
     rungs = {own.recipe.digest: own} if own else {}
     kit = Kit(goal, facts, hardware, backend, workload)
     refused: list[Refused] = []
-    for steps, why in CANDIDATES[goal](kit):
+    for steps, why in candidates(kit):
         recipe, note = kit.place(steps.model_copy(update={"accept": accept or Acceptance()}))
         if recipe:
             rungs.setdefault(recipe.digest, Rung(recipe=recipe, why="; ".join(filter(None, (why, note)))))
@@ -120,7 +122,7 @@ def baseline(
     workload: Workload | None = None,
     devices: int = 1,
 ) -> Rung:
-    """Returns the unchanged model with the engine that it is measured on, and a sentence on that (see `placing`).
+    """Returns the unchanged model with the engine that it is measured on, and a sentence on that (see `placement`).
 
     Args:
         rungs: the ladder, of which the first is what it is compared with first.
@@ -130,21 +132,22 @@ def baseline(
         InputError: nothing of the target serves it in 16 bits, or no rung can be any better at the goal.
     """
     recipe, why = place_baseline(goal, facts, hardware, rungs[0].recipe.engine, workload, devices)
-    if goal == "long_context":
-        _check_longer(facts, hardware, recipe, rungs)
+    if GOALS[goal].measure.computed:
+        _check_longer(goal, facts, hardware, recipe, rungs)
     return Rung(recipe=recipe, why=f"the model unchanged, {why}")
 
 
-def _check_longer(facts: ModelFacts, hardware: Hardware, unchanged: Recipe, rungs: list[Rung]) -> None:
+def _check_longer(
+    goal: str, facts: ModelFacts, hardware: Hardware, unchanged: Recipe, rungs: list[Rung]
+) -> None:
     """Refuses the search for a longer context where the unchanged model has its whole context already."""
     if any(_context(facts, hardware, rung.recipe) > _context(facts, hardware, unchanged) for rung in rungs):
         return
     devices = unchanged.engine.world_size
     where = f"one {hardware.name}" if devices == 1 else f"{devices} of them, and no recipe does on fewer"
     raise InputError(
-        f"goal: 'long_context' has nothing to gain on {hardware.name}: the unchanged model holds all "
-        f"{facts.max_position_embeddings:,} tokens that it can read on {where}; write 'higher_throughput' to "
-        f"serve more requests at a time, or a smaller target"
+        f"goal: '{goal}' has nothing to gain on {hardware.name}: the unchanged model holds all "
+        f"{facts.max_position_embeddings:,} tokens that it can read on {where}; write {GOALS[goal].instead}"
     )
 
 

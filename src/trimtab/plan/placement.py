@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from trimtab.base.errors import InputError
 from trimtab.catalog.formats import FORMATS
+from trimtab.catalog.goals import GOALS
 from trimtab.model.facts import ModelFacts
 from trimtab.model.hardware import GB, GPUS, Hardware
 from trimtab.model.memory import least_training, memory, trainable
@@ -18,15 +19,6 @@ from trimtab.recipe.workload import Workload
 MAX_GPUS = 8
 #: The shortest context worth serving, in tokens: a plan reduces the batch, then the context down to it.
 MIN_CONTEXT = 2048
-
-#: goal -> (max_batch_size, max_seq_len, max_num_tokens, least batch); a length of 0 is the model's own.
-SERVING = {
-    "lower_latency": (8, 4096, 8192, 1),
-    "higher_throughput": (256, 4096, 16384, 16),
-    "fit_larger_model": (8, 2048, 8192, 1),
-    "long_context": (4, 0, 8192, 1),
-    "lower_cost": (128, 4096, 8192, 16),
-}
 
 
 def place(
@@ -108,7 +100,7 @@ def baseline(
             return placed, _served(placed, hardware)
         except InputError:  # it may be served all the same, by more devices than `sized` asks for or in parts of it
             pass
-    reason, least = "", min(SERVING[goal][3], like.max_batch_size)
+    reason, least = "", min(GOALS[goal].least_batch, like.max_batch_size)
     for engine in (*_smaller(like, hardware, facts, devices, least), *_smaller(like, hardware, facts, devices)):
         placed = Recipe(engine=engine)
         if cannot := check(placed, hardware, facts):
@@ -188,13 +180,13 @@ def for_workload(workload: Workload, recipe: Recipe) -> str:
 
 
 def _engines(goal: str, recipe: Recipe, facts: ModelFacts, on_gpu: bool) -> Iterator[Engine]:
-    batch, length, tokens, least = SERVING[goal]
-    backend = recipe.engine.backend
-    chunked = goal in ("higher_throughput", "long_context", "lower_cost")
+    row, backend = GOALS[goal], recipe.engine.backend
+    batch, length, tokens, least = row.batch, row.length, row.step_tokens, row.least_batch
+    chunked = row.chunked_prefill
     if backend == "torch":  # its packed kernels serve so many rows, and it has no chunked prefill
         batch, length, tokens, least = min(batch, 64 if on_gpu else 16), min(length, MIN_CONTEXT), 8192, 1
         chunked = False
-    elif goal == "lower_latency" and FORMATS[recipe.weight_format].is_four_bit_weight_only:
+    elif row.at_batch_1 and FORMATS[recipe.weight_format].is_four_bit_weight_only:
         batch = 1  # weight-only INT4 is faster at batch 1 and slower at 8 (`catalog.formats`)
     longest = facts.max_position_embeddings
     length = min(length or longest, longest)

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+from trimtab.catalog.goals import GOALS
 from trimtab.judge import Verdict
 from trimtab.loop.state import Brief, State
 from trimtab.report.rows import interval_text, one_line
-
-#: What `Verdict.gain` counts, for each goal.
-GAINED = {
-    "lower_latency": "faster decoding",
-    "higher_throughput": "more throughput",
-    "fit_larger_model": "fewer bytes",
-    "long_context": "longer context",
-    "lower_cost": "more throughput",
-}
 
 
 def accepted(state: State) -> tuple[int, Brief] | None:
@@ -79,7 +71,7 @@ def attempt_headline(state: State) -> str:
 
 def gain_text(verdict: Verdict, goal: str) -> str:
     """Returns '41 % fewer bytes', or '' when the gain is unknown."""
-    return "" if verdict.gain is None else f"{verdict.gain:.1%} {GAINED[goal]}".replace("%", " %")
+    return "" if verdict.gain is None else f"{verdict.gain:.1%} {GOALS[goal].measure.words}".replace("%", " %")
 
 
 def confirmation_text(verdict: Verdict) -> str:

@@ -40,7 +40,6 @@ from trimtab.model.files import CONFIG, read_json
 from trimtab.runtime.checkpoint import config_file, stream
 from trimtab.runtime.checkpoint.layer_layout import SCALES, Quantized, unpack_int4
 from trimtab.runtime.checkpoint.model_files import Export
-from trimtab.runtime.decoder.float16_range import declared_dtype
 
 #: compressed-tensors' words for what shares a scale, among the weights and among the inputs.
 _WEIGHTS, _INPUTS = {"tensor": "tensor", "row": "channel"}, {"static": "tensor", "token": "token"}
@@ -74,7 +73,7 @@ def translate(export: Path, output: Path, scratch: Path) -> str:
         Failure: `unsupported`, layers that vLLM cannot be given so; names one and says why.
     """
     read, config = Export(export), _config(export)
-    dtype = declared_dtype(export)
+    dtype = config_file.declared_dtype(export)
     _check(read, config["model_type"], dtype)
     scaled = [name for name in read.layers if _scales_inputs(read, name)]
     config["quantization_config"] = _quantization(read, scaled, families.named(config["model_type"]).head)

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from trimtab.model.files import CONFIG, read_json
@@ -32,6 +33,12 @@ _PHI3 = ("short_factor", "long_factor")
 def read(folder: Path) -> PreTrainedConfig:
     """Returns the config of a model folder."""
     return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def declared_dtype(folder: Path) -> torch.dtype:
+    """Returns the type in which an engine serves a model, by its config.json; bfloat16 where it does not say."""
+    config = read_json(Path(folder) / CONFIG)
+    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
 
 
 def write(folder: Path, document: Mapping[str, Any]) -> None:

@@ -9,22 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from trimtab.base.errors import Failure
-from trimtab.model.files import CONFIG, read_json
 
 LARGEST = torch.finfo(torch.float16).max
-
-
-def declared_dtype(folder: Path) -> torch.dtype:
-    """Returns the type in which an engine serves a model, by its config.json; bfloat16 where it does not say."""
-    config = read_json(Path(folder) / CONFIG)
-    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
 
 
 @contextmanager

@@ -22,8 +22,10 @@ from transformers import PreTrainedModel
 from trimtab import families
 from trimtab.base import progress
 from trimtab.runtime.kernels.replacements import FusedRMSNorm
-from trimtab.runtime.kv_cache import paged
-from trimtab.runtime.kv_cache.paged import PagedKVCache, Pass, Spans
+from trimtab.runtime.kernels.spans import Spans
+from trimtab.runtime.kv_cache import paged_attention
+from trimtab.runtime.kv_cache.paged import PagedKVCache
+from trimtab.runtime.kv_cache.paged_attention import Pass
 from trimtab.runtime.linear import elementwise, fused, small_batch
 from trimtab.runtime.linear.choice import PackedLinear
 from trimtab.runtime.linear.elementwise import Angles, Kernels, Sizes
@@ -98,7 +100,7 @@ class Step:
             if where.spans:
                 seen_SHD = where.cache.attend(block.layer, query_SHD, where.spans, block.scaling)
             else:
-                seen_SHD = paged.decode_attention(query_SHD, where, block.layer, block.scaling, None)
+                seen_SHD = paged_attention.decode_attention(query_SHD, where, block.layer, block.scaling, None)
             x = block.out(seen_SHD.flatten(1))
             x, residual = kernels.add_norm(x, residual, block.between.weight, block.between.epsilon)
             x = block.down(kernels.silu_mul(block.gate_up(x)))
@@ -206,7 +208,7 @@ def build(model: PreTrainedModel, positions: int) -> Step | None:
         if model.device.type == "cuda":
             progress.report("engine", "measuring products of few rows")
             products = small_batch.choose(layers(model))
-            if why := paged.why_no_kernel(model):
+            if why := paged_attention.why_no_kernel(model):
                 progress.report("engine", f"attention runs without a kernel of its own: {why}")
             by_spans = not why
         step = Step(model, positions, kernels, products, by_spans)

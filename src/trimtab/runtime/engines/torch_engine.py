@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from trimtab.base import progress
 from trimtab.base.errors import InputError
 from trimtab.recipe import Engine as Settings
+from trimtab.runtime.checkpoint import config_file
 from trimtab.runtime.checkpoint.model_files import load_tokenizer
 from trimtab.runtime.decoder import decode, float16_range, gpu_memory, head, step
 from trimtab.runtime.decoder.assemble import assemble
@@ -154,7 +155,7 @@ class TorchEngine:
         # Products of one row are chosen by their speed, which ranks would find to differ, and leave out their sums.
         self._has_step = self.device.type == "cuda" and place is None
         self._decoders: dict[tuple[int, int, int], Growing | Recorded] = {}
-        self._is_float16 = float16_range.declared_dtype(self.folder) == torch.float16
+        self._is_float16 = config_file.declared_dtype(self.folder) == torch.float16
         #: How `decode_speed` last ran its steps: "CUDA graph" of which step, or "loop" and on a GPU why.
         self.decode_path = ""
         head.check(self.model)

@@ -3,7 +3,7 @@
 | file | idea |
 |---|---|
 | `matmul`, `tile`, `words` | products of few rows with packed weights, how they are cut, how weights stand |
-| `paged_attention` | attention over a paged KV cache |
+| `paged_attention`, `spans` | attention over a paged KV cache, and how its work is cut |
 | `decoding` | what stands between the products of a decoding step |
 | `replacements` | modules of transformers that are cheaper in another shape |
 | `cuda_graphs` | steps that are recorded once and replayed |

@@ -1,6 +1,6 @@
 """Attention over a paged KV cache in one Triton kernel a layer, which reads a block where it lies.
 
-PyTorch's attention wants keys and values side by side, so the path of `runtime.kv_cache.paged` copies every
+PyTorch's attention wants keys and values side by side, so the path of `runtime.kv_cache.paged_attention` copies every
 sequence's blocks together first, padded to the longest: at mixed lengths several times the bytes that attention
 needs. Here a program takes a span, that is, a few tokens of one sequence and the query heads that share a head of
 keys; it walks the sequence's table with the softmax of Milakov and Gimelshein (2018, arXiv 1805.02867), as
@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trimtab.runtime.kv_cache.paged import Spans
+from trimtab.runtime.kernels.spans import Spans
 
 #: Keys that a program reads at a time.
 KEYS = 64

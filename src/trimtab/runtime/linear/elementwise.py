@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from trimtab.base import progress
 from trimtab.runtime.checkpoint import layer_layout
 from trimtab.runtime.kv_cache import paged
-from trimtab.runtime.kv_cache.paged import Pass
+from trimtab.runtime.kv_cache.paged_attention import Pass
 
 
 @dataclass(frozen=True)

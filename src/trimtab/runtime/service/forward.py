@@ -17,9 +17,10 @@ from trimtab.runtime.decoder import gpu_memory
 from trimtab.runtime.decoder import step as own_step
 from trimtab.runtime.decoder.step import Step
 from trimtab.runtime.kernels import cuda_graphs, replacements
-from trimtab.runtime.kv_cache import paged
+from trimtab.runtime.kv_cache import paged_attention
 from trimtab.runtime.kv_cache.block_pool import BlockPool
-from trimtab.runtime.kv_cache.paged import Chunk, PagedKVCache, Pass
+from trimtab.runtime.kv_cache.paged import PagedKVCache
+from trimtab.runtime.kv_cache.paged_attention import Chunk, Pass
 from trimtab.runtime.service import step_inputs
 from trimtab.runtime.service.scheduler import Step as Planned
 from trimtab.runtime.service.scheduler import Work
@@ -54,7 +55,7 @@ class Forward:
         self._body, self._head = model.base_model, model.get_output_embeddings()
         #: Whether attention reads the cache by the kernel; how it does, and on a GPU why no faster.
         self.has_kernel, self.attention_path = self._choose_attention(attention)
-        paged.use_paged_attention(model)
+        paged_attention.use_paged_attention(model)
 
     def forget(self) -> None:
         """Gives up the cache and what was recorded on it, so that their memory is free."""
@@ -180,7 +181,7 @@ class Forward:
         why = ""
         if not (self.step and self.step.by_spans):  # which was tried when the step was built
             with gpu_memory.part("activations", self._device):
-                why = paged.why_no_kernel(self._model)
+                why = paged_attention.why_no_kernel(self._model)
         if not why:
             return True, "kernel"
         if asked == "kernel":

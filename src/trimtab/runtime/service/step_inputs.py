@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from trimtab.runtime.kernels.cuda_graphs import rounded_up
-from trimtab.runtime.kv_cache.paged import PagedKVCache, Pass, Spans
+from trimtab.runtime.kernels.spans import Spans
+from trimtab.runtime.kv_cache.paged import PagedKVCache
+from trimtab.runtime.kv_cache.paged_attention import Pass
 
 #: Tokens of a prompt that one program of the kernel reads.
 SPAN = 16
