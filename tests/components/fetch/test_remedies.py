@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.admission import admit
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
 
 
 @pytest.fixture
