@@ -90,7 +90,7 @@ def _connect(arguments: argparse.Namespace, console: Console) -> Connection:
 def _uploaded(arguments: argparse.Namespace, connection: Connection) -> Uploaded:
     from trimtab.pipelines import package
     from trimtab.pipelines.cluster.upload import upload
-    from trimtab.pipelines.optimize import MAX_ATTEMPTS
+    from trimtab.pipelines.loop import MAX_ATTEMPTS
 
     with tempfile.TemporaryDirectory() as folder:
         compiled = Path(folder) / f"{arguments.pipeline}.yaml"

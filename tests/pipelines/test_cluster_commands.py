@@ -15,7 +15,7 @@ from trimtab.components.deployment.rollout.settings import Rollout
 from trimtab.loop import status
 from trimtab.pipelines.cluster import connection, watch
 from trimtab.pipelines.commands import main
-from trimtab.pipelines.optimize import MAX_ATTEMPTS
+from trimtab.pipelines.loop import MAX_ATTEMPTS
 from trimtab.stages.profile import Profile
 from trimtab.store import Store, open_store
 

@@ -16,7 +16,8 @@ from trimtab.runtime.decoder import decode
 from trimtab.runtime.engines.torch_engine import TorchEngine
 from trimtab.runtime.linear import choice, elementwise, small_batch
 from trimtab.runtime.linear.elementwise import Sizes
-from trimtab.runtime.service.paged_engine import Attention, PagedEngine
+from trimtab.runtime.service.forward import Attention
+from trimtab.runtime.service.paged_engine import PagedEngine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -8,6 +8,7 @@ import pytest
 
 from trimtab import stages
 from trimtab.components.fetch.source import fetch
+from trimtab.components.validation import page
 from trimtab.components.validation.stage import _Judge
 from trimtab.judge import Verdict
 from trimtab.loop.evidence import CONFIRMATION, look_name
@@ -27,13 +28,12 @@ def test_kernels_are_those_of_the_attempt_and_not_of_the_baseline(baseline_first
         return store.put(folder, kind="evaluation")
 
     state = State(store=store.uri, goal="fit_larger_model", target="cpu", model=tree("model"))
-    judge = _Judge(store, state)
     measured = {look_name(1, baseline=True): tree("baseline"), look_name(1): tree("attempt")}
     order = list(measured) if baseline_first else list(measured)[::-1]
-    judge.trees = {name: measured[name] for name in order}
-    assert judge.read("kernels.json") == "attempt"
-    judge.trees = {look_name(1, baseline=True): measured[look_name(1, baseline=True)]}
-    assert judge.read("kernels.json") is None
+    measured = {name: measured[name] for name in order}
+    assert page.own_file(store, state, measured, "kernels.json") == "attempt"
+    del measured[look_name(1)]
+    assert page.own_file(store, state, measured, "kernels.json") is None
 
 
 @pytest.mark.parametrize(
