@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
@@ -32,15 +33,24 @@ LOGS = [
     # what ends a traceback, not what was told of on the way
     ("Traceback (most recent call last):\ntrimtab.base.errors.NotReleased: nothing is released\n"
      "retried: trimtab.base.errors.StoreError: no answer", errors.NotReleased, "nothing is released"),
-    ("trimtab.base.errors.StoreError: first\n\nDuring handling, another occurred:\n\ntrimtab.base.errors.InputError: second",
+    ("trimtab.base.errors.StoreError: first\n\nDuring handling, another:\n\ntrimtab.base.errors.InputError: second",
      errors.InputError, "second"),
     # a container's log may have something before each line
     ("[optimize] trimtab.base.errors.Damaged: a blob is missing", errors.Damaged, "a blob is missing"),
     # names of the module that are no errors
-    ("trimtab.base.errors.InputError: y\ntrimtab.base.errors.nearest: x\ntrimtab.base.errors.re: x", errors.InputError, "y"),
+    ("trimtab.base.errors.InputError: y\ntrimtab.base.errors.nearest: x\ntrimtab.base.errors.re: x",
+     errors.InputError, "y"),
     ("trimtab.base.errors.NoSuchError: x", errors.StageError, "a stage failed; its output is in "),
     ("RuntimeError: other", errors.StageError, "a stage failed; its output is in "),
 ]  # fmt: skip
+
+
+def test_the_error_in_a_log_is_found_wherever_its_module_lies(tmp_path):
+    """As Python writes it, which is with the module's name of today."""
+    error = errors.NotReleased("nothing is released: it is too small")
+    (tmp_path / "run.log").write_text("".join(traceback.format_exception(error)))
+    found = local._error_in(tmp_path / "run.log")
+    assert (type(found), str(found)) == (type(error), str(error))
 
 
 @pytest.mark.parametrize(("text", "kind", "message"), LOGS)
