@@ -28,6 +28,9 @@ from trimtab.store.tree import Tree
 
 SPEED_GOALS = ("lower_latency", "higher_throughput", "lower_cost")
 
+#: What the attempt itself is asked, with the KV cache that its recipe asks for.
+_OWN_LOOKS = {look_name(look) for look in range(1, CONFIRMATION + 1)}
+
 
 def run(state_uri: str, page: Any, metrics: Any) -> str:
     """Judges the attempt, writes its page, and files it in the state's history.
@@ -51,6 +54,8 @@ def run(state_uri: str, page: Any, metrics: Any) -> str:
     except Failure as failure:
         state = fail(state, "validate", failure)
         result = state.verdict
+    result = result.model_copy(update={"truncated": judge.truncated})
+    state = state.model_copy(update={"verdict": result})
     filed_evidence = None
     if result.outcome == "accepted":
         filed_evidence = evidence.write(store, state, result, judge.export, judge.trees)
@@ -64,7 +69,7 @@ def run(state_uri: str, page: Any, metrics: Any) -> str:
         engine=state.trees.get("engine"),
     )
     filed = {"baseline": brief} if state.attempt == 0 else {"history": (*state.history, brief)}
-    state = state.model_copy(update={"verdict": result, "seconds": seconds, **filed})
+    state = state.model_copy(update={"seconds": seconds, **filed})
     Path(page.path).write_text(html(store, state, judge.trees), encoding="utf-8")
     stages.log_metrics(metrics, numbers(result))
     progress.report("validate", f"{result.outcome}: {result.reason}")
@@ -77,6 +82,7 @@ class _Judge:
     def __init__(self, store: Store, state: State):
         self.store, self.state = store, state
         self.seconds = 0.0
+        self.truncated = 0  # requests to the attempt that lost their beginning
         self.trees: dict[str, Tree] = {}  # what was measured, for the evidence
         self.engine = state.trees.get("engine")
         self.export = stages.tree_of("export", state)
@@ -159,6 +165,7 @@ class _Judge:
             inputs["calibration"] = calibration
         result = self._cached(name, EVALUATE, parameters, inputs)
         if cut := result.metrics.get("truncated"):
+            self.truncated += cut if name in _OWN_LOOKS else 0
             what = f"{cut} requests were too long for the engine and lost their beginning, as in lm-eval"
             progress.report("validate", what)
         return result

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from trimtab.base.errors import InputError
 from trimtab.catalog.goals import GOALS
 from trimtab.model import hardware
+from trimtab.pipelines.cluster import reachable
 from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_evaluation, read_profile, release_name
 from trimtab.pipelines.package import PIPELINES
 from trimtab.plan import dealing, task_sizes
 from trimtab.recipe import Recipe
-from trimtab.recipe.workload import Recorded
 
 if TYPE_CHECKING:
     from trimtab.pipelines.cluster.connection import Connection
@@ -178,7 +177,7 @@ def _unschedule(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Checks what can be known without the cluster: the model and the store are seen only from there."""
+    """Checks what can be known without the cluster: model, store and volumes are seen only from there."""
     from trimtab.components.deployment.rollout.settings import asked
 
     check_choice("pipeline", arguments.pipeline, tuple(PIPELINES))
@@ -186,14 +185,11 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     check_choice("goal", arguments.goal, GOALS)
     hardware.target(arguments.target)
     recipe = read(arguments.recipe, "recipe")
-    workload = Recipe.parse(recipe or "{}").workload
-    if isinstance(workload, Recorded):
-        _check_seen_from_cluster("workload.recorded", workload.recorded)
-    evaluation = read_evaluation(arguments.evaluation)
-    for field in ("model", "store"):
-        _check_seen_from_cluster(field, getattr(arguments, field))
+    wanted = Recipe.parse(recipe or "{}")
+    evaluation = read_evaluation(arguments.evaluation, here=False)
+    reachable.check(arguments.model, arguments.store, wanted, evaluation, read_profile(arguments.profile))
     if own := task_sizes.of_own(evaluation):  # others are counted by the run's own plan
-        dealing.deal(own, evaluation, Recipe.parse(recipe or "{}").accept, arguments.max_attempts)
+        dealing.deal(own, evaluation, wanted.accept, arguments.max_attempts)
     rollout = asked(read(arguments.rollout, "rollout"), arguments.store)
     return {
         "model": arguments.model,
@@ -206,13 +202,3 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
         "evaluation": evaluation.to_json(),
         "rollout": rollout.to_json() if rollout else "",
     }
-
-
-def _check_seen_from_cluster(field: str, value: str) -> None:
-    hub = field == "model" and value.count("/") == 1 and not value.startswith((".", "/")) and not Path(value).exists()
-    if not hub and not value.startswith(("s3://", "/")):
-        other = ", a hub id org/name" if field == "model" else ""
-        raise InputError(
-            f"{field}: '{value}' is of this machine, which the cluster does not see; write s3://bucket/prefix{other} "
-            "or the absolute path of a volume there"
-        )

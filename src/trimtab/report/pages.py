@@ -117,6 +117,7 @@ def _templates() -> Environment:
         "key": figures.key,
         "confirmation": story.confirmation_text,
         "gain": story.gain_text,
+        "truncated": story.truncated_text,
     }
     return environment
 

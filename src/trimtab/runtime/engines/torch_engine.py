@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from trimtab.base import progress
 from trimtab.base.errors import InputError
@@ -20,6 +21,7 @@ from trimtab.runtime.decoder.assemble import assemble
 from trimtab.runtime.decoder.decode import Growing, Recorded
 from trimtab.runtime.decoder.step import Step
 from trimtab.runtime.engines import batching
+from trimtab.runtime.engines.answer_end import AnswersEnd
 from trimtab.runtime.engines.batching import Request
 from trimtab.runtime.kernels import replacements
 from trimtab.runtime.kv_cache.emulated import ServedKVCache
@@ -52,8 +54,14 @@ class Engine(Protocol):
     def nll(self, windows: torch.Tensor) -> list[float]:
         """Returns for each window, int64 [n, length], the nats of its tokens after the first, summed."""
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """Returns for each prompt the tokens that greedy decoding adds, without the end-of-text token."""
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, until: Sequence[Sequence[str]] = ()
+    ) -> list[list[int]]:
+        """Returns for each prompt the tokens that greedy decoding adds, without the end-of-text token.
+
+        `until` has for each prompt the texts that its answer is cut at by whoever reads it: an engine may leave out
+        tokens behind the first of them.
+        """
 
     def decode_speed(self, batch_size: int, prompt_tokens: int, new_tokens: int, repeats: int) -> list[float]:
         """Returns the tokens a second of all sequences together, once a repeat, prefill excluded."""
@@ -207,7 +215,9 @@ class TorchEngine:
         return totals
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, until: Sequence[Sequence[str]] = ()
+    ) -> list[list[int]]:
         """As the protocol says.
 
         Raises:
@@ -220,7 +230,8 @@ class TorchEngine:
         for start in range(0, len(order), size):
             some = order[start : start + size]
             with gpu_memory.part("KV cache and activations", self.device):
-                answers |= zip(some, self._generate([prompts[i] for i in some], max_new_tokens), strict=True)
+                stops = [until[i] for i in some] if until else []
+                answers |= zip(some, self._generate([prompts[i] for i in some], max_new_tokens, stops), strict=True)
         return [answers[i] for i in range(len(prompts))]
 
     @torch.inference_mode()
@@ -252,7 +263,9 @@ class TorchEngine:
         with float16_range.checked(self.body) if self._is_float16 else nullcontext():
             return self.body(**inputs, use_cache=False).last_hidden_state
 
-    def _generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def _generate(
+        self, prompts: list[list[int]], max_new_tokens: int, until: Sequence[Sequence[str]]
+    ) -> list[list[int]]:
         length = max(map(len, prompts))
         ends = self.model.generation_config.eos_token_id
         ends = [ends] if isinstance(ends, int) else ends or []
@@ -264,7 +277,9 @@ class TorchEngine:
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends or None, pad_token_id=padding
         )
         inputs = {"input_ids": tokens.to(self.device), "attention_mask": seen.to(self.device)}
-        output = self.model.generate(**inputs, generation_config=config)[:, length:].tolist()
+        criteria = StoppingCriteriaList([AnswersEnd(self.tokenizer, length, ends, until)] if until else [])
+        output = self.model.generate(**inputs, generation_config=config, stopping_criteria=criteria)
+        output = output[:, length:].tolist()
         return [answer[: next((i for i, t in enumerate(answer) if t in ends), None)] for answer in output]
 
     def _decoder(self, *sizes: int) -> Growing | Recorded:
