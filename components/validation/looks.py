@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trimtab import stages
+from trimtab.loop.evidence import CONFIRMATION, look_name
 from trimtab.plan.dealing import Deal, Spans
 from trimtab.recipe.evaluation import Evaluation
 
@@ -22,6 +23,10 @@ INTEGRITY = stages.work_stage(
     stages.Environment(stages.QUANTIZED.libraries, measured=True),
     version=4,
 )
+#: What the attempt itself is asked, with the KV cache that its recipe asks for.
+OWN_LOOKS = {look_name(look) for look in range(1, CONFIRMATION + 1)}
+#: What is measured beside the attempt, and no part of its page.
+BASELINE_LOOKS = {look_name(look, baseline=True) for look in range(1, CONFIRMATION + 1)}
 
 
 def evaluation_parameters(

@@ -7,14 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab import report
+from trimtab.components.validation.looks import BASELINE_LOOKS
 from trimtab.judge import Verdict
-from trimtab.loop.evidence import CONFIRMATION, look_name
 from trimtab.loop.state import State
 from trimtab.store import Store
 from trimtab.store.tree import Tree
-
-#: What is measured beside the attempt, and no part of its page.
-_BASELINE_LOOKS = {look_name(look, baseline=True) for look in range(1, CONFIRMATION + 1)}
 
 
 def html(store: Store, state: State, measured: Mapping[str, Tree]) -> str:
@@ -28,6 +25,7 @@ def html(store: Store, state: State, measured: Mapping[str, Tree]) -> str:
         kernels=own_file(store, state, measured, "kernels.json"),
         layers=own_file(store, state, measured, "layers.json"),
         calibration=own_file(store, state, measured, "calibration.json"),
+        arithmetic=own_file(store, state, measured, "arithmetic.json") or "",
         reload=own_file(store, state, measured, "reload.json"),
         distillation=_distillation(store, state),
     )
@@ -36,7 +34,7 @@ def html(store: Store, state: State, measured: Mapping[str, Tree]) -> str:
 def own_file(store: Store, state: State, measured: Mapping[str, Tree], name: str) -> Any:
     """Returns a JSON file of what was measured on this attempt or calibrated on, or None."""
     calibration = state.trees.get("calibration")
-    own = [tree for look, tree in measured.items() if look not in _BASELINE_LOOKS]
+    own = [tree for look, tree in measured.items() if look not in BASELINE_LOOKS]
     for tree in (*own, *([calibration] if calibration else [])):
         path = store.get(tree) / name
         if path.exists():

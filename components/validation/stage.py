@@ -13,7 +13,15 @@ from trimtab import judge, stages
 from trimtab.base import child, progress
 from trimtab.base.errors import Failure
 from trimtab.catalog.backends import BACKENDS
-from trimtab.components.validation.looks import COMPARE_SPEED, EVALUATE, INTEGRITY, evaluation_parameters, fresh, looks
+from trimtab.components.validation.looks import (
+    COMPARE_SPEED,
+    EVALUATE,
+    INTEGRITY,
+    OWN_LOOKS,
+    evaluation_parameters,
+    fresh,
+    looks,
+)
 from trimtab.components.validation.page import html, numbers
 from trimtab.judge import Measurements, Verdict
 from trimtab.judge.statistics import wilson
@@ -27,9 +35,6 @@ from trimtab.store import Store, open_store
 from trimtab.store.tree import Tree
 
 SPEED_GOALS = ("lower_latency", "higher_throughput", "lower_cost")
-
-#: What the attempt itself is asked, with the KV cache that its recipe asks for.
-_OWN_LOOKS = {look_name(look) for look in range(1, CONFIRMATION + 1)}
 
 
 def run(state_uri: str, page: Any, metrics: Any) -> str:
@@ -69,7 +74,7 @@ def run(state_uri: str, page: Any, metrics: Any) -> str:
         engine=state.trees.get("engine"),
     )
     filed = {"baseline": brief} if state.attempt == 0 else {"history": (*state.history, brief)}
-    state = state.model_copy(update={"seconds": seconds, **filed})
+    state = state.model_copy(update={"verdict": result, "seconds": seconds, **filed})
     Path(page.path).write_text(html(store, state, judge.trees), encoding="utf-8")
     stages.log_metrics(metrics, numbers(result))
     progress.report("validate", f"{result.outcome}: {result.reason}")
@@ -165,7 +170,7 @@ class _Judge:
             inputs["calibration"] = calibration
         result = self._cached(name, EVALUATE, parameters, inputs)
         if cut := result.metrics.get("truncated"):
-            self.truncated += cut if name in _OWN_LOOKS else 0
+            self.truncated += cut if name in OWN_LOOKS else 0
             what = f"{cut} requests were too long for the engine and lost their beginning, as in lm-eval"
             progress.report("validate", what)
         return result

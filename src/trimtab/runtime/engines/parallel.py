@@ -97,6 +97,10 @@ class ParallelEngine:
         """How `decode_speed` last ran its steps."""
         return self._ask("decode_path")[0]
 
+    @property
+    def arithmetic(self) -> str:
+        return self._ask("arithmetic")[0]
+
     def kernels(self) -> dict[str, dict[str, Any]]:
         """As the protocol says: each stage tells of its own blocks."""
         return {name: kernel for found in self._ask("kernels") for name, kernel in found.items()}

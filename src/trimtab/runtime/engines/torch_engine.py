@@ -25,7 +25,7 @@ from trimtab.runtime.engines.answer_end import AnswersEnd
 from trimtab.runtime.engines.batching import Request
 from trimtab.runtime.kernels import replacements
 from trimtab.runtime.kv_cache.emulated import ServedKVCache
-from trimtab.runtime.linear import fused
+from trimtab.runtime.linear import cpu_products, fused
 from trimtab.runtime.parallel import shards
 from trimtab.runtime.parallel.shards import Place
 
@@ -44,6 +44,10 @@ class Engine(Protocol):
     @property
     def device_bytes(self) -> int:
         """Bytes that the engine holds of its first device's memory, KV cache and graphs included; 0 on a CPU."""
+
+    @property
+    def arithmetic(self) -> str:
+        """In which numbers products are computed, and on what: for people."""
 
     def kernels(self) -> dict[str, dict[str, Any]]:
         """Returns for each quantized layer {"kernel": name, "emulated": bool}."""
@@ -110,8 +114,9 @@ class TorchEngine:
 
     A model in float16 is judged in its range: see `runtime.decoder.float16_range`.
 
-    bfloat16 serves the baseline too, so both are compared in the same arithmetic: on AVX512-BF16 its dense
-    product has twice the speed of float32's, and log-probabilities are summed over float32 logits anyway.
+    bfloat16 serves the baseline too, so both are compared in the same arithmetic. A CPU without instructions for it
+    computes the products in float32 and rounds their sums (`linear.cpu_products`); log-probabilities are summed over
+    float32 logits anyway.
 
     Args:
         folder: a plain Hugging Face checkpoint or a ModelOpt unified checkpoint.
@@ -170,6 +175,12 @@ class TorchEngine:
     @property
     def device_bytes(self) -> int:
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+
+    @property
+    def arithmetic(self) -> str:
+        if self.device.type == "cpu":
+            return cpu_products.describe()
+        return f"bfloat16 products on {torch.cuda.get_device_name(self.device)}"
 
     def kernels(self) -> dict[str, dict[str, Any]]:
         packed = fused.packed_layers(self.model)
