@@ -62,57 +62,29 @@ def brief(
 
 
 BASELINE = brief(
-    {},
-    "baseline",
-    "the model unchanged, which every attempt is compared with",
-    megabytes=269.1,
-    decode=27.2,
-    peak=912,
-    looks=1,
-    items=400,
-    windows=16,
-    accuracy=interval(0.672, 0.046),
-    perplexity=25.63,
+    {}, "baseline", "the model unchanged, which every attempt is compared with", megabytes=269.1, decode=27.2,
+    peak=912, looks=1, items=400, windows=16, accuracy=interval(0.672, 0.046), perplexity=25.63,
     seconds={"engine": 6.1, "validate": 61.0},
-)
+)  # fmt: skip
 INT4 = brief(
-    {"quantize": {"format": "int4_rtn"}},
-    "rejected",
-    "perplexity ratio 1.396 (1.352 to 1.440) is above the limit 1.1",
-    failure="perplexity",
-    why="the first rung of the ladder",
-    recovery=(0.868, 0.051),
-    ratio=(1.396, 0.044),
-    megabytes=117.3,
-    share=0.281,
-    decode=54.8,
-    peak=640,
-    gain=0.564,
-    seconds={"quantize": 21.4, "engine": 4.8, "validate": 58.3},
-)
+    {"quantize": {"format": "int4_rtn"}}, "rejected",
+    "perplexity ratio 1.396 (1.352 to 1.440) is above the limit 1.1", failure="perplexity",
+    why="the first rung of the ladder", recovery=(0.868, 0.051), ratio=(1.396, 0.044), megabytes=117.3, share=0.281,
+    decode=54.8, peak=640, gain=0.564, seconds={"quantize": 21.4, "engine": 4.8, "validate": 58.3},
+)  # fmt: skip
 DOES_NOT_FIT = brief(
     {"prune": {"method": "depth", "blocks": 6}, "distill": {"tokens": 2_000_000}, "quantize": {"format": "int8_wo"}},
-    "rejected",
-    "distillation needs 7.9 GB (weights 0.5, optimizer 4.3, activations 3.1), the target has 5.0 GB",
+    "rejected", "distillation needs 7.9 GB (weights 0.5, optimizer 4.3, activations 3.1), the target has 5.0 GB",
     failure="does_not_fit",
     why="int4_rtn failed (perplexity): next is fewer blocks, which takes less away from each weight",
     seconds={"calibrate": 12.7, "prune": 3.2},
-)
+)  # fmt: skip
 AWQ = brief(
-    {"quantize": {"format": "int4_awq"}},
-    "rejected",
-    "recovery 0.913 (0.889 to 0.937) is below the limit 0.95",
-    failure="accuracy",
-    why="depth failed (does_not_fit): next is int4_awq, which needs less memory",
-    recovery=(0.913, 0.024),
-    ratio=(1.181, 0.021),
-    megabytes=119.9,
-    share=0.284,
-    decode=53.9,
-    peak=655,
-    gain=0.554,
+    {"quantize": {"format": "int4_awq"}}, "rejected", "recovery 0.913 (0.889 to 0.937) is below the limit 0.95",
+    failure="accuracy", why="depth failed (does_not_fit): next is int4_awq, which needs less memory",
+    recovery=(0.913, 0.024), ratio=(1.181, 0.021), megabytes=119.9, share=0.284, decode=53.9, peak=655, gain=0.554,
     seconds={"calibrate": 0.0, "sensitivity": 44.0, "quantize": 9.0, "engine": 4.9, "validate": 59.9},
-)
+)  # fmt: skip
 ACCEPTED = brief(
     {"name": "mixed 6 bits", "quantize": {"format": "mixed", "effective_bits": 6}},
     "accepted",
@@ -132,19 +104,11 @@ ACCEPTED = brief(
     seconds={"calibrate": 0.0, "sensitivity": 0.0, "quantize": 12.2, "engine": 5.2, "validate": 104.6},
 ).model_copy(update={"engine": tree("engine"), "evaluation": tree("evidence")})
 UNDECIDED = brief(
-    {"quantize": {"format": "int8_sq"}},
-    "indeterminate",
+    {"quantize": {"format": "int8_sq"}}, "indeterminate",
     "2000 items are too few to tell: recovery 0.955 (0.942 to 0.968) is not shown to be at least 0.95",
-    failure="accuracy",
-    why="the verdicts so far ask for eight bits",
-    recovery=(0.955, 0.013),
-    ratio=(1.082, 0.012),
-    megabytes=163.0,
-    share=0.51,
-    decode=44.0,
-    peak=731,
-    seconds={"quantize": 11.0, "engine": 5.0, "validate": 160.0},
-)
+    failure="accuracy", why="the verdicts so far ask for eight bits", recovery=(0.955, 0.013), ratio=(1.082, 0.012),
+    megabytes=163.0, share=0.51, decode=44.0, peak=731, seconds={"quantize": 11.0, "engine": 5.0, "validate": 160.0},
+)  # fmt: skip
 
 
 def state(*history: Brief, **fields) -> State:
@@ -173,19 +137,11 @@ RELEASED = state(
 )
 NOTHING_ACCEPTED = state(INT4, UNDECIDED, max_attempts=2)
 SPARSE = brief(
-    {"prune": {"method": "sparsegpt", "pattern": "2:4"}},
-    "rejected",
-    "accurate but useless for lower_latency: +0.4% faster decoding, less than the 5.0% asked for",
-    failure="no_gain",
-    why="a recipe of the user's",
-    recovery=(0.981, 0.014),
-    ratio=(1.061, 0.009),
-    megabytes=269.1,
-    decode=27.3,
-    peak=915,
-    gain=0.004,
-    seconds={"prune": 71.0, "engine": 5.0, "validate": 58.0},
-)
+    {"prune": {"method": "sparsegpt", "pattern": "2:4"}}, "rejected",
+    "accurate but useless for lower_latency: +0.4% faster decoding, less than the 5.0% asked for", failure="no_gain",
+    why="a recipe of the user's", recovery=(0.981, 0.014), ratio=(1.061, 0.009), megabytes=269.1, decode=27.3,
+    peak=915, gain=0.004, seconds={"prune": 71.0, "engine": 5.0, "validate": 58.0},
+)  # fmt: skip
 STUDENT = brief(
     {
         "prune": {"method": "depth", "blocks": 6},
@@ -207,13 +163,9 @@ STUDENT = brief(
     | {"quantize": 8.8, "engine": 5.0, "validate": 101.2},
 )
 BROKEN = brief(
-    {"quantize": {"format": "fp8"}},
-    "rejected",
-    "the candidate's log-likelihood is not finite in 3 of 16 windows",
-    failure="degenerate_output",
-    megabytes=140,
-    decode=30,
-)
+    {"quantize": {"format": "fp8"}}, "rejected", "the candidate's log-likelihood is not finite in 3 of 16 windows",
+    failure="degenerate_output", megabytes=140, decode=30,
+)  # fmt: skip
 STAGE_FAILED = state(DOES_NOT_FIT)
 DISTILLED = state(SPARSE, STUDENT, goal="lower_latency", target="h100")
 NO_GAIN = state(SPARSE, goal="lower_latency")

@@ -61,13 +61,6 @@ def _config_in_s3(model: str) -> bytes:
 
 def _config_on_hub(model: str) -> bytes:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
+    with source.from_hub(model, "its config"):
         return Path(hf_hub_download(model, "config.json", token=os.environ.get("HF_TOKEN"))).read_bytes()
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise InputError(
-            f"model: '{model}' is no folder here and its config cannot be had from the Hugging Face hub ({first}); "
-            f"check the name, the network, or set HF_TOKEN for a gated model"
-        ) from None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from trimtab.base import progress
@@ -156,10 +157,9 @@ def _download_from_s3(model: str, folder: Path) -> None:
 
 def _download_from_hub(model: str, folder: Path) -> None:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     progress.report("fetch", f"downloading {model} from the Hugging Face hub")
-    try:
+    with from_hub(model):
         patterns = [f"*{suffix}" for suffix in _MODEL_FILES]
         snapshot_download(
             model,
@@ -168,9 +168,19 @@ def _download_from_hub(model: str, folder: Path) -> None:
             ignore_patterns=_NOT_MODEL_FILES,
             token=os.environ.get("HF_TOKEN"),
         )
+
+
+@contextmanager
+def from_hub(model: str, what: str = "") -> Iterator[None]:
+    """Turns what the hub's client raises into one sentence; `what` of the model is asked for, "" for all of it."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        yield
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().partition("\n")[0]
+        lacking = f"{what} cannot" if what else "cannot"
         raise InputError(
-            f"model: '{model}' is no folder here and cannot be had from the Hugging Face hub ({first}); "
-            f"check the name, the network, or set HF_TOKEN for a gated model"
+            f"model: '{model}' is no folder here and {lacking} be had from the Hugging Face hub ({first}); check "
+            f"the name, the network, or set HF_TOKEN for a gated model"
         ) from None

@@ -1,4 +1,8 @@
-"""Cron expressions as KFP's scheduler reads them (robfig/cron): second, minute, hour, day, month, weekday; UTC."""
+"""Cron expressions as KFP's scheduler reads them (robfig/cron): second, minute, hour, day, month, weekday; UTC.
+
+They are read here because KFP's client sends them unread, and cronsim refuses the `?` of that scheduler, takes its
+`L` and its weekday 7, which that scheduler does not, and names of a wrong expression no more than the field.
+"""
 
 from __future__ import annotations
 

@@ -37,28 +37,15 @@ ENGINE_TASKS = ("engine", "validate")
 SECRET = re.compile(r"(SECRET|PASSWORD|TOKEN|ACCESS_KEY|CREDENTIAL)", re.IGNORECASE)
 
 
-def _quantity(value: str) -> str:
-    if not re.fullmatch(r"[1-9]\d*(\.\d+)?(Ki|Mi|Gi|Ti|k|M|G|T|m)?", value):
-        raise ValueError("is not a Kubernetes quantity; write such as '4', '500m' or '16Gi'")
-    return value
+def _matching(pattern: str, problem: str) -> AfterValidator:
+    """A check that a value is as a pattern says, or the problem with it."""
 
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(problem)
+        return value
 
-def _dns_name(value: str) -> str:
-    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", value):
-        raise ValueError("is not a name of Kubernetes; write lower case letters, digits, '-' and '.'")
-    return value
-
-
-def _label(value: str) -> str:
-    if not re.fullmatch(r"([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", value):
-        raise ValueError("is not a label's key; write such as 'team' or 'example.com/team'")
-    return value
-
-
-def _variable(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
-        raise ValueError("is not the name of an environment variable; write such as AWS_REGION")
-    return value
+    return AfterValidator(check)
 
 
 def _image(value: str) -> str:
@@ -69,11 +56,31 @@ def _image(value: str) -> str:
     return value
 
 
-Quantity = Annotated[str, AfterValidator(_quantity)]
-Name = Annotated[str, AfterValidator(_dns_name)]
-LabelKey = Annotated[str, AfterValidator(_label)]
+Quantity = Annotated[
+    str,
+    _matching(
+        r"[1-9]\d*(\.\d+)?(Ki|Mi|Gi|Ti|k|M|G|T|m)?", "is not a Kubernetes quantity; write such as '4', '500m' or '16Gi'"
+    ),
+]
+Name = Annotated[
+    str,
+    _matching(
+        r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?",
+        "is not a name of Kubernetes; write lower case letters, digits, '-' and '.'",
+    ),
+]
+LabelKey = Annotated[
+    str,
+    _matching(
+        r"([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?",
+        "is not a label's key; write such as 'team' or 'example.com/team'",
+    ),
+]
 LabelValue = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$")]
-Variable = Annotated[str, AfterValidator(_variable)]
+Variable = Annotated[
+    str,
+    _matching(r"[A-Za-z_][A-Za-z0-9_]*", "is not the name of an environment variable; write such as AWS_REGION"),
+]
 ImageName = Annotated[str, AfterValidator(_image)]
 
 
