@@ -116,7 +116,7 @@ def _error_in(log: Path) -> TrimtabError:
     no stage turned into a verdict is one of the stage.
     """
     text = log.read_text(encoding="utf-8", errors="replace")
-    told = re.findall(r"^(.*)trimtab\.errors\.(\w+): (.*)$", text, re.MULTILINE)
+    told = re.findall(rf"^(.*){re.escape(errors.__name__)}\.(\w+): (.*)$", text, re.MULTILINE)
     found = [(name, message) for before, name, message in told if not before] or [line[1:] for line in told]
     for name, message in reversed(found):
         kind = getattr(errors, name, None)

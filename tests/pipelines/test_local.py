@@ -30,14 +30,16 @@ LOGS = [
     ("trimtab.base.errors.Failure: fetch was killed: it needed more memory than there is", errors.StageError,
      "fetch was killed: it needed more memory than there is"),
     # what ends a traceback, not what was told of on the way
-    ("Traceback (most recent call last):\ntrimtab.errors.NotReleased: nothing is released\n"
+    ("Traceback (most recent call last):\ntrimtab.base.errors.NotReleased: nothing is released\n"
      "retried: trimtab.base.errors.StoreError: no answer", errors.NotReleased, "nothing is released"),
-    ("trimtab.base.errors.StoreError: first\n\nDuring handling, another occurred:\n\ntrimtab.errors.InputError: second",
+    ("trimtab.base.errors.StoreError: first\n\nDuring handling, another occurred:\n\n"
+     "trimtab.base.errors.InputError: second",
      errors.InputError, "second"),
     # a container's log may have something before each line
     ("[optimize] trimtab.base.errors.Damaged: a blob is missing", errors.Damaged, "a blob is missing"),
     # names of the module that are no errors
-    ("trimtab.base.errors.InputError: y\ntrimtab.errors.nearest: x\ntrimtab.errors.re: x", errors.InputError, "y"),
+    ("trimtab.base.errors.InputError: y\ntrimtab.base.errors.nearest: x\ntrimtab.base.errors.re: x",
+     errors.InputError, "y"),
     ("trimtab.base.errors.NoSuchError: x", errors.StageError, "a stage failed; its output is in "),
     ("RuntimeError: other", errors.StageError, "a stage failed; its output is in "),
 ]  # fmt: skip

@@ -147,4 +147,4 @@ def test_a_family_whose_shapes_do_not_follow_from_its_config(tmp_path, capsys, m
     monkeypatch.chdir(tmp_path)
     Path("config.json").write_text(json.dumps({**CONFIG, "model_type": "falcon"}))
     code, _, said = plan(capsys, "--model", "config.json")
-    assert code == 2 and "the shapes of a 'falcon' are not known" in said and "give the whole model" in said
+    assert code == 2 and "the shapes of a 'falcon' do not follow from its config" in said and "give the whole model" in said
