@@ -3,15 +3,77 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trimtab.base.errors import InputError, nearest
-from trimtab.base.schema import mapping
+from trimtab.base.schema import Document, mapping
+from trimtab.catalog.goals import DEFAULT_GOAL, GOALS
+from trimtab.model import hardware
+from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.stages.profile import Profile
 from trimtab.store.address import check_name
+
+#: What a run has where nothing is said.
+GOAL, TARGET, ATTEMPTS = DEFAULT_GOAL, "cpu", 5
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run is asked for, checked as far as that goes without its model and its store.
+
+    `recipe` is its text, "" for none: which fields were written counts, not the values alone.
+    """
+
+    model: str
+    goal: str
+    target: str
+    recipe: str
+    max_attempts: int
+    name: str
+    evaluation: Evaluation
+
+    def __post_init__(self) -> None:
+        check_attempts(self.max_attempts)
+        check_choice("goal", self.goal, GOALS)
+        release_name(self.name, self.model)
+        hardware.target(self.target)
+        Recipe.parse(self.recipe or "{}")
+
+    @property
+    def wanted(self) -> Recipe:
+        """The recipe; the empty one for none."""
+        return Recipe.parse(self.recipe or "{}")
+
+    def parameters(self, **others: Any) -> dict[str, Any]:
+        """Returns the parameters of the pipeline by name: what was asked for, and others or in its place."""
+        asked = {**vars(self), **others}
+        return {**asked, "name": release_name(self.name, asked["model"]), "evaluation": self.evaluation.to_json()}
+
+
+def text_of(document: Document | Mapping[str, Any] | Path | str | None, field: str) -> str:
+    """Returns a document as the text that was or might have been written: YAML or JSON, "" for None.
+
+    Args:
+        document: a document, a mapping of its fields, the path of a file, or its text.
+        field: what it is called in a message.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    if document is None:
+        return ""
+    if isinstance(document, Path):
+        return read(str(document), field)
+    if isinstance(document, Document):  # its defaults are left out, but not where somebody wrote them
+        document = document.model_dump(mode="json", exclude_unset=True)
+    return document if isinstance(document, str) else json.dumps(dict(document), ensure_ascii=False)
 
 
 def check_attempts(number: int) -> None:

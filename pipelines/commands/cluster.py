@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from trimtab.catalog.goals import DEFAULT_GOAL, GOALS
-from trimtab.model import hardware
 from trimtab.pipelines.cluster import reachable
-from trimtab.pipelines.inputs import check_attempts, check_choice, read, read_evaluation, read_profile, release_name
+from trimtab.pipelines.commands import run
+from trimtab.pipelines.inputs import Asked, check_choice, read, read_evaluation, read_profile
 from trimtab.pipelines.package import PIPELINES
 from trimtab.plan import dealing, task_sizes
-from trimtab.recipe import Recipe
 
 if TYPE_CHECKING:
     from trimtab.pipelines.cluster.connection import Connection
@@ -69,11 +67,7 @@ def add_package(parser: argparse.ArgumentParser, pipeline: str = "optimize") -> 
 def _add_run(parser: argparse.ArgumentParser, pipeline: str = "optimize") -> None:
     parser.add_argument("--model", required=True, help="s3://bucket/prefix, a hub id org/name, or a path there")
     parser.add_argument("--store", required=True, help="s3://bucket/prefix, or a folder of a shared volume")
-    parser.add_argument("--goal", default=DEFAULT_GOAL, help=f"one of {', '.join(GOALS)} ({DEFAULT_GOAL})")
-    parser.add_argument("--target", default="cpu", help=f"one of {', '.join(hardware.TARGETS)} (cpu)")
-    parser.add_argument("--recipe", default="", metavar="FILE", help="a recipe to try first, YAML or JSON")
-    parser.add_argument("--max-attempts", type=int, default=5, metavar="N", help="the most attempts, 1 to 10 (5)")
-    parser.add_argument("--evaluation", default="", metavar="FILE", help="items, windows and text to measure, YAML")
+    run.add_aim(parser)
     parser.add_argument("--rollout", default="", metavar="FILE", help="serve the release as `deploy` does, YAML")
     parser.add_argument("--name", default="", help="name of the release, the run and the schedule (the model's)")
     parser.add_argument("--experiment", default=EXPERIMENT, help=f"experiment that the runs belong to ({EXPERIMENT})")
@@ -178,27 +172,22 @@ def _unschedule(arguments: argparse.Namespace, console: Console) -> int:
 
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     """Checks what can be known without the cluster: model, store and volumes are seen only from there."""
-    from trimtab.components.deployment.rollout.settings import asked
+    from trimtab.components.deployment.rollout import settings
 
     check_choice("pipeline", arguments.pipeline, tuple(PIPELINES))
-    check_attempts(arguments.max_attempts)
-    check_choice("goal", arguments.goal, GOALS)
-    hardware.target(arguments.target)
-    recipe = read(arguments.recipe, "recipe")
-    wanted = Recipe.parse(recipe or "{}")
     evaluation = read_evaluation(arguments.evaluation, here=False)
-    reachable.check(arguments.model, arguments.store, wanted, evaluation, read_profile(arguments.profile))
+    asked = Asked(
+        model=arguments.model,
+        goal=arguments.goal,
+        target=arguments.target,
+        recipe=read(arguments.recipe, "recipe"),
+        max_attempts=arguments.max_attempts,
+        name=arguments.name,
+        evaluation=evaluation,
+    )
+    reachable.check(arguments.model, arguments.store, asked.wanted, evaluation, read_profile(arguments.profile))
     if own := task_sizes.of_own(evaluation):  # others are counted by the run's own plan
-        dealing.deal(own, evaluation, wanted.accept, arguments.max_attempts)
-    rollout = asked(read(arguments.rollout, "rollout"), arguments.store)
-    return {
-        "model": arguments.model,
-        "store": arguments.store,
-        "goal": arguments.goal,
-        "target": arguments.target,
-        "recipe": recipe,
-        "max_attempts": arguments.max_attempts,
-        "name": release_name(arguments.name, arguments.model),
-        "evaluation": evaluation.to_json(),
-        "rollout": rollout.to_json() if rollout else "",
-    }
+        dealing.deal(own, evaluation, asked.wanted.accept, asked.max_attempts)
+    rollout = settings.asked(read(arguments.rollout, "rollout"), arguments.store)
+    return asked.parameters(store=arguments.store, rollout=rollout.to_json() if rollout else "")
+

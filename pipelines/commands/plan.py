@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +11,8 @@ from rich.table import Table
 
 from trimtab.base.errors import InputError
 from trimtab.model import hardware
+from trimtab.pipelines import api
+from trimtab.pipelines.commands import run
 from trimtab.pipelines.inputs import read
 from trimtab.recipe import Recipe, workload
 from trimtab.serving import traffic
@@ -19,23 +20,18 @@ from trimtab.serving import traffic
 GPUS = 8
 
 
-def add(commands: Any, add_options: Callable, check: Callable[[argparse.Namespace], Any]) -> None:
-    """Adds the command to the parser of `trimtab`.
-
-    Args:
-        add_options: adds the options of `run`, all of which `plan` takes.
-        check: refuses what `run` would refuse of them, but for the model and the store.
-    """
+def add(commands: Any) -> None:
+    """Adds the command to the parser of `trimtab`; it takes all options of `run`."""
     plan = commands.add_parser("plan", help="show the baseline and the ladder of recipes, and why each stands there")
-    add_options(plan)
+    run.add_options(plan)
     plan.add_argument("--json", action="store_true", help="print baseline, rungs and what is refused, for scripts")
     plan.add_argument("--engine", action="store_true", help="size an engine for a workload instead, line by line")
     plan.add_argument("--workload", default="", metavar="FILE", help="lengths and concurrency, YAML (for --engine)")
     plan.add_argument("--gpus", type=int, metavar="N", help=f"devices there are, for --engine ({GPUS})")
-    plan.set_defaults(command=lambda arguments, console: _plan(arguments, console, check))
+    plan.set_defaults(command=_plan)
 
 
-def _plan(arguments: argparse.Namespace, console: Console, check: Callable[[argparse.Namespace], Any]) -> int:
+def _plan(arguments: argparse.Namespace, console: Console) -> int:
     for name in () if arguments.engine else ("workload", "gpus"):
         if getattr(arguments, name):
             other = ", or write the workload into the recipe" if name == "workload" else ""
@@ -44,10 +40,11 @@ def _plan(arguments: argparse.Namespace, console: Console, check: Callable[[argp
         raise InputError("json: is for the plan of a run; leave --engine or --json out")
     about = {"goal": arguments.goal, "target": arguments.target}
     try:
-        check(arguments)
+        asked = run.asked(arguments)
         if arguments.engine:
+            api.checked(arguments.model, **asked)
             return _plan_engine(arguments)
-        outline = _outline(arguments)
+        outline = api.plan(arguments.model, **asked)
     except InputError as error:
         if arguments.json:
             refused = [{"title": "", "why": str(error)}]
@@ -67,14 +64,6 @@ def _plan(arguments: argparse.Namespace, console: Console, check: Callable[[argp
     for other in outline["refused"]:
         out.print(f"not tried: {other['title']}: {other['why']}", soft_wrap=True, highlight=False, markup=False)
     return 0
-
-
-def _outline(arguments: argparse.Namespace) -> dict[str, Any]:
-    from trimtab.components.fetch.facts import facts
-    from trimtab.loop import decisions
-
-    target, wanted = hardware.target(arguments.target), Recipe.parse(read(arguments.recipe, "recipe") or "{}")
-    return decisions.outline(arguments.goal, facts(arguments.model), target, wanted)
 
 
 def _plan_engine(arguments: argparse.Namespace) -> int:

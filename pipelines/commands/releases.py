@@ -12,58 +12,44 @@ from rich.console import Console
 
 from trimtab.base import signing
 from trimtab.base.errors import InputError
-from trimtab.store import Store, open_store
-from trimtab.store.address import split_release
+from trimtab.pipelines import api
+from trimtab.pipelines.api import STORE
+from trimtab.store import open_store
 
 
-def add_commands(commands: Any, store: str) -> None:
-    """Adds the commands to argparse's subparsers; `store` is the address of the default store."""
+def add(commands: Any) -> None:
+    """Adds the commands to the parser of `trimtab`."""
     verify = commands.add_parser("verify", help="check a release: signed, whole, and accepted when judged anew")
     verify.add_argument("release", metavar="RELEASE", help="URI of a release, name/version, or a name for its newest")
-    verify.add_argument("--store", default="", help=f"s3://bucket/prefix or a folder (the URI's, or ./{store})")
+    verify.add_argument("--store", default="", help=f"s3://bucket/prefix or a folder (the URI's, or ./{STORE})")
     verify.add_argument(
         "--key", action="append", default=[], metavar="PUB", help="a public key to trust, PEM; may be repeated"
     )
     verify.add_argument("--max-age", type=_age, metavar="AGE", help="refuse what was signed longer ago: 90d or 12h")
-    verify.set_defaults(command=_verify, default_store=store)
+    verify.set_defaults(command=_verify)
 
     keygen = commands.add_parser("keygen", help="make a key pair for signing releases")
     keygen.add_argument("file", type=Path, metavar="FILE", help="the private key; FILE.pub is the public one")
     keygen.set_defaults(command=_keygen)
 
     gc = commands.add_parser("gc", help="remove what no release, run or schedule refers to from a store")
-    gc.add_argument("--store", default=store, help=f"s3://bucket/prefix or a folder (./{store})")
+    gc.add_argument("--store", default=STORE, help=f"s3://bucket/prefix or a folder (./{STORE})")
     gc.add_argument("--older-than", type=_age, default="14d", metavar="AGE", help="keep what is younger (14d)")
     gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     gc.set_defaults(command=_gc)
 
 
 def _verify(arguments: argparse.Namespace, console: Console) -> int:
-    from trimtab.release.verification import verify
-
-    keys = [signing.public_key(path) for path in arguments.key]
-    store, uri = _find(arguments)
-    found = verify(store, uri, keys, arguments.max_age)
+    found = api.verify(arguments.release, arguments.store, arguments.key, arguments.max_age)
     said, out = found.predicate, Console(soft_wrap=True, highlight=False)
     until = f"{said.issued:%Y-%m-%d %H:%M}, until {said.expires:%Y-%m-%d}"
     signed = f"with {found.signed_by[:12]}, {until}" if found.signed_by else "not checked, for no --key was given"
-    out.print(f"verified  {uri}")
+    out.print(f"verified  {found.uri}")
     out.print(f"artifact  {said.artifact.digest}")
     out.print(f"hashed    {found.files} files, {found.bytes / 1e6:,.1f} MB, with the evidence and the answers")
     out.print(f"judged    {said.verdict['outcome']} again: {said.verdict['reason']}", markup=False)
     out.print(f"signed    {signed}")
     return 0
-
-
-def _find(arguments: argparse.Namespace) -> tuple[Store, str]:
-    """Returns the store and the release's URI in it; --store is another place than the URI's for a copy."""
-    parts = split_release(arguments.release)
-    address, name, version = parts or ("", *arguments.release.partition("/")[::2])
-    store = open_store(arguments.store or address or arguments.default_store)
-    uri = f"{store.uri}/releases/{name}/{version}" if version else store.newest(name)
-    if uri is None:
-        raise InputError(f"release: {store.uri} has no release '{name}'; write the URI that a run printed")
-    return store, uri
 
 
 def _keygen(arguments: argparse.Namespace, console: Console) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from trimtab.base.errors import InputError
+from trimtab.pipelines import api
 from trimtab.pipelines.inputs import check_choice, read, release_name
 from trimtab.recipe import Engine, Recipe
 from trimtab.serving import request_log
@@ -125,12 +126,15 @@ def _artifact(what: str) -> tuple[Path, str, str]:
 
 
 def _serve_config(arguments: argparse.Namespace, console: Console) -> int:
-    from trimtab.serving import artifact
-    from trimtab.serving.write import write
-
-    text = read(arguments.recipe, "recipe")
-    recipe = Recipe.parse(text) if text else None
-    served = artifact.find(arguments.artifact, recipe, arguments.model_path, arguments.engine_path)
-    for path in write(served, Path(arguments.folder), arguments.model_uri, arguments.image):
-        console.print(f"wrote {Path(arguments.folder) / path}", soft_wrap=True, highlight=False)
+    written = api.serve_config(
+        arguments.artifact,
+        arguments.folder,
+        recipe=Path(arguments.recipe) if arguments.recipe else None,
+        model_path=arguments.model_path,
+        engine_path=arguments.engine_path,
+        model_uri=arguments.model_uri,
+        image=arguments.image,
+    )
+    for path in written:
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
     return 0

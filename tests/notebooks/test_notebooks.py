@@ -70,7 +70,7 @@ def test_optimize(write_model, tmp_path):
     model, path = write_model(tmp_path / "model"), str(tmp_path / "path")
     said = execute("optimize", tmp_path, MODEL=str(model), STORE=str(tmp_path / "store"), PYTHONPATH=path)
     assert "int4_rtn" in said and "nothing is released: this model cannot be measured" in " ".join(said.split())
-    (page,) = tmp_path.glob("runs/*/*/summarize/report.html")
+    (page,) = tmp_path.glob("trimtab-runs/*/*/summarize/report.html")
     assert str(page) in said and "this model cannot be measured" in page.read_text()
 
 

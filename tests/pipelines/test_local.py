@@ -33,7 +33,8 @@ LOGS = [
     # what ends a traceback, not what was told of on the way
     ("Traceback (most recent call last):\ntrimtab.base.errors.NotReleased: nothing is released\n"
      "retried: trimtab.base.errors.StoreError: no answer", errors.NotReleased, "nothing is released"),
-    ("trimtab.base.errors.StoreError: first\n\nDuring handling, another:\n\ntrimtab.base.errors.InputError: second",
+    ("trimtab.base.errors.StoreError: first\n\nDuring handling, another occurred:\n\n"
+     "trimtab.base.errors.InputError: second",
      errors.InputError, "second"),
     # a container's log may have something before each line
     ("[optimize] trimtab.base.errors.Damaged: a blob is missing", errors.Damaged, "a blob is missing"),

@@ -11,7 +11,7 @@ from trimtab.base.errors import InputError
 from trimtab.model.hardware import target
 from trimtab.pipelines import local
 from trimtab.pipelines.commands import main
-from trimtab.pipelines.commands.local_backend import choose
+from trimtab.pipelines.local_backend import choose
 from trimtab.plan import installed
 from trimtab.recipe import Recipe
 

@@ -33,6 +33,8 @@ FLOORS = tuple(ROOMS)
 SHARED = {"", "images"}
 #: Libraries that have no place among decisions; `kfp` and `modelopt` none in tensor code that rooms share either.
 HEAVY = {"torch", "transformers", "kfp", "modelopt", "lm_eval", "tensorrt_llm", "vllm", "triton"}
+#: What a user opens: `import trimtab` and `python -m trimtab` hand on what the top floor offers, and do nothing else.
+DOORS = {"trimtab", "trimtab.__main__"}
 MAX_LINES = 350
 
 
@@ -50,6 +52,8 @@ def room_of(module: str) -> str:
 
 def refusal(importer: str, imported: str) -> str | None:
     """Why a module may not import another, or None."""
+    if importer in DOORS:
+        return None
     here, there = floor_of(importer), floor_of(imported)
     if FLOORS.index(there) > FLOORS.index(here):
         return f"{importer} imports {imported} from a higher floor"
@@ -84,6 +88,8 @@ def imports(module: str, inside_functions: bool = True) -> frozenset[str]:
 
 def _imports(tree: ast.AST, inside_functions: bool) -> Iterator[str]:
     for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not inside_functions:
+            continue  # nothing is imported there when the program runs
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -106,6 +112,7 @@ def ours(module: str, inside_functions: bool = True) -> Iterator[str]:
         ("trimtab.components.pruning.work", "trimtab.components.quantization.gptq"),
         ("trimtab.runtime.text.windows", "trimtab.runtime.engines.protocol"),
         ("trimtab.attic.trunk", "trimtab.base.errors"),
+        ("trimtab.base", "trimtab.pipelines.api"),
     ],
 )
 def test_an_arrow_up_is_told(importer, imported):

@@ -21,6 +21,10 @@ BAD = [
         "engine: {tensor_parallel: 2}",
         "engine.tensor_parallel: unknown key 'tensor_parallel'; write 'tensor_parallel_size'",
     ),
+    (
+        "prune: {method: magnitude, sparsity: 0.5, penalty: 2}",  # another method's, which has a field of this name
+        "prune.penalty: unknown key 'penalty'; write 'sparsity' (valid: allocation, method, pattern, sparsity)",
+    ),
     # a bad value names itself and what is valid
     ("quantize: {format: int8}", "quantize.format: 'int8' is not valid; write 'int8_wo' (valid: fp32, fp16, bf16,"),
     ("quantize: {format: nvfp8}", "quantize.format: 'nvfp8' is not valid; write 'nvfp4'"),

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from trimtab.base import signing
 from trimtab.base.errors import InputError
-from trimtab.base.schema import Document
+from trimtab.base.user_document import UserDocument
 from trimtab.stages.profile import ImageName, LabelKey, LabelValue, Name, Quantity, Toleration, Variable
 
 GROUP, VERSION, PLURAL = "serving.kserve.io", "v1beta1", "inferenceservices"
@@ -28,8 +28,10 @@ PROMPTS = (
 )
 
 
-class Rollout(Document):
-    """How a release is brought to a cluster.
+class Rollout(UserDocument):
+    """How a release is brought to a cluster: a canary beside what serves now, asked the same prompts at temperature 0.
+
+    Example::
 
         service: assistant
         namespace: serving
@@ -42,35 +44,48 @@ class Rollout(Document):
         max_disagreement: 0.25
         max_latency_seconds: 2.0
         approval_minutes: 120
-        keys: ["-----BEGIN PUBLIC KEY-----…"]
-
-    `command` starts a server of OpenAI's completions API on `port`; `{model}` stands for the folder of the artifact
-    and `{name}` for the service. `loader` is an image with trimtab, which brings the artifact out of the store.
-    A rollout asks both versions the same prompts, at temperature 0: the share that the new one answers otherwise must
-    be at most `max_disagreement`, and its 95th percentile of latency at most `max_latency_seconds`. With
-    `approval_minutes` a person has that long to approve; 0 asks nobody. One of `keys`, public ones in PEM, must have
-    signed the release; without any, its signature is not checked.
     """
 
     service: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$")]
+    """The name of the InferenceService."""
     namespace: Name
+    """The namespace that it is in."""
     image: ImageName
+    """The container image of the server, with a tag that stays or a digest."""
     command: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Starts a server of OpenAI's completions API on `port`; {model} stands for the folder of the artifact and {name}
+    for the service."""
     loader: ImageName
+    """An image with trimtab, which brings the artifact out of the store."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8080
+    """The port that the server listens on."""
     resources: dict[LabelKey, Quantity] = {"cpu": "4", "memory": "16Gi"}
+    """What one copy of the server takes, requests and limits alike; cpu and memory at least."""
     node_selector: dict[LabelKey, LabelValue] = {}
+    """Labels of the nodes to serve on; any node if absent."""
     tolerations: tuple[Toleration, ...] = ()
+    """Taints of those nodes that the pods tolerate."""
     environment: dict[Variable, str] = {}
+    """Environment variables of the loader, none of them a secret, such as the address of the store: {NAME: value}."""
     secrets: dict[Name, dict[str, Variable]] = {}
+    """Secrets that the loader sees, such as those of the store: {secret: {its entry: environment variable}}."""
     canary_percent: Annotated[int, Field(ge=1, le=99)] = 10
+    """The share of the traffic that the new version gets until it is promoted, in percent."""
     prompts: Annotated[tuple[str, ...], Field(min_length=1)] = PROMPTS
+    """What both versions are asked, at temperature 0; eight short beginnings if absent."""
     max_tokens: Annotated[int, Field(ge=1)] = 16
+    """Tokens of each answer that are compared."""
     max_disagreement: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """The share of the prompts that the new version may answer otherwise, at most."""
     max_latency_seconds: Annotated[float, Field(gt=0)] | None = None
+    """The 95th percentile of the new version's latency, at most; it is not judged if absent."""
     ready_minutes: Annotated[float, Field(gt=0)] = 30
+    """Minutes that the new version has to become ready."""
     approval_minutes: Annotated[float, Field(ge=0)] = 0
+    """Minutes that a person has to approve the new version; 0 asks nobody."""
     keys: tuple[str, ...] = ()
+    """Public keys, the text of PEM, of which one must have signed the release; its signature is not checked without
+    any."""
 
     @field_validator("keys")
     @classmethod

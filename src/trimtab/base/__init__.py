@@ -3,6 +3,7 @@
 | file | idea |
 |---|---|
 | `schema`, `schema_errors` | documents that are validated when they are read, and what a bad one is told |
+| `user_document` | documents that a person writes: their fields' descriptions, examples and JSON schemas |
 | `errors` | the exceptions, each with its exit code |
 | `progress` | what long work says of itself |
 | `child`, `kills` | work in a process of its own, and who killed it |

@@ -216,7 +216,7 @@ def _walk(cls: type[BaseModel], location: tuple[Any, ...], of_key: bool = False)
             continue
         fields = [c.model_fields[part].annotation for c in classes if part in c.model_fields]
         if not fields and isinstance(part, str) and len(classes) > 1 and not (last and of_key):
-            classes = members = [c for c in classes if part in str(c.model_fields)] or classes
+            classes = members = [c for c in classes if _is_tagged(c, part)] or classes
             continue
         path.append(part)
         if isinstance(part, int) and not fields:  # an entry of a list, whose annotation was looked at with the list
@@ -226,6 +226,12 @@ def _walk(cls: type[BaseModel], location: tuple[Any, ...], of_key: bool = False)
         if members and not last:
             classes = members
     return _Place(tuple(path), classes, members)
+
+
+def _is_tagged(model: type[BaseModel], tag: str) -> bool:
+    """Whether a member of a union is told by this tag: the value of a field that must be written."""
+    fields = model.model_fields.values()
+    return any(field.is_required() and tag in get_args(field.annotation) for field in fields)
 
 
 def _tags(annotation: Any) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from trimtab.base import progress
 from trimtab.base.errors import Failure, InputError, nearest
 from trimtab.catalog.goals import GOALS
@@ -13,7 +11,7 @@ from trimtab.loop.state import State, fail
 from trimtab.model import hardware, memory
 from trimtab.model.facts import ModelFacts
 from trimtab.plan import checks, dealing, matrix, placement, task_sizes
-from trimtab.plan.matrix import MAX_RUNGS, Rung
+from trimtab.plan.matrix import MAX_RUNGS, Outline, Rung
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.recipe.workload import Workload
@@ -108,7 +106,7 @@ def ladder(goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Rec
     return _climbed(goal, facts, machine, wanted)[0]
 
 
-def outline(goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Recipe) -> dict[str, Any]:
+def outline(goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Recipe) -> Outline:
     """Returns what a run would do, as plain data (see `plan.outline`): its baseline, its ladder, what it leaves out.
 
     Raises:

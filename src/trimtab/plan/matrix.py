@@ -7,7 +7,7 @@ Only what the target can run and what fits into its memory stands on the ladder.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 from trimtab.base.errors import InputError, nearest
 from trimtab.base.schema import Document
@@ -157,15 +157,34 @@ def _context(facts: ModelFacts, hardware: Hardware, recipe: Recipe) -> float:
     return tokens / recipe.engine.world_size
 
 
-def outline(baseline: Rung, rungs: list[Rung], refused: list[Refused]) -> dict[str, Any]:
-    """Returns a plan as plain data, for scripts.
+class Outlined(TypedDict):
+    """A recipe of a plan, as plain data.
 
-    `baseline` and each of `rungs`, in the order in which they are tried, have `title`, `why` (a sentence; the
-    baseline's says how it is served), `recipe` (all that differs from the defaults) and `placement`: the `devices` of
-    one copy of the model, how they are shared (`tensor_parallel_size`, `pipeline_parallel_size`), and the limits
-    `max_batch_size`, `max_seq_len` and `max_num_tokens`. `refused` has the `title` of each recipe that the goal asks
-    for and that is not tried, and `why`.
+    `why` is a sentence; the baseline's says how it is served. `recipe` is all that differs from the defaults.
+    `placement` has the `devices` of one copy of the model, the `backend`, how the devices are shared
+    (`tensor_parallel_size`, `pipeline_parallel_size`), and the limits `max_batch_size`, `max_seq_len` and
+    `max_num_tokens`.
     """
+
+    title: str
+    why: str
+    placement: dict[str, Any]
+    recipe: dict[str, Any]
+
+
+class Outline(TypedDict):
+    """A plan as plain data: the baseline, and the rungs in the order in which they are tried.
+
+    `refused` has the `title` of each recipe that the goal asks for and that is not tried, and `why`.
+    """
+
+    baseline: Outlined
+    rungs: list[Outlined]
+    refused: list[dict[str, str]]
+
+
+def outline(baseline: Rung, rungs: list[Rung], refused: list[Refused]) -> Outline:
+    """Returns a plan as plain data, for scripts."""
     return {
         "baseline": _shown(baseline),
         "rungs": [_shown(rung) for rung in rungs],
@@ -173,7 +192,7 @@ def outline(baseline: Rung, rungs: list[Rung], refused: list[Refused]) -> dict[s
     }
 
 
-def _shown(rung: Rung) -> dict[str, Any]:
+def _shown(rung: Rung) -> Outlined:
     fields = ("tensor_parallel_size", "pipeline_parallel_size", "max_batch_size", "max_seq_len", "max_num_tokens")
     engine = rung.recipe.engine
     placement = {"devices": engine.world_size, "backend": engine.backend}

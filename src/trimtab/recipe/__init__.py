@@ -9,7 +9,8 @@ from typing import Annotated
 
 from pydantic import Discriminator, Tag, model_validator
 
-from trimtab.base.schema import Document, digest
+from trimtab.base.schema import digest
+from trimtab.base.user_document import UserDocument
 from trimtab.recipe.calibration import Calibration, Source
 from trimtab.recipe.distillation import Distillation
 from trimtab.recipe.engine import SIZES, Acceptance, Engine
@@ -47,32 +48,41 @@ __all__ = [
 ]
 
 
-class Recipe(Document):
-    """What is done to one model; an absent step is not done.
+class Recipe(UserDocument):
+    """What is done to one model, how it is served, and what it must still be able to do; an absent step is not done.
 
-    A `workload` is what engines are sized for; without one, sizes are those of `engine` or of the goal. It is no part
-    of what an attempt is: the recipes of a ladder have the sizes that were planned from it, in `engine`.
+    A `workload` is no part of what an attempt is: the recipes of a ladder have the sizes that were planned from it, in
+    `engine`.
 
     Example::
 
         name: mixed 6 bits
+        calibrate: {samples: 32, length: 512}
         quantize: {format: mixed, effective_bits: 6}
         accept: {min_recovery: 0.95}
     """
 
     name: str = ""
+    """A short name for tables; one made of the steps if absent."""
     calibrate: Calibration = Calibration()
+    """The text that activations are measured on."""
     prune: Pruning | None = None
+    """Which weights, blocks or parts of blocks go; none if absent."""
     distill: Distillation | None = None
+    """What the pruned model learns from the unpruned one; it is not trained if absent."""
     quantize: Quantization | None = None
+    """The formats of weights, activations and KV cache; 16 bits if absent."""
     engine: Engine = Engine()
+    """How the artifact is served."""
     accept: Acceptance = Acceptance()
+    """What the artifact must keep of the baseline."""
     workload: (
         Annotated[
             Annotated[Workload, Tag("stated")] | Annotated[Recorded, Tag("recorded")], Discriminator(kind)
         ]
         | None
     ) = None
+    """What engines are sized for, stated or recorded; without one, sizes are those of `engine` or of the goal."""
 
     @model_validator(mode="after")
     def _learns_while_it_trains(self) -> Recipe:

@@ -6,24 +6,25 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from trimtab.base.schema import Document
 from trimtab.base.schema_errors import in_yaml
+from trimtab.base.user_document import UserDocument
 from trimtab.recipe.fields import Count
 
 
-class Source(Document):
-    """One source of calibration text, and its share of the samples.
-
-    `text` is "builtin", the path of a .txt, .jsonl, .json or .csv file, or a dataset: `hf:owner/name` on the Hugging
-    Face hub, or `hf:` and a local folder. `config`, `split` and `field` (the column that holds text or messages) are
-    those of a dataset. Samples are shared out in proportion to `weight`.
-    """
+class Source(UserDocument):
+    """One source of calibration text, and its share of the samples."""
 
     text: str
+    """Where it is from: "builtin", the path of a .txt, .jsonl, .json or .csv file, or a dataset: hf:owner/name on the
+    Hugging Face hub, or hf: and a local folder."""
     config: str | None = None
+    """The configuration of a dataset, such as its language; the only one it has if absent."""
     split: str = "train"
+    """The split of a dataset."""
     field: str = "text"
+    """The column of a dataset that holds its text, or the messages of a conversation."""
     weight: Annotated[float, Field(gt=0)] = 1.0
+    """Samples are shared out over the sources in proportion to it."""
 
     @property
     def dataset(self) -> str | None:
@@ -51,19 +52,20 @@ class Source(Document):
         return self
 
 
-class Calibration(Document):
-    """The data that activations are measured on: `samples` windows of `length` tokens.
-
-    `text` is one source, written as the `text` of a `Source`, or a list of sources to mix.
-    """
+class Calibration(UserDocument):
+    """The data that activations are measured on."""
 
     samples: Count = 8
+    """How many windows of text are measured."""
     length: Annotated[int, Field(ge=8)] = 512
+    """Length of a window, in tokens."""
     text: Annotated[
         Annotated[str, Tag("one")] | Annotated[tuple[Source, ...], Tag("mix")],
         Discriminator(lambda value: "mix" if isinstance(value, list | tuple | dict) else "one"),
     ] = "builtin"
+    """Where the text is from: one source, written as the `text` of a source is, or a list of sources to mix."""
     seed: int = 0
+    """Chooses the windows; the same seed chooses the same."""
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -6,26 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_serializer, model_validator
 
-from trimtab.base.schema import Document
+from trimtab.base.user_document import UserDocument
 from trimtab.recipe.fields import Count
 
 
-class Distillation(Document):
-    """Trains the pruned model on the logits of the unpruned one.
-
-    With `quantization_aware` it trains with its weights rounded as `quantize` will round them.
-
-    A step is on `batch_size` windows of `length` tokens, computed in `gradient_accumulation` parts one after the
-    other where memory is short, and by `processes` side by side, a GPU each. With `activation_checkpointing` only what
-    goes into each block is kept for the gradients, and the blocks are computed once more: the same gradients, a third
-    more time, and a small part of the memory. `loss` is KL(teacher ‖ student) or the
-    reverse; `label_weight` mixes in the text itself, `hidden_weight` adds the error of the hidden states behind each
-    block. The learning rate rises over the share `warmup` of the steps and then follows `schedule`.
-    `early_stopping` is a number of measurements of the held-out loss, of twenty in all, without a better one.
-
-    `text` is one source or a list of them: "builtin", or .txt, .jsonl, .json or .csv files. `generate` is a number of
-    tokens by the teacher itself besides. `stored_logits` is how many of the teacher's likeliest tokens are stored for
-    each position, once, so that no later run of the same text needs the teacher; 0 runs it beside the student.
+class Distillation(UserDocument):
+    """Trains the pruned model, the student, on the logits of the unpruned one, its teacher.
 
     Example::
 
@@ -33,27 +19,49 @@ class Distillation(Document):
     """
 
     tokens: Count
+    """Tokens that the student is trained on, in all."""
     loss: Literal["forward_kl", "reverse_kl"] = "forward_kl"
+    """What is made small: KL(teacher ‖ student), or the reverse."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Both models' logits are divided by it in the loss."""
     label_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of the loss that the text itself has, beside the teacher; 0 learns from the teacher alone."""
     hidden_weight: Annotated[float, Field(ge=0)] = 0.0
+    """What the error of the hidden states behind each block counts, added to the loss; 0 leaves it out."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """The highest learning rate, at the end of the warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """The share of the steps over which the learning rate rises."""
     batch_size: Count = 4
+    """Windows of one step, over all processes."""
     gradient_accumulation: Count = 1
+    """Parts of a step that are computed one after the other, where memory is short."""
     activation_checkpointing: bool = False
+    """Keeps only what goes into each block for the gradients, and computes the blocks once more: the same gradients, a
+    third more time, and a small part of the memory."""
     processes: Count = 1
+    """Processes that compute a step side by side, a GPU each."""
     length: Annotated[int, Field(ge=8)] = 256
+    """Length of a window, in tokens."""
     early_stopping: Annotated[int, Field(ge=0)] = 0
+    """Training ends after as many measurements of the held-out loss, of twenty in all, without a better one; 0 never
+    ends it early."""
     text: Annotated[
         Annotated[str, Tag("one")] | Annotated[tuple[str, ...], Tag("mix")],
         Discriminator(lambda value: "mix" if isinstance(value, list | tuple) else "one"),
     ] = "builtin"
+    """What it is trained on: "builtin" or the path of a .txt, .jsonl, .json or .csv file, or a list of them."""
     generate: Annotated[int, Field(ge=0)] = 0
+    """Tokens of text that the teacher writes itself, besides; 0 for none."""
     stored_logits: Annotated[int, Field(ge=0)] = 0
+    """How many of the teacher's likeliest tokens are stored for each position, once, so that no later run of the same
+    text needs the teacher; 0 runs it beside the student."""
     seed: int = 0
+    """Of the order of the windows and of what the teacher writes; the same seed trains the same."""
     quantization_aware: bool = False
+    """Trains with the weights rounded as `quantize` will round them."""
 
     @model_serializer(mode="wrap")
     def _without_what_came_later(self, handler: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_serializer, model_validator
 
 from trimtab.base.errors import InputError
-from trimtab.base.schema import Document
+from trimtab.base.user_document import UserDocument
 from trimtab.catalog.backends import BACKENDS
 from trimtab.catalog.contracts import version as tensorrt_llm
 from trimtab.recipe.fields import Count, Ratio
@@ -22,32 +22,38 @@ SIZES = (
 )  # fmt: skip
 
 
-class Engine(Document):
-    """How the artifact is served; lengths in tokens.
-
-    `tensorrt_llm` is the version that it is served with; without one, the image's own. Given alone, it chooses the
-    back end that this version has. The KV cache gets `kv_cache_fraction` of what weights and activations leave free,
-    and must hold `kv_cache_tokens`, or the largest batch at full length.
-
-    The rest is of paged KV caches, which the torch engine does not have: blocks of `tokens_per_block`, of which
-    `enable_block_reuse` keeps those of shared beginnings. `scheduler_policy` says when a request joins the running
-    batch: when all it may ever need is there, when its prompt fits (others may be paused later), or, `static_batch`,
-    when the whole batch before it is done.
-    """
+class Engine(UserDocument):
+    """How the artifact is served."""
 
     backend: Literal[tuple(BACKENDS)] = "torch"
+    """What serves: torch is embedded, trtllm is TensorRT-LLM's LLM API, trtllm-legacy its engine builder, vllm is
+    vLLM."""
     tensorrt_llm: str | None = None
+    """The version of TensorRT-LLM that serves, as "1.2.1"; the image's own if absent. Given without a back end, it
+    chooses the one that this version has."""
     tensor_parallel_size: Count = 1
+    """Devices that share each layer of one copy of the model."""
     pipeline_parallel_size: Count = 1
+    """Stages of consecutive layers, each on devices of its own."""
     max_batch_size: Count = 8
+    """The most requests that are answered at a time."""
     max_seq_len: Count = 2048
+    """Tokens of the longest request with its answer."""
     max_num_tokens: Count = 8192
+    """The most tokens of one step, over all requests in it."""
     kv_cache_fraction: Ratio = 0.9
+    """The share of what weights and activations leave free that the KV cache gets."""
     kv_cache_tokens: Count | None = None
+    """Tokens that the KV cache must hold; the largest batch at full length if absent."""
     enable_chunked_prefill: bool = False
+    """Reads a long prompt in parts, so that it delays the others less."""
     tokens_per_block: Literal[16, 32, 64, 128] = 32
+    """Tokens of one block of a paged KV cache, which the torch engine does not have."""
     enable_block_reuse: bool = True
+    """Keeps the blocks of beginnings that requests share; the torch engine has none."""
     scheduler_policy: Literal["guaranteed_no_evict", "max_utilization", "static_batch"] = "guaranteed_no_evict"
+    """When a request joins the running batch: when all it may ever need is there, when its prompt fits (others may be
+    paused later), or when the whole batch before it is done."""
 
     @property
     def world_size(self) -> int:
@@ -99,15 +105,14 @@ class Engine(Document):
         return self
 
 
-class Acceptance(Document):
-    """What the artifact must keep of the baseline, and how sure one must be of it.
-
-    `min_recovery` is a share of the baseline's accuracy above chance; `max_perplexity_ratio` is candidate
-    over baseline on the same windows; `confidence` is one minus the probability of a false acceptance;
-    `min_gain` is the relative improvement at the goal below which the artifact is useless.
-    """
+class Acceptance(UserDocument):
+    """What the artifact must keep of the baseline, and how sure one must be of it."""
 
     min_recovery: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """The share of the baseline's accuracy above chance that must be left."""
     max_perplexity_ratio: Annotated[float, Field(gt=1)] = 1.10
+    """The artifact's perplexity over the baseline's, on the same windows, at most."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """One minus the probability of a false acceptance."""
     min_gain: Annotated[float, Field(ge=0)] = 0.02
+    """The relative improvement at the goal below which the artifact is useless: 0.02 is 2 %."""

@@ -6,27 +6,43 @@ from typing import Annotated
 
 from pydantic import Field
 
-from trimtab.base.schema import Document
+from trimtab.base.user_document import UserDocument
 
 Count = Annotated[int, Field(ge=0)]
 
 
-class Evaluation(Document):
-    """What is measured: lm-eval tasks, and how many items and text windows each of three looks adds.
+class Evaluation(UserDocument):
+    """What is measured of a model: lm-eval tasks and the perplexity of a text, in up to three looks.
 
-    `confirm_items` and `confirm_windows` are drawn after acceptance and are disjoint from those of the looks. Where
-    there are fewer items or windows in all, each gets its share of them; `trimtab.plan.dealing` says which.
+    A look that decides ends the measuring. Where there are fewer items or windows than all looks ask for, each gets its
+    share of them; `trimtab.plan.dealing` says which.
 
-    An item is one answer, also where its task reads the answer in several ways ("filters"): `filters` names one for a
-    task, such as {gsm8k: flexible-extract}. Without, it is the task's first, which for gsm8k is strict-match.
+    Example::
+
+        tasks: [trimtab_suite]
+        items: [400, 600, 1000]
+        windows: [20, 20, 20]
+        confirm_items: 960
+        confirm_windows: 16
+        heldout: builtin
     """
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("trimtab_suite",)
+    """Names of lm-eval tasks or groups; trimtab's own suite, which needs no network, if absent."""
     task_path: str = ""
+    """A folder with the YAMLs of tasks of your own; none if absent."""
     filters: dict[str, str] = {}
+    """The way in which a task's answer is read, of those ("filters") that the task has: {gsm8k: flexible-extract}. The
+    task's first where none is named, which for gsm8k is strict-match. An item is one answer in any case."""
     items: tuple[Count, Count, Count] = (400, 600, 1000)
+    """How many items of the tasks the first, second and third look each add."""
     windows: tuple[Count, Count, Count] = (20, 20, 20)
+    """How many windows of the held-out text the first, second and third look each add."""
     confirm_items: Count = 960
+    """Items that are kept for the confirmation after acceptance; no look sees them."""
     confirm_windows: Count = 16
+    """Windows of the held-out text that are kept for the confirmation after acceptance; no look sees them."""
     window_tokens: Annotated[int, Field(ge=16)] = 256
+    """Length of a window of the held-out text, in tokens."""
     heldout: str = "builtin"
+    """The text whose perplexity is measured: "builtin", or the path of a .txt, .jsonl, .json or .csv file."""

@@ -8,23 +8,22 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from trimtab.base.schema import Document
+from trimtab.base.user_document import UserDocument
 from trimtab.recipe.fields import Count, Ratio
 
 
-class SparsePruning(Document):
-    """Zeroes weights of every linear layer inside the blocks (smaller when compressed, not faster).
-
-    `magnitude` ranks them by themselves, `wanda` by what they meet as well, `sparsegpt` so that those left can make
-    up for those that go. `pattern` says where: "unstructured" anywhere, "n:m" so that of each m weights along a row n
-    stay; then the sparsity is the pattern's, and may be left out. `allocation` is how the sparsity, which is the mean,
-    is shared out over the layers: the same for all, or less where a layer is more sensitive.
-    """
+class SparsePruning(UserDocument):
+    """Zeroes weights of every linear layer inside the blocks (smaller when compressed, not faster)."""
 
     method: Literal["magnitude", "wanda", "sparsegpt"]
+    """How weights are ranked: `magnitude` by themselves, `wanda` by what they meet as well, `sparsegpt` so that those
+    left can make up for those that go."""
     pattern: str = "unstructured"
+    """Where zeros are: "unstructured" anywhere, "n:m" (as "2:4") so that of each m weights along a row n stay."""
     sparsity: Ratio = Field(default=None, validate_default=True)
+    """The share of weights that become zero, the mean over the layers; may be left out where the pattern says it."""
     allocation: Literal["uniform", "sensitivity"] = "uniform"
+    """How the sparsity is shared out over the layers: the same for all, or less where a layer is more sensitive."""
 
     @field_validator("pattern", mode="before")
     @classmethod
@@ -86,15 +85,15 @@ def _counts(pattern: Any) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-class DepthPruning(Document):
-    """Removes whole transformer blocks, those that change their input least (smaller and faster).
-
-    `contiguous` removes blocks that follow one another, the run whose influence has the least sum.
-    """
+class DepthPruning(UserDocument):
+    """Removes whole transformer blocks, those that change their input least (smaller and faster)."""
 
     method: Literal["depth"]
+    """Whole blocks go."""
     blocks: Count
+    """How many blocks are removed."""
     contiguous: bool = False
+    """Removes blocks that follow one another, the run whose influence has the least sum."""
 
     @property
     def title(self) -> str:
@@ -106,18 +105,18 @@ class DepthPruning(Document):
         return True
 
 
-class WidthPruning(Document):
-    """Narrows every block alike, by what carries least (smaller and faster); at least one of three.
-
-    `ffn` is the share of FFN neurons to remove, `hidden` that of hidden channels; what is kept of either is rounded
-    to a multiple of 64, in a Llama also of its heads (`shapes.kept`). `kv_groups` counts KV heads to remove from every
-    block, each with the attention heads that read it.
-    """
+class WidthPruning(UserDocument):
+    """Narrows every block alike, by what carries least (smaller and faster); at least one of three."""
 
     method: Literal["width"]
+    """Parts of every block go."""
     ffn: Ratio | None = None
+    """The share of FFN neurons to remove; what is kept is rounded to a multiple of 64 (`shapes.kept`)."""
     kv_groups: Count | None = None
+    """KV heads to remove from every block, each with the attention heads that read it."""
     hidden: Ratio | None = None
+    """The share of hidden channels to remove; what is kept is rounded to a multiple of 64, in a Llama also of its heads
+    (`shapes.kept`)."""
 
     @model_validator(mode="after")
     def _removes_something(self) -> WidthPruning:
@@ -138,13 +137,8 @@ class WidthPruning(Document):
         return True
 
 
-class MovementPruning(Document):
+class MovementPruning(UserDocument):
     """Zeroes weights while distillation trains: those whose learned scores are lowest in their layer (unstructured).
-
-    `sparsity` is the share of zeros in the end. The soft variant has a `penalty` on the scores in its place, and
-    finds the share. `magnitude_weight` is what a weight's size times its input's, over that of its layer, counts beside
-    its score; the paper has 0. With `scores: magnitude` the smallest weights of the moment go: gradual magnitude
-    pruning.
 
     Example::
 
@@ -153,11 +147,18 @@ class MovementPruning(Document):
     """
 
     method: Literal["movement"]
+    """Weights go while distillation trains."""
     sparsity: Ratio | None = None
+    """The share of weights that are zero in the end; write it or `penalty`."""
     penalty: Annotated[float, Field(gt=0)] | None = None
+    """The soft variant: a penalty on the scores, which finds the share of zeros itself; write it or `sparsity`."""
     scores: Literal["movement", "magnitude"] = "movement"
+    """What goes: the lowest learned scores, or the smallest weights of the moment, which is gradual magnitude
+    pruning."""
     magnitude_weight: Annotated[float, Field(ge=0)] = 1.0
+    """What a weight's size times its input's, over that of its layer, counts beside its score; the paper has 0."""
     score_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    """The learning rate of the scores."""
 
     @model_validator(mode="after")
     def _is_hard_or_soft(self) -> MovementPruning:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from trimtab.base.schema import Document
+from trimtab.base.user_document import UserDocument
 from trimtab.catalog.formats import FORMATS, WeightFormat
 from trimtab.catalog.kv_caches import KV_CACHES
 
@@ -33,25 +33,25 @@ NEAREST_FORMATS = _those(lambda row: bool(row.storage) and not row.channels and 
 MIXED_FORMATS = next(row.mixes for row in FORMATS.values() if row.mixes)
 
 
-class Quantization(Document):
-    """The precision of weights, activations and KV cache.
-
-    `group_size` counts the weights of one row that share a scale (INT4 formats). `effective_bits` is the
-    mean over the weights that are quantized, for `mixed`, which gives each layer one of `MIXED_FORMATS`.
-    `kv_cache` is one scale a layer for keys and one for values (`fp8`, `int8`), or, in `nvfp4`, four bits and a
-    scale for each 16 numbers of a head besides. `scale_search` says where weight scales come from: `max`, the
-    largest weight, or `mse`, a search for the least error at the calibrated inputs; the default is the format's
-    own. `exclude` names modules, with shell wildcards, that stay in 16 bits, and so do as many groups of layers as
-    `exclude_sensitive` says, those that the format harms most.
-    """
+class Quantization(UserDocument):
+    """The precision of weights, activations and KV cache."""
 
     format: Format
+    """The format of weights and activations; `mixed` gives each layer one of two by what the layer can bear."""
     group_size: Literal[32, 64, 128] = 64
+    """How many weights of one row share a scale, in the INT4 formats."""
     effective_bits: Annotated[float, Field(ge=4, le=8)] | None = None
+    """For `mixed` alone, which needs it: mean bits of the weights that are quantized."""
     scale_search: Literal["max", "mse"] | None = None
+    """Where scales of weights come from: `max`, the largest weight, or `mse`, a search for the least error at the
+    calibrated inputs; the format's own way if absent."""
     kv_cache: KVCache = "none"
+    """The format of the KV cache: one scale a layer for keys and one for values (fp8, int8), or four bits and a scale
+    for each 16 numbers of a head besides (nvfp4); none leaves it in 16 bits."""
     exclude: tuple[str, ...] = ("lm_head",)
+    """Modules that stay in 16 bits, by name, with shell wildcards."""
     exclude_sensitive: Annotated[int, Field(ge=0)] = 0
+    """How many groups of layers stay in 16 bits besides, those that the format harms most."""
 
     @model_validator(mode="after")
     def _bits_belong_to_mixed(self) -> Quantization:

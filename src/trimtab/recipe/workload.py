@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 
-from trimtab.base.schema import Document, mapping
+from trimtab.base.schema import mapping
+from trimtab.base.user_document import UserDocument
 
 Tokens = Annotated[int, Field(ge=1)]
 
 
-class Lengths(Document):
-    """A distribution of lengths in tokens: its mean, the length that 95 of 100 stay within, and the longest.
-
-    Instead of the three, a `histogram` may be given, {length: how many}, of which they are computed.
-    """
+class Lengths(UserDocument):
+    """A distribution of lengths: mean, p95 and max, or a histogram of which the three are computed."""
 
     mean: Annotated[float, Field(ge=1)] | None = None
+    """The mean, in tokens."""
     p95: Tokens | None = None
+    """The length that 95 of 100 stay within, in tokens."""
     max: Tokens | None = None
+    """The longest, in tokens."""
     histogram: dict[Tokens, Annotated[float, Field(gt=0)]] | None = None
+    """Instead of the three: how many there are of each length in tokens, {length: how many}."""
+
+    @model_serializer(mode="wrap")
+    def _as_it_is_written(self, handler: Any) -> dict[str, Any]:
+        # What is computed of a histogram is not written beside it: it is read back as it was.
+        return {k: v for k, v in handler(self).items() if k == "histogram" or not self.histogram}
 
     @model_validator(mode="after")
     def _is_whole(self) -> Lengths:
@@ -43,10 +51,8 @@ class Lengths(Document):
         return self
 
 
-class Workload(Document):
+class Workload(UserDocument):
     """What an engine is sized for; an example is its default.
-
-    `total` are the tokens of the longest request with its answer; the longest of both together, if absent.
 
     Example::
 
@@ -56,9 +62,13 @@ class Workload(Document):
     """
 
     input: Lengths = Lengths(mean=1024, p95=2048, max=4096)
+    """Lengths of the prompts."""
     output: Lengths = Lengths(mean=256, p95=512, max=1024)
+    """Lengths of the answers."""
     concurrency: Annotated[int, Field(ge=1)] = 32
+    """Requests that are answered at a time."""
     total: Tokens | None = None
+    """Tokens of the longest request with its answer; the longest of both together, if absent."""
 
     @model_validator(mode="after")
     def _total_holds_both(self) -> Workload:
@@ -95,13 +105,8 @@ class Workload(Document):
         return min(max(math.ceil((self.concurrency + self.input.p95) / 1024) * 1024, 2048), 8192)
 
 
-class Recorded(Document):
+class Recorded(UserDocument):
     """Requests that were recorded are the workload: `trimtab.serving.request_log` says what a log is.
-
-    `recorded` is a log or a folder of logs, a path or s3://bucket/key, which is entered as a store in S3 is; of it the
-    newest `days` count, or all.
-    A release stands until a length or the load is `drift` times what it was, or as small a part of it.
-    `concurrency` is for logs that do not say how long requests took.
 
     Example::
 
@@ -110,9 +115,13 @@ class Recorded(Document):
     """
 
     recorded: Annotated[str, Field(min_length=1)]
+    """A log or a folder of logs: a path, or s3://bucket/key, which is entered as a store in S3 is."""
     days: Annotated[float, Field(gt=0)] | None = None
+    """The newest days of it that count; all if absent."""
     drift: Annotated[float, Field(gt=1)] = 1.5
+    """A release stands until a length or the load is as many times what it was, or as small a part of it."""
     concurrency: Annotated[int, Field(ge=1)] | None = None
+    """Requests that are answered at a time, for logs that do not say how long requests took."""
 
 
 def kind(value: Any) -> str:
@@ -121,8 +130,8 @@ def kind(value: Any) -> str:
     return "recorded" if is_recorded else "stated"
 
 
-def parse(text: str) -> Workload | Recorded:
-    """Reads a workload as a recipe has it, from a file of its own.
+def parse(text: str | Mapping[str, Any]) -> Workload | Recorded:
+    """Reads a workload as a recipe has it, from a text of its own or a mapping.
 
     Raises:
         InputError: names the field, the value and the remedy.

@@ -1,18 +1,4 @@
 """The profile of a cluster: where the stages of a run find GPUs, memory, credentials and a cache. YAML, as a recipe is.
-
-    gpu:
-      node_selector: {nvidia.com/gpu.product: NVIDIA-H100-80GB-HBM3}
-      tolerations: [{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]
-    images: {cuda: registry.example/trimtab-cuda:0.1.0, pull_secrets: [registry]}
-    secrets: {trimtab-s3: {access_key: AWS_ACCESS_KEY_ID, secret_key: AWS_SECRET_ACCESS_KEY}}
-    environment: {AWS_ENDPOINT_URL: "http://seaweedfs.kubeflow:8333"}
-    cache: {claim: trimtab-cache}
-    shared_memory: 16Gi
-    stage: {memory: 16Gi, cpu: "4", timeout_hours: 12, retries: 2}
-    stages: {distill: {memory: 64Gi, timeout_hours: 48}}
-
-How many accelerators a stage gets is no part of it: the recipe says so, and `prepare` asks for none where a stage has
-nothing to do.
 """
 
 from __future__ import annotations
@@ -23,8 +9,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from trimtab.base.errors import nearest
-from trimtab.base.schema import Document
 from trimtab.base.signing import KEY
+from trimtab.base.user_document import UserDocument
 from trimtab.stages import TASKS
 
 #: The tasks that a profile places one by one: those that do work on a model, by their names in a run.
@@ -84,13 +70,17 @@ Variable = Annotated[
 ImageName = Annotated[str, AfterValidator(_image)]
 
 
-class Toleration(Document):
-    """A taint that the stages with a GPU tolerate."""
+class Toleration(UserDocument):
+    """A taint of nodes that pods tolerate, as Kubernetes has it."""
 
     key: LabelKey | None = None
+    """The taint's key; every key if absent, with operator Exists alone."""
     operator: Literal["Equal", "Exists"] = "Equal"
+    """Equal asks for the value, Exists for none."""
     value: str | None = None
+    """The taint's value, with operator Equal; none if absent."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """The taint's effect; every effect if absent."""
 
     @model_validator(mode="after")
     def _value_where_it_means_something(self) -> Toleration:
@@ -101,67 +91,106 @@ class Toleration(Document):
         return self
 
 
-class Gpu(Document):
-    """Where stages run that need an accelerator. The selector holds only while a stage asks for one."""
+class Gpu(UserDocument):
+    """Where stages run that need an accelerator."""
 
     resource: LabelKey = "nvidia.com/gpu"
+    """The name under which Kubernetes counts accelerators."""
     node_selector: dict[LabelKey, LabelValue] = {}
+    """Labels of the nodes to run on; they hold only while a stage asks for an accelerator."""
     tolerations: tuple[Toleration, ...] = ()
+    """Taints of those nodes that the stages tolerate."""
 
 
-class Images(Document):
-    """`cuda` runs the stages of an attempt in place of the pipeline's image, and `engine` those of them that build and
-    judge engines, such as one that holds TensorRT-LLM; `pull_secrets` opens the registry."""
+class Images(UserDocument):
+    """The container images of the stages, each with a tag that stays or a digest."""
 
     cuda: ImageName | None = None
+    """Runs the stages of an attempt; the pipeline's own image if absent."""
     engine: ImageName | None = None
+    """Runs those stages that build and judge engines, such as an image that holds TensorRT-LLM; `cuda` if absent."""
     pull_secrets: tuple[Name, ...] = ()
+    """Secrets that open the registry."""
 
     def of(self, task: str) -> str | None:
         """Returns the image of a task that works on a model; None for the pipeline's own."""
         return (self.engine if task in ENGINE_TASKS else None) or self.cuda
 
 
-class Cache(Document):
-    """A claim that keeps trees between pods: ReadWriteMany, or all stages of all runs land on one node."""
+class Cache(UserDocument):
+    """A volume that keeps what was read of the store between pods."""
 
     claim: Name
+    """The persistent volume claim: ReadWriteMany, or all stages of all runs land on one node."""
     path: Annotated[str, StringConstraints(pattern=r"^/[^\s:]+$")] = "/cache"
+    """Where it is mounted."""
 
 
-class Signing(Document):
-    """The secret that the deploy gate signs releases with, and that reaches no other task.
-
-    `key` is the entry of the secret that holds the private key, PEM, and `password` that of its password.
-    """
+class Signing(UserDocument):
+    """The secret that the deploy gate signs releases with, and that reaches no other task."""
 
     secret: Name
+    """The secret's name."""
     key: str = "key"
+    """The entry of the secret that holds the private key, PEM."""
     password: str | None = None
+    """The entry of the secret that holds the key's password; the key has none if absent."""
 
 
-class StageLimits(Document):
+class StageLimits(UserDocument):
     """What one stage may take; what is absent is not limited. Requests equal limits, so that nothing is evicted."""
 
     cpu: Quantity | None = None
+    """CPUs, as Kubernetes counts them: "4" or "500m"."""
     memory: Quantity | None = None
+    """Memory, as Kubernetes counts it: 16Gi."""
     timeout_hours: Annotated[float, Field(gt=0)] | None = None
+    """Hours after which the stage is ended."""
     retries: Annotated[int, Field(ge=0, le=10)] | None = None
+    """How often a stage whose pod failed is begun anew."""
 
 
-class Profile(Document):
-    """See the module."""
+class Profile(UserDocument):
+    """What a cluster offers the stages of a run.
+
+    How many accelerators a stage gets is no part of it: the recipe says so, and `prepare` asks for none where a stage
+    has nothing to do.
+
+    Example::
+
+        gpu:
+          node_selector: {nvidia.com/gpu.product: NVIDIA-H100-80GB-HBM3}
+          tolerations: [{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]
+        images: {cuda: "registry.example/trimtab-cuda:0.1.0", pull_secrets: [registry]}
+        secrets: {trimtab-s3: {access_key: AWS_ACCESS_KEY_ID, secret_key: AWS_SECRET_ACCESS_KEY}}
+        environment: {AWS_ENDPOINT_URL: "http://seaweedfs.kubeflow:8333"}
+        cache: {claim: trimtab-cache}
+        shared_memory: 16Gi
+        stage: {memory: 16Gi, cpu: "4", timeout_hours: 12, retries: 2}
+        stages: {distill: {memory: 64Gi, timeout_hours: 48}}
+    """
 
     gpu: Gpu = Gpu()
+    """Where stages run that need an accelerator."""
     images: Images = Images()
+    """The container images of the stages."""
     environment: dict[Variable, str] = {}
+    """Environment variables of every stage, none of them a secret: {NAME: value}."""
     secrets: dict[Name, dict[str, Variable]] = {}
+    """Secrets of Kubernetes that reach every stage: {secret: {its entry: environment variable}}."""
     signing: Signing | None = None
+    """The secret that releases are signed with; they are not signed if absent."""
     cache: Cache | None = None
+    """A volume that keeps what was read of the store between pods; each pod reads anew if absent."""
     shared_memory: Quantity | None = None
+    """The size of /dev/shm for stages with a GPU, which data loaders and NCCL need: 16Gi; a container's own 64 MiB if
+    absent."""
     labels: dict[LabelKey, LabelValue] = {}
+    """Labels of every pod."""
     stage: StageLimits = StageLimits()
+    """What each stage may take."""
     stages: dict[str, StageLimits] = {}
+    """What single stages may take, by name, where it is something else than `stage` says."""
 
     @field_validator("environment")
     @classmethod

@@ -130,6 +130,8 @@ def test_a_workload_may_be_a_histogram():
     lengths = Lengths(histogram={100: 94, 1000: 5, 10_000: 1})
     assert (lengths.mean, lengths.p95, lengths.max) == (244, 1000, 10_000)
     assert Lengths(histogram={7: 1}).p95 == 7
+    recipe = Recipe.parse("workload: {input: {histogram: {7: 1, 9: 2}}}")  # which is read back in each task of a run
+    assert Recipe.parse(recipe.to_json()) == Recipe.parse(recipe.to_yaml()) == recipe
 
 
 def test_worlds():

@@ -1,0 +1,251 @@
+"""What trimtab does, as functions: `import trimtab` offers them, and the command and the notebooks call them.
+
+A recipe or an evaluation is given as a document (`trimtab.Recipe`), as a mapping of its fields, as YAML or JSON text,
+or as the `pathlib.Path` of a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from trimtab.base import signing
+from trimtab.base.errors import InputError
+from trimtab.model import hardware
+from trimtab.pipelines.inputs import ATTEMPTS, GOAL, TARGET, Asked, text_of
+from trimtab.plan import dealing, task_sizes
+from trimtab.plan.matrix import Outline
+from trimtab.recipe import Recipe
+from trimtab.recipe.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from trimtab.pipelines.local import Outcome
+    from trimtab.release.verification import Verified
+
+#: Where results and logs go where nothing is said.
+STORE, RUNS = "trimtab-store", "trimtab-runs"
+
+
+def plan(
+    model: str | Path,
+    *,
+    goal: str = GOAL,
+    target: str = TARGET,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    evaluation: Evaluation | Mapping[str, Any] | str | Path | None = None,
+    max_attempts: int = ATTEMPTS,
+    name: str = "",
+) -> Outline:
+    """Returns what a run would do: how the unchanged model is served, the recipes in the order tried, what is left out.
+
+    Nothing is fetched but a config, and nothing is written. All that `run` refuses before it works on the model is
+    refused here.
+
+    Args:
+        model: what `run` takes, or a config.json alone.
+        goal: one of `trimtab.catalog.goals.GOALS`.
+        target: one of `trimtab.model.hardware.TARGETS`.
+        recipe: one to try first.
+        evaluation: what is measured.
+        max_attempts: the most attempts, 1 to 10.
+        name: of the release; the model's if "".
+
+    Raises:
+        InputError: a value that is not valid, a model that cannot be read, a task with too few items, or nothing that
+            the target could serve or the goal gain.
+    """
+    from trimtab.components.fetch.facts import facts
+    from trimtab.loop import decisions
+
+    asked = checked(model, goal, target, recipe, evaluation, max_attempts, name)
+    return decisions.outline(goal, facts(asked.model), hardware.target(target), asked.wanted)
+
+
+def run(
+    model: str | Path,
+    store: str | Path = STORE,
+    *,
+    goal: str = GOAL,
+    target: str = TARGET,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    evaluation: Evaluation | Mapping[str, Any] | str | Path | None = None,
+    max_attempts: int = ATTEMPTS,
+    name: str = "",
+    require_signature: bool = False,
+    runs: str | Path = RUNS,
+    console: Console | None = None,
+) -> Outcome:
+    """Optimizes a model on this machine and returns how that ended; a stage that failed is part of the outcome.
+
+    What was complete is found again when the run is repeated.
+
+    Args:
+        model: a folder, a .gguf file, s3://…, or a hub id org/name.
+        store: s3://bucket/prefix or a folder.
+        goal: one of `trimtab.catalog.goals.GOALS`.
+        target: one of `trimtab.model.hardware.TARGETS`.
+        recipe: one to try first.
+        evaluation: what is measured.
+        max_attempts: the most attempts, 1 to 10.
+        name: of the release; the model's if "".
+        require_signature: release nothing that cannot be signed.
+        runs: the folder for logs and reports, in which each run makes its own.
+        console: where progress is printed; the standard output if None.
+
+    Raises:
+        InputError: anything that can be refused before work on the model begins.
+        StoreError: the store cannot be reached or written.
+    """
+    from trimtab.components.fetch.source import check
+    from trimtab.pipelines import local, local_backend
+    from trimtab.serving import traffic
+    from trimtab.store import open_store
+
+    console = console or Console()
+    with _signing(require_signature):
+        asked = checked(model, goal, target, recipe, evaluation, max_attempts, name)
+        asked = replace(asked, model=check(asked.model))
+        known = Path(asked.model).is_dir()  # of any other model nothing is known before it is fetched
+        if not known:
+            traffic.of(asked.wanted.workload)
+        ladder = (lambda text: _outline(asked, text)) if known else None
+        chosen, said = local_backend.choose(asked.recipe, hardware.target(target), ladder)
+        opened = open_store(str(store))
+        opened.check()
+        console.print(f"engine   {said}", soft_wrap=True, highlight=False)
+        return local.run(asked.parameters(recipe=chosen, store=opened.uri), Path(runs).absolute(), console)
+
+
+def verify(
+    release: str,
+    store: str | Path = "",
+    keys: Sequence[str | Path] = (),
+    max_age: timedelta | None = None,
+) -> Verified:
+    """Checks a release: signed, whole, and accepted when it is judged anew from its evidence.
+
+    Args:
+        release: its URI, name/version, or a name for its newest.
+        store: where it is; the place that the URI names if "", and ./trimtab-store for a name.
+        keys: public keys of which one must have signed it, PEM or the path of a PEM file; without any, its signature is
+            not checked.
+        max_age: how long ago it may have been signed at most.
+
+    Raises:
+        NotVerified: it must not be used; the message says why.
+        InputError: there is no such release, or a key is none.
+        StoreError: the store could not be read.
+    """
+    from trimtab.release import verification
+    from trimtab.store import open_store
+    from trimtab.store.address import split_release
+
+    trusted = [signing.public_key(key) for key in keys]
+    address, found, version = split_release(release) or ("", *release.partition("/")[::2])
+    opened = open_store(str(store) or address or STORE)  # a store beside a URI is a copy of the URI's
+    uri = f"{opened.uri}/releases/{found}/{version}" if version else opened.newest(found)
+    if uri is None:
+        raise InputError(f"release: {opened.uri} has no release '{found}'; write the URI that a run printed")
+    return verification.verify(opened, uri, trusted, max_age)
+
+
+def serve_config(
+    artifact: str | Path,
+    folder: str | Path,
+    *,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    model_path: str = "",
+    engine_path: str = "",
+    model_uri: str = "",
+    image: str = "",
+) -> list[Path]:
+    """Writes what trtllm-serve, Triton and KServe need to serve an artifact, and returns the files.
+
+    Args:
+        artifact: STORE/releases/NAME/VERSION, or the folder of an export.
+        folder: a new folder.
+        recipe: one whose `engine` serves, instead of the artifact's.
+        model_path: the checkpoint on the server; the folder itself, of a release /models/<name>, if "".
+        engine_path: the built engines on the server, for trtllm-legacy; /engines/<name> if "".
+        model_uri: the checkpoint for KServe, s3://… or pvc://…; pvc://<name>/ if "".
+        image: the container image for KServe; NVIDIA's of the version that serves if "".
+
+    Raises:
+        InputError: the artifact is none that TensorRT-LLM serves, or the folder is not new.
+    """
+    from trimtab.serving import artifact as artifacts
+    from trimtab.serving.write import write
+
+    text = text_of(recipe, "recipe")
+    served = artifacts.find(str(artifact), Recipe.parse(text) if text else None, model_path, engine_path)
+    return [Path(folder) / path for path in write(served, Path(folder), model_uri, image)]
+
+
+def checked(
+    model: str | Path,
+    goal: str,
+    target: str,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None,
+    evaluation: Evaluation | Mapping[str, Any] | str | Path | None,
+    max_attempts: int,
+    name: str,
+) -> Asked:
+    """Checks all that can be checked in a second without the model, as `run` and `plan` do before anything long begins.
+
+    Raises:
+        InputError: a value that is not valid, a text that is missing or empty, or a task that does not exist or has too
+            few items.
+    """
+    measured = Evaluation.parse(text_of(evaluation, "evaluation") or "{}")
+    asked = Asked(str(model), goal, target, text_of(recipe, "recipe"), max_attempts, name, measured)
+    _check_texts(asked)
+    dealing.deal(task_sizes.of(measured), measured, asked.wanted.accept, max_attempts)
+    return asked
+
+
+def _check_texts(asked: Asked) -> None:
+    """Text that is missing or empty is refused now rather than after the baseline."""
+    from trimtab.runtime.text import documents
+
+    recipe, heldout = asked.wanted, asked.evaluation.heldout
+    texts = [("calibrate.text", source.text) for source in recipe.calibrate.sources if source.dataset is None]
+    texts += [("distill.text", name) for name in recipe.distill.texts] if recipe.distill else []
+    for field, name in texts:
+        documents.check(name, field)
+    if heldout != "builtin":
+        documents.read(heldout, ("", ""), field="heldout")
+
+
+def _outline(asked: Asked, recipe: str) -> Outline:
+    """Plans the run with a recipe; refuses one that the model or the target does not allow."""
+    from trimtab.components.fetch.source import facts
+    from trimtab.loop import decisions
+
+    wanted = Recipe.parse(recipe or "{}")
+    return decisions.outline(asked.goal, facts(asked.model), hardware.target(asked.target), wanted)
+
+
+@contextlib.contextmanager
+def _signing(required: bool) -> Iterator[None]:
+    """Has the gate release nothing unsigned; a key that it could not use is refused now rather than after hours."""
+    before = os.environ.get(signing.REQUIRED)
+    if required:
+        os.environ[signing.REQUIRED] = "1"  # the gate's process inherits it
+    try:
+        if signing.signer() is None and signing.is_required():
+            raise InputError(
+                f"{signing.KEY}: is not set, and releases must be signed; `trimtab keygen FILE` makes a key"
+            )
+        yield
+    finally:
+        if required and before is None:
+            del os.environ[signing.REQUIRED]
+        elif required:
+            os.environ[signing.REQUIRED] = before
