@@ -119,8 +119,6 @@ def read_evaluation(path: str, tasks: str | None = None, task_path: str = "") ->
         document["tasks"] = [task.strip() for task in tasks.split(",") if task.strip()]
         if not document["tasks"]:
             raise InputError("--tasks: names no task; write names separated by commas, such as trimtab_suite")
-    if document.get("task_path"):
-        document["task_path"] = str(Path(document["task_path"]).absolute())
     return Evaluation.parse(document)
 
 

@@ -9,17 +9,8 @@ from typing import NamedTuple
 from kfp import dsl
 
 from trimtab.components import images as names
-from trimtab.pipelines.optimize import (
-    MAX_ATTEMPTS,
-    attempt_pipeline,
-    image_names,
-    loop,
-    offer_choices,
-    small_tasks,
-    uncached,
-)
+from trimtab.pipelines.loop import MAX_ATTEMPTS, Loop, offer_choices
 from trimtab.pipelines.package import REVIEW
-from trimtab.pipelines.placement import place
 from trimtab.stages.profile import Profile
 
 
@@ -87,9 +78,8 @@ def review(
 
 
 def rebuild_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = None, image: str = ""):
-    """Returns the pipeline `rebuild`; the arguments are those of `optimize_pipeline`."""
-    profile = profile or Profile()
-    attempt, small = attempt_pipeline(profile), small_tasks(profile)
+    """Returns the pipeline `rebuild`; the arguments are those of `Loop`."""
+    loop = Loop(unrolled, profile, image)
 
     @dsl.pipeline(
         name="rebuild",
@@ -131,12 +121,11 @@ def rebuild_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = Non
             recipe=recipe,
             max_attempts=max_attempts,
             evaluation=evaluation,
-            images=image_names(profile, image),
+            images=loop.images,
             rollout=rollout,
         )
-        found = place(uncached(reviewed, REVIEW), "fetch", profile).outputs
+        found = loop.fetched(reviewed, REVIEW)
         with dsl.If(found["Output"] == "rebuild", name="something-changed"):
-            loop(found["state"], rollout, attempt, small, unrolled)
+            loop.run(found["state"], rollout)
 
-    offer_choices(rebuild)
-    return rebuild
+    return offer_choices(rebuild)

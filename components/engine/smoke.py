@@ -13,7 +13,7 @@ PROMPT = "The quick brown fox"
 
 
 def smoke(engine: str, export: str) -> dict[str, Any]:
-    """Returns the engine's own figures: kernels, weight_bytes, device_bytes.
+    """Returns the engine's own figures: kernels, arithmetic, weight_bytes, device_bytes.
 
     Raises:
         Failure: `unsupported`, a back end that this image does not have; `export_damaged`, the export does not
@@ -30,7 +30,7 @@ def smoke(engine: str, export: str) -> dict[str, Any]:
         raise Failure("export_damaged", f"the likelihood of '{PROMPT}' is {likelihood}")
     if not served.generate([prompt], max_new_tokens=8)[0]:
         raise Failure("degenerate_output", f"the engine generates nothing after '{PROMPT}'")
-    figures = ("weight_bytes", "device_bytes")
+    figures = ("arithmetic", "weight_bytes", "device_bytes")
     found = {"kernels": served.kernels(), **{name: getattr(served, name) for name in figures}}
     served.close()
     return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -11,10 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from trimtab import judge, report, stages
+from trimtab import judge, stages
 from trimtab.base import child, progress
 from trimtab.base.errors import Failure
 from trimtab.catalog.backends import BACKENDS
+from trimtab.components.validation.looks import (
+    COMPARE_SPEED,
+    EVALUATE,
+    INTEGRITY,
+    OWN_LOOKS,
+    evaluation_parameters,
+    fresh,
+    looks,
+)
+from trimtab.components.validation.page import html, numbers
 from trimtab.judge import Measurements, Verdict
 from trimtab.judge.statistics import wilson
 from trimtab.loop import decisions, evidence
@@ -23,27 +31,10 @@ from trimtab.loop.evidence import CONFIRMATION, LOOKS, look_name
 from trimtab.loop.state import Brief, State, fail
 from trimtab.model import hardware, memory
 from trimtab.plan.dealing import Deal, Spans
-from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import Store, open_store
 from trimtab.store.tree import Tree
 
 SPEED_GOALS = ("lower_latency", "higher_throughput", "lower_cost")
-
-_MEASURE = "trimtab.components.validation.evaluation.measure"
-EVALUATE = stages.work_stage(
-    "evaluate", f"{_MEASURE}:evaluate", "evaluation", stages.Environment(("lm-eval",), measured=True), version=2
-)
-COMPARE_SPEED = stages.work_stage("speed", f"{_MEASURE}:compare_speed", "speed", stages.MEASURED, version=2)
-#: It loads the export in the embedded engine, as far as this device can.
-INTEGRITY = stages.work_stage(
-    "integrity",
-    "trimtab.components.validation.integrity.gate:inspect",
-    "integrity",
-    stages.Environment(stages.QUANTIZED.libraries, measured=True),
-    version=4,
-)
-#: What is measured beside the attempt, and no part of its page.
-_BASELINE_LOOKS = {look_name(look, baseline=True) for look in range(1, CONFIRMATION + 1)}
 
 
 def run(state_uri: str, page: Any, metrics: Any) -> str:
@@ -68,6 +59,8 @@ def run(state_uri: str, page: Any, metrics: Any) -> str:
     except Failure as failure:
         state = fail(state, "validate", failure)
         result = state.verdict
+    result = result.model_copy(update={"truncated": judge.truncated})
+    state = state.model_copy(update={"verdict": result})
     filed_evidence = None
     if result.outcome == "accepted":
         filed_evidence = evidence.write(store, state, result, judge.export, judge.trees)
@@ -82,16 +75,8 @@ def run(state_uri: str, page: Any, metrics: Any) -> str:
     )
     filed = {"baseline": brief} if state.attempt == 0 else {"history": (*state.history, brief)}
     state = state.model_copy(update={"verdict": result, "seconds": seconds, **filed})
-    shown = report.attempt_html(
-        state,
-        kernels=judge.read("kernels.json"),
-        layers=judge.read("layers.json"),
-        calibration=judge.read("calibration.json"),
-        reload=judge.read("reload.json"),
-        distillation=judge.distillation(),
-    )
-    Path(page.path).write_text(shown, encoding="utf-8")
-    stages.log_metrics(metrics, _numbers(result))
+    Path(page.path).write_text(html(store, state, judge.trees), encoding="utf-8")
+    stages.log_metrics(metrics, numbers(result))
     progress.report("validate", f"{result.outcome}: {result.reason}")
     return save(state)
 
@@ -102,6 +87,7 @@ class _Judge:
     def __init__(self, store: Store, state: State):
         self.store, self.state = store, state
         self.seconds = 0.0
+        self.truncated = 0  # requests to the attempt that lost their beginning
         self.trees: dict[str, Tree] = {}  # what was measured, for the evidence
         self.engine = state.trees.get("engine")
         self.export = stages.tree_of("export", state)
@@ -184,6 +170,7 @@ class _Judge:
             inputs["calibration"] = calibration
         result = self._cached(name, EVALUATE, parameters, inputs)
         if cut := result.metrics.get("truncated"):
+            self.truncated += cut if name in OWN_LOOKS else 0
             what = f"{cut} requests were too long for the engine and lost their beginning, as in lm-eval"
             progress.report("validate", what)
         return result
@@ -299,86 +286,7 @@ class _Judge:
         """How many attempts before this one were asked to confirm."""
         return sum(brief.verdict.confirmation is not None for brief in self.state.history)
 
-    def read(self, name: str) -> Any:
-        """Returns a JSON file of what was measured on this attempt or calibrated on, for the page, or None."""
-        calibration = self.state.trees.get("calibration")
-        own = [tree for look, tree in self.trees.items() if look not in _BASELINE_LOOKS]
-        for tree in (*own, *([calibration] if calibration else [])):
-            path = self.store.get(tree) / name
-            if path.exists():
-                return json.loads(path.read_text(encoding="utf-8"))
-        return None
-
-    def distillation(self) -> dict[str, Any] | None:
-        """Returns the metrics of this attempt's training, for the page; its tree, a whole model, stays where it is."""
-        checkpoint = self.state.trees.get("checkpoint")
-        if checkpoint is None or "distill" not in self.state.seconds:  # it may be an earlier run's student
-            return None
-        record = self.store.lookup(self.store.manifest(checkpoint).metadata["key"])
-        return record["metrics"] if record and "curve" in record["metrics"] else None
-
-
-def evaluation_parameters(
-    settings: Evaluation,
-    items: Spans,
-    windows: list[int],
-    speed: bool,
-    *,
-    max_length: int,
-    kv_cache: str = "export",
-) -> dict[str, Any]:
-    """Returns the parameters of `EVALUATE`, which are part of its key in the store.
-
-    `kv_cache` "none" runs an export with its KV cache in 16 bits; the other way is no part of the key.
-    """
-    return {
-        "tasks": list(settings.tasks),
-        "task_path": settings.task_path,
-        "filters": settings.filters,
-        "items": items,
-        "windows": windows,
-        "all_windows": sum(settings.windows) + (settings.confirm_windows if settings.confirm_items else 0),
-        "window_tokens": settings.window_tokens,
-        "max_length": max_length,
-        "heldout": settings.heldout,
-        "speed": speed,
-        **({} if kv_cache == "export" else {"kv_cache": kv_cache}),
-    }
-
-
-def looks(settings: Evaluation, deal: Deal) -> Iterator[tuple[Spans, list[int]]]:
-    """Yields for each look the items of each task and the windows that it adds, as [start, stop]."""
-    window = 0
-    for number, windows in enumerate(settings.windows, start=1):
-        yield deal.look(number), [window, window + windows]
-        window += windows
-
-
-def fresh(settings: Evaluation, deal: Deal, earlier: int) -> tuple[Spans, list[int]]:
-    """Returns the items and windows of a confirmation, of which there were `earlier` ones in the run.
-
-    Its items are those of no look and, as long as the tasks have enough, of no earlier confirmation; its windows, of
-    which a text has few, are the same for all.
-    """
-    windows = sum(settings.windows)
-    return deal.confirm(earlier), [windows, windows + settings.confirm_windows]
-
 
 def _with_speed(measured: Measurements, speed: dict[str, float], prefix: str) -> Measurements:
     names = ("decode_tokens_per_second", "throughput_tokens_per_second")
     return measured.model_copy(update={name: round(speed[prefix + name], 2) for name in names})
-
-
-def _numbers(result: Verdict) -> dict[str, Any]:
-    numbers: dict[str, Any] = {"accepted": float(result.outcome == "accepted"), "items": result.items}
-    numbers |= result.measurements.model_dump()
-    if result.accuracy:
-        numbers["accuracy"] = result.accuracy.estimate
-    if result.perplexity:
-        numbers["perplexity"] = result.perplexity
-    if result.recovery and result.perplexity_ratio:
-        numbers |= {
-            "recovery": result.recovery.estimate,
-            "perplexity_ratio": result.perplexity_ratio.estimate,
-        }
-    return numbers

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from trimtab.base.errors import InputError
+from trimtab.pipelines.cluster import reachable
 from trimtab.pipelines.commands import run
 from trimtab.pipelines.inputs import Asked, check_choice, read, read_evaluation, read_profile
 from trimtab.pipelines.package import PIPELINES
 from trimtab.plan import dealing, task_sizes
-from trimtab.recipe.workload import Recorded
 
 if TYPE_CHECKING:
     from trimtab.pipelines.cluster.connection import Connection
@@ -85,7 +84,7 @@ def _connect(arguments: argparse.Namespace, console: Console) -> Connection:
 def _uploaded(arguments: argparse.Namespace, connection: Connection) -> Uploaded:
     from trimtab.pipelines import package
     from trimtab.pipelines.cluster.upload import upload
-    from trimtab.pipelines.optimize import MAX_ATTEMPTS
+    from trimtab.pipelines.loop import MAX_ATTEMPTS
 
     with tempfile.TemporaryDirectory() as folder:
         compiled = Path(folder) / f"{arguments.pipeline}.yaml"
@@ -172,7 +171,7 @@ def _unschedule(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Checks what can be known without the cluster: the model and the store are seen only from there."""
+    """Checks what can be known without the cluster: model, store and volumes are seen only from there."""
     from trimtab.components.deployment.rollout import settings
 
     check_choice("pipeline", arguments.pipeline, tuple(PIPELINES))
@@ -186,21 +185,8 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
         name=arguments.name,
         evaluation=evaluation,
     )
-    if isinstance(workload := asked.wanted.workload, Recorded):
-        _check_seen_from_cluster("workload.recorded", workload.recorded)
-    for field in ("model", "store"):
-        _check_seen_from_cluster(field, getattr(arguments, field))
+    reachable.check(arguments.model, arguments.store, asked.wanted, evaluation, read_profile(arguments.profile))
     if own := task_sizes.of_own(evaluation):  # others are counted by the run's own plan
         dealing.deal(own, evaluation, asked.wanted.accept, asked.max_attempts)
     rollout = settings.asked(read(arguments.rollout, "rollout"), arguments.store)
     return asked.parameters(store=arguments.store, rollout=rollout.to_json() if rollout else "")
-
-
-def _check_seen_from_cluster(field: str, value: str) -> None:
-    hub = field == "model" and value.count("/") == 1 and not value.startswith((".", "/")) and not Path(value).exists()
-    if not hub and not value.startswith(("s3://", "/")):
-        other = ", a hub id org/name" if field == "model" else ""
-        raise InputError(
-            f"{field}: '{value}' is of this machine, which the cluster does not see; write s3://bucket/prefix{other} "
-            "or the absolute path of a volume there"
-        )

@@ -107,7 +107,7 @@ def test_the_linter_sees(old, new, expected):
 
 
 def test_all_four_are_here():
-    assert FILES == ["base", "cpu", "cuda", "trtllm"]
+    assert FILES == ["base", "cuda", "torch", "trtllm"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -127,22 +127,21 @@ def test_what_writes_by_itself_writes_below_tmp(name):
         assert variables[variable].startswith("/tmp")
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["cuda", "torch"])
 def test_the_base_is_of_this_version(name):
     text = (IMAGES / name / "Containerfile").read_text()
     assert f"ARG BASE_IMAGE=localhost/trimtab-base:{trimtab.__version__}\n" in text
 
 
 def test_one_torch_everywhere():
-    """The images' torch is the Makefile's, which the tests run with."""
+    """The image's torch is the Makefile's, which the tests run with."""
     wanted = re.search(r"^TORCH \?= (\S+)", (IMAGES.parent / "Makefile").read_text(), re.MULTILINE)[1]
-    for name in ("cpu", "cuda"):
-        assert f"ARG TORCH={wanted}\n" in (IMAGES / name / "Containerfile").read_text()
+    assert f"ARG TORCH={wanted}\n" in (IMAGES / "torch/Containerfile").read_text()
 
 
 def test_every_image_that_judges_has_what_judges():
     """Validation asks lm-eval's tasks in the engine's own image."""
-    wanted = {"cpu": "torch", "cuda": "torch", "trtllm": "trtllm"}
+    wanted = {"torch": "torch", "trtllm": "trtllm"}
     extras = tomllib.loads((IMAGES.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for name, extra in wanted.items():
         assert f"requirements.py pyproject.toml {extra} " in (IMAGES / name / "Containerfile").read_text()

@@ -15,7 +15,7 @@ from trimtab.components.deployment.rollout.settings import Rollout
 from trimtab.loop import status
 from trimtab.pipelines.cluster import connection, watch
 from trimtab.pipelines.commands import main
-from trimtab.pipelines.optimize import MAX_ATTEMPTS
+from trimtab.pipelines.loop import MAX_ATTEMPTS
 from trimtab.stages.profile import Profile
 from trimtab.store import Store, open_store
 
@@ -378,3 +378,48 @@ def test_bad_input(options, exit_code, message, server, capsys):
     code, said = trimtab(capsys, *options)
     assert (code, message in said) == (exit_code, True), said
     assert not server.kept["runs"] and not server.kept["recurringruns"]
+
+
+HERE = "is of this machine, which the cluster does not see; write"
+INPUTS = [
+    ("evaluation", "heldout: {}/notes.txt", f"{HERE} builtin, or"),
+    ("evaluation", "heldout: notes.txt", f"heldout: 'notes.txt' {HERE} builtin, or"),
+    ("evaluation", "heldout: s3://bucket/notes.txt", "is not read from S3; write builtin, or"),
+    ("evaluation", "{{task_path: {}, tasks: [mine]}}", f"{HERE} the names of lm-eval's own tasks alone, or"),
+    ("evaluation", "{{task_path: nowhere, tasks: [mine]}}", f"task_path: 'nowhere' {HERE}"),
+    ("recipe", "calibrate: {{text: {}/notes.txt}}", f"{HERE} builtin, or"),
+    ("recipe", "calibrate: {{text: [{{text: 'hf:{}'}}]}}", f"{HERE} hf:owner/name, or"),
+    ("recipe", "distill: {{tokens: 65536, text: {}/notes.txt}}", f"{HERE} builtin, or"),
+    ("recipe", "workload: {{recorded: notes.txt}}", f"{HERE} s3://bucket/prefix, or"),
+]
+
+
+@pytest.mark.parametrize("profile", ["", "cache: {claim: shared, path: /volume}"])
+@pytest.mark.parametrize("command", [["submit"], ["schedule", "--cron", "0 3 * * 1"]])
+@pytest.mark.parametrize(("option", "text", "message"), INPUTS)
+def test_what_pods_cannot_see_is_refused(option, text, message, command, profile, server, capsys, tmp_path):
+    (tmp_path / "notes.txt").write_text("Of this machine.")
+    (tmp_path / "profile.yaml").write_text(profile or "{}")
+    (tmp_path / "input.yaml").write_text(text.format(tmp_path))
+    options = [f"--{option}", str(tmp_path / "input.yaml"), "--profile", str(tmp_path / "profile.yaml")]
+    code, said = trimtab(capsys, *command, *RUN, *options)
+    assert (code, message in said) == (2, True), said
+    assert ("copy below /volume, the volume" if profile else "with cache: {claim: NAME}") in said
+    assert not server.kept["runs"] and not server.kept["recurringruns"]
+
+
+def test_what_pods_can_see_goes_along(server, capsys, tmp_path):
+    """What the refusals say to write; below a volume that is mounted on this machine too."""
+    (tmp_path / "profile.yaml").write_text(f"cache: {{claim: shared, path: {tmp_path}}}")
+    (tmp_path / "notes.txt").write_text("On the volume.")
+    (tmp_path / "evaluation.yaml").write_text(f"{{heldout: {tmp_path}/notes.txt, task_path: {tmp_path}/tasks}}")
+    (tmp_path / "recipe.yaml").write_text(
+        f"{{calibrate: {{text: [{{text: 'hf:owner/name'}}, {{text: /opt/image/notes.txt}}]}}, "
+        f"distill: {{tokens: 65536, text: {tmp_path}/notes.txt}}, workload: {{recorded: 's3://bucket/traffic'}}}}"
+    )
+    options = [f"--{name}={tmp_path / name}.yaml" for name in ("profile", "evaluation", "recipe")]
+    code, said = trimtab(capsys, "submit", *RUN, *options)
+    assert code == 0, said
+    (run,) = server.kept["runs"]
+    evaluation = yaml.safe_load(run["runtime_config"]["parameters"]["evaluation"])
+    assert evaluation["heldout"] == f"{tmp_path}/notes.txt" and evaluation["task_path"] == f"{tmp_path}/tasks"

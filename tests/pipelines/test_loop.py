@@ -23,7 +23,8 @@ from trimtab.base.errors import Failure, InputError, NotReleased, NotVerified, S
 from trimtab.components.deployment import gate
 from trimtab.components.deployment.component import gate as gate_component
 from trimtab.components.fetch.source import fetch
-from trimtab.components.validation import stage as validation
+from trimtab.components.validation import looks as validation
+from trimtab.components.validation.stage import run as validate
 from trimtab.loop import decisions, evidence
 from trimtab.loop.documents import load, read_plan, save
 from trimtab.loop.state import State
@@ -347,7 +348,7 @@ def attempts(script: Script, state: State, count: int) -> State:
         for name in stages.STAGES:
             state, _ = stages.advance(name, state)
         page, metrics = script.folder / f"page-{number}", SimpleNamespace(log_metric=lambda *_: None)
-        state = load(validation.run(save(state), SimpleNamespace(path=str(page)), metrics))
+        state = load(validate(save(state), SimpleNamespace(path=str(page)), metrics))
         state = decisions.next_attempt(state) if number < count else state
     return state
 

@@ -16,7 +16,7 @@ from trimtab.components.fetch.source import fetch
 from trimtab.loop import decisions
 from trimtab.model.hardware import TARGETS
 from trimtab.pipelines.commands import main
-from trimtab.pipelines.optimize import image_names
+from trimtab.pipelines.loop import image_names
 from trimtab.pipelines.package import REVIEW
 from trimtab.pipelines.rebuild import rebuild_pipeline
 from trimtab.recipe import Recipe

@@ -13,8 +13,7 @@ from trimtab.base.errors import InputError, NotVerified
 from trimtab.components.deployment.rollout import delivery
 from trimtab.components.deployment.rollout.settings import Rollout
 from trimtab.loop import status
-from trimtab.pipelines.optimize import deliver, small_tasks
-from trimtab.stages.profile import Profile
+from trimtab.pipelines.loop import Loop
 from trimtab.store import open_store
 
 RUN = "0b0c4b6e-3b7d-4c57-9d55-6f2b7c1d8a90"
@@ -40,9 +39,12 @@ def released(s3_server, tmp_path, monkeypatch) -> Released:
     return Released(store, scores_in(store, tmp_path), tmp_path)
 
 
+LOOP = Loop(1)
+
+
 @dsl.pipeline(name="behind-the-gate")
 def behind_the_gate(release: str, rollout: str = ""):
-    deliver(release, rollout, small_tasks(Profile()))
+    LOOP.deliver(release, rollout)
 
 
 def run(folder: Path, **arguments: str) -> tuple[dict[str, Path], dict[str, str]]:

@@ -16,7 +16,8 @@ from trimtab.runtime.decoder import decode
 from trimtab.runtime.engines.torch_engine import TorchEngine
 from trimtab.runtime.linear import choice, elementwise, small_batch
 from trimtab.runtime.linear.elementwise import Sizes
-from trimtab.runtime.service.paged_engine import Attention, PagedEngine
+from trimtab.runtime.service.forward import Attention
+from trimtab.runtime.service.paged_engine import PagedEngine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -37,9 +38,9 @@ def fp8(columns: int = 128, by_row: bool = False) -> Quantized:
 
 
 def triton_kernels() -> ModuleType:
-    from trimtab.runtime.kernels import elementwise
+    from trimtab.runtime.kernels import decoding
 
-    return elementwise
+    return decoding
 
 
 def fp8_per_token() -> Quantized:
@@ -169,7 +170,7 @@ def _tokens(decoder: decode.Recorded | decode.Growing, prompt: torch.Tensor) -> 
     "sizes", [Sizes(32, 8, 128, 4096, 14336), Sizes(9, 3, 64, 576, 1536), Sizes(4, 2, 16, 64, 128)]
 )
 def test_a_small_kernel_computes_what_it_replaces(name: str, sizes: Sizes) -> None:
-    function = elementwise.adapted(elementwise())[name]
+    function = elementwise.adapted(triton_kernels())[name]
     assert elementwise.try_out(name, function, sizes, CUDA) == ""
 
 
@@ -177,7 +178,7 @@ def test_a_small_kernel_computes_what_it_replaces(name: str, sizes: Sizes) -> No
 def test_rounding_to_e4m3_is_pytorchs() -> None:
     x = torch.cat([torch.linspace(-600, 600, 100_001), torch.linspace(-0.1, 0.1, 10_001)]).bfloat16().cuda()
     factor = torch.ones(1, device=CUDA)
-    found, expected = (f(x, factor).view(torch.uint8) for f in (elementwise().to_e4m3, elementwise.to_e4m3))
+    found, expected = (f(x, factor).view(torch.uint8) for f in (triton_kernels().to_e4m3, elementwise.to_e4m3))
     assert torch.equal(found, expected)
 
 

@@ -6,6 +6,7 @@ import torch
 from trimtab.base.errors import Failure
 from trimtab.catalog.formats import STORAGES
 from trimtab.catalog.numbers import NUMBERS
+from trimtab.runtime.checkpoint import layer_layout
 from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized, check, dequantize, pack_int4, unpack_int4
 
 INT8 = torch.tensor([[-128, -2, -1, 0, 1, 2, 3, 127]] * 4, dtype=torch.int8)
@@ -100,3 +101,54 @@ def test_modelopts_own_function_writes_the_algorithm_of_its_name(name: str) -> N
 def test_e4m3_is_what_torch_calls_so() -> None:
     info, row = torch.finfo(torch.float8_e4m3fn), NUMBERS["e4m3"]
     assert (row.largest, 2.0**-row.mantissa, row.bits) == (info.max, info.eps, info.bits)
+
+
+def test_rounding_to_e4m3_is_what_a_cast_does() -> None:
+    """On every bfloat16, and on what lies just beside the middle of two e4m3 numbers."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    every = every[every.isfinite()]
+    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    beside = torch.cat([middles, middles.nextafter(torch.tensor(1e9)), middles.nextafter(torch.tensor(0.0))])
+    for x in (every, beside, -beside):
+        assert torch.equal(layer_layout.round_fp8(x, 1.0), layer_layout.to_fp8(x, 1.0).float())
+    assert layer_layout.round_fp8(torch.tensor([float("nan")]), 1.0).isnan()
+
+
+def test_rounding_to_e2m1_takes_the_nearest_number_and_the_even_code_of_two() -> None:
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    x = torch.cat([torch.linspace(0, 7, 701), numbers, (numbers[1:] + numbers[:-1]) / 2])
+    nearest = (x[:, None] - numbers).abs()
+    # argmin takes the first of two equal ones; the even code of two neighbours is the first or the second.
+    code = nearest.argmin(-1)
+    tie = (nearest == nearest.amin(-1, keepdim=True)).sum(-1) == 2
+    expected = numbers[torch.where(tie & (code % 2 == 1), code + 1, code)]
+    assert torch.equal(layer_layout._round_e2m1(x), expected) and torch.equal(layer_layout._round_e2m1(-x), -expected)
+
+
+@pytest.mark.parametrize("algo", [*STORAGES])
+def test_factors_are_the_weight(algo: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    storage = STORAGES[algo]
+    layout = Layout(algo, 32 if storage.scale == "group" else storage.block)
+    group = layout.group_size
+    shape = {"out": (16, 64), "in": (32, 32), "": (32, 64)}[storage.number.packed]
+    weight = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    scale = torch.rand(32, 64 // group, generator=generator) + 0.5 if group else torch.rand(32, generator=generator)
+    if layout.dtype == torch.int8:
+        weight = weight.view(torch.int8)
+    elif not group:
+        weight = torch.randn(32, 64, generator=generator).to(torch.float8_e4m3fn)
+    if storage.scale_type == "e8m0":
+        scale = torch.randint(110, 140, scale.shape, generator=generator, dtype=torch.uint8)
+    elif storage.scale_type == "e4m3":
+        scale = scale.to(torch.float8_e4m3fn)
+    scale = scale[:1] if storage.scale == "tensor" else scale
+    layer = Quantized(layout, weight, scale, weight_scale_2=torch.tensor(0.037))
+    matrix, outer = layer_layout.factors(layer)
+    expected = layer_layout.scaled_weight(layer)
+    found = matrix.float() * outer[:, None]
+    # INT4 times its scale is rounded to bfloat16; elsewhere float32 multiplies in another order.
+    relative = 2**-8 if storage.scale_type == "bfloat16" and not storage.second_scale else 1e-6
+    assert matrix.dtype == torch.bfloat16 and matrix.shape == (32, 64)
+    assert ((found - expected).abs() <= relative * expected.abs()).all() and expected.abs().max() > 0

@@ -114,7 +114,7 @@ def test_the_engine_gives_the_logits_of_gathered_blocks(
     assert engines[0].attention_path == "kernel"
     if "own" in kind and not CUDA:  # where an engine has it anyway
         replacements.fuse_norms(engines[0].model)
-        engines[0]._step = Step(engines[0].model, SETTINGS.max_seq_len)
+        engines[0]._forward.step = Step(engines[0].model, SETTINGS.max_seq_len)
     requests = [[Request(list(prompt), NEW_TOKENS) for prompt in prompts] for _ in engines]
     for served, some in zip(engines, requests, strict=True):
         for request in some:
@@ -123,7 +123,7 @@ def test_the_engine_gives_the_logits_of_gathered_blocks(
     with torch.inference_mode():
         while not engines[0].scheduler.idle:
             steps = [served.scheduler.next_step(0.0) for served in engines]
-            found, expected = (served._compute(step) for served, step in zip(engines, steps, strict=True))
+            found, expected = (served._forward(step) for served, step in zip(engines, steps, strict=True))
             assert [w.sequence.tokens for w in found[0]] == [w.sequence.tokens for w in expected[0]]
             compared += len(found[0])
             difference = (found[1] - expected[1]).float().norm()

@@ -47,11 +47,11 @@ def triton_kernels() -> Iterator[ModuleType]:
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton compiles here")
-    from trimtab.runtime.kernels import elementwise
+    from trimtab.runtime.kernels import decoding
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "int", Whole, raising=False)
-        yield elementwise
+        yield decoding
 
 
 @pytest.fixture(params=list(SIZES))
@@ -245,7 +245,7 @@ def test_a_kernel_that_fails_or_computes_something_else_is_not_used() -> None:
 def test_what_is_left_as_it_was_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "trimtab.runtime.kernels.elementwise", None)
+    monkeypatch.setitem(sys.modules, "trimtab.runtime.kernels.decoding", None)
     monkeypatch.delattr(runtime, "triton_kernels", raising=False)
     assert elementwise.choose(SIZES["grouped"], torch.device("cuda")) == elementwise.Kernels()
     assert capsys.readouterr().err.count("runs without a kernel of its own: ") == 3

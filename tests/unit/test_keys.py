@@ -13,7 +13,8 @@ from facts import LLAMA_8B
 
 from trimtab import stages
 from trimtab.base import child, environment
-from trimtab.components.validation import stage as validation
+from trimtab.components.validation import looks as validation
+from trimtab.judge import Verdict
 from trimtab.loop.documents import load, save
 from trimtab.loop.state import Brief, State
 from trimtab.model.hardware import target
@@ -22,7 +23,6 @@ from trimtab.recipe import Recipe
 from trimtab.stages import STAGES, Stage
 from trimtab.store import Store, open_store
 from trimtab.store.tree import Tree
-from trimtab.verdict import Verdict
 
 CHECKPOINT = Tree(uri=f"file:///x/trees/{'a' * 64}", digest="a" * 64)
 H100 = {"gpu": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0"}
@@ -212,7 +212,7 @@ def test_validation_keeps_its_devices_where_the_engine_is_found(begun, placed, m
 def test_the_device_is_read_without_torch():
     """The client and the small tasks have none; here there may be no GPU, and then it is the processor."""
     code = (
-        "import sys; from trimtab import environment; d = environment.device(); "
+        "import sys; from trimtab.base import environment; d = environment.device(); "
         "assert 'torch' not in sys.modules; print(*d)"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

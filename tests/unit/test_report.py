@@ -9,11 +9,13 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 from runs import (
+    ACCEPTED,
     BASELINE,
     CALIBRATION,
     DOES_NOT_FIT,
     EMPTY,
     HOSTILE,
+    INT4,
     KERNELS,
     LAYERS,
     NOTHING_ACCEPTED,
@@ -226,6 +228,23 @@ def test_an_export_that_was_not_loaded_is_said_to_be():
     text = attempt_html(RELEASED, reload={"skipped": "a head that caps <its> logits", "outputs": {}})
     assert "Not loaded by the embedded engine before it was measured: a head that caps &lt;its&gt; logits." in text
     assert "Not loaded" not in attempt_html(RELEASED, reload={"skipped": None, "outputs": {}})
+
+
+def cut(brief_, count: int):
+    return brief_.model_copy(update={"verdict": brief_.verdict.model_copy(update={"truncated": count})})
+
+
+def test_requests_that_were_cut_are_told_of():
+    run = state(INT4, cut(DOES_NOT_FIT, 1), cut(ACCEPTED, 1234), baseline=cut(BASELINE, 7))
+    text = "1,234 requests were longer than can be read and lost the beginning, as in lm-eval."
+    assert text in attempt_html(run)
+    failed = state(cut(DOES_NOT_FIT, 1))
+    assert "1 request was longer than can be read" in attempt_html(failed)
+    for render in (summary_html, summary_markdown):
+        told = render(run)
+        assert "as in lm-eval: 7 of the baseline, 1 of attempt 2, 1,234 of attempt 3." in told
+    for render in (summary_html, summary_markdown, attempt_html):
+        assert "lm-eval" not in render(RELEASED)
 
 
 def test_an_attempt_shows_intervals_kernels_and_the_worst_layers():

@@ -132,7 +132,7 @@ def test_a_slow_network(network, store, folder, tmp_path):
 
 
 def test_a_server_that_stays_away(in_parts, server, network, store, folder, monkeypatch):
-    monkeypatch.setattr("trimtab.store.s3.PATIENCE", 1.0)
+    monkeypatch.setattr("trimtab.store.s3_requests.PATIENCE", 1.0)
 
     def away() -> None:
         network.target = seaweed.free_ports(1)[0]
@@ -175,7 +175,7 @@ def test_refusals_on_the_way(code, error, message, network, store, folder):
 def test_a_full_disk(tmp_path, monkeypatch):
     """The server keeps more space free than there is. It tries for most of a minute before it says so: we ask once
     and do not wait for its answer."""
-    monkeypatch.setattr("trimtab.store.s3.PATIENCE", 0.0)
+    monkeypatch.setattr("trimtab.store.s3_requests.PATIENCE", 0.0)
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
     full = seaweed.SeaweedFS("full")
     try:

@@ -104,13 +104,13 @@ class EngineLM(TemplateLM):
             self.truncated += len(tokens) > room
             prompts[most].append((number, tokens[-room:]))
             stops.append(handle_stop_sequences(wanted.get("until"), eos=ends))
-        answers = self._continue(prompts, len(requests))
+        answers = self._continue(prompts, stops)
         return [
             postprocess_generated_text(answers[number], until, think_end_token=None)
             for number, until in enumerate(stops)
         ]
 
-    def _continue(self, prompts: dict[int, list[tuple[int, list[int]]]], total: int) -> dict[int, str]:
+    def _continue(self, prompts: dict[int, list[tuple[int, list[int]]]], stops: list[list[str]]) -> dict[int, str]:
         """Returns the text after each numbered prompt, of which those with the same number of new tokens go together;
         prompts of like length go into one batch, and the longest go first, so that too little memory shows early."""
         answers: dict[int, str] = {}
@@ -118,9 +118,10 @@ class EngineLM(TemplateLM):
         for most, asked in prompts.items():
             asked = sorted(asked, key=lambda prompt: -len(prompt[1]))
             for start in range(0, len(asked), part):
-                progress.report("validate", "generating answers", len(answers), total)
+                progress.report("validate", "generating answers", len(answers), len(stops))
                 numbers, tokens = zip(*asked[start : start + part], strict=True)
-                for number, answer in zip(numbers, self.engine.generate(list(tokens), most), strict=True):
+                written = self.engine.generate(list(tokens), most, [stops[number] for number in numbers])
+                for number, answer in zip(numbers, written, strict=True):
                     answers[number] = self.engine.tokenizer.decode(answer, skip_special_tokens=True)
         return answers
 

@@ -32,7 +32,7 @@ SPEED = {"prompt_tokens": 32, "new_tokens": 48, "repeats": 3}
 def evaluate(
     engine: str, export: str, output: str, scratch: str, parameters: dict[str, Any], calibration: str | None = None
 ) -> dict[str, float]:
-    """Scores items and windows and writes `items.jsonl`, `windows.json`, `kernels.json` and `outputs.json`.
+    """Scores items and windows and writes `items.jsonl`, `windows.json`, `outputs.json`, and what computed them.
 
     Args:
         engine: folder of the built engine, `engine.json`.
@@ -56,6 +56,7 @@ def evaluate(
     model = EngineLM(served, parameters["max_length"], batch)
     metrics = _score_windows(served, parameters, folder) | _score_items(model, parameters, folder)
     (folder / "kernels.json").write_text(json.dumps(served.kernels()), encoding="utf-8")
+    (folder / "arithmetic.json").write_text(json.dumps(served.arithmetic), encoding="utf-8")
     if parameters["speed"]:
         load = _load(Path(engine))
         metrics |= decode_speed(served, load, new_tokens([(served, load)])) | _generate(served, folder)

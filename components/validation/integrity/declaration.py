@@ -14,10 +14,11 @@ from typing import Any
 from trimtab.base.errors import Failure
 from trimtab.catalog import kv_caches
 from trimtab.recipe import Quantization
+from trimtab.runtime.checkpoint.config_file import both_spellings
 from trimtab.runtime.checkpoint.layer_layout import plain_dtype
 
 OWN, CONFIG = "hf_quant_config.json", "config.json"
-#: What an export's config may have otherwise than its source's; `torch_dtype` is the older name of `dtype`.
+#: What an export's config may have otherwise than its source's.
 _CHANGED = ("dtype", "torch_dtype", "quantization_config")
 
 
@@ -32,16 +33,19 @@ def check(export: Path, source: Path, settings: Quantization | None) -> None:
     Raises:
         Failure: `export_damaged`; names the layer or the setting, and what each file says.
     """
-    config, original = _read(export / CONFIG), _read(source / CONFIG)
+    config, original = _read(export / CONFIG), both_spellings(_read(source / CONFIG))
+    # What an export lacks in one spelling follows from the other; what it has must be right in each: readers differ.
+    config = both_spellings(config) | config
     for key in sorted((config.keys() | original.keys()) - set(_CHANGED)):
         if config.get(key) != original.get(key):
             found = f"{config.get(key)!r}, its source's {original.get(key)!r}"
             raise Failure("export_damaged", f"{CONFIG}: {key} is {found}")
     if settings:
         wanted = str(plain_dtype(settings.format)).removeprefix("torch.")
-        if config.get("dtype") != wanted:
-            what = f"dtype is {config.get('dtype')!r}, {settings.format} has {wanted!r}"
-            raise Failure("export_damaged", f"{CONFIG}: {what}")
+        for key in ("dtype", "torch_dtype"):
+            if config.get(key) != wanted:
+                what = f"{key} is {config.get(key)!r}, {settings.format} has {wanted!r}"
+                raise Failure("export_damaged", f"{CONFIG}: {what}")
     own, flat = _read(export / OWN).get("quantization"), config.get("quantization_config")
     if own is None and flat is None:
         if settings and not settings.row.is_cast:

@@ -56,7 +56,8 @@ class Verdict(Document):
     """What is said of one attempt, and the numbers it rests on.
 
     `stage` is the one that failed, where the attempt ended before it was measured.
-    `looks` says how often items were drawn, `items` and `windows` how many there were in all. `accuracy` and
+    `looks` says how often items were drawn, `items` and `windows` how many there were in all; `truncated` how many
+    requests, those of fresh items among them, were too long and lost their beginning. `accuracy` and
     `perplexity` are the candidate's; `recovery` and `perplexity_ratio` compare it with the baseline. All
     intervals have the two-sided confidence of their look (see `trimtab.judge.verdict`). `mcnemar_p`, for the
     hypothesis that nothing changed, is shown and not decided on. `gain` is the relative improvement at the goal.
@@ -69,6 +70,7 @@ class Verdict(Document):
     looks: int = 0
     items: int = 0
     windows: int = 0
+    truncated: int = 0
     accuracy: Interval | None = None
     recovery: Interval | None = None
     perplexity: float | None = None

@@ -51,6 +51,8 @@ def weight_files(folder: Path) -> WeightFiles:
     Raises:
         InputError: no safetensors, an index that cannot be read, or a shard that is missing.
     """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: is not a folder; give the one that holds {CONFIG} and *.safetensors")
     others = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHTS and path.is_file())
     names, index = _weights(folder, [name for name in others if name.endswith(".safetensors")])
     stale = (folder / INDEX).is_file() and {*names} != {*_named(folder)}
@@ -157,4 +159,6 @@ def _weights(folder: Path, found: list[str]) -> tuple[list[str], dict[str, str]]
             f"if you trust it, convert it: "
             f"AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
-    raise InputError(f"{folder}: holds no weights; add {SINGLE}, or {INDEX} and the files it names")
+    raise InputError(
+        f"{folder}: holds no weights; add {SINGLE}, or {INDEX} and the files it names: it must hold safetensors"
+    )

@@ -58,6 +58,7 @@ def attempt_html(
     calibration: Mapping[str, Any] | None = None,
     reload: Mapping[str, Any] | None = None,
     distillation: Mapping[str, Any] | None = None,
+    arithmetic: str = "",
 ) -> str:
     """Returns the page of the current attempt: verdict, intervals, measurements, kernels, layers, data, trees.
 
@@ -69,6 +70,7 @@ def attempt_html(
             `document_tokens` in tokens, `vocabulary_coverage` as a share.
         distillation: the metrics of the training, `curve` among them, or None.
         reload: `skipped`, why the embedded engine could not run the export, or None.
+        arithmetic: in which numbers the engine computed, and on what.
     """
     verdict = state.verdict
     baseline = state.baseline.verdict if state.baseline and state.attempt else None
@@ -84,6 +86,7 @@ def attempt_html(
         measured=_measured(verdict, baseline) if verdict else [],
         bar=_bar(state.seconds, sum(state.seconds.values())),
         kernels=_kernels(kernels or {}),
+        arithmetic=arithmetic,
         layer_count=len(layers or ()),
         layers=sorted(layers or (), key=lambda layer: layer["relative_error"], reverse=True)[:WORST_LAYERS],
         calibration=calibration,
@@ -117,6 +120,7 @@ def _templates() -> Environment:
         "key": figures.key,
         "confirmation": story.confirmation_text,
         "gain": story.gain_text,
+        "truncated": story.truncated_text,
     }
     return environment
 

@@ -41,7 +41,12 @@ def headline(state: State) -> str:
 
 
 def explanation(state: State) -> list[str]:
-    """Returns, in a few sentences, why the accepted attempt was accepted or why none was."""
+    """Returns, in a few sentences, why the accepted attempt was accepted or why none was, and what was cut."""
+    cut = truncation_text(state)
+    return [*_outcome(state), *([cut] if cut else [])]
+
+
+def _outcome(state: State) -> list[str]:
     found = accepted(state)
     if found:
         return [sentence(found[1].verdict.reason), confirmation_text(found[1].verdict)]
@@ -87,6 +92,24 @@ def confirmation_text(verdict: Verdict) -> str:
         f"It was {told} on {fresh.items:,} fresh items (recovery {interval_text(fresh.recovery)}) and "
         f"{fresh.windows:,} fresh windows (perplexity ratio {interval_text(fresh.perplexity_ratio)})."
     )
+
+
+def truncated_text(verdict: Verdict) -> str:
+    """Returns how many requests of one attempt were cut, in a sentence; '' for none."""
+    if not verdict.truncated:
+        return ""
+    asked = "requests were" if verdict.truncated != 1 else "request was"
+    return f"{verdict.truncated:,} {asked} longer than can be read and lost the beginning, as in lm-eval."
+
+
+def truncation_text(state: State) -> str:
+    """Returns at which attempts of a run requests were cut, and how many, in a sentence; '' for none."""
+    briefs = [("of the baseline", state.baseline)] if state.baseline else []
+    briefs += [(f"of attempt {number}", brief) for number, brief in enumerate(state.history, start=1)]
+    cut = [f"{brief.verdict.truncated:,} {whose}" for whose, brief in briefs if brief.verdict.truncated]
+    if not cut:
+        return ""
+    return f"Requests that were longer than can be read lost their beginning, as in lm-eval: {', '.join(cut)}."
 
 
 def _cause(verdict: Verdict) -> str:

@@ -30,7 +30,8 @@ class Built(Document):
 
     `checkpoint` is the digest of the export that it serves, `translated` how it was written anew beside `engine.json`
     for a library that does not read it, empty where it does. `versions` are those of what built it; `kernels` say for
-    each quantized layer what runs it; `weight_bytes` and `device_bytes` are the engine's own figures.
+    each quantized layer what runs it; `arithmetic`, `weight_bytes` and `device_bytes` are the engine's own words and
+    figures.
     """
 
     settings: Engine
@@ -39,6 +40,7 @@ class Built(Document):
     versions: dict[str, str] = {}
     device: Device | None = None
     kernels: dict[str, dict[str, Any]] = {}
+    arithmetic: str = ""
     weight_bytes: int = 0
     device_bytes: int = 0
 

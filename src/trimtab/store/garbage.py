@@ -21,12 +21,13 @@ from trimtab.base import progress
 from trimtab.base.errors import Damaged, InputError
 from trimtab.store.leases import Collection, collecting
 from trimtab.store.local import blob_key
-from trimtab.store.store import RENEW, Store
+from trimtab.store.store import Store
 from trimtab.store.transfer import Meter, in_parallel
 from trimtab.store.tree import Manifest
+from trimtab.store.trees import RENEW
 
 AGE = timedelta(days=14)
-#: What was renewed just before must still be young: see `store.RENEW`, and a day for clocks and slow puts.
+#: What was renewed just before must still be young: see `trees.RENEW`, and a day for clocks and slow puts.
 LEAST_AGE = RENEW + timedelta(days=1)
 
 #: The largest .json file of a tree that is read for the trees it names; tokenizers and weights name none.

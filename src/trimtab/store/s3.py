@@ -6,31 +6,21 @@ import contextlib
 import hashlib
 import io
 import os
-import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any
 
-from trimtab.base import progress
 from trimtab.base.errors import InputError, StoreError, Unreachable
 from trimtab.store.local import blob_key
-from trimtab.store.s3_client import connect
-from trimtab.store.s3_errors import explain_code, explain_connection
-from trimtab.store.transfer import CHUNK, Meter, changed, chunks, explained, pump, read_whole, settle
+from trimtab.store.s3_requests import Requests, absent
+from trimtab.store.transfer import CHUNK, CheckedFile, Meter, changed, chunks, explained, pump, read_whole, settle
 from trimtab.store.tree import Entry
 
 #: Bytes of a part of a large upload, and the largest file that is sent in one request. In memory are 8 files at most,
 #: each with 3 parts that are sent and 1 that is read, or as a whole: 256 MiB.
 PART, PARTS_AT_ONCE, MAX_PARTS = 8 << 20, 3, 10_000
 WHOLE = 32 << 20
-
-#: A server that has answered once is waited for so many seconds after its last answer: it may be restarting.
-PATIENCE = 60.0
-
-Result = TypeVar("Result")
 
 
 class S3Back:
@@ -56,11 +46,9 @@ class S3Back:
     ):
         self.bucket, self.prefix = bucket, prefix
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
-        connection = connect(environment, read_timeout, retries)
-        self.endpoint, self._secrets = connection.endpoint, connection.secrets
-        self._client, self._http = connection.client, connection.http
+        self._requests = Requests(bucket, environment, read_timeout, retries)
+        self._client, self._insist = self._requests.client, self._requests.insist
         self._atomic_create = False
-        self._heard: float | None = None  # when the server last answered
 
     def prepare(self) -> None:
         """Nothing to do: S3 has no partial objects."""
@@ -73,7 +61,7 @@ class S3Back:
         """Returns a small object's content, None when it is absent."""
 
         def read() -> bytes | None:
-            with _absent(), self._open(key) as response:
+            with absent(), self._open(key) as response:
                 return response.read()
             return None
 
@@ -121,7 +109,7 @@ class S3Back:
         if not self._atomic_create:
             self.write(".check", b"")
             if self._put_if_absent(".check", b""):
-                problem = f"{self.endpoint} ignores If-None-Match, which releases need to be numbered safely"
+                problem = f"{self._requests.endpoint} ignores If-None-Match, which releases need to be numbered safely"
                 raise InputError(f"{problem}: update that server or keep releases in another store")
             self._atomic_create = True
         try:
@@ -183,7 +171,7 @@ class S3Back:
         probe = S3Back(self.bucket, self.prefix, read_timeout=3, retries=1)
         try:
             # A listing, not a HEAD: only an answer with a body says which credential is wrong.
-            with probe._explained("list objects"):
+            with probe._requests.explained("list objects"):
                 next(iter(probe._client.list_objects(self.bucket, prefix=probe._key("releases/"))), None)
             probe.write(".check", b"")
             probe.read(".check")
@@ -206,7 +194,7 @@ class S3Back:
             if sent:
                 meter.advance(-sent)
             with open(source, "rb") as file:
-                body = _Checked(file, source, size, checksum, meter)
+                body = CheckedFile(file, source, size, checksum, meter)
                 try:
                     self._client.put_object(
                         self.bucket, self._key(key), body, size, part_size=part, num_parallel_uploads=PARTS_AT_ONCE
@@ -216,13 +204,25 @@ class S3Back:
 
         self._insist(f"write {key}", send, meter)
 
+    @contextlib.contextmanager
+    def _open(self, key: str, offset: int = 0) -> Iterator[Any]:
+        response = self._client.get_object(self.bucket, self._key(key), offset=offset)
+        try:
+            yield response
+        finally:
+            response.close()
+            response.release_conn()
+
+    def _put_if_absent(self, key: str, data: bytes) -> bool:
+        return self._requests.put_if_absent(key, self._key(key), data)
+
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
     def _stat(self, key: str, what: str) -> Any:
         from minio.error import S3Error
 
-        with _absent():
+        with absent():
             try:
                 return getattr(self._client.stat_object(self.bucket, self._key(key)), what)
             except S3Error as error:
@@ -242,7 +242,7 @@ class S3Back:
 
         def rest() -> bool:
             nonlocal done
-            with _absent():
+            with absent():
                 try:
                     with self._open(key, done) as response:
                         for piece in response.stream(CHUNK):
@@ -251,7 +251,7 @@ class S3Back:
                             checksum.update(piece)
                             done += len(piece)
                             meter.advance(len(piece))
-                            self._heard = time.monotonic()
+                            self._requests.heard()
                 except ProtocolError:
                     if done < size:
                         raise
@@ -259,108 +259,3 @@ class S3Back:
             return False
 
         return checksum.hexdigest() if self._insist(f"read {key}", rest, meter) else None
-
-    def _insist(self, what: str, action: Callable[[], Result], meter: Meter | None = None) -> Result:
-        """Returns what an action returns; repeats it while a server that has answered before does not.
-
-        Raises:
-            StoreError: what the action met, in one sentence.
-        """
-        pause = 0.25
-        while True:
-            try:
-                with self._explained(what):
-                    result = action()
-                self._heard = time.monotonic()
-                return result
-            except Unreachable as error:
-                if self._heard is None or time.monotonic() - self._heard > PATIENCE:
-                    raise
-                progress.report("store", f"waiting up to {PATIENCE:.0f} s: {error}")
-            if meter:
-                meter.touch()
-            time.sleep(pause)
-            pause = min(2 * pause, 5.0)
-
-    @contextlib.contextmanager
-    def _open(self, key: str, offset: int = 0) -> Iterator[Any]:
-        response = self._client.get_object(self.bucket, self._key(key), offset=offset)
-        try:
-            yield response
-        finally:
-            response.close()
-            response.release_conn()
-
-    def _put_if_absent(self, key: str, data: bytes) -> bool:
-        """The minio client's public calls do not pass If-None-Match on, so this is a presigned request.
-
-        It is sent once: a second sending could meet the object of the first, and urllib3 would log the signed
-        address.
-        """
-        with self._explained(f"create {key}"):
-            url = self._client.get_presigned_url("PUT", self.bucket, self._key(key), timedelta(minutes=5))
-            answer = self._http.request("PUT", url, body=data, headers={"If-None-Match": "*"}, retries=False)
-        if answer.status in (409, 412):
-            return False
-        if answer.status >= 300:
-            code = re.search(rb"<Code>(\w+)</Code>", answer.data)
-            code = code.group(1).decode() if code else f"HTTP {answer.status}"
-            raise explain_code(code, "", f"create {key}", self.endpoint, self.bucket)
-        return True
-
-    @contextlib.contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
-        """Turns what the client raises into one sentence without a credential."""
-        from xml.etree.ElementTree import ParseError
-
-        import minio.error
-        import urllib3.exceptions
-
-        try:
-            yield
-        except minio.error.S3Error as error:
-            message = error.message or ""
-            for value in self._secrets:
-                message = message.replace(value, "***")
-            raise explain_code(error.code or "", message, what, self.endpoint, self.bucket) from None
-        except minio.error.ServerError as error:
-            raise explain_code(f"HTTP {error.status_code}", "", what, self.endpoint, self.bucket) from None
-        except (minio.error.MinioException, ParseError):
-            problem = f"{self.endpoint} does not answer like S3: correct AWS_ENDPOINT_URL"
-            raise StoreError(f"cannot {what}: {problem}") from None
-        except urllib3.exceptions.HTTPError as error:
-            raise explain_connection(error, what, self.endpoint) from None
-
-
-class _Checked:
-    """A file that is sent: hashed again on the way, and refused at its last byte if it has changed."""
-
-    def __init__(self, file: BinaryIO, source: Path, size: int, checksum: str, meter: Meter):
-        self._file, self._source, self._meter = file, source, meter
-        self._left, self._expected, self.sent = size, checksum, 0
-        self._checksum = hashlib.sha256()
-
-    def read(self, count: int) -> bytes:
-        piece = self._file.read(count)
-        self._checksum.update(piece)
-        self._left -= len(piece)
-        self.sent += len(piece)
-        if not piece or (not self._left and not self._is_unchanged()):
-            raise changed(self._source)
-        self._meter.advance(len(piece))
-        return piece
-
-    def _is_unchanged(self) -> bool:
-        return self._checksum.hexdigest() == self._expected and not self._file.read(1)
-
-
-@contextlib.contextmanager
-def _absent() -> Iterator[None]:
-    """Swallows the answer that there is no such object, and with it the `return` inside."""
-    from minio.error import S3Error
-
-    try:
-        yield
-    except S3Error as error:
-        if error.code not in ("NoSuchKey", "NoSuchObject", "ResourceNotFound"):
-            raise

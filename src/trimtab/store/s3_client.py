@@ -1,4 +1,8 @@
-"""The connection to an S3 endpoint, made from the environment."""
+"""The connection to an S3 endpoint, made from the environment.
+
+By the minio client: obstore has conditional writes of its own and resumes downloads, but its errors carry neither S3's
+code nor the cause of a failed connection except in the text of Rust's debug output, and messages here are made of both.
+"""
 
 from __future__ import annotations
 

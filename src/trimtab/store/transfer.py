@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from trimtab.base.errors import InputError, StoreError
 
@@ -98,6 +98,28 @@ def pump(
         size += len(piece)
         advance(len(piece))
     return checksum.hexdigest(), size
+
+
+class CheckedFile:
+    """A file that is sent: hashed again on the way, and refused at its last byte if it has changed."""
+
+    def __init__(self, file: BinaryIO, source: Path, size: int, checksum: str, meter: Meter):
+        self._file, self._source, self._meter = file, source, meter
+        self._left, self._expected, self.sent = size, checksum, 0
+        self._checksum = hashlib.sha256()
+
+    def read(self, count: int) -> bytes:
+        piece = self._file.read(count)
+        self._checksum.update(piece)
+        self._left -= len(piece)
+        self.sent += len(piece)
+        if not piece or (not self._left and not self._is_unchanged()):
+            raise changed(self._source)
+        self._meter.advance(len(piece))
+        return piece
+
+    def _is_unchanged(self) -> bool:
+        return self._checksum.hexdigest() == self._expected and not self._file.read(1)
 
 
 def settle(file: Any) -> None:

@@ -11,8 +11,8 @@ import tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trimtab.admission import admit
-from trimtab.errors import InputError
+from trimtab.base.errors import InputError
+from trimtab.model.admission import admit
 
 
 @pytest.fixture

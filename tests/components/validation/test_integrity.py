@@ -494,6 +494,25 @@ def test_a_config_of_another_model(export, model, tmp_path):
     damage_of("config.json: rms_norm_eps is 0.1, its source's", folder, model, tmp_path, "fp8")
 
 
+@pytest.mark.parametrize(("key", "value"), [("rope_theta", 5.0), ("rope_parameters", {"rope_theta": 5.0})])
+def test_a_setting_that_only_some_engines_read(key, value, export, model, tmp_path):
+    """Each spelling is the source's: transformers 5 reads one of the two, TensorRT-LLM may read the other."""
+    folder = shutil.copytree(export("fp8"), tmp_path / "damaged")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    damage_of(f"config.json: {key} is .*5.0.*, its source's", folder, model, tmp_path, "fp8")
+
+
+def test_an_export_in_one_spelling_alone_passes(export, model, tmp_path):
+    """As ModelOpt writes it."""
+    folder = shutil.copytree(export("fp8"), tmp_path / "alone")
+    config = json.loads((folder / "config.json").read_text())
+    kept = {name: value for name, value in config.items() if name not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    assert len(kept) == len(config) - 3
+    (folder / "config.json").write_text(json.dumps(kept))
+    check(folder, model, tmp_path, "fp8")
+
+
 # --- loading ----------------------------------------------------------------------------------------------------
 
 

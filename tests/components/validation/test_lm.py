@@ -118,6 +118,27 @@ def test_generation(both, options):
     assert generations(both.ours(), asked) == generations(both.theirs, asked)
 
 
+def test_answers_are_not_written_far_behind_their_stops(tmp_path, monkeypatch):
+    """Both in one batch, and each cut as it would be with all its 256 tokens."""
+    engine = TorchEngine(tiny.write_model(tmp_path / "model"), Engine(max_seq_len=1024, max_batch_size=2), device="cpu")
+    written: list[list[int]] = []
+    generate = engine.generate
+
+    def counted(*asked: Any) -> list[list[int]]:
+        written[:] = generate(*asked)
+        return written
+
+    monkeypatch.setattr(engine, "generate", counted)
+    lm = EngineLM(engine, max_length=1024, batch=2)
+    prompts = ["The river runs", "A boat carries apples"]
+    whole = generations(lm, [(prompt, {"until": []}) for prompt in prompts])
+    most = max(map(len, written))
+    stops = [text[20] for text in whole]
+    found = generations(lm, [(prompt, {"until": [stop]}) for prompt, stop in zip(prompts, stops, strict=True)])
+    assert found == [text[: text.index(stop)] for text, stop in zip(whole, stops, strict=True)]
+    assert max(map(len, written)) < most / 2
+
+
 def test_prompts_that_are_too_long_lose_their_beginning(both, monkeypatch):
     asked = [(LONG, {"max_gen_toks": 16, "until": ["."]}), ("A boat", {"max_gen_toks": 16, "until": ["."]})]
     ours = both.ours(max_length=64)
@@ -130,7 +151,7 @@ def test_answers_come_back_in_the_order_of_the_requests(both, monkeypatch):
     """In batches of like length, and of the same number of new tokens: each request must get its own answer."""
     calls: list[tuple[int, int]] = []
 
-    def echo(prompts: list[list[int]], most: int) -> list[list[int]]:
+    def echo(prompts: list[list[int]], most: int, until: Any) -> list[list[int]]:
         calls.append((len(prompts), most))
         return [prompt[-most:] for prompt in prompts]
 
@@ -146,7 +167,7 @@ def test_answers_come_back_in_the_order_of_the_requests(both, monkeypatch):
 
 def test_an_empty_prompt_begins_with_bos(both, monkeypatch):
     asked: list[list[int]] = []
-    monkeypatch.setattr(both.engine, "generate", lambda prompts, most: asked.extend(prompts) or prompts)
+    monkeypatch.setattr(both.engine, "generate", lambda prompts, *_: asked.extend(prompts) or prompts)
     generations(both.ours(), [("", {"max_gen_toks": 4})])
     assert asked == [[both.engine.tokenizer.bos_token_id]]
 

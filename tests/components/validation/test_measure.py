@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.base.errors import InputError
-from trimtab.components.validation import stage
+from trimtab.components.validation import looks
 from trimtab.components.validation.evaluation import measure, pace
 from trimtab.components.validation.evaluation.generation import is_degenerate
 from trimtab.components.validation.evaluation.load import Load
@@ -98,20 +98,20 @@ def test_a_filter_that_is_not_there_is_refused(named, message):
 def test_looks_and_fresh_windows_follow_each_other():
     settings = Evaluation(windows=(4, 0, 6), confirm_windows=5)
     deal = dealing.deal({"a": 2000}, settings, Acceptance(), 5)
-    drawn = [*stage.looks(settings, deal), stage.fresh(settings, deal, 0)]
+    drawn = [*looks.looks(settings, deal), looks.fresh(settings, deal, 0)]
     assert [windows for _, windows in drawn] == [[0, 4], [4, 4], [4, 10], [10, 15]]
     assert [items for items, _ in drawn] == [deal.look(1), deal.look(2), deal.look(3), deal.confirm(0)]
-    assert stage.fresh(settings, deal, 1) == (deal.confirm(1), [10, 15])
+    assert looks.fresh(settings, deal, 1) == (deal.confirm(1), [10, 15])
 
 
 def test_a_kv_cache_in_16_bits_is_another_evaluation():
     parameters = (Evaluation(), {"a": [0, 9]}, [0, 1], True)
     own, without = (
-        stage.evaluation_parameters(*parameters, max_length=64, kv_cache=kv) for kv in ("export", "none")
+        looks.evaluation_parameters(*parameters, max_length=64, kv_cache=kv) for kv in ("export", "none")
     )
-    assert own == stage.evaluation_parameters(*parameters, max_length=64)
+    assert own == looks.evaluation_parameters(*parameters, max_length=64)
     assert without == {**own, "kv_cache": "none"}
-    assert stage.EVALUATE.key(own, {}, {}) != stage.EVALUATE.key(without, {}, {})
+    assert looks.EVALUATE.key(own, {}, {}) != looks.EVALUATE.key(without, {}, {})
 
 
 PARAMETERS = {"tasks": ["trimtab_common_sense"], "task_path": "", "heldout": "builtin"}

@@ -6,10 +6,12 @@ import json
 
 import pytest
 
+from trimtab import stages
 from trimtab.components.fetch.source import fetch
+from trimtab.components.validation import page
 from trimtab.components.validation.stage import _Judge
 from trimtab.judge import Verdict
-from trimtab.loop.evidence import look_name
+from trimtab.loop.evidence import CONFIRMATION, look_name
 from trimtab.loop.state import Brief, State
 from trimtab.recipe import Engine, Recipe
 from trimtab.store import open_store
@@ -26,13 +28,12 @@ def test_kernels_are_those_of_the_attempt_and_not_of_the_baseline(baseline_first
         return store.put(folder, kind="evaluation")
 
     state = State(store=store.uri, goal="fit_larger_model", target="cpu", model=tree("model"))
-    judge = _Judge(store, state)
     measured = {look_name(1, baseline=True): tree("baseline"), look_name(1): tree("attempt")}
     order = list(measured) if baseline_first else list(measured)[::-1]
-    judge.trees = {name: measured[name] for name in order}
-    assert judge.read("kernels.json") == "attempt"
-    judge.trees = {look_name(1, baseline=True): measured[look_name(1, baseline=True)]}
-    assert judge.read("kernels.json") is None
+    measured = {name: measured[name] for name in order}
+    assert page.own_file(store, state, measured, "kernels.json") == "attempt"
+    del measured[look_name(1)]
+    assert page.own_file(store, state, measured, "kernels.json") is None
 
 
 @pytest.mark.parametrize(
@@ -54,3 +55,20 @@ def test_both_are_asked_no_more_than_either_can_answer(own, base, expected, tmp_
         recipe=Recipe(engine=Engine(**own)), attempt=1,
     )  # fmt: skip
     assert _Judge(store, state).max_length == expected
+
+
+def test_requests_that_were_cut_are_counted_once_for_the_attempt(tmp_path, write_model, monkeypatch):
+    """Baseline and attempt are cut alike, and the attempt with 16 bits in its KV cache answers the same again."""
+    store = open_store(str(tmp_path / "store"))
+    model = fetch(str(write_model(tmp_path / "model")), store)
+    brief = Brief(recipe=Recipe(), verdict=Verdict(outcome="baseline", reason="unchanged"), engine=model)
+    state = State(
+        store=store.uri, goal="fit_larger_model", target="cpu", model=model, baseline=brief, attempt=1
+    )
+    measured = stages.Result(tree=model, metrics={"truncated": 3}, seconds=1.0, hit=False)
+    monkeypatch.setattr(stages, "cached", lambda *_: measured)
+    judge = _Judge(store, state)
+    for look in (1, CONFIRMATION):
+        for name in (look_name(look, baseline=True), look_name(look), look_name(look, kv_cache="none")):
+            judge._evaluate(name, model, model, {}, [0, 1], speed=False)
+    assert judge.truncated == 6

@@ -200,8 +200,8 @@ def test_a_server_without_conditional_writes_is_refused(s3_server, monkeypatch):
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     store = open_store(f"s3://{s3_server.bucket}/{uuid.uuid4().hex}")
-    request = store._back._http.request
-    monkeypatch.setattr(store._back._http, "request", lambda *a, headers, **k: request(*a, **k))
+    request = store._back._requests.http.request
+    monkeypatch.setattr(store._back._requests.http, "request", lambda *a, headers, **k: request(*a, **k))
     with pytest.raises(InputError, match="ignores If-None-Match"):
         store.release("a", {})
     assert store.releases("a") == []

@@ -69,7 +69,10 @@ def _rotary(document: Mapping[str, Any]) -> dict[str, Any] | None:
     kind = document.get("model_type")
     if kind not in CONFIG_MAPPING:
         return document.get("rope_parameters")
-    config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(document)))
+    try:
+        config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(document)))
+    except Exception:  # a value that the class refuses: it stays, for whoever loads the model to name
+        return document.get("rope_parameters")
     return getattr(config, "rope_parameters", None)
 
 

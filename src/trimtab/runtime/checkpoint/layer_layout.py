@@ -219,14 +219,33 @@ def scaled_weight(layer: Quantized) -> torch.Tensor:
         scale = torch.exp2(scale - 127)
     if storage.second_scale == "blocks":
         scale = scale * layer.weight_scale_2.float()
-    if storage.in_groups:
-        blocks = weight.view(weight.shape[0], -1, layout.group_size)
-        weight = (blocks * scale.reshape(weight.shape[0], -1, 1)).view_as(weight)
-    else:
-        weight = weight * scale.reshape(-1, 1)
+    weight = _in_groups(weight, scale, layout.group_size) if storage.in_groups else weight * scale.reshape(-1, 1)
     if storage.second_scale == "rounded":
         return ROUNDED[storage.inputs.numbers](weight, layer.weight_scale_2.float())
     return weight
+
+
+def factors(layer: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns a bfloat16 matrix [out, in], and what its outputs are multiplied by, float32 [out] or [1]: the product of
+    both is `scaled_weight`.
+
+    The matrix is exact where a number has at most eight significant bits: INT8; e4m3, of four bits; E2M1, of two, times
+    an e4m3 of its block, or a power of two. INT4 times a bfloat16 scale of its group is rounded.
+    """
+    storage, numbers_OI = layer.layout.storage, numbers(layer)
+    if not storage.in_groups:
+        return numbers_OI.bfloat16(), layer.weight_scale.float().reshape(-1)
+    if not storage.second_scale:
+        return scaled_weight(layer).bfloat16(), torch.ones(1, device=layer.weight.device)
+    outer = layer.weight_scale_2.float().reshape(1)
+    scaled_OI = _in_groups(numbers_OI.float(), layer.weight_scale.float(), layer.layout.group_size)
+    # Weights that are rounded once more are e4m3 numbers in units of the second scale.
+    return (to_fp8(scaled_OI, outer) if storage.second_scale == "rounded" else scaled_OI).bfloat16(), outer
+
+
+def _in_groups(weight_OI: torch.Tensor, scale_OG: torch.Tensor, group_size: int) -> torch.Tensor:
+    blocks = weight_OI.view(weight_OI.shape[0], -1, group_size)
+    return (blocks * scale_OG.reshape(weight_OI.shape[0], -1, 1)).view_as(weight_OI)
 
 
 def to_fp8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
@@ -236,7 +255,22 @@ def to_fp8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
 
 def round_fp8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     """Returns float32 x as e4m3 numbers times `scale` represent it; beyond their range it saturates."""
+    if x.device.type == "cpu":  # which casts one number at a time
+        return _rounded((x / scale).clamp_(-E4M3_MAX, E4M3_MAX), 3, 2.0**-6).mul_(scale)
     return to_fp8(x, scale).float() * scale
+
+
+def _rounded(x: torch.Tensor, bits: int, smallest: float) -> torch.Tensor:
+    """Rounds float32 x in place to floating-point numbers with so many bits behind the leading one; ties go to even.
+
+    Added to 1.5 times a power of two that is 2^(23 - bits) above its own, a float32 has room for just those bits.
+
+    Args:
+        smallest: normal number of the format; below it steps are no smaller than there.
+    """
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_min_(smallest)
+    beside = power.mul_(1.5 * 2 ** (23 - bits))
+    return x.add_(beside).sub_(beside)
 
 
 def to_int8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
@@ -257,15 +291,12 @@ def round_nvfp4(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     """
     blocks = x.unflatten(-1, (-1, _BLOCK))
     block_scale = round_fp8(blocks.abs().amax(-1, keepdim=True) / E2M1_MAX, scale)
-    return (_round_e2m1(blocks / block_scale.where(block_scale > 0, 1.0)) * block_scale).flatten(-2)
+    return _round_e2m1(blocks / block_scale.where(block_scale > 0, 1.0)).mul_(block_scale).flatten(-2)
 
 
 def _round_e2m1(x: torch.Tensor) -> torch.Tensor:
     """Rounds to 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives; ties go to the even code."""
-    x = x.clamp(-E2M1_MAX, E2M1_MAX)
-    size = x.abs()
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    return (x / step).round() * step
+    return _rounded(x.clamp(-E2M1_MAX, E2M1_MAX), 1, 1.0)
 
 
 #: How inputs, keys and values are rounded to a type of number and read back, by its name; e2m1 is that of NVFP4.

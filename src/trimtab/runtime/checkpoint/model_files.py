@@ -138,7 +138,6 @@ class Export:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        read_json(self.folder / CONFIG)
         self._files = {name: _open(self.folder / name) for name in weight_files(self.folder).names}
         self._home = {name: file for file in self._files.values() for name in _stored(file)}
         self._quantization = _read_quantization(self.folder)

@@ -39,6 +39,10 @@ class LibraryEngine:
     def device_bytes(self) -> int:
         return max(0, self._loaded)
 
+    @property
+    def arithmetic(self) -> str:
+        return f"as {self._name} chooses"
+
     def kernels(self) -> dict[str, dict[str, Any]]:
         """As the protocol says; the library chooses kernels itself, so their name is that of the format."""
         layers = Export(self.export).layers

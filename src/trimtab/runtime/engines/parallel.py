@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -96,6 +97,10 @@ class ParallelEngine:
         """How `decode_speed` last ran its steps."""
         return self._ask("decode_path")[0]
 
+    @property
+    def arithmetic(self) -> str:
+        return self._ask("arithmetic")[0]
+
     def kernels(self) -> dict[str, dict[str, Any]]:
         """As the protocol says: each stage tells of its own blocks."""
         return {name: kernel for found in self._ask("kernels") for name, kernel in found.items()}
@@ -108,9 +113,11 @@ class ParallelEngine:
         """As `TorchEngine.nll`."""
         return self._agreed("nll", windows.tolist())
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, until: Sequence[Sequence[str]] = ()
+    ) -> list[list[int]]:
         """As `TorchEngine.generate`."""
-        return self._agreed("generate", prompts, max_new_tokens)
+        return self._agreed("generate", prompts, max_new_tokens, [list(texts) for texts in until])
 
     def decode_speed(self, batch_size: int, prompt_tokens: int, new_tokens: int, repeats: int) -> list[float]:
         """As `TorchEngine.decode_speed`, by the clock of the first process."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from trimtab.base import progress
 from trimtab.base.errors import InputError
@@ -20,10 +21,11 @@ from trimtab.runtime.decoder.assemble import assemble
 from trimtab.runtime.decoder.decode import Growing, Recorded
 from trimtab.runtime.decoder.step import Step
 from trimtab.runtime.engines import batching
+from trimtab.runtime.engines.answer_end import AnswersEnd
 from trimtab.runtime.engines.batching import Request
 from trimtab.runtime.kernels import replacements
 from trimtab.runtime.kv_cache.emulated import ServedKVCache
-from trimtab.runtime.linear import fused
+from trimtab.runtime.linear import cpu_products, fused
 from trimtab.runtime.parallel import shards
 from trimtab.runtime.parallel.shards import Place
 
@@ -43,6 +45,10 @@ class Engine(Protocol):
     def device_bytes(self) -> int:
         """Bytes that the engine holds of its first device's memory, KV cache and graphs included; 0 on a CPU."""
 
+    @property
+    def arithmetic(self) -> str:
+        """In which numbers products are computed, and on what: for people."""
+
     def kernels(self) -> dict[str, dict[str, Any]]:
         """Returns for each quantized layer {"kernel": name, "emulated": bool}."""
 
@@ -52,8 +58,14 @@ class Engine(Protocol):
     def nll(self, windows: torch.Tensor) -> list[float]:
         """Returns for each window, int64 [n, length], the nats of its tokens after the first, summed."""
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """Returns for each prompt the tokens that greedy decoding adds, without the end-of-text token."""
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, until: Sequence[Sequence[str]] = ()
+    ) -> list[list[int]]:
+        """Returns for each prompt the tokens that greedy decoding adds, without the end-of-text token.
+
+        `until` has for each prompt the texts that its answer is cut at by whoever reads it: an engine may leave out
+        tokens behind the first of them.
+        """
 
     def decode_speed(self, batch_size: int, prompt_tokens: int, new_tokens: int, repeats: int) -> list[float]:
         """Returns the tokens a second of all sequences together, once a repeat, prefill excluded."""
@@ -102,8 +114,9 @@ class TorchEngine:
 
     A model in float16 is judged in its range: see `runtime.decoder.float16_range`.
 
-    bfloat16 serves the baseline too, so both are compared in the same arithmetic: on AVX512-BF16 its dense
-    product has twice the speed of float32's, and log-probabilities are summed over float32 logits anyway.
+    bfloat16 serves the baseline too, so both are compared in the same arithmetic. A CPU without instructions for it
+    computes the products in float32 and rounds their sums (`linear.cpu_products`); log-probabilities are summed over
+    float32 logits anyway.
 
     Args:
         folder: a plain Hugging Face checkpoint or a ModelOpt unified checkpoint.
@@ -163,6 +176,12 @@ class TorchEngine:
     def device_bytes(self) -> int:
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
 
+    @property
+    def arithmetic(self) -> str:
+        if self.device.type == "cpu":
+            return cpu_products.describe()
+        return f"bfloat16 products on {torch.cuda.get_device_name(self.device)}"
+
     def kernels(self) -> dict[str, dict[str, Any]]:
         packed = fused.packed_layers(self.model)
         return {name: {"kernel": m.kernel, "emulated": m.emulated} for name, m in packed.items()}
@@ -207,7 +226,9 @@ class TorchEngine:
         return totals
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, until: Sequence[Sequence[str]] = ()
+    ) -> list[list[int]]:
         """As the protocol says.
 
         Raises:
@@ -220,7 +241,8 @@ class TorchEngine:
         for start in range(0, len(order), size):
             some = order[start : start + size]
             with gpu_memory.part("KV cache and activations", self.device):
-                answers |= zip(some, self._generate([prompts[i] for i in some], max_new_tokens), strict=True)
+                stops = [until[i] for i in some] if until else []
+                answers |= zip(some, self._generate([prompts[i] for i in some], max_new_tokens, stops), strict=True)
         return [answers[i] for i in range(len(prompts))]
 
     @torch.inference_mode()
@@ -252,7 +274,9 @@ class TorchEngine:
         with float16_range.checked(self.body) if self._is_float16 else nullcontext():
             return self.body(**inputs, use_cache=False).last_hidden_state
 
-    def _generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def _generate(
+        self, prompts: list[list[int]], max_new_tokens: int, until: Sequence[Sequence[str]]
+    ) -> list[list[int]]:
         length = max(map(len, prompts))
         ends = self.model.generation_config.eos_token_id
         ends = [ends] if isinstance(ends, int) else ends or []
@@ -264,7 +288,9 @@ class TorchEngine:
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends or None, pad_token_id=padding
         )
         inputs = {"input_ids": tokens.to(self.device), "attention_mask": seen.to(self.device)}
-        output = self.model.generate(**inputs, generation_config=config)[:, length:].tolist()
+        criteria = StoppingCriteriaList([AnswersEnd(self.tokenizer, length, ends, until)] if until else [])
+        output = self.model.generate(**inputs, generation_config=config, stopping_criteria=criteria)
+        output = output[:, length:].tolist()
         return [answer[: next((i for i, t in enumerate(answer) if t in ends), None)] for answer in output]
 
     def _decoder(self, *sizes: int) -> Growing | Recorded:

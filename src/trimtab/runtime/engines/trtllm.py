@@ -8,6 +8,7 @@ OpenAI server none at all.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,10 @@ class TrtllmEngine(LibraryEngine):
                 answers[i] = _score(output.context_logits, prompt, requests[i][1], self._vocabulary)
         return [answers[i] for i in range(len(requests))]
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """As the protocol says.
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, until: Sequence[Sequence[str]] = ()
+    ) -> list[list[int]]:
+        """As the protocol says; `until` shortens nothing here.
 
         Raises:
             InputError: a prompt is empty, or with its new tokens exceeds `max_seq_len`, or alone `max_num_tokens`.

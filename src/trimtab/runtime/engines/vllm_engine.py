@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,10 @@ class VllmEngine(LibraryEngine):
             for output, prompt, (_, continuation) in zip(outputs, prompts, requests, strict=True)
         ]
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """As the protocol says.
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, until: Sequence[Sequence[str]] = ()
+    ) -> list[list[int]]:
+        """As the protocol says; `until` shortens nothing here.
 
         Raises:
             InputError: a prompt is empty, or with its new tokens exceeds `max_seq_len`.

@@ -4,7 +4,7 @@
 |---|---|
 | `matmul`, `tile`, `words` | products of few rows with packed weights, how they are cut, how weights stand |
 | `paged_attention` | attention over a paged KV cache |
-| `elementwise` | what stands between the products of a decoding step |
+| `decoding` | what stands between the products of a decoding step |
 | `replacements` | modules of transformers that are cheaper in another shape |
 | `cuda_graphs` | steps that are recorded once and replayed |
 """

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from trimtab.catalog.formats import Inputs
 from trimtab.runtime.checkpoint.layer_layout import Quantized
 from trimtab.runtime.kernels import tile
-from trimtab.runtime.linear import cpu_products, elementwise
+from trimtab.runtime.linear import cpu, cpu_products, elementwise
 from trimtab.runtime.linear.cpu import Int4WeightOnly, Int8WeightOnly
 from trimtab.runtime.linear.cuda import Fp8, Fp8PerToken, WeightOnly
 from trimtab.runtime.linear.packed import Emulated, PackedLinear
@@ -22,7 +22,8 @@ class Int8Static(PackedLinear):
 
     On processors that multiply bytes by AVX2 alone, oneDNN adds pairs of products in 16 bits, where they saturate: of
     random numbers the sums are 18 % off. There the product of the same whole numbers is computed in float32, whose
-    sums are exact up to 2^24 and rounded to 24 bits beyond.
+    sums are exact up to 2^24 and rounded to 24 bits beyond; of few rows by the kernel of weight-only layers, which sums
+    in float32 too and rounds to bfloat16.
     """
 
     kernel = "_int_mm"
@@ -38,6 +39,10 @@ class Int8Static(PackedLinear):
         self.keep(scale_O=layer.weight_scale.float().reshape(-1) * input_scale)
         self.kernel = self.name_on(layer.weight.device)
         self._to_int8 = elementwise.rounding("to_int8", layer.weight.device)
+        if self.kernel != Int8Static.kernel and Int8WeightOnly.fits(layer):
+            self.keep(ones_O=torch.ones(self.out_features, dtype=torch.bfloat16))
+            packed = (Int8WeightOnly.kernel, self.packed, self.dense)
+            self.packed_rows = cpu.packed_rows(*packed, self.in_features)
 
     @staticmethod
     def fits(layer: Quantized) -> bool:
@@ -53,6 +58,10 @@ class Int8Static(PackedLinear):
     def codes(self, x_RI: torch.Tensor) -> torch.Tensor:
         """The activations in units of their scale, as whole numbers."""
         return self._to_int8(x_RI, self.to_integers)
+
+    def packed(self, x_RI: torch.Tensor) -> torch.Tensor:
+        q_RI = self.codes(x_RI).bfloat16().contiguous()  # which holds them all
+        return (torch._weight_int8pack_mm(q_RI, self.weight_OI, self.ones_O) * self.scale_O).bfloat16()
 
     def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
         q_RI, rows = self.codes(x_RI), len(x_RI)

@@ -92,6 +92,12 @@ def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None
     return y_RO.to(x.dtype).reshape(*x.shape[:-1], len(weight_OI))
 
 
+def scaled(x_RI: torch.Tensor, weight_OI: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Returns x @ w.T of tensors in bfloat16 times a float32 scale, one or one an output; bfloat16 [R, O]."""
+    fast = dtype() == torch.bfloat16 or len(x_RI) <= 1
+    return ((F.linear if fast else exact)(x_RI, weight_OI) * scale).bfloat16()
+
+
 def exact(x_RI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """Returns `F.linear` in float32 of numbers that are stored in fewer bits, float32 [R, O]."""
     return product(x_RI, widened(weight_OI, torch.float32), len(weight_OI), torch.float32)

@@ -113,9 +113,9 @@ def _replacement(name: str, device: torch.device, sizes: Sizes | None = None) ->
     if device.type != "cuda":
         return None
     try:
-        from trimtab.runtime.kernels import elementwise
+        from trimtab.runtime.kernels import decoding
 
-        function = adapted(elementwise)[name]
+        function = adapted(decoding)[name]
         reason = try_out(name, function, sizes or Sizes(4, 2, 32, 128, 256), device)
     except Exception as error:  # without Triton, or with one that does not know this card
         reason = _describe(error)

@@ -17,6 +17,7 @@ from trimtab.catalog.formats import Inputs
 from trimtab.catalog.numbers import NUMBERS
 from trimtab.runtime.checkpoint import layer_layout
 from trimtab.runtime.checkpoint.layer_layout import E4M3_MAX, Quantized
+from trimtab.runtime.linear import cpu_products
 
 
 class PackedLinear(nn.Module):
@@ -77,10 +78,12 @@ class PackedLinear(nn.Module):
 
 
 class Emulated(PackedLinear):
-    """Any format without a kernel on this device: activations rounded as it says, the weight unpacked each time.
+    """Any format without a kernel on this device: activations rounded as it says, the weight unpacked.
 
-    The products are those of the format up to the order of sums; FP8 and FP4 numbers times their scales do not
-    all fit bfloat16, so the unpacked weight is rounded once more.
+    A GPU unpacks it each time, where memory is what is short; there FP8 and FP4 numbers times their scales do not all
+    fit bfloat16, so the unpacked weight is rounded once more. On a CPU that would take up to twenty times the product
+    itself, so it is unpacked once: to the numbers that `layer_layout.factors` says bfloat16 holds, as large as the
+    baseline that the same machine runs. The products are those of the format up to the order of sums.
     """
 
     kernel = "dequantize + mm"
@@ -89,10 +92,16 @@ class Emulated(PackedLinear):
     def __init__(self, layer: Quantized, bias: torch.Tensor | None):
         super().__init__(layer, bias)
         self.layout = layer.layout
-        self.keep(weight=layer.weight, weight_scale=layer.weight_scale, weight_scale_2=layer.weight_scale_2)
+        self.keep(unpacked=None, scale=None)
+        if layer.weight.device.type == "cpu":
+            self.unpacked, self.scale = layer_layout.factors(layer)
+        else:
+            self.keep(weight=layer.weight, weight_scale=layer.weight_scale, weight_scale_2=layer.weight_scale_2)
         self.keep(input_scale=None if layer.input_scale is None else layer.input_scale.float().reshape(()))
 
     def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
+        if self.unpacked is not None:
+            return cpu_products.scaled(self.rounded(x_RI), self.unpacked, self.scale)
         layer = Quantized(self.layout, self.weight, self.weight_scale, weight_scale_2=self.weight_scale_2)
         return F.linear(self.rounded(x_RI), layer_layout.scaled_weight(layer).bfloat16())
 

@@ -133,10 +133,10 @@ def cuts(layer: nn.Module, given: dict[str, Any], rows: int) -> tuple[Cut, ...]:
 
 def product(layer: nn.Module, given: dict[str, Any], cut: Cut) -> Product:
     """Returns the product of a layer by one of its cuts."""
-    from trimtab.runtime.kernels import elementwise, matmul
+    from trimtab.runtime.kernels import decoding, matmul
 
     if not isinstance(cut, Tile):
-        return partial(elementwise.matvec, block=cut, **given)
+        return partial(decoding.matvec, block=cut, **given)
     if isinstance(layer, choice.WeightOnly):
         return layer.by(cut)
     multiply = matmul.Product(given["weight"], given["scale"], cut)
