@@ -190,7 +190,3 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
         dealing.deal(own, evaluation, asked.wanted.accept, asked.max_attempts)
     rollout = settings.asked(read(arguments.rollout, "rollout"), arguments.store)
     return asked.parameters(store=arguments.store, rollout=rollout.to_json() if rollout else "")
-<<<<<<< HEAD
-
-=======
->>>>>>> w2
