@@ -175,7 +175,7 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     from trimtab.components.deployment.rollout import settings
 
     check_choice("pipeline", arguments.pipeline, tuple(PIPELINES))
-    evaluation = read_evaluation(arguments.evaluation, here=False)
+    evaluation = read_evaluation(arguments.evaluation)
     asked = Asked(
         model=arguments.model,
         goal=arguments.goal,
