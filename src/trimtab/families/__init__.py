@@ -1,7 +1,7 @@
 """The families of models that trimtab knows: one `Family` for each model type of transformers, a file a family.
 
-To add one, describe it in a file here and add that file's `FAMILIES` to `_FILES`; `tests/unit/test_families.py` then
-compares every name with transformers' own modules.
+To add one, describe it in a file here and add that file's `FAMILIES` to `_FILES`; `tests/runtime/test_families.py`
+then compares every name with transformers' own modules.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Judges a candidate against the baseline, by error rates that are stated here.
 
-The error rates, where items and windows are independent draws (simulated in tests/unit/test_verdict.py: a
+The error rates, where items and windows are independent draws (simulated in tests/unit/judge/test_verdict.py: a
 candidate exactly at a limit is accepted in 3 to 4 % of runs at confidence 0.95; in up to 6 % where the
 differences of 16 to 48 windows are strongly skewed, which Student's t does not allow for):
 

@@ -78,7 +78,7 @@ def test_the_engine_runs_it(name, export, model, calibration):
     assert set(kernels) == {layer.name for layer in inspect(model).linears}
     emulated = name in target("cpu").emulated["torch"]
     assert {kernel["emulated"] for kernel in kernels.values()} == {emulated}
-    # That every tensor has a place; what a layer computes is tested in tests/runtime/test_linear.py.
+    # That every tensor has a place; what a layer computes is tested in tests/runtime/linear/test_linear.py.
     assert engine.nll(windows) == pytest.approx(expected, rel=0.03)
 
 

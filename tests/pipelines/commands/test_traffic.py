@@ -15,7 +15,7 @@ from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import open_store
 
-CONFIG = str(Path(__file__).parent.parent / "unit" / "configs" / "llama-3.1-70b.json")
+CONFIG = str(Path(__file__).parents[2] / "unit" / "configs" / "llama-3.1-70b.json")
 
 
 @pytest.fixture

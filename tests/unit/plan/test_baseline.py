@@ -19,7 +19,7 @@ from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import open_store
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 #: Published shapes, by the models' config.json.
 MODELS = {path.stem: outline(path) for path in sorted(CONFIGS.glob("*.json"))}
 GPUS = ("l4", "a100-40", "a100-80", "h100", "h200", "b200", "rtx4090")
