@@ -20,8 +20,8 @@ from trimtab.base import signing
 from trimtab.base.errors import InputError
 from trimtab.model import hardware
 from trimtab.pipelines.inputs import ATTEMPTS, GOAL, TARGET, Asked, text_of
-from trimtab.plan import dealing, task_sizes
-from trimtab.plan.matrix import Outline
+from trimtab.planning import dealing, task_sizes
+from trimtab.planning.matrix import Outline
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 

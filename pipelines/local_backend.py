@@ -9,7 +9,7 @@ from typing import Any
 from trimtab.base.errors import InputError
 from trimtab.base.schema import mapping
 from trimtab.model.hardware import Hardware
-from trimtab.plan import installed
+from trimtab.planning import installed
 from trimtab.recipe import Recipe
 
 

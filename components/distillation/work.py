@@ -25,7 +25,7 @@ from trimtab.components.distillation.weights.movement import Movement
 from trimtab.components.distillation.weights.reparametrization import Reparametrization, Together
 from trimtab.model import linear_layers
 from trimtab.model.facts import inspect
-from trimtab.plan import checks
+from trimtab.planning import checks
 from trimtab.recipe import Distillation, MovementPruning, Quantization, files
 from trimtab.runtime.checkpoint import model_files as checkpoints
 

@@ -19,7 +19,7 @@ from trimtab.components.quantization.mixed import assignment
 from trimtab.families import fusion
 from trimtab.families.fusion import Group
 from trimtab.model.facts import inspect as read_facts
-from trimtab.plan import checks
+from trimtab.planning import checks
 from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint import layer_layout as stored
 from trimtab.runtime.checkpoint import stream

@@ -7,7 +7,7 @@ from typing import Any
 
 from trimtab import stages
 from trimtab.loop.evidence import CONFIRMATION, look_name
-from trimtab.plan.dealing import Deal, Spans
+from trimtab.planning.dealing import Deal, Spans
 from trimtab.recipe.evaluation import Evaluation
 
 _MEASURE = "trimtab.components.validation.evaluation.measure"

@@ -31,7 +31,7 @@ from trimtab.loop.documents import load, read_plan, save
 from trimtab.loop.evidence import CONFIRMATION, LOOKS, look_name
 from trimtab.loop.state import Brief, State, fail
 from trimtab.model import hardware, memory
-from trimtab.plan.dealing import Deal, Spans
+from trimtab.planning.dealing import Deal, Spans
 from trimtab.store import Store, open_store
 from trimtab.store.tree import Tree
 

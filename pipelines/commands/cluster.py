@@ -14,7 +14,7 @@ from trimtab.pipelines.cluster import reachable
 from trimtab.pipelines.commands import run
 from trimtab.pipelines.inputs import Asked, check_choice, read, read_evaluation, read_profile
 from trimtab.pipelines.package import PIPELINES
-from trimtab.plan import dealing, task_sizes
+from trimtab.planning import dealing, task_sizes
 
 if TYPE_CHECKING:
     from trimtab.pipelines.cluster.connection import Connection

@@ -68,7 +68,7 @@ def _plan(arguments: argparse.Namespace, console: Console) -> int:
 
 def _plan_engine(arguments: argparse.Namespace) -> int:
     from trimtab.components.fetch.facts import facts
-    from trimtab.plan.engine import plan_engine
+    from trimtab.planning.engine import plan_engine
 
     target, text = hardware.target(arguments.target), read(arguments.recipe, "recipe")
     recipe = Recipe.parse(text) if text else Recipe.parse({"engine": {"backend": target.default_backend}})

@@ -22,8 +22,6 @@ Nothing is imported before it is used, and neither torch nor kfp before a run be
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -76,17 +74,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Door(ModuleType):
-    """This module, whose `plan` is the function: importing the room of that name would put the room in its place.
-
-    `from trimtab.plan import …` finds the room all the same.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _FROM and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Door

@@ -68,7 +68,7 @@ def test_a_name_that_is_not_there():
 
 
 def test_plan_is_the_function_when_its_room_was_imported_too():
-    code = "import trimtab.plan.matrix\nassert callable(trimtab.plan)\nfrom trimtab import plan\nassert callable(plan)"
+    code = "import trimtab.planning.matrix\nfrom trimtab import plan\nassert callable(plan) and callable(trimtab.plan)"
     assert loaded(code) == []
 
 

@@ -29,8 +29,8 @@ from trimtab.loop import decisions, evidence
 from trimtab.loop.documents import load, read_plan, save
 from trimtab.loop.state import State
 from trimtab.pipelines.rebuild import rebuild_pipeline
-from trimtab.plan import dealing, matrix, task_sizes
-from trimtab.plan.dealing import Spans
+from trimtab.planning import dealing, matrix, task_sizes
+from trimtab.planning.dealing import Spans
 from trimtab.recipe import Acceptance, Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.release.verification import verify

@@ -18,7 +18,7 @@ import trimtab.pipelines
 #: the floors below. The rooms of the components stand side by side; none imports another.
 ROOMS = {
     "trimtab": (
-        "base", "catalog", "recipe", "store", "families", "model", "serving", "judge", "plan", "loop", "stages",
+        "base", "catalog", "recipe", "store", "families", "model", "serving", "judge", "planning", "loop", "stages",
         "release", "report",
     ),
     "trimtab.runtime": (

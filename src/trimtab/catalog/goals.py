@@ -41,7 +41,7 @@ class Goal:
     Attributes:
         name: as users write it.
         measure: what is compared with the unchanged model.
-        techniques: what is tried, in this order: names of functions of `plan.techniques`, or of formats.
+        techniques: what is tried, in this order: names of functions of `planning.techniques`, or of formats.
         batch: the most sequences that an engine serves at a time; a plan goes down to `least_batch` for want of memory.
         length: the most tokens of a sequence; 0 is the model's own.
         step_tokens: the most tokens of one step.
@@ -50,7 +50,7 @@ class Goal:
         busy: whether arithmetic bounds it, so that formats that also compute in 8 bits come before those that do not.
         at_batch_1: whether four-bit weights alone, which gain speed by reading less, are served one sequence at a time.
         kv_cache: whether a smaller KV cache is any gain, so that techniques ask for one.
-        remark: what is added to the reason of a recipe: the name of a function of `plan.remarks`, or "".
+        remark: what is added to the reason of a recipe: the name of a function of `planning.remarks`, or "".
         instead: what to write where the unchanged model has all of a computed measure that there is.
     """
 

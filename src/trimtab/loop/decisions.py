@@ -10,8 +10,8 @@ from trimtab.loop.documents import Plan, read_plan, write_plan
 from trimtab.loop.state import State, fail
 from trimtab.model import hardware, memory
 from trimtab.model.facts import ModelFacts
-from trimtab.plan import checks, dealing, matrix, placement, task_sizes
-from trimtab.plan.matrix import MAX_RUNGS, Outline, Rung
+from trimtab.planning import checks, dealing, matrix, placement, task_sizes
+from trimtab.planning.matrix import MAX_RUNGS, Outline, Rung
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.recipe.workload import Workload

@@ -14,8 +14,8 @@ from trimtab.base.schema import Document
 from trimtab.catalog.goals import GoalName
 from trimtab.judge import Verdict
 from trimtab.loop.state import Brief, State
-from trimtab.plan.dealing import Deal
-from trimtab.plan.matrix import Rung
+from trimtab.planning.dealing import Deal
+from trimtab.planning.matrix import Rung
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import Store, Tree, open_store

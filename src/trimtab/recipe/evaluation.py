@@ -15,7 +15,7 @@ class Evaluation(UserDocument):
     """What is measured of a model: lm-eval tasks and the perplexity of a text, in up to three looks.
 
     A look that decides ends the measuring. Where there are fewer items or windows than all looks ask for, each gets its
-    share of them; `trimtab.plan.dealing` says which.
+    share of them; `trimtab.planning.dealing` says which.
 
     Example::
 

@@ -19,7 +19,7 @@ from trimtab.loop import decisions
 from trimtab.loop.documents import read_plan
 from trimtab.loop.provenance import DRIFT, Materials, differences
 from trimtab.loop.state import State
-from trimtab.plan.matrix import Rung
+from trimtab.planning.matrix import Rung
 from trimtab.recipe import MovementPruning, Recipe
 from trimtab.recipe.workload import Recorded
 from trimtab.release import statement

@@ -8,7 +8,7 @@ from facts import LLAMA_8B
 from trimtab.components.validation.evaluation.load import Load, alike, load_of
 from trimtab.model.hardware import target
 from trimtab.model.memory import kv_bytes_per_token, weight_bytes
-from trimtab.plan.matrix import baseline, ladder
+from trimtab.planning.matrix import baseline, ladder
 from trimtab.recipe import Engine, Recipe
 
 SHORT = (32, 48)

@@ -15,7 +15,7 @@ from trimtab.components.validation.evaluation import measure, pace
 from trimtab.components.validation.evaluation.generation import is_degenerate
 from trimtab.components.validation.evaluation.load import Load
 from trimtab.components.validation.evaluation.tasks import choose, filters_of
-from trimtab.plan import dealing
+from trimtab.planning import dealing
 from trimtab.recipe import Acceptance
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.runtime.text.token_windows import read_text

@@ -12,7 +12,7 @@ from trimtab.model.hardware import target
 from trimtab.pipelines import local
 from trimtab.pipelines.commands import main
 from trimtab.pipelines.local_backend import choose
-from trimtab.plan import installed
+from trimtab.planning import installed
 from trimtab.recipe import Recipe
 
 

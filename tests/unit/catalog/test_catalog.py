@@ -8,8 +8,8 @@ from trimtab.catalog.goals import DEFAULT_GOAL, GOALS
 from trimtab.catalog.kv_caches import KV_CACHES, of_scheme
 from trimtab.catalog.numbers import NUMBERS
 from trimtab.judge import Measurements
-from trimtab.plan.remarks import REMARKS
-from trimtab.plan.techniques import TECHNIQUES
+from trimtab.planning.remarks import REMARKS
+from trimtab.planning.techniques import TECHNIQUES
 from trimtab.recipe import Engine, Recipe
 
 

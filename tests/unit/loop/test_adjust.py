@@ -9,7 +9,7 @@ import pytest
 from trimtab.judge import FAILURE_CLASSES, Interval, Verdict
 from trimtab.loop.adjust import next_recipe, predicted_ratio
 from trimtab.loop.state import Brief
-from trimtab.plan.matrix import Rung
+from trimtab.planning.matrix import Rung
 from trimtab.recipe import Recipe
 
 

@@ -16,7 +16,7 @@ from trimtab.loop.adjust import next_recipe
 from trimtab.loop.documents import load, read_attempt, save
 from trimtab.loop.state import Brief, State
 from trimtab.model.hardware import TARGETS, target
-from trimtab.plan.matrix import ladder
+from trimtab.planning.matrix import ladder
 from trimtab.recipe import Acceptance, Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.stages import STAGES

@@ -8,7 +8,7 @@ from trimtab.model import hardware
 from trimtab.model.facts import Linear, ModelFacts
 from trimtab.model.hardware import GB, GPUS, TARGETS, machine_memory, target
 from trimtab.model.linear_layers import largest_group_size
-from trimtab.plan.checks import check
+from trimtab.planning.checks import check
 from trimtab.recipe import GROUPED_FORMATS, Quantization, Recipe
 
 

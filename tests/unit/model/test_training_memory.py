@@ -9,7 +9,7 @@ from trimtab.base.errors import InputError
 from trimtab.catalog.goals import GOALS
 from trimtab.model.hardware import GB, GPUS, target
 from trimtab.model.memory import TRAINING_SHARE, activation_bytes, trainable, training
-from trimtab.plan.matrix import ladder
+from trimtab.planning.matrix import ladder
 from trimtab.recipe import Recipe
 
 DISTILL = "distill: {{tokens: 100000000, batch_size: 16, length: {length}{more}}}, engine: {{backend: trtllm}}"

@@ -19,7 +19,7 @@ from trimtab.judge import Verdict
 from trimtab.loop import decisions
 from trimtab.loop.documents import read_plan, write_plan
 from trimtab.loop.state import Brief
-from trimtab.plan import placement
+from trimtab.planning import placement
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.release import rebuild, statement

@@ -8,9 +8,9 @@ from trimtab.base.errors import InputError
 from trimtab.model.hardware import GB, target
 from trimtab.model.memory import kv_bytes_per_token
 from trimtab.model.outline import outline
-from trimtab.plan.checks import check
-from trimtab.plan.engine import plan_engine
-from trimtab.plan.parallelism import worlds
+from trimtab.planning.checks import check
+from trimtab.planning.engine import plan_engine
+from trimtab.planning.parallelism import worlds
 from trimtab.recipe import Recipe
 from trimtab.recipe.workload import Lengths, Workload
 

@@ -18,7 +18,7 @@ from trimtab.judge import Verdict
 from trimtab.loop.documents import load, save
 from trimtab.loop.state import Brief, State
 from trimtab.model.hardware import target
-from trimtab.plan.matrix import ladder
+from trimtab.planning.matrix import ladder
 from trimtab.recipe import Recipe
 from trimtab.stages import STAGES, Stage
 from trimtab.store import Store, open_store

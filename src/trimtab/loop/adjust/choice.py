@@ -8,7 +8,7 @@ from trimtab.loop.adjust.exclusions import cause_of, rules_out, stage_of
 from trimtab.loop.adjust.prediction import skip
 from trimtab.loop.adjust.remedies import remedies
 from trimtab.loop.state import Brief
-from trimtab.plan.matrix import Rung
+from trimtab.planning.matrix import Rung
 from trimtab.recipe import Recipe
 
 _DIRECTION = {

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from trimtab.catalog.formats import FORMATS
 from trimtab.loop.adjust.comparison import bits_of, quantization
 from trimtab.loop.state import Brief
-from trimtab.plan.matrix import Rung
+from trimtab.planning.matrix import Rung
 from trimtab.recipe import MIXED_FORMATS, Recipe
 
 #: With one measurement: the bits that halve the log ratio.

@@ -15,7 +15,7 @@ from trimtab.base.schema import Document
 from trimtab.loop.adjust.comparison import at_least, bits_of, kv_of, rehearsed, removed_by
 from trimtab.loop.adjust.exclusions import TOO_HARSH, cause_of, stage_of
 from trimtab.loop.state import Brief
-from trimtab.plan.matrix import Rung
+from trimtab.planning.matrix import Rung
 from trimtab.recipe import DepthPruning, MovementPruning, Recipe, SparsePruning, WidthPruning
 
 #: The least share of neurons or channels that is worth a try: it makes a model hardly smaller.

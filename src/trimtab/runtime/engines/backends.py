@@ -12,7 +12,7 @@ from trimtab import recipe
 from trimtab.base.errors import Failure
 from trimtab.base.schema import digest
 from trimtab.catalog.backends import BACKENDS
-from trimtab.plan import installed
+from trimtab.planning import installed
 from trimtab.recipe import files
 from trimtab.runtime.checkpoint.model_files import Export
 from trimtab.runtime.engines.torch_engine import Engine

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from trimtab.base.errors import InputError
 from trimtab.judge.statistics import paired_recovery
-from trimtab.plan.dealing import Deal, Spans, deal, fewest
+from trimtab.planning.dealing import Deal, Spans, deal, fewest
 from trimtab.recipe import Acceptance
 from trimtab.recipe.evaluation import Evaluation
 

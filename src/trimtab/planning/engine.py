@@ -9,8 +9,8 @@ from trimtab.base.schema import Document
 from trimtab.model.facts import ModelFacts
 from trimtab.model.hardware import GB, Hardware
 from trimtab.model.memory import Memory, memory
-from trimtab.plan.checks import check
-from trimtab.plan.parallelism import GPUS_PER_NODE, worlds
+from trimtab.planning.checks import check
+from trimtab.planning.parallelism import GPUS_PER_NODE, worlds
 from trimtab.recipe import Engine, Recipe
 from trimtab.recipe.workload import Workload
 

@@ -8,8 +8,8 @@ from trimtab.catalog.goals import GOALS
 from trimtab.model.hardware import GB, target
 from trimtab.model.memory import max_context_tokens, memory
 from trimtab.model.shapes import pruned
-from trimtab.plan.checks import check
-from trimtab.plan.matrix import MAX_RUNGS, ladder
+from trimtab.planning.checks import check
+from trimtab.planning.matrix import MAX_RUNGS, ladder
 from trimtab.recipe import Acceptance, Recipe, SparsePruning
 from trimtab.recipe.workload import Workload
 

@@ -15,7 +15,7 @@ from trimtab.model import shapes
 from trimtab.model.facts import ModelFacts
 from trimtab.model.hardware import Hardware
 from trimtab.model.linear_layers import largest_group_size
-from trimtab.plan import placement
+from trimtab.planning import placement
 from trimtab.recipe import (
     GROUPED_FORMATS,
     DepthPruning,

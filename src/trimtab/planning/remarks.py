@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from trimtab.model.hardware import GB, GPUS
 from trimtab.model.memory import memory
-from trimtab.plan.candidates import Kit
-from trimtab.plan.checks import check
+from trimtab.planning.candidates import Kit
+from trimtab.planning.checks import check
 from trimtab.recipe import Recipe
 
 

@@ -14,7 +14,7 @@ from trimtab.loop.state import Brief
 from trimtab.model.hardware import GB, target
 from trimtab.model.memory import memory
 from trimtab.model.outline import outline
-from trimtab.plan.checks import check
+from trimtab.planning.checks import check
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import open_store

@@ -1,7 +1,7 @@
 """The decision matrix: a goal, a model and a target become a ladder of recipes, each with its reason.
 
-The recipes are those of `trimtab.plan.techniques`, in the order of the goal's row of `trimtab.catalog.goals`, and their
-engines those of `trimtab.plan.placement`.
+The recipes and their order are those of `planning.candidates`, their engines those of `planning.placement`. Only what the
+engines those of `trimtab.planning.placement`.
 Only what the target can run and what fits into its memory stands on the ladder.
 """
 
@@ -16,12 +16,12 @@ from trimtab.catalog.goals import GOALS
 from trimtab.model.facts import ModelFacts
 from trimtab.model.hardware import Hardware
 from trimtab.model.memory import least_training, max_context_tokens, memory, trainable, training, weight_bytes
-from trimtab.plan.candidates import Kit
-from trimtab.plan.checks import check
-from trimtab.plan.engine import check_length
-from trimtab.plan.placement import baseline as place_baseline
-from trimtab.plan.placement import for_workload, sized
-from trimtab.plan.techniques import candidates
+from trimtab.planning.candidates import Kit
+from trimtab.planning.checks import check
+from trimtab.planning.engine import check_length
+from trimtab.planning.placement import baseline as place_baseline
+from trimtab.planning.placement import for_workload, sized
+from trimtab.planning.techniques import candidates
 from trimtab.recipe import Acceptance, Recipe
 from trimtab.recipe.workload import Workload
 from trimtab.store.tree import Tree

@@ -10,9 +10,9 @@ from trimtab.catalog.goals import GOALS
 from trimtab.model.facts import ModelFacts
 from trimtab.model.hardware import GB, GPUS, Hardware
 from trimtab.model.memory import least_training, memory, trainable
-from trimtab.plan.checks import check
-from trimtab.plan.engine import plan_engine
-from trimtab.plan.parallelism import worlds
+from trimtab.planning.checks import check
+from trimtab.planning.engine import plan_engine
+from trimtab.planning.parallelism import worlds
 from trimtab.recipe import Engine, Recipe
 from trimtab.recipe.workload import Workload
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from trimtab.plan.candidates import Candidate, Kit
-from trimtab.plan.remarks import REMARKS, smaller_gpu
+from trimtab.planning.candidates import Candidate, Kit
+from trimtab.planning.remarks import REMARKS, smaller_gpu
 
 
 def candidates(kit: Kit) -> Iterator[Candidate]:
