@@ -68,10 +68,16 @@ def test_it_answers_as_the_torch_engine_does(export, tmp_path, trtllm, settings,
     served, torch_engine = open_engine(engine, export(form)), TorchEngine(export(form), Engine(**LIMITS))
     asked = requests()
     ours, theirs = served.loglikelihood(asked), torch_engine.loglikelihood(asked)
+    # An FP8 activation beside the middle of two numbers goes to either, and which depends on the rows of a product on
+    # some processors: by so much the torch engine itself differs between many requests and one.
+    alone = [torch_engine.loglikelihood([request])[0][0] for request in asked]
+    noise = max(abs(one - expected) for one, (expected, _) in zip(alone, theirs, strict=True))
     for (likelihood, greedy), (expected, expected_greedy) in zip(ours, theirs, strict=True):
-        assert abs(likelihood - expected) < tolerance and greedy == expected_greedy and expected < -1
+        assert abs(likelihood - expected) < tolerance + noise and greedy == expected_greedy and expected < -1
     windows = torch.randint(2, 300, (3, 24), generator=torch.Generator().manual_seed(4))
-    assert served.nll(windows) == pytest.approx(torch_engine.nll(windows), abs=2 * tolerance)
+    together, alone = torch_engine.nll(windows), [torch_engine.nll(window[None])[0] for window in windows]
+    noise = max(abs(one - expected) for one, expected in zip(alone, together, strict=True))
+    assert noise < 0.5 and served.nll(windows) == pytest.approx(together, abs=2 * tolerance + noise)
     prompts = [request[0] for request in asked]
     if tolerance < 0.1:
         assert_same(served.generate(prompts, 8), torch_engine.generate(prompts, 8), prompts, torch_engine)
