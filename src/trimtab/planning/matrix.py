@@ -1,7 +1,7 @@
 """The decision matrix: a goal, a model and a target become a ladder of recipes, each with its reason.
 
-The recipes are those of `planning.techniques`, in the order of the goal's row of `catalog.goals`, and their engines those
-of `planning.placement`. Only what the target can run and what fits into its memory stands on the ladder.
+The recipes are those of `planning.techniques`, in the order of the goal's row of `catalog.goals`, and their engines
+those of `planning.placement`. Only what the target can run and what fits into its memory stands on the ladder.
 """
 
 from __future__ import annotations
