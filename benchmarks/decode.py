@@ -211,7 +211,7 @@ def own_step(model: Any, variant: str) -> Any:
     if variant in ("engine", "not fused"):
         return steps.build(model, length)
     chosen = elementwise.choose(steps.sizes(model), DEVICE) if variant == "library products" else None
-    return steps.Step(model, length, chosen, by_spans=bool(chosen) and CUDA)
+    return steps.DecodingStep(model, length, chosen, by_spans=bool(chosen) and CUDA)
 
 
 def decoder_of(model: Any, step: Any, batch: int) -> Any:

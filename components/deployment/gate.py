@@ -39,7 +39,7 @@ def run(state_uri: str, artifact: Any) -> str:
         remedy = f"set {signing.KEY} for the gate, or {signing.REQUIRED}=0"
         raise NotReleased(f"nothing is released: releases must be signed and the gate has no key: {remedy}")
     store = open_store(state.store)
-    refusal = evidence.check(store, state, accepted)
+    refusal = evidence.refusal(store, state, accepted)
     if refusal:
         raise NotReleased(f"nothing is released: {refusal}")
     document = evidence.read(store, accepted.evaluation)

@@ -186,10 +186,11 @@ def _change(weights: dict[str, Any], checkpoint: Path) -> Reparametrization:
     if "movement" in weights:
         changes.append(Movement(MovementPruning.model_validate(weights["movement"])))
     if "rounded" in weights:
-        from trimtab.components.distillation.weights.quantization_aware import Rehearsal  # imports ModelOpt
+        from trimtab.components.distillation.weights.quantization_aware import QuantizationAware  # imports ModelOpt
 
         quantize, facts = Quantization.model_validate(weights["rounded"]), inspect(checkpoint)
         if reason := checks.check_packing(quantize, facts):
             raise Failure("unsupported", reason)
-        changes.append(Rehearsal(quantize, {layer.name for layer in linear_layers.quantized_layers(facts, quantize)}))
+        rounded = {layer.name for layer in linear_layers.quantized_layers(facts, quantize)}
+        changes.append(QuantizationAware(quantize, rounded))
     return Together(changes)

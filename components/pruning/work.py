@@ -36,7 +36,7 @@ def prune(
     settings = TypeAdapter(Pruning).validate_python(parameters)
     source, folders = Path(checkpoint), (Path(output), Path(scratch))
     facts = inspect(source)
-    if reason := shapes.check(facts, settings):
+    if reason := shapes.refusal(facts, settings):
         raise Failure("unsupported", reason)
     if isinstance(settings, SparsePruning):
         sparsity.prune(source, Path(calibration) if calibration else None, *folders, settings)

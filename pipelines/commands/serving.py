@@ -93,7 +93,7 @@ def _traffic(arguments: argparse.Namespace, console: Console) -> int:
 def _released_traffic(uri: str) -> Traffic:
     """Returns what traffic a release was sized for."""
     from trimtab.base import signing
-    from trimtab.loop.provenance import Materials
+    from trimtab.loop.provenance import Provenance
     from trimtab.release import statement
     from trimtab.store import open_store
     from trimtab.store.address import split_release
@@ -103,7 +103,7 @@ def _released_traffic(uri: str) -> Traffic:
         raise InputError(f"release: '{uri}' is no release; write STORE/releases/NAME/VERSION")
     envelope = open_store(parts[0]).read_release(uri).get("attestation")
     made_of = envelope and statement.read(signing.unseal(envelope)).predicate.evidence.get("materials")
-    found = Materials.parse(made_of).traffic if made_of else None
+    found = Provenance.parse(made_of).traffic if made_of else None
     if found is None:
         raise InputError(f"release: '{uri}' was not sized for recorded traffic; leave --release out")
     return found

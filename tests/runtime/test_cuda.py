@@ -109,8 +109,8 @@ def test_packed_and_dense_paths_agree(name: str) -> None:
 def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     from trimtab.runtime.kernels import matmul
 
-    right = matmul.Product.__call__
-    monkeypatch.setattr(matmul.Product, "__call__", lambda *args: right(*args) * 1.5)
+    right = matmul.Matmul.__call__
+    monkeypatch.setattr(matmul.Matmul, "__call__", lambda *args: right(*args) * 1.5)
     assert choice.build(int4(64), None, CUDA).emulated
 
 

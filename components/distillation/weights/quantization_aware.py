@@ -66,7 +66,7 @@ class Rounding(nn.Module):
         return _StraightThrough.apply(weight, self.rounded(weight))
 
 
-class Rehearsal(Reparametrization):
+class QuantizationAware(Reparametrization):
     """Rounds the named layers. The held-out losses before and after are both those of the rounded student."""
 
     def __init__(self, settings: Quantization, layers: Collection[str]):

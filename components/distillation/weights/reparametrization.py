@@ -1,4 +1,4 @@
-"""What changes the student's weights while it trains: sparsity that is learned, rounding that is rehearsed."""
+"""What changes the student's weights while it trains: sparsity that is learned, training with the rounding."""
 
 from __future__ import annotations
 

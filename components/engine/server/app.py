@@ -21,7 +21,7 @@ from trimtab.components.engine.server.protocol import Answer, Chat, Completion
 from trimtab.components.engine.server.recorder import Recorder
 from trimtab.components.engine.server.text_stream import TextStream
 from trimtab.components.engine.server.worker import Worker
-from trimtab.runtime.service.paged_engine import PagedEngine, Request
+from trimtab.runtime.service.paged_engine import GenerationRequest, PagedEngine
 from trimtab.runtime.service.sampling import Chosen
 from trimtab.runtime.text.token_windows import encode
 
@@ -109,7 +109,7 @@ class Server:
 
     # ----------------------------------------------------------------------------------------------------- answers
 
-    async def _whole(self, asked: Any, requests: list[Request], answer: Answer) -> Response:
+    async def _whole(self, asked: Any, requests: list[GenerationRequest], answer: Answer) -> Response:
         parts: list[list[_Part]] = [[] for _ in requests]
         try:
             async with contextlib.aclosing(self._parts(asked, requests)) as found:
@@ -125,7 +125,7 @@ class Server:
             choices.append(answer.choice(index, text, some[-1].finish_reason, logprobs))
         return JSONResponse(answer.whole(choices, _usage(asked, requests)))
 
-    async def _stream(self, asked: Any, requests: list[Request], answer: Answer) -> AsyncIterator[str]:
+    async def _stream(self, asked: Any, requests: list[GenerationRequest], answer: Answer) -> AsyncIterator[str]:
         if answer.chat:
             for index in range(len(requests)):
                 role = {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
@@ -143,7 +143,7 @@ class Server:
             yield _line(protocol.error(str(error), "server_error"))
         yield "data: [DONE]\n\n"
 
-    async def _parts(self, asked: Any, requests: list[Request]) -> AsyncIterator[_Part]:
+    async def _parts(self, asked: Any, requests: list[GenerationRequest]) -> AsyncIterator[_Part]:
         """Yields the parts of all choices as they come; leaving early cancels what still runs."""
         parts: asyncio.Queue = asyncio.Queue()
         tasks = [
@@ -163,7 +163,7 @@ class Server:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _follow(self, index: int, request: Request, stops: list[str], parts: asyncio.Queue) -> None:
+    async def _follow(self, index: int, request: GenerationRequest, stops: list[str], parts: asyncio.Queue) -> None:
         """Puts the parts of one choice into a queue, the last with its `finish_reason`, or the exception."""
         outcome, accepted = "cancelled", False
         try:
@@ -192,7 +192,7 @@ class Server:
 
     # --------------------------------------------------------------------------------------------------- questions
 
-    async def _requests(self, asked: Completion | Chat) -> list[Request]:
+    async def _requests(self, asked: Completion | Chat) -> list[GenerationRequest]:
         """Returns a request for each choice, prompt by prompt.
 
         Raises:
@@ -208,7 +208,7 @@ class Server:
             most = asked.most or max(1, self.engine.settings.max_seq_len - len(tokens))
             for _ in range(asked.n):
                 sampling = asked.sampling(len(made), asked.told)
-                made.append(Request(list(tokens), most, sampling=sampling, ignore_eos=asked.ignore_eos))
+                made.append(GenerationRequest(list(tokens), most, sampling=sampling, ignore_eos=asked.ignore_eos))
         return made
 
     def _dialogue(self, asked: Chat) -> str:
@@ -253,7 +253,7 @@ class _Part:
         self.index, self.text, self.chosen, self.finish_reason = index, text, chosen, finish_reason
 
 
-def _usage(asked: Any, requests: list[Request]) -> dict[str, int]:
+def _usage(asked: Any, requests: list[GenerationRequest]) -> dict[str, int]:
     """A prompt counts once, however many answers it gets."""
     prompts = sum(request.prompt_tokens for request in requests[:: asked.n])
     return protocol.usage(prompts, sum(len(request.new_tokens) for request in requests))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trimtab.judge.statistics import t_quantile
-from trimtab.runtime.service.paged_engine import PagedEngine, Request
+from trimtab.runtime.service.paged_engine import GenerationRequest, PagedEngine
 
 #: Percentiles that are told of every latency.
 PERCENTILES = (50, 95, 99)
@@ -47,7 +47,7 @@ class Workload:
     prompt: Lengths
     answer: Lengths
 
-    def draw(self, seed: int, vocabulary: int) -> list[tuple[float, Request]]:
+    def draw(self, seed: int, vocabulary: int) -> list[tuple[float, GenerationRequest]]:
         """Returns (seconds from the beginning, request), in the order of arrival."""
         generator = np.random.default_rng(seed)
         gaps = generator.exponential(1 / self.rate, self.requests) if math.isfinite(self.rate) else [0] * self.requests
@@ -55,7 +55,7 @@ class Workload:
             self.prompt.draw(self.requests, generator), self.answer.draw(self.requests, generator), strict=True
         )
         requests = [
-            Request(generator.integers(0, vocabulary, prompt).tolist(), answer, ignore_eos=True)
+            GenerationRequest(generator.integers(0, vocabulary, prompt).tolist(), answer, ignore_eos=True)
             for prompt, answer in lengths
         ]
         return list(zip(np.cumsum(gaps).tolist(), requests, strict=True))
@@ -69,14 +69,14 @@ class Run:
     step, `running` sequences likewise.
     """
 
-    requests: list[Request]
+    requests: list[GenerationRequest]
     seconds: float = 0.0
     used: list[int] = field(default_factory=list)
     wasted: list[float] = field(default_factory=list)
     running: list[int] = field(default_factory=list)
 
 
-def replay(engine: PagedEngine, arrivals: Sequence[tuple[float, Request]]) -> Run:
+def replay(engine: PagedEngine, arrivals: Sequence[tuple[float, GenerationRequest]]) -> Run:
     """Lets requests arrive in real time and computes all of them."""
     run = Run([request for _, request in arrivals])
     left = list(arrivals)[::-1]

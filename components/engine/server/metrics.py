@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from trimtab.components.engine.server.recorder import Recorder
-from trimtab.runtime.service.paged_engine import Event, PagedEngine, Request
+from trimtab.runtime.service.paged_engine import Event, GenerationRequest, PagedEngine
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -47,10 +47,10 @@ class Metrics:
             if event.last:
                 self.whole.observe(times[-1] - arrived)
 
-    def accepted(self, request: Request) -> None:
+    def accepted(self, request: GenerationRequest) -> None:
         self.prompt_tokens.inc(request.prompt_tokens)
 
-    def ended(self, request: Request, outcome: str) -> None:
+    def ended(self, request: GenerationRequest, outcome: str) -> None:
         """Notes how a request ended: stop, length, cancelled or failed."""
         self.requests.labels(outcome).inc()
         self.preemptions.inc(request.preemptions)

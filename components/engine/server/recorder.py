@@ -15,7 +15,7 @@ from pathlib import Path
 
 from trimtab.base import progress
 from trimtab.base.errors import InputError
-from trimtab.runtime.service.paged_engine import Request
+from trimtab.runtime.service.paged_engine import GenerationRequest
 
 
 class Recorder:
@@ -43,7 +43,7 @@ class Recorder:
         except OSError as error:
             raise InputError(f"record: '{folder}' cannot be written ({error.strerror}); choose another") from None
 
-    def record(self, request: Request, outcome: str) -> None:
+    def record(self, request: GenerationRequest, outcome: str) -> None:
         """Writes the line of an answer that has ended: stop, length, cancelled or failed."""
         now, moment = time.time(), time.monotonic()
         arrived = now - (moment - request.arrived)

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from trimtab.base.errors import Failure, StageError
-from trimtab.runtime.service.paged_engine import Event, PagedEngine, Request
+from trimtab.runtime.service.paged_engine import Event, GenerationRequest, PagedEngine
 
 #: Seconds until a batch that waits for more sequences is asked again.
 WAIT = 0.002
@@ -39,7 +39,7 @@ class Worker:
         self.draining = False
         #: Why nothing can be computed any more, once that is so.
         self.broken: Exception | None = None
-        self._readers: dict[Request, asyncio.Queue] = {}
+        self._readers: dict[GenerationRequest, asyncio.Queue] = {}
         self._wishes: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
@@ -64,7 +64,7 @@ class Worker:
         self._thread.join()
 
     @contextlib.asynccontextmanager
-    async def stream(self, request: Request) -> AsyncIterator[AsyncIterator[Event]]:
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[Event]]:
         """Accepts a request and gives its events; leaving early cancels it and frees its blocks.
 
         Raises:
@@ -88,7 +88,7 @@ class Worker:
             self._wishes.put(("cancel", request))  # of one that has ended nothing is left to cancel
 
     @staticmethod
-    async def _read(request: Request, events: asyncio.Queue) -> AsyncIterator[Event]:
+    async def _read(request: GenerationRequest, events: asyncio.Queue) -> AsyncIterator[Event]:
         while True:
             event = await events.get()
             if isinstance(event, Exception):

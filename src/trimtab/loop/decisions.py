@@ -157,7 +157,7 @@ def prepare(state: State) -> State:
     if state.verdict or state.attempt == 0:
         return state
     facts, machine = facts_of(open_store(state.store), state.model), hardware.target(state.target)
-    reason = checks.check(state.recipe, machine, facts)
+    reason = checks.refusal(state.recipe, machine, facts)
     if reason:
         return fail(state, "prepare", Failure("unsupported", reason))
     need = memory.memory(facts, state.recipe, machine)
@@ -204,7 +204,7 @@ def _next(state: State) -> tuple[Rung | None, str]:
     store, machine = open_store(state.store), hardware.target(state.target)
     rungs, facts = list(read_plan(store, state.plan).ladder), facts_of(store, state.model)
     rung, why = adjust.next_recipe(
-        rungs, state.history, lambda recipe: checks.check(recipe, machine, facts) is None
+        rungs, state.history, lambda recipe: checks.refusal(recipe, machine, facts) is None
     )
     return rung and rung.model_copy(update={"student": _student(rungs, rung.recipe)}), why
 

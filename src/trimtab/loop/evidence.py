@@ -122,7 +122,7 @@ def read(store: Store, tree: Tree) -> dict[str, Any]:
     return store.get_json("evidence", tree)
 
 
-def check(store: Store, state: State, brief: Brief) -> str | None:
+def refusal(store: Store, state: State, brief: Brief) -> str | None:
     """Returns why the evidence does not support releasing this attempt, or None when it does.
 
     Everything is read again from the store: nothing of the state is believed but the names of its trees.

@@ -25,7 +25,7 @@ DRIFT: float = Recorded.model_fields["drift"].default
 _QUOTED = 60
 
 
-class Materials(Document):
+class Provenance(Document):
     """What a run is made of.
 
     `model` is the digest of the base model's tree; `recipe` and `evaluation` are whole, with their defaults, so that a
@@ -60,7 +60,7 @@ def gather(
     evaluation: Evaluation,
     images: str,
     traffic: Traffic | None = None,
-) -> Materials:
+) -> Provenance:
     """Returns the materials of a run that is planned here and now.
 
     Args:
@@ -69,7 +69,7 @@ def gather(
     stated = None if traffic else recipe.workload
     distilled = recipe.distill.texts if recipe.distill else ()
     measured = [text for text in (evaluation.heldout, evaluation.task_path) if text]
-    return Materials(
+    return Provenance(
         model=model.digest,
         recipe=recipe.model_dump(mode="json", exclude={"workload"}),
         calibration_data=_contents(recipe.calibrate.sources),
@@ -86,7 +86,7 @@ def gather(
     )
 
 
-def differences(before: Materials, now: Materials, most: float = DRIFT) -> dict[str, list[str]]:
+def differences(before: Provenance, now: Provenance, most: float = DRIFT) -> dict[str, list[str]]:
     """Returns the fields that differ, each with sentences for people: 'recipe.quantize.format: fp8 → int4_awq'.
 
     Args:
@@ -95,7 +95,7 @@ def differences(before: Materials, now: Materials, most: float = DRIFT) -> dict[
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
     found = {
         field: [f"{path}: {_short(a)} → {_short(b)}" for path, a, b in _differing(field, old[field], new[field])]
-        for field in Materials.model_fields
+        for field in Provenance.model_fields
         if old[field] != new[field] and field != "traffic"
     }
     moved = _drift(before.traffic, now.traffic, most)

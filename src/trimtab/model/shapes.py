@@ -19,7 +19,7 @@ def kept(size: int, share: float | None, multiple: int = MULTIPLE) -> int:
     return multiple * math.ceil(size * (1 - share) / multiple - 0.5) if share else size
 
 
-def check(facts: ModelFacts, prune: Pruning | None) -> str | None:
+def refusal(facts: ModelFacts, prune: Pruning | None) -> str | None:
     """Returns why the model cannot be pruned so, in one sentence, or None when it can."""
     if isinstance(prune, DepthPruning) and prune.blocks >= facts.layers:
         blocks, most = f"{prune.blocks} of {facts.layers} blocks", facts.layers - 1
@@ -80,7 +80,7 @@ def _heads(facts: ModelFacts, prune: WidthPruning) -> int:
 
 @lru_cache(maxsize=256)  # a plan asks this of the same few recipes for every engine that it considers
 def pruned(facts: ModelFacts, prune: Pruning | None) -> ModelFacts:
-    """Returns the facts of the pruned model. `check` has passed; unstructured pruning changes none.
+    """Returns the facts of the pruned model. `refusal` has passed; unstructured pruning changes none.
 
     Blocks are taken to be alike. `parameters` and `bytes` count norms and biases as before, a thousandth of a model.
     """

@@ -135,6 +135,6 @@ class Kit:
         removed = blocks / self.facts.layers * self.facts.linear_parameters
         if removed < ffn:
             narrower = WidthPruning(method="width", ffn=round(removed / ffn, 2))
-            if not shapes.check(self.facts, narrower):
+            if not shapes.refusal(self.facts, narrower):
                 return narrower, _NARROWER
         return DepthPruning(method="depth", blocks=blocks), "fewer blocks"

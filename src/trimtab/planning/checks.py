@@ -18,13 +18,13 @@ from trimtab.recipe import GROUPED_FORMATS, Quantization, Recipe
 from trimtab.serving import vllm
 
 
-def check(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> str | None:
+def refusal(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> str | None:
     """Returns why the target cannot run the recipe on this model, in one sentence, or None when it can.
 
     Memory is not looked at here: `trimtab.model.memory` does that.
     """
     if reason := (
-        _check_backend(recipe, hardware) or _check_format(recipe, hardware) or shapes.check(facts, recipe.prune)
+        _check_backend(recipe, hardware) or _check_format(recipe, hardware) or shapes.refusal(facts, recipe.prune)
     ):
         return reason
     facts = shapes.pruned(facts, recipe.prune)
@@ -45,7 +45,7 @@ def _check_backend(recipe: Recipe, hardware: Hardware) -> str | None:
     if backend not in hardware.formats:
         remedy = nearest(backend, hardware.backends)
         return f"engine.backend: '{backend}' does not run on {hardware.name}; {remedy}"
-    return vllm.check(recipe.engine) if backend == "vllm" else None
+    return vllm.settings_refusal(recipe.engine) if backend == "vllm" else None
 
 
 def _check_format(recipe: Recipe, hardware: Hardware) -> str | None:
@@ -170,7 +170,7 @@ def _check_parallelism(recipe: Recipe, facts: ModelFacts) -> str | None:
 def check_packing(quantize: Quantization, facts: ModelFacts) -> str | None:
     """Returns why a format cannot store a layer of this model, whatever the target, or None when it can.
 
-    The group sizes of INT4 depend on the target besides: `check` looks at them.
+    The group sizes of INT4 depend on the target besides: `refusal` looks at them.
     """
     form, stored = quantize.format, [part.storage for part in quantize.row.parts]
     block = max((storage.block for storage in stored), default=0) or 1

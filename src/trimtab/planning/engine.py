@@ -9,7 +9,7 @@ from trimtab.base.schema import Document
 from trimtab.model.facts import ModelFacts
 from trimtab.model.hardware import GB, Hardware
 from trimtab.model.memory import Memory, memory
-from trimtab.planning.checks import check
+from trimtab.planning.checks import refusal
 from trimtab.planning.parallelism import GPUS_PER_NODE, worlds
 from trimtab.recipe import Engine, Recipe
 from trimtab.recipe.workload import Workload
@@ -65,7 +65,7 @@ def plan_engine(
             engine = _engine(recipe, workload.of_batch(batch), tensor, pipeline)
             placed = recipe.model_copy(update={"engine": engine, "workload": None})
             name = f"{tensor} x {pipeline}"
-            if reason := check(placed, hardware, facts):
+            if reason := refusal(placed, hardware, facts):
                 refused.setdefault(name, reason)
                 continue
             placed, need = _with_fraction(placed, facts, hardware)

@@ -16,7 +16,7 @@ from trimtab.model.facts import ModelFacts
 from trimtab.model.hardware import Hardware
 from trimtab.model.memory import least_training, max_context_tokens, memory, trainable, training, weight_bytes
 from trimtab.planning.candidates import Kit
-from trimtab.planning.checks import check
+from trimtab.planning.checks import refusal
 from trimtab.planning.engine import check_length
 from trimtab.planning.placement import baseline as place_baseline
 from trimtab.planning.placement import for_workload, sized
@@ -215,7 +215,7 @@ def _fitting(recipe: Recipe, facts: ModelFacts, hardware: Hardware) -> str:
 
 
 def _users_own(recipe: Recipe, facts: ModelFacts, hardware: Hardware, workload: Workload | None) -> Rung:
-    if reason := check(recipe, hardware, facts):
+    if reason := refusal(recipe, hardware, facts):
         raise InputError(reason)
     if workload:
         recipe = sized(recipe, facts, hardware, workload)

@@ -10,7 +10,7 @@ from trimtab.catalog.goals import GOALS
 from trimtab.model.facts import ModelFacts
 from trimtab.model.hardware import GB, GPUS, Hardware
 from trimtab.model.memory import least_training, memory, trainable
-from trimtab.planning.checks import check
+from trimtab.planning.checks import refusal
 from trimtab.planning.engine import plan_engine
 from trimtab.planning.parallelism import worlds
 from trimtab.recipe import Engine, Recipe
@@ -47,7 +47,7 @@ def place(
     reason = ""
     for engine in _engines(goal, recipe, facts, hardware.compute_capability is not None):
         placed = recipe.model_copy(update={"engine": engine})
-        if cannot := check(placed, hardware, facts):
+        if cannot := refusal(placed, hardware, facts):
             reason = reason or cannot
             continue
         need = memory(facts, placed, hardware)
@@ -103,7 +103,7 @@ def baseline(
     reason, least = "", min(GOALS[goal].least_batch, like.max_batch_size)
     for engine in (*_smaller(like, hardware, facts, devices, least), *_smaller(like, hardware, facts, devices)):
         placed = Recipe(engine=engine)
-        if cannot := check(placed, hardware, facts):
+        if cannot := refusal(placed, hardware, facts):
             reason = reason or cannot
             continue
         need = memory(facts, placed, hardware)
@@ -168,7 +168,7 @@ def _holds_not(facts: ModelFacts, hardware: Hardware, backend: str, reason: str)
 def _holds(facts: ModelFacts, hardware: Hardware, backend: str) -> bool:
     for engine in _smaller(Engine(backend=backend, max_batch_size=1), hardware, facts):
         recipe = Recipe(engine=engine)
-        if not check(recipe, hardware, facts) and memory(facts, recipe, hardware).fits:
+        if not refusal(recipe, hardware, facts) and memory(facts, recipe, hardware).fits:
             return True
     return False
 

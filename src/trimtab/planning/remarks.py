@@ -5,7 +5,7 @@ from __future__ import annotations
 from trimtab.model.hardware import GB, GPUS
 from trimtab.model.memory import memory
 from trimtab.planning.candidates import Kit
-from trimtab.planning.checks import check
+from trimtab.planning.checks import refusal
 from trimtab.recipe import Recipe
 
 
@@ -28,7 +28,7 @@ def smaller_gpu(kit: Kit, recipe: Recipe) -> str:
     if kit.hardware.bandwidth:
         for gpu in sorted(GPUS.values(), key=lambda gpu: (gpu.memory_bytes, gpu.bandwidth)):
             smaller = gpu.memory_bytes < kit.hardware.memory_bytes
-            if smaller and not check(recipe, gpu, kit.facts) and memory(kit.facts, recipe, gpu).fits:
+            if smaller and not refusal(recipe, gpu, kit.facts) and memory(kit.facts, recipe, gpu).fits:
                 return f"a smaller GPU is enough: {gpu.name}, {gpu.memory_bytes // GB} GB"
     return ""
 

@@ -98,7 +98,7 @@ class Recipe(UserDocument):
         return self
 
     @model_validator(mode="after")
-    def _rehearses_what_can_be(self) -> Recipe:
+    def _trains_with_a_rounding_that_can_be(self) -> Recipe:
         if not (self.distill and self.distill.quantization_aware):
             return self
         field, formats = "distill.quantization_aware: true", ", ".join(NEAREST_FORMATS)

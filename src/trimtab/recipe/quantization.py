@@ -27,7 +27,7 @@ CASTS = _those(lambda row: row.is_cast)
 GROUPED_FORMATS = _those(lambda row: any(part.storage.scale == "group" for part in row.parts))
 #: Formats without scales that a search could better: none at all, or blocks' whose numbers are ModelOpt's.
 _UNSEARCHED = _those(lambda row: all(part.storage.scale == "block" for part in row.parts))
-#: Formats whose weights are rounded to nearest with scales of their own: what training can rehearse.
+#: Formats whose weights are rounded to nearest with scales of their own: what training can round in each step.
 NEAREST_FORMATS = _those(lambda row: bool(row.storage) and not row.channels and row.rounding == "nearest")
 #: What the format that mixes gives each layer one of.
 MIXED_FORMATS = next(row.mixes for row in FORMATS.values() if row.mixes)

@@ -17,7 +17,7 @@ from trimtab.base import progress, signing
 from trimtab.base.errors import Damaged, InputError, NotVerified
 from trimtab.loop import decisions
 from trimtab.loop.documents import read_plan
-from trimtab.loop.provenance import DRIFT, Materials, differences
+from trimtab.loop.provenance import DRIFT, Provenance, differences
 from trimtab.loop.state import State
 from trimtab.planning.matrix import Rung
 from trimtab.recipe import MovementPruning, Recipe
@@ -59,7 +59,7 @@ def plan(*, store_uri: str, name: str, **wanted: Any) -> tuple[Review, State]:
     """Reviews a run that would begin now, and plans it; the arguments and errors are those of `decisions.begin`."""
     store = open_store(store_uri)
     state = decisions.begin(store_uri=store_uri, name=name, **wanted)
-    now = Materials.parse(read_plan(store, state.plan).materials)
+    now = Provenance.parse(read_plan(store, state.plan).materials)
     found = review(store, name, now, _drift(wanted["recipe"]))
     if found.first:
         state = decisions.begin(store_uri=store_uri, name=name, **wanted, released=found.first, traffic=now.traffic)
@@ -73,7 +73,7 @@ def _drift(recipe: str) -> float:
     return workload.drift if isinstance(workload, Recorded) else DRIFT
 
 
-def review(store: Store, name: str, now: Materials, most: float = DRIFT) -> Review:
+def review(store: Store, name: str, now: Provenance, most: float = DRIFT) -> Review:
     """Compares a run that would begin now with the newest release of its name.
 
     Args:
@@ -127,7 +127,7 @@ def going_on(store: Store, evidence: Mapping[str, Any], model: str, changed: set
     return Rung(recipe=recipe, why=why, student=student)
 
 
-def _steady(before: Materials, now: Materials, most: float) -> list[str]:
+def _steady(before: Provenance, now: Provenance, most: float) -> list[str]:
     """Says how far the traffic has moved that counts as the same, by what moved farthest."""
     if not (before.traffic and now.traffic):
         return []
@@ -144,11 +144,11 @@ def _valid(record: Mapping[str, Any]) -> Predicate:
     return predicate
 
 
-def _materials(evidence: Mapping[str, Any]) -> Materials:
+def _materials(evidence: Mapping[str, Any]) -> Provenance:
     if not evidence.get("materials"):
         raise NotVerified("it does not say what it was made of")
     try:
-        return Materials.parse(evidence["materials"])
+        return Provenance.parse(evidence["materials"])
     except InputError as error:
         raise NotVerified(f"another version of trimtab wrote what it was made of ({error})") from None
 

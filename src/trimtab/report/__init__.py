@@ -12,6 +12,6 @@
 from trimtab.report.console import console_table
 from trimtab.report.markdown import summary_markdown
 from trimtab.report.pages import attempt_html, summary_html
-from trimtab.report.rows import Row, rows
+from trimtab.report.rows import AttemptRow, rows
 
-__all__ = ["Row", "attempt_html", "console_table", "rows", "summary_html", "summary_markdown"]
+__all__ = ["AttemptRow", "attempt_html", "console_table", "rows", "summary_html", "summary_markdown"]

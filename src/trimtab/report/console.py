@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trimtab.loop.state import State
-from trimtab.report.rows import COLUMNS, INTERVALS, Row, rows
+from trimtab.report.rows import COLUMNS, INTERVALS, AttemptRow, rows
 from trimtab.report.story import headline
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def console_table(state: State) -> Table:
     return table
 
 
-def _cell(row: Row, name: str, style: str) -> Text:
+def _cell(row: AttemptRow, name: str, style: str) -> Text:
     from rich.text import Text
 
     text, ends = row.cells[name]

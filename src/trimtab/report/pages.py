@@ -13,7 +13,7 @@ from trimtab.judge import Interval, Measurements, Verdict
 from trimtab.loop.state import Brief, State
 from trimtab.report import curves, figures, story
 from trimtab.report.figures import Dimension, Point
-from trimtab.report.rows import COLUMNS, DASH, INTERVALS, Row, fraction, interval_text, number, rows, spent
+from trimtab.report.rows import COLUMNS, DASH, INTERVALS, AttemptRow, fraction, interval_text, number, rows, spent
 from trimtab.stages import STAGES
 from trimtab.store.tree import Tree
 
@@ -129,7 +129,7 @@ def _render(template: str, **values: Any) -> str:
     return _templates().get_template(template).render(**values)
 
 
-def _charts(state: State, table: Sequence[Row]) -> list[dict[str, Any]]:
+def _charts(state: State, table: Sequence[AttemptRow]) -> list[dict[str, Any]]:
     """Quality against size and against speed; the baseline is exactly 1 in both qualities."""
     last = state.history[-1].recipe if state.history else state.recipe
     qualities = (
@@ -153,7 +153,7 @@ def _charts(state: State, table: Sequence[Row]) -> list[dict[str, Any]]:
     return charts
 
 
-def _quality(row: Row, field: str) -> Interval | None:
+def _quality(row: AttemptRow, field: str) -> Interval | None:
     return Interval(estimate=1, low=1, high=1) if row.outcome == "baseline" else getattr(row, field)
 
 

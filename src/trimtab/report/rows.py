@@ -10,7 +10,7 @@ from trimtab.loop.state import Brief, State
 
 DASH = "–"
 
-#: Field of `Row` → its heading, unit included; the order is that of every table.
+#: Field of `AttemptRow` → its heading, unit included; the order is that of every table.
 COLUMNS = {
     "what": "recipe",
     "accuracy": "accuracy",
@@ -28,7 +28,7 @@ INTERVALS = ("accuracy", "recovery", "perplexity_ratio")
 
 
 @dataclass(frozen=True)
-class Row:
+class AttemptRow:
     """One line of the table; None is a value that was not measured.
 
     Sizes in MB (10^6 bytes); `share` is the bytes of the quantized tensors over their bytes in BF16; `decode`
@@ -79,15 +79,15 @@ class Row:
         return {name: texts[name] for name in COLUMNS}
 
 
-def rows(state: State) -> list[Row]:
+def rows(state: State) -> list[AttemptRow]:
     """Returns the baseline, when it was measured, and each attempt in order; the accepted one is marked."""
     found = [_row(0, state.baseline)] if state.baseline else []
     return found + [_row(place, brief) for place, brief in enumerate(state.history, start=1)]
 
 
-def _row(place: int, brief: Brief) -> Row:
+def _row(place: int, brief: Brief) -> AttemptRow:
     verdict, measured = brief.verdict, brief.verdict.measurements
-    return Row(
+    return AttemptRow(
         number=place,
         what=one_line(brief.recipe.title),
         outcome=verdict.outcome,

@@ -40,7 +40,7 @@ def refusal(version: str) -> str | None:
     return f"engine.backend: 'vllm' needs vLLM {first}, and this image has {version}; install trimtab[vllm]"
 
 
-def check(settings: Engine) -> str | None:
+def settings_refusal(settings: Engine) -> str | None:
     """Returns why vLLM does not serve so, in one sentence, or None: it would refuse it less plainly, or ignore it."""
     tokens, sequences = settings.max_num_tokens, settings.max_batch_size
     if tokens < sequences:
@@ -59,9 +59,9 @@ def vllm_args(settings: Engine) -> dict[str, Any]:
     Prompts are read in chunks whatever the recipe says: without them, vLLM warns, outputs may be wrong.
 
     Raises:
-        InputError: as `check` says.
+        InputError: as `settings_refusal` says.
     """
-    if reason := check(settings):
+    if reason := settings_refusal(settings):
         raise InputError(reason)
     return {
         "tensor_parallel_size": settings.tensor_parallel_size,

@@ -48,7 +48,7 @@ def always(environment: Environment) -> Callable[[Mapping[str, Any]], Environmen
 
 
 def _training_environment(parameters: Mapping[str, Any]) -> Environment:
-    """Training that rehearses a format rounds with ModelOpt; other students have nothing of it."""
+    """Training with the rounding of a format rounds with ModelOpt; other students have nothing of it."""
     return QUANTIZED if "rounded" in parameters.get("weights", {}) else TENSORS
 
 

@@ -18,7 +18,7 @@ from trimtab.components.engine.server.load_generator import (
     interval,
     replay,
 )
-from trimtab.runtime.service.paged_engine import PagedEngine, Request
+from trimtab.runtime.service.paged_engine import GenerationRequest, PagedEngine
 
 WORKLOAD = Workload(4000, 50.0, Lengths(32, 200), Lengths(16, 100))
 
@@ -44,7 +44,7 @@ def test_lengths_have_their_median_and_their_longest() -> None:
 
 
 def test_figures_of_known_times() -> None:
-    quick, slow = Request([1], 3, arrived=0.0), Request([1], 2, arrived=1.0)
+    quick, slow = GenerationRequest([1], 3, arrived=0.0), GenerationRequest([1], 2, arrived=1.0)
     quick.tokens, quick.times = [1, 5, 5, 5], [0.5, 0.75, 1.0]
     slow.tokens, slow.times = [1, 5, 5], [3.0, 4.0]
     run = Run([quick, slow], seconds=4.0, used=[2, 4], wasted=[0.5, 0.25], running=[1, 2])

@@ -11,12 +11,12 @@ import pytest
 
 from trimtab.base.errors import InputError
 from trimtab.components.engine.server.recorder import Recorder
-from trimtab.runtime.service.paged_engine import Request
+from trimtab.runtime.service.paged_engine import GenerationRequest
 from trimtab.serving import request_log
 
 
-def answered(ago: float = 2.0) -> Request:
-    request = Request([1, 2, 3], 8)
+def answered(ago: float = 2.0) -> GenerationRequest:
+    request = GenerationRequest([1, 2, 3], 8)
     request.arrived = time.monotonic() - ago
     request.times = [request.arrived + 0.5]
     return request

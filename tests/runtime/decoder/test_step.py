@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from trimtab.runtime.decoder import decode, step
 from trimtab.runtime.decoder.assemble import assemble
 from trimtab.runtime.decoder.decode import Growing, Stepping
-from trimtab.runtime.decoder.step import Step
+from trimtab.runtime.decoder.step import DecodingStep
 from trimtab.runtime.kernels import replacements
 from trimtab.runtime.linear import small_batch
 from trimtab.runtime.service.paged_engine import PagedEngine
@@ -62,7 +62,7 @@ def make(name: str, **changes: Any) -> PreTrainedModel:
 def test_the_llama_family_has_a_step(name: str, windows: torch.Tensor) -> None:
     model = make(name, **FAMILY[name])
     found = step.build(model, 64)
-    assert isinstance(found, Step)
+    assert isinstance(found, DecodingStep)
     decoder, growing = Stepping(found, model, 6, 8, 12), Growing(model)
     for prompt in (windows[:, :8], windows[:, 8:16]):  # the second finds nothing left of the first
         decoder.prefill(prompt)
@@ -85,7 +85,7 @@ def test_an_export_has_a_step(name: str, fuse: bool, plain_folder: Path, exporte
     assert step.build(model, 64) is None  # for the norms are not replaced
     replacements.fuse_norms(model)
     found = step.build(model, 64)
-    assert isinstance(found, Step)
+    assert isinstance(found, DecodingStep)
     assert step.disagreement(model, found, 64) == ""
 
 
@@ -137,8 +137,8 @@ def test_another_model_is_told_from_rounding(name: str, exported: Any) -> None:
     other.model.layers[0].post_attention_layernorm.weight.mul_(1.5)
     for one in (model, other):
         replacements.fuse_norms(one)
-    assert step.disagreement(model, Step(model, 64), 64) == ""
-    assert "other logits" in step.disagreement(model, Step(other, 64), 64)
+    assert step.disagreement(model, DecodingStep(model, 64), 64) == ""
+    assert "other logits" in step.disagreement(model, DecodingStep(other, 64), 64)
 
 
 @torch.inference_mode()
@@ -154,7 +154,7 @@ def test_products_are_used_for_the_rows_that_they_were_chosen_for(plain_folder: 
 
     names = {1: "one", 3: "few"}
     chosen = {x: small_batch.Chosen(x, [(rows, noting(x, name)) for rows, name in names.items()]) for x in layers}
-    found = Step(model, 64, products=chosen)
+    found = DecodingStep(model, 64, products=chosen)
     for batch, expected in ((1, ["one"]), (2, ["few"]), (3, ["few"]), (4, [])):
         used.clear()
         decoder = Stepping(found, model, batch, 4, 4)
@@ -173,7 +173,7 @@ def test_the_server_decodes_by_the_same_step(plain_folder: Path, windows: torch.
     engine = PagedEngine(plain_folder, settings, "cpu")
     replacements.fuse_norms(engine.model)
     asked = []
-    own = Step(engine.model, 64)
+    own = DecodingStep(engine.model, 64)
     engine._forward.step = lambda *args: asked.append(1) or own(*args)
     found = engine.generate(prompts, 10)
     assert len(asked) > 5

@@ -11,10 +11,10 @@ import torch
 from tiny import write_kv_cache
 
 from trimtab.recipe import Engine as Settings
-from trimtab.runtime.decoder.step import Step
+from trimtab.runtime.decoder.step import DecodingStep
 from trimtab.runtime.kernels import replacements
 from trimtab.runtime.kv_cache.paged_attention import why_no_kernel
-from trimtab.runtime.service.paged_engine import PagedEngine, Request
+from trimtab.runtime.service.paged_engine import GenerationRequest, PagedEngine
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -114,8 +114,8 @@ def test_the_engine_gives_the_logits_of_gathered_blocks(
     assert engines[0].attention_path == "kernel"
     if "own" in kind and not CUDA:  # where an engine has it anyway
         replacements.fuse_norms(engines[0].model)
-        engines[0]._forward.step = Step(engines[0].model, SETTINGS.max_seq_len)
-    requests = [[Request(list(prompt), NEW_TOKENS) for prompt in prompts] for _ in engines]
+        engines[0]._forward.step = DecodingStep(engines[0].model, SETTINGS.max_seq_len)
+    requests = [[GenerationRequest(list(prompt), NEW_TOKENS) for prompt in prompts] for _ in engines]
     for served, some in zip(engines, requests, strict=True):
         for request in some:
             served.submit(request)

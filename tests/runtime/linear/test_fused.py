@@ -18,7 +18,7 @@ from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized
 from trimtab.runtime.decoder.assemble import assemble
 from trimtab.runtime.engines.torch_engine import TorchEngine
 from trimtab.runtime.linear import choice, fused
-from trimtab.runtime.linear.fused import Part
+from trimtab.runtime.linear.fused import FusedPart
 
 CPU = torch.device("cpu")
 #: Four products of two blocks: q, k, v and gate, up.
@@ -32,9 +32,9 @@ PRODUCTS = 4
 def test_logits_stay(name: str, plain_folder: Path, exported: Any, windows: torch.Tensor) -> None:
     folder = plain_folder if name == "bf16" else exported(name).folder
     one, many = assemble(folder, CPU), assemble(folder, CPU, fuse=False)
-    products = {module.product for module in one.modules() if isinstance(module, Part)}
+    products = {module.product for module in one.modules() if isinstance(module, FusedPart)}
     assert len(products) == PRODUCTS
-    assert not any(isinstance(module, Part) for module in many.modules())
+    assert not any(isinstance(module, FusedPart) for module in many.modules())
     for tokens in (windows, windows[:1, :3]):  # packed and dense products
         found, expected = one(tokens).logits.float(), many(tokens).logits.float()
         assert (found - expected).norm() <= 0.01 * expected.norm()

@@ -17,7 +17,7 @@ from trimtab.runtime.engines.torch_engine import TorchEngine
 from trimtab.runtime.kernels import cuda_graphs
 from trimtab.runtime.kv_cache import emulated, paged
 from trimtab.runtime.service import sampling
-from trimtab.runtime.service.paged_engine import PagedEngine, Request
+from trimtab.runtime.service.paged_engine import GenerationRequest, PagedEngine
 from trimtab.runtime.service.sampling import Sampling
 
 SETTINGS = Settings(max_seq_len=96, max_num_tokens=24, max_batch_size=4, enable_chunked_prefill=True)
@@ -80,7 +80,7 @@ def test_tokens_are_those_of_the_contiguous_engine(
 )
 def test_how_blocks_lie_changes_nothing(folders, prompts, judged, expected, options) -> None:
     served = engine(folders["int8"], **options)
-    requests = [Request(list(prompt), 20) for prompt in prompts]
+    requests = [GenerationRequest(list(prompt), 20) for prompt in prompts]
     for request in requests:
         served.submit(request)
     for _ in served.run():
@@ -136,7 +136,7 @@ def test_a_sliding_window_is_kept(tmp_path: Path, prompts) -> None:
 
 def test_a_cancelled_request_frees_its_blocks_and_disturbs_nobody(folders, prompts, judged, expected) -> None:
     served = engine(folders["none"])
-    requests = [Request(list(prompt), 20) for prompt in prompts[:4]]
+    requests = [GenerationRequest(list(prompt), 20) for prompt in prompts[:4]]
     for request in requests:
         served.submit(request)
     for number, _ in enumerate(served.run()):
@@ -155,7 +155,8 @@ def test_end_of_text_ends_a_request_unless_it_is_ignored(folders, prompts, expec
     third = expected["none"][3][2]
     first = expected["none"][3].index(third)
     served.ends = frozenset([third])
-    stopped, ignoring = Request(list(prompts[3]), 20), Request(list(prompts[3]), 20, ignore_eos=True)
+    stopped = GenerationRequest(list(prompts[3]), 20)
+    ignoring = GenerationRequest(list(prompts[3]), 20, ignore_eos=True)
     for request in (stopped, ignoring):
         served.submit(request)
     events = [event for step in served.run() for event in step]
@@ -170,8 +171,8 @@ def test_a_seed_gives_the_same_text_whatever_runs_beside_it(folders, prompts, mo
     monkeypatch.setattr(sampling, "choose", lambda logits, settings: choose(same.expand_as(logits).clone(), settings))
 
     def draw(seed: int, beside: int) -> list[int]:
-        request = Request(list(prompts[3]), 20, sampling=Sampling(temperature=1.5, top_p=0.9, seed=seed))
-        for item in [request, *(Request(list(prompt), 9) for prompt in prompts[:beside])]:
+        request = GenerationRequest(list(prompts[3]), 20, sampling=Sampling(temperature=1.5, top_p=0.9, seed=seed))
+        for item in [request, *(GenerationRequest(list(prompt), 9) for prompt in prompts[:beside])]:
             served.submit(item)
         for _ in served.run():
             pass
@@ -187,7 +188,7 @@ def test_a_seed_gives_the_same_text_whatever_runs_beside_it(folders, prompts, mo
 )
 def test_bad_requests_are_refused(folders, tokens, new, message) -> None:
     with pytest.raises(InputError, match=message):
-        engine(folders["none"]).submit(Request(tokens, new))
+        engine(folders["none"]).submit(GenerationRequest(tokens, new))
 
 
 def test_a_model_without_paged_attention_is_refused(tmp_path: Path) -> None:
@@ -211,7 +212,7 @@ def test_sizes_of_recordings(number: int, expected: int) -> None:
 def test_padding_rows_change_no_logits(folders) -> None:
     """What a recording computes beside the sequences is written where nobody reads."""
     served = engine(folders["none"], blocks=4)
-    rows = [cuda_graphs.Row(5, 2, 2, [0]), cuda_graphs.Row(9, 17, 33, [1, 2])]
+    rows = [cuda_graphs.StepToken(5, 2, 2, [0]), cuda_graphs.StepToken(9, 17, 33, [1, 2])]
     alone = served._forward._decode(rows)
     lines = cuda_graphs.to_tensor(rows, 8, 4, served.cache.padding_slot, 16)
     padded = served._forward._decode_lines(lines)

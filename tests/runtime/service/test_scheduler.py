@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from trimtab.base.errors import InputError
 from trimtab.runtime.kv_cache.block_pool import BlockPool
-from trimtab.runtime.service.scheduler import STRATEGIES, Scheduler, Sequence, Step
+from trimtab.runtime.service.scheduler import STRATEGIES, ScheduledStep, Scheduler, Sequence
 
 LENGTHS = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
@@ -21,7 +21,7 @@ def sequence(prompt: int, new: int, arrived: float = 0.0) -> Sequence:
     return Sequence([0] * prompt, new, arrived)
 
 
-def compute(chosen: Scheduler, step: Step) -> list[Sequence]:
+def compute(chosen: Scheduler, step: ScheduledStep) -> list[Sequence]:
     """Does what an engine does with a step, and returns the sequences that end."""
     growing = [work.sequence for work in step.works if work.is_last]
     chosen.done(step)
@@ -34,7 +34,7 @@ def compute(chosen: Scheduler, step: Step) -> list[Sequence]:
     return ended
 
 
-def check(chosen: Scheduler, step: Step, limit: int) -> None:
+def check(chosen: Scheduler, step: ScheduledStep, limit: int) -> None:
     pool = chosen.pool
     assert step.works and all(work.count > 0 for work in step.works)
     assert step.tokens <= limit

@@ -283,12 +283,12 @@ def test_what_a_sparse_failure_rules_out(fails, other, ruled_out):
 def test_a_pattern_that_cannot_be_is_no_word_against_other_zeros():
     rungs = [rung(f"prune: {{method: wanda, {amount}}}") for amount in ("pattern: '2:4'", "sparsity: 0.5")]
     assert next_recipe(rungs, [failed(rungs[0], "unsupported")])[0] is rungs[1]
-def rehearsed(tokens: int = 1000) -> Rung:
+def trained_with_rounding(tokens: int = 1000) -> Rung:
     return rung(f"{{distill: {{tokens: {tokens}, quantization_aware: true}}, quantize: {{format: int4_rtn}}}}")
 
 
 def test_training_with_rounded_weights_is_open_after_rounding_failed_and_then_prolonged_once():
-    rungs = [*quantized("int4_rtn", "int4_awq"), rehearsed(), *quantized("int8_wo")]
+    rungs = [*quantized("int4_rtn", "int4_awq"), trained_with_rounding(), *quantized("int8_wo")]
     history, found = [failed(rungs[0], "perplexity"), failed(rungs[1], "perplexity")], []
     while (following := next_recipe(rungs, history)[0]) is not rungs[3]:
         found.append(following.recipe.distill.tokens)
@@ -299,13 +299,13 @@ def test_training_with_rounded_weights_is_open_after_rounding_failed_and_then_pr
 @pytest.mark.parametrize(
     ("fails", "other", "open"),
     [
-        (rehearsed(), quantized("int4_rtn")[0], False),  # without it, it is worse
-        (rehearsed(), quantized("int4_gptq")[0], True),
-        (quantized("int8_wo")[0], rehearsed(), True),  # which may make up for more than INT8 takes
+        (trained_with_rounding(), quantized("int4_rtn")[0], False),  # without it, it is worse
+        (trained_with_rounding(), quantized("int4_gptq")[0], True),
+        (quantized("int8_wo")[0], trained_with_rounding(), True),  # which may make up for more than INT8 takes
     ],
 )
 def test_what_training_with_rounded_weights_rules_out(fails, other, open):
-    longer = rehearsed(4000)
+    longer = trained_with_rounding(4000)
     history = [failed(longer, "kv_cache_accuracy"), failed(fails, "accuracy")]
     assert (next_recipe([fails, other], history)[0] is other) == open
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trimtab.loop.provenance import Materials, differences, gather
+from trimtab.loop.provenance import Provenance, differences, gather
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import Tree
@@ -12,7 +12,7 @@ from trimtab.store import Tree
 MODEL = "3f" * 32
 
 
-def made_of(**changes) -> Materials:
+def made_of(**changes) -> Provenance:
     wanted = {
         "model": Tree(uri=f"s3://store/trees/{MODEL}", digest=MODEL),
         "recipe": Recipe(),
@@ -71,7 +71,7 @@ def test_differences(name):
 def test_an_edited_file_is_another_material(field, recipe, evaluation, tmp_path):
     file = tmp_path / "t.txt"
 
-    def now() -> Materials:
+    def now() -> Provenance:
         texts = [t.replace("FILE", str(file)).replace("FOLDER", str(tmp_path)) for t in (recipe, evaluation)]
         return made_of(recipe=Recipe.parse(texts[0]), evaluation=Evaluation.parse(texts[1]))
 
@@ -93,4 +93,4 @@ def test_a_library_of_another_version():
 
 def test_read_as_it_was_written():
     there = made_of(recipe=OTHER)
-    assert Materials.parse(there.model_dump(mode="json")) == there
+    assert Provenance.parse(there.model_dump(mode="json")) == there

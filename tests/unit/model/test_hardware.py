@@ -8,7 +8,7 @@ from trimtab.model import hardware
 from trimtab.model.facts import Linear, ModelFacts
 from trimtab.model.hardware import GB, GPUS, TARGETS, machine_memory, target
 from trimtab.model.linear_layers import largest_group_size
-from trimtab.planning.checks import check
+from trimtab.planning.checks import refusal
 from trimtab.recipe import GROUPED_FORMATS, Quantization, Recipe
 
 
@@ -261,7 +261,7 @@ def test_an_unlike_target_lists_all():
     ],
 )
 def test_refused(name, recipe, sentence):
-    assert check(Recipe.parse(recipe), target(name), smollm2()) == sentence
+    assert refusal(Recipe.parse(recipe), target(name), smollm2()) == sentence
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_refused(name, recipe, sentence):
     ],
 )
 def test_allowed(name, recipe):
-    assert check(Recipe.parse(recipe), target(name), smollm2()) is None
+    assert refusal(Recipe.parse(recipe), target(name), smollm2()) is None
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_allowed(name, recipe):
 )
 def test_torch_judges_by_emulation_what_it_has_no_kernel_for(name, format, emulated):
     recipe, machine = Recipe.parse(f"quantize: {{format: {format}}}"), target(name)
-    assert check(recipe, machine, smollm2()) is None
+    assert refusal(recipe, machine, smollm2()) is None
     assert machine.is_emulated(recipe) is emulated
 
 
@@ -309,7 +309,7 @@ def test_torch_judges_by_emulation_what_it_has_no_kernel_for(name, format, emula
     [("nvfp4", 1536, None), ("nvfp4", 1544, 16), ("mxfp4", 1536, None), ("mxfp4", 1552, 32)],
 )
 def test_a_format_with_blocks_of_its_own_wants_them_to_divide_every_layer(format, features, block):
-    reason = check(Recipe.parse(f"quantize: {{format: {format}}}"), target("cpu"), smollm2(down_features=features))
+    reason = refusal(Recipe.parse(f"quantize: {{format: {format}}}"), target("cpu"), smollm2(down_features=features))
     assert reason is None if block is None else reason == (
         f"quantize.format: {format} has a scale for each {block} weights of a row, which do not divide the {features} "
         f"of model.layers.0.mlp.down_proj; add 'model.layers.0.mlp.down_proj' to quantize.exclude"
@@ -326,14 +326,14 @@ def test_int4_wants_an_even_number_of_output_features(format):
 
     def reason(*exclude: str) -> str | None:
         recipe = Recipe.parse({"quantize": {"format": format, "exclude": ["lm_head", *exclude], **bits}})
-        return check(recipe, target("cpu"), facts)
+        return refusal(recipe, target("cpu"), facts)
 
     assert reason() == (
         f"quantize.format: {format} stores output features in pairs, and {name} has 1535; add '{name}' to "
         f"quantize.exclude"
     )
     assert reason(name) is None
-    assert check(Recipe.parse("quantize: {format: int8_wo}"), target("cpu"), facts) is None
+    assert refusal(Recipe.parse("quantize: {format: int8_wo}"), target("cpu"), facts) is None
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_the_most_sensitive_groups_are_fewer_than_all(recipe, left, blocks):
 
     def reason(number: int) -> str | None:
         settings = recipe.replace("}", f", exclude_sensitive: {number}}}")
-        return check(Recipe.parse(f"{{{prune}quantize: {settings}}}"), target("cpu"), smollm2())
+        return refusal(Recipe.parse(f"{{{prune}quantize: {settings}}}"), target("cpu"), smollm2())
 
     assert reason(left - 1) is None
     assert reason(left) == (
@@ -363,7 +363,7 @@ def test_the_most_sensitive_groups_are_fewer_than_all(recipe, left, blocks):
 @pytest.mark.parametrize("pattern", ["lm_head", "*", "*.q_proj", "model.layers.29.*", "model.layers.[0-4].mlp.up_proj"])
 def test_an_exclusion_that_matches_is_allowed_with_another(pattern):
     recipe = Recipe.parse({"quantize": {"format": "int8_wo", "exclude": [pattern]}})
-    assert check(recipe, target("cpu"), smollm2()) == (
+    assert refusal(recipe, target("cpu"), smollm2()) == (
         "quantize.exclude: leaves no layer to quantize; remove a pattern, or write format: bf16"
         if pattern == "*" else None
     )  # fmt: skip
@@ -371,7 +371,7 @@ def test_an_exclusion_that_matches_is_allowed_with_another(pattern):
 
 def test_an_exclusion_that_matches_nothing_lists_the_endings_and_not_every_layer():
     recipe = Recipe.parse("quantize: {format: int8_wo, exclude: [lm_head, down_proj]}")
-    assert check(recipe, target("cpu"), smollm2()) == (
+    assert refusal(recipe, target("cpu"), smollm2()) == (
         "quantize.exclude: 'down_proj' matches no layer; write '*.down_proj' (valid: *.down_proj, *.o_proj, *.q_proj, "
         "*.up_proj, lm_head)"
     )
@@ -379,7 +379,7 @@ def test_an_exclusion_that_matches_nothing_lists_the_endings_and_not_every_layer
 
 def test_fp8_on_cpu_is_allowed_and_called_emulated():
     recipe, cpu = Recipe.parse("quantize: {format: fp8}"), target("cpu")
-    assert check(recipe, cpu, smollm2()) is None
+    assert refusal(recipe, cpu, smollm2()) is None
     assert cpu.is_emulated(recipe)
     assert not target("h100").is_emulated(recipe)
 
@@ -388,7 +388,7 @@ def test_fp8_on_cpu_is_allowed_and_called_emulated():
 @pytest.mark.parametrize("name", ["cpu", "h100", "b200"])
 def test_every_kv_cache_is_emulated_by_torch_on_every_device(name, kv_cache):
     recipe, machine = Recipe.parse(f"quantize: {{format: int8_wo, kv_cache: {kv_cache}}}"), target(name)
-    assert check(recipe, machine, smollm2()) is None
+    assert refusal(recipe, machine, smollm2()) is None
     assert machine.is_kv_cache_emulated(recipe) and not machine.is_emulated(recipe)
 
 
@@ -402,7 +402,7 @@ def test_what_is_served_is_not_emulated():
 @pytest.mark.parametrize(("head_dim", "allowed"), [(64, True), (80, True), (72, False)])
 def test_blocks_of_nvfp4_divide_a_head(head_dim, allowed):
     recipe = Recipe.parse("quantize: {format: int8_wo, kv_cache: nvfp4}")
-    reason = check(recipe, target("cpu"), smollm2(head_dim=head_dim))
+    reason = refusal(recipe, target("cpu"), smollm2(head_dim=head_dim))
     assert reason is None if allowed else reason == (
         "quantize.kv_cache: nvfp4 has a scale for each 16 numbers of a head, which do not divide this model's 72; "
         "write 'fp8'"
@@ -411,11 +411,11 @@ def test_blocks_of_nvfp4_divide_a_head(head_dim, allowed):
 
 def test_a_layer_that_no_group_divides_is_named_with_the_way_out():
     recipe = Recipe.parse("quantize: {format: int4_rtn, group_size: 32}")
-    reason = check(recipe, target("cpu"), smollm2(down_features=1500))
+    reason = refusal(recipe, target("cpu"), smollm2(down_features=1500))
     assert "1500 input features of model.layers.0.mlp.down_proj" in reason
     assert "add 'model.layers.0.mlp.down_proj' to quantize.exclude" in reason
     spared = Recipe.parse("quantize: {format: int4_rtn, group_size: 32, exclude: [lm_head, '*.down_proj']}")
-    assert check(spared, target("cpu"), smollm2(down_features=1500)) is None
+    assert refusal(spared, target("cpu"), smollm2(down_features=1500)) is None
 
 
 @pytest.mark.parametrize(
@@ -436,13 +436,13 @@ def test_largest_group_size(down_features, exclude, size):
 def test_torch_splits_the_layers_of_a_llama_alone():
     model = smollm2().model_copy(update={"model_type": "phi3"})
     reason = "engine.tensor_parallel_size: torch has no way to split the layers of a 'phi3'; write 1"
-    assert check(Recipe.parse("engine: {tensor_parallel_size: 3}"), target("cpu"), model) == reason
+    assert refusal(Recipe.parse("engine: {tensor_parallel_size: 3}"), target("cpu"), model) == reason
 
 
 def test_a_rank_holds_whole_blocks_of_a_row():
     model = facts.llama(2, 64, 160, 4, 2, 16, 300, 128, True)  # 80 of 160 neurons each: blocks of 16, not of 32
     recipes = {form: f"{{quantize: {{format: {form}}}, engine: {{tensor_parallel_size: 2}}}}" for form in FP4}
-    found = {form: check(Recipe.parse(recipe), target("cpu"), model) for form, recipe in recipes.items()}
+    found = {form: refusal(Recipe.parse(recipe), target("cpu"), model) for form, recipe in recipes.items()}
     assert found["nvfp4"] is None
     assert found["mxfp4"].startswith(
         "engine.tensor_parallel_size: 2 leaves a rank 80 input features of model.layers.0.mlp.down_proj"
@@ -455,4 +455,4 @@ def test_tensor_parallelism_splits_the_input_of_row_parallel_layers():
     assert largest_group_size(smollm2(), quantize, "trtllm", ranks=3) == 64
     # 576 / 9 = 64, and 1536 is not divided by 9 at all, so nine ranks are refused earlier.
     recipe = Recipe.parse("engine: {backend: trtllm, tensor_parallel_size: 9}")
-    assert "tensor_parallel_size" in check(recipe, target("h100"), smollm2())
+    assert "tensor_parallel_size" in refusal(recipe, target("h100"), smollm2())

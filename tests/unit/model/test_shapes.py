@@ -3,7 +3,7 @@
 import pytest
 from facts import LLAMA_8B, SMOLLM2, llama
 
-from trimtab.model.shapes import check, kept, pruned
+from trimtab.model.shapes import kept, pruned, refusal
 from trimtab.recipe import Recipe
 
 QWEN = llama(24, 896, 4864, 14, 2, 64, 151936, 32768, True).model_copy(update={"model_type": "qwen2"})
@@ -57,12 +57,12 @@ def test_what_is_kept(size, share, multiple, left):
     ],
 )  # fmt: skip
 def test_refused(facts, text, sentence):
-    assert check(facts, prune(text)) == sentence
+    assert refusal(facts, prune(text)) == sentence
 
 
 @pytest.mark.parametrize("share", [0.042, 0.958])
 def test_the_remedy_is_one(share):
-    assert check(SMOLLM2, prune(f"{{method: width, ffn: {share}}}")) is None
+    assert refusal(SMOLLM2, prune(f"{{method: width, ffn: {share}}}")) is None
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_the_remedy_is_one(share):
     ],
 )
 def test_what_is_left(facts, text, changed):
-    assert check(facts, prune(text)) is None
+    assert refusal(facts, prune(text)) is None
     left = pruned(facts, prune(text))
     sizes = ("layers", "hidden_size", "intermediate_size", "heads", "kv_heads", "head_dim", "vocab_size")
     assert {name: getattr(left, name) for name in sizes} == {name: getattr(facts, name) for name in sizes} | changed
@@ -93,4 +93,4 @@ def test_what_is_left(facts, text, changed):
 
 @pytest.mark.parametrize("text", ["null", "{method: magnitude, sparsity: 0.5}"])
 def test_unstructured_pruning_changes_no_shape(text):
-    assert pruned(SMOLLM2, prune(text)) is SMOLLM2 and check(SMOLLM2, prune(text)) is None
+    assert pruned(SMOLLM2, prune(text)) is SMOLLM2 and refusal(SMOLLM2, prune(text)) is None

@@ -14,7 +14,7 @@ from trimtab.loop.state import Brief
 from trimtab.model.hardware import GB, target
 from trimtab.model.memory import memory
 from trimtab.model.outline import outline
-from trimtab.planning.checks import check
+from trimtab.planning.checks import refusal
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import open_store
@@ -74,7 +74,7 @@ def test_every_run_begins_with_an_attempt(begin, model, gpu, goal):
     state = decisions.prepare(begin(model, gpu, goal))
     facts, machine, recipe = MODELS[model], target(gpu), state.recipe
     assert state.verdict is None and not (recipe.prune or recipe.distill or recipe.quantize)
-    assert check(recipe, machine, facts) is None and memory(facts, recipe, machine).fits
+    assert refusal(recipe, machine, facts) is None and memory(facts, recipe, machine).fits
     if GOALS[goal].least_batch == 1:  # a larger one may take more
         assert recipe.engine.world_size == DEVICES[model][gpu]
     count = recipe.engine.world_size

@@ -8,7 +8,7 @@ from trimtab.catalog.goals import GOALS
 from trimtab.model.hardware import GB, target
 from trimtab.model.memory import max_context_tokens, memory
 from trimtab.model.shapes import pruned
-from trimtab.planning.checks import check
+from trimtab.planning.checks import refusal
 from trimtab.planning.matrix import MAX_RUNGS, ladder
 from trimtab.recipe import Acceptance, Recipe, SparsePruning
 from trimtab.recipe.workload import Workload
@@ -219,7 +219,7 @@ LADDERS = [
         "fp8 + fp8 KV", "fp8", "nvfp4 + fp8 KV", "nvfp4", "int4_awq", "int4_gptq", students("fp8 + fp8 KV")[0],
         "fp8, down_proj in 16 bits",
     ]),
-    # a GPU that can train the model rehearses INT4 too
+    # a GPU that can train the model trains INT4 with its rounding too
     ("lower_latency", SMOLLM2, "h100", [
         "fp8 + fp8 KV", "fp8", "int4_awq", "int4_gptq", "distill 10,000,000 tokens, rounded + int4_rtn",
         *(f"-{share} % FFN + distill 100,000,000 tokens + fp8 + fp8 KV" for share in (31, 13)),
@@ -260,7 +260,7 @@ def test_ladder(goal, facts, name, expected):
 
 
 @pytest.mark.parametrize(("name", "trained"), [("l4", True), ("h100", True), ("cpu", False)])
-def test_int4_is_rehearsed_where_a_gpu_can_train_the_model(name, trained):
+def test_int4_is_trained_where_a_gpu_can_train_the_model(name, trained):
     titles_ = titles("fit_larger_model", SMOLLM2, name, backend="torch")
     assert ("distill 10,000,000 tokens, rounded + int4_rtn" in titles_) is trained
     large = SMOLLM2.model_copy(update={"parameters": 4_000_000_000})  # 80 GB to train, and 8 GB for the teacher
@@ -296,7 +296,7 @@ def test_every_rung_runs_fits_differs_and_says_why(goal, name, model):
         for rung in rungs:
             recipe = rung.recipe
             assert recipe.engine.backend == backend
-            assert check(recipe, hardware, facts) is None
+            assert refusal(recipe, hardware, facts) is None
             assert not hardware.is_emulated(recipe) and not hardware.is_kv_cache_emulated(recipe)
             assert memory(facts, recipe, hardware).fits
             assert not isinstance(recipe.prune, SparsePruning)

@@ -8,7 +8,7 @@ from trimtab.base.errors import InputError
 from trimtab.model.hardware import GB, target
 from trimtab.model.memory import kv_bytes_per_token
 from trimtab.model.outline import outline
-from trimtab.planning.checks import check
+from trimtab.planning.checks import refusal
 from trimtab.planning.engine import plan_engine
 from trimtab.planning.parallelism import worlds
 from trimtab.recipe import Recipe
@@ -92,7 +92,7 @@ def test_the_smallest_world(model, recipe, gpu, tensor, pipeline):
     found = plan_engine(MODELS[model], recipe, target(gpu), WORKLOAD, gpus=64)
     engine = found.recipe.engine
     assert (engine.tensor_parallel_size, engine.pipeline_parallel_size) == (tensor, pipeline)
-    assert found.memory.fits and check(found.recipe, target(gpu), MODELS[model]) is None
+    assert found.memory.fits and refusal(found.recipe, target(gpu), MODELS[model]) is None
     assert engine.max_batch_size == 64 and engine.max_seq_len == 4096 + 1024 and engine.max_num_tokens == 3072
     assert engine.enable_chunked_prefill and engine.kv_cache_tokens == 163_840
     need = 163_840 * kv_bytes_per_token(MODELS[model], found.recipe)

@@ -126,12 +126,12 @@ def test_a_new_image_makes_new_results_of_what_it_shapes(upgraded, backend, anew
     assert {name for name in before if before[name] != after[name]} == anew
 
 
-def test_training_that_rehearses_a_format_is_shaped_by_what_rounds_to_it(placed):
+def test_training_with_the_rounding_of_a_format_is_shaped_by_what_rounds_to_it(placed):
     plain = Recipe.parse("{distill: {tokens: 99}, quantize: {format: int4_rtn}}")
-    rehearsed = Recipe.parse("{distill: {tokens: 99, quantization_aware: true}, quantize: {format: int4_rtn}}")
-    before = [key("distill", recipe) for recipe in (plain, rehearsed)]
+    rounded = Recipe.parse("{distill: {tokens: 99, quantization_aware: true}, quantize: {format: int4_rtn}}")
+    before = [key("distill", recipe) for recipe in (plain, rounded)]
     placed(nvidia_modelopt="0.60")
-    assert [key("distill", recipe) == old for recipe, old in zip((plain, rehearsed), before, strict=True)] == [
+    assert [key("distill", recipe) == old for recipe, old in zip((plain, rounded), before, strict=True)] == [
         True,
         False,
     ]

@@ -50,11 +50,11 @@ def risk(recipe: Recipe) -> tuple[float, ...]:
     group = quantize.group_size if bits_of(recipe) < 8 else 0
     # Teaching repairs what pruning broke; where nothing was pruned, nothing is as good.
     untaught = (-recipe.distill.tokens if recipe.distill else 0) if recipe.prune else -math.inf
-    taken = (harsh, kv_of(recipe), *removed_by(recipe), *_sparsity(recipe), group, untaught, -rehearsed(recipe))
-    return (*taken, -excluded_by(quantize))
+    taken = (harsh, kv_of(recipe), *removed_by(recipe), *_sparsity(recipe), group, untaught)
+    return (*taken, -quantization_aware(recipe), -excluded_by(quantize))
 
 
-def rehearsed(recipe: Recipe) -> int:
+def quantization_aware(recipe: Recipe) -> int:
     """Tokens that the weights were trained with as they are rounded."""
     return recipe.distill.tokens if recipe.distill and recipe.distill.quantization_aware else 0
 

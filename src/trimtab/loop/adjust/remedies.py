@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from trimtab.base.schema import Document
-from trimtab.loop.adjust.comparison import at_least, bits_of, kv_of, rehearsed, removed_by
+from trimtab.loop.adjust.comparison import at_least, bits_of, kv_of, quantization_aware, removed_by
 from trimtab.loop.adjust.exclusions import TOO_HARSH, cause_of, stage_of
 from trimtab.loop.state import Brief
 from trimtab.planning.matrix import Rung
@@ -55,8 +55,9 @@ def remedies(last: Brief, history: Sequence[Brief], ladder: Sequence[Rung]) -> I
             yield _change(recipe, "distill", learning_rate=rate), f"the same with a learning rate of {rate:g}"
     elif cause in TOO_HARSH and recipe.prune:
         yield from _gentler_pruning(recipe, history, ladder)
-    elif cause in TOO_HARSH and rehearsed(recipe) and not any(rehearsed(brief.recipe) for brief in history[:-1]):
-        yield _longer(recipe)
+    elif cause in TOO_HARSH and quantization_aware(recipe):
+        if not any(quantization_aware(brief.recipe) for brief in history[:-1]):
+            yield _longer(recipe)
 
 
 def _lighter_training(recipe: Recipe) -> Iterator[tuple[Recipe, str]]:

@@ -43,7 +43,7 @@ def assemble(
     model = skeleton(folder)
     cut = shards.cut(model, place) if place else None
     if cut:
-        export = shards.Part(folder, cut)
+        export = shards.ShardedExport(folder, cut)
     used = set()
     family = families.named(model.config.model_type)
     for group in fused.groups(export.layers, family) if fuse else ([name] for name in export.layers):

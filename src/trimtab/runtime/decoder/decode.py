@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, StaticCache
 
 from trimtab.base import progress
-from trimtab.runtime.decoder.step import Decoding, Step
+from trimtab.runtime.decoder.step import Decoding, DecodingStep
 
 #: logits [batch, V] -> the next tokens, int64 [batch, 1].
 Choice = Callable[[torch.Tensor], torch.Tensor]
@@ -157,7 +157,9 @@ class Stepping(Recorded):
     path = "loop, step of its own"
 
     @torch.inference_mode()
-    def __init__(self, step: Step, model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int):
+    def __init__(
+        self, step: DecodingStep, model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int
+    ):
         super().__init__(model, batch_size, prompt_tokens, new_tokens)
         self._run, self._decoding = step, Decoding(model, batch_size, self._length, step.by_spans)
 
@@ -198,7 +200,7 @@ def decoder(
     batch_size: int,
     prompt_tokens: int,
     new_tokens: int,
-    step: Step | None = None,
+    step: DecodingStep | None = None,
     agree: Agree = bool,
 ) -> Growing | Recorded:
     """Returns the fastest way to decode on the model's device; its `path` says which, and on a GPU why no faster.
@@ -212,7 +214,9 @@ def decoder(
     return recorded(model, batch_size, prompt_tokens, new_tokens, step=step, agree=agree)
 
 
-def recorded(model: PreTrainedModel, *sizes: int, step: Step | None = None, agree: Agree = bool) -> Growing | Recorded:
+def recorded(
+    model: PreTrainedModel, *sizes: int, step: DecodingStep | None = None, agree: Agree = bool
+) -> Growing | Recorded:
     """Returns the first way to decode that can be recorded, in all ranks, or a loop with the reason."""
     reason = ""
     for make in ([lambda: Stepping(step, model, *sizes)] if step else []) + [lambda: Static(model, *sizes)]:

@@ -30,7 +30,7 @@ from trimtab.runtime.linear import elementwise, fused, small_batch
 from trimtab.runtime.linear.choice import PackedLinear
 from trimtab.runtime.linear.elementwise import Angles, Kernels, Sizes
 
-Product = Callable[[torch.Tensor], torch.Tensor]
+Multiply = Callable[[torch.Tensor], torch.Tensor]
 
 #: Rotary embeddings whose angles depend on nothing but the position.
 _ROTARY = ("default", "linear", "llama3", "yarn")
@@ -44,17 +44,17 @@ class _Block:
 
     layer: int
     before: FusedRMSNorm
-    qkv: Product
+    qkv: Multiply
     query_norm: nn.Module | None
     key_norm: nn.Module | None
     scaling: float
-    out: Product
+    out: Multiply
     between: FusedRMSNorm
-    gate_up: Product
-    down: Product
+    gate_up: Multiply
+    down: Multiply
 
 
-class Step:
+class DecodingStep:
     """Computes the logits of one token a sequence, or of packed tokens where a pass tells the kernel their spans.
 
     Args:
@@ -70,7 +70,7 @@ class Step:
         model: PreTrainedModel,
         positions: int,
         kernels: Kernels | None = None,
-        products: dict[nn.Module, Product] | None = None,
+        products: dict[nn.Module, Multiply] | None = None,
         by_spans: bool = False,
     ):
         body, self._family = model.base_model, families.named(model.config.model_type)
@@ -126,15 +126,15 @@ class Step:
             down=self._product(getattr(mlp, m.down)),
         )
 
-    def _together(self, module: nn.Module, *names: str) -> Product:
+    def _together(self, module: nn.Module, *names: str) -> Multiply:
         """Returns the product of layers that read one input: their outputs side by side."""
         layers = [getattr(module, name) for name in names]
-        if isinstance(layers[0], fused.Part):
+        if isinstance(layers[0], fused.FusedPart):
             return self._product(layers[0].product.layer)
         products = [self._product(layer) for layer in layers]
         return lambda x: torch.cat([product(x) for product in products], dim=-1)
 
-    def _product(self, layer: nn.Module) -> Product:
+    def _product(self, layer: nn.Module) -> Multiply:
         return self._products.get(layer, layer)
 
     def _normed(self, block: _Block, qkv: torch.Tensor) -> torch.Tensor:
@@ -200,7 +200,7 @@ def _holding(module: nn.Module) -> set[str]:
 
 
 @torch.inference_mode()
-def build(model: PreTrainedModel, positions: int) -> Step | None:
+def build(model: PreTrainedModel, positions: int) -> DecodingStep | None:
     """Returns the step of a model, on a GPU with the fastest kernels found, or None: it has none, and reports why."""
     reason = refusal(model, positions)
     if not reason:
@@ -211,7 +211,7 @@ def build(model: PreTrainedModel, positions: int) -> Step | None:
             if why := paged_attention.why_no_kernel(model):
                 progress.report("engine", f"attention runs without a kernel of its own: {why}")
             by_spans = not why
-        step = Step(model, positions, kernels, products, by_spans)
+        step = DecodingStep(model, positions, kernels, products, by_spans)
         reason = disagreement(model, step, positions)
     if reason:
         progress.report("engine", f"decodes by transformers' forward pass: {type(model).__name__} {reason}")
@@ -223,7 +223,7 @@ def layers(model: PreTrainedModel) -> list[nn.Module]:
     """Returns the layers that a step multiplies with, and the head."""
     found = [model.get_output_embeddings()]
     for module in model.base_model.modules():
-        if isinstance(module, fused.Part):
+        if isinstance(module, fused.FusedPart):
             found.append(module.product.layer)
         elif isinstance(module, (nn.Linear, PackedLinear)):
             found.append(module)
@@ -231,7 +231,7 @@ def layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 @torch.inference_mode()
-def disagreement(model: PreTrainedModel, step: Step, positions: int) -> str:
+def disagreement(model: PreTrainedModel, step: DecodingStep, positions: int) -> str:
     """Returns "" where a step gives the logits of the model's own forward pass, for one sequence and for three.
 
     How near they must be, the model tells: its logits for embeddings that are off by a unit of bfloat16's last place.

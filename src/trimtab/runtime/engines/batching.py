@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-Request = tuple[list[int], list[int]]
+ScoringRequest = tuple[list[int], list[int]]
 
 #: More branches would make rows long, and attention quadratic in it.
 MAX_BRANCHES = 16
 
 
 @dataclass
-class Row:
+class PackedRow:
     """A context and the continuations scored on it, by the index of their request."""
 
     context: list[int]
@@ -47,7 +47,7 @@ class Batch:
     owners: torch.Tensor
 
 
-def rows(requests: Iterable[Request], share: bool, max_tokens: int) -> list[Row]:
+def rows(requests: Iterable[ScoringRequest], share: bool, max_tokens: int) -> list[PackedRow]:
     """Groups requests into rows of at most `max_tokens` (a single longer request keeps its own row)."""
     finished, open_rows = [], {}
     for index, (context, continuation) in enumerate(requests):
@@ -55,15 +55,15 @@ def rows(requests: Iterable[Request], share: bool, max_tokens: int) -> list[Row]
         row = open_rows.get(key)
         full = row and (len(row.branches) == MAX_BRANCHES or len(row) + len(continuation) - 1 > max_tokens)
         if row is None or full:
-            row = open_rows[key] = Row(context)
+            row = open_rows[key] = PackedRow(context)
             finished.append(row)
         row.branches.append((index, continuation))
     return finished
 
 
-def batches(all_rows: list[Row], max_tokens: int) -> Iterator[list[Row]]:
+def batches(all_rows: list[PackedRow], max_tokens: int) -> Iterator[list[PackedRow]]:
     """Yields rows sorted by length, longest first, in batches of at most `max_tokens` with their padding."""
-    batch: list[Row] = []
+    batch: list[PackedRow] = []
     for row in sorted(all_rows, key=len, reverse=True):
         if batch and len(batch[0]) * (len(batch) + 1) > max_tokens:
             yield batch
@@ -73,7 +73,7 @@ def batches(all_rows: list[Row], max_tokens: int) -> Iterator[list[Row]]:
         yield batch
 
 
-def to_tensors(batch: list[Row]) -> Batch:
+def to_tensors(batch: list[PackedRow]) -> Batch:
     """Lays a batch out as tensors."""
     length = max(len(row) for row in batch)
     tokens = torch.zeros(len(batch), length, dtype=torch.int64)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime.checkpoint.model_files import Export, end_tokens, load_tokenizer, weight_file_bytes
-from trimtab.runtime.engines.batching import Request
+from trimtab.runtime.engines.batching import ScoringRequest
 
 
 class LibraryEngine:
@@ -48,7 +48,7 @@ class LibraryEngine:
         layers = Export(self.export).layers
         return {name: {"kernel": f"{self._name} {layout.algo}", "emulated": False} for name, layout in layers.items()}
 
-    def loglikelihood(self, requests: list[Request]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[ScoringRequest]) -> list[tuple[float, bool]]:
         raise NotImplementedError
 
     def nll(self, windows: torch.Tensor) -> list[float]:

@@ -22,7 +22,7 @@ from trimtab.base import child
 from trimtab.base.errors import Failure, StageError
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime.checkpoint.model_files import load_tokenizer
-from trimtab.runtime.engines.batching import Request
+from trimtab.runtime.engines.batching import ScoringRequest
 from trimtab.runtime.engines.torch_engine import Engine, TorchEngine
 from trimtab.runtime.kv_cache.emulated import ServedKVCache
 from trimtab.serving.record import Built
@@ -105,7 +105,7 @@ class ParallelEngine:
         """As the protocol says: each stage tells of its own blocks."""
         return {name: kernel for found in self._ask("kernels") for name, kernel in found.items()}
 
-    def loglikelihood(self, requests: list[Request]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[ScoringRequest]) -> list[tuple[float, bool]]:
         """As `TorchEngine.loglikelihood`."""
         return [(likelihood, greedy) for likelihood, greedy in self._agreed("loglikelihood", requests)]
 

@@ -20,10 +20,10 @@ from trimtab.runtime.checkpoint.model_files import load_tokenizer
 from trimtab.runtime.decoder import decode, float16_range, gpu_memory, head, step
 from trimtab.runtime.decoder.assemble import assemble
 from trimtab.runtime.decoder.decode import Growing, Recorded
-from trimtab.runtime.decoder.step import Step
+from trimtab.runtime.decoder.step import DecodingStep
 from trimtab.runtime.engines import batching
 from trimtab.runtime.engines.answer_end import AnswersEnd
-from trimtab.runtime.engines.batching import Request
+from trimtab.runtime.engines.batching import ScoringRequest
 from trimtab.runtime.kernels import replacements
 from trimtab.runtime.kv_cache.emulated import ServedKVCache
 from trimtab.runtime.linear import cpu_products, fused
@@ -53,7 +53,7 @@ class Engine(Protocol):
     def kernels(self) -> dict[str, dict[str, Any]]:
         """Returns for each quantized layer {"kernel": name, "emulated": bool}."""
 
-    def loglikelihood(self, requests: list[Request]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[ScoringRequest]) -> list[tuple[float, bool]]:
         """Returns for each (context, continuation) its log-probability in nats, and whether it is greedy."""
 
     def nll(self, windows: torch.Tensor) -> list[float]:
@@ -75,7 +75,7 @@ class Engine(Protocol):
         """Gives memory and processes back; the engine answers no more."""
 
 
-def check_requests(requests: list[Request], limit: int, name: str = "engine.max_seq_len") -> None:
+def check_requests(requests: list[ScoringRequest], limit: int, name: str = "engine.max_seq_len") -> None:
     """Refuses requests for log-likelihoods that an engine cannot answer whole.
 
     Raises:
@@ -165,7 +165,7 @@ class TorchEngine:
         return load_tokenizer(self.folder)
 
     @cached_property
-    def _step(self) -> Step | None:
+    def _step(self) -> DecodingStep | None:
         return step.build(self.model, self.settings.max_seq_len) if self._has_step else None
 
     @property
@@ -188,7 +188,7 @@ class TorchEngine:
         return {name: {"kernel": m.kernel, "emulated": m.emulated} for name, m in packed.items()}
 
     @torch.inference_mode()
-    def loglikelihood(self, requests: list[Request]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[ScoringRequest]) -> list[tuple[float, bool]]:
         """As the protocol says; nothing is truncated, and requests that share a context share its work.
 
         Raises:

@@ -21,7 +21,7 @@ from trimtab.catalog.backends import BACKENDS
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime.decoder import gpu_memory
 from trimtab.runtime.engines import decode_time
-from trimtab.runtime.engines.batching import Request
+from trimtab.runtime.engines.batching import ScoringRequest
 from trimtab.runtime.engines.library import LibraryEngine
 from trimtab.runtime.engines.torch_engine import check_length, check_prompts, check_requests
 from trimtab.serving.record import RANKS, Built
@@ -57,7 +57,7 @@ class TrtllmEngine(LibraryEngine):
         self._loaded = gpu_memory.used() - before
 
     @torch.inference_mode()
-    def loglikelihood(self, requests: list[Request]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[ScoringRequest]) -> list[tuple[float, bool]]:
         """As the protocol says.
 
         Raises:

@@ -23,7 +23,7 @@ from trimtab.runtime.checkpoint import compressed_tensors
 from trimtab.runtime.checkpoint.model_files import Export
 from trimtab.runtime.decoder import gpu_memory
 from trimtab.runtime.engines import decode_time
-from trimtab.runtime.engines.batching import Request
+from trimtab.runtime.engines.batching import ScoringRequest
 from trimtab.runtime.engines.library import LibraryEngine
 from trimtab.runtime.engines.torch_engine import check_length, check_prompts, check_requests
 from trimtab.serving.record import CHECKPOINT, Built
@@ -66,7 +66,7 @@ class VllmEngine(LibraryEngine):
             raise Failure("unsupported", f"vLLM refuses the export or its settings: {reason[:400]}") from error
         self._loaded = gpu_memory.used() - before
 
-    def loglikelihood(self, requests: list[Request]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[ScoringRequest]) -> list[tuple[float, bool]]:
         """As the protocol says.
 
         Raises:

@@ -21,7 +21,7 @@ _ROUNDS = 5
 
 
 @dataclass(frozen=True)
-class Row:
+class StepToken:
     """One sequence's token in a decoding step: where it stands, and the blocks that it looks at."""
 
     token: int
@@ -30,7 +30,7 @@ class Row:
     blocks: list[int]
 
 
-def to_tensor(rows: list[Row], sequences: int, width: int, padding_slot: int, block_size: int) -> torch.Tensor:
+def to_tensor(rows: list[StepToken], sequences: int, width: int, padding_slot: int, block_size: int) -> torch.Tensor:
     """Returns rows as int64 [sequences, COLUMNS + width]: token, position, slot, tokens to look at, blocks.
 
     What is not filled looks at one token of the block that is nobody's, and writes there.

@@ -27,7 +27,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 EXACT_EVERY = 128
 
 
-class Product:
+class Matmul:
     """x @ matrix.T for few rows, one product at a time: what counts the programs is the layer's.
 
     Args:

@@ -20,7 +20,7 @@ from trimtab.runtime.linear.packed import PackedLinear
 _INT4_GROUPS = (32, 64, 128, 256)
 
 
-Product = Callable[[torch.Tensor], torch.Tensor]
+Multiply = Callable[[torch.Tensor], torch.Tensor]
 
 #: Rows up to which a packed kernel with vector code is faster than the dense product: INT4 takes longer to unpack.
 _PACKED_ROWS = {"_weight_int8pack_mm": 16, "_weight_int4pack_mm_for_cpu": 32}
@@ -28,7 +28,7 @@ _PACKED_ROWS = {"_weight_int8pack_mm": 16, "_weight_int4pack_mm_for_cpu": 32}
 _LARGER = 4
 
 
-def packed_rows(kernel: str, packed: Product, dense: Product, in_features: int) -> int:
+def packed_rows(kernel: str, packed: Multiply, dense: Multiply, in_features: int) -> int:
     """Returns the rows up to which a packed kernel is the faster one, 0 where PyTorch has no vector code for it.
 
     Where it has, one row takes a third of the dense product's time; where it has none, six times as much. So a first

@@ -53,7 +53,7 @@ class WeightOnly(PackedLinear):
         """
         from trimtab.runtime.kernels import matmul
 
-        return matmul.Product(self.words_OW, self.scale, cut, self.bits, self.group_size)
+        return matmul.Matmul(self.words_OW, self.scale, cut, self.bits, self.group_size)
 
     def packed(self, x_RI: torch.Tensor) -> torch.Tensor:
         return self._few(x_RI) if len(x_RI) <= tile.FEW else self._many(x_RI)

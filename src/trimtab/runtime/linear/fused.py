@@ -21,7 +21,7 @@ from trimtab.runtime.linear.choice import PackedLinear
 _SHARED = ("input_scale", "pre_quant_scale", "weight_scale_2")
 
 
-class Product(nn.Module):
+class FusedLinear(nn.Module):
     """One layer in the place of several: called, it returns all their outputs side by side, [..., sum of sizes]."""
 
     def __init__(self, layer: nn.Linear | PackedLinear, sizes: list[int]):
@@ -43,10 +43,10 @@ class Product(nn.Module):
         return found
 
 
-class Part(nn.Module):
+class FusedPart(nn.Module):
     """Stands where a model expects one of a product's layers."""
 
-    def __init__(self, product: Product, number: int):
+    def __init__(self, product: FusedLinear, number: int):
         super().__init__()
         self.product, self.number = product, number
         self.in_features, self.out_features = product.layer.in_features, product.sizes[number]
@@ -105,9 +105,9 @@ def _same(tensors: list[torch.Tensor | None]) -> bool:
 
 def place(model: nn.Module, names: list[str], layer: nn.Linear | PackedLinear, sizes: list[int]) -> None:
     """Puts one layer in the place of several, whose outputs have these sizes."""
-    product = Product(layer, sizes)
+    product = FusedLinear(layer, sizes)
     for number, name in enumerate(names):
-        model.set_submodule(name, Part(product, number))
+        model.set_submodule(name, FusedPart(product, number))
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     """Returns the packed layer that computes each quantized layer of a model, by the names that the export uses."""
     found = {}
     for name, module in model.named_modules():
-        layer = module.product.layer if isinstance(module, Part) else module
+        layer = module.product.layer if isinstance(module, FusedPart) else module
         if isinstance(layer, PackedLinear) and ".product" not in name:
             found[name] = layer
     return found

@@ -26,7 +26,7 @@ BLOCKS = (
 #: Rows that products are chosen for; one serves fewer rows too, down to the next.
 ROWS = (1, 16, 64)
 
-Product = Callable[[torch.Tensor], torch.Tensor]
+Multiply = Callable[[torch.Tensor], torch.Tensor]
 #: How a product is cut: one of `BLOCKS`, or a tile.
 Cut = tuple[int, ...]
 #: A layer, and what a product takes of it beside its input.
@@ -40,7 +40,7 @@ class Chosen:
         by_rows: (rows at most, product), the fewest first; more rows are the layer's own.
     """
 
-    def __init__(self, layer: nn.Module, by_rows: list[tuple[int, Product]]):
+    def __init__(self, layer: nn.Module, by_rows: list[tuple[int, Multiply]]):
         self._by_rows, self._layer = by_rows, layer
 
     def __call__(self, x_RI: torch.Tensor) -> torch.Tensor:
@@ -131,7 +131,7 @@ def cuts(layer: nn.Module, given: dict[str, Any], rows: int) -> tuple[Cut, ...]:
     return fitting if rows > 1 or in_words else BLOCKS + fitting
 
 
-def product(layer: nn.Module, given: dict[str, Any], cut: Cut) -> Product:
+def product(layer: nn.Module, given: dict[str, Any], cut: Cut) -> Multiply:
     """Returns the product of a layer by one of its cuts."""
     from trimtab.runtime.kernels import decoding, matmul
 
@@ -139,9 +139,9 @@ def product(layer: nn.Module, given: dict[str, Any], cut: Cut) -> Product:
         return partial(decoding.matvec, block=cut, **given)
     if isinstance(layer, choice.WeightOnly):
         return layer.by(cut)
-    multiply = matmul.Product(given["weight"], given["scale"], cut)
+    multiply = matmul.Matmul(given["weight"], given["scale"], cut)
     return lambda x_RI: multiply(layer.codes(x_RI))
 
 
-def _seconds(products: list[Product], x: torch.Tensor) -> float:
+def _seconds(products: list[Multiply], x: torch.Tensor) -> float:
     return cuda_graphs.seconds([partial(product, x) for product in products])

@@ -217,7 +217,7 @@ class Absent(nn.Module):
         return hidden_states
 
 
-class Part(Export):
+class ShardedExport(Export):
     """An export of which a rank reads what it holds."""
 
     def __init__(self, folder: Path, cut: Cut):

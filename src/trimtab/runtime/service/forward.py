@@ -15,14 +15,14 @@ from trimtab.base import progress
 from trimtab.base.errors import Failure
 from trimtab.runtime.decoder import gpu_memory
 from trimtab.runtime.decoder import step as own_step
-from trimtab.runtime.decoder.step import Step
+from trimtab.runtime.decoder.step import DecodingStep
 from trimtab.runtime.kernels import cuda_graphs, replacements
 from trimtab.runtime.kv_cache import paged_attention
 from trimtab.runtime.kv_cache.block_pool import BlockPool
 from trimtab.runtime.kv_cache.paged import PagedKVCache
 from trimtab.runtime.kv_cache.paged_attention import Chunk, Pass
 from trimtab.runtime.service import step_inputs
-from trimtab.runtime.service.scheduler import Step as Planned
+from trimtab.runtime.service.scheduler import ScheduledStep as Planned
 from trimtab.runtime.service.scheduler import Work
 from trimtab.runtime.service.step_inputs import Item, Shape
 
@@ -48,7 +48,7 @@ class Forward:
     def __init__(self, model: PreTrainedModel, device: torch.device, positions: int, attention: Attention):
         self._model, self._device = model, device
         #: The family's own step, where it has one and the device is a GPU.
-        self.step: Step | None = None
+        self.step: DecodingStep | None = None
         if device.type == "cuda":
             replacements.fuse_norms(model)
             self.step = own_step.build(model, positions)
@@ -91,7 +91,7 @@ class Forward:
                 padding += -(planned.tokens + padding) % ROUNDING
             nobody = self._cache.padding_slot
             rows = [self._row(work) for work in singles]
-            rows += [cuda_graphs.Row(0, 0, nobody, [nobody // self._pool.block_size])] * padding
+            rows += [cuda_graphs.StepToken(0, 0, nobody, [nobody // self._pool.block_size])] * padding
             logits = self._mixed(rows, chunks) if chunks else self._decode(rows)
             logits = torch.cat([logits[: len(singles)], logits[len(rows) :]])
         places = [i for i, work in enumerate(works) if work.is_last]
@@ -113,7 +113,7 @@ class Forward:
         table = self._pool.tables[work.sequence]
         return Item(work.sequence.tokens[start:stop], start, table[: self._pool.needed(stop)])
 
-    def _decode(self, rows: list[cuda_graphs.Row]) -> torch.Tensor:
+    def _decode(self, rows: list[cuda_graphs.StepToken]) -> torch.Tensor:
         """Runs single tokens by gathered blocks; returns the logits of each row."""
         count, width = len(rows), max(len(row.blocks) for row in rows)
         sequences = count
@@ -127,7 +127,7 @@ class Forward:
         where = Pass(self._cache, slots, lines[:, cuda_graphs.COLUMNS :].contiguous(), lengths)
         return self._logits(tokens[None], positions[None], where)
 
-    def _mixed(self, rows: list[cuda_graphs.Row], chunks: list[Work]) -> torch.Tensor:
+    def _mixed(self, rows: list[cuda_graphs.StepToken], chunks: list[Work]) -> torch.Tensor:
         """Runs single tokens and chunks of prompts in one pass; returns the logits of each one's last token."""
         tokens, positions, slots = ([getattr(row, n) for row in rows] for n in ("token", "position", "slot"))
         found, last = [], list(range(len(rows)))
@@ -157,11 +157,11 @@ class Forward:
         hidden = self._body(input_ids=tokens, position_ids=positions, use_cache=False, paged=where).last_hidden_state[0]
         return self._head(hidden if last is None else hidden[last])
 
-    def _row(self, work: Work) -> cuda_graphs.Row:
+    def _row(self, work: Work) -> cuda_graphs.StepToken:
         sequence, position = work.sequence, work.sequence.computed
         table = self._pool.tables[sequence]
         blocks = table[: self._pool.needed(position + 1)]
-        return cuda_graphs.Row(sequence.tokens[position], position, self._slot(table, position), blocks)
+        return cuda_graphs.StepToken(sequence.tokens[position], position, self._slot(table, position), blocks)
 
     def _slot(self, table: list[int], position: int) -> int:
         block, offset = divmod(position, self._pool.block_size)

@@ -33,7 +33,7 @@ BLOCK_SIZE = 16
 
 
 @dataclass(eq=False)
-class Request(Sequence):
+class GenerationRequest(Sequence):
     """A sequence with its own way of choosing tokens; `finish_reason` is "" until it ends."""
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -47,7 +47,7 @@ class Request(Sequence):
 class Event:
     """A request got a token, None where that was its end-of-text token; `last` when it has ended."""
 
-    request: Request
+    request: GenerationRequest
     chosen: Chosen | None
     last: bool = False
 
@@ -156,7 +156,7 @@ class PagedEngine:
         """How the last step of nothing but single tokens ran: "loop", or "CUDA graph"; with the kernel, any step."""
         return self._forward.path
 
-    def check(self, request: Request) -> None:
+    def check(self, request: GenerationRequest) -> None:
         """Raises InputError where a request could never be served; names the field."""
         limit = self.settings.max_seq_len
         if request.length > limit:
@@ -168,7 +168,7 @@ class PagedEngine:
                 raise InputError(f"prompt: token {token} is not valid; write numbers from 0 to {vocabulary - 1}")
         self.scheduler.check(request)
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: GenerationRequest) -> None:
         """Lets a request wait for its turn; the next steps compute it.
 
         Raises:
@@ -177,7 +177,7 @@ class PagedEngine:
         self.check(request)
         self.scheduler.submit(request)
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, request: GenerationRequest) -> None:
         """Ends a request, whatever became of it, and frees its blocks."""
         self._finish(request, "cancelled")
 
@@ -207,7 +207,7 @@ class PagedEngine:
         Raises:
             InputError: a prompt is empty, or with its new tokens exceeds a limit.
         """
-        requests = [Request(list(prompt), max_new_tokens) for prompt in prompts]
+        requests = [GenerationRequest(list(prompt), max_new_tokens) for prompt in prompts]
         for request in requests:
             self.submit(request)
         for _ in self.run():
@@ -232,12 +232,12 @@ class PagedEngine:
             length = tokens // 2
             for number in range(size):
                 new_tokens = tokens - length if number == 0 else 2
-                self.submit(Request([0] * length, new_tokens, ignore_eos=True))
+                self.submit(GenerationRequest([0] * length, new_tokens, ignore_eos=True))
             for _ in self.run():
                 pass
             size //= 2
 
-    def _note(self, request: Request, chosen: Chosen) -> Event:
+    def _note(self, request: GenerationRequest, chosen: Chosen) -> Event:
         request.times.append(time.monotonic())
         if chosen.token in self.ends and not request.ignore_eos:
             self._finish(request, "stop")
@@ -247,7 +247,7 @@ class PagedEngine:
             self._finish(request, "length")
         return Event(request, chosen, last=bool(request.finish_reason))
 
-    def _finish(self, request: Request, reason: str) -> None:
+    def _finish(self, request: GenerationRequest, reason: str) -> None:
         request.finish_reason = request.finish_reason or reason
         self.scheduler.remove(request)
 

@@ -72,7 +72,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Step:
+class ScheduledStep:
     """What one forward pass computes: `works`, and so many tokens of `padding` that nobody reads."""
 
     works: list[Work]
@@ -154,7 +154,7 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def next_step(self, now: float) -> Step | None:
+    def next_step(self, now: float) -> ScheduledStep | None:
         """Returns what to compute next, or None when there is nothing to do yet.
 
         The caller computes it and says `done`, appends a token to every sequence whose `Work.is_last`, and removes
@@ -162,14 +162,14 @@ class Scheduler:
         """
         return self._in_flight() if self.strategy == "in-flight" else self._batched(now)
 
-    def done(self, step: Step) -> None:
+    def done(self, step: ScheduledStep) -> None:
         """Notes that the keys and values of a step are in the cache."""
         for work in step.works:
             work.sequence.computed += work.count
 
     # ------------------------------------------------------------------------------------------------ in-flight
 
-    def _in_flight(self) -> Step | None:
+    def _in_flight(self) -> ScheduledStep | None:
         works = [Work(sequence, 1) for sequence in self._decoding()]
         budget = self.max_num_tokens - len(works)
         for sequence in self.running:  # prompts that are being read have their blocks
@@ -178,7 +178,7 @@ class Scheduler:
                 works.append(Work(sequence, count))
                 budget -= count
         works += self._admit(budget)
-        return Step(works) if works else None
+        return ScheduledStep(works) if works else None
 
     def _decoding(self) -> list[Sequence]:
         """The running sequences that have one token to compute, each with room for it; the last may lose theirs."""
@@ -230,7 +230,7 @@ class Scheduler:
 
     # ----------------------------------------------------------------------------------------- static and dynamic
 
-    def _batched(self, now: float) -> Step | None:
+    def _batched(self, now: float) -> ScheduledStep | None:
         if not self.running:
             if not self._forms(now):
                 return None
@@ -245,8 +245,8 @@ class Scheduler:
         if works:
             ends = sum(work.is_last for work in works)
             read = sum(work.sequence.prompt_tokens for work in works if work.is_last)
-            return Step(works, ends * self._batch.longest - read)
-        return Step([Work(sequence, 1) for sequence in self.running], self._batch.size - len(self.running))
+            return ScheduledStep(works, ends * self._batch.longest - read)
+        return ScheduledStep([Work(sequence, 1) for sequence in self.running], self._batch.size - len(self.running))
 
     def _forms(self, now: float) -> bool:
         if not self.waiting:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from trimtab.base.errors import Failure
 from trimtab.catalog.formats import FORMATS
 from trimtab.components.distillation import work
-from trimtab.components.distillation.weights.quantization_aware import Rehearsal, Rounding
+from trimtab.components.distillation.weights.quantization_aware import QuantizationAware, Rounding
 from trimtab.components.pruning.work import prune
 from trimtab.components.quantization.work import quantize
 from trimtab.recipe import NEAREST_FORMATS, Quantization
@@ -46,7 +46,7 @@ def test_the_export_holds_what_training_saw(form, model, calibration, tmp_path):
     generator = torch.Generator().manual_seed(0)
     for layer in layers.values():
         layer.weight.data *= 1 + 0.01 * torch.randn(layer.weight.shape, generator=generator)
-    change = Rehearsal(settings, {name for name in layers if not name.endswith("v_proj")})
+    change = QuantizationAware(settings, {name for name in layers if not name.endswith("v_proj")})
     change.attach(student)
     seen = {name: layer.weight.detach() for name, layer in layers.items() if not name.endswith("v_proj")}
     change.finish(student)
@@ -78,7 +78,7 @@ def distill(student, model, folder, weights, name="run", **settings):
 
 
 def test_the_loss_is_that_of_the_rounded_student(model, tmp_path):
-    """INT4 rounding costs an unpruned student something, and a rehearsal wins some of it back."""
+    """INT4 rounding costs an unpruned student something, and training with it wins some of it back."""
     weights = {"rounded": {"format": "int4_rtn", "group_size": 32}}
     metrics, output = distill(model, model, tmp_path, weights, tokens=20 * 4 * 32, learning_rate=3e-4)
     assert metrics["heldout_loss_before"] > 0.001, "the student is its teacher, but for the rounding"
