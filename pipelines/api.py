@@ -204,6 +204,8 @@ def checked(
             few items.
     """
     measured = Evaluation.parse(text_of(evaluation, "evaluation") or "{}")
+    if measured.task_path:  # stages run elsewhere
+        measured = measured.model_copy(update={"task_path": str(Path(measured.task_path).absolute())})
     asked = Asked(str(model), goal, target, text_of(recipe, "recipe"), max_attempts, name, measured)
     _check_texts(asked)
     dealing.deal(task_sizes.of(measured), measured, asked.wanted.accept, max_attempts)

@@ -98,13 +98,12 @@ def read(path: str, field: str) -> str:
         raise InputError(f"{field}: '{path}' cannot be read ({error.__class__.__name__}); write a YAML file") from None
 
 
-def read_evaluation(path: str, tasks: str | None = None, task_path: str = "", here: bool = True) -> Evaluation:
+def read_evaluation(path: str, tasks: str | None = None, task_path: str = "") -> Evaluation:
     """Returns what is measured: a YAML file's, "" for none, with the tasks that were named beside it.
 
     Args:
         tasks: names of tasks, separated by commas; None where none are named beside the file.
         task_path: the folder of their YAMLs; "" where none is named beside the file.
-        here: whether the folder is one of this machine; then its path is made absolute, for stages run elsewhere.
 
     Raises:
         InputError: the file is none, or has a bad value, or names what is named beside it too.
@@ -120,8 +119,6 @@ def read_evaluation(path: str, tasks: str | None = None, task_path: str = "", he
         document["tasks"] = [task.strip() for task in tasks.split(",") if task.strip()]
         if not document["tasks"]:
             raise InputError("--tasks: names no task; write names separated by commas, such as trimtab_suite")
-    if here and document.get("task_path"):
-        document["task_path"] = str(Path(document["task_path"]).absolute())
     return Evaluation.parse(document)
 
 

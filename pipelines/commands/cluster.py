@@ -175,7 +175,7 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     from trimtab.components.deployment.rollout import settings
 
     check_choice("pipeline", arguments.pipeline, tuple(PIPELINES))
-    evaluation = read_evaluation(arguments.evaluation, here=False)
+    evaluation = read_evaluation(arguments.evaluation)
     asked = Asked(
         model=arguments.model,
         goal=arguments.goal,
@@ -190,4 +190,3 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
         dealing.deal(own, evaluation, asked.wanted.accept, asked.max_attempts)
     rollout = settings.asked(read(arguments.rollout, "rollout"), arguments.store)
     return asked.parameters(store=arguments.store, rollout=rollout.to_json() if rollout else "")
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from importlib import resources
@@ -113,10 +114,11 @@ def test_run_hands_the_pipeline_what_was_asked(write_model, tmp_path, monkeypatc
     monkeypatch.setattr(local, "run", lambda parameters, folder, console: given.update(parameters, folder=folder))
     monkeypatch.chdir(tmp_path)
     model = write_model(tmp_path / "model")
-    trimtab.run("model", "store", recipe={"quantize": {"format": "int8_wo"}}, evaluation="{items: [400, 0, 0]}")
+    evaluation = "{items: [400, 0, 0], task_path: mine}"
+    trimtab.run("model", "store", recipe={"quantize": {"format": "int8_wo"}}, evaluation=evaluation)
     assert given["model"] == str(model) and given["store"] == (tmp_path / "store").as_uri() and given["name"] == "model"
     assert given["folder"] == tmp_path / "trimtab-runs" and given["max_attempts"] == 5
-    assert json.loads(given["evaluation"]) == {"items": [400, 0, 0]}
+    assert json.loads(given["evaluation"]) == {"items": [400, 0, 0], "task_path": str(tmp_path / "mine")}
     assert Recipe.parse(given["recipe"]) == Recipe.parse("{quantize: {format: int8_wo}}")
 
 
@@ -136,3 +138,19 @@ def test_python_m(tmp_path):
     assert version.stdout == f"trimtab {trimtab.__version__}\n"
     wrong = subprocess.run([*command, "recipe", "--check", "none.yaml"], capture_output=True, text=True, cwd=tmp_path)
     assert wrong.returncode == 2 and "recipe: 'none.yaml' cannot be read" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("trimtab v", {"verify "}),
+        ("trimtab run --goal lower_l", {"lower_latency "}),
+        ("trimtab profile --e", {"--example "}),
+    ],
+)
+def test_a_shell_completes_the_command(line, expected, tmp_path):
+    pytest.importorskip("argcomplete")
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "said"), "_ARGCOMPLETE_IFS": "|"}
+    environment = {**os.environ, **asked, "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    subprocess.run([sys.executable, "-m", "trimtab"], env=environment, check=True)
+    assert set((tmp_path / "said").read_text().split("|")) == expected
