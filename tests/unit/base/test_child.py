@@ -155,7 +155,7 @@ def wait_for(condition, seconds: float = 10) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a stage must follow its run")
 def test_a_child_dies_with_its_stage(work, tmp_path):
     started = tmp_path / "started"
-    code = f"from trimtab import child; child.call('{work}:slow', started='{started}')"
+    code = f"from trimtab.base import child; child.call('{work}:slow', started='{started}')"
     stage = subprocess.Popen([sys.executable, "-c", code])
     assert wait_for(lambda: started.exists() and started.read_text())
     stage.send_signal(signal.SIGKILL)
@@ -173,7 +173,7 @@ def test_the_time_limit_ends_the_child_and_what_it_started(work, tmp_path):
 
 def test_a_stage_ends_when_its_run_is_gone(tmp_path):
     run = subprocess.Popen(["sleep", "60"])
-    code = "import time; from trimtab import child; child.follow_run(); time.sleep(60)"
+    code = "import time; from trimtab.base import child; child.follow_run(); time.sleep(60)"
     stage = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, child.RUN_PID: str(run.pid)})
     time.sleep(0.5)
     assert stage.poll() is None

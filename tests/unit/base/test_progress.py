@@ -38,7 +38,7 @@ def test_track_yields_everything_and_reports_the_end(events):
 
 
 def test_many_processes_write_whole_lines(events):
-    code = "from trimtab import progress\nfor n in range(200): progress.report('x', 'y' * 300, n, 200)"
+    code = "from trimtab.base import progress\nfor n in range(200): progress.report('x', 'y' * 300, n, 200)"
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
     assert [process.wait() for process in processes] == [0] * 4
     assert len(events()) == 800
