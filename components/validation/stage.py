@@ -23,10 +23,10 @@ from trimtab.verdict import Measurements, Verdict
 SPEED_GOALS = ("lower_latency", "higher_throughput", "lower_cost")
 
 _MEASURE = "trimtab.components.validation.measure"
-EVALUATE = stages.work_stage("evaluate", f"{_MEASURE}:evaluate", "evaluation")
+EVALUATE = stages.work_stage("evaluate", f"{_MEASURE}:evaluate", "evaluation", version=2)
 COMPARE_SPEED = stages.work_stage("speed", f"{_MEASURE}:compare_speed", "speed")
 INTEGRITY = stages.work_stage(
-    "integrity", "trimtab.components.validation.integrity:inspect", "integrity", version=3
+    "integrity", "trimtab.components.validation.integrity:inspect", "integrity", version=4
 )
 #: What is measured beside the attempt, and no part of its page.
 _BASELINE_LOOKS = {look_name(look, baseline=True) for look in range(1, CONFIRMATION + 1)}
