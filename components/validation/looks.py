@@ -12,7 +12,7 @@ from trimtab.recipe.evaluation import Evaluation
 
 _MEASURE = "trimtab.components.validation.evaluation.measure"
 EVALUATE = stages.work_stage(
-    "evaluate", f"{_MEASURE}:evaluate", "evaluation", stages.Environment(("lm-eval",), measured=True), version=2
+    "evaluate", f"{_MEASURE}:evaluate", "evaluation", stages.Environment(("lm-eval",), measured=True), version=3
 )
 COMPARE_SPEED = stages.work_stage("speed", f"{_MEASURE}:compare_speed", "speed", stages.MEASURED, version=2)
 #: It loads the export in the embedded engine, as far as this device can.
@@ -21,7 +21,7 @@ INTEGRITY = stages.work_stage(
     "trimtab.components.validation.integrity.gate:inspect",
     "integrity",
     stages.Environment(stages.QUANTIZED.libraries, measured=True),
-    version=4,
+    version=5,
 )
 #: What the attempt itself is asked, with the KV cache that its recipe asks for.
 OWN_LOOKS = {look_name(look) for look in range(1, CONFIRMATION + 1)}
