@@ -196,7 +196,7 @@ STAGES: dict[str, Stage] = {
             output="engine",
             wanted=lambda recipe: True,
             parameters=_part("engine"),
-            version=2,
+            version=3,
         ),
     )
 }
