@@ -193,7 +193,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: True,
             parameters=_part("engine"),
             environment=always(MEASURED),
-            version=3,
+            version=4,
         ),
     )
 }
