@@ -40,7 +40,7 @@ SITE = """
 import os
 if "OOM_COUNTER" in os.environ:
     from pathlib import Path
-    from trimtab import kills
+    from trimtab.base import kills
     kills.COUNTERS = (Path(os.environ["OOM_COUNTER"]),)
 """
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from trimtab.pipelines import api
 from trimtab.pipelines.commands import main
 
 GOOD_RECIPE = "quantize: {format: int8_wo}\n"
@@ -144,7 +145,7 @@ def test_recipes_that_do_not_suit_model_or_target(command, recipe, target, messa
 @pytest.mark.parametrize("recipe", ["quantize: {format: int8_wo, exclude: ['*.down']}", PLANNED[0][0]])
 def test_the_plan_refuses_what_the_command_could_not_see(recipe, folder, capsys, monkeypatch):
     """As with a model that must be fetched first: the run ends there, before any work."""
-    monkeypatch.setattr(main, "_ladder", lambda *_: [])
+    monkeypatch.setattr(api, "_outline", lambda *_: {})
     (folder / "recipe.yaml").write_text(recipe)
     code, said = trimtab(capsys, "--model", "model", "--recipe", "recipe.yaml", "--target", "a100-40")
     assert code == 2 and "trimtab: quantize." in said
