@@ -18,6 +18,7 @@ class Backend:
         name: as a recipe's `engine.backend` has it.
         module: its `open_engine` opens what was built for it (see `runtime.engines.backends.open_engine`).
         library: what people call the library that must be installed; "" for PyTorch, which always is.
+        packages: whose versions shape what it computes.
         group_sizes: the weights of a row that may share a scale in grouped formats, the largest first.
         architectures: the models that it serves, by the name in config.json; empty for all.
         cpu: whether it runs without a GPU.
@@ -33,6 +34,7 @@ class Backend:
     name: str
     module: str
     library: str = ""
+    packages: tuple[str, ...] = ("torch", "transformers")
     group_sizes: tuple[int, ...] = (128, 64, 32)
     architectures: tuple[str, ...] = ()
     cpu: bool = False
@@ -44,24 +46,29 @@ class Backend:
     clashes: tuple[tuple[str, str], ...] = ()
 
 
+_TENSORRT_LLM = ("tensorrt_llm", "tensorrt", "torch", "transformers")
 #: By name. TensorRT-LLM's fine-grained INT4 kernels know two group sizes; PyTorch's and vLLM's know all three.
 BACKENDS = {
     row.name: row
     for row in (
         Backend(
-            "torch", "trimtab.runtime.engines.parallel",
+            "torch", "trimtab.runtime.engines.parallel", packages=("torch", "transformers", "triton"),
             cpu=True, emulates=True, switches_kv_cache=True, claims_gpu=False,
         ),
-        Backend("trtllm", "trimtab.runtime.engines.trtllm", "TensorRT-LLM", group_sizes=(128, 64)),
+        Backend("trtllm", "trimtab.runtime.engines.trtllm", "TensorRT-LLM", _TENSORRT_LLM, group_sizes=(128, 64)),
         Backend(
-            "trtllm-legacy", "trimtab.runtime.engines.trtllm", "TensorRT-LLM", group_sizes=(128, 64), compiled=True,
+            "trtllm-legacy", "trimtab.runtime.engines.trtllm", "TensorRT-LLM", _TENSORRT_LLM, group_sizes=(128, 64),
+            compiled=True,
             # TensorRT-LLM has one module for both.
             architectures=("LlamaForCausalLM", "MistralForCausalLM"),
             # TensorRT-LLM issue #1113: this pair asserts in the engine build.
             clashes=(("int8_wo", "fp8"),),
         ),
         # vLLM refuses a ModelOpt checkpoint that names no format of weights ("Missing 'quant_algo'").
-        Backend("vllm", "trimtab.runtime.engines.vllm_engine", "vLLM", kv_cache_alone=False),
+        Backend(
+            "vllm", "trimtab.runtime.engines.vllm_engine", "vLLM", ("vllm", "torch", "transformers"),
+            kv_cache_alone=False,
+        ),
     )
 }  # fmt: skip
 #: Those of TensorRT-LLM.

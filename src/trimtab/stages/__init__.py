@@ -19,11 +19,10 @@ from trimtab.stages.execution import (
     tree_of,
 )
 from trimtab.stages.face import describe_tree, log_metrics, run
-from trimtab.stages.keys import ENGINES, MEASURED, QUANTIZED, TENSORS, Environment
+from trimtab.stages.keys import MEASURED, QUANTIZED, TENSORS, Environment
 from trimtab.stages.registry import STAGES, TASKS, Stage, always, work_stage
 
 __all__ = [
-    "ENGINES",
     "Environment",
     "MEASURED",
     "QUANTIZED",

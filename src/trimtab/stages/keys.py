@@ -26,15 +26,8 @@ from typing import Any
 
 from trimtab.base import environment
 from trimtab.base.schema import digest
+from trimtab.catalog.backends import BACKENDS
 from trimtab.store.tree import Tree
-
-#: Back end -> the libraries that compute in it.
-ENGINES = {
-    "torch": ("torch", "transformers", "triton"),
-    "trtllm": ("tensorrt_llm", "tensorrt", "torch", "transformers"),
-    "trtllm-legacy": ("tensorrt_llm", "tensorrt", "torch", "transformers"),
-    "vllm": ("vllm", "torch", "transformers"),
-}
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,7 @@ class Environment:
 
     def here(self, backend: str) -> dict[str, Any]:
         """Returns what is declared as it is in this image, on this machine; plain JSON."""
-        libraries = {*self.libraries, *(ENGINES[backend] if self.measured else ())}
+        libraries = {*self.libraries, *(BACKENDS[backend].packages if self.measured else ())}
         device = {"device": environment.device()} if self.measured else {}
         return {"libraries": environment.installed(sorted(libraries)), **device}
 
