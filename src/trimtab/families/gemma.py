@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from trimtab.families.family import Attention, Family, Limit, Mlp
+from trimtab.families.family import Family, Limit
+from trimtab.families.parts import Attention, Mlp
 
 GEMMA = Family("gemma", norm="1 + w", bos=True, tensor_parallel=True)
 _CAPPED = "and the engine scores with what the output head gives alone"

@@ -1,10 +1,14 @@
-"""Llama, and what is Llama under another name: RMSNorm, attention, RMSNorm, and an MLP of act(gate) * up."""
+"""Llama, and what is Llama under another name: RMSNorm, attention, RMSNorm, and an MLP of act(gate) * up.
+
+Llama 4 has experts, and blocks that look at a part of the context or have no rotary embeddings.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from trimtab.families.family import Attention, Config, Family, Limit, Mlp
+from trimtab.families.family import Family, Limit
+from trimtab.families.parts import Attention, Config, Experts, Mlp
 
 LLAMA = Family("llama", llama_block=True, width=True, heads_divide_hidden=True, tensor_parallel=True)
 
@@ -56,5 +60,19 @@ FAMILIES = (
         llama_block=False,
         width=False,
         tensor_parallel=False,
+    ),
+    # `fetch` puts the experts, which are stored as one tensor, apart: a layer each.
+    Family(
+        "llama4_text",
+        mlp=Mlp("feed_forward"),
+        experts=Experts(
+            "feed_forward", shared="shared_expert", plain=("router",),
+            size="intermediate_size", shared_size="intermediate_size",
+        ),
+        by_layer=("layer_types", "no_rope_layers"),
+        numbered=("moe_layers",),
+        attention_types=("full_attention", "chunked_attention"),
+        nope=_without_rotary,
+        no_serve="its blocks look at a part of the context that the engine's cache does not know",
     ),
 )

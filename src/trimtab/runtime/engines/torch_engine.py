@@ -149,8 +149,9 @@ class TorchEngine:
             replacements.fuse_norms(self.model)
             replacements.group_queries(self.model)
         self.body, self.head = self.model.base_model, self.model.get_output_embeddings()
-        # A branch's mask says nothing of a sliding window, so there every request gets a row of its own.
-        self._share_contexts = not getattr(self.model.config, "sliding_window", None)
+        # A branch's mask says nothing of a window, so there every request gets a row of its own.
+        windows = ("sliding_window", "attention_chunk_size")
+        self._share_contexts = not any(getattr(self.model.config, name, None) for name in windows)
         self._agree = shards.agreement(place, self.device) if place else bool
         # Products of one row are chosen by their speed, which ranks would find to differ, and leave out their sums.
         self._has_step = self.device.type == "cuda" and place is None
