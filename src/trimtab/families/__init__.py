@@ -7,13 +7,15 @@ then compares every name with transformers' own modules.
 from __future__ import annotations
 
 from trimtab.base.errors import InputError
-from trimtab.families import cohere, gemma, glm, llama, olmo, phi, plain, qwen
-from trimtab.families.family import Attention, Config, Family, Layer, Limit, Mlp, SharedInput
+from trimtab.families import cohere, gemma, glm, gpt, llama, olmo, phi, plain, qwen
+from trimtab.families.family import Attention, Config, Family, Layer, Limit, Logits, Mlp, SharedInput
 from trimtab.families.undescribed import missing
 
-__all__ = ["BY_TYPE", "Attention", "Config", "Family", "Layer", "Limit", "Mlp", "SharedInput", "named", "of"]
+__all__ = [
+    "BY_TYPE", "Attention", "Config", "Family", "Layer", "Limit", "Logits", "Mlp", "SharedInput", "named", "of",
+]  # fmt: skip
 
-_FILES = (llama, qwen, gemma, phi, glm, olmo, cohere, plain)
+_FILES = (llama, qwen, gemma, phi, glm, olmo, cohere, plain, gpt)
 #: Model type -> family.
 BY_TYPE = {family.model_type: family for file in _FILES for family in file.FAMILIES}
 

@@ -15,12 +15,15 @@ from typing import Any, Literal, NamedTuple
 #: What a layer's features are: hidden channels, query heads, heads of keys (or of values), all three in one, neurons of
 #: the MLP, or gate and up in one.
 Side = Literal["hidden", "attention", "kv", "qkv", "ffn", "gate_up"]
-#: What a norm multiplies by: its weight; one plus its weight; its weight, and adds a bias; nothing.
-Norm = Literal["w", "1 + w", "w, b", "none"]
+#: What a norm multiplies by: its weight, or one plus its weight; it may add a bias; or nothing.
+Norm = Literal["w", "1 + w", "w, b", "1 + w, b", "none"]
 #: What a block may look at, as `layer_types` of a config.json says it.
 _ATTENTION_TYPES = ("full_attention", "sliding_attention")
 
 Config = Mapping[str, Any]
+#: Whether a part is there: always, never, or as a field of config.json says, with transformers' value where it is silent.
+Said = bool | tuple[str, bool]
+Shape = tuple[int, ...]
 
 
 class Layer(NamedTuple):
@@ -46,7 +49,10 @@ class Attention:
     """Attention with heads of keys and values that several query heads may share (GQA).
 
     `norm` is as in `SharedInput`. `qkv` is the layer that is query, key and value in one, where there is one; then
-    `query`, `key` and `value` are not there. `head_norms` are the norms of each head of queries and of keys.
+    `query`, `key` and `value` are not there. `head_norms` are the norms of queries and of keys, `has_head_norms` tells
+    whether they are there, and `head_norms_span` what they have weights for: one head, whichever it is; each head by
+    itself, [heads, head_dim]; all heads, in one norm. `own_scores`: the module computes attention itself, so the engine
+    has no place to round or page what it keeps.
     """
 
     module: str = "self_attn"
@@ -57,6 +63,9 @@ class Attention:
     output: str = "o_proj"
     qkv: str | None = None
     head_norms: tuple[str, ...] = ()
+    has_head_norms: Said = True
+    head_norms_span: Literal["head", "each head", "heads"] = "head"
+    own_scores: bool = False
 
     @property
     def inputs(self) -> tuple[SharedInput, SharedInput]:
@@ -70,9 +79,16 @@ class Attention:
         return SharedInput(before, self.norm), SharedInput((behind,))
 
     @property
+    def norms_of_heads(self) -> tuple[str, ...]:
+        """Names in the block of `head_norms`."""
+        return tuple(_within(self.module, norm) for norm in self.head_norms)
+
+    @property
     def scaled(self) -> tuple[str, str] | None:
-        """The layers in the block that hold the scales of keys and of values, or None where they are not apart."""
-        return None if self.qkv else (_within(self.module, self.key), _within(self.module, self.value))
+        """The layers in the block that hold the scales of keys and of values; None where a cache cannot be rounded."""
+        if self.qkv or self.own_scores:
+            return None
+        return _within(self.module, self.key), _within(self.module, self.value)
 
     def cached_numbers(self, kv_heads: int, head_dim: int) -> int:
         """Returns how many numbers of a token a block keeps: its keys and its values."""
@@ -117,6 +133,13 @@ class Limit(NamedTuple):
     reason: str
 
 
+class Logits(NamedTuple):
+    """What becomes of the output head's products: multiplied by `scale`, then `cap` * tanh(logits / `cap`)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
 @dataclass(frozen=True)
 class Family:
     """One kind of decoder, by the names of its checkpoint, which are those of transformers' modules.
@@ -127,15 +150,22 @@ class Family:
         norm: what the norms of a block multiply by.
         blocks: the list of blocks.
         embedding, last_norm, head: the modules before and behind them; the head's weights may be the embedding's.
+        norms: the norms of a block, which have a weight for each hidden channel.
+        depth: the field of config.json that counts the blocks.
+        logits: what becomes of the head's products, from a config.
         limits: settings of config.json with which a model is refused.
         by_layer: fields of config.json that list something for each block.
         first_blocks: fields that count blocks from the first one.
         nope: which blocks turn neither queries nor keys by their position, from a config.
         sizes: a config's sizes under the names that Llama has for them, where this family has others.
         bos: whether every text must begin with the BOS token, without which likelihoods are far off.
-        qkv_bias: whether query, key and value have a bias, or the field of config.json that says it.
+        qkv_bias, output_bias, mlp_bias, head_bias: which linear layers have a bias: before attention and behind it, the
+            MLP's, the output head.
+        others: shapes of the tensors that are none of those above, by name, from a config and its sizes; those of a
+            block have {} for its number; None takes one of those above away.
         llama_block: whether a block computes what a Llama's does, which `runtime.decoder.step` then computes faster.
-        width: whether its blocks can be made narrower, and its shapes follow from its config (`trimtab.model.outline`).
+        width: whether its blocks can be made narrower.
+        head_dim: what transformers takes where config.json is silent; None is hidden size / heads.
         heads_divide_hidden: whether its config wants a hidden size that the number of heads divides.
         tensor_parallel: whether the torch engine can split its layers over processes.
         no_serve: why `serve` and paged attention cannot run it; "" where they can.
@@ -149,13 +179,21 @@ class Family:
     embedding: str = "model.embed_tokens"
     last_norm: str = "model.norm"
     head: str = "lm_head"
+    norms: tuple[str, ...] | Callable[[Config], tuple[str, ...]] = ("input_layernorm", "post_attention_layernorm")
+    depth: str = "num_hidden_layers"
+    logits: Callable[[Config], Logits] = field(default=lambda config: Logits())
     limits: tuple[Limit, ...] = ()
     by_layer: tuple[str, ...] = ("layer_types",)
     first_blocks: tuple[str, ...] = ()
     nope: Callable[[Config], Sequence[int]] = field(default=lambda config: ())
     sizes: Callable[[Config], Config] = field(default=lambda config: {})
     bos: bool = False
-    qkv_bias: bool | str = "attention_bias"
+    head_dim: int | None = None
+    qkv_bias: Said = ("attention_bias", False)
+    output_bias: Said = False
+    mlp_bias: Said = False
+    head_bias: Said = False
+    others: Callable[[Config, Any], Mapping[str, Shape | None]] = field(default=lambda config, sizes: {})
     llama_block: bool = False
     width: bool = False
     heads_divide_hidden: bool = False
@@ -213,11 +251,11 @@ class Family:
         Raises:
             ValueError: the config lists something for each block under a name that the family does not say.
         """
-        count = config["num_hidden_layers"]
+        count = config[self.depth]
         lists = {name for name, value in config.items() if isinstance(value, (list, tuple)) and len(value) == count}
         if unknown := sorted(lists - {*self.by_layer} - _NOT_BY_LAYER):
             raise ValueError(f"{unknown[0]} has as many entries as the model has blocks, and may go by block")
-        changed: dict[str, Any] = {"num_hidden_layers": len(kept)}
+        changed: dict[str, Any] = {self.depth: len(kept)}
         changed |= {name: [config[name][block] for block in kept] for name in self.by_layer if name in lists}
         for name in self.first_blocks:
             if config.get(name) is not None:

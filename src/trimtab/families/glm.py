@@ -6,5 +6,6 @@ from dataclasses import replace
 
 from trimtab.families.family import Family, Mlp
 
-GLM = Family("glm", mlp=Mlp(gate_up="gate_up_proj"))
-FAMILIES = (GLM, replace(GLM, model_type="glm4"))
+GLM = Family("glm", mlp=Mlp(gate_up="gate_up_proj"), head_dim=128, qkv_bias=("attention_bias", True))
+_BOTH = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
+FAMILIES = (GLM, replace(GLM, model_type="glm4", norms=_BOTH))

@@ -13,6 +13,11 @@ QWEN2 = Family(
 FAMILIES = (
     QWEN2,
     replace(
-        QWEN2, model_type="qwen3", attention=Attention(head_norms=("q_norm", "k_norm")), qkv_bias="attention_bias"
+        QWEN2,
+        model_type="qwen3",
+        attention=Attention(head_norms=("q_norm", "k_norm")),
+        head_dim=128,
+        qkv_bias=("attention_bias", False),
+        output_bias=("attention_bias", False),
     ),
 )

@@ -218,6 +218,46 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
+class Sizes(NamedTuple):
+    """What a config.json counts: blocks, hidden channels, neurons, heads, tokens of the vocabulary, positions."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    positions: int
+
+
+def sizes_of(path: Path, config: Mapping[str, Any], family: Family) -> Sizes:
+    """Returns the sizes of the model with this config.json, which lies at `path`.
+
+    Raises:
+        InputError: one is missing or no whole number above 0.
+    """
+    own = family.sizes(config)
+
+    def number(key: str, default: int | None = None) -> int:
+        value = {**config, **own}.get(key) or default
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{path}: {key} must be a whole number above 0, got {value!r}")
+        return value
+
+    layers, heads, hidden = (number(k) for k in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    return Sizes(
+        layers=layers,
+        hidden=hidden,
+        ffn=number("intermediate_size", 4 * hidden),
+        heads=heads,
+        kv_heads=number("num_key_value_heads", heads),
+        head_dim=number("head_dim", family.head_dim or hidden // heads),
+        vocabulary=number("vocab_size"),
+        positions=number("max_position_embeddings", 2048),
+    )
+
+
 def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelFacts:
     """Returns the facts of the model that has this config.json and these tensors.
 
@@ -226,18 +266,12 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
     """
     path = folder / "config.json"
     family = families.of(config, str(path))
-    config = {**config, **family.sizes(config)}
     architecture = (config.get("architectures") or [""])[0]
     if not architecture.endswith("ForCausalLM"):
         raise InputError(f"{path}: architecture '{architecture}' is no decoder-only model (…ForCausalLM)")
 
-    def number(key: str, default: int | None = None) -> int:
-        value = config.get(key) or default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{path}: {key} must be a whole number above 0, got {value!r}")
-        return value
-
-    layers, heads, hidden = (number(k) for k in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    sizes = sizes_of(path, config, family)
+    layers = sizes.layers
     found = {block for name in tensors if (block := family.place(name)[0]) is not None}
     if found != set(range(layers)):
         where = f"{len(found)} blocks named {family.blocks}.…"
@@ -258,13 +292,13 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
         architecture=architecture,
         model_type=str(config.get("model_type", "")),
         layers=layers,
-        hidden_size=hidden,
-        intermediate_size=number("intermediate_size", 4 * hidden),
-        heads=heads,
-        kv_heads=number("num_key_value_heads", heads),
-        head_dim=number("head_dim", hidden // heads),
-        vocab_size=number("vocab_size"),
-        max_position_embeddings=number("max_position_embeddings", 2048),
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.ffn,
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        vocab_size=sizes.vocabulary,
+        max_position_embeddings=sizes.positions,
         tied_embeddings=tied,
         parameters=sum(math.prod(tensor.shape) for tensor in counted),
         bytes=sum(by_dtype.values()),
@@ -277,7 +311,8 @@ def _linears(path: Path, family: Family, tensors: dict[str, Tensor]) -> tuple[Li
     found = []
     for name, tensor in sorted(tensors.items()):
         module = name.removesuffix(".weight")
-        if module == name or len(tensor.shape) != 2 or family.place(name)[0] is None:
+        block, within = family.place(module)
+        if module == name or len(tensor.shape) != 2 or block is None or within in family.attention.norms_of_heads:
             continue
         if family.layer(module) is None:  # another build under a name that is known
             raise InputError(

@@ -53,6 +53,8 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedT
         raise InputError(
             f"{folder}: lacks {min(info['missing_keys'])}, which the model needs; download it again"
         )
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # the only one of transformers' that caps scores on every device
     return model.eval(), load_tokenizer(folder)
 
 

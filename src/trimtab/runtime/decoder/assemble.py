@@ -13,6 +13,7 @@ from trimtab import families
 from trimtab.base.errors import Failure, InputError
 from trimtab.runtime.checkpoint.layer_layout import SCALES, Quantized
 from trimtab.runtime.checkpoint.model_files import Export
+from trimtab.runtime.kernels import replacements
 from trimtab.runtime.kv_cache import emulated as cache
 from trimtab.runtime.kv_cache.emulated import ServedKVCache
 from trimtab.runtime.linear import choice, cpu_products, fused
@@ -82,6 +83,7 @@ def skeleton(folder: Path) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise _no_model(folder, error) from None
+    replacements.cap_scores(model)
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model

@@ -149,6 +149,7 @@ class TorchEngine:
             replacements.fuse_norms(self.model)
             replacements.group_queries(self.model)
         self.body, self.head = self.model.base_model, self.model.get_output_embeddings()
+        self._behind_head = head.behind(self.model)
         # A branch's mask says nothing of a sliding window, so there every request gets a row of its own.
         self._share_contexts = not getattr(self.model.config, "sliding_window", None)
         self._agree = shards.agreement(place, self.device) if place else bool
@@ -202,7 +203,7 @@ class TorchEngine:
             batch = batching.to_tensors(group)
             with gpu_memory.part("activations", self.device):
                 hidden = self._hidden(batch.tokens, batch.positions, batch.mask)[batch.rows, batch.columns]
-                log_probs, likeliest = head.score(self.head, hidden, batch.targets.to(self.device))
+                log_probs, likeliest = head.score(self.head, hidden, batch.targets.to(self.device), self._behind_head)
             sums.index_add_(0, batch.owners, log_probs.cpu().double())
             misses.index_add_(0, batch.owners, (~likeliest).cpu().long())
         return list(zip(sums.tolist(), (misses == 0).tolist(), strict=True))
@@ -222,7 +223,8 @@ class TorchEngine:
         for batch in windows.split(max(1, self.settings.max_num_tokens // length)):
             with gpu_memory.part("activations", self.device):
                 hidden = self._hidden(batch[:, :-1]).flatten(0, 1)
-                log_probs, _ = head.score(self.head, hidden, batch[:, 1:].flatten().to(self.device))
+                targets = batch[:, 1:].flatten().to(self.device)
+                log_probs, _ = head.score(self.head, hidden, targets, self._behind_head)
             totals += (-log_probs).double().view(len(batch), -1).sum(1).tolist()
         return totals
 
