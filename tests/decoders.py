@@ -49,6 +49,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window": WINDOW},
     "cohere": {"logit_scale": 0.25, "use_qk_norm": True},
     "cohere2": {"logit_scale": 0.25, "sliding_window": WINDOW},
+    "phi": {"qk_layernorm": True},
     "jais2": _HEAD,
     "nemotron": _HEAD,
     "gptj": {"n_inner": NEURONS, "rotary_dim": 8},

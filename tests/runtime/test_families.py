@@ -46,7 +46,8 @@ def test_a_checkpoint_is_what_the_family_says(model_type: str, tmp_path: Path) -
     facts = inspect(decoders.write(tmp_path, model_type))
     kv = facts.kv_heads * facts.head_dim
     sizes = {"hidden": decoders.HIDDEN, "attention": decoders.HIDDEN, "kv": kv, "qkv": decoders.HIDDEN + 2 * kv,
-             "ffn": decoders.NEURONS, "gate_up": 2 * decoders.NEURONS}  # fmt: skip
+             "ffn": facts.intermediate_size, "gate_up": 2 * facts.intermediate_size}  # fmt: skip
+    assert facts.intermediate_size == (4 * decoders.HIDDEN if model_type in decoders.WIDE else decoders.NEURONS)
     for linear in facts.linears:
         layer = family.layer(linear.name)
         assert (linear.out_features, linear.in_features) == (sizes[layer.outputs], sizes[layer.inputs]), linear.name
@@ -92,8 +93,11 @@ def test_blocks_without_rotary_embeddings(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_every_list_by_block_is_known(model_type: str) -> None:
-    changed = families.BY_TYPE[model_type].without_blocks(decoders.config(model_type).to_dict(), [0, 2])
-    assert changed.pop("num_hidden_layers") == 2
+    family, config = families.BY_TYPE[model_type], decoders.config(model_type)
+    changed = family.without_blocks(config.to_dict(), [0, 2])
+    for name, value in changed.items():
+        setattr(config, name, value)
+    assert changed.pop(family.depth) == config.num_hidden_layers == 2
     assert all(len(value) == 2 for value in changed.values() if isinstance(value, list))
 
 
@@ -114,16 +118,16 @@ REASONS = {
     "llama4_text": "has mixtures of experts", "lfm2": "has recurrent layers", "mamba": "has recurrent layers",
     "qwen3_next": "has recurrent layers and mixtures of experts", "granitemoehybrid": "has recurrent layers and",
     "nemotron_h": "has recurrent layers and", "gpt2": "stores its layers transposed (Conv1D)",
-    "gpt_neox": "a head called embed_out", "bloom": "biases of attention by distance (ALiBi)",
-    "gemma4_text": "is not described", "bert": "is not described",
+    "gpt_neo": "lists which blocks have windows by repetition", "bitnet": "trains its weights as ternary numbers",
+    "gemma4_text": "is not described", "bert": "was made for encoders",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("model_type", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 def test_every_causal_language_model_is_known_or_refused_in_a_sentence(model_type: str) -> None:
-    settings = {"model_type": model_type, "final_logit_softcapping": None, "attn_logit_softcapping": None}
+    settings = {"model_type": model_type}
     if model_type in families.BY_TYPE:
-        assert families.of(settings | {"logit_scale": 1.0}).model_type == model_type
+        assert families.of(settings).model_type == model_type
         return
     with pytest.raises(InputError, match=f"config.json: model_type '{model_type}' .*; give a model of") as refused:
         families.of(settings)

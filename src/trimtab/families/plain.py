@@ -9,10 +9,10 @@ from trimtab.families.family import Attention, Config, Family, Limit, Mlp, Shape
 
 def _falcon_sizes(config: Config) -> dict[str, Any]:
     """One head of keys for all queries, unless the config is of the later build, which counts them."""
-    heads = config.get("num_attention_heads")
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     counted = config.get("new_decoder_architecture") or not config.get("multi_query", True)
     kv_heads = (config.get("num_kv_heads") or heads) if counted else 1
-    return {"num_key_value_heads": kv_heads, "intermediate_size": config.get("ffn_hidden_size")}
+    return {"num_key_value_heads": kv_heads, "intermediate_size": config.get("ffn_hidden_size") or (hidden and 4 * hidden)}
 
 
 def _falcon_norms(config: Config) -> tuple[str, ...]:

@@ -273,6 +273,12 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
     sizes = sizes_of(path, config, family)
     layers = sizes.layers
     found = {block for name in tensors if (block := family.place(name)[0]) is not None}
+    if not found and (bare := family.blocks.partition(".")[2]) and any(n.startswith(f"{bare}.0.") for n in tensors):
+        raise InputError(
+            f"{path}: the weights name their blocks {bare}.…, as a model without its output head does: write them as "
+            f"{family.blocks}.…: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), and copy "
+            f"the tokenizer's files"
+        )
     if found != set(range(layers)):
         where = f"{len(found)} blocks named {family.blocks}.…"
         raise InputError(f"{path}: num_hidden_layers is {layers}, and the weights hold {where}; download it again")

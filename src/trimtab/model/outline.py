@@ -51,9 +51,11 @@ def shapes(config: dict[str, Any], family: Family, path: Path) -> dict[str, Shap
     """Returns the shape of each tensor of a model by its name, as its checkpoint holds it.
 
     Raises:
-        InputError: the config, which lies at `path`, lacks a size.
+        InputError, KeyError: the config, which lies at `path`, lacks a size.
     """
     sizes = sizes_of(path, config, family)
+    if not {**config, **family.sizes(config)}.get("intermediate_size"):  # weights would tell it
+        raise KeyError("intermediate_size")
     vocabulary = (sizes.vocabulary, sizes.hidden)
     found: dict[str, Shape] = {f"{family.embedding}.weight": vocabulary}
     found |= _norm(family.last_norm, (sizes.hidden,), family)

@@ -80,9 +80,12 @@ def skeleton(folder: Path) -> PreTrainedModel:
     families.of(config.to_dict(), f"{folder}/config.json")
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise _no_model(folder, error) from None
+    for parameter in model.parameters():  # and no buffers: GPT-J's angles would be those of rounded frequencies
+        parameter.data = parameter.data.bfloat16()
+    model.config.dtype = torch.bfloat16
     replacements.cap_scores(model)
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)

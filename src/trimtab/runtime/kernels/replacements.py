@@ -115,5 +115,8 @@ def capped_attention(
     if mask is None:
         mask = torch.ones(length, seen, dtype=torch.bool, device=query.device).tril(seen - length)[None, None]
     mask = mask[..., :seen][:, :, None]
-    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if mask.dtype == torch.bool:  # not minus infinity: what padding computes is nobody's, but must be a number
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask
     return (scores.softmax(-1).to(value.dtype) @ value[:, :, None]).reshape(batch, heads, length, -1)
