@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from trimtab import families
-from trimtab.base.errors import InputError
+from trimtab.base.errors import Failure, InputError
 from trimtab.model.facts import inspect
 from trimtab.runtime.parallel import shards
 
@@ -104,11 +104,29 @@ def test_every_list_by_block_is_known(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", [family.model_type for family in families.BY_TYPE.values()
                                         if family.tensor_parallel])  # fmt: skip
 def test_what_tensor_parallelism_is_asked_of_can_be_split(model_type: str) -> None:
+    changes = {"use_qk_norm": False} if model_type == "cohere" else {}
     with torch.device("meta"):
-        model = decoders.build(model_type)
+        model = decoders.build(model_type, **changes)
     cut = shards.cut(model, shards.Place(0, 2))
     family = families.BY_TYPE[model_type]
     assert {family.place(name)[1] for name in cut.rows} == set(family.row_parallel)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_blocks_that_are_shared_out_hand_on_one_tensor(model_type: str) -> None:
+    family, model = families.BY_TYPE[model_type], decoders.build(model_type)
+    seen: list[bool] = []
+    model.get_submodule(family.blocks)[0].register_forward_hook(lambda _, __, out: seen.append(torch.is_tensor(out)))
+    with torch.inference_mode():
+        model(TOKENS[:, :3])
+    assert seen == [family.pipeline_parallel]
+
+
+def test_norms_with_a_row_for_each_head_are_not_split() -> None:
+    with torch.device("meta"):
+        model = decoders.build("cohere")
+    with pytest.raises(Failure, match="tensor_parallel_size: 2: .*q_norm.weight has a row for each head.*; write 1"):
+        shards.cut(model, shards.Place(0, 2))
 
 
 #: What a refusal says of some that people have; the others are told that they are not described.

@@ -18,7 +18,7 @@ from torch import nn
 #: Bytes of one float32 copy of a chunk's logits, by device type: a cache's on a CPU, a kernel's worth on a GPU.
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 
-#: The head's products [n, V] and the chunk's rows of every input -> the loss of the chunk, a scalar, summed over tokens.
+#: The head's products [n, V] and the chunk's rows of every input -> the chunk's loss, a scalar, summed over tokens.
 ChunkLoss = Callable[..., torch.Tensor]
 
 

@@ -21,7 +21,7 @@ Norm = Literal["w", "1 + w", "w, b", "1 + w, b", "none"]
 _ATTENTION_TYPES = ("full_attention", "sliding_attention")
 
 Config = Mapping[str, Any]
-#: Whether a part is there: always, never, or as a field of config.json says, with transformers' value where it is silent.
+#: Whether a part is there: always, never, or as a field of config.json says, else as transformers has it.
 Said = bool | tuple[str, bool]
 Shape = tuple[int, ...]
 
@@ -167,7 +167,7 @@ class Family:
         width: whether its blocks can be made narrower.
         head_dim: what transformers takes where config.json is silent; None is hidden size / heads.
         heads_divide_hidden: whether its config wants a hidden size that the number of heads divides.
-        tensor_parallel: whether the torch engine can split its layers over processes.
+        tensor_parallel, pipeline_parallel: whether the torch engine can split its layers, or its blocks, over processes.
         no_serve: why `serve` and paged attention cannot run it; "" where they can.
     """
 
@@ -198,6 +198,7 @@ class Family:
     width: bool = False
     heads_divide_hidden: bool = False
     tensor_parallel: bool = False
+    pipeline_parallel: bool = True
     no_serve: str = ""
 
     @cached_property

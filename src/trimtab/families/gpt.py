@@ -76,6 +76,7 @@ BLOOM = Family(
     others=lambda config, sizes: {
         f"transformer.word_embeddings_layernorm.{part}": (sizes.hidden,) for part in ("weight", "bias")
     },
+    pipeline_parallel=False,
     no_serve=_FUSED.format("query_key_value"),
 )
 MPT = Family(
@@ -94,6 +95,7 @@ MPT = Family(
     ),
     sizes=_mpt_sizes,
     qkv_bias=False,
+    pipeline_parallel=False,
     no_serve=_FUSED.format("Wqkv"),
 )
 BIGCODE = Family(
@@ -129,6 +131,7 @@ GPTJ = Family(
     qkv_bias=False,
     mlp_bias=True,
     head_bias=True,
+    pipeline_parallel=False,
     no_serve="its attention is computed in a module of its own, which reads no paged cache",
 )
 CODEGEN = replace(

@@ -12,7 +12,8 @@ def _falcon_sizes(config: Config) -> dict[str, Any]:
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     counted = config.get("new_decoder_architecture") or not config.get("multi_query", True)
     kv_heads = (config.get("num_kv_heads") or heads) if counted else 1
-    return {"num_key_value_heads": kv_heads, "intermediate_size": config.get("ffn_hidden_size") or (hidden and 4 * hidden)}
+    neurons = config.get("ffn_hidden_size") or (hidden and 4 * hidden)
+    return {"num_key_value_heads": kv_heads, "intermediate_size": neurons}
 
 
 def _falcon_norms(config: Config) -> tuple[str, ...]:
@@ -67,6 +68,7 @@ FALCON = Family(
     qkv_bias=("bias", False),
     output_bias=("bias", False),
     mlp_bias=("bias", False),
+    pipeline_parallel=False,
     no_serve="its keys and values come out of query_key_value, with the queries",
 )
 OPT = Family(

@@ -53,7 +53,9 @@ def test_likelihoods_are_those_of_transformers(model_type: str, in_float32, tmp_
         assert score == pytest.approx(logits.gather(-1, torch.tensor(end)[:, None]).sum().item(), abs=NEAR * len(end))
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "granite", "cohere2", "ministral3", "nanochat", "bloom", "gpt_bigcode"])
+@pytest.mark.parametrize(
+    "model_type", ["gemma2", "granite", "cohere2", "ministral3", "nanochat", "bloom", "mpt", "gpt_bigcode", "gptj"]
+)
 @torch.inference_mode()
 def test_texts_of_unlike_length_are_written_together_as_alone(model_type: str, in_float32, tmp_path: Path) -> None:
     engine = in_float32(decoders.write(tmp_path, model_type))

@@ -70,8 +70,9 @@ def grouped_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' SDPA, or `capped_attention` where a model caps its scores; for one token, [B, H, 1, D], the query heads that share a head of keys stand where several
-    queries would, [B, K, H / K, D]: with a mask, transformers copies keys and values H / K times instead.
+    """transformers' SDPA, or `capped_attention` where a model caps its scores; for one token, [B, H, 1, D], the query
+    heads that share a head of keys stand where several queries would, [B, K, H / K, D]: with a mask, transformers
+    copies keys and values H / K times instead.
 
     Returns [B, 1, H, D].
     """
@@ -116,7 +117,6 @@ def capped_attention(
         mask = torch.ones(length, seen, dtype=torch.bool, device=query.device).tril(seen - length)[None, None]
     mask = mask[..., :seen][:, :, None]
     if mask.dtype == torch.bool:  # not minus infinity: what padding computes is nobody's, but must be a number
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    else:
-        scores = scores + mask
+        mask = torch.where(mask, 0.0, torch.finfo(scores.dtype).min)
+    scores = scores + mask
     return (scores.softmax(-1).to(value.dtype) @ value[:, :, None]).reshape(batch, heads, length, -1)
