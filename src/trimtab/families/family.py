@@ -167,7 +167,7 @@ class Family:
         width: whether its blocks can be made narrower.
         head_dim: what transformers takes where config.json is silent; None is hidden size / heads.
         heads_divide_hidden: whether its config wants a hidden size that the number of heads divides.
-        tensor_parallel, pipeline_parallel: whether the torch engine can split its layers, or its blocks, over processes.
+        tensor_parallel, pipeline_parallel: whether the torch engine can split its layers, or its blocks, over ranks.
         no_serve: why `serve` and paged attention cannot run it; "" where they can.
     """
 
