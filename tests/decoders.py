@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ _SIZES = {
     "num_key_value_heads": KV_HEADS, "max_position_embeddings": 256, "initializer_range": 0.1,
 }  # fmt: skip
 _HEAD = {"head_dim": HIDDEN // HEADS}
+EXPERTS, EXPERT = 4, 32
+_MOE = {"moe_intermediate_size": EXPERT, "num_experts_per_tok": 2}
+_GROUPED = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+_LATENT = {"num_key_value_heads": HEADS, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+           "qk_rope_head_dim": 8, "v_head_dim": 16}  # fmt: skip
+#: Families that hold experts' weights as [experts, in, out].
+_FROM_THE_LEFT = ("gpt_oss", "llama4_text")
 #: What a family's config is given beside the sizes: windows that a short text fills, multipliers and caps that matter.
 _OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": WINDOW},
@@ -58,6 +66,22 @@ _OWN: dict[str, dict[str, Any]] = {
     "mpt": {"max_seq_len": 256},
     "opt": {"ffn_dim": NEURONS, "word_embed_proj_dim": HIDDEN},
     "falcon": {"ffn_hidden_size": NEURONS},
+    "mixtral": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+    "phimoe": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
+    "minimax_m2": {**_HEAD, "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "rotary_dim": 8},
+    "qwen2_moe": {**_MOE, "num_experts": EXPERTS, "shared_expert_intermediate_size": 96, "mlp_only_layers": [1]},
+    "qwen3_moe": {**_MOE, **_HEAD, "num_experts": EXPERTS, "mlp_only_layers": [1]},
+    "olmoe": {"num_experts": EXPERTS, "num_experts_per_tok": 2},
+    "flex_olmo": {"num_experts": EXPERTS, "num_experts_per_tok": 2},
+    "glm4_moe": {**_MOE, **_HEAD, **_GROUPED, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0},
+    "dots1": {**_MOE, **_HEAD, **_GROUPED, "first_k_dense_replace": 1, "sliding_window": WINDOW,
+              "max_window_layers": 2},
+    "deepseek_v2": {**_MOE, **_GROUPED, **_LATENT, "first_k_dense_replace": 1},
+    "deepseek_v3": {**_MOE, **_GROUPED, **_LATENT, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0},
+    "gpt_oss": {**_HEAD, "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+    "llama4_text": {**_HEAD, "num_local_experts": EXPERTS, "num_experts_per_tok": 1, "intermediate_size_mlp": NEURONS,
+                    "moe_layers": [0, 2], "no_rope_layers": [1, 0, 1, 1], "attention_chunk_size": WINDOW,
+                    "intermediate_size": 64},
 }  # fmt: skip
 
 
@@ -75,7 +99,10 @@ def build(model_type: str, seed: int = 0, **changes: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config(model_type, **changes)).eval()
+    made = config(model_type, **changes)
+    # PyTorch's attention would leave a cap of its scores out.
+    how = "eager" if getattr(made, "attn_logit_softcapping", None) else None
+    model = AutoModelForCausalLM.from_config(made, attn_implementation=how).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 or "norm" in name:
@@ -83,10 +110,50 @@ def build(model_type: str, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
+def stored(model: Any) -> dict[str, Any]:
+    """Returns the tensors of a model as its checkpoint has them: each expert's layers apart, under its names."""
+    from trimtab import families
+
+    family = families.named(model.config.model_type)
+    found = {}
+    for name, tensor in model.state_dict().items():
+        for own, theirs in sorted(family.aliases, key=lambda pair: -len(pair[1])):
+            name = re.sub("^" + re.escape(theirs).replace(r"\*", r"(\d+)"), own.replace("*", r"\1"), name)
+        found |= _apart(name, tensor, family.experts, family.model_type)
+    if model.config.tie_word_embeddings:
+        found.pop(f"{family.head}.weight", None)
+    return found
+
+
+def _apart(name: str, tensor: Any, part: Any, model_type: str) -> dict[str, Any]:
+    """The layers of each expert out of one tensor for all, however transformers lays that out."""
+    place, _, kind = name.rpartition(".experts.")
+    if part is None or not place or kind.removesuffix("_bias") not in ("gate_up_proj", "down_proj"):
+        return {name: tensor}
+    what = "bias" if kind.endswith("_bias") else "weight"
+    found = {}
+    for number, one in enumerate(tensor):
+        one = one.t() if what == "weight" and model_type in _FROM_THE_LEFT else one
+        if kind.startswith("down"):
+            parts = {part.down: one}
+        elif model_type == "gpt_oss":  # gate and up in turn
+            parts = {part.gate: one[::2], part.up: one[1::2]}
+        else:
+            parts = dict(zip((part.gate, part.up), one.chunk(2), strict=True))
+        found |= {f"{place}.experts.{number}.{layer}.{what}": value.contiguous() for layer, value in parts.items()}
+    return found
+
+
 def write(folder: Path, model_type: str, **changes: Any) -> Path:
     """Writes such a model in bfloat16, with a tokenizer."""
     import torch
+    from safetensors.torch import save_file
 
-    build(model_type, **changes).to(torch.bfloat16).save_pretrained(folder)
+    model = build(model_type, **changes).to(torch.bfloat16)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    save_file({name: tensor.clone() for name, tensor in stored(model).items()}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
     tiny._tokenizer().save_pretrained(folder)
     return folder

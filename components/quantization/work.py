@@ -103,7 +103,7 @@ class _Quantizer:
         for name in names:
             if name not in written and name.removesuffix(".weight") not in self.chosen:
                 tensor = _finite(shard, name)  # not copied: it may be an embedding of a gigabyte
-                written[name] = _cast(name, tensor, self.dtype) if tensor.is_floating_point() else tensor
+                written[name] = _cast(name, tensor, stored.dtype_beside(self.family, name, tensor.dtype, self.dtype))
         if self.settings.kv_cache != "none":
             written |= kv_cache.scales(self.settings.kv_cache, self.family, names, self._measured)
         # Layers of a group share scalars, and safetensors wants memory of its own for each tensor.
@@ -154,7 +154,7 @@ class _Quantizer:
 
 
 def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A finite tensor in another type; what float16 has no number for would become infinity."""
+    """A finite tensor in a type; what float16 has no number for would become infinity."""
     if dtype == torch.float16 and tensor.numel() and tensor.abs().max() > torch.finfo(dtype).max:
         largest = f"{tensor.abs().max().item():,.0f}"
         raise Failure("unsupported", f"{name}: holds {largest}, and float16 ends at 65,504; write format: bf16")

@@ -25,7 +25,8 @@ from trimtab.runtime.checkpoint.model_files import Export
 
 #: One of each build: what stands where, which layers are one, what becomes of logits.
 BUILDS = ("granite", "cohere", "cohere2", "gemma2", "vaultgemma", "nanochat", "hyperclovax", "apertus", "ministral3",
-          "jais2", "nemotron", "bloom", "mpt", "gpt_bigcode", "gptj", "codegen", "persimmon")  # fmt: skip
+          "jais2", "nemotron", "bloom", "mpt", "gpt_bigcode", "gptj", "codegen", "persimmon",
+          "gpt_neox")  # fmt: skip
 #: Format -> relative error of a layer at most, as in `test_quantization`; but behind relu² SmoothQuant has neurons that
 #: 128 tokens hardly excite, and gives their weights few steps.
 FORMATS = {"int8_sq": 0.3, "fp8": 0.05, "int4_awq": 0.3, "int4_gptq": 0.3}
@@ -39,7 +40,7 @@ def measured(request, tmp_path_factory) -> tuple[str, Path, dict[str, str]]:
     made = {name: str(folder / name) for name in ("calibration", "gram", "sensitivity")}
     for path in made.values():
         Path(path).mkdir()
-    calibrate(str(source), made["calibration"], "", {"samples": 4, "length": 32})
+    calibrate(str(source), made["calibration"], "", {"samples": 16, "length": 64})
     grams.measure(str(source), made["calibration"], made["gram"], "", {})
     parameters = {"formats": ["int8_wo", "int4_rtn"], "group_size": 32}
     sensitivity.measure(str(source), made["calibration"], made["sensitivity"], "", parameters)

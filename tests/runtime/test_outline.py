@@ -42,9 +42,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 def of_transformers(config: Any) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    head = f"{families.BY_TYPE[config.model_type].head}.weight"
-    tied = {head} if config.tie_word_embeddings else set()
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    return {name: tuple(tensor.shape) for name, tensor in decoders.stored(model).items()}
 
 
 @pytest.mark.parametrize(("model_type", "changes"), VARIANTS, ids=[f"{t}-{'-'.join(c)}" for t, c in VARIANTS])

@@ -22,7 +22,7 @@ from trimtab.base import progress
 from trimtab.base.errors import Failure
 from trimtab.families.fusion import block_of, groups
 from trimtab.runtime.checkpoint.model_files import Export, check_finite
-from trimtab.runtime.decoder import assemble
+from trimtab.runtime.checkpoint.skeleton import skeleton
 from trimtab.runtime.measure import observe
 
 #: (the names and weights of layers that share an input, its Gram matrix) -> their pruned weights.
@@ -89,7 +89,7 @@ class _Run:
     def __init__(self, checkpoint: Path, tokens: torch.Tensor, layers: Sequence[str]):
         gpu = torch.cuda.is_available()
         self.device, self.dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
-        self.model = assemble.skeleton(checkpoint).eval()
+        self.model = skeleton(checkpoint).eval()
         self.blocks = observe.blocks(self.model)
         self.family = families.named(self.model.config.model_type)
         self.prefix = self.family.blocks

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from trimtab import families
 from trimtab.base import progress
 from trimtab.catalog.formats import FORMATS
 from trimtab.catalog.numbers import NUMBERS
@@ -48,7 +49,8 @@ def measure(
     measured = Measurements(Path(calibration), Path(checkpoint), "calibration")
     layers = observe.linears(model)
     harms = {}
-    groups = observe.linear_groups(model)
+    family = families.named(model.config.model_type)
+    groups = [group for group in observe.linear_groups(model) if not all(map(family.keeps, group.layers))]
     for group in progress.track(groups, "sensitivity", "scoring every layer in every format", len(groups)):
         weights = {name: layers[name].weight.detach().float() for name in group.layers}
         seen = Input(*(measured[f"{group.layers[0]}.{p}"].to(model.device) for p in ("amax", "second_moment")))

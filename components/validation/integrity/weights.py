@@ -15,6 +15,7 @@ import torch
 
 from trimtab.base import progress
 from trimtab.base.errors import Failure
+from trimtab.families import Family
 from trimtab.families.fusion import Group
 from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint import layer_layout
@@ -28,13 +29,14 @@ _CACHED = 2**19
 
 
 def compare(
-    export: Export, source: Export, groups: Sequence[Group], settings: Quantization | None
+    export: Export, source: Export, family: Family, groups: Sequence[Group], settings: Quantization | None
 ) -> list[dict[str, Any]]:
     """Compares every tensor of an export with its source.
 
     Args:
         export: what was written; its layers and tensors are those that the recipe asks for.
         source: the plain checkpoint it was made from.
+        family: of the model.
         groups: all linear layers of the model.
         settings: the recipe's `quantize`, None for a model that was only pruned or trained.
 
@@ -60,10 +62,12 @@ def compare(
             else:
                 continue
             done.add(f"{layer}.weight")
-    dtype = layer_layout.plain_dtype(settings.format) if settings else None
+    plain = layer_layout.plain_dtype(settings.format) if settings else None
     for name in source.names:
         if name not in done and export.has(name):
-            _check_same(name, export.tensor(name), source.tensor(name), dtype)
+            original = source.tensor(name)
+            dtype = layer_layout.dtype_beside(family, name, original.dtype, plain) if plain else original.dtype
+            _check_same(name, export.tensor(name), original.to(dtype))
     return rows
 
 
@@ -169,9 +173,7 @@ def _check_scaled_back(name: str, export: Export, source: Export, change: torch.
         raise Failure("export_damaged", f"{name}: {what}")
 
 
-def _check_same(name: str, found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | None) -> None:
-    if dtype and expected.is_floating_point():
-        expected = expected.to(dtype)
+def _check_same(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
     if found.dtype != expected.dtype or found.shape != expected.shape:
         both = f"{found.dtype} {list(found.shape)}, expected {expected.dtype} {list(expected.shape)}"
         raise Failure("export_damaged", f"{name}: is {both}")

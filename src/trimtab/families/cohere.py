@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from trimtab.families.family import Attention, Config, Family, Logits, Mlp
+from trimtab.families.family import Family, Logits
+from trimtab.families.parts import Attention, Config, Mlp
 
 
 def _whole_context(config: Config) -> list[int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from trimtab.families.family import Attention, Config, Family, Logits, Mlp
+from trimtab.families.family import Family, Logits
+from trimtab.families.parts import Attention, Config, Mlp
 
 GEMMA = Family(
     "gemma",

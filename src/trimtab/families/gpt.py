@@ -1,4 +1,4 @@
-"""Decoders of 2021 to 2023 with LayerNorm and query, key and value in one layer: BLOOM, MPT, GPT-BigCode and others.
+"""Decoders of 2021 to 2023 with LayerNorm, most with query, key and value in one layer: BLOOM, MPT, Pythia and others.
 
 Most of them compute attention in their own modules, where no engine of PyTorch rounds or pages what they keep.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from trimtab.families.family import Attention, Config, Family, Limit, Mlp
+from trimtab.families.family import Family, Limit
+from trimtab.families.parts import Attention, Config, Mlp
 
 _FUSED = "its keys and values come out of {}, with the queries"
 
@@ -116,6 +117,23 @@ BIGCODE = Family(
     others=lambda config, sizes: {"transformer.wpe.weight": (config.get("n_positions", 1024), sizes.hidden)},
     no_serve=_FUSED.format("c_attn"),
 )
+#: Pythia among them. transformers calls the head lm_head, and checkpoints embed_out.
+NEOX = Family(
+    "gpt_neox",
+    attention=Attention("attention", output="dense", qkv="query_key_value"),
+    mlp=Mlp(gate=None, up="dense_h_to_4h", down="dense_4h_to_h"),
+    norm="w, b",
+    blocks="gpt_neox.layers",
+    embedding="gpt_neox.embed_in",
+    last_norm="gpt_neox.final_layer_norm",
+    head="embed_out",
+    aliases=(("embed_out", "lm_head"),),
+    sizes=lambda config: {"num_key_value_heads": config.get("num_attention_heads")},
+    qkv_bias=("attention_bias", True),
+    output_bias=("attention_bias", True),
+    mlp_bias=True,
+    no_serve=_FUSED.format("query_key_value"),
+)
 #: Attention and MLP read one norm.
 GPTJ = Family(
     "gptj",
@@ -157,4 +175,4 @@ PERSIMMON = Family(
     mlp_bias=True,
     no_serve=_FUSED.format("query_key_value"),
 )
-FAMILIES = (BLOOM, MPT, BIGCODE, GPTJ, CODEGEN, PERSIMMON)
+FAMILIES = (BLOOM, MPT, BIGCODE, NEOX, GPTJ, CODEGEN, PERSIMMON)

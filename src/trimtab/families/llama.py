@@ -1,10 +1,14 @@
-"""Llama, and what is Llama under another name: RMSNorm, attention, RMSNorm, and an MLP of act(gate) * up."""
+"""Llama, and what is Llama under another name: RMSNorm, attention, RMSNorm, and an MLP of act(gate) * up.
+
+Llama 4 has experts, and blocks that look at a part of the context or have no rotary embeddings.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from trimtab.families.family import Attention, Config, Family, Logits, Mlp, Shape
+from trimtab.families.family import Family, Logits
+from trimtab.families.parts import Attention, Config, Experts, Mlp, Shape
 
 LLAMA = Family(
     "llama",
@@ -105,5 +109,19 @@ FAMILIES = (
         attention=Attention(head_norms=("query_layernorm", "key_layernorm")),
         mlp_bias=False,
         tensor_parallel=False,
+    ),
+    # `fetch` puts the experts, which are stored as one tensor, apart: a layer each.
+    Family(
+        "llama4_text",
+        mlp=Mlp("feed_forward"),
+        experts=Experts(
+            "feed_forward", shared="shared_expert", plain=("router",),
+            size="intermediate_size", shared_size="intermediate_size",
+        ),
+        by_layer=("layer_types", "no_rope_layers"),
+        numbered=("moe_layers",),
+        attention_types=("full_attention", "chunked_attention"),
+        nope=_without_rotary,
+        no_serve="its blocks look at a part of the context that the engine's cache does not know",
     ),
 )

@@ -1,10 +1,11 @@
-"""OLMo and EXAONE 4: blocks without a norm that has a weight ahead of their layers."""
+"""OLMo and EXAONE 4: blocks without a norm that has a weight ahead of their layers; OLMoE, which has such norms."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from trimtab.families.family import Attention, Config, Family, Mlp
+from trimtab.families.family import Family
+from trimtab.families.parts import Attention, Config, Experts, Mlp
 
 #: Since OLMo 2 the norms stand behind attention and MLP, and a norm spans all heads of queries, or of keys.
 OLMO2 = Family(
@@ -34,6 +35,13 @@ FAMILIES = (
         output_bias=False,
         tensor_parallel=True,
     ),
+    Family(
+        "olmoe",
+        attention=Attention(head_norms=("q_norm", "k_norm")),
+        mlp=None,
+        experts=Experts(size="intermediate_size"),
+    ),
+    replace(OLMO2, model_type="flex_olmo", mlp=None, experts=Experts(size="intermediate_size")),
     # Norms without weights, which checkpoints do not hold.
     Family(
         "olmo",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from trimtab.families.family import Attention, Family, Mlp
+from trimtab.families.family import Family
+from trimtab.families.parts import Attention, Mlp
 
 PHI = Family(
     "phi",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from trimtab.families.family import Attention, Config, Family, Limit, Mlp, Shape
+from trimtab.families.family import Family, Limit
+from trimtab.families.parts import Attention, Config, Mlp, Shape
 
 
 def _falcon_sizes(config: Config) -> dict[str, Any]:

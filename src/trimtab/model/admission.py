@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from trimtab import families
 from trimtab.base.errors import InputError
-from trimtab.model.facts import ModelFacts, Tensor, header_bytes, inspect, read_header, ties_embeddings
+from trimtab.model.configured import ties_embeddings
+from trimtab.model.facts import ModelFacts, Tensor, header_bytes, inspect, read_header
 from trimtab.model.files import CONFIG, model_files, read_json, weight_files
 
 _CHUNK = 16 << 20

@@ -18,18 +18,13 @@ from trimtab import families
 from trimtab.base.errors import InputError
 from trimtab.base.schema import Document
 from trimtab.families import Family
+from trimtab.model.configured import sizes_of, ties_embeddings
 from trimtab.model.files import INDEX, has_tokenizer, is_computed, quantized_by, read_json, weight_files
 
 #: Bytes of one element, by safetensors' names of the types.
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-#: Decoders whose embeddings are tied where config.json says nothing (transformers 5.14).
-_TIED_BY_DEFAULT = {
-    "bloom", "cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "falcon", "gemma", "gemma2",
-    "gemma3_text", "gemma3n_text", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neo", "lfm2", "lfm2_moe", "mamba",
-    "minicpm3", "mpt", "opt", "smollm3", "starcoder2", "vaultgemma", "youtu",
 }  # fmt: skip
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 #: The safetensors library refuses longer headers too.
@@ -64,7 +59,10 @@ class ModelFacts(Document):
 
     `layers` counts transformer blocks; `bytes` are those of all tensors as stored in `dtype`, of which tied
     embeddings are counted once; `linears` are the layers that quantization may apply to (neither embeddings
-    nor lm_head).
+    nor lm_head, nor the routers of experts). `intermediate_size` counts the neurons that a token passes in a block.
+    Of a token a block keeps `head_numbers` for each KV head, or `latent_numbers` for all heads together where an
+    engine can keep keys and values compressed. With experts, a token is given to `experts_per_token` of `experts` in
+    each block that has them, which have `expert_size` neurons each.
     """
 
     architecture: str
@@ -82,10 +80,24 @@ class ModelFacts(Document):
     bytes: int
     dtype: str
     linears: tuple[Linear, ...]
+    head_numbers: int
+    latent_numbers: int = 0
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
 
     @cached_property
     def linear_parameters(self) -> int:
         return sum(layer.parameters for layer in self.linears)
+
+    @cached_property
+    def active_parameters(self) -> int:
+        """The parameters that a token passes: of experts, those that it is given to."""
+        if not self.experts:
+            return self.parameters
+        family = families.named(self.model_type)
+        all_experts = sum(layer.parameters for layer in self.linears if family.is_expert(layer.name))
+        return self.parameters - all_experts + all_experts * self.experts_per_token // self.experts
 
 
 def inspect(folder: str | Path) -> ModelFacts:
@@ -109,13 +121,6 @@ def inspect(folder: str | Path) -> ModelFacts:
         other = "no other tokenizer (tokenizer.model, or vocab.json with merges.txt)"
         raise InputError(f"{folder}: has no tokenizer.json and {other}; add the model's tokenizer")
     return facts_of(folder, config, tensors)
-
-
-def ties_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether config.json makes the output head the embedding, as transformers reads it: where it does not say, by
-    the model type."""
-    said = config.get("tie_word_embeddings")
-    return config.get("model_type") in _TIED_BY_DEFAULT if said is None else bool(said)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -218,46 +223,6 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-class Sizes(NamedTuple):
-    """What a config.json counts: blocks, hidden channels, neurons, heads, tokens of the vocabulary, positions."""
-
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    positions: int
-
-
-def sizes_of(path: Path, config: Mapping[str, Any], family: Family) -> Sizes:
-    """Returns the sizes of the model with this config.json, which lies at `path`.
-
-    Raises:
-        InputError: one is missing or no whole number above 0.
-    """
-    own = family.sizes(config)
-
-    def number(key: str, default: int | None = None) -> int:
-        value = {**config, **own}.get(key) or default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{path}: {key} must be a whole number above 0, got {value!r}")
-        return value
-
-    layers, heads, hidden = (number(k) for k in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
-    return Sizes(
-        layers=layers,
-        hidden=hidden,
-        ffn=number("intermediate_size", 4 * hidden),
-        heads=heads,
-        kv_heads=number("num_key_value_heads", heads),
-        head_dim=number("head_dim", family.head_dim or hidden // heads),
-        vocabulary=number("vocab_size"),
-        positions=number("max_position_embeddings", 2048),
-    )
-
-
 def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> ModelFacts:
     """Returns the facts of the model that has this config.json and these tensors.
 
@@ -272,7 +237,8 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
 
     sizes = sizes_of(path, config, family)
     layers = sizes.layers
-    found = {block for name in tensors if (block := family.place(name)[0]) is not None}
+    own = {name: tensor for name, tensor in tensors.items() if not family.is_beside(name, config)}
+    found = {block for name in own if (block := family.place(name)[0]) is not None}
     if not found and (bare := family.blocks.partition(".")[2]) and any(n.startswith(f"{bare}.0.") for n in tensors):
         raise InputError(
             f"{path}: the weights name their blocks {bare}.…, as a model without its output head does: write them as "
@@ -294,12 +260,13 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
     for tensor in counted:
         by_dtype[tensor.dtype] += tensor.end - tensor.begin
     dtype = by_dtype.most_common(1)[0][0]
+    experts = _experts(path, family, config, own)
     return ModelFacts(
         architecture=architecture,
         model_type=str(config.get("model_type", "")),
         layers=layers,
         hidden_size=sizes.hidden,
-        intermediate_size=sizes.ffn,
+        intermediate_size=experts.pop("neurons", 0) or sizes.ffn,
         heads=sizes.heads,
         kv_heads=sizes.kv_heads,
         head_dim=sizes.head_dim,
@@ -309,8 +276,40 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
         parameters=sum(math.prod(tensor.shape) for tensor in counted),
         bytes=sum(by_dtype.values()),
         dtype=_DTYPE_NAMES.get(dtype, dtype.lower()),
-        linears=_linears(path, family, tensors),
+        linears=_linears(path, family, own),
+        head_numbers=family.attention.head_numbers(config, sizes.head_dim),
+        latent_numbers=family.attention.latent_numbers(config),
+        **experts,
     )
+
+
+def _experts(path: Path, family: Family, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, int]:
+    """The facts of a model's experts; {} where none of its blocks has any.
+
+    Raises:
+        InputError: a field of the config is no number, or the weights hold another number of experts than it says.
+    """
+    part = family.experts
+    found: dict[tuple[int, str], set[str]] = {}
+    for name in tensors:
+        if expert := family.expert(name):
+            found.setdefault((family.place(name)[0], expert[1]), set()).add(expert[0])
+    if part is None or not found:
+        return {}
+    counted, count = part.count(config)
+    for field, value in ((counted, count), *((name, config.get(name)) for name in (part.chosen, part.size))):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{path}: {field} must be a whole number above 0, got {value!r}")
+    chosen = config[part.chosen]
+    if chosen > count:
+        raise InputError(f"{path}: {part.chosen} is {chosen}, and {counted} only {count}; download it again")
+    for (block, tensor), numbers in sorted(found.items()):
+        if numbers != {str(n) for n in range(count)}:
+            what = f"block {block} has {tensor} of {len(numbers)} experts"
+            raise InputError(f"{path}: {counted} is {count}, and {what}; download it again")
+    widest = max(config["intermediate_size"], part.neurons_of_a_token(config)) if family.mlp else 0
+    neurons = widest or part.neurons_of_a_token(config)
+    return {"experts": count, "experts_per_token": chosen, "expert_size": config[part.size], "neurons": neurons}
 
 
 def _linears(path: Path, family: Family, tensors: dict[str, Tensor]) -> tuple[Linear, ...]:
@@ -318,7 +317,9 @@ def _linears(path: Path, family: Family, tensors: dict[str, Tensor]) -> tuple[Li
     for name, tensor in sorted(tensors.items()):
         module = name.removesuffix(".weight")
         block, within = family.place(module)
-        if module == name or len(tensor.shape) != 2 or block is None or within in family.attention.norms_of_heads:
+        if module == name or len(tensor.shape) != 2 or block is None:
+            continue
+        if within in family.attention.norms_of_heads or family.stays_plain(module):
             continue
         if family.layer(module) is None:  # another build under a name that is known
             raise InputError(

@@ -14,12 +14,15 @@ from typing import Any
 from trimtab import families
 from trimtab.base.errors import InputError
 from trimtab.families import Attention, Family, Mlp
-from trimtab.families.family import Said, Shape
-from trimtab.model.facts import ModelFacts, Sizes, Tensor, facts_of, sizes_of, ties_embeddings
+from trimtab.families.parts import Said, Shape
+from trimtab.model.configured import Sizes, sizes_of, ties_embeddings
+from trimtab.model.facts import ModelFacts, Tensor, facts_of
 
 #: Model types whose tensors follow from the config: those whose blocks are attention and an MLP, all alike.
 MODEL_TYPES = tuple(
-    name for name, family in families.BY_TYPE.items() if type(family.attention) is Attention and type(family.mlp) is Mlp
+    name
+    for name, family in families.BY_TYPE.items()
+    if (type(family.attention), type(family.mlp), family.experts) == (Attention, Mlp, None)
 )
 
 

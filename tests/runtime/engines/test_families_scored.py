@@ -33,7 +33,11 @@ def in_float32(monkeypatch: pytest.MonkeyPatch):
     return open_engine
 
 
-@pytest.mark.parametrize("model_type", list(families.BY_TYPE))
+#: Of these `fetch` takes the experts apart, which transformers does not read.
+TAKEN_APART = ("gpt_oss", "llama4_text")
+
+
+@pytest.mark.parametrize("model_type", [name for name in families.BY_TYPE if name not in TAKEN_APART])
 @torch.inference_mode()
 def test_likelihoods_are_those_of_transformers(model_type: str, in_float32, tmp_path: Path) -> None:
     """Of a window, and of two continuations that share their context's work where the family allows it."""

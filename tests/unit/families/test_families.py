@@ -12,7 +12,7 @@ from trimtab.families import Logits
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"model_type": "mixtral"}, "model_type 'mixtral' has mixtures of experts, which is not supported yet; give"),
+        ({"model_type": "dbrx"}, "model_type 'dbrx' has mixtures of experts, which is not supported yet; give"),
         ({"model_type": "brand_new"}, "model_type 'brand_new' is not described; give a model of one of these: llama,"),
         ({"model_type": "brand_new", "num_local_experts": 8}, "model_type 'brand_new' has mixtures of experts"),
         ({"model_type": "brand_new", "kv_lora_rank": 512}, "'brand_new' has attention over compressed keys"),

@@ -150,10 +150,11 @@ class TorchEngine:
             replacements.group_queries(self.model)
         self.body, self.head = self.model.base_model, self.model.get_output_embeddings()
         self._behind_head = head.behind(self.model)
-        # A branch's mask says nothing of a sliding window, and attention of a model's own may want numbers to add, or
-        # find positions in its mask: there every request gets a row of its own.
-        own = self.model.config._attn_implementation == "eager"
-        self._share_contexts = not own and not getattr(self.model.config, "sliding_window", None)
+        # A branch's mask says nothing of a window, and attention of a model's own may want numbers to add, or find
+        # positions in its mask: there every request gets a row of its own.
+        windows = ("sliding_window", "attention_chunk_size")
+        windowed = any(getattr(self.model.config, name, None) for name in windows)
+        self._share_contexts = not windowed and self.model.config._attn_implementation != "eager"
         self._agree = shards.agreement(place, self.device) if place else bool
         # Products of one row are chosen by their speed, which ranks would find to differ, and leave out their sums.
         self._has_step = self.device.type == "cuda" and place is None

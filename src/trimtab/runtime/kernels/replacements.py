@@ -49,15 +49,19 @@ def fuse_norms(model: nn.Module) -> int:
 def cap_scores(model: PreTrainedModel) -> None:
     """Makes a model that caps the scores of its attention do so: transformers' SDPA leaves the cap out in silence."""
     if getattr(model.config, "attn_logit_softcapping", None) is not None:
-        group_queries(model)
+        _use_grouped(model)
 
 
 def group_queries(model: PreTrainedModel) -> None:
     """Makes a model that uses SDPA decode without repeating its keys and values for each query head."""
     if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(_NAME, grouped_attention)
-        AttentionMaskInterface.register(_NAME, sdpa_mask)
-        model.set_attn_implementation(_NAME)
+        _use_grouped(model)
+
+
+def _use_grouped(model: PreTrainedModel) -> None:
+    AttentionInterface.register(_NAME, grouped_attention)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    model.set_attn_implementation(_NAME)
 
 
 def grouped_attention(
