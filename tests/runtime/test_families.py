@@ -115,7 +115,10 @@ def test_a_scale_in_a_norm_is_made_up_for_by_the_layers_behind_it(model_type: st
             if shared.norm and all(hasattr(block.get_submodule(".".join(layer.name.split(".")[:-1])),
                                            layer.name.split(".")[-1]) for layer in shared.layers):  # fmt: skip
                 scale = torch.rand(decoders.HIDDEN) + 0.5
-                block.get_submodule(shared.norm).weight.mul_(scale)
+                norm = block.get_submodule(shared.norm)
+                norm.weight.copy_((norm.weight + family.norm_offset) * scale - family.norm_offset)
+                if family.norm == "w, b":
+                    norm.bias.mul_(scale)
                 for layer in shared.layers:
                     block.get_submodule(layer.name).weight.div_(scale)
                 folded += 1

@@ -161,8 +161,13 @@ class Family:
 
     @property
     def folds(self) -> bool:
-        """Whether what multiplies the input of layers behind a norm can be put into the norm's weight."""
-        return self.norm == "w"
+        """Whether what multiplies the input of layers behind a norm can be put into the norm's weight, and bias."""
+        return self.norm != "none"
+
+    @property
+    def norm_offset(self) -> float:
+        """What is added to a norm's weight before it multiplies."""
+        return 1.0 if self.norm == "1 + w" else 0.0
 
     def place(self, name: str) -> tuple[int | None, str]:
         """Returns the block of a module or tensor and its name there; None and the whole name of one in no block."""
@@ -191,6 +196,17 @@ class Family:
     def is_expert(self, layer: str) -> bool:
         """Whether a linear layer is one of an expert's, to which only some tokens are given."""
         return self.expert(layer) is not None
+
+    def scales_channels(self, layer: str) -> bool:
+        """Whether a method may multiply the channels of a layer's input: not those of a mixture's experts, shared ones
+        among them, whose fused kernels in TensorRT-LLM and vLLM have no place for such a scale."""
+        _, within = self.place(layer)
+        return self.experts is None or not within.startswith((f"{self.experts.prefix}.", *self._shared_expert))
+
+    @cached_property
+    def _shared_expert(self) -> tuple[str, ...]:
+        part = self.experts
+        return (f"{part.module}.{part.shared}.",) if part and part.shared else ()
 
     def keeps(self, layer: str) -> bool:
         """Whether a linear layer stays in 16 bits, see `keep`."""
