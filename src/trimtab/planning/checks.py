@@ -147,6 +147,8 @@ def _check_exclusions(recipe: Recipe, facts: ModelFacts) -> str | None:
 
 def _check_stages(recipe: Recipe, facts: ModelFacts) -> str | None:
     stages, blocks = recipe.engine.pipeline_parallel_size, facts.layers
+    if recipe.engine.backend == "torch" and stages > 1 and not families.named(facts.model_type).pipeline_parallel:
+        return f"engine.pipeline_parallel_size: torch has no way to share out a '{facts.model_type}'; write 1"
     if stages > blocks:
         return f"engine.pipeline_parallel_size: {stages} stages for {blocks} blocks; write at most {blocks}"
     if blocks % stages:
