@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig
 
 from trimtab import families
 from trimtab.base import progress
-from trimtab.model.facts import inspect, read_tensors
+from trimtab.model.facts import inspect
+from trimtab.model.headers import read_tensors
 from trimtab.runtime.checkpoint import config_file, stream
 from trimtab.runtime.checkpoint.model_files import Export, check_finite
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimtab.base.errors import InputError
-from trimtab.model.facts import ModelFacts, Tensor, header_bytes, inspect, read_header, ties_embeddings
+from trimtab.model.facts import ModelFacts, inspect, ties_embeddings
 from trimtab.model.files import CONFIG, model_files, read_json, weight_files
+from trimtab.model.headers import Tensor, header_bytes, read_header
 
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|embed_in|word_embeddings|wte)\.weight$")
 _HEAD = "lm_head.weight"

@@ -11,7 +11,8 @@ from typing import Any
 from trimtab import families
 from trimtab.base.errors import InputError
 from trimtab.families import Family
-from trimtab.model.facts import ModelFacts, Tensor, facts_of
+from trimtab.model.facts import ModelFacts, facts_of
+from trimtab.model.headers import Tensor
 
 #: Model types whose tensors follow from the config as `_shapes` lays them out.
 MODEL_TYPES = tuple(family.model_type for family in families.BY_TYPE.values() if family.width)

@@ -7,7 +7,8 @@ import pytest
 
 from trimtab.base.errors import InputError
 from trimtab.model.admission import admit
-from trimtab.model.facts import read_tensors, ties_embeddings
+from trimtab.model.facts import ties_embeddings
+from trimtab.model.headers import read_tensors
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from transformers import (
 from trimtab.base.errors import Failure, InputError
 from trimtab.catalog import kv_caches
 from trimtab.catalog.formats import STORAGES
-from trimtab.model.facts import read_header
 from trimtab.model.files import CONFIG, is_computed, read_json, weight_files
+from trimtab.model.headers import read_header
 from trimtab.runtime.checkpoint import config_file, layer_layout, stream
 from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized
 
