@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimtab.base.errors import InputError
-from trimtab.model.facts import ModelFacts, inspect, ties_embeddings
+from trimtab.model.facts import ModelFacts, examine, ties_embeddings
 from trimtab.model.files import CONFIG, model_files, read_json, weight_files
 from trimtab.model.headers import Tensor, header_bytes, read_header
+from trimtab.model.layouts import Layout
 
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|embed_in|word_embeddings|wte)\.weight$")
 _HEAD = "lm_head.weight"
@@ -34,11 +35,13 @@ _UNKNOWN = {
 
 
 class Admitted(NamedTuple):
-    """A model that may be planned for: its facts, its files by name and where each lies, and what lies beside them."""
+    """A model that may be planned for: its facts, its files by name and where each lies, what lies beside them, and
+    how its tensors are made of what the files store."""
 
     facts: ModelFacts
     files: dict[str, Path]
     left_out: list[str]
+    layout: Layout
 
 
 def admit(folder: str | Path) -> Admitted:
@@ -52,9 +55,9 @@ def admit(folder: str | Path) -> Admitted:
         _check_whole_model(folder)
     if (folder / CONFIG).is_file():
         _check_family(folder)
-    facts = inspect(folder)
-    _check_embeddings(folder, facts)
-    return Admitted(facts, _located(folder), weight_files(folder).left_out)
+    facts, layout = examine(folder)
+    _check_embeddings(folder, facts, layout)
+    return Admitted(facts, _located(folder), weight_files(folder).left_out, layout)
 
 
 def _check_whole_model(folder: Path) -> None:
@@ -83,8 +86,9 @@ def _check_family(folder: Path) -> None:
         )
 
 
-def _check_embeddings(folder: Path, facts: ModelFacts) -> None:
-    found = {tensor.name: (path, tensor) for path, tensor in _tensors(folder)}
+def _check_embeddings(folder: Path, facts: ModelFacts, layout: Layout) -> None:
+    stored = {tensor.name: (path, tensor) for path, tensor in _tensors(folder)}
+    found = {name: stored[layout.source_of(name)] for name in layout.pieces}
     embedding = next((name for name in sorted(found) if _EMBEDDING.search(name)), None)
     if embedding is None:
         return

@@ -13,8 +13,10 @@ from trimtab import families
 from trimtab.base.errors import InputError
 from trimtab.base.schema import Document
 from trimtab.families import Family
-from trimtab.model.files import has_tokenizer, quantized_by, read_json
+from trimtab.model import low_precision
+from trimtab.model.files import has_tokenizer, read_json
 from trimtab.model.headers import Tensor, read_tensors
+from trimtab.model.layouts import Layout, layout
 
 #: Decoders whose embeddings are tied where config.json says nothing (transformers 5.14).
 _TIED_BY_DEFAULT = {
@@ -40,9 +42,9 @@ class Linear(NamedTuple):
 class ModelFacts(Document):
     """What planning needs to know of a decoder-only language model.
 
-    `layers` counts transformer blocks; `bytes` are those of all tensors as stored in `dtype`, of which tied
-    embeddings are counted once; `linears` are the layers that quantization may apply to (neither embeddings
-    nor lm_head).
+    `layers` counts transformer blocks; `bytes` are those of all tensors in the house's layout, most of them in `dtype`,
+    of which tied embeddings are counted once; `linears` are the layers that quantization may apply to (neither
+    embeddings nor lm_head).
     """
 
     architecture: str
@@ -69,8 +71,19 @@ class ModelFacts(Document):
 def inspect(folder: str | Path) -> ModelFacts:
     """Reads the facts of the Hugging Face model in a folder, and checks that its files are whole.
 
+    They are those of the model in the house's layout, whatever its files store (`trimtab.model.layouts`).
+
     Raises:
         InputError: it is not a model that trimtab can use; one sentence says what is wrong and what to do.
+    """
+    return examine(folder)[0]
+
+
+def examine(folder: str | Path) -> tuple[ModelFacts, Layout]:
+    """Returns what `inspect` does, and how the model's tensors are made of those that the files store.
+
+    Raises:
+        InputError: as `inspect`.
     """
     folder = Path(folder)
     if folder.suffix == ".gguf":
@@ -82,11 +95,11 @@ def inspect(folder: str | Path) -> ModelFacts:
         hint = f"; {ggufs[0].name} is GGUF, which `fetch` converts" if ggufs else ""
         raise InputError(f"{folder}: has no config.json, so it is not a Hugging Face model{hint}")
     config = _config(folder)
-    tensors = read_tensors(folder)
+    stored = layout(folder, config, read_tensors(folder))
     if not has_tokenizer(folder):
         other = "no other tokenizer (tokenizer.model, or vocab.json with merges.txt)"
         raise InputError(f"{folder}: has no tokenizer.json and {other}; add the model's tokenizer")
-    return facts_of(folder, config, tensors)
+    return facts_of(folder, config, stored.tensors), stored
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
@@ -107,10 +120,7 @@ def _config(folder: Path) -> dict[str, Any]:
                 f"architecture transformers has itself, or remove auto_map if it has this one"
             )
     families.of(config, str(path))  # before all that follows: a model that is not known needs no other remedy
-    if reason := quantized_by(folder, config):
-        raise InputError(
-            f"{path.parent}: {reason} says that it is already quantized; give the 16-bit model it was made from"
-        )
+    low_precision.declared_in(folder, config)  # before the weights: a form that is not read needs no whole files
     return config
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from trimtab import families
 from trimtab.base.errors import InputError
 from trimtab.families import Family
+from trimtab.model import low_precision
 from trimtab.model.facts import ModelFacts, facts_of
 from trimtab.model.headers import Tensor
 
@@ -22,7 +23,7 @@ def outline(path: str | Path) -> ModelFacts:
     """Returns the facts of the model whose config.json this is, as if its weights were there in 16 bits.
 
     Raises:
-        InputError: no config of a model whose shapes are known.
+        InputError: no config of a model whose shapes are known, or one in low precision that is not read.
     """
     path = Path(path)
     try:
@@ -35,6 +36,7 @@ def outline(path: str | Path) -> ModelFacts:
         known = ", ".join(MODEL_TYPES)
         what = f"the shapes of a '{family.model_type}' do not follow from its config ({known}'s do)"
         raise InputError(f"{path}: {what}; give the whole model")
+    low_precision.declared(str(path), config)
     try:
         shapes = dict(_shapes(config, family))
     except (KeyError, TypeError, ZeroDivisionError) as error:
