@@ -63,7 +63,7 @@ def fp8(tensor: torch.Tensor, block: tuple[int, int] | None) -> tuple[torch.Tens
 
 
 def mxfp4(experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns blocks [E, outputs, groups, 16] and scales [E, outputs, groups] of experts stored [E, inputs, outputs]."""
+    """Returns blocks [E, outputs, groups, 16] and scales [E, outputs, groups] of experts [E, inputs, outputs]."""
     groups = experts.float().transpose(1, 2).unflatten(2, (-1, 32))
     exponent = torch.floor(torch.log2(groups.abs().amax(3).clamp(min=1e-30) / _E2M1_MAX)) + 1
     scaled = groups / torch.exp2(exponent).unsqueeze(-1)

@@ -22,7 +22,7 @@ from trimtab.model import low_precision
 from trimtab.model.files import CONFIG, INDEX, SINGLE, companions, read_json, weight_files
 from trimtab.model.headers import DTYPE_BYTES, Tensor, header_bytes, read_header, read_tensors
 from trimtab.model.layouts import Layout, Piece, layout
-from trimtab.runtime.checkpoint.model_files import check_finite
+from trimtab.runtime.checkpoint.finite import check_finite
 
 #: Bytes of a shard; what lies in one file is uploaded and downloaded as one.
 SHARD_BYTES = 4 << 30
