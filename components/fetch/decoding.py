@@ -18,8 +18,8 @@ _PAIRS = torch.stack([_FP4[_BYTES & 15], _FP4[_BYTES >> 4]], dim=1).view(torch.i
 _E4M3 = _BYTES.to(torch.uint8).view(torch.float8_e4m3fn).float()
 #: E8M0 of the same document: 2 ** (byte - 127), and 255 is no number.
 _E8M0 = torch.tensor([2.0 ** (byte - 127) for byte in range(255)] + [torch.nan], dtype=torch.bfloat16)
-#: Rows that are multiplied at a time where there are no blocks.
-_ROWS = 128
+#: Numbers that are float32 at a time.
+_AT_ONCE = 4 << 20
 
 
 def fp8(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None) -> torch.Tensor:
@@ -32,13 +32,15 @@ def fp8(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None
     rest.
     """
     outputs, inputs = weight.shape
-    if block is None:
-        block, scale = (_ROWS, inputs), scale.reshape(1, 1).expand(-(-outputs // _ROWS), 1)
+    height, width = block or (1, inputs)
+    scale = scale.float() if block else scale.float().reshape(1, 1).expand(outputs, 1)
+    blocks = max(1, _AT_ONCE // (height * inputs))
     made = torch.empty(outputs, inputs, dtype=torch.bfloat16)
-    for number, row in enumerate(range(0, outputs, block[0])):  # a row of blocks, so that float32 stays small
-        rows = slice(row, row + block[0])
-        scales = scale[number].float().repeat_interleave(block[1])[:inputs]
-        made[rows] = _by_byte(_E4M3, weight[rows].view(torch.uint8)) * scales
+    for first in range(0, scale.shape[0], blocks):
+        rows = slice(first * height, (first + blocks) * height)
+        numbers = _by_byte(_E4M3, weight[rows].view(torch.uint8))
+        scales = scale[first : first + blocks].repeat_interleave(height, 0)[: len(numbers)]
+        made[rows] = numbers.mul_(scales.repeat_interleave(width, 1)[:, :inputs])
     return made
 
 
