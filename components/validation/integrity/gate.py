@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trimtab import families
 from trimtab.base import progress
 from trimtab.base.errors import Failure, InputError
 from trimtab.components.validation.integrity import coverage, declaration, reload, weights
@@ -49,7 +50,7 @@ def inspect(
     coverage.check_layers(read, facts, groups, settings)
     coverage.check_tensors(read, source, facts)
     made = settings is not None or not folder.samefile(origin)
-    layers = weights.compare(read, source, groups, settings) if made else []
+    layers = weights.compare(read, source, families.named(facts.model_type), groups, settings) if made else []
     found, predicted = coverage.check_bytes(read, facts, groups, settings)
     progress.report("validate", f"tensors take {found:,} bytes, {predicted:,} were predicted")
     loaded = reload.check(folder, origin) if made else {"skipped": None, "outputs": {}}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,16 +13,11 @@ from trimtab.base.errors import InputError
 from trimtab.base.schema import Document
 from trimtab.families import Family
 from trimtab.model import low_precision
+from trimtab.model.configured import sizes_of, ties_embeddings
 from trimtab.model.files import has_tokenizer, read_json
 from trimtab.model.headers import Tensor, read_tensors
 from trimtab.model.layouts import Layout, layout
 
-#: Decoders whose embeddings are tied where config.json says nothing (transformers 5.14).
-_TIED_BY_DEFAULT = {
-    "bloom", "cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "falcon", "gemma", "gemma2",
-    "gemma3_text", "gemma3n_text", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neo", "lfm2", "lfm2_moe", "mamba",
-    "minicpm3", "mpt", "opt", "smollm3", "starcoder2", "vaultgemma", "youtu",
-}  # fmt: skip
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -44,7 +38,10 @@ class ModelFacts(Document):
 
     `layers` counts transformer blocks; `bytes` are those of all tensors in the house's layout, most of them in `dtype`,
     of which tied embeddings are counted once; `linears` are the layers that quantization may apply to (neither
-    embeddings nor lm_head).
+    embeddings nor lm_head, nor the routers of experts). `intermediate_size` counts the neurons that a token passes in a
+    block. Of a token a block keeps `head_numbers` for each KV head, or `latent_numbers` for all heads together where an
+    engine can keep keys and values compressed. With experts, a token is given to `experts_per_token` of `experts` in
+    each block that has them, which have `expert_size` neurons each.
     """
 
     architecture: str
@@ -62,10 +59,24 @@ class ModelFacts(Document):
     bytes: int
     dtype: str
     linears: tuple[Linear, ...]
+    head_numbers: int
+    latent_numbers: int = 0
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
 
     @cached_property
     def linear_parameters(self) -> int:
         return sum(layer.parameters for layer in self.linears)
+
+    @cached_property
+    def active_parameters(self) -> int:
+        """The parameters that a token passes: of experts, those that it is given to."""
+        if not self.experts:
+            return self.parameters
+        family = families.named(self.model_type)
+        all_experts = sum(layer.parameters for layer in self.linears if family.is_expert(layer.name))
+        return self.parameters - all_experts + all_experts * self.experts_per_token // self.experts
 
 
 def inspect(folder: str | Path) -> ModelFacts:
@@ -102,13 +113,6 @@ def examine(folder: str | Path) -> tuple[ModelFacts, Layout]:
     return facts_of(folder, config, stored.tensors), stored
 
 
-def ties_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether config.json makes the output head the embedding, as transformers reads it: where it does not say, by
-    the model type."""
-    said = config.get("tie_word_embeddings")
-    return config.get("model_type") in _TIED_BY_DEFAULT if said is None else bool(said)
-
-
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     config = read_json(path)
@@ -132,19 +136,20 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
     """
     path = folder / "config.json"
     family = families.of(config, str(path))
-    config = {**config, **family.sizes(config)}
     architecture = (config.get("architectures") or [""])[0]
     if not architecture.endswith("ForCausalLM"):
         raise InputError(f"{path}: architecture '{architecture}' is no decoder-only model (…ForCausalLM)")
 
-    def number(key: str, default: int | None = None) -> int:
-        value = config.get(key) or default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{path}: {key} must be a whole number above 0, got {value!r}")
-        return value
-
-    layers, heads, hidden = (number(k) for k in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
-    found = {block for name in tensors if (block := family.place(name)[0]) is not None}
+    sizes = sizes_of(path, config, family)
+    layers = sizes.layers
+    own = {name: tensor for name, tensor in tensors.items() if not family.is_beside(name, config)}
+    found = {block for name in own if (block := family.place(name)[0]) is not None}
+    if not found and (bare := family.blocks.partition(".")[2]) and any(n.startswith(f"{bare}.0.") for n in tensors):
+        raise InputError(
+            f"{path}: the weights name their blocks {bare}.…, as a model without its output head does: write them as "
+            f"{family.blocks}.…: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), and copy "
+            f"the tokenizer's files"
+        )
     if found != set(range(layers)):
         where = f"{len(found)} blocks named {family.blocks}.…"
         raise InputError(f"{path}: num_hidden_layers is {layers}, and the weights hold {where}; download it again")
@@ -160,30 +165,66 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
     for tensor in counted:
         by_dtype[tensor.dtype] += tensor.end - tensor.begin
     dtype = by_dtype.most_common(1)[0][0]
+    experts = _experts(path, family, config, own)
     return ModelFacts(
         architecture=architecture,
         model_type=str(config.get("model_type", "")),
         layers=layers,
-        hidden_size=hidden,
-        intermediate_size=number("intermediate_size", 4 * hidden),
-        heads=heads,
-        kv_heads=number("num_key_value_heads", heads),
-        head_dim=number("head_dim", hidden // heads),
-        vocab_size=number("vocab_size"),
-        max_position_embeddings=number("max_position_embeddings", 2048),
+        hidden_size=sizes.hidden,
+        intermediate_size=experts.pop("neurons", 0) or sizes.ffn,
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        vocab_size=sizes.vocabulary,
+        max_position_embeddings=sizes.positions,
         tied_embeddings=tied,
         parameters=sum(math.prod(tensor.shape) for tensor in counted),
         bytes=sum(by_dtype.values()),
         dtype=_DTYPE_NAMES.get(dtype, dtype.lower()),
-        linears=_linears(path, family, tensors),
+        linears=_linears(path, family, own),
+        head_numbers=family.attention.head_numbers(config, sizes.head_dim),
+        latent_numbers=family.attention.latent_numbers(config),
+        **experts,
     )
+
+
+def _experts(path: Path, family: Family, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, int]:
+    """The facts of a model's experts; {} where none of its blocks has any.
+
+    Raises:
+        InputError: a field of the config is no number, or the weights hold another number of experts than it says.
+    """
+    part = family.experts
+    found: dict[tuple[int, str], set[str]] = {}
+    for name in tensors:
+        if expert := family.expert(name):
+            found.setdefault((family.place(name)[0], expert[1]), set()).add(expert[0])
+    if part is None or not found:
+        return {}
+    counted, count = part.count(config)
+    for field, value in ((counted, count), *((name, config.get(name)) for name in (part.chosen, part.size))):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{path}: {field} must be a whole number above 0, got {value!r}")
+    chosen = config[part.chosen]
+    if chosen > count:
+        raise InputError(f"{path}: {part.chosen} is {chosen}, and {counted} only {count}; download it again")
+    for (block, tensor), numbers in sorted(found.items()):
+        if numbers != {str(n) for n in range(count)}:
+            what = f"block {block} has {tensor} of {len(numbers)} experts"
+            raise InputError(f"{path}: {counted} is {count}, and {what}; download it again")
+    widest = max(config["intermediate_size"], part.neurons_of_a_token(config)) if family.mlp else 0
+    neurons = widest or part.neurons_of_a_token(config)
+    return {"experts": count, "experts_per_token": chosen, "expert_size": config[part.size], "neurons": neurons}
 
 
 def _linears(path: Path, family: Family, tensors: dict[str, Tensor]) -> tuple[Linear, ...]:
     found = []
     for name, tensor in sorted(tensors.items()):
         module = name.removesuffix(".weight")
-        if module == name or len(tensor.shape) != 2 or family.place(name)[0] is None:
+        block, within = family.place(module)
+        if module == name or len(tensor.shape) != 2 or block is None:
+            continue
+        if within in family.attention.norms_of_heads or family.stays_plain(module):
             continue
         if family.layer(module) is None:  # another build under a name that is known
             raise InputError(

@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 from trimtab.base.errors import InputError
 from trimtab.model import low_precision
-from trimtab.model.files import CONFIG
 from trimtab.model.headers import DTYPE_BYTES, Tensor
 from trimtab.model.low_precision import Native, Stored
 
@@ -41,8 +40,6 @@ _GRANITE = re.compile(r"(.+\.block_sparse_moe)\.(input|output)_linear\.weight$")
 _TRANSPOSED = {"gpt_oss", "llama4_text", "qwen3_vl_moe_text"}
 #: Experts whose gate and up stand in turns; in the others all of gate comes first.
 _IN_TURNS = {"gpt_oss"}
-#: How many experts a config says there are.
-_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)$")
 #: Prefixes of transformers before 5 and those of 5, by `conversion_mapping.py`. Llama 4's are the same in both.
 _LLAVA = {
@@ -119,7 +116,7 @@ def layout(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor
                 both = f"{pieces[name].stored.weight} and {stored.weight}"
                 raise InputError(f"{folder}: {both} are both {name}; remove the one that is not the model's")
             pieces[name] = piece._replace(tensor=piece.tensor._replace(name=name))
-    _check_experts(folder, text, pieces)
+    _check_experts(folder, pieces)
     return Layout(pieces, left_out, tuple(_sentences(native, pieces, left_out)))
 
 
@@ -175,17 +172,13 @@ def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
     return prefixes.get(before, "") + name[len(before) :]
 
 
-def _check_experts(folder: Path, text: Mapping[str, Any], pieces: Mapping[str, Piece]) -> None:
-    """As many experts as the config says, and each as the first one."""
+def _check_experts(folder: Path, pieces: Mapping[str, Piece]) -> None:
+    """Each as the first one; how many there are is compared with the config where its family is known."""
     groups: dict[str, dict[int, dict[str, tuple[int, ...]]]] = defaultdict(lambda: defaultdict(dict))
     for name, piece in pieces.items():
         if match := _EXPERT.match(name):
             groups[match[1]][int(match[2])][match[3]] = piece.tensor.shape
-    said = next(((field, text[field]) for field in _COUNTS if type(text.get(field)) is int), None)
     for group, experts in groups.items():
-        if said and {*experts} != {*range(said[1])}:
-            what = f"{said[0]} is {said[1]}, and the weights hold {len(experts)} of {group}"
-            raise InputError(f"{folder / CONFIG}: {what}; download both again")
         first = experts[min(experts)]
         for number, parts in experts.items():
             if other := {*parts.items()} ^ {*first.items()}:
