@@ -21,6 +21,7 @@ from trimtab.components.fetch import conversion, decoding, source
 from trimtab.model.facts import inspect
 from trimtab.model.headers import read_tensors
 from trimtab.model.layouts import layout
+from trimtab.runtime.checkpoint import model_files
 from trimtab.store import open_store
 
 EXPERTS, HIDDEN, NEURONS = 4, 64, 96
@@ -217,6 +218,41 @@ def test_a_large_model_is_written_in_shards(tmp_path, monkeypatch):
 @pytest.fixture
 def store(tmp_path):
     return open_store(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Converts in this process, which has torch already."""
+    monkeypatch.setattr(source, "call", lambda work, **arguments: conversion.convert(**arguments))
+
+
+MADE = {
+    "mixtral": ("mixtral", lambda folder: folder),
+    "mixtral in FP8": ("mixtral", native.to_fp8),
+    "qwen3_moe": ("qwen3_moe", lambda folder: folder),
+    "qwen3_moe in one tensor": ("qwen3_moe", lambda folder: native.stack(folder, EXPERTS)),
+    "gpt_oss": ("gpt_oss", lambda folder: folder),
+    "gpt_oss in MXFP4": ("gpt_oss", native.to_mxfp4),
+    "llama4_text": ("llama4_text", lambda folder: folder),
+}
+
+
+@pytest.mark.parametrize(("model_type", "made"), MADE.values(), ids=MADE)
+def test_planning_reads_from_headers_what_is_fetched(tmp_path, store, here, model_type, made):
+    """And what is fetched gives the logits that transformers gives of the source."""
+    folder = made(write(tmp_path / "model", model_type))
+    facts = source.facts(str(folder))
+    tree = source.fetch(str(folder), store)
+    assert inspect(store.get(tree)) == facts
+    assert store.manifest(tree).metadata["facts"] == facts.model_dump(mode="json")
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert (facts.experts, facts.dtype) == (EXPERTS, "bfloat16")
+    assert facts.parameters == sum(parameter.numel() for parameter in expected.parameters())
+    assert facts.bytes == 2 * facts.parameters
+    tokens = torch.arange(40)[None] * 7 % 300
+    found = model_files.load(store.get(tree), torch.float32)[0]
+    with torch.inference_mode():
+        torch.testing.assert_close(found(tokens).logits, expected.float()(tokens).logits, atol=5e-4, rtol=0)
 
 
 @pytest.fixture
