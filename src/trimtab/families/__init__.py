@@ -12,6 +12,7 @@ from trimtab.families import (
     deepseek,
     gemma,
     glm,
+    gpt,
     gpt_oss,
     lfm,
     llama,
@@ -23,16 +24,18 @@ from trimtab.families import (
     qwen,
     qwen_hybrid,
 )
-from trimtab.families.family import Family, Limit
+from trimtab.families.family import Family, Limit, Logits
 from trimtab.families.parts import Attention, Config, Experts, LatentAttention, Layer, Mlp, Recurrent, SharedInput
 from trimtab.families.undescribed import missing
 
 __all__ = [
-    "BY_TYPE", "Attention", "Config", "Experts", "Family", "LatentAttention", "Layer", "Limit", "Mlp", "Recurrent",
-    "SharedInput", "named", "of",
+    "BY_TYPE", "Attention", "Config", "Experts", "Family", "LatentAttention", "Layer", "Limit", "Logits", "Mlp",
+    "Recurrent", "SharedInput", "named", "of",
 ]  # fmt: skip
 
-_FILES = (llama, qwen, gemma, phi, glm, olmo, cohere, plain, mixtral, deepseek, gpt_oss, qwen_hybrid, lfm, mamba)
+_FILES = (
+    llama, qwen, gemma, phi, glm, olmo, cohere, plain, gpt, mixtral, deepseek, gpt_oss, qwen_hybrid, lfm, mamba,
+)  # fmt: skip
 #: Model type -> family.
 BY_TYPE = {family.model_type: family for file in _FILES for family in file.FAMILIES}
 

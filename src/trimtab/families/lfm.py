@@ -33,6 +33,7 @@ LFM2 = Family(
     attention_types=("full_attention", "conv"),
     sizes=_sizes,
     qkv_bias=False,
+    pipeline_parallel=False,
     no_serve="the engine's cache holds no recurrent state",
 )
 FAMILIES = (

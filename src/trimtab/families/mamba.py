@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from trimtab.families.family import Family, Limit
+from trimtab.families.family import Family, Limit, Logits
 from trimtab.families.parts import Attention, Config, Experts, Mlp, NoAttention, Recurrent, State
 
 _NO_SERVE = "the engine's cache holds no recurrent state"
@@ -61,6 +61,7 @@ MAMBA = Family(
     last_norm="backbone.norm_f",
     keep=("mixer.x_proj", "mixer.dt_proj"),
     sizes=_alone,
+    pipeline_parallel=False,
     no_serve=_NO_SERVE,
 )
 #: NVIDIA's checkpoints in FP8 and FP4 leave attention as it is; it is in a tenth of the blocks.
@@ -82,6 +83,7 @@ NEMOTRON_H = Family(
     beside=("mtp.",),
     sizes=_nemotron_sizes,
     qkv_bias=False,
+    pipeline_parallel=False,
     no_serve=_NO_SERVE,
 )
 BAMBA = Family(
@@ -90,6 +92,7 @@ BAMBA = Family(
     recurrent=Recurrent("mamba", _of_bamba),
     last_norm="model.final_layernorm",
     numbered=("attn_layer_indices",),
+    pipeline_parallel=False,
     no_serve=_NO_SERVE,
 )
 GRANITE = Family(
@@ -101,6 +104,8 @@ GRANITE = Family(
     ),
     attention_types=("full_attention", "linear_attention", "attention", "mamba"),
     sizes=lambda config: {"intermediate_size": config.get("shared_intermediate_size", 1024)},
+    logits=lambda config: Logits(1 / config.get("logits_scaling", 1.0)),
+    pipeline_parallel=False,
     no_serve=_NO_SERVE,
 )
 FAMILIES = (
