@@ -184,7 +184,7 @@ def test_blocks_that_are_shared_out_hand_on_one_tensor(model_type: str) -> None:
     model.get_submodule(family.blocks)[0].register_forward_hook(lambda _, __, out: seen.append(torch.is_tensor(out)))
     with torch.inference_mode():
         model(TOKENS[:, :3])
-    assert seen == [family.pipeline_parallel]
+    assert seen == [family.pipeline_parallel or family.recurrent is not None]  # masks go by the number of a block there
 
 
 def test_norms_with_a_row_for_each_head_are_not_split() -> None:

@@ -45,7 +45,10 @@ def without(checkpoint: Path, removed: Collection[int]) -> Left:
     """
     config = read_config(checkpoint)
     kept = [block for block in range(config.num_hidden_layers) if block not in removed]
-    places = {block: place for place, block in enumerate(kept)}
+    family = families.named(config.model_type)
+    # Blocks behind the last one predict further tokens, and move up with it.
+    further = range(config.to_dict().get(family.next_token_blocks) or 0)
+    places = {block: place for place, block in enumerate([*kept, *(config.num_hidden_layers + n for n in further)])}
 
     def rename(name: str) -> str | None:
         block = block_of(name)
@@ -54,7 +57,7 @@ def without(checkpoint: Path, removed: Collection[int]) -> Left:
         return in_block(name, places[block]) if block in places else None
 
     try:
-        changes = families.named(config.model_type).without_blocks(config.to_dict(), kept)
+        changes = family.without_blocks(config.to_dict(), kept)
     except ValueError as error:
         raise Failure("unsupported", f"prune.method: depth: config.json: {error}; write another method") from None
     for name, value in changes.items():

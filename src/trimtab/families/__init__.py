@@ -25,12 +25,22 @@ from trimtab.families import (
     qwen_hybrid,
 )
 from trimtab.families.family import Family, Limit, Logits
-from trimtab.families.parts import Attention, Config, Experts, LatentAttention, Layer, Mlp, Recurrent, SharedInput
+from trimtab.families.parts import (
+    Attention,
+    Config,
+    Experts,
+    LatentAttention,
+    Layer,
+    Mlp,
+    NoAttention,
+    Recurrent,
+    SharedInput,
+)
 from trimtab.families.undescribed import missing
 
 __all__ = [
     "BY_TYPE", "Attention", "Config", "Experts", "Family", "LatentAttention", "Layer", "Limit", "Logits", "Mlp",
-    "Recurrent", "SharedInput", "named", "of",
+    "NoAttention", "Recurrent", "SharedInput", "named", "of",
 ]  # fmt: skip
 
 _FILES = (

@@ -94,6 +94,11 @@ def _check_kv_cache(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> st
                 f"{hardware.name} has {major}.{minor}; {remedy}{hint}"
             )
         return f"quantize.kv_cache: {backend} serves no {kv_cache} KV cache on {hardware.name}; {remedy}{hint}"
+    if kv_cache != "none" and not facts.attention_blocks:
+        return (
+            f"quantize.kv_cache: a '{facts.model_type}' keeps no keys and values, but a recurrent state, which stays as "
+            f"it is; write 'none'"
+        )
     if kv_cache != "none" and not families.named(facts.model_type).attention.scaled:
         return (
             f"quantize.kv_cache: a '{facts.model_type}' makes its keys and values in one layer with its queries, "
