@@ -22,7 +22,7 @@ _GROUPED = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "n_group": 1, "t
 _LATENT = {"num_key_value_heads": HEADS, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
            "qk_rope_head_dim": 8, "v_head_dim": 16}  # fmt: skip
 _DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 16,
-          "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"]}  # fmt: skip
+          "layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention"]}  # fmt: skip
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8}
 #: Families that hold experts' weights as [experts, in, out].
 _FROM_THE_LEFT = ("gpt_oss", "llama4_text")
@@ -89,15 +89,15 @@ _OWN: dict[str, dict[str, Any]] = {
                    "mlp_only_layers": [1]},
     "qwen3_5_text": {**_HEAD, **_DELTA},
     "qwen3_5_moe_text": {**_MOE, **_HEAD, **_DELTA, "num_experts": EXPERTS, "shared_expert_intermediate_size": 96},
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv"], "block_auto_adjust_ff_dim": False},
-    "lfm2_moe": {**_MOE, "layer_types": ["conv", "full_attention", "conv", "conv"], "num_experts": EXPERTS,
+    "lfm2": {"layer_types": ["conv", "full_attention", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": {**_MOE, "layer_types": ["conv", "full_attention", "full_attention", "conv"], "num_experts": EXPERTS,
                  "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2, "chunk_size": 8},
     "nemotron_h": {**_MOE, **_HEAD, "layers_block_type": ["linear_attention", "full_attention", "mlp", "moe"],
                    "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 16, "chunk_size": 8,
                    "n_routed_experts": EXPERTS, "moe_shared_expert_intermediate_size": 96},
-    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
-    "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention", "linear_attention",
+    "bamba": {**_MAMBA, "attn_layer_indices": [1, 2]},
+    "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention", "full_attention",
                                                    "linear_attention"],
                          "num_local_experts": 0, "shared_intermediate_size": NEURONS, "attention_multiplier": 0.25,
                          "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 4.0},

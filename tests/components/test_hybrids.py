@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import decoders
@@ -73,7 +74,7 @@ def test_an_export_passes_the_gate_and_is_scored(form, kv_cache, measured, tmp_p
     assert len(scaled) == (facts.attention_blocks if kv_cache == "fp8" else 0)
     if family.beside:
         excluded = json.loads((export / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
-        assert "mtp.layers.0.self_attn.q_proj" in excluded
+        assert any(fnmatchcase("mtp.layers.0.self_attn.q_proj", pattern) for pattern in excluded)
         assert torch.equal(read.tensor(*MTP), *MTP.values())
     settings = Engine(max_seq_len=128, max_num_tokens=256, max_batch_size=4)
     tokens = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(0))

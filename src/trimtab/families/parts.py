@@ -154,7 +154,7 @@ class NoAttention:
 
     module: str = ""
     norm = scaled = qkv = None
-    head_norms = inputs = ()
+    head_norms = norms_of_heads = inputs = ()
 
     def head_numbers(self, config: Config, head_dim: int) -> int:
         """Returns 0: nothing is kept of a token."""

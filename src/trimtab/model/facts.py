@@ -72,20 +72,25 @@ class ModelFacts(Document):
         return sum(layer.parameters for layer in self.linears)
 
     @cached_property
+    def blocks_with_attention(self) -> frozenset[int]:
+        """The blocks that keep keys and values."""
+        return self._blocks_with(families.named(self.model_type).attention.inputs)
+
+    @property
     def attention_blocks(self) -> int:
         """How many blocks keep keys and values."""
-        return self._blocks_with(families.named(self.model_type).attention.inputs)
+        return len(self.blocks_with_attention)
 
     @cached_property
     def recurrent_blocks(self) -> int:
         """How many blocks keep a recurrent state."""
         part = families.named(self.model_type).recurrent
-        return self._blocks_with(part.inputs) if part else 0
+        return len(self._blocks_with(part.inputs)) if part else 0
 
-    def _blocks_with(self, inputs: tuple[SharedInput, ...]) -> int:
+    def _blocks_with(self, inputs: tuple[SharedInput, ...]) -> frozenset[int]:
         names = {layer.name for shared in inputs for layer in shared.layers}
         places = (families.named(self.model_type).place(layer.name) for layer in self.linears)
-        return len({block for block, within in places if within in names})
+        return frozenset(block for block, within in places if within in names)
 
     @cached_property
     def active_parameters(self) -> int:

@@ -24,7 +24,7 @@ from trimtab.model.headers import Tensor
 MODEL_TYPES = tuple(
     name
     for name, family in families.BY_TYPE.items()
-    if (type(family.attention), type(family.mlp), family.experts) == (Attention, Mlp, None)
+    if (type(family.attention), type(family.mlp), family.experts, family.recurrent) == (Attention, Mlp, None, None)
 )
 
 
