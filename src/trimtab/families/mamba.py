@@ -1,4 +1,4 @@
-"""Mamba, alone and between blocks with attention: Mamba 1 and 2, Falcon Mamba, Bamba, Granite 4, Nemotron-H."""
+"""Mamba, alone and between blocks with attention: Falcon, Bamba, Granite 4, Nemotron-H."""
 
 from __future__ import annotations
 

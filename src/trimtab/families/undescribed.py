@@ -17,12 +17,10 @@ _MISSING = {
     ),
     "has attention over compressed keys and values (MLA)": ("minicpm3", "youtu"),
     "has recurrent layers": (
-        "falcon_h1", "recurrent_gemma", "rwkv", "xlstm", "olmo_hybrid", "qwen3_5",
-        "zamba", "zamba2",
+        "falcon_h1", "recurrent_gemma", "rwkv", "xlstm", "olmo_hybrid", "qwen3_5", "zamba", "zamba2",
     ),
     "has recurrent layers and mixtures of experts": (
-        "qwen3_5_moe", "jamba",
-        "minimax", "jetmoe", "zaya",
+        "qwen3_5_moe", "jamba", "minimax", "jetmoe", "zaya",
     ),
     "stores its layers transposed (Conv1D)": ("gpt2", "gpt-sw3", "openai-gpt", "ctrl"),
     "lists which blocks have windows by repetition (attention_types)": ("gpt_neo",),

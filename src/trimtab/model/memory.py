@@ -25,7 +25,8 @@ TRAINING_SHARE = 0.9
 class Memory(Document):
     """What serving needs on each device, in bytes.
 
-    `state` is what recurrent blocks keep of the sequences of a batch. The KV cache may take `Engine.kv_cache_fraction` of what weights and activations leave free.
+    `state` is what recurrent blocks keep of the sequences of a batch. The KV cache may take `Engine.kv_cache_fraction`
+    of what weights, activations and that leave free.
     """
 
     weights: int

@@ -96,8 +96,8 @@ def _check_kv_cache(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> st
         return f"quantize.kv_cache: {backend} serves no {kv_cache} KV cache on {hardware.name}; {remedy}{hint}"
     if kv_cache != "none" and not facts.attention_blocks:
         return (
-            f"quantize.kv_cache: a '{facts.model_type}' keeps no keys and values, but a recurrent state, which stays as "
-            f"it is; write 'none'"
+            f"quantize.kv_cache: a '{facts.model_type}' keeps no keys and values, but a recurrent state, which stays "
+            f"as it is; write 'none'"
         )
     if kv_cache != "none" and not families.named(facts.model_type).attention.scaled:
         return (
