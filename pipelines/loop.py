@@ -92,10 +92,13 @@ def image_names(profile: Profile, image: str = "") -> str:
     return " ".join(filter(None, (image or images.CPU, profile.images.cuda, profile.images.engine)))
 
 
-def offer_choices(pipeline: BaseComponent) -> BaseComponent:
-    """Makes the run form show lists to choose from, and descriptions name them: KFP's SDK has no way to say a list, and
-    takes descriptions from docstrings alone."""
+def offer_choices(pipeline: BaseComponent, unrolled: int) -> BaseComponent:
+    """Makes the run form show lists to choose from, and descriptions name them and the most attempts: KFP's SDK has no
+    way to say a list, and takes descriptions from docstrings alone."""
     parameters = pipeline.pipeline_spec.root.input_definitions.parameters
+    attempts = parameters["max_attempts"]
+    attempts.description = attempts.description.replace(f"1 to {MAX_ATTEMPTS}", f"1 to {unrolled}")
+    attempts.default_value.number_value = min(attempts.default_value.number_value, unrolled)
     for name, choices in CHOICES.items():
         parameters[name].description = f"{parameters[name].description.rstrip('.')}: {', '.join(choices)}."
         for choice in choices:

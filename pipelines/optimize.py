@@ -67,4 +67,4 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = No
         )
         return loop.run(planned.output, rollout)
 
-    return offer_choices(optimize)
+    return offer_choices(optimize, unrolled)

@@ -129,4 +129,4 @@ def rebuild_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = Non
         with dsl.If(found["Output"] == "rebuild", name="something-changed"):
             loop.run(found["state"], rollout)
 
-    return offer_choices(rebuild)
+    return offer_choices(rebuild, unrolled)

@@ -81,22 +81,23 @@ def _connect(arguments: argparse.Namespace, console: Console) -> Connection:
     return connect(console, arguments.host, arguments.namespace, arguments.token, arguments.ca)
 
 
-def _uploaded(arguments: argparse.Namespace, connection: Connection) -> Uploaded:
+def _uploaded(arguments: argparse.Namespace, connection: Connection, unrolled: int) -> Uploaded:
+    """Uploads the pipeline with as many attempts as may be needed: each costs a run pods, and its Workflow room."""
     from trimtab.pipelines import package
     from trimtab.pipelines.cluster.upload import upload
-    from trimtab.pipelines.loop import MAX_ATTEMPTS
 
     with tempfile.TemporaryDirectory() as folder:
         compiled = Path(folder) / f"{arguments.pipeline}.yaml"
-        package.write(
-            compiled, MAX_ATTEMPTS, arguments.image, read_profile(arguments.profile), pipeline=arguments.pipeline
-        )
+        profile = read_profile(arguments.profile)
+        package.write(compiled, unrolled, arguments.image, profile, pipeline=arguments.pipeline)
         return upload(connection, compiled, arguments.pipeline)
 
 
 def _upload(arguments: argparse.Namespace, console: Console) -> int:
+    from trimtab.pipelines.loop import MAX_ATTEMPTS
+
     check_choice("pipeline", arguments.pipeline, tuple(PIPELINES))
-    uploaded = _uploaded(arguments, _connect(arguments, console))
+    uploaded = _uploaded(arguments, _connect(arguments, console), MAX_ATTEMPTS)
     print(f"{uploaded.name}  {'uploaded' if uploaded.new else 'is there already'}")
     return 0
 
@@ -106,7 +107,7 @@ def _submit(arguments: argparse.Namespace, console: Console) -> int:
 
     parameters = _parameters(arguments)
     connection = _connect(arguments, console)
-    uploaded = _uploaded(arguments, connection)
+    uploaded = _uploaded(arguments, connection, parameters["max_attempts"])
     run_id = start(
         connection,
         uploaded,
@@ -142,7 +143,7 @@ def _schedule(arguments: argparse.Namespace, console: Console) -> int:
     name = parameters["name"]
     schedule(
         connection,
-        _uploaded(arguments, connection),
+        _uploaded(arguments, connection, parameters["max_attempts"]),
         parameters,
         cron=cron,
         name=name,

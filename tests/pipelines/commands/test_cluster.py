@@ -13,9 +13,9 @@ from trimtab.base import progress
 from trimtab.base.errors import StoreError
 from trimtab.components.deployment.rollout.settings import Rollout
 from trimtab.loop import status
+from trimtab.pipelines import package as packages
 from trimtab.pipelines.cluster import connection, watch
 from trimtab.pipelines.commands import main
-from trimtab.pipelines.loop import MAX_ATTEMPTS
 from trimtab.stages.profile import Profile
 from trimtab.store import Store, open_store
 
@@ -42,8 +42,7 @@ def server(package: Path, monkeypatch: pytest.MonkeyPatch):
     found = KfpServer()
 
     def write(output: Path, unrolled: int, image: str, profile: Profile, pipeline: str) -> None:
-        assert unrolled == MAX_ATTEMPTS
-        output.write_bytes(package.read_bytes() + f"# {image}, {pipeline}\n".encode())
+        output.write_bytes(package.read_bytes() + f"# {image}, {pipeline}, {unrolled} attempts\n".encode())
 
     monkeypatch.setattr("trimtab.pipelines.package.write", write)
     monkeypatch.setattr(watch, "INTERVAL", 0.0)
@@ -98,6 +97,19 @@ def test_submit(server, capsys):
     parameters = run["runtime_config"]["parameters"]
     assert parameters["goal"] == "lower_cost" and parameters["name"] == "tiny" and parameters["max_attempts"] == 5
     assert parameters["rollout"] == ""
+
+
+@pytest.mark.parametrize("command", [["submit"], ["schedule", "--cron", "0 3 * * 1"]])
+def test_as_many_attempts_as_are_asked_for(command, server, capsys, monkeypatch):
+    """Each costs the run pods and its Workflow room; what is uploaded alone has all that a form may ask for."""
+    wanted = []
+    write = packages.write
+    monkeypatch.setattr(
+        "trimtab.pipelines.package.write", lambda *given, **named: (wanted.append(given[1]), write(*given, **named))
+    )
+    assert trimtab(capsys, *command, *RUN, "--max-attempts", "3")[0] == 0
+    assert trimtab(capsys, "upload")[0] == 0
+    assert wanted == [3, 10]
 
 
 ROLLOUT = "{service: assistant, namespace: serving, image: 'a/vllm:1', command: [serve], loader: 'a/b:1'%s}"
