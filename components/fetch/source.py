@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trimtab.base import progress
+from trimtab.base import progress, transient
 from trimtab.base.child import call
-from trimtab.base.errors import InputError
+from trimtab.base.errors import InputError, Transient
 from trimtab.base.schema import digest
 from trimtab.model.admission import Admitted, admit
 from trimtab.model.facts import ModelFacts
@@ -172,14 +172,23 @@ def _download_from_hub(model: str, folder: Path) -> None:
 
 @contextmanager
 def from_hub(model: str, what: str = "") -> Iterator[None]:
-    """Turns what the hub's client raises into one sentence; `what` of the model is asked for, "" for all of it."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    """Turns what the hub's client raises into one sentence; `what` of the model is asked for, "" for all of it.
+
+    Raises:
+        Transient: the hub is busy, or the connection broke.
+        InputError: it has no such model, or there is no way to it.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         yield
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().partition("\n")[0]
         lacking = f"{what} cannot" if what else "cannot"
+        if transient.passes(error) and not isinstance(error, OfflineModeIsEnabled):
+            raise Transient(
+                f"model: '{model}' {lacking} be had from the Hugging Face hub now ({first}); run it again"
+            ) from None
         raise InputError(
             f"model: '{model}' is no folder here and {lacking} be had from the Hugging Face hub ({first}); check "
             f"the name, the network, or set HF_TOKEN for a gated model"

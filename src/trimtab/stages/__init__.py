@@ -5,6 +5,7 @@
 | `registry` | each stage as a row: when a recipe asks for it, what it reads, what it makes; the tasks |
 | `keys` | what a result is found by, the environment that its stage declares included |
 | `execution` | a result, from the store or from a child process |
+| `checkpoints` | what a stage has finished, kept in the store while it works |
 | `accelerators` | how many devices each task needs, said beforehand |
 | `face` | the body of a component |
 """
