@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 from kfp import dsl, kubernetes
 
 from trimtab.base import signing
-from trimtab.stages.profile import Profile
+from trimtab.stages.profile import Profile, StageLimits
+
+#: Seconds before the first retry of a pod; before each further one twice as many.
+PAUSE = 30
+#: What all tries of a stage without a time limit may take, in hours: a month.
+UNLIMITED_HOURS = 720
 
 
 def place(
@@ -26,13 +33,21 @@ def place(
     if limits.memory:
         task.set_memory_request(limits.memory).set_memory_limit(limits.memory)
     if limits.retries:
-        task.set_retry(limits.retries, backoff_duration="30s", backoff_factor=2, backoff_max_duration="600s")
+        longest = f"{_seconds_of_all_tries(limits)}s"
+        task.set_retry(limits.retries, f"{PAUSE}s", backoff_factor=2, backoff_max_duration=longest)
     if limits.timeout_hours:
         kubernetes.set_timeout(task, int(limits.timeout_hours * 3600))
     reach(task, profile)
     if accelerators is not None:
         _accelerate(task, name, profile, accelerators, nodes)
     return task
+
+
+def _seconds_of_all_tries(limits: StageLimits) -> int:
+    """How long a stage with all its retries may take. Argo counts from the first start, ends a try that is under way
+    then, and begins no other."""
+    hours = limits.timeout_hours * (limits.retries + 1) if limits.timeout_hours else UNLIMITED_HOURS
+    return math.ceil(hours * 3600) + PAUSE * 2**limits.retries
 
 
 def reach(task: dsl.PipelineTask, profile: Profile) -> dsl.PipelineTask:

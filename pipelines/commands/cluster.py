@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from trimtab.pipelines.cluster import reachable
+from trimtab.pipelines.cluster.tags import refuse_tags
 from trimtab.pipelines.commands import run
 from trimtab.pipelines.inputs import Asked, check_choice, read, read_evaluation, read_profile
 from trimtab.pipelines.package import PIPELINES
@@ -190,4 +191,6 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     if own := task_sizes.of_own(evaluation):  # others are counted by the run's own plan
         dealing.deal(own, evaluation, asked.wanted.accept, asked.max_attempts)
     rollout = settings.asked(read(arguments.rollout, "rollout"), arguments.store)
-    return asked.parameters(store=arguments.store, rollout=rollout.to_json() if rollout else "")
+    parameters = asked.parameters(store=arguments.store, rollout=rollout.to_json() if rollout else "")
+    refuse_tags(parameters)
+    return parameters

@@ -228,7 +228,9 @@ def test_a_profile_places_the_stages_that_need_gpus(placed):
         assert task["emptyDirMounts"] == [
             {"volumeName": "shared-memory", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "16Gi"}
         ]
+        # Argo ends a try that is under way, and begins no other, so long after the first one began.
         assert task["retry"]["maxRetryCount"] == 3
+        assert int(task["retry"]["backoffMaxDuration"].rstrip("s")) >= 4 * int(task["activeDeadlineSeconds"])
         selector = task["nodeSelector"]["nodeSelectorJson"]["taskOutputParameter"]
         assert selector["producerTask"] == "prepare" and selector["outputParameterKey"].endswith("_nodes")
         memory, hours = ("64Gi", 48) if name == "distill" else ("16Gi", 2)

@@ -147,7 +147,7 @@ class StageLimits(UserDocument):
     timeout_hours: Annotated[float, Field(gt=0)] | None = None
     """Hours after which the stage is ended."""
     retries: Annotated[int, Field(ge=0, le=10)] | None = None
-    """How often a stage whose pod failed is begun anew."""
+    """How often a stage whose pod was lost is begun anew; what passes is waited for without that."""
 
 
 class Profile(UserDocument):

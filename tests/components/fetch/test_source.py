@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 
-from trimtab.base.errors import InputError
+from trimtab.base.errors import InputError, Transient
 from trimtab.components.fetch import gguf, source
 from trimtab.store import open_store
 from trimtab.store.store import Store
@@ -195,3 +196,19 @@ def test_gguf_is_converted_once(tmp_path, store):
     tree = source.fetch(str(paths[0]), store)
     assert names(store, tree)[:2] == ["config.json", "generation_config.json"]
     assert source.fetch(str(paths[1]), store) == tree
+
+
+@pytest.mark.parametrize(("status", "kind"), [(503, Transient), (429, Transient), (404, InputError), (401, InputError)])
+def test_a_hub_that_is_busy_is_not_one_that_refuses(status, kind, monkeypatch):
+    """The former is asked again, in a pod; the latter says what to change."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    answer = httpx.Response(status, request=httpx.Request("GET", "https://hub/org/name"))
+
+    def refuse(*given, **named):
+        raise HfHubHTTPError(f"{status} Error", response=answer)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(kind, match="be had from the Hugging Face hub"):
+        source._download_from_hub("org/name", Path("folder"))
