@@ -41,7 +41,7 @@ class Loop:
 
     def __init__(self, unrolled: int, profile: Profile | None = None, image: str = ""):
         self._unrolled, self._profile = unrolled, profile or Profile()
-        self._attempt = attempt_pipeline(self._profile)
+        self._attempt = attempt_pipeline(self._profile, image)
         #: The container images of the stages, which are materials of the run.
         self.images = image_names(self._profile, image)
 

@@ -3,8 +3,10 @@
 KFP's compiler writes a component anew for every task that uses it: an attempt's eight stages, ten times. Two components
 are the same when their interfaces, their containers and their settings for Kubernetes are, or when they are graphs of
 the same tasks; the names of tasks, their outputs and what the page of a run shows stay. The backend keeps artifacts by
-run, task and a random name, so that nothing collides. And it repeats a component's source up to six times for each
-task, so that its docstring is left out. What runs here is not shrunk: `kfp.local` names folders by component.
+run, task and a random name, so that nothing collides. And it repeats a component's interface, source and inputs up to
+six times for each task, so that what nothing reads is left out: docstrings, the descriptions of what only tasks take
+(those of the run's form stay), and the copies of placeholders that the compiler gives a task beside what they stand
+for. What runs here is not shrunk: `kfp.local` names folders by component.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from kfp.dsl.base_component import BaseComponent
 
 
 def shrink(pipeline: BaseComponent) -> None:
-    """Leaves one of each component in a compiled pipeline, without docstrings."""
+    """Leaves one of each component in a compiled pipeline, and of each what is read."""
     _leave_docstrings_out(pipeline)
+    _leave_descriptions_out(pipeline)
+    _leave_copies_out(pipeline)
     _merge_components(pipeline)
 
 
@@ -38,6 +42,25 @@ def _without_docstring(source: str) -> str:
     if ast.get_docstring(function) is not None:
         del lines[function.body[0].lineno - 1 : function.body[0].end_lineno]
     return "".join(lines)
+
+
+def _leave_descriptions_out(pipeline: BaseComponent) -> None:
+    for component in pipeline.pipeline_spec.components.values():
+        for ports in (component.input_definitions, component.output_definitions):
+            for port in (*ports.parameters.values(), *ports.artifacts.values()):
+                port.ClearField("description")
+
+
+def _leave_copies_out(pipeline: BaseComponent) -> None:
+    """Takes from tasks the inputs that their components do not have and that only repeat another's placeholder."""
+    spec = pipeline.pipeline_spec
+    for component in (spec.root, *spec.components.values()):
+        for task in component.dag.tasks.values():
+            wanted = spec.components[task.component_ref.name].input_definitions.parameters
+            for name, given in list(task.inputs.parameters.items()):
+                text = given.runtime_value.constant.string_value
+                if name not in wanted and text.startswith("{{$.inputs.parameters["):
+                    del task.inputs.parameters[name]
 
 
 def _merge_components(pipeline: BaseComponent) -> None:

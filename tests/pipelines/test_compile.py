@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import yaml
+from google.protobuf import json_format
 from kfp import components
 
 from trimtab.catalog.goals import GOALS
 from trimtab.components import images
 from trimtab.model.hardware import TARGETS
 from trimtab.pipelines.commands import main
-from trimtab.stages import TASKS
+from trimtab.pipelines.optimize import optimize_pipeline
+from trimtab.pipelines.placement import machines
+from trimtab.stages import OPTIONAL, TASKS
+from trimtab.stages.profile import Profile
 
 STEPS = ["prepare", "calibrate", "prune", "distill", "recalibrate", "quantize", "build engine", "validate"]
 
@@ -77,9 +81,10 @@ def test_every_parameter_of_the_pipeline_is_described(ir):
     assert not [name for name, parameter in parameters.items() if not parameter.get("description")]
 
 
-def test_every_parameter_and_artifact_of_a_stage_is_described(ir):
+def test_every_parameter_and_artifact_of_a_stage_is_described():
+    """In the components that people compose; in what a backend gets there is no room for it."""
     missing = []
-    for component, part in ir["components"].items():
+    for component, part in json_format.MessageToDict(optimize_pipeline(1).pipeline_spec)["components"].items():
         if "executorLabel" not in part:
             continue
         for side in ("inputDefinitions", "outputDefinitions"):
@@ -164,8 +169,9 @@ def test_accelerators_are_asked_for_by_prepare(ir):
 
 def test_prepare_returns_a_count_for_every_task(ir):
     outputs = ir["components"]["comp-prepare"]["outputDefinitions"]["parameters"]
-    tasks = (*TASKS, "validate")
-    assert set(outputs) == {"state", *tasks, *(f"{task}_nodes" for task in tasks)}
+    tasks, fields = (*TASKS, "validate"), ("tolerations", "cpu", "memory", "image")
+    said = {f"{task}_nodes" for task in tasks} | {f"{task}_{field}" for task in OPTIONAL for field in fields}
+    assert set(outputs) == {"state", *tasks, *said}
 
 
 @pytest.mark.parametrize(
@@ -219,12 +225,14 @@ def placed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     return found
 
 
+def said(output: str) -> str:
+    """The placeholder of what `prepare` says."""
+    return f"{{{{$.inputs.parameters['pipelinechannel--prepare-{output}']}}}}"
+
+
 def test_a_profile_places_the_stages_that_need_gpus(placed):
     for name in ACCELERATED:
         task = placed[name]
-        image = "trtllm" if name in ("build engine", "validate") else "cuda"
-        assert task["image"] == f"registry/trimtab-{image}:1"
-        assert task["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
         assert task["emptyDirMounts"] == [
             {"volumeName": "shared-memory", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "16Gi"}
         ]
@@ -233,9 +241,35 @@ def test_a_profile_places_the_stages_that_need_gpus(placed):
         assert int(task["retry"]["backoffMaxDuration"].rstrip("s")) >= 4 * int(task["activeDeadlineSeconds"])
         selector = task["nodeSelector"]["nodeSelectorJson"]["taskOutputParameter"]
         assert selector["producerTask"] == "prepare" and selector["outputParameterKey"].endswith("_nodes")
-        memory, hours = ("64Gi", 48) if name == "distill" else ("16Gi", 2)
-        assert task["activeDeadlineSeconds"] == str(hours * 3600)
-        assert task["resources"]["resourceMemoryLimit"] == task["resources"]["resourceMemoryRequest"] == memory
+        assert task["activeDeadlineSeconds"] == str((48 if name == "distill" else 2) * 3600)
+
+
+def test_what_always_works_has_the_profiles_machine(placed):
+    for name in ("build engine", "validate"):
+        task = placed[name]
+        assert task["image"] == "registry/trimtab-trtllm:1"
+        assert task["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+        assert task["resources"]["resourceMemoryLimit"] == task["resources"]["resourceMemoryRequest"] == "16Gi"
+
+
+def test_what_may_pass_on_has_the_machine_that_prepare_says(placed):
+    """Passing on would else ask for a model's memory, tolerate the taint of GPUs and pull their image."""
+    for name in OPTIONAL:
+        task = placed[name]
+        resources = task["resources"]
+        assert task["image"] == said(f"{name}_image")
+        assert resources["resourceMemoryLimit"] == resources["resourceMemoryRequest"] == said(f"{name}_memory")
+        assert resources["resourceCpuLimit"] == resources["resourceCpuRequest"] == said(f"{name}_cpu")
+        (toleration,) = task["tolerations"]
+        assert toleration["tolerationJson"]["taskOutputParameter"]["outputParameterKey"] == f"{name}_tolerations"
+
+
+def test_prepare_knows_the_machines_of_the_profile():
+    offered = machines(Profile.parse(PROFILE), "registry/trimtab:2")
+    assert offered["small"] == "registry/trimtab:2" and offered["nodes"] == {"nvidia.com/gpu.product": "H100"}
+    assert offered["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    assert offered["tasks"]["distill"] == {"cpu": "4", "memory": "64Gi", "image": "registry/trimtab-cuda:1"}
+    assert offered["tasks"].keys() == set(OPTIONAL)
 
 
 def test_small_tasks_want_no_gpu_node(placed):

@@ -23,17 +23,26 @@ def meaning(pipeline: Any) -> dict[str, Any]:
     platforms = json_format.MessageToDict(pipeline.platform_spec).get("platforms", {})
     settings = platforms.get("kubernetes", {}).get("deploymentSpec", {}).get("executors", {})
 
-    def resolved(body: dict[str, Any]) -> dict[str, Any]:
+    def resolved(body: dict[str, Any], is_root: bool = False) -> dict[str, Any]:
+        for side in () if is_root else ("inputDefinitions", "outputDefinitions"):
+            for ports in body.get(side, {}).values():
+                for port in ports.values():
+                    port.pop("description", None)
         label = body.pop("executorLabel", None)
         if label:
             container = dict(spec["deploymentSpec"]["executors"][label]["container"])
             *command, source = container["command"]
             body |= {"container": {**container, "command": [*command, runs(source)]}, "pod": settings.get(label)}
         for task in body.get("dag", {}).get("tasks", {}).values():
-            task["component"] = resolved(copy.deepcopy(spec["components"][task.pop("componentRef")["name"]]))
+            task["component"] = inner = resolved(copy.deepcopy(spec["components"][task.pop("componentRef")["name"]]))
+            wanted = inner.get("inputDefinitions", {}).get("parameters", {})
+            given = task.get("inputs", {}).get("parameters", {})
+            task.setdefault("inputs", {})["parameters"] = {
+                name: value for name, value in given.items() if name in wanted or name.startswith("pipelinechannel--")
+            }
         return body
 
-    return resolved(json_format.MessageToDict(pipeline.pipeline_spec)["root"])
+    return resolved(json_format.MessageToDict(pipeline.pipeline_spec)["root"], is_root=True)
 
 
 def runs(source: str) -> str:

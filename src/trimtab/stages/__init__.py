@@ -6,11 +6,11 @@
 | `keys` | what a result is found by, the environment that its stage declares included |
 | `execution` | a result, from the store or from a child process |
 | `checkpoints` | what a stage has finished, kept in the store while it works |
-| `accelerators` | how many devices each task needs, said beforehand |
+| `accelerators` | how many devices each task needs, and what else, said beforehand |
 | `face` | the body of a component |
 """
 
-from trimtab.stages.accelerators import accelerators
+from trimtab.stages.accelerators import OPTIONAL, accelerators, machines
 from trimtab.stages.execution import (
     Result,
     advance,
@@ -26,6 +26,7 @@ from trimtab.stages.registry import STAGES, TASKS, Stage, always, work_stage
 __all__ = [
     "Environment",
     "MEASURED",
+    "OPTIONAL",
     "QUANTIZED",
     "Result",
     "STAGES",
@@ -40,6 +41,7 @@ __all__ = [
     "inputs_of",
     "key_here",
     "log_metrics",
+    "machines",
     "run",
     "tree_of",
     "work_stage",

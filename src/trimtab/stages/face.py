@@ -20,7 +20,7 @@ def run(names: str, state_uri: str, artifact: Any, metrics: Any, shown: str = ""
 
     Args:
         names: names of STAGES, separated by spaces. The libraries of this image are written down for each of them, also
-            where there is nothing to do: see `accelerators`.
+            where there is nothing to do, unless they are known: see `accelerators`.
         shown: the stage whose tree the artifact stands for; the first when empty. The names of the others' metrics
             begin with their stage's, for all have seconds.
         state_uri: the document of the attempt, as the previous stage returned it.
@@ -35,8 +35,9 @@ def run(names: str, state_uri: str, artifact: Any, metrics: Any, shown: str = ""
     shown = shown or names.split()[0]
     for name in names.split():
         state, result = advance(name, state)
-        libraries = {**state.libraries, name: environment.installed(SHAPING)}
-        state = state.model_copy(update={"libraries": libraries})
+        if result or name not in state.libraries:  # what only passes on may do so in another image
+            libraries = {**state.libraries, name: environment.installed(SHAPING)}
+            state = state.model_copy(update={"libraries": libraries})
         if metrics is not None and result:
             told = {**result.metrics, "seconds": result.seconds, "from_store": float(result.hit)}
             log_metrics(metrics, {key if name == shown else f"{name}_{key}": value for key, value in told.items()})
