@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from trimtab.loop.state import State, fail
 from trimtab.stages import checkpoints
 from trimtab.stages.registry import MAKE_A_STUDENT, STAGES, Stage
 from trimtab.store import Store, open_store
+from trimtab.store.cache import cache_folder
 from trimtab.store.tree import Tree
 
 
@@ -75,8 +75,7 @@ def cached(
 
 
 def _scratch(key: str) -> Path:
-    cache = os.environ.get("TRIMTAB_CACHE") or Path.home() / ".cache" / "trimtab"
-    return Path(cache) / "scratch" / key
+    return cache_folder() / "scratch" / key
 
 
 def tree_of(name: str, state: State) -> Tree | None:
