@@ -32,18 +32,18 @@ def plan(
         max_attempts: The most attempts.
         evaluation: What to measure, YAML or JSON; or empty.
         images: The container images of the stages.
-        rollout: How to serve the release, YAML or JSON; or empty. Only checked here, before the work begins.
+        rollout: How to serve the release, YAML or JSON; or empty. Only checked here, on the cluster too.
 
     Returns:
         The URI of the document with which the baseline is measured.
     """
-    from trimtab.components.deployment.rollout.settings import asked
+    from trimtab.components.deployment.rollout.delivery import foresee
     from trimtab.loop import decisions
     from trimtab.loop.documents import save
     from trimtab.recipe.evaluation import Evaluation
     from trimtab.store import Tree
 
-    asked(rollout, store)
+    foresee(rollout, store)
     begun = decisions.begin(
         model=Tree.parse(model),
         store_uri=store,

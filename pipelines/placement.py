@@ -12,6 +12,10 @@ from trimtab.components import images
 from trimtab.stages import OPTIONAL
 from trimtab.stages.profile import Profile, StageLimits
 
+#: The label by which Kueue holds a pod back until its queue has room: kueue.sigs.k8s.io, "Run Plain Pods".
+QUEUE = "kueue.x-k8s.io/queue-name"
+#: Where Python's ssl, requests and the clients of S3 look for the certificates to trust.
+TRUST = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE")
 #: Seconds before the first retry of a pod; before each further one twice as many.
 PAUSE = 30
 #: What all tries of a stage without a time limit may take, in hours: a month.
@@ -44,6 +48,8 @@ def place(
     if limits.timeout_hours:
         kubernetes.set_timeout(task, int(limits.timeout_hours * 3600))
     reach(task, profile)
+    if profile.queue and need:
+        kubernetes.add_pod_label(task, QUEUE, profile.queue)
     if need:
         _accelerate(task, name, profile, need)
     return task
@@ -87,6 +93,11 @@ def reach(task: dsl.PipelineTask, profile: Profile) -> dsl.PipelineTask:
         kubernetes.use_secret_as_env(task, secret, variables)
     if profile.images.pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(profile.images.pull_secrets))
+    if profile.authority:
+        place_of = profile.authority.path.rpartition("/")[0]
+        kubernetes.use_config_map_as_volume(task, profile.authority.config_map, mount_path=place_of)
+        for variable in TRUST:
+            task.set_env_variable(variable, profile.authority.path)
     if profile.cache:
         kubernetes.mount_pvc(task, profile.cache.claim, profile.cache.path)
         task.set_env_variable("TRIMTAB_CACHE", profile.cache.path)

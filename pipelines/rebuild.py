@@ -41,7 +41,7 @@ def review(
         max_attempts: The most attempts.
         evaluation: What to measure, YAML or JSON; or empty.
         images: The container images of the stages.
-        rollout: How to serve the release, YAML or JSON; or empty. Only checked here, before the work begins.
+        rollout: How to serve the release, YAML or JSON; or empty. Only checked here, on the cluster too.
         changes: What changed.
 
     Returns:
@@ -52,7 +52,7 @@ def review(
     from pathlib import Path
 
     from trimtab.base import child
-    from trimtab.components.deployment.rollout.settings import asked
+    from trimtab.components.deployment.rollout.delivery import foresee
     from trimtab.components.fetch.source import fetch
     from trimtab.loop.documents import save
     from trimtab.recipe.evaluation import Evaluation
@@ -62,7 +62,7 @@ def review(
 
     child.follow_run()
     check_name(name, "release")
-    asked(rollout, store)
+    foresee(rollout, store)
     found, state = rebuild.plan(
         model=fetch(model, open_store(store)),
         store_uri=store,

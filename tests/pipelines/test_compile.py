@@ -199,6 +199,8 @@ images: {cuda: registry/trimtab-cuda:1, engine: registry/trimtab-trtllm:1, pull_
 secrets: {trimtab-s3: {access_key: AWS_ACCESS_KEY_ID}}
 environment: {AWS_ENDPOINT_URL: "http://s3:8333"}
 cache: {claim: trimtab-cache}
+authority: {config_map: site-ca}
+queue: gpus
 shared_memory: 16Gi
 labels: {team: compression}
 signing: {secret: trimtab-gate, key: gate.pem, password: gate.password}
@@ -296,7 +298,18 @@ def test_every_task_reaches_the_store(placed):
         secret = task["secretAsEnv"][0]
         assert secret["keyToEnv"] == [{"secretKey": "access_key", "envVar": "AWS_ACCESS_KEY_ID"}]
         assert task["pvcMount"][0]["mountPath"] == "/cache"
-        assert task["podMetadata"]["labels"] == {"team": "compression"}
+        assert task["podMetadata"]["labels"].items() >= {"team": "compression"}.items()
+
+
+def test_a_site_that_signs_for_itself_and_queues_its_pods(placed):
+    for name, task in placed.items():
+        (volume,) = task["configMapAsVolume"]
+        assert (volume["configMapName"], volume["mountPath"]) == ("site-ca", "/etc/trimtab/authority")
+        variables = {variable["name"]: variable["value"] for variable in task["env"]}
+        for variable in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE"):
+            assert variables[variable] == "/etc/trimtab/authority/ca.crt"
+        queue = task["podMetadata"]["labels"].get("kueue.x-k8s.io/queue-name")
+        assert queue == ("gpus" if name in ACCELERATED else None)
 
 
 def test_the_gate_alone_sees_the_signing_key(placed):

@@ -470,6 +470,25 @@ def test_what_pods_cannot_see_is_refused(option, text, message, command, profile
     assert not server.kept["runs"] and not server.kept["recurringruns"]
 
 
+SECRET = "secrets: {s3: {key: AWS_ACCESS_KEY_ID}}"
+ITSELF = "which to a pod is the pod itself; write the address"
+ELSEWHERE = "and at AWS to the pods, for the profile does not say"
+ENDPOINTS = [
+    ("environment: {AWS_ENDPOINT_URL: 'http://localhost:9000'}", "", ITSELF),
+    ("environment: {AWS_ENDPOINT_URL: 'http://127.0.0.1:9000'}", "", ITSELF),
+    (SECRET, "http://minio.example", ELSEWHERE),
+    (f"{{{SECRET}, environment: {{AWS_ENDPOINT_URL: 'http://s3.kubeflow'}}}}", "http://minio.example", ""),
+]
+
+
+@pytest.mark.parametrize(("profile", "here", "message"), ENDPOINTS)
+def test_a_store_that_pods_do_not_reach(profile, here, message, server, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", here)
+    (tmp_path / "profile.yaml").write_text(profile)
+    code, said = trimtab(capsys, "submit", *RUN, "--profile", str(tmp_path / "profile.yaml"))
+    assert (code, message in said, bool(server.kept["runs"])) == (2 if message else 0, True, not message), said
+
+
 def test_what_pods_can_see_goes_along(server, capsys, tmp_path):
     """What the refusals say to write; below a volume that is mounted on this machine too."""
     (tmp_path / "profile.yaml").write_text(f"cache: {{claim: shared, path: {tmp_path}}}")
