@@ -204,6 +204,8 @@ class Workflow:
         digest = _digest(path + name)
         uri = ARTIFACT.format(run=self._run, task=path.rpartition(".")[2], salt=_salt(path + name), name=name)
         metadata = {"tree_uri": STATE.format(digest), "tree_digest": digest, "tree_bytes": 7_000_000_000}
+        metadata |= {"framework": "transformers", "model_format_name": "safetensors", "model_format_version": "1"}
+        metadata |= {"quantization": "int4_awq", "bits": 4}
         kind = {"schemaTitle": "system.Model", "schemaVersion": "0.0.1"}
         return {"name": _number(digest), "type": kind, "uri": uri, **({"metadata": metadata} if made else {})}
 

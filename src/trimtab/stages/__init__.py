@@ -19,7 +19,7 @@ from trimtab.stages.execution import (
     key_here,
     tree_of,
 )
-from trimtab.stages.face import describe_tree, log_metrics, run
+from trimtab.stages.face import describe_tree, log_metrics, model_facts, run
 from trimtab.stages.keys import MEASURED, QUANTIZED, TENSORS, Environment
 from trimtab.stages.registry import STAGES, TASKS, Stage, always, work_stage
 
@@ -42,6 +42,7 @@ __all__ = [
     "key_here",
     "log_metrics",
     "machines",
+    "model_facts",
     "run",
     "tree_of",
     "work_stage",

@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.base import child, environment
+from trimtab.catalog.formats import FORMATS
 from trimtab.loop.documents import load, save
+from trimtab.recipe import Recipe
 from trimtab.stages.execution import advance, tree_of
 from trimtab.stages.keys import SHAPING
 from trimtab.stages.registry import STAGES
 from trimtab.store.tree import Tree
+
+#: The outputs of stages that are models.
+MODELS = ("checkpoint", "export")
 
 
 def run(names: str, state_uri: str, artifact: Any, metrics: Any, shown: str = "") -> str:
@@ -41,8 +46,20 @@ def run(names: str, state_uri: str, artifact: Any, metrics: Any, shown: str = ""
         if metrics is not None and result:
             told = {**result.metrics, "seconds": result.seconds, "from_store": float(result.hit)}
             log_metrics(metrics, {key if name == shown else f"{name}_{key}": value for key, value in told.items()})
-    describe_tree(artifact, tree_of(STAGES[shown].output, state))
+    output = STAGES[shown].output
+    describe_tree(artifact, tree_of(output, state))
+    if output in MODELS:
+        artifact.metadata.update(model_facts(state.recipe, output == "export"))
     return save(state)
+
+
+def model_facts(recipe: Recipe, is_quantized: bool) -> dict[str, Any]:
+    """Returns what a model registry shows of a model, by the names that Kubeflow's has for it."""
+    quantize = recipe.quantize if is_quantized else None
+    row = FORMATS[quantize.format if quantize else "bf16"]
+    bits = (quantize and quantize.effective_bits) or row.bits
+    told = {"framework": "transformers", "model_format_name": "safetensors", "model_format_version": "1"}
+    return {**told, "quantization": quantize.format if quantize else "none", "bits": round(float(bits), 2)}
 
 
 def log_metrics(artifact: Any, metrics: Mapping[str, Any]) -> None:

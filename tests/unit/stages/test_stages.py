@@ -338,6 +338,9 @@ def test_run_describes_what_travels(state, worked, tmp_path):
     after = load(stages.run("quantize", save(state("quantize: {format: int8_wo}")), artifact, metrics))
     assert json.loads((tmp_path / "artifact").read_text()) == after.trees["export"].model_dump()
     assert artifact.metadata["tree_digest"] == after.trees["export"].digest
+    # By the names of the Model Registry's fields.
+    assert artifact.metadata.items() >= {"framework": "transformers", "model_format_name": "safetensors"}.items()
+    assert (artifact.metadata["quantization"], artifact.metadata["bits"]) == ("int8_wo", 8.0)
     assert logged == {"loss": 1.5, "peak_memory_bytes": 1000.0, "seconds": 2.0, "from_store": 0.0}
 
 
@@ -370,3 +373,4 @@ def test_run_of_a_pass_through_names_its_input(state, tmp_path):
     before = state("{}")
     stages.run("prune", save(before), artifact, None)
     assert json.loads((tmp_path / "artifact").read_text())["digest"] == before.model.digest
+    assert (artifact.metadata["quantization"], artifact.metadata["bits"]) == ("none", 16.0)
