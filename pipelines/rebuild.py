@@ -103,12 +103,13 @@ def rebuild_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = Non
         """Releases a model anew when what it is made of has changed.
 
         Args:
-            model: A folder, a .gguf file, s3://bucket/prefix, a tree of the store, or a hub id such as org/name.
+            model: s3://bucket/prefix, a tree of the store, the address of a Model artifact of a run, a hub id such
+                as org/name, a folder, or a .gguf file.
             store: Where trees, results and releases are kept: s3://bucket/prefix or a folder.
             goal: What is to become better.
             target: The hardware that will serve it.
             recipe: A recipe to try first, YAML or JSON; empty for the planned ladder.
-            max_attempts: The most attempts, 1 to 10.
+            max_attempts: The most attempts, 1 to 10. Each is worked, built and measured; a good one ends the run.
             name: The name of the release, whose newest version is compared.
             evaluation: Tasks, items and windows to measure, YAML or JSON; empty for trimtab's own suite.
             rollout: How to serve the release on KServe, YAML or JSON; empty to serve it nowhere.
@@ -129,4 +130,4 @@ def rebuild_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = Non
         with dsl.If(found["Output"] == "rebuild", name="something-changed"):
             loop.run(found["state"], rollout)
 
-    return offer_choices(rebuild, unrolled)
+    return offer_choices(rebuild, unrolled, profile)

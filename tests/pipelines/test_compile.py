@@ -14,6 +14,7 @@ from trimtab.catalog.goals import GOALS
 from trimtab.components import images
 from trimtab.model.hardware import TARGETS
 from trimtab.pipelines.commands import main
+from trimtab.pipelines.loop import offered_target
 from trimtab.pipelines.optimize import optimize_pipeline
 from trimtab.pipelines.placement import machines
 from trimtab.stages import OPTIONAL, TASKS
@@ -65,7 +66,8 @@ def test_fewer_attempts(number, tmp_path):
     conditions = [name for name in compiled["components"] if name.startswith("comp-condition-branches")]
     assert len(conditions) == number - 1
     asked = compiled["root"]["inputDefinitions"]["parameters"]["max_attempts"]
-    assert asked["description"] == f"The most attempts, 1 to {number}." and asked["defaultValue"] == min(number, 5)
+    assert asked["description"].startswith(f"The most attempts, 1 to {number}. ")
+    assert asked["defaultValue"] == min(number, 5)
 
 
 def test_the_loader_reads_it(path):
@@ -264,6 +266,20 @@ def test_what_may_pass_on_has_the_machine_that_prepare_says(placed):
         assert resources["resourceCpuLimit"] == resources["resourceCpuRequest"] == said(f"{name}_cpu")
         (toleration,) = task["tolerations"]
         assert toleration["tolerationJson"]["taskOutputParameter"]["outputParameterKey"] == f"{name}_tolerations"
+
+
+LABELS = [
+    ("{nvidia.com/gpu.product: NVIDIA-H100-80GB-HBM3}", "h100"),
+    ("{nvidia.com/gpu.product: NVIDIA-A100-SXM4-80GB}", "a100-80"),
+    ("{nvidia.com/gpu.product: NVIDIA-L40S}", "l40s"),
+    ("{nvidia.com/gpu.product: NVIDIA-GeForce-RTX-4090}", "cpu"),
+    ("{pool: gpus}", "cpu"),
+]
+
+
+@pytest.mark.parametrize(("labels", "target"), LABELS)
+def test_the_form_begins_with_the_gpu_of_the_cluster(labels, target):
+    assert offered_target(Profile.parse(f"gpu: {{node_selector: {labels}}}")) == target
 
 
 def test_prepare_knows_the_machines_of_the_profile():

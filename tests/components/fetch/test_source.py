@@ -75,7 +75,10 @@ def test_a_prefix_of_s3_is_taken_character_by_character(prefix, zeros, store, mo
         """Stands in for the bucket: gives the model's files to whoever asks for this prefix."""
 
         def __init__(self, bucket: str, asked: str):
-            assert (bucket, asked) == ("bucket", prefix)
+            assert bucket == "bucket" and asked in ("", prefix)
+
+        def read(self, key: str) -> None:
+            assert key == prefix, "there is no object of that very name"
 
         def download(self, folder: Path, suffixes: tuple[str, ...], without: list[str]) -> None:
             shutil.copytree(zeros, folder, dirs_exist_ok=True)
@@ -212,3 +215,19 @@ def test_a_hub_that_is_busy_is_not_one_that_refuses(status, kind, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(kind, match="be had from the Hugging Face hub"):
         source._download_from_hub("org/name", Path("folder"))
+
+
+def test_the_model_artifact_of_an_earlier_run(zeros, store, tmp_path):
+    """What a task of it showed of its tree: an export is the next run's model."""
+    tree = source.fetch(str(zeros), store)
+    (tmp_path / "artifact").write_text(tree.to_json())
+    assert source.fetch(str(tmp_path / "artifact"), store).digest == tree.digest
+
+
+def test_the_model_artifact_of_an_earlier_run_in_s3(zeros, store, tmp_path, s3_server, monkeypatch):
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    tree = source.fetch(str(zeros), store)
+    place = "v2/artifacts/optimize/run/quantize/salt/export"
+    source.S3Back(s3_server.bucket, "").write(place, tree.to_json().encode())
+    assert source.fetch(f"s3://{s3_server.bucket}/{place}", store).digest == tree.digest
