@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 #: What a layer's features are: hidden channels, query heads, heads of keys (or of values), all three in one, neurons of
 #: the MLP, or gate and up in one; neurons of one expert, or of the experts that every token passes; compressed queries,
 #: compressed keys and values, these with the keys' rotary part, the keys and values of all heads that come out of them;
-#: the values of all query heads, where they are shorter than queries; query heads with a gate for each number; what goes
-#: into a recurrent mixer, what comes out, and what it chooses by.
+#: the values of all query heads, where they are shorter than queries; query heads with a gate for each number; what
+#: goes into a recurrent mixer, what comes out, and what it chooses by.
 Side = Literal[
     "hidden", "attention", "kv", "qkv", "ffn", "gate_up", "expert", "shared", "query_latent", "kv_latent",
     "kv_latent_rotary", "kv_heads", "values", "attention_gate", "mixer_in", "mixer", "mixer_choice",
