@@ -8,6 +8,7 @@ import decoders
 import pytest
 import torch
 
+from trimtab import families
 from trimtab.components.calibration import grams
 from trimtab.components.calibration.work import calibrate
 from trimtab.components.distillation.objective.loss import distillation_loss
@@ -60,8 +61,8 @@ def test_an_export_passes_the_gate_and_is_near_its_source(form, measured, tmp_pa
     read, plain = Export(export), Export(source)
     assert set(read.layers) == {layer.name for layer in inspect(source).linears}
     for group in groups(read.layers, model_type):
-        norm = f"{group.norm}.weight"
-        change = read.tensor(norm).float() / plain.tensor(norm).float() if group.norm else 1.0
+        norm, offset = f"{group.norm}.weight", families.named(model_type).norm_offset
+        change = (read.tensor(norm).float() + offset) / (plain.tensor(norm).float() + offset) if group.norm else 1.0
         for layer in group.layers:
             weight = plain.tensor(f"{layer}.weight").float()
             assert (dequantize(read.layer(layer)) * change - weight).norm() < FORMATS[form] * weight.norm(), layer

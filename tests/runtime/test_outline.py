@@ -31,7 +31,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
     ("opt", {"enable_bias": False}),
-    ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),  # OPT-350M
+    ("opt", {"word_embed_proj_dim": 32, "_remove_final_layer_norm": True}),
     ("stablelm", {"use_qkv_bias": True, "use_parallel_residual": True, "qk_layernorm": True}),
     ("phi", {"qk_layernorm": True}),
     ("persimmon", {"qk_layernorm": False}),
