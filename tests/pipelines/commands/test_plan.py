@@ -150,6 +150,7 @@ def test_a_prefix_in_s3(config, capsys, s3_server, monkeypatch, tmp_path):
 
 def test_a_family_whose_shapes_do_not_follow_from_its_config(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trimtab.model.outline.MODEL_TYPES", ("llama",))
     Path("config.json").write_text(json.dumps({**CONFIG, "model_type": "falcon"}))
     code, _, said = plan(capsys, "--model", "config.json")
     assert code == 2 and "the shapes of a 'falcon' do not follow from its config" in said
