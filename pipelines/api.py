@@ -128,6 +128,7 @@ def verify(
     store: str | Path = "",
     keys: Sequence[str | Path] = (),
     max_age: timedelta | None = None,
+    validation_keys: Sequence[str | Path] = (),
 ) -> Verified:
     """Checks a release: signed, whole, and accepted when it is judged anew from its evidence.
 
@@ -137,6 +138,7 @@ def verify(
         keys: public keys of which one must have signed it, PEM or the path of a PEM file; without any, its signature is
             not checked.
         max_age: how long ago it may have been signed at most.
+        validation_keys: public keys of which validation must have signed the answers with one.
 
     Raises:
         NotVerified: it must not be used; the message says why.
@@ -148,12 +150,13 @@ def verify(
     from trimtab.store.address import split_release
 
     trusted = [signing.public_key(key) for key in keys]
+    validation = [signing.public_key(key) for key in validation_keys]
     address, found, version = split_release(release) or ("", *release.partition("/")[::2])
     opened = open_store(str(store) or address or STORE)  # a store beside a URI is a copy of the URI's
     uri = f"{opened.uri}/releases/{found}/{version}" if version else opened.newest(found)
     if uri is None:
         raise InputError(f"release: {opened.uri} has no release '{found}'; write the URI that a run printed")
-    return verification.verify(opened, uri, trusted, max_age)
+    return verification.verify(opened, uri, trusted, max_age, validation_keys=validation)
 
 
 def serve_config(

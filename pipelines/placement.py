@@ -25,6 +25,11 @@ def place(
         task.set_cpu_request(limits.cpu).set_cpu_limit(limits.cpu)
     if limits.memory:
         task.set_memory_request(limits.memory).set_memory_limit(limits.memory)
+    if name == "validate" and profile.signing and (validation := profile.signing.validation):
+        variables = {validation.key: signing.VALIDATION_KEY}
+        if validation.password:
+            variables[validation.password] = signing.VALIDATION_PASSWORD
+        kubernetes.use_secret_as_env(task, validation.secret, variables)
     if limits.retries:
         task.set_retry(limits.retries, backoff_duration="30s", backoff_factor=2, backoff_max_duration="600s")
     if limits.timeout_hours:
@@ -59,6 +64,8 @@ def sign(task: dsl.PipelineTask, profile: Profile) -> dsl.PipelineTask:
             variables[profile.signing.password] = signing.PASSWORD
         kubernetes.use_secret_as_env(task, profile.signing.secret, variables)
         task.set_env_variable(signing.REQUIRED, "1")
+        if profile.signing.validation:
+            task.set_env_variable(signing.VALIDATION_PUBLIC, profile.signing.validation.public)
     return task
 
 

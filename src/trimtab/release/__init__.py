@@ -3,6 +3,7 @@
 | file | idea |
 |---|---|
 | `statement` | the signed statement of what was released and on which evidence |
+| `judgement` | whether the stored evidence supports it, judged anew |
 | `verification` | whether a release in a store still is what its statement says |
 | `rebuild` | what a release is made of now, beside what it was made of |
 """

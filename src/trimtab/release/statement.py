@@ -60,9 +60,10 @@ class Predicate(Document):
 
     @property
     def trees(self) -> tuple[Tree, ...]:
-        """What a release consists of: the artifact, its engine, the evidence and the answers that it rests on."""
+        """What a release consists of: the artifact, its engine, the evidence, the plan and the answers it rests on."""
         engine = (self.engine,) if self.engine else ()
-        return (self.artifact, *engine, self.evidence_tree, *self.measured.values())
+        plan = (Tree.model_validate(self.evidence["plan"]),) if self.evidence.get("plan") else ()
+        return (self.artifact, *engine, self.evidence_tree, *plan, *self.measured.values())
 
 
 class Subject(Document):

@@ -5,6 +5,8 @@
 | `registry` | each stage as a row: when a recipe asks for it, what it reads, what it makes; the tasks |
 | `keys` | what a result is found by, the environment that its stage declares included |
 | `execution` | a result, from the store or from a child process |
+| `signatures` | who measured it |
+| `looks` | what is measured of an attempt, and on which trees |
 | `accelerators` | how many devices each task needs, said beforehand |
 | `face` | the body of a component |
 """

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trimtab.base import child, progress
 from trimtab.base.errors import Failure
 from trimtab.loop.state import State, fail
+from trimtab.stages import signatures
 from trimtab.stages.registry import MAKE_A_STUDENT, STAGES, Stage
 from trimtab.store import Store, open_store
 from trimtab.store.tree import Tree
 
+if TYPE_CHECKING:
+    from securesystemslib.signer import CryptoSigner
+
+#: The file of a tree that holds what its work measured, where a verdict rests on it.
+METRICS = "metrics.json"
+
 
 @dataclass(frozen=True)
 class Result:
-    """What a stage made: its tree, its metrics, the seconds its work took, and whether it was found ready."""
+    """What a stage made: its tree, its metrics, the seconds its work took, and whether it was found ready.
+
+    `signature` vouches for the tree as the stage's result, where it was made for somebody who signs.
+    """
 
     tree: Tree
     metrics: dict[str, Any]
     seconds: float
     hit: bool
+    signature: dict[str, Any] | None = None
 
 
 def cached(
@@ -34,6 +46,7 @@ def cached(
     parameters: dict[str, Any],
     inputs: Mapping[str, Tree | None],
     backend: str = "torch",
+    signer: CryptoSigner | None = None,
 ) -> Result:
     """Returns the stage's result from the store, or does its work in a child process and stores it.
 
@@ -43,6 +56,7 @@ def cached(
 
     Args:
         backend: the engine that the work measures or builds, where it does.
+        signer: signs what is made; then only what it has signed counts as found.
 
     Raises:
         Failure: an expected failure of the work.
@@ -51,8 +65,9 @@ def cached(
     environment = stage.environment(parameters).here(backend)
     key = stage.key(parameters, inputs, environment)
     record = store.lookup(key)
-    if record:
-        return Result(Tree.model_validate(record["tree"]), record["metrics"], record["seconds"], hit=True)
+    if record and (signer is None or signatures.is_signed(record, key, signer.public_key)):
+        tree = Tree.model_validate(record["tree"])
+        return Result(tree, record["metrics"], record["seconds"], True, record.get("signature") if signer else None)
     folders = {name: tree and str(store.get(tree)) for name, tree in inputs.items()}
     with tempfile.TemporaryDirectory(prefix=f"trimtab-{stage.name}-") as output:
         done = child.call(
@@ -62,11 +77,15 @@ def cached(
             scratch=str(_scratch(key)),
             parameters=parameters,
         )
-        tree = store.put(Path(output), kind=stage.output, metadata={"key": key}, move=True)
-    metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes}
+        metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes}
+        if stage.keeps_metrics:
+            (Path(output) / METRICS).write_text(json.dumps(metrics, sort_keys=True), encoding="utf-8")
+        metadata = {"key": key, "environment": environment}
+        tree = store.put(Path(output), kind=stage.output, metadata=metadata, move=True)
+    signature = signatures.sign(key, tree, signer) if signer else None
     found = {"tree": tree.model_dump(), "metrics": metrics, "seconds": done.seconds, "environment": environment}
-    store.record(key, found)
-    return Result(tree, metrics, done.seconds, hit=False)
+    store.record(key, {**found, **({"signature": signature} if signature else {})})
+    return Result(tree, metrics, done.seconds, False, signature)
 
 
 def _scratch(key: str) -> Path:

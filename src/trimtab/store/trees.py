@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 import time
@@ -86,8 +87,24 @@ class Trees:
             return self.put(folder, kind=kind)
 
     def get_json(self, name: str, tree: Tree | str) -> Any:
-        """Reads a document that `put_json` stored."""
-        return json.loads((self.get(tree) / f"{name}.json").read_text(encoding="utf-8"))
+        """Reads a document that `put_json` stored, from the store itself."""
+        return json.loads(self.read(tree, f"{name}.json"))
+
+    def read(self, tree: Tree | str, path: str) -> bytes:
+        """Returns a small file of a tree from the store itself, past the cache of this node, which tasks may write.
+
+        Raises:
+            InputError: not a tree of this store.
+            Damaged: the manifest or the file is missing, or has another checksum; the message names it.
+            StoreError: the store could not be read.
+        """
+        uri = f"{self.uri}/trees/{self._digest(tree)}"
+        blob = self.manifest(uri).files.get(path)
+        data = self._back.read(blob_key(blob.sha256)) if blob else None
+        if data is None or hashlib.sha256(data).hexdigest() != blob.sha256:
+            state = "missing" if data is None else "corrupted"
+            raise Damaged(f"the file {path!r} of {uri} is {state} in the store")
+        return data
 
     def get(self, tree: Tree | str, progress: Progress | None = None) -> Path:
         """Returns a read-only local folder with a tree's files, verified against its manifest.
