@@ -81,6 +81,8 @@ def _gc(arguments: argparse.Namespace, console: Console) -> int:
     kinds = ", ".join(f"{number} {kind}" for kind, number in garbage.kinds.items())
     out.print(f"{verb}  {len(garbage.manifests)} trees{f' ({kinds})' if kinds else ''}, {len(garbage.records)} results")
     out.print(f"freeing  {garbage.bytes / 1e6:,.1f} MB in {len(garbage.blobs)} files")
+    if garbage.linked:
+        out.print(f"not yet  {garbage.linked / 1e6:,.1f} MB, which a running process uses in the cache of a node")
     out.print(f"keeping  {garbage.kept} trees that are younger or referred to")
     return 0
 

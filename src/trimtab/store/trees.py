@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from trimtab.base.errors import Damaged, InputError
-from trimtab.store import leases
+from trimtab.store import clock, leases
 from trimtab.store.address import canonical, split_tree
 from trimtab.store.cache import bring
 from trimtab.store.local import blob_key
@@ -64,14 +63,18 @@ class Trees:
             places = {name: Path(folder) / name for name in sizes}
         metadata = json.loads(canonical_json(metadata or {}, "metadata"))
         self._back.prepare()
-        meter = Meter(sum(sizes.values()), progress)
-        with leases.working(self._back):
+
+        def bring(lease: leases.Right) -> Manifest:
+            meter = Meter(sum(sizes.values()), progress, lease.keep_up)
             sums = in_parallel(lambda path: self._back.add(places[path], sizes[path], meter, move), sizes, meter)
             files = {path: Blob(sha256=sha, bytes=sizes[path]) for path, sha in zip(sizes, sums, strict=True)}
             manifest = Manifest.parse({"kind": kind, "metadata": metadata, "files": files})
             key = f"trees/{manifest.digest}.json"
             if _is_old(self._back.modified(key)):
-                self._back.write(key, canonical_json(manifest.document, "the manifest"))
+                self._back.write(key, canonical_json(manifest.document, "the manifest"), before=lease.until)
+            return manifest
+
+        manifest = leases.under_lease(self._back, bring)
         if move:
             for place in places.values():
                 with explained(str(place)):
@@ -192,13 +195,18 @@ class Trees:
         if when is None or not _is_old(when):
             return when is not None
         try:
-            with leases.working(self._back):
-                data = self._back.read(key)
-                if data is not None:
-                    self._back.write(key, data)
-            return data is not None
+            return leases.under_lease(self._back, lambda lease: self._renew(digest, lease))
         except InputError:  # a store that may only be read
             return True
+
+    def _renew(self, digest: str, lease: leases.Right) -> bool:
+        """Tells whether a tree is there, and makes an old one young again."""
+        key = f"trees/{digest}.json"
+        when = self._back.modified(key)
+        data = self._back.read(key) if _is_old(when) else None
+        if data is not None:
+            self._back.write(key, data, before=lease.until)
+        return data is not None or (when is not None and not _is_old(when))
 
 
 def canonical_json(value: Any, what: str) -> bytes:
@@ -215,4 +223,4 @@ def canonical_json(value: Any, what: str) -> bytes:
 
 
 def _is_old(modified: float | None) -> bool:
-    return modified is None or time.time() - modified > RENEW.total_seconds()
+    return modified is None or clock.now() - modified > RENEW.total_seconds()
