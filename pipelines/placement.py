@@ -40,11 +40,14 @@ def place(
     return task
 
 
-def reach(task: dsl.PipelineTask, profile: Profile) -> dsl.PipelineTask:
-    """Gives a task what it needs to reach the store: environment, credentials, cache, and its labels."""
+def reach(task: dsl.PipelineTask, profile: Profile, is_gate: bool = False) -> dsl.PipelineTask:
+    """Gives a task what it needs to reach the store: environment, credentials, cache, and its labels.
+
+    The deploy gate has credentials of its own where the profile names some.
+    """
     for variable, value in profile.environment.items():
         task.set_env_variable(variable, value)
-    for secret, variables in profile.secrets.items():
+    for secret, variables in (profile.gate_secrets if is_gate and profile.gate_secrets else profile.secrets).items():
         kubernetes.use_secret_as_env(task, secret, variables)
     if profile.images.pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(profile.images.pull_secrets))

@@ -201,6 +201,9 @@ class Profile(UserDocument):
     """Environment variables of every stage, none of them a secret: {NAME: value}."""
     secrets: dict[Name, dict[str, Variable]] = {}
     """Secrets of Kubernetes that reach every stage: {secret: {its entry: environment variable}}."""
+    gate_secrets: dict[Name, dict[str, Variable]] = {}
+    """Secrets that reach the deploy gate in place of `secrets`: with them it alone may write releases; `secrets` if
+    absent."""
     signing: Signing | None = None
     """The secret that releases are signed with; they are not signed if absent."""
     cache: Cache | None = None
@@ -223,7 +226,7 @@ class Profile(UserDocument):
                 raise ValueError(f"has {name}, which anyone who sees the pipeline could read; name it in secrets")
         return value
 
-    @field_validator("secrets")
+    @field_validator("secrets", "gate_secrets")
     @classmethod
     def _signing_is_the_gate_s(cls, value: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
         for secret, variables in value.items():
