@@ -17,7 +17,7 @@ from trimtab.loop.documents import read_plan
 from trimtab.loop.evidence import CONFIRMATION, look_name
 from trimtab.loop.state import Brief, State
 from trimtab.recipe.evaluation import Evaluation
-from trimtab.release import statement
+from trimtab.release import papers, statement
 from trimtab.release.verification import verify
 from trimtab.stages import looks, signatures
 from trimtab.stages.looks import Piece
@@ -195,7 +195,8 @@ class Released:
 
     def statement(self, version: str) -> statement.Statement:
         said = self.verdict.to_dict()
-        return statement.make("tiny", version, self.evidence, self.evidence_tree, self.engine, said)
+        paper = papers.write(self.store, "tiny", version, self.evidence, self.gate)
+        return statement.make("tiny", version, self.evidence, self.evidence_tree, self.engine, said, paper)
 
     def signed(self, said: statement.Statement, by: object = "gate") -> dict:
         return statement.release_record(signing.seal(statement.payload(said), self.gate if by == "gate" else by))

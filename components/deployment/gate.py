@@ -10,7 +10,7 @@ from trimtab.base import child, progress, signing
 from trimtab.base.errors import NotReleased, NotVerified
 from trimtab.loop import evidence
 from trimtab.loop.documents import load
-from trimtab.release import judgement, statement
+from trimtab.release import judgement, papers, statement
 from trimtab.store import Store, Tree, open_store
 
 
@@ -45,9 +45,9 @@ def run(state_uri: str, artifact: Any) -> str:
     document = evidence.read(store, accepted.evaluation)
 
     def record(version: str) -> dict[str, Any]:
-        said = statement.make(
-            state.name, version, document, accepted.evaluation, accepted.engine, accepted.verdict.to_dict()
-        )
+        paper = papers.write(store, state.name, version, document, signer)
+        verdict = accepted.verdict.to_dict()
+        said = statement.make(state.name, version, document, accepted.evaluation, accepted.engine, verdict, paper)
         return statement.release_record(signing.seal(statement.payload(said), signer))
 
     same = {

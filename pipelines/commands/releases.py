@@ -56,6 +56,7 @@ def _verify(arguments: argparse.Namespace, console: Console) -> int:
     answers = f"{len(said.measured)} measurements"
     chain = f"signed by validation with {found.measured_by[:12]}" if found.measured_by else "signed by nobody"
     out.print(f"measured  {answers}, {chain}")
+    out.print(f"papers    {', '.join(found.papers) or 'none'}")
     out.print(f"signed    {signed}")
     return 0
 

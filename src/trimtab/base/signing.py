@@ -1,7 +1,7 @@
 """Keys and envelopes: a statement is signed with the gate's private key and checked with its public half.
 
 The envelope is DSSE (https://github.com/secure-systems-lab/dsse), made and checked by securesystemslib; keys are
-PEM files, Ed25519 as `generate` writes them, or any kind that securesystemslib signs with.
+PEM files, P-256 as `generate` writes them, or any kind that securesystemslib signs with.
 """
 
 from __future__ import annotations
@@ -119,16 +119,17 @@ def public_key(source: str | Path) -> Key:
 
 
 def generate(path: Path) -> tuple[Path, str]:
-    """Writes an Ed25519 key pair, `path` (readable by its owner alone) and `path`.pub; returns the latter and its id.
+    """Writes a key pair on the curve P-256, which signs statements and models: `path` (readable by its owner alone) and
+    `path`.pub; returns the latter and its id.
 
     Raises:
         InputError: one of the files exists, or cannot be written.
     """
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
     from securesystemslib.signer import CryptoSigner
 
-    key = Ed25519PrivateKey.generate()
+    key = ec.generate_private_key(ec.SECP256R1())
     made, public = CryptoSigner(key), path.with_name(f"{path.name}.pub")
     pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     for target, content, mode in ((path, made.private_bytes, 0o600), (public, pem, 0o644)):

@@ -11,7 +11,7 @@ from trimtab.base import progress, signing
 from trimtab.base.errors import Damaged, NotVerified, StoreError, TrimtabError
 from trimtab.base.schema import digest
 from trimtab.loop import evidence
-from trimtab.release import judgement, statement
+from trimtab.release import judgement, papers, statement
 from trimtab.release.statement import Predicate
 from trimtab.store import Store
 from trimtab.store.address import split_release
@@ -25,7 +25,8 @@ class Verified:
     """A release that passed: `predicate` is what was signed; `files` and `bytes` were hashed again in the store.
 
     `signed_by` is the id of a key that was given and has signed it, None where no key was given. `measured_by` is the
-    id of the key that validation has signed all the answers with, None where they are not signed.
+    id of the key that validation has signed all the answers with, None where they are not signed; `papers` are those
+    that travel with it.
     """
 
     uri: str
@@ -34,6 +35,7 @@ class Verified:
     files: int
     bytes: int
     measured_by: str | None = None
+    papers: tuple[str, ...] = ()
 
 
 def verify(
@@ -70,9 +72,10 @@ def verify(
         measured_by = judgement.signed_by(predicate.evidence)
         if validation_keys and measured_by not in {key.keyid for key in validation_keys}:
             raise NotVerified("its answers are not signed with the key of validation that was given")
+        carried = _papers(store, predicate, keys)
     except (NotVerified, Damaged) as error:
         raise NotVerified(f"{uri} is refused: {error}") from None
-    return Verified(uri, predicate, signed_by, files, size, measured_by)
+    return Verified(uri, predicate, signed_by, files, size, measured_by, carried)
 
 
 def _proven(store: Store, uri: str, keys: Sequence[Key]) -> tuple[Predicate, str | None]:
@@ -101,6 +104,17 @@ def _whole(store: Store, predicate: Predicate) -> tuple[int, int]:
         manifest = store.examine(store.tree(digests[number]))
         files, size = files + len(manifest.files), size + manifest.size
     return files, size
+
+
+def _papers(store: Store, predicate: Predicate, keys: Sequence[Key]) -> tuple[str, ...]:
+    """Checks the papers that travel with the release; a release of an earlier version has none."""
+    if predicate.papers is None:
+        return ()
+    here = [store.tree(tree.digest) for tree in (predicate.papers, predicate.artifact)]
+    try:
+        return tuple(papers.check(store, predicate.name, predicate.version, *here, keys))
+    except (ValueError, LookupError, TypeError) as error:
+        raise NotVerified(f"its papers cannot be read ({error})") from None
 
 
 def _accepted(store: Store, predicate: Predicate) -> None:

@@ -92,20 +92,17 @@ class Store(Trees):
         """
         make = record if callable(record) else lambda _version: record
 
-        def add(lease: leases.Right) -> str:
-            number = max((int(version) for version in self._versions(name, withdrawn=True)), default=0) + 1
-            while True:
-                made = make(f"{number:06d}")
+        number = max((int(version) for version in self._versions(name, withdrawn=True)), default=0) + 1
+        while True:
+            made = make(f"{number:06d}")  # which may put trees, so no lease is held meanwhile
+            data = canonical_json(made, "a release")
+            with leases.working(self._back) as lease:
                 for address, digest in set(_trees(made)):
                     if canonical(address) == self.uri:
                         self._renew(digest, lease)  # until the record is there, nothing else keeps an old one
-                data = canonical_json(made, "a release")
                 if self._back.create(f"releases/{name}/{number:06d}.json", data, before=lease.until):
                     return f"{self.uri}/releases/{name}/{number:06d}"
-                number += 1
-
-        with leases.working(self._back) as lease:
-            return add(lease)
+            number += 1
 
     def withdraw(self, uri: str, reason: str) -> None:
         """Takes a release back: it is no longer listed or served, its version is not given again, and what it alone
