@@ -17,7 +17,7 @@ help:
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(VENV)/installed $(MODEL) ## a real model through the whole DAG, on two CPU cores, without GPU or cluster
-	$(VENV)/bin/trimtab run --model $(MODEL) --goal fit_larger_model --target cpu \
+	$(VENV)/bin/trimtab run --model $(MODEL) --goal fit_larger_model --target cpu --recipe examples/demo.yaml \
 	    --store $(BUILD)/store --runs $(BUILD)/runs
 
 # A process a core, each with one thread: threads of one would wait for the other's. Files keep their order, or the few

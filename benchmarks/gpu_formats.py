@@ -133,7 +133,7 @@ def calibrate(folder: Path, trees: Path, model: dict[str, Any], small: bool, qui
     times: dict[str, list[float]] = {"forward": [], "statistics": []}
     for _ in range(3):
         times["forward"].append(seconds_of(lambda: bare_pass(loaded, tokens)))
-        times["statistics"].append(seconds_of(lambda: seen.update(work.statistics(loaded, tokens))))
+        times["statistics"].append(seconds_of(lambda: seen.update(work.statistics(loaded, tokens)[0])))
     model["tokens"] = tokens.numel()
     model |= {f"{name}_seconds": round(min(taken), 4) for name, taken in times.items()}
     model["statistics_over_forward"] = round(min(times["statistics"]) / min(times["forward"]), 2)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import tiny
 
 LAYERS, HIDDEN, NEURONS, HEADS, KV_HEADS, WINDOW = 4, 64, 128, 4, 2, 16
+#: Families that always have four times as many neurons as channels.
+WIDE = ("bloom", "mpt")
 _SIZES = {
     "hidden_size": HIDDEN, "intermediate_size": NEURONS, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
     "num_key_value_heads": KV_HEADS, "max_position_embeddings": 256, "initializer_range": 0.1,
 }  # fmt: skip
 _HEAD = {"head_dim": HIDDEN // HEADS}
-#: What a family's config is given beside the sizes: windows that a short text fills, and none of what is refused.
+EXPERTS, EXPERT = 4, 32
+_MOE = {"moe_intermediate_size": EXPERT, "num_experts_per_tok": 2}
+_GROUPED = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+_LATENT = {"num_key_value_heads": HEADS, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+           "qk_rope_head_dim": 8, "v_head_dim": 16}  # fmt: skip
+#: Families that hold experts' weights as [experts, in, out].
+_FROM_THE_LEFT = ("gpt_oss", "llama4_text")
+#: What a family's config is given beside the sizes: windows that a short text fills, multipliers and caps that matter.
 _OWN: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": WINDOW},
     "ministral": {**_HEAD, "sliding_window": WINDOW},
@@ -22,22 +32,56 @@ _OWN: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0, 1, 1]},
     "ernie4_5": _HEAD,
     "helium": _HEAD,
-    "granite": {"attention_multiplier": 0.25, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+    "granite": {"attention_multiplier": 0.25, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+                "logits_scaling": 8.0},
+    "hyperclovax": {**_HEAD, "attention_multiplier": 0.25, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+                    "logits_scaling": 0.125},
+    "apertus": _HEAD,
+    "ministral3": {**_HEAD, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0,
+                                                "original_max_position_embeddings": 16, "beta_fast": 32.0,
+                                                "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+                                                "llama_4_scaling_beta": 0.5}},
+    "nanochat": {"final_logit_softcapping": 2.0},
     "hunyuan_v1_dense": {**_HEAD, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
     "qwen3": _HEAD,
     "gemma": _HEAD,
-    "gemma2": {**_HEAD, "query_pre_attn_scalar": 16, "sliding_window": WINDOW, "final_logit_softcapping": None,
-               "attn_logit_softcapping": None},
+    "gemma2": {**_HEAD, "query_pre_attn_scalar": 16, "sliding_window": WINDOW, "final_logit_softcapping": 2.0,
+               "attn_logit_softcapping": 0.5},
+    "vaultgemma": {**_HEAD, "query_pre_attn_scalar": 16, "sliding_window": WINDOW, "final_logit_softcapping": 2.0,
+                   "attn_logit_softcapping": 0.5},
     "gemma3_text": {**_HEAD, "query_pre_attn_scalar": 16, "sliding_window": WINDOW},
     "glm": _HEAD,
     "glm4": _HEAD,
     "olmo3": {"sliding_window": WINDOW},
     "exaone4": {"sliding_window": WINDOW},
-    "cohere": {"logit_scale": 1.0},
-    "cohere2": {"logit_scale": 1.0, "sliding_window": WINDOW},
+    "cohere": {"logit_scale": 0.25, "use_qk_norm": True},
+    "cohere2": {"logit_scale": 0.25, "sliding_window": WINDOW},
+    "phi": {"qk_layernorm": True},
+    "jais2": _HEAD,
+    "nemotron": _HEAD,
+    "gptj": {"n_inner": NEURONS, "rotary_dim": 8},
+    "codegen": {"n_inner": NEURONS, "rotary_dim": 8},
+    "gpt_bigcode": {"n_inner": NEURONS},
+    "mpt": {"max_seq_len": 256},
     "opt": {"ffn_dim": NEURONS, "word_embed_proj_dim": HIDDEN},
     "falcon": {"ffn_hidden_size": NEURONS},
+    "mixtral": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+    "phimoe": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
+    "minimax_m2": {**_HEAD, "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "rotary_dim": 8},
+    "qwen2_moe": {**_MOE, "num_experts": EXPERTS, "shared_expert_intermediate_size": 96, "mlp_only_layers": [1]},
+    "qwen3_moe": {**_MOE, **_HEAD, "num_experts": EXPERTS, "mlp_only_layers": [1]},
+    "olmoe": {"num_experts": EXPERTS, "num_experts_per_tok": 2},
+    "flex_olmo": {"num_experts": EXPERTS, "num_experts_per_tok": 2},
+    "glm4_moe": {**_MOE, **_HEAD, **_GROUPED, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0},
+    "dots1": {**_MOE, **_HEAD, **_GROUPED, "first_k_dense_replace": 1, "sliding_window": WINDOW,
+              "max_window_layers": 2},
+    "deepseek_v2": {**_MOE, **_GROUPED, **_LATENT, "first_k_dense_replace": 1},
+    "deepseek_v3": {**_MOE, **_GROUPED, **_LATENT, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0},
+    "gpt_oss": {**_HEAD, "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+    "llama4_text": {**_HEAD, "num_local_experts": EXPERTS, "num_experts_per_tok": 1, "intermediate_size_mlp": NEURONS,
+                    "moe_layers": [0, 2], "no_rope_layers": [1, 0, 1, 1], "attention_chunk_size": WINDOW,
+                    "intermediate_size": 64},
 }  # fmt: skip
 
 
@@ -55,18 +99,61 @@ def build(model_type: str, seed: int = 0, **changes: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config(model_type, **changes)).eval()
+    made = config(model_type, **changes)
+    # PyTorch's attention would leave a cap of its scores out.
+    how = "eager" if getattr(made, "attn_logit_softcapping", None) else None
+    model = AutoModelForCausalLM.from_config(made, attn_implementation=how).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or "norm" in name:
                 parameter.add_(0.2 * torch.randn(parameter.shape))
     return model
+
+
+def stored(model: Any) -> dict[str, Any]:
+    """Returns the tensors of a model as its checkpoint has them: each expert's layers apart, under its names."""
+    from trimtab import families
+
+    family = families.named(model.config.model_type)
+    found = {}
+    for name, tensor in model.state_dict().items():
+        for own, theirs in sorted(family.aliases, key=lambda pair: -len(pair[1])):
+            name = re.sub("^" + re.escape(theirs).replace(r"\*", r"(\d+)"), own.replace("*", r"\1"), name)
+        found |= _apart(name, tensor, family.experts, family.model_type)
+    if model.config.tie_word_embeddings:
+        found.pop(f"{family.head}.weight", None)
+    return found
+
+
+def _apart(name: str, tensor: Any, part: Any, model_type: str) -> dict[str, Any]:
+    """The layers of each expert out of one tensor for all, however transformers lays that out."""
+    place, _, kind = name.rpartition(".experts.")
+    if part is None or not place or kind.removesuffix("_bias") not in ("gate_up_proj", "down_proj"):
+        return {name: tensor}
+    what = "bias" if kind.endswith("_bias") else "weight"
+    found = {}
+    for number, one in enumerate(tensor):
+        one = one.t() if what == "weight" and model_type in _FROM_THE_LEFT else one
+        if kind.startswith("down"):
+            parts = {part.down: one}
+        elif model_type == "gpt_oss":  # gate and up in turn
+            parts = {part.gate: one[::2], part.up: one[1::2]}
+        else:
+            parts = dict(zip((part.gate, part.up), one.chunk(2), strict=True))
+        found |= {f"{place}.experts.{number}.{layer}.{what}": value.contiguous() for layer, value in parts.items()}
+    return found
 
 
 def write(folder: Path, model_type: str, **changes: Any) -> Path:
     """Writes such a model in bfloat16, with a tokenizer."""
     import torch
+    from safetensors.torch import save_file
 
-    build(model_type, **changes).to(torch.bfloat16).save_pretrained(folder)
+    model = build(model_type, **changes).to(torch.bfloat16)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    save_file({name: tensor.clone() for name, tensor in stored(model).items()}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
     tiny._tokenizer().save_pretrained(folder)
     return folder

@@ -21,7 +21,7 @@ def llama(layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, positi
         architecture="LlamaForCausalLM", model_type="llama", layers=layers, hidden_size=hidden,
         intermediate_size=intermediate, heads=heads, kv_heads=kv_heads, head_dim=head_dim, vocab_size=vocab,
         max_position_embeddings=positions, tied_embeddings=tied, parameters=parameters, bytes=2 * parameters,
-        dtype="bfloat16", linears=linears,
+        dtype="bfloat16", linears=linears, head_numbers=2 * head_dim,
     )  # fmt: skip
 
 

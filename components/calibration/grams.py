@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trimtab.base import progress
+from trimtab.components.calibration.work import rare_experts
 from trimtab.families.fusion import block_of
 from trimtab.runtime.checkpoint import model_files as checkpoints
-from trimtab.runtime.measure import measurements, observe
+from trimtab.runtime.measure import measurements, observe, routing
 
 #: Bytes of sums held at once. A model with more of them is run over the text several times.
 BUDGET = 8 << 30
@@ -23,19 +24,22 @@ def measure(
     """Writes for each block `gram-<block>.safetensors` with `<layer>.gram`, float32 [in_features, in_features].
 
     The Gram matrix is the mean of x xᵀ over the calibration tokens, half the Hessian of the squared error of the
-    layer's output (Frantar et al. 2022, "GPTQ"). Layers that read one input share that of the first of them.
+    layer's output (Frantar et al. 2022, "GPTQ"). Layers that read one input share that of the first of them. An
+    expert's is over the tokens that it is given, or over all where these are too few (`runtime.measure.routing`), and
+    still divided by all tokens: rounding by it does not depend on its scale.
 
     Returns:
         layers, passes (runs over the text), bytes.
     """
     model, _ = checkpoints.load_for_measuring(Path(checkpoint))
     tokens = load_file(Path(calibration) / "tokens.safetensors")["tokens"].long()
-    batches = observe.batches(model, tokens)
+    batches, rare = observe.batches(model, tokens), rare_experts(Path(calibration))
     modules, chunks = observe.linears(model), _chunks(model)
     written = 0
     for number, layers in enumerate(chunks, start=1):
         title = f"measuring Gram matrices, part {number} of {len(chunks)}"
-        with torch.inference_mode(), observe.grams({n: modules[n] for n in layers}) as sums:
+        measured = observe.grams({n: modules[n] for n in layers})
+        with torch.inference_mode(), routing.run_on_all(model, rare), measured as sums:
             for windows in progress.track(batches, "gram", title, len(batches)):
                 model(windows, use_cache=False, logits_to_keep=1)
         for block in sorted({block_of(layer) for layer in layers}):

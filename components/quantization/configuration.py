@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
@@ -17,6 +18,7 @@ from trimtab.model.facts import ModelFacts
 from trimtab.model.files import CONFIG, read_json
 from trimtab.runtime.checkpoint import config_file
 from trimtab.runtime.checkpoint.layer_layout import Layout
+from trimtab.runtime.checkpoint.model_files import Export
 
 
 def write(
@@ -32,7 +34,9 @@ def write(
     """
     config = read_json(folder / CONFIG) | {"dtype": str(dtype).removeprefix("torch.")}
     if layouts or kv_cache != "none":
-        own = {"producer": _producer(), "quantization": _quantization(facts, layouts, kv_cache)}
+        # Readers take every matrix for quantized that is not excluded: routers, and what stands beside the text model.
+        matrices = Export(folder).matrices
+        own = {"producer": _producer(), "quantization": _quantization(facts, layouts, kv_cache, matrices)}
         (folder / "hf_quant_config.json").write_text(json.dumps(own, indent=4), encoding="utf-8")
         config["quantization_config"] = convert_hf_quant_config_format(own)
     config_file.write(folder, config)
@@ -42,9 +46,12 @@ def _producer() -> dict[str, str]:
     return {"name": "modelopt", "version": importlib.metadata.version("nvidia-modelopt")}
 
 
-def _quantization(facts: ModelFacts, layouts: Mapping[str, Layout], kv_cache: str) -> dict:
+def _quantization(
+    facts: ModelFacts, layouts: Mapping[str, Layout], kv_cache: str, plain: Sequence[str]
+) -> dict[str, Any]:
     layers = {}
-    for layer in (*(linear.name for linear in facts.linears), families.named(facts.model_type).head):
+    known = dict.fromkeys((*(linear.name for linear in facts.linears), families.named(facts.model_type).head))
+    for layer in (*known, *(name for name in plain if name not in known)):
         layout = layouts.get(layer)
         layers[f"{layer}.quantization"] = layout.storage.modelopt if layout else None
         if layout and layout.group_size:

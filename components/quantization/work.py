@@ -23,7 +23,8 @@ from trimtab.planning import checks
 from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint import layer_layout as stored
 from trimtab.runtime.checkpoint import stream
-from trimtab.runtime.checkpoint.model_files import Export, check_finite, weight_file_bytes
+from trimtab.runtime.checkpoint.finite import check_finite
+from trimtab.runtime.checkpoint.model_files import Export, weight_file_bytes
 from trimtab.runtime.measure import measurements
 from trimtab.runtime.measure.measurements import Measurements
 
@@ -103,7 +104,7 @@ class _Quantizer:
         for name in names:
             if name not in written and name.removesuffix(".weight") not in self.chosen:
                 tensor = _finite(shard, name)  # not copied: it may be an embedding of a gigabyte
-                written[name] = _cast(name, tensor, self.dtype) if tensor.is_floating_point() else tensor
+                written[name] = _cast(name, tensor, stored.dtype_beside(self.family, name, tensor.dtype, self.dtype))
         if self.settings.kv_cache != "none":
             written |= kv_cache.scales(self.settings.kv_cache, self.family, names, self._measured)
         # Layers of a group share scalars, and safetensors wants memory of its own for each tensor.
@@ -116,15 +117,21 @@ class _Quantizer:
         weights = {n: _finite(shard, f"{n}.weight").to(self.device) for n in group.layers}
         quantized = {n: weights[n] for n in layers}
         seen = self._seen(form, group.layers[0])
-        scale = packed_layers.channel_scale(form, quantized, seen, self.settings)
+        scales = self.family.scales_channels(layers[0])
+        scale = packed_layers.channel_scale(form, quantized, seen, self.settings) if scales else None
         written: dict[str, torch.Tensor] = {}
         before = None
         if scale is not None:
             before = (1 / scale).to(self.dtype).float()  # as stored; weights make up for what is really there
             if group.norm:
-                norm = _finite(shard, f"{group.norm}.weight").to(self.device)
-                written[f"{group.norm}.weight"] = folded = (norm.float() * before).to(self.dtype)
-                before = torch.where(folded == 0, before, folded.float() / norm.float())
+                offset = self.family.norm_offset
+                norm = _finite(shard, f"{group.norm}.weight").to(self.device).float() + offset
+                written[f"{group.norm}.weight"] = folded = (norm * before - offset).to(self.dtype)
+                applied = folded.float() + offset
+                before = torch.where(applied == 0, before, applied / norm)
+                if shard.has(f"{group.norm}.bias"):
+                    bias = _finite(shard, f"{group.norm}.bias").to(self.device)
+                    written[f"{group.norm}.bias"] = (bias.float() * before).to(self.dtype)
             # A layer without a norm before it multiplies its own input, so one that is excluded sees it unscaled.
             weights = {n: w / before if group.norm or n in layers else w for n, w in weights.items()}
             seen = seen.scaled(1 / before)
@@ -154,7 +161,7 @@ class _Quantizer:
 
 
 def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A finite tensor in another type; what float16 has no number for would become infinity."""
+    """A finite tensor in a type; what float16 has no number for would become infinity."""
     if dtype == torch.float16 and tensor.numel() and tensor.abs().max() > torch.finfo(dtype).max:
         largest = f"{tensor.abs().max().item():,.0f}"
         raise Failure("unsupported", f"{name}: holds {largest}, and float16 ends at 65,504; write format: bf16")

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trimtab import families
 from trimtab.base import progress
 from trimtab.base.errors import Failure, InputError
 from trimtab.components.validation.integrity import coverage, declaration, reload, weights
 from trimtab.families import fusion
 from trimtab.model.facts import inspect as read_facts
-from trimtab.model.facts import read_tensors
+from trimtab.model.headers import read_tensors
 from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint.model_files import Export, weight_file_bytes
 
@@ -49,7 +50,7 @@ def inspect(
     coverage.check_layers(read, facts, groups, settings)
     coverage.check_tensors(read, source, facts)
     made = settings is not None or not folder.samefile(origin)
-    layers = weights.compare(read, source, groups, settings) if made else []
+    layers = weights.compare(read, source, families.named(facts.model_type), groups, settings) if made else []
     found, predicted = coverage.check_bytes(read, facts, groups, settings)
     progress.report("validate", f"tensors take {found:,} bytes, {predicted:,} were predicted")
     loaded = reload.check(folder, origin) if made else {"skipped": None, "outputs": {}}

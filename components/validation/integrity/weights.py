@@ -15,6 +15,7 @@ import torch
 
 from trimtab.base import progress
 from trimtab.base.errors import Failure
+from trimtab.families import Family
 from trimtab.families.fusion import Group
 from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint import layer_layout
@@ -28,13 +29,14 @@ _CACHED = 2**19
 
 
 def compare(
-    export: Export, source: Export, groups: Sequence[Group], settings: Quantization | None
+    export: Export, source: Export, family: Family, groups: Sequence[Group], settings: Quantization | None
 ) -> list[dict[str, Any]]:
     """Compares every tensor of an export with its source.
 
     Args:
         export: what was written; its layers and tensors are those that the recipe asks for.
         source: the plain checkpoint it was made from.
+        family: of the model.
         groups: all linear layers of the model.
         settings: the recipe's `quantize`, None for a model that was only pruned or trained.
 
@@ -50,8 +52,11 @@ def compare(
         layouts = [export.layers[layer] for layer in group.layers if layer in export.layers]
         change = None
         if group.norm and any(_scales_input(layout, settings) for layout in layouts):
-            change = _change(f"{group.norm}.weight", export, source)
+            change = _change(f"{group.norm}.weight", export, source, family.norm_offset)
             done.add(f"{group.norm}.weight")
+            if source.has(f"{group.norm}.bias"):
+                _check_scaled_bias(f"{group.norm}.bias", export, source, change)
+                done.add(f"{group.norm}.bias")
         for layer in group.layers:
             if layer in export.layers:
                 rows.append(_compare_layer(layer, export, source, change, group.norm))
@@ -60,10 +65,12 @@ def compare(
             else:
                 continue
             done.add(f"{layer}.weight")
-    dtype = layer_layout.plain_dtype(settings.format) if settings else None
+    plain = layer_layout.plain_dtype(settings.format) if settings else None
     for name in source.names:
         if name not in done and export.has(name):
-            _check_same(name, export.tensor(name), source.tensor(name), dtype)
+            original = source.tensor(name)
+            dtype = layer_layout.dtype_beside(family, name, original.dtype, plain) if plain else original.dtype
+            _check_same(name, export.tensor(name), original.to(dtype))
     return rows
 
 
@@ -72,9 +79,13 @@ def _scales_input(layout: Layout, settings: Quantization) -> bool:
     return any(part.channels for part in settings.row.parts if part.storage == layout.storage)
 
 
-def _change(norm: str, export: Export, source: Export) -> torch.Tensor:
-    """Returns by what each channel was multiplied in a norm, float32 [in]; NaN where the norm makes it zero."""
-    after, before = export.tensor(norm).float(), source.tensor(norm).float()
+def _change(norm: str, export: Export, source: Export, offset: float) -> torch.Tensor:
+    """Returns by what each channel was multiplied in a norm, float32 [in]; NaN where the norm makes it zero.
+
+    Args:
+        offset: what the norm adds to its weight before it multiplies.
+    """
+    after, before = export.tensor(norm).float() + offset, source.tensor(norm).float() + offset
     if after.shape != before.shape or not torch.isfinite(after).all():
         found = f"{list(after.shape)} where the source has {list(before.shape)}, or holds NaN or infinity"
         raise Failure("export_damaged", f"{norm}: has shape {found}")
@@ -169,9 +180,14 @@ def _check_scaled_back(name: str, export: Export, source: Export, change: torch.
         raise Failure("export_damaged", f"{name}: {what}")
 
 
-def _check_same(name: str, found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype | None) -> None:
-    if dtype and expected.is_floating_point():
-        expected = expected.to(dtype)
+def _check_scaled_bias(name: str, export: Export, source: Export, change: torch.Tensor) -> None:
+    """The bias of a norm is multiplied by what its weight was multiplied by."""
+    found, expected = export.tensor(name).float(), source.tensor(name).float() * change.nan_to_num(1.0)
+    if not torch.allclose(found[~change.isnan()], expected[~change.isnan()], rtol=2.0**-7, atol=0):
+        raise Failure("export_damaged", f"{name}: is not its source's, multiplied as the weight of its norm was")
+
+
+def _check_same(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
     if found.dtype != expected.dtype or found.shape != expected.shape:
         both = f"{found.dtype} {list(found.shape)}, expected {expected.dtype} {list(expected.shape)}"
         raise Failure("export_damaged", f"{name}: is {both}")

@@ -1,108 +1,33 @@
 """What a family of decoders is: where its layers stand, which of them read one input, and what may be asked of it.
 
-A block is attention and an MLP, each described by a class of its own that says which linear layers it has; whatever
-else has to know the names of layers asks `Family`. A family of another build (experts, recurrent layers, compressed
-keys and values) brings a class that answers the same questions.
+A block is attention and an MLP, or a mixture of experts in its place; each is described by a class of its own that
+says which linear layers it has (`trimtab.families.parts`), and whatever else has to know the names of layers asks
+`Family`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-#: What a layer's features are: hidden channels, query heads, heads of keys (or of values), all three in one, neurons of
-#: the MLP, or gate and up in one.
-Side = Literal["hidden", "attention", "kv", "qkv", "ffn", "gate_up"]
-#: What a norm multiplies by: its weight; one plus its weight; its weight, and adds a bias; nothing.
-Norm = Literal["w", "1 + w", "w, b", "none"]
-#: What a block may look at, as `layer_types` of a config.json says it.
-_ATTENTION_TYPES = ("full_attention", "sliding_attention")
+from trimtab.families.parts import (
+    Attention,
+    Config,
+    Experts,
+    LatentAttention,
+    Layer,
+    Mlp,
+    Norm,
+    Said,
+    Shape,
+    SharedInput,
+)
 
-Config = Mapping[str, Any]
-
-
-class Layer(NamedTuple):
-    """A linear layer: its name in its block, and what its output and its input features are."""
-
-    name: str
-    outputs: Side
-    inputs: Side
-
-
-class SharedInput(NamedTuple):
-    """Linear layers of a block that read one input, in the order in which engines stack their outputs.
-
-    `norm` is the module of the block whose output these layers read, and no others; None where there is no such.
-    """
-
-    layers: tuple[Layer, ...]
-    norm: str | None = None
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Attention with heads of keys and values that several query heads may share (GQA).
-
-    `norm` is as in `SharedInput`. `qkv` is the layer that is query, key and value in one, where there is one; then
-    `query`, `key` and `value` are not there. `head_norms` are the norms of each head of queries and of keys.
-    """
-
-    module: str = "self_attn"
-    norm: str | None = "input_layernorm"
-    query: str = "q_proj"
-    key: str = "k_proj"
-    value: str = "v_proj"
-    output: str = "o_proj"
-    qkv: str | None = None
-    head_norms: tuple[str, ...] = ()
-
-    @property
-    def inputs(self) -> tuple[SharedInput, SharedInput]:
-        """What the layers before attention read, and what the layer behind it reads."""
-        if self.qkv:
-            before = (Layer(_within(self.module, self.qkv), "qkv", "hidden"),)
-        else:
-            sides = ((self.query, "attention"), (self.key, "kv"), (self.value, "kv"))
-            before = tuple(Layer(_within(self.module, name), side, "hidden") for name, side in sides)
-        behind = Layer(_within(self.module, self.output), "hidden", "attention")
-        return SharedInput(before, self.norm), SharedInput((behind,))
-
-    @property
-    def scaled(self) -> tuple[str, str] | None:
-        """The layers in the block that hold the scales of keys and of values, or None where they are not apart."""
-        return None if self.qkv else (_within(self.module, self.key), _within(self.module, self.value))
-
-    def cached_numbers(self, kv_heads: int, head_dim: int) -> int:
-        """Returns how many numbers of a token a block keeps: its keys and its values."""
-        return 2 * kv_heads * head_dim
-
-
-@dataclass(frozen=True)
-class Mlp:
-    """Neurons between two layers; `gate`, where there is one, multiplies what `up` gives.
-
-    `norm` is as in `SharedInput`. `gate_up` is the layer that is gate and up in one, where there is one; then neither
-    `gate` nor `up` is there. `module` is "" where the layers stand in the block itself.
-    """
-
-    module: str = "mlp"
-    norm: str | None = "post_attention_layernorm"
-    gate: str | None = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-    gate_up: str | None = None
-
-    @property
-    def inputs(self) -> tuple[SharedInput, SharedInput]:
-        """What the layers before the neurons read, and what the layer behind them reads."""
-        if self.gate_up:
-            before = (Layer(_within(self.module, self.gate_up), "gate_up", "hidden"),)
-        else:
-            names = (self.gate, self.up) if self.gate else (self.up,)
-            before = tuple(Layer(_within(self.module, name), "ffn", "hidden") for name in names)
-        return SharedInput(before, self.norm), SharedInput((Layer(_within(self.module, self.down), "hidden", "ffn"),))
+#: The number of an expert, within the name of a module in its block.
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class Limit(NamedTuple):
@@ -117,55 +42,94 @@ class Limit(NamedTuple):
     reason: str
 
 
+class Logits(NamedTuple):
+    """What becomes of the output head's products: multiplied by `scale`, then `cap` * tanh(logits / `cap`)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
 @dataclass(frozen=True)
 class Family:
-    """One kind of decoder, by the names of its checkpoint, which are those of transformers' modules.
+    """One kind of decoder, by the names of its checkpoint.
+
+    Whoever runs it finds transformers' modules under these names too (`runtime.decoder.skeleton`).
 
     Attributes:
         model_type: as config.json says it.
-        attention, mlp: the two parts of a block.
+        attention, mlp: the two parts of a block; `mlp` is None where each block has experts.
+        experts: what stands in the place of the MLP in all blocks or some.
         norm: what the norms of a block multiply by.
         blocks: the list of blocks.
         embedding, last_norm, head: the modules before and behind them; the head's weights may be the embedding's.
+        norms: the norms of a block, which have a weight for each hidden channel.
+        depth: the field of config.json that counts the blocks.
+        logits: what becomes of the head's products, from a config.
         limits: settings of config.json with which a model is refused.
+        aliases: modules that transformers has under another name, as (checkpoint's, transformers'), `*` for a number.
+        keep: layers of a block that stay in 16 bits, as the vendor's own quantized checkpoints have it.
         by_layer: fields of config.json that list something for each block.
+        numbered: fields that list numbers of blocks.
         first_blocks: fields that count blocks from the first one.
+        next_token_blocks: the field that counts blocks behind the last one, which predict further tokens (MTP) and take
+            no part in the model's own; they are kept as they are.
+        attention_types: what `layer_types` may say of a block.
         nope: which blocks turn neither queries nor keys by their position, from a config.
         sizes: a config's sizes under the names that Llama has for them, where this family has others.
         bos: whether every text must begin with the BOS token, without which likelihoods are far off.
-        qkv_bias: whether query, key and value have a bias, or the field of config.json that says it.
+        qkv_bias, output_bias, mlp_bias, head_bias: which linear layers have a bias: before attention and behind it, the
+            MLP's, the output head.
+        others: shapes of the tensors that are none of those above, by name, from a config and its sizes; those of a
+            block have {} for its number; None takes one of those above away.
         llama_block: whether a block computes what a Llama's does, which `runtime.decoder.step` then computes faster.
-        width: whether its blocks can be made narrower, and its shapes follow from its config (`trimtab.model.outline`).
+        width: whether its blocks can be made narrower.
+        head_dim: what transformers takes where config.json is silent; None is hidden size / heads.
         heads_divide_hidden: whether its config wants a hidden size that the number of heads divides.
-        tensor_parallel: whether the torch engine can split its layers over processes.
+        tensor_parallel, pipeline_parallel: whether the torch engine can split its layers, or its blocks, over ranks.
         no_serve: why `serve` and paged attention cannot run it; "" where they can.
     """
 
     model_type: str
-    attention: Attention = Attention()
-    mlp: Mlp = Mlp()
+    attention: Attention | LatentAttention = Attention()
+    mlp: Mlp | None = Mlp()
+    experts: Experts | None = None
     norm: Norm = "w"
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     last_norm: str = "model.norm"
     head: str = "lm_head"
+    norms: tuple[str, ...] | Callable[[Config], tuple[str, ...]] = ("input_layernorm", "post_attention_layernorm")
+    depth: str = "num_hidden_layers"
+    logits: Callable[[Config], Logits] = field(default=lambda config: Logits())
     limits: tuple[Limit, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    keep: tuple[str, ...] = ()
     by_layer: tuple[str, ...] = ("layer_types",)
+    numbered: tuple[str, ...] = ()
     first_blocks: tuple[str, ...] = ()
+    next_token_blocks: str = ""
+    attention_types: tuple[str, ...] = ("full_attention", "sliding_attention")
     nope: Callable[[Config], Sequence[int]] = field(default=lambda config: ())
     sizes: Callable[[Config], Config] = field(default=lambda config: {})
     bos: bool = False
-    qkv_bias: bool | str = "attention_bias"
+    head_dim: int | None = None
+    qkv_bias: Said = ("attention_bias", False)
+    output_bias: Said = False
+    mlp_bias: Said = False
+    head_bias: Said = False
+    others: Callable[[Config, Any], Mapping[str, Shape | None]] = field(default=lambda config, sizes: {})
     llama_block: bool = False
     width: bool = False
     heads_divide_hidden: bool = False
     tensor_parallel: bool = False
+    pipeline_parallel: bool = True
     no_serve: str = ""
 
     @cached_property
     def inputs(self) -> tuple[SharedInput, ...]:
-        """All linear layers of a block, by the input that they read."""
-        return (*self.attention.inputs, *self.mlp.inputs)
+        """All linear layers that a block can have, by the input that they read."""
+        parts = (self.attention, self.mlp, self.experts)
+        return tuple(shared for part in parts if part for shared in part.inputs)
 
     @cached_property
     def layers(self) -> dict[str, Layer]:
@@ -173,9 +137,17 @@ class Family:
         return {layer.name: layer for shared in self.inputs for layer in shared.layers}
 
     @cached_property
-    def shared(self) -> dict[str, SharedInput]:
-        """What each linear layer of a block reads, by the layer's name in it."""
+    def _shared(self) -> dict[str, SharedInput]:
         return {layer.name: shared for shared in self.inputs for layer in shared.layers}
+
+    def shared_input(self, within: str) -> SharedInput | None:
+        """Returns the layers that read what a linear layer reads, by its name in its block; None for other modules."""
+        shared = self._shared.get(_NUMBER.sub("*", within))
+        expert = _NUMBER.search(within)
+        if shared is None or expert is None:
+            return shared
+        layers = tuple(layer._replace(name=layer.name.replace("*", expert[0])) for layer in shared.layers)
+        return shared._replace(layers=layers)
 
     @cached_property
     def row_parallel(self) -> tuple[str, ...]:
@@ -189,8 +161,13 @@ class Family:
 
     @property
     def folds(self) -> bool:
-        """Whether what multiplies the input of layers behind a norm can be put into the norm's weight."""
-        return self.norm == "w"
+        """Whether what multiplies the input of layers behind a norm can be put into the norm's weight, and bias."""
+        return self.norm != "none"
+
+    @property
+    def norm_offset(self) -> float:
+        """What is added to a norm's weight before it multiplies."""
+        return 1.0 if self.norm.startswith("1 + w") else 0.0
 
     def place(self, name: str) -> tuple[int | None, str]:
         """Returns the block of a module or tensor and its name there; None and the whole name of one in no block."""
@@ -198,10 +175,47 @@ class Family:
         number, _, within = name[len(prefix) :].partition(".") if name.startswith(prefix) else ("", "", "")
         return (int(number), within) if number.isdecimal() and within else (None, name)
 
+    def is_beside(self, name: str, config: Config) -> bool:
+        """Whether a tensor takes no part in the model's next token: one of a block that predicts further ones."""
+        block, _ = self.place(name)
+        return block is not None and self.next_token_blocks != "" and block >= config["num_hidden_layers"]
+
     def layer(self, name: str) -> Layer | None:
         """Returns what a linear layer of a block is, by its whole name; None for any other module."""
         block, within = self.place(name)
-        return None if block is None else self.layers.get(within)
+        return None if block is None else self.layers.get(_NUMBER.sub("*", within))
+
+    def expert(self, name: str) -> tuple[str, str] | None:
+        """Returns the number of the expert that a tensor or module belongs to, and its name there; else None."""
+        block, within = self.place(name)
+        if block is None or self.experts is None or not within.startswith(f"{self.experts.prefix}."):
+            return None
+        number, _, rest = within[len(self.experts.prefix) + 1 :].partition(".")
+        return (number, rest) if number.isdecimal() else None
+
+    def is_expert(self, layer: str) -> bool:
+        """Whether a linear layer is one of an expert's, to which only some tokens are given."""
+        return self.expert(layer) is not None
+
+    def scales_channels(self, layer: str) -> bool:
+        """Whether a method may multiply the channels of a layer's input: not those of a mixture's experts, shared ones
+        among them, whose fused kernels in TensorRT-LLM and vLLM have no place for such a scale."""
+        _, within = self.place(layer)
+        return self.experts is None or not within.startswith((f"{self.experts.prefix}.", *self._shared_expert))
+
+    @cached_property
+    def _shared_expert(self) -> tuple[str, ...]:
+        part = self.experts
+        return (f"{part.module}.{part.shared}.",) if part and part.shared else ()
+
+    def keeps(self, layer: str) -> bool:
+        """Whether a linear layer stays in 16 bits, see `keep`."""
+        return self.keep != () and self.layer(layer).name in self.keep
+
+    def stays_plain(self, name: str) -> bool:
+        """Whether a matrix in a block is no linear layer that could be rounded: a router, and the like."""
+        block, within = self.place(name)
+        return block is not None and self.experts is not None and within in self.experts.unrounded
 
     def without_blocks(self, config: Config, kept: Sequence[int]) -> dict[str, Any]:
         """Returns the fields of a config that another choice of blocks changes, with their new values.
@@ -213,12 +227,15 @@ class Family:
         Raises:
             ValueError: the config lists something for each block under a name that the family does not say.
         """
-        count = config["num_hidden_layers"]
+        count = config[self.depth]
         lists = {name for name, value in config.items() if isinstance(value, (list, tuple)) and len(value) == count}
-        if unknown := sorted(lists - {*self.by_layer} - _NOT_BY_LAYER):
+        if unknown := sorted(lists - {*self.by_layer, *self.numbered} - _NOT_BY_LAYER):
             raise ValueError(f"{unknown[0]} has as many entries as the model has blocks, and may go by block")
-        changed: dict[str, Any] = {"num_hidden_layers": len(kept)}
+        changed: dict[str, Any] = {self.depth: len(kept)}
         changed |= {name: [config[name][block] for block in kept] for name in self.by_layer if name in lists}
+        for name in self.numbered:
+            if config.get(name) is not None:
+                changed[name] = [place for place, block in enumerate(kept) if block in config[name]]
         for name in self.first_blocks:
             if config.get(name) is not None:
                 changed[name] = sum(block < config[name] for block in kept)
@@ -231,14 +248,11 @@ class Family:
             if value not in limit.known:
                 return f"{limit.field} is {value}, {limit.reason}"
         for kind in config.get("layer_types") or ():
-            if kind not in _ATTENTION_TYPES:
-                return f"layer_types names '{kind}', and {' and '.join(_ATTENTION_TYPES)} are what is known"
+            if kind not in self.attention_types:
+                return f"layer_types names '{kind}', and {' and '.join(self.attention_types)} are what is known"
         return ""
 
 
 #: Lists of a config that are none of its blocks', whatever their length.
 _NOT_BY_LAYER = frozenset({"architectures", "eos_token_id", "keys_to_ignore_at_inference"})
 
-
-def _within(module: str, name: str) -> str:
-    return f"{module}.{name}" if module else name

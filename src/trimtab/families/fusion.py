@@ -34,7 +34,7 @@ def groups(layers: Iterable[str], model_type: str) -> list[Group]:
     found: dict[tuple[int, str], Group] = {}
     for layer in layers:
         number, place = family.place(layer)
-        shared = None if number is None else family.shared.get(place)
+        shared = None if number is None else family.shared_input(place)
         block = f"{family.blocks}.{number}"
         key = (-1 if number is None else number, f"{block}.{shared.layers[0].name}" if shared else layer)
         norm = f"{block}.{shared.norm}" if shared and shared.norm and family.folds else None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from trimtab.families.family import Config
+from trimtab.families.parts import Config
 
 #: What these have that is not described, and transformers' model types with it.
 _MISSING = {
     "has mixtures of experts": (
-        "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4_text", "phimoe", "olmoe", "flex_olmo", "dbrx",
-        "granitemoe", "granitemoeshared", "ernie4_5_moe", "glm4_moe", "dots1", "hunyuan_v1_moe", "hy_v3",
-        "minimax_m2", "exaone_moe", "cohere2_moe", "afmoe", "laguna", "mellum", "mimo_v2_flash", "solar_open",
+        "dbrx",
+        "granitemoe", "granitemoeshared", "ernie4_5_moe", "hunyuan_v1_moe", "hy_v3",
+        "exaone_moe", "cohere2_moe", "afmoe", "laguna", "mellum", "mimo_v2_flash", "solar_open",
         "aria_text",
     ),
     "has mixtures of experts, and attention over compressed keys and values (MLA)": (
-        "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash",
+        "deepseek_v32", "deepseek_v4", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash",
     ),
     "has attention over compressed keys and values (MLA)": ("minicpm3", "youtu"),
     "has recurrent layers": (
@@ -25,10 +25,17 @@ _MISSING = {
         "minimax", "jetmoe", "zaya",
     ),
     "stores its layers transposed (Conv1D)": ("gpt2", "gpt-sw3", "openai-gpt", "ctrl"),
-    "has query, key and value interleaved by head in one layer, and a head called embed_out": ("gpt_neox",),
-    "adds biases of attention by distance (ALiBi)": ("bloom", "mpt"),
-    "multiplies queries by their position behind the rotary embedding": ("ministral3",),
-    "caps its logits": ("vaultgemma", "nanochat"),
+    "lists which blocks have windows by repetition (attention_types)": ("gpt_neo",),
+    "takes the difference of two attentions": ("diffllama",),
+    "masks attention by what it learned of each value": ("doge",),
+    "trains its weights as ternary numbers": ("bitnet",),
+    "adds an embedding of its own to each block": ("gemma3n_text",),
+    "was made for encoders, or for the decoder of one": (
+        "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot", "blenderbot-small",
+        "camembert", "data2vec-text", "electra", "ernie", "marian", "mbart", "megatron-bert", "mvp", "pegasus",
+        "plbart", "prophetnet", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "trocr",
+        "whisper", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod",
+    ),
 }  # fmt: skip
 BY_TYPE = {model_type: missing for missing, model_types in _MISSING.items() for model_type in model_types}
 #: Fields of a config.json that show the same of a model type that is not listed.

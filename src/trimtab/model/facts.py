@@ -1,15 +1,9 @@
-"""The facts of a model, read from its folder without torch: config.json and the headers of its safetensors.
-
-The safetensors format (github.com/huggingface/safetensors#format): eight bytes, the length N of the header,
-little endian; N bytes of JSON that give each tensor's dtype, shape and place; then the tensors, without gaps.
-"""
+"""The facts of a model, read from its folder without torch: config.json and the headers of its safetensors."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,23 +12,13 @@ from trimtab import families
 from trimtab.base.errors import InputError
 from trimtab.base.schema import Document
 from trimtab.families import Family
-from trimtab.model.files import INDEX, has_tokenizer, is_computed, quantized_by, read_json, weight_files
+from trimtab.model import low_precision
+from trimtab.model.configured import sizes_of, ties_embeddings
+from trimtab.model.files import has_tokenizer, read_json
+from trimtab.model.headers import Tensor, read_tensors
+from trimtab.model.layouts import Layout, layout
 
-#: Bytes of one element, by safetensors' names of the types.
-DTYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-#: Decoders whose embeddings are tied where config.json says nothing (transformers 5.14).
-_TIED_BY_DEFAULT = {
-    "bloom", "cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "falcon", "gemma", "gemma2",
-    "gemma3_text", "gemma3n_text", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neo", "lfm2", "lfm2_moe", "mamba",
-    "minicpm3", "mpt", "opt", "smollm3", "starcoder2", "vaultgemma", "youtu",
-}  # fmt: skip
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-#: The safetensors library refuses longer headers too.
-_MAX_HEADER_BYTES = 100_000_000
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class Linear(NamedTuple):
@@ -49,22 +33,15 @@ class Linear(NamedTuple):
         return self.out_features * self.in_features
 
 
-class Tensor(NamedTuple):
-    """A tensor as its file's header describes it; `begin` and `end` are bytes after the header."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
 class ModelFacts(Document):
     """What planning needs to know of a decoder-only language model.
 
-    `layers` counts transformer blocks; `bytes` are those of all tensors as stored in `dtype`, of which tied
-    embeddings are counted once; `linears` are the layers that quantization may apply to (neither embeddings
-    nor lm_head).
+    `layers` counts transformer blocks; `bytes` are those of all tensors in the house's layout, most of them in `dtype`,
+    of which tied embeddings are counted once; `linears` are the layers that quantization may apply to (neither
+    embeddings nor lm_head, nor the routers of experts). `intermediate_size` counts the neurons that a token passes in a
+    block. Of a token a block keeps `head_numbers` for each KV head, or `latent_numbers` for all heads together where an
+    engine can keep keys and values compressed. With experts, a token is given to `experts_per_token` of `experts` in
+    each block that has them, which have `expert_size` neurons each.
     """
 
     architecture: str
@@ -82,17 +59,42 @@ class ModelFacts(Document):
     bytes: int
     dtype: str
     linears: tuple[Linear, ...]
+    head_numbers: int
+    latent_numbers: int = 0
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
 
     @cached_property
     def linear_parameters(self) -> int:
         return sum(layer.parameters for layer in self.linears)
 
+    @cached_property
+    def active_parameters(self) -> int:
+        """The parameters that a token passes: of experts, those that it is given to."""
+        if not self.experts:
+            return self.parameters
+        family = families.named(self.model_type)
+        all_experts = sum(layer.parameters for layer in self.linears if family.is_expert(layer.name))
+        return self.parameters - all_experts + all_experts * self.experts_per_token // self.experts
+
 
 def inspect(folder: str | Path) -> ModelFacts:
     """Reads the facts of the Hugging Face model in a folder, and checks that its files are whole.
 
+    They are those of the model in the house's layout, whatever its files store (`trimtab.model.layouts`).
+
     Raises:
         InputError: it is not a model that trimtab can use; one sentence says what is wrong and what to do.
+    """
+    return examine(folder)[0]
+
+
+def examine(folder: str | Path) -> tuple[ModelFacts, Layout]:
+    """Returns what `inspect` does, and how the model's tensors are made of those that the files store.
+
+    Raises:
+        InputError: as `inspect`.
     """
     folder = Path(folder)
     if folder.suffix == ".gguf":
@@ -104,100 +106,11 @@ def inspect(folder: str | Path) -> ModelFacts:
         hint = f"; {ggufs[0].name} is GGUF, which `fetch` converts" if ggufs else ""
         raise InputError(f"{folder}: has no config.json, so it is not a Hugging Face model{hint}")
     config = _config(folder)
-    tensors = read_tensors(folder)
+    stored = layout(folder, config, read_tensors(folder))
     if not has_tokenizer(folder):
         other = "no other tokenizer (tokenizer.model, or vocab.json with merges.txt)"
         raise InputError(f"{folder}: has no tokenizer.json and {other}; add the model's tokenizer")
-    return facts_of(folder, config, tensors)
-
-
-def ties_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether config.json makes the output head the embedding, as transformers reads it: where it does not say, by
-    the model type."""
-    said = config.get("tie_word_embeddings")
-    return config.get("model_type") in _TIED_BY_DEFAULT if said is None else bool(said)
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a model folder by name, from the headers of the files that are the model.
-
-    What transformers computes itself is not among them, see `model_files.is_computed`.
-
-    Raises:
-        InputError: no safetensors; a file that is missing, cut short or contradicts itself; a tensor twice.
-    """
-    tensors: dict[str, Tensor] = {}
-    owner: dict[str, str] = {}
-    files = weight_files(folder)
-    for shard in files.names:
-        for tensor in read_header(folder / shard):
-            if tensor.name in tensors:
-                both = f"{owner[tensor.name]} and {shard}"
-                raise InputError(f"{folder}: tensor {tensor.name} stands in both {both}; download them again")
-            tensors[tensor.name], owner[tensor.name] = tensor, shard
-    for name, shard in files.index.items():
-        if owner.get(name) != shard:
-            raise InputError(f"{folder}: {shard} lacks {name}, which {INDEX} promises; download it again")
-    return {name: tensor for name, tensor in tensors.items() if not is_computed(name, tensor.shape)}
-
-
-def read_header(path: Path) -> list[Tensor]:
-    """Returns the tensors of one safetensors file in the order of their bytes, which stay unread.
-
-    Raises:
-        InputError: the file is a git-LFS pointer, cut short, or its tensors overlap or leave gaps.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(len(_LFS_POINTER))
-        if start == _LFS_POINTER:
-            raise InputError(f"{path}: is a git-LFS pointer of {size} bytes, no weights; run `git lfs pull`")
-        length = int.from_bytes(start[:8], "little")
-        if size < 8 or 8 + length > size:
-            raise InputError(f"{path}: is cut short: {size} bytes do not hold its header; download it again")
-        if length > _MAX_HEADER_BYTES:
-            raise InputError(f"{path}: is not safetensors: a header of {length} bytes is not allowed")
-        file.seek(8)
-        text = file.read(length)
-    try:
-        header = json.loads(text, object_pairs_hook=_unique)
-        tensors = [
-            Tensor(name, entry["dtype"], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
-            for name, entry in header.items()
-            if name != "__metadata__"
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: is not safetensors: its header cannot be read ({error})") from None
-    tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
-    place = 0
-    for tensor in tensors:
-        if tensor.dtype not in DTYPE_BYTES:
-            raise InputError(f"{path}: tensor {tensor.name} has the unknown type {tensor.dtype}")
-        if tensor.begin != place:
-            what = "overlaps the tensor before it" if tensor.begin < place else "leaves a gap before it"
-            raise InputError(f"{path}: is damaged: tensor {tensor.name} {what}; download it again")
-        if tensor.end - tensor.begin != math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]:
-            raise InputError(f"{path}: is damaged: tensor {tensor.name} has another size than its shape says")
-        place = tensor.end
-    expected = 8 + length + place
-    if expected != size:
-        what = "is cut short" if expected > size else "has bytes that belong to no tensor"
-        cut = next((f", so {tensor.name} is not whole" for tensor in tensors if 8 + length + tensor.end > size), "")
-        raise InputError(f"{path}: {what}: {expected} bytes expected, {size} found{cut}; download it again")
-    return tensors
-
-
-def header_bytes(path: Path) -> int:
-    """Returns where the tensors of a safetensors file begin."""
-    with path.open("rb") as file:
-        return 8 + int.from_bytes(file.read(8), "little")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = Counter(name for name, _ in pairs)
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise ValueError(f"tensor {twice[0]} is named twice")
-    return dict(pairs)
+    return facts_of(folder, config, stored.tensors), stored
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -211,10 +124,7 @@ def _config(folder: Path) -> dict[str, Any]:
                 f"architecture transformers has itself, or remove auto_map if it has this one"
             )
     families.of(config, str(path))  # before all that follows: a model that is not known needs no other remedy
-    if reason := quantized_by(folder, config):
-        raise InputError(
-            f"{path.parent}: {reason} says that it is already quantized; give the 16-bit model it was made from"
-        )
+    low_precision.declared_in(folder, config)  # before the weights: a form that is not read needs no whole files
     return config
 
 
@@ -226,19 +136,20 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
     """
     path = folder / "config.json"
     family = families.of(config, str(path))
-    config = {**config, **family.sizes(config)}
     architecture = (config.get("architectures") or [""])[0]
     if not architecture.endswith("ForCausalLM"):
         raise InputError(f"{path}: architecture '{architecture}' is no decoder-only model (…ForCausalLM)")
 
-    def number(key: str, default: int | None = None) -> int:
-        value = config.get(key) or default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{path}: {key} must be a whole number above 0, got {value!r}")
-        return value
-
-    layers, heads, hidden = (number(k) for k in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
-    found = {block for name in tensors if (block := family.place(name)[0]) is not None}
+    sizes = sizes_of(path, config, family)
+    layers = sizes.layers
+    own = {name: tensor for name, tensor in tensors.items() if not family.is_beside(name, config)}
+    found = {block for name in own if (block := family.place(name)[0]) is not None}
+    if not found and (bare := family.blocks.partition(".")[2]) and any(n.startswith(f"{bare}.0.") for n in tensors):
+        raise InputError(
+            f"{path}: the weights name their blocks {bare}.…, as a model without its output head does: write them as "
+            f"{family.blocks}.…: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), and copy "
+            f"the tokenizer's files"
+        )
     if found != set(range(layers)):
         where = f"{len(found)} blocks named {family.blocks}.…"
         raise InputError(f"{path}: num_hidden_layers is {layers}, and the weights hold {where}; download it again")
@@ -254,30 +165,66 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
     for tensor in counted:
         by_dtype[tensor.dtype] += tensor.end - tensor.begin
     dtype = by_dtype.most_common(1)[0][0]
+    experts = _experts(path, family, config, own)
     return ModelFacts(
         architecture=architecture,
         model_type=str(config.get("model_type", "")),
         layers=layers,
-        hidden_size=hidden,
-        intermediate_size=number("intermediate_size", 4 * hidden),
-        heads=heads,
-        kv_heads=number("num_key_value_heads", heads),
-        head_dim=number("head_dim", hidden // heads),
-        vocab_size=number("vocab_size"),
-        max_position_embeddings=number("max_position_embeddings", 2048),
+        hidden_size=sizes.hidden,
+        intermediate_size=experts.pop("neurons", 0) or sizes.ffn,
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        vocab_size=sizes.vocabulary,
+        max_position_embeddings=sizes.positions,
         tied_embeddings=tied,
         parameters=sum(math.prod(tensor.shape) for tensor in counted),
         bytes=sum(by_dtype.values()),
         dtype=_DTYPE_NAMES.get(dtype, dtype.lower()),
-        linears=_linears(path, family, tensors),
+        linears=_linears(path, family, own),
+        head_numbers=family.attention.head_numbers(config, sizes.head_dim),
+        latent_numbers=family.attention.latent_numbers(config),
+        **experts,
     )
+
+
+def _experts(path: Path, family: Family, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, int]:
+    """The facts of a model's experts; {} where none of its blocks has any.
+
+    Raises:
+        InputError: a field of the config is no number, or the weights hold another number of experts than it says.
+    """
+    part = family.experts
+    found: dict[tuple[int, str], set[str]] = {}
+    for name in tensors:
+        if expert := family.expert(name):
+            found.setdefault((family.place(name)[0], expert[1]), set()).add(expert[0])
+    if part is None or not found:
+        return {}
+    counted, count = part.count(config)
+    for field, value in ((counted, count), *((name, config.get(name)) for name in (part.chosen, part.size))):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{path}: {field} must be a whole number above 0, got {value!r}")
+    chosen = config[part.chosen]
+    if chosen > count:
+        raise InputError(f"{path}: {part.chosen} is {chosen}, and {counted} only {count}; download it again")
+    for (block, tensor), numbers in sorted(found.items()):
+        if numbers != {str(n) for n in range(count)}:
+            what = f"block {block} has {tensor} of {len(numbers)} experts"
+            raise InputError(f"{path}: {counted} is {count}, and {what}; download it again")
+    widest = max(config["intermediate_size"], part.neurons_of_a_token(config)) if family.mlp else 0
+    neurons = widest or part.neurons_of_a_token(config)
+    return {"experts": count, "experts_per_token": chosen, "expert_size": config[part.size], "neurons": neurons}
 
 
 def _linears(path: Path, family: Family, tensors: dict[str, Tensor]) -> tuple[Linear, ...]:
     found = []
     for name, tensor in sorted(tensors.items()):
         module = name.removesuffix(".weight")
-        if module == name or len(tensor.shape) != 2 or family.place(name)[0] is None:
+        block, within = family.place(module)
+        if module == name or len(tensor.shape) != 2 or block is None:
+            continue
+        if within in family.attention.norms_of_heads or family.stays_plain(module):
             continue
         if family.layer(module) is None:  # another build under a name that is known
             raise InputError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +28,9 @@ _WEIGHTS = (".safetensors", *_PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
 _QUANTIZED_BY = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 #: What stands for a tokenizer: one of these sets of files.
 TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
-#: Tensors that old checkpoints store and transformers computes: causal masks (GPT-2's and GPT-NeoX's
+#: Tensors that old checkpoints store and transformers computes: causal masks (GPT-2's, GPT-NeoX's and CodeGen's
 #: `_keys_to_ignore_on_load_unexpected`) and rotary frequencies.
-_COMPUTED = re.compile(r"(?:^|\.)(?:(?:attn|attention)\.(?:bias|masked_bias)|rotary_emb\.inv_freq)$")
+_COMPUTED = re.compile(r"(?:^|\.)(?:(?:attn|attention)\.(?:bias|masked_bias|causal_mask)|rotary_emb\.inv_freq)$")
 
 
 class WeightFiles(NamedTuple):
@@ -81,16 +81,8 @@ def has_tokenizer(folder: Path) -> bool:
     return any(all((folder / name).is_file() for name in names) for names in TOKENIZERS)
 
 
-def quantized_by(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """Returns what says that a model's weights are already quantized, None where nothing does.
-
-    Args:
-        config: of the folder's config.json.
-    """
-    for field in ("quantization_config", "compression_config"):
-        if config.get(field):
-            method = config[field].get("quant_method") if isinstance(config[field], dict) else None
-            return f"{field} of {CONFIG}" + (f", '{method}'" if method else "")
+def quantizer_file(folder: Path) -> str | None:
+    """Returns the name of a file that a quantizer left beside the weights, None where there is none."""
     return next((name for name in _QUANTIZED_BY if (folder / name).is_file()), None)
 
 

@@ -12,11 +12,14 @@ from trimtab.recipe import Quantization
 
 
 def quantized_layers(facts: ModelFacts, quantize: Quantization) -> tuple[Linear, ...]:
-    """Returns the linear layers that the format applies to: all that no pattern of `exclude` matches.
+    """Returns the linear layers that the format applies to: all that no pattern of `exclude` matches, without those
+    that the family keeps in 16 bits.
 
     The output head is never among them: it is often the embedding too.
     """
-    return tuple(layer for layer in facts.linears if not _excluded(layer.name, quantize.exclude))
+    family = families.named(facts.model_type)
+    left = (layer for layer in facts.linears if not _excluded(layer.name, quantize.exclude))
+    return tuple(layer for layer in left if not family.keeps(layer.name))
 
 
 @lru_cache(maxsize=10_000)  # a plan asks this of every layer for every engine that it considers
@@ -28,7 +31,8 @@ def splits(facts: ModelFacts, ranks: int) -> bool:
     """Whether tensor parallelism over so many ranks gives each whole heads and the same share of the MLP."""
     # More ranks than KV heads is served by copying heads, so either may divide the other.
     whole_kv = facts.kv_heads % ranks == 0 or ranks % facts.kv_heads == 0
-    return facts.heads % ranks == 0 and whole_kv and facts.intermediate_size % ranks == 0
+    neurons = facts.expert_size or facts.intermediate_size
+    return facts.heads % ranks == 0 and whole_kv and neurons % ranks == 0
 
 
 def features_per_rank(facts: ModelFacts, layer: Linear, ranks: int) -> int:

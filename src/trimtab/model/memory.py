@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from trimtab import families
 from trimtab.base.schema import Document
 from trimtab.catalog.formats import Storage
 from trimtab.catalog.kv_caches import KV_CACHES
@@ -82,17 +81,18 @@ def _shares(quantize: Quantization) -> list[tuple[Storage, float]]:
 
 
 def kv_bytes_per_token(facts: ModelFacts, recipe: Recipe) -> int:
-    """Returns the bytes that one token keeps on one device: blocks x the numbers that the family caches x bytes;
-    with ordinary attention these are 2 x KV heads x head_dim.
+    """Returns the bytes that one token keeps on one device: blocks x the numbers that attention caches x bytes.
 
-    One scale a layer is not counted. Where the format is only emulated the cache holds 16 bits: see `memory`.
+    With ordinary attention these are 2 x KV heads x head_dim. Compressed keys and values belong to all heads, so each
+    rank has them whole; the torch engine keeps keys and values as they are used. One scale a layer is not counted.
+    Where the format is only emulated the cache holds 16 bits: see `memory`.
     """
     facts = shapes.pruned(facts, recipe.prune)
     heads = math.ceil(facts.kv_heads / recipe.engine.tensor_parallel_size)
     blocks = math.ceil(facts.layers / recipe.engine.pipeline_parallel_size)
     each = KV_CACHES[recipe.kv_cache_format].bytes
-    attention = families.named(facts.model_type).attention
-    return math.ceil(blocks * attention.cached_numbers(heads, facts.head_dim) * each)
+    latent = facts.latent_numbers if recipe.engine.backend != "torch" else 0
+    return math.ceil(blocks * (latent or heads * facts.head_numbers) * each)
 
 
 def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:

@@ -12,8 +12,9 @@ import torch
 from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 
 from trimtab.base.errors import Failure
+from trimtab.runtime.checkpoint.skeleton import skeleton
 from trimtab.runtime.decoder import decode
-from trimtab.runtime.decoder.assemble import assemble, skeleton
+from trimtab.runtime.decoder.assemble import assemble
 from trimtab.runtime.parallel import shards
 from trimtab.runtime.parallel.shards import Place
 

@@ -66,8 +66,8 @@ def test_what_is_not_known_to_be_a_pre_norm_is_not_folded_into(model_type):
 
 
 def test_a_family_that_is_not_described_has_no_groups():
-    with pytest.raises(InputError, match="model_type 'mixtral' has mixtures of experts, which is not supported yet"):
-        groups(layers(LLAMA), "mixtral")
+    with pytest.raises(InputError, match="model_type 'dbrx' has mixtures of experts, which is not supported yet"):
+        groups(layers(LLAMA), "dbrx")
 
 
 def test_other_names_stand_alone():
@@ -101,3 +101,11 @@ def test_a_tower_with_the_same_numbers_is_no_part_of_the_blocks():
 )
 def test_block_of(name, number):
     assert block_of(name) == number
+
+
+def test_layers_of_one_expert_read_one_input_and_no_norm_is_theirs_alone() -> None:
+    names = [f"model.layers.1.block_sparse_moe.experts.{n}.{layer}" for n in (0, 11) for layer in ("w1", "w2", "w3")]
+    found = groups([*names, "model.layers.1.self_attn.q_proj"], "mixtral")
+    experts = [tuple(layer.rpartition("experts.")[2] for layer in group.layers) for group in found[:-1]]
+    assert experts == [("0.w1", "0.w3"), ("0.w2",), ("11.w1", "11.w3"), ("11.w2",)]
+    assert [group.norm for group in found] == [None] * 4 + ["model.layers.1.input_layernorm"]

@@ -6,8 +6,9 @@ import struct
 import pytest
 
 from trimtab.base.errors import InputError
-from trimtab.model.facts import inspect, read_tensors
+from trimtab.model.facts import inspect
 from trimtab.model.files import INDEX, companions, is_computed, model_files, weight_files
+from trimtab.model.headers import read_tensors
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -92,10 +93,11 @@ def test_mistrals_own_form_alone_is_refused(tmp_path):
         weight_files(tmp_path)
 
 
-#: Stored by old checkpoints of GPT-2, GPT-NeoX and Llama; the last three are parameters.
+#: Stored by old checkpoints of GPT-2, CodeGen, GPT-NeoX and Llama; the last three are parameters.
 STORED = [
     ("h.0.attn.bias", [1, 1, 16, 16], True),
     ("h.0.attn.masked_bias", [], True),
+    ("transformer.h.0.attn.causal_mask", [1, 1, 16, 16], True),
     ("gpt_neox.layers.3.attention.bias", [1, 1, 16, 16], True),
     ("gpt_neox.layers.3.attention.masked_bias", [], True),
     ("model.layers.0.self_attn.rotary_emb.inv_freq", [8], True),

@@ -28,7 +28,7 @@ def smollm2(down_features: int = 1536, head_dim: int = 64) -> ModelFacts:
         architecture="LlamaForCausalLM", model_type="llama", layers=30, hidden_size=576,
         intermediate_size=1536, heads=9, kv_heads=3, head_dim=head_dim, vocab_size=49152,
         max_position_embeddings=8192, tied_embeddings=True, parameters=134_515_008, bytes=269_030_016,
-        dtype="bfloat16", linears=tuple(linears),
+        dtype="bfloat16", linears=tuple(linears), head_numbers=2 * head_dim,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@
 |---|---|
 | `model_files` | reads and writes both |
 | `layer_layout` | how a quantized layer is stored, and which numbers it stands for |
+| `finite` | whether its numbers are numbers |
 | `config_file` | the one writer of config.json |
 | `stream` | rewrites a checkpoint a shard at a time |
 | `compressed_tensors` | what vLLM does not read of an export, written anew |

@@ -31,6 +31,7 @@ import torch
 from trimtab.base.errors import Failure
 from trimtab.catalog.formats import FORMATS, STORAGES, Storage
 from trimtab.catalog.numbers import NUMBERS
+from trimtab.families import Family
 from trimtab.model.facts import ModelFacts
 from trimtab.recipe import Quantization
 
@@ -121,6 +122,13 @@ def layout_of(form: str, settings: Quantization) -> Layout:
 def plain_dtype(form: str) -> torch.dtype:
     """Returns the type of everything that a recipe's format does not quantize."""
     return getattr(torch, FORMATS[form].dtype)
+
+
+def dtype_beside(family: Family, name: str, source: torch.dtype, plain: torch.dtype) -> torch.dtype:
+    """Returns the type in which an export has a tensor that it does not quantize: the source's for what routers choose
+    experts by, where that is float32, and for whole numbers; else the format's."""
+    by_router = family.stays_plain(name.rpartition(".")[0]) and source == torch.float32
+    return source if by_router or not source.is_floating_point else plain
 
 
 def mean_bits(facts: ModelFacts, layouts: Mapping[str, Layout]) -> float:

@@ -11,21 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from trimtab import families
 from trimtab.base.errors import Failure, InputError
 from trimtab.catalog import kv_caches
 from trimtab.catalog.formats import STORAGES
-from trimtab.model.facts import read_header
 from trimtab.model.files import CONFIG, is_computed, read_json, weight_files
-from trimtab.runtime.checkpoint import config_file, layer_layout, stream
+from trimtab.model.headers import read_header
+from trimtab.runtime.checkpoint import config_file, layer_layout, skeleton, stream
+from trimtab.runtime.checkpoint.finite import check_finite
 from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized
 
 _FINGERPRINT_ROWS = 2
@@ -35,25 +32,34 @@ _NEVER_QUANTIZED = re.compile(r"(?:^|\.)(?:\w*embed\w*|\w*norm\w*|wte|wpe)$")
 def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a plain checkpoint in eval mode, from safetensors only and without running its code.
 
+    Its modules have the checkpoint's names, see `runtime.checkpoint.skeleton`; its parameters can be trained.
+
     Raises:
         InputError: no tokenizer, no safetensors, a broken file, or tensors that the model needs are missing.
     """
+    model = skeleton.skeleton(folder, dtype)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        _fill(model, Export(folder), dtype)
+    except (Failure, RuntimeError) as error:
         raise InputError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from None
-    if info["missing_keys"]:  # transformers would initialise them at random
-        raise InputError(
-            f"{folder}: lacks {min(info['missing_keys'])}, which the model needs; download it again"
-        )
-    return model.eval(), load_tokenizer(folder)
+    model.tie_weights()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise InputError(f"{folder}: lacks {name}, which the model needs; download it again")
+    return model.requires_grad_(True).eval(), load_tokenizer(folder)
+
+
+def _fill(model: PreTrainedModel, export: Export, dtype: torch.dtype) -> None:
+    places = model.state_dict()
+    for name in export.names:
+        if name not in places:  # a head that is the embedding once more, or what stands beside the text model
+            continue
+        tensor = export.tensor(name)
+        if tensor.shape != places[name].shape:
+            raise Failure("export_damaged", f"{name} is {list(tensor.shape)}, not {list(places[name].shape)}")
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.float32 if skeleton.kept_in_float32(model, name) else dtype)
+        skeleton.put(model, name, tensor)
 
 
 def load_for_measuring(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -69,17 +75,6 @@ def load_for_measuring(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokeniz
     for name, parameter in model.named_parameters():
         check_finite(name, parameter.detach())
     return (model.to("cuda") if gpu else model), tokenizer
-
-
-def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Refuses a tensor of a model that holds NaN or infinity.
-
-    Raises:
-        InputError: it does; names it.
-    """
-    # The extremes are NaN where any number is, and found without a temporary of the tensor's size.
-    if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
-        raise InputError(f"model: {name} holds NaN or infinity; download it again, or check how it was trained")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -100,12 +95,11 @@ def save(model: PreTrainedModel, folder: Path, source: Path) -> None:
     Not as transformers would write it: it refuses a generation config with a temperature and do_sample false, as many
     models have it, and its versions before 5 do not know the tokenizers of 5 by their names.
     """
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        model.save_pretrained(folder)
-    finally:
-        model.generation_config = own
-    (folder / "generation_config.json").unlink(missing_ok=True)
+    head = f"{families.named(model.config.model_type).head}.weight"
+    tied = model.config.tie_word_embeddings
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == head)}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(tensors, folder)
     stream.copy_the_rest(source, folder)
     dtype = str(model.dtype).removeprefix("torch.")
     config_file.write(folder, read_json(source / CONFIG) | {"dtype": dtype})
@@ -191,7 +185,12 @@ class Export:
     @property
     def plain_layers(self) -> list[str]:
         """The modules with a matrix that is not quantized, embeddings left out."""
-        return sorted(set(self._candidates()) - self.layers.keys())
+        return sorted(set(self.matrices) - self.layers.keys())
+
+    @property
+    def matrices(self) -> list[str]:
+        """The modules with a matrix, quantized or not, embeddings left out."""
+        return sorted(self._candidates())
 
     def _candidates(self) -> Iterator[str]:
         """Modules with a matrix, or with a scale whose matrix may be missing."""

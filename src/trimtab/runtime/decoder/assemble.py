@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from trimtab import families
-from trimtab.base.errors import Failure, InputError
+from trimtab.base.errors import Failure
 from trimtab.runtime.checkpoint.layer_layout import SCALES, Quantized
 from trimtab.runtime.checkpoint.model_files import Export
+from trimtab.runtime.checkpoint.skeleton import kept_in_float32, put, skeleton
+from trimtab.runtime.kernels import replacements
 from trimtab.runtime.kv_cache import emulated as cache
 from trimtab.runtime.kv_cache.emulated import ServedKVCache
 from trimtab.runtime.linear import choice, cpu_products, fused
@@ -41,6 +42,7 @@ def assemble(
     """
     export = Export(folder)
     model = skeleton(folder)
+    replacements.cap_scores(model)
     cut = shards.cut(model, place) if place else None
     if cut:
         export = shards.ShardedExport(folder, cut)
@@ -48,6 +50,7 @@ def assemble(
     family = families.named(model.config.model_type)
     for group in fused.groups(export.layers, family) if fuse else ([name] for name in export.layers):
         used |= _replace(model, export, group, device)
+    used |= {name for name in export.names if family.is_beside(name, model.config.to_dict())}
     rest = [n for n in export.names if n not in used and not n.endswith((".k_scale", ".v_scale"))]
     _assign(model, export, rest)
     model.tie_weights()
@@ -63,32 +66,6 @@ def assemble(
         fused.fuse_linears(model, family)
     cpu_products.use(model)
     return model
-
-
-def skeleton(folder: Path) -> PreTrainedModel:
-    """Returns the model with its parameters on the meta device; buffers such as rotary frequencies are real.
-
-    Raises:
-        InputError: no config, an architecture that transformers does not know, or one that no family describes.
-    """
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        config.__dict__.pop("quantization_config", None)
-    except (OSError, ValueError, KeyError) as error:
-        raise _no_model(folder, error) from None
-    families.of(config.to_dict(), f"{folder}/config.json")
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise _no_model(folder, error) from None
-    if (Path(folder) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return model
-
-
-def _no_model(folder: Path, error: Exception) -> InputError:
-    return InputError(f"{folder}: no model can be made of its config.json: {error}")
 
 
 def _replace(model: nn.Module, export: Export, names: list[str], device: torch.device) -> set[str]:
@@ -122,7 +99,7 @@ def _read(model: nn.Module, export: Export, name: str) -> tuple[Quantized, torch
     return layer, None if place.bias is None else export.tensor(f"{name}.bias")
 
 
-def _assign(model: nn.Module, export: Export, names: list[str]) -> None:
+def _assign(model: PreTrainedModel, export: Export, names: list[str]) -> None:
     """Gives the model its unquantized tensors."""
     places = model.state_dict()
     for name in names:
@@ -138,4 +115,4 @@ def _assign(model: nn.Module, export: Export, names: list[str]) -> None:
             raise Failure(
                 "export_damaged", f"{name}: is {tensor.dtype}, but the export does not list it as quantized"
             )
-        model.load_state_dict({name: tensor.to(place.dtype)}, strict=False, assign=True)
+        put(model, name, tensor.to(torch.float32 if kept_in_float32(model, name) else place.dtype))

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from trimtab import families
 from trimtab.base import progress
+from trimtab.families import Logits
 from trimtab.runtime.kernels.replacements import FusedRMSNorm
 from trimtab.runtime.kernels.spans import Spans
 from trimtab.runtime.kv_cache import paged_attention
@@ -164,6 +165,8 @@ def refusal(model: PreTrainedModel, positions: int) -> str:
     family = families.named(config.model_type)
     if not family.llama_block:
         return "has blocks of another family than Llama's"
+    if family.logits(config.to_dict()) != Logits():
+        return "changes its logits behind the output head"
     if blocks_without := family.nope(config.to_dict()):
         return f"block {blocks_without[0]} has no rotary embedding"
     named = (family.embedding, family.blocks, family.last_norm)

@@ -66,7 +66,7 @@ def groups(names: Iterable[str], family: Family) -> Iterator[list[str]]:
         if name not in left:
             continue
         block, within = family.place(name)
-        shared = None if block is None else family.shared.get(within)
+        shared = None if block is None else family.shared_input(within)
         group = [f"{family.blocks}.{block}.{layer.name}" for layer in shared.layers] if shared else [name]
         found = group if all(member in left for member in group) else [name]
         for member in found:

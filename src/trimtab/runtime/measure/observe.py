@@ -22,9 +22,9 @@ def blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Returns the linear layers inside the blocks by name: embeddings and the output head are left out."""
-    inside = {id(module) for module in blocks(model).modules()}
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside}
+    """Returns the linear layers inside the blocks by name: embeddings, the output head and routers are left out."""
+    family = families.named(model.config.model_type)
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and family.layer(n) is not None}
 
 
 def linear_groups(model: nn.Module) -> list[Group]:
@@ -131,6 +131,10 @@ class Observation:
         """Passes windows of tokens, int64 [n, length], through the observed model."""
         cache = _WatchedCache(model, self.caches)
         model(windows, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def rows(self, layer: str) -> int:
+        """Returns how many tokens a layer has seen, by the name of the first of its group; 0 for others."""
+        return self.inputs[layer].rows if layer in self.inputs else 0
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns `<layer>.amax` and `<layer>.second_moment`, float32 [in_features], for every linear layer;

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from trimtab.base.errors import InputError
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime.checkpoint.model_files import load_tokenizer
+from trimtab.runtime.checkpoint.skeleton import skeleton
 from trimtab.runtime.decoder import gpu_memory, head
-from trimtab.runtime.decoder.assemble import assemble, skeleton
+from trimtab.runtime.decoder.assemble import assemble
 from trimtab.runtime.kv_cache import paged
 from trimtab.runtime.kv_cache.block_pool import BlockPool
 from trimtab.runtime.kv_cache.emulated import ServedKVCache
