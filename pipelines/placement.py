@@ -25,16 +25,16 @@ def place(
         task.set_cpu_request(limits.cpu).set_cpu_limit(limits.cpu)
     if limits.memory:
         task.set_memory_request(limits.memory).set_memory_limit(limits.memory)
-    if name == "validate" and profile.signing and (validation := profile.signing.validation):
-        variables = {validation.key: signing.VALIDATION_KEY}
-        if validation.password:
-            variables[validation.password] = signing.VALIDATION_PASSWORD
-        kubernetes.use_secret_as_env(task, validation.secret, variables)
     if limits.retries:
         task.set_retry(limits.retries, backoff_duration="30s", backoff_factor=2, backoff_max_duration="600s")
     if limits.timeout_hours:
         kubernetes.set_timeout(task, int(limits.timeout_hours * 3600))
     reach(task, profile)
+    if name == "validate" and profile.signing and (validation := profile.signing.validation):
+        variables = {validation.key: signing.VALIDATION_KEY}
+        if validation.password:
+            variables[validation.password] = signing.VALIDATION_PASSWORD
+        kubernetes.use_secret_as_env(task, validation.secret, variables)
     if accelerators is not None:
         _accelerate(task, name, profile, accelerators, nodes)
     return task

@@ -185,7 +185,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: recipe.quantize is not None,
             parameters=_part("quantize"),
             environment=always(QUANTIZED),
-            version=4,
+            version=5,
         ),
         Stage(
             name="engine",
@@ -195,7 +195,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: True,
             parameters=_part("engine"),
             environment=always(MEASURED),
-            version=4,
+            version=5,
         ),
     )
 }
