@@ -44,8 +44,8 @@ def versions() -> dict[str, str]:
 def commit() -> str | None:
     """Returns the commit that this trimtab was installed from: TRIMTAB_COMMIT, which an image sets, or what pip wrote
     down of a repository; None where neither says so."""
-    if told := os.environ.get("TRIMTAB_COMMIT"):
-        return told
+    if (told := os.environ.get("TRIMTAB_COMMIT", "unknown")) != "unknown":  # as an image has it that nobody told
+        return told or None
     with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
         about = json.loads(importlib.metadata.distribution("trimtab").read_text("direct_url.json") or "{}")
         return about.get("vcs_info", {}).get("commit_id")
