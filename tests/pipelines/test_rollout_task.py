@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from kfp import dsl, local
-from releases import Released, scores_in
+from releases import Released
 
 from trimtab.base import progress, signing
 from trimtab.base.errors import InputError, NotVerified
@@ -36,7 +36,7 @@ def released(s3_server, tmp_path, monkeypatch) -> Released:
         monkeypatch.setenv(name, value)
     monkeypatch.delenv(progress.ENVIRONMENT, raising=False)
     store = open_store(f"s3://{s3_server.bucket}/{tmp_path.name}")
-    return Released(store, scores_in(store, tmp_path), tmp_path)
+    return Released(store, tmp_path)
 
 
 LOOP = Loop(1)
@@ -144,3 +144,16 @@ def test_bad_input(release, rollout, message, tmp_path):
     with pytest.raises(InputError) as raised:
         Page(tmp_path).run(release, rollout)
     assert message in str(raised.value)
+
+
+def test_a_rollout_that_the_cluster_cannot_take_is_refused_before_the_work(kubernetes):
+    """By the first task of a run: the last one would find out when the GPUs are paid for."""
+    delivery.foresee("", "/store")
+    delivery.foresee(ROLLOUT, "s3://b/p")
+    kubernetes.faults = [("GET", 404, "404 page not found")]
+    with pytest.raises(InputError, match="does not know InferenceServices; install KServe"):
+        delivery.foresee(ROLLOUT, "s3://b/p")
+    kubernetes.approvals = None
+    with pytest.raises(InputError, match="has no ConfigMap 'trimtab-approvals'"):
+        delivery.foresee(ROLLOUT + "approval_minutes: 60", "s3://b/p")
+    assert kubernetes.applied == []

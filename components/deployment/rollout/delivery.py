@@ -10,18 +10,38 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import stages
-from trimtab.base import signing
-from trimtab.base.errors import InputError, NotReleased
+from trimtab.base import progress, signing
+from trimtab.base.errors import InputError, NotReleased, TrimtabError
+from trimtab.components.deployment.rollout import approval
 from trimtab.components.deployment.rollout.canary import Account, roll_out
 from trimtab.components.deployment.rollout.cluster import Cluster
-from trimtab.components.deployment.rollout.settings import asked
+from trimtab.components.deployment.rollout.settings import Rollout, asked
 from trimtab.loop import status
+from trimtab.release.shelf import SERVING
 from trimtab.release.verification import verify
 from trimtab.store import Store, open_store
 from trimtab.store.address import split_release
 
 #: How the task of a run ends. A rollback does not fail it, for KFP keeps no page of a failed task: another one does.
 SERVES, ROLLED_BACK, NOT_ASKED = "serves", "rolled_back", "not_asked"
+
+
+def foresee(text: str, store: str) -> None:
+    """Refuses a rollout that the cluster could not take, before there is anything to roll out.
+
+    Args:
+        text, store: as `asked` has them.
+
+    Raises:
+        InputError: it is not valid, or its namespace has no InferenceServices, or nobody could approve there.
+    """
+    rollout = asked(text, store)
+    if rollout is None:
+        return
+    cluster = Cluster.connect(rollout.namespace)
+    cluster.read(rollout.service)
+    if rollout.approval_minutes:
+        approval.check(cluster)
 
 
 def locate(release: str) -> Store:
@@ -41,6 +61,15 @@ def locate(release: str) -> Store:
 def proven(store: Store, release: str, keys: Sequence[str]) -> str:
     """Verifies a release and returns the digest of its artifact; `keys` are PEM, or paths of it."""
     return verify(store, release, [signing.public_key(key) for key in keys]).predicate.artifact.digest
+
+
+def remember(store: Store, rollout: Rollout, digest: str) -> None:
+    """Pins what a service serves now, so that it is neither withdrawn nor collected; trouble is told and fails nothing.
+    """
+    try:
+        store.pin(f"{SERVING}{rollout.namespace}.{rollout.service}", [store.tree(digest)])
+    except TrimtabError as error:
+        progress.report("rollout", f"that {digest[:12]} serves could not be written into the store: {error}")
 
 
 @contextlib.contextmanager
@@ -85,6 +114,7 @@ def run(release: str, rollout: str, run_id: str, page: Any, metrics: Any) -> tup
     try:
         with unwinding():
             end, sentence = SERVES, roll_out(cluster, wanted, store.uri, digest, account=account)
+        remember(store, wanted, digest)
     except NotReleased as error:
         end = ROLLED_BACK
         sentence = f"{release} does not serve: {error} (the release stays: `trimtab deploy` rolls it out again)"
