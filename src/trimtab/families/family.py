@@ -271,8 +271,5 @@ class Family:
 
 #: Lists of a config that are none of its blocks', whatever their length.
 _NOT_BY_LAYER = frozenset(
-    {
-        "architectures", "eos_token_id", "keys_to_ignore_at_inference", "mtp_layers_block_type", "time_step_limit",
-    }
-)  # fmt: skip
-
+    {"architectures", "eos_token_id", "keys_to_ignore_at_inference", "mtp_layers_block_type", "time_step_limit"}
+)

@@ -98,6 +98,15 @@ class Attention:
             return None
         return _within(self.module, self.key), _within(self.module, self.value)
 
+    @property
+    def unscaled(self) -> str:
+        """Why a KV cache of it cannot be rounded, after the model's name; "" where it can."""
+        if self.qkv:
+            return "makes its keys and values in one layer with its queries, for which no scales are written"
+        if self.own_scores:
+            return "computes attention in modules of its own, which read no rounded keys and values"
+        return ""
+
     def head_numbers(self, config: Config, head_dim: int) -> int:
         """Returns how many numbers of a token a head of keys and values keeps: a key and a value."""
         return 2 * head_dim
@@ -129,6 +138,7 @@ class LatentAttention:
     head_norms: tuple[str, ...] = ()
     norms_of_heads: tuple[str, ...] = ()
     scaled = None
+    unscaled = "keeps its keys and values compressed, for which no scales are written"
     qkv = None
 
     @property
@@ -158,6 +168,7 @@ class NoAttention:
     module: str = ""
     norm = scaled = qkv = None
     head_norms = norms_of_heads = inputs = ()
+    unscaled = "keeps no keys and values, but a recurrent state, which stays as it is"
 
     def head_numbers(self, config: Config, head_dim: int) -> int:
         """Returns 0: nothing is kept of a token."""
