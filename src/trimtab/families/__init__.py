@@ -7,17 +7,45 @@ then compares every name with transformers' own modules.
 from __future__ import annotations
 
 from trimtab.base.errors import InputError
-from trimtab.families import cohere, deepseek, gemma, glm, gpt, gpt_oss, llama, mixtral, olmo, phi, plain, qwen
+from trimtab.families import (
+    cohere,
+    deepseek,
+    gemma,
+    glm,
+    gpt,
+    gpt_oss,
+    lfm,
+    llama,
+    mamba,
+    mixtral,
+    olmo,
+    phi,
+    plain,
+    qwen,
+    qwen_hybrid,
+)
 from trimtab.families.family import Family, Limit, Logits
-from trimtab.families.parts import Attention, Config, Experts, LatentAttention, Layer, Mlp, SharedInput
+from trimtab.families.parts import (
+    Attention,
+    Config,
+    Experts,
+    LatentAttention,
+    Layer,
+    Mlp,
+    NoAttention,
+    Recurrent,
+    SharedInput,
+)
 from trimtab.families.undescribed import missing
 
 __all__ = [
     "BY_TYPE", "Attention", "Config", "Experts", "Family", "LatentAttention", "Layer", "Limit", "Logits", "Mlp",
-    "SharedInput", "named", "of",
+    "NoAttention", "Recurrent", "SharedInput", "named", "of",
 ]  # fmt: skip
 
-_FILES = (llama, qwen, gemma, phi, glm, olmo, cohere, plain, gpt, mixtral, deepseek, gpt_oss)
+_FILES = (
+    llama, qwen, gemma, phi, glm, olmo, cohere, plain, gpt, mixtral, deepseek, gpt_oss, qwen_hybrid, lfm, mamba,
+)  # fmt: skip
 #: Model type -> family.
 BY_TYPE = {family.model_type: family for file in _FILES for family in file.FAMILIES}
 

@@ -73,7 +73,8 @@ def test_likelihoods_are_those_of_transformers(model_type: str, in_float32, tmp_
 
 
 @pytest.mark.parametrize(
-    "model_type", ["gemma2", "granite", "cohere2", "ministral3", "nanochat", "bloom", "mpt", "gpt_bigcode", "gptj"]
+    "model_type", ["gemma2", "granite", "cohere2", "ministral3", "nanochat", "bloom", "mpt", "gpt_bigcode", "gptj",
+                   "qwen3_5_text", "lfm2", "nemotron_h", "granitemoehybrid", "mamba", "mamba2"]
 )
 @torch.inference_mode()
 def test_texts_of_unlike_length_are_written_together_as_alone(model_type: str, in_float32, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def apply(model: PreTrainedModel, export: Export) -> None:
         raise Failure("unsupported", f"a KV cache in {algorithm}: a '{family.model_type}' {why}")
     for number, block in enumerate(model.get_submodule(family.blocks)):
         module = getattr(block, family.attention.module, None)
-        if module is None:  # a block of another process
+        if not hasattr(module, family.attention.key):  # a block of another process, or with a recurrent mixer
             continue
         name = f"{family.blocks}.{number}.{family.attention.module}"
         keys = getattr(module, family.attention.key).out_features
