@@ -255,4 +255,3 @@ class Family:
 
 #: Lists of a config that are none of its blocks', whatever their length.
 _NOT_BY_LAYER = frozenset({"architectures", "eos_token_id", "keys_to_ignore_at_inference"})
-

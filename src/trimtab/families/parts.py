@@ -94,6 +94,15 @@ class Attention:
             return None
         return _within(self.module, self.key), _within(self.module, self.value)
 
+    @property
+    def unscaled(self) -> str:
+        """Why a KV cache of it cannot be rounded, after the model's name; "" where it can."""
+        if self.qkv:
+            return "makes its keys and values in one layer with its queries, for which no scales are written"
+        if self.own_scores:
+            return "computes attention in modules of its own, which read no rounded keys and values"
+        return ""
+
     def head_numbers(self, config: Config, head_dim: int) -> int:
         """Returns how many numbers of a token a head of keys and values keeps: a key and a value."""
         return 2 * head_dim
@@ -125,6 +134,7 @@ class LatentAttention:
     head_norms: tuple[str, ...] = ()
     norms_of_heads: tuple[str, ...] = ()
     scaled = None
+    unscaled = "keeps its keys and values compressed, for which no scales are written"
     qkv = None
 
     @property

@@ -14,6 +14,7 @@ Forms that become it, all as transformers 5.14 loads them:
 | transposed, gate and up in turns, biases | gpt-oss | the same, and `….experts.<e>.gate_proj.bias` |
 | `….block_sparse_moe.input_linear.weight`, `output_linear.weight` | Granite | `….block_sparse_moe.experts.<e>.gate_proj.weight` |
 | `language_model.model.…` | Gemma 3, Mistral 3, LLaVA | `model.language_model.…` |
+| `h.0.…`, `word_embeddings.…`, `ln_f.…` | BLOOM | `transformer.h.0.…` and so on |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ _LLAVA_NEXT = {**_LLAVA, "image_newline": "model.image_newline"}
 _PREFIXES = {
     **dict.fromkeys(("llava", "gemma3", "mistral3", "aya_vision", "paligemma", "internvl", "vipllava"), _LLAVA),
     **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), _LLAVA_NEXT),
+    # Published BLOOM is the body alone, saved without the name that it has in a model with a head.
+    "bloom": {name: f"transformer.{name}" for name in ("h.", "word_embeddings", "ln_f.")},
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -13,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.base import child, progress
 from trimtab.base.errors import Failure
+from trimtab.base.transient import insist
 from trimtab.loop.state import State, fail
-from trimtab.stages import signatures
+from trimtab.stages import checkpoints, signatures
 from trimtab.stages.registry import MAKE_A_STUDENT, STAGES, Stage
 from trimtab.store import Store, open_store
+from trimtab.store.cache import cache_folder
 from trimtab.store.tree import Tree
 
 if TYPE_CHECKING:
@@ -60,37 +61,39 @@ def cached(
 
     Raises:
         Failure: an expected failure of the work.
-        StageError: infrastructure trouble.
+        StageError: infrastructure trouble; in a pod, what passes is tried again first.
     """
     environment = stage.environment(parameters).here(backend)
     key = stage.key(parameters, inputs, environment)
-    record = store.lookup(key)
+    record = insist(stage.name, lambda: store.lookup(key))
     if record and (signer is None or signatures.is_signed(record, key, signer.public_key)):
         tree = Tree.model_validate(record["tree"])
         return Result(tree, record["metrics"], record["seconds"], True, record.get("signature") if signer else None)
-    folders = {name: tree and str(store.get(tree)) for name, tree in inputs.items()}
-    with tempfile.TemporaryDirectory(prefix=f"trimtab-{stage.name}-") as output:
-        done = child.call(
-            stage.work,
-            **folders,
-            output=output,
-            scratch=str(_scratch(key)),
-            parameters=parameters,
-        )
+    folders = insist(stage.name, lambda: {name: tree and str(store.get(tree)) for name, tree in inputs.items()})
+    scratch, metadata = _scratch(key), {"key": key, "environment": environment}
+    with tempfile.TemporaryDirectory(prefix=f"trimtab-{stage.name}-") as folder:
+
+        def work() -> tuple[Path, child.Done]:
+            output = tempfile.mkdtemp(dir=folder)
+            with checkpoints.kept(store, stage.name, key, scratch):
+                done = child.call(stage.work, **folders, output=output, scratch=str(scratch), parameters=parameters)
+            return Path(output), done
+
+        output, done = insist(stage.name, work)
         metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes}
         if stage.keeps_metrics:
-            (Path(output) / METRICS).write_text(json.dumps(metrics, sort_keys=True), encoding="utf-8")
-        metadata = {"key": key, "environment": environment}
-        tree = store.put(Path(output), kind=stage.output, metadata=metadata, move=True)
+            (output / METRICS).write_text(json.dumps(metrics, sort_keys=True), encoding="utf-8")
+        tree = insist(stage.name, lambda: store.put(output, kind=stage.output, metadata=metadata, move=True))
     signature = signatures.sign(key, tree, signer) if signer else None
     found = {"tree": tree.model_dump(), "metrics": metrics, "seconds": done.seconds, "environment": environment}
-    store.record(key, {**found, **({"signature": signature} if signature else {})})
+    found |= {"signature": signature} if signature else {}
+    insist(stage.name, lambda: store.record(key, found))
+    checkpoints.forget(store, key)
     return Result(tree, metrics, done.seconds, False, signature)
 
 
 def _scratch(key: str) -> Path:
-    cache = os.environ.get("TRIMTAB_CACHE") or Path.home() / ".cache" / "trimtab"
-    return Path(cache) / "scratch" / key
+    return cache_folder() / "scratch" / key
 
 
 def tree_of(name: str, state: State) -> Tree | None:

@@ -6,6 +6,8 @@
 | `layer_layout` | how a quantized layer is stored, and which numbers it stands for |
 | `finite` | whether its numbers are numbers |
 | `config_file` | the one writer of config.json |
+| `skeleton` | a model without weights: transformers' modules under the checkpoint's names |
+| `experts` | the experts of a block, a linear layer each |
 | `stream` | rewrites a checkpoint a shard at a time |
 | `compressed_tensors` | what vLLM does not read of an export, written anew |
 """
