@@ -44,7 +44,8 @@ def without(checkpoint: Path, removed: Collection[int]) -> Left:
         Failure: `unsupported`, its config has a list that may go by block and that its family does not know.
     """
     config = read_config(checkpoint)
-    kept = [block for block in range(config.num_hidden_layers) if block not in removed]
+    text = config.get_text_config()  # of a wrapper; else the same
+    kept = [block for block in range(text.num_hidden_layers) if block not in removed]
     places = {block: place for place, block in enumerate(kept)}
 
     def rename(name: str) -> str | None:
@@ -54,9 +55,9 @@ def without(checkpoint: Path, removed: Collection[int]) -> Left:
         return in_block(name, places[block]) if block in places else None
 
     try:
-        changes = families.named(config.model_type).without_blocks(config.to_dict(), kept)
+        changes = families.named(config.model_type).without_blocks(text.to_dict(), kept)
     except ValueError as error:
         raise Failure("unsupported", f"prune.method: depth: config.json: {error}; write another method") from None
     for name, value in changes.items():
-        setattr(config, name, value)
+        setattr(text, name, value)
     return Left(config, rename)

@@ -7,17 +7,18 @@ then compares every name with transformers' own modules.
 from __future__ import annotations
 
 from trimtab.base.errors import InputError
-from trimtab.families import cohere, deepseek, gemma, glm, gpt_oss, llama, mixtral, olmo, phi, plain, qwen
+from trimtab.families import cohere, deepseek, gemma, glm, gpt_oss, llama, mixtral, multimodal, olmo, phi, plain, qwen
 from trimtab.families.family import Family, Limit
 from trimtab.families.parts import Attention, Config, Experts, LatentAttention, Layer, Mlp, SharedInput
 from trimtab.families.undescribed import missing
+from trimtab.families.wrapper import TEXT_CONFIG, Wrapper
 
 __all__ = [
     "BY_TYPE", "Attention", "Config", "Experts", "Family", "LatentAttention", "Layer", "Limit", "Mlp", "SharedInput",
-    "named", "of",
+    "TEXT_CONFIG", "Wrapper", "named", "of", "text_config",
 ]  # fmt: skip
 
-_FILES = (llama, qwen, gemma, phi, glm, olmo, cohere, plain, mixtral, deepseek, gpt_oss)
+_FILES = (llama, qwen, gemma, phi, glm, olmo, cohere, plain, mixtral, deepseek, gpt_oss, multimodal)
 #: Model type -> family.
 BY_TYPE = {family.model_type: family for file in _FILES for family in file.FAMILIES}
 
@@ -33,9 +34,17 @@ def of(config: Config, where: str = "config.json") -> Family:
     family = BY_TYPE.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise InputError(f"{where}: {_unknown(config)}")
-    if reason := family.refusal(config):
+    if reason := (family.wrapper and family.wrapper.refusal(config)) or family.refusal(text_config(config)):
         raise InputError(f"{where}: {reason}; give another model")
     return family
+
+
+def text_config(config: Config) -> Config:
+    """Returns the settings of the text model in a config.json: all of them, or in a wrapper those of its text model,
+    with what transformers takes where `text_config` is silent."""
+    model_type = config.get("model_type")
+    family = BY_TYPE.get(model_type) if isinstance(model_type, str) else None
+    return family.wrapper.text_config(config) if family and family.wrapper else config
 
 
 def named(model_type: str) -> Family:

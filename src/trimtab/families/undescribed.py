@@ -43,7 +43,7 @@ def missing(config: Config) -> str:
     """Returns what a model has that no family describes, such as "has recurrent layers"; "" where it is not known."""
     inner = config.get("text_config")
     if isinstance(inner, dict):
-        return f"wraps its text model ('{inner.get('model_type')}', in text_config) with others"
+        return f"wraps its text model (text_config.model_type '{inner.get('model_type')}') with others"
     if found := BY_TYPE.get(str(config.get("model_type"))):
         return found
     return next((what for fields, what in _SIGNS if any(config.get(name) for name in fields)), "")

@@ -27,7 +27,7 @@ DTYPE_BYTES = {
 }  # fmt: skip
 #: Decoders whose embeddings are tied where config.json says nothing (transformers 5.14).
 _TIED_BY_DEFAULT = {
-    "bloom", "cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "falcon", "gemma", "gemma2",
+    "bloom", "cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "falcon", "gemma", "gemma2", "gemma3",
     "gemma3_text", "gemma3n_text", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neo", "lfm2", "lfm2_moe", "mamba",
     "minicpm3", "mpt", "opt", "smollm3", "starcoder2", "vaultgemma", "youtu",
 }  # fmt: skip
@@ -130,8 +130,9 @@ def inspect(folder: str | Path) -> ModelFacts:
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
     """Whether config.json makes the output head the embedding, as transformers reads it: where it does not say, by
-    the model type."""
-    said = config.get("tie_word_embeddings")
+    the model type. What a wrapper does not say its text model may."""
+    inner = config.get(families.TEXT_CONFIG)
+    said = {**(inner if isinstance(inner, dict) else {}), **config}.get("tie_word_embeddings")
     return config.get("model_type") in _TIED_BY_DEFAULT if said is None else bool(said)
 
 
@@ -243,10 +244,12 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
     """
     path = folder / "config.json"
     family = families.of(config, str(path))
-    config = {**config, **family.sizes(config)}
     architecture = (config.get("architectures") or [""])[0]
-    if not architecture.endswith("ForCausalLM"):
-        raise InputError(f"{path}: architecture '{architecture}' is no decoder-only model (…ForCausalLM)")
+    ending = "ForConditionalGeneration" if family.wrapper else "ForCausalLM"
+    if not architecture.endswith(ending):
+        raise InputError(f"{path}: architecture '{architecture}' is no decoder-only model (…{ending})")
+    whole, config = config, families.text_config(config)
+    config = {**config, **family.sizes(config)}
 
     def number(key: str, default: int | None = None) -> int:
         value = config.get(key) or default
@@ -261,9 +264,9 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
         where = f"{len(found)} blocks named {family.blocks}.…"
         raise InputError(f"{path}: num_hidden_layers is {layers}, and the weights hold {where}; download it again")
     has_head = f"{family.head}.weight" in tensors
-    if not has_head and config.get("tie_word_embeddings") is False:
+    if not has_head and whole.get("tie_word_embeddings") is False:
         raise InputError(f"{folder}: {family.head}.weight is missing, and config.json says that it is not tied")
-    tied = not has_head or ties_embeddings(config)
+    tied = not has_head or ties_embeddings(whole)
     # A tied head that was saved all the same is the same tensor once more.
     counted = [tensor for tensor in tensors.values() if not (tied and tensor.name == f"{family.head}.weight")]
     if not any(tensor.dtype in _DTYPE_NAMES for tensor in counted):
@@ -276,7 +279,7 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
     experts = _experts(path, family, config, own)
     return ModelFacts(
         architecture=architecture,
-        model_type=str(config.get("model_type", "")),
+        model_type=family.model_type,
         layers=layers,
         hidden_size=hidden,
         intermediate_size=experts.pop("neurons", 0) or number("intermediate_size", 4 * hidden),
