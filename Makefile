@@ -13,7 +13,7 @@ export TRIMTAB_CACHE ?= $(CURDIR)/$(BUILD)/cache
 .PHONY: demo test lint docs clean
 
 demo: $(VENV)/installed $(MODEL)
-	$(VENV)/bin/trimtab run --model $(MODEL) --goal fit_larger_model --target cpu \
+	$(VENV)/bin/trimtab run --model $(MODEL) --goal fit_larger_model --target cpu --recipe examples/demo.yaml \
 	    --store $(BUILD)/store --runs $(BUILD)/runs
 
 # A process a core, each with one thread: threads of one would wait for the other's. Files keep their order, or the few

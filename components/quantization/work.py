@@ -116,15 +116,21 @@ class _Quantizer:
         weights = {n: _finite(shard, f"{n}.weight").to(self.device) for n in group.layers}
         quantized = {n: weights[n] for n in layers}
         seen = self._seen(form, group.layers[0])
-        scale = packed_layers.channel_scale(form, quantized, seen, self.settings)
+        scales = self.family.scales_channels(layers[0])
+        scale = packed_layers.channel_scale(form, quantized, seen, self.settings) if scales else None
         written: dict[str, torch.Tensor] = {}
         before = None
         if scale is not None:
             before = (1 / scale).to(self.dtype).float()  # as stored; weights make up for what is really there
             if group.norm:
-                norm = _finite(shard, f"{group.norm}.weight").to(self.device)
-                written[f"{group.norm}.weight"] = folded = (norm.float() * before).to(self.dtype)
-                before = torch.where(folded == 0, before, folded.float() / norm.float())
+                offset = self.family.norm_offset
+                norm = _finite(shard, f"{group.norm}.weight").to(self.device).float() + offset
+                written[f"{group.norm}.weight"] = folded = (norm * before - offset).to(self.dtype)
+                applied = folded.float() + offset
+                before = torch.where(applied == 0, before, applied / norm)
+                if shard.has(f"{group.norm}.bias"):
+                    bias = _finite(shard, f"{group.norm}.bias").to(self.device)
+                    written[f"{group.norm}.bias"] = (bias.float() * before).to(self.dtype)
             # A layer without a norm before it multiplies its own input, so one that is excluded sees it unscaled.
             weights = {n: w / before if group.norm or n in layers else w for n, w in weights.items()}
             seen = seen.scaled(1 / before)

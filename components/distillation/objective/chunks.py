@@ -18,7 +18,7 @@ from torch import nn
 #: Bytes of one float32 copy of a chunk's logits, by device type: a cache's on a CPU, a kernel's worth on a GPU.
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 
-#: logits [n, V] and the chunk's rows of every input -> the loss of the chunk, a scalar, summed over tokens.
+#: The head's products [n, V] and the chunk's rows of every input -> the chunk's loss, a scalar, summed over tokens.
 ChunkLoss = Callable[..., torch.Tensor]
 
 
@@ -30,7 +30,7 @@ def loss_in_chunks(
     Args:
         hidden: last hidden states [n, h].
         head: the output embedding.
-        chunk_loss: called as chunk_loss(logits, *rows of inputs).
+        chunk_loss: called as chunk_loss(products, *rows of inputs); what a model does behind its head is in it.
         inputs: tensors [n, ...] without gradient.
     """
     size = max(1, CHUNK_BYTES.get(hidden.device.type, 32 << 20) // (4 * len(head.weight)))

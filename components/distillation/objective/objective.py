@@ -14,6 +14,7 @@ from trimtab.base.errors import InputError
 from trimtab.components.distillation.objective.chunks import loss_in_chunks
 from trimtab.components.distillation.objective.loss import distillation_loss, hidden_loss, stored_distillation_loss
 from trimtab.components.distillation.objective.teacher import StoredLogits
+from trimtab.families import Logits
 from trimtab.recipe import Distillation
 from trimtab.runtime.decoder import head
 from trimtab.runtime.measure import observe
@@ -27,7 +28,7 @@ class Objective:
 
     Raises:
         InputError: `hidden_weight` where the hidden sizes differ.
-        Failure: `unsupported`, a model that changes its logits behind the output head.
+        Failure: `unsupported`, a model that changes its logits behind the output head as its family does not say.
     """
 
     def __init__(self, student: Any, teacher: Any, settings: Distillation):
@@ -39,9 +40,12 @@ class Objective:
         self.pairs = matching_blocks(student, teacher) if settings.hidden_weight else []
         options = (settings.temperature, settings.label_weight, settings.loss)
         compiled = _compiled(distillation_loss if runs else stored_distillation_loss, student.device)
-        self._chunk_loss = partial(_against_states, compiled, teacher.get_output_embeddings(), options) if runs else (
-            lambda logits, *rows: compiled(logits, *rows, *options)
-        )
+        behind = head.behind(student)
+        if runs:
+            said = (teacher.get_output_embeddings(), head.behind(teacher))
+            self._chunk_loss = partial(_against_states, compiled, behind, *said, options)
+        else:
+            self._chunk_loss = lambda products, *rows: compiled(head.changed(products, behind), *rows, *options)
 
     def __call__(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Returns the mean loss of windows, int64 [windows, length] on the device, at `places` of all windows."""
@@ -69,15 +73,17 @@ def _predicting(output: Any) -> torch.Tensor:
 
 def _against_states(
     loss: Callable[..., torch.Tensor],
+    behind: Logits,
     embedding: torch.nn.Linear,
+    behind_teacher: Logits,
     options: tuple,
-    logits: torch.Tensor,
+    products: torch.Tensor,
     states: torch.Tensor,
     labels: torch.Tensor,
 ) -> torch.Tensor:
     with torch.no_grad():
-        target = F.linear(states, embedding.weight, embedding.bias)
-    return loss(logits, target, labels, *options)
+        target = head.changed(F.linear(states, embedding.weight, embedding.bias), behind_teacher)
+    return loss(head.changed(products, behind), target, labels, *options)
 
 
 def _compiled(function: Callable[..., torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:

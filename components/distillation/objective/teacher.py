@@ -76,11 +76,11 @@ def teach(
 def _logits(network: Any, windows: torch.Tensor, count: int, temperature: float) -> dict[str, torch.Tensor]:
     found: dict[str, list[torch.Tensor]] = {"values": [], "indices": [], "rest": []}
     short = network.config.vocab_size <= MOST_SHORT_INDICES
-    output = network.get_output_embeddings()
+    output, behind = network.get_output_embeddings(), head.behind(network)
     for some in windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1])):
         hidden = network.base_model(some.to(network.device), use_cache=False).last_hidden_state[:, :-1]
         for states in hidden.flatten(0, 1).split(TOKENS_AT_ONCE):
-            values, indices, rest = top(output(states), count, temperature)
+            values, indices, rest = top(head.changed(output(states), behind), count, temperature)
             found["values"].append(values.half().cpu())
             found["indices"].append(indices.int().cpu().to(torch.uint16 if short else torch.int32))
             found["rest"].append(rest.cpu())

@@ -20,9 +20,10 @@ from torch import nn
 from trimtab.base import progress
 from trimtab.base.errors import Failure
 from trimtab.families.fusion import block_of, groups
+from trimtab.runtime.checkpoint import experts
 from trimtab.runtime.checkpoint.model_files import Export, check_finite
 from trimtab.runtime.checkpoint.skeleton import family_of, skeleton
-from trimtab.runtime.measure import observe
+from trimtab.runtime.measure import observe, routing
 
 #: (the names and weights of layers that share an input, its Gram matrix) -> their pruned weights.
 Prune = Callable[[Mapping[str, torch.Tensor], torch.Tensor], Mapping[str, torch.Tensor]]
@@ -100,9 +101,7 @@ class _Run:
         block = self._load(number)
         linears = {layer: self._linear(block, layer) for layer in self.layers if block_of(layer) == number}
         shared = [group.layers for group in groups(linears, self.family.model_type)]
-        with observe.grams({names[0]: linears[names[0]] for names in shared}) as sums:
-            for _ in self._outputs(block, number):
-                pass
+        sums = self._grams(block, number, {names[0]: linears[names[0]] for names in shared})
         observe.check_finite({f"{name}.gram": gram for name, gram in sums.items()})
         found: dict[str, torch.Tensor] = {}
         for names in shared:
@@ -112,6 +111,24 @@ class _Run:
         if number + 1 < len(self.blocks):
             self.hidden = torch.cat(list(self._outputs(block, number)))
         return found
+
+    def _grams(self, block: nn.Module, number: int, first: Mapping[str, nn.Linear]) -> dict[str, torch.Tensor]:
+        """Sums over the inputs of layers; of experts that no token was given to, over every token (`routing`)."""
+
+        def run(layers: Mapping[str, nn.Linear]) -> dict[str, torch.Tensor]:
+            with observe.grams(layers) as sums:
+                for _ in self._outputs(block, number):
+                    pass
+            return sums
+
+        sums = run(first)
+        unseen = {name: layer for name, layer in first.items() if self.family.is_expert(name) and not sums[name].any()}
+        if unseen:
+            numbers = sorted({int(self.family.expert(name)[0]) for name in unseen})
+            (mixture,) = experts.mixtures(block)
+            with routing.run_on_all(block, {mixture: numbers}):
+                sums |= run(unseen)
+        return sums
 
     def _outputs(self, block: nn.Module, number: int) -> Any:
         args, kwargs = self.arguments[number]

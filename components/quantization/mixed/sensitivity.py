@@ -54,7 +54,7 @@ def measure(
     for group in progress.track(groups, "sensitivity", "scoring every layer in every format", len(groups)):
         weights = {name: layers[name].weight.detach().float() for name in group.layers}
         seen = Input(*(measured[f"{group.layers[0]}.{p}"].to(model.device) for p in ("amax", "second_moment")))
-        harms[group.layers[0]] = _harms(weights, seen, energy, parameters)
+        harms[group.layers[0]] = _harms(weights, seen, energy, parameters, family.scales_channels(group.layers[0]))
     (Path(output) / "sensitivity.json").write_text(json.dumps(harms, indent=1), encoding="utf-8")
     measurements.bind(Path(output), Path(checkpoint))
     return {"groups": len(harms)}
@@ -93,13 +93,17 @@ def _stand_in(form: str) -> str:
 
 @torch.inference_mode()
 def _harms(
-    weights: dict[str, torch.Tensor], seen: Input, energy: dict[str, torch.Tensor], parameters: dict[str, Any]
+    weights: dict[str, torch.Tensor],
+    seen: Input,
+    energy: dict[str, torch.Tensor],
+    parameters: dict[str, Any],
+    scales_channels: bool,
 ) -> dict[str, float]:
     found: dict[str, float] = {}
     for scored in parameters["formats"]:
         form = _stand_in(scored)
         settings = Quantization(format=form, group_size=parameters["group_size"])
-        scale = packed_layers.channel_scale(form, weights, seen, settings)
+        scale = packed_layers.channel_scale(form, weights, seen, settings) if scales_channels else None
         scale = torch.ones_like(seen.amax) if scale is None else scale
         scaled = {name: weight * scale for name, weight in weights.items()}
         harm = 0.0

@@ -52,8 +52,11 @@ def compare(
         layouts = [export.layers[layer] for layer in group.layers if layer in export.layers]
         change = None
         if group.norm and any(_scales_input(layout, settings) for layout in layouts):
-            change = _change(f"{group.norm}.weight", export, source)
+            change = _change(f"{group.norm}.weight", export, source, family.norm_offset)
             done.add(f"{group.norm}.weight")
+            if source.has(f"{group.norm}.bias"):
+                _check_scaled_bias(f"{group.norm}.bias", export, source, change)
+                done.add(f"{group.norm}.bias")
         for layer in group.layers:
             if layer in export.layers:
                 rows.append(_compare_layer(layer, export, source, change, group.norm))
@@ -76,9 +79,13 @@ def _scales_input(layout: Layout, settings: Quantization) -> bool:
     return any(part.channels for part in settings.row.parts if part.storage == layout.storage)
 
 
-def _change(norm: str, export: Export, source: Export) -> torch.Tensor:
-    """Returns by what each channel was multiplied in a norm, float32 [in]; NaN where the norm makes it zero."""
-    after, before = export.tensor(norm).float(), source.tensor(norm).float()
+def _change(norm: str, export: Export, source: Export, offset: float) -> torch.Tensor:
+    """Returns by what each channel was multiplied in a norm, float32 [in]; NaN where the norm makes it zero.
+
+    Args:
+        offset: what the norm adds to its weight before it multiplies.
+    """
+    after, before = export.tensor(norm).float() + offset, source.tensor(norm).float() + offset
     if after.shape != before.shape or not torch.isfinite(after).all():
         found = f"{list(after.shape)} where the source has {list(before.shape)}, or holds NaN or infinity"
         raise Failure("export_damaged", f"{norm}: has shape {found}")
@@ -171,6 +178,13 @@ def _check_scaled_back(name: str, export: Export, source: Export, change: torch.
     if found.dtype != torch.bfloat16 or not torch.allclose(found.float(), expected, rtol=step, atol=0):
         what = f"is not its source's weight in bfloat16, divided by what {norm} was multiplied by"
         raise Failure("export_damaged", f"{name}: {what}")
+
+
+def _check_scaled_bias(name: str, export: Export, source: Export, change: torch.Tensor) -> None:
+    """The bias of a norm is multiplied by what its weight was multiplied by."""
+    found, expected = export.tensor(name).float(), source.tensor(name).float() * change.nan_to_num(1.0)
+    if not torch.allclose(found[~change.isnan()], expected[~change.isnan()], rtol=2.0**-7, atol=0):
+        raise Failure("export_damaged", f"{name}: is not its source's, multiplied as the weight of its norm was")
 
 
 def _check_same(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:

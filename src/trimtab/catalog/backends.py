@@ -28,6 +28,8 @@ class Backend:
         compiled: whether it serves engines that were compiled for one kind of GPU, in the place of a checkpoint.
         claims_gpu: whether it claims most of a GPU's memory for its KV cache: a second engine beside it finds none.
         kv_cache_alone: whether it reads a quantized KV cache beside weights that are not quantized.
+        folds_scales: whether it fuses layers that read one input and reads no `pre_quant_scale` of theirs, so that such
+            a scale must stand in the norm before them.
         clashes: pairs of a format and a KV cache that it serves apart, and not together.
     """
 
@@ -43,6 +45,7 @@ class Backend:
     compiled: bool = False
     claims_gpu: bool = True
     kv_cache_alone: bool = True
+    folds_scales: bool = False
     clashes: tuple[tuple[str, str], ...] = ()
 
 
@@ -55,7 +58,10 @@ BACKENDS = {
             "torch", "trimtab.runtime.engines.parallel", packages=("torch", "transformers", "triton"),
             cpu=True, emulates=True, switches_kv_cache=True, claims_gpu=False,
         ),
-        Backend("trtllm", "trimtab.runtime.engines.trtllm", "TensorRT-LLM", _TENSORRT_LLM, group_sizes=(128, 64)),
+        Backend(
+            "trtllm", "trimtab.runtime.engines.trtllm", "TensorRT-LLM", _TENSORRT_LLM, group_sizes=(128, 64),
+            folds_scales=True,
+        ),
         Backend(
             "trtllm-legacy", "trimtab.runtime.engines.trtllm", "TensorRT-LLM", _TENSORRT_LLM, group_sizes=(128, 64),
             compiled=True,

@@ -7,18 +7,32 @@ then compares every name with transformers' own modules.
 from __future__ import annotations
 
 from trimtab.base.errors import InputError
-from trimtab.families import cohere, deepseek, gemma, glm, gpt_oss, llama, mixtral, multimodal, olmo, phi, plain, qwen
-from trimtab.families.family import Family, Limit
+from trimtab.families import (
+    cohere,
+    deepseek,
+    gemma,
+    glm,
+    gpt,
+    gpt_oss,
+    llama,
+    mixtral,
+    multimodal,
+    olmo,
+    phi,
+    plain,
+    qwen,
+)
+from trimtab.families.family import Family, Limit, Logits
 from trimtab.families.parts import Attention, Config, Experts, LatentAttention, Layer, Mlp, SharedInput
 from trimtab.families.undescribed import missing
 from trimtab.families.wrapper import TEXT_CONFIG, Wrapper
 
 __all__ = [
-    "BY_TYPE", "Attention", "Config", "Experts", "Family", "LatentAttention", "Layer", "Limit", "Mlp", "SharedInput",
-    "TEXT_CONFIG", "Wrapper", "named", "of", "text_config",
+    "BY_TYPE", "Attention", "Config", "Experts", "Family", "LatentAttention", "Layer", "Limit", "Logits", "Mlp",
+    "SharedInput", "TEXT_CONFIG", "Wrapper", "named", "of", "text_config",
 ]  # fmt: skip
 
-_FILES = (llama, qwen, gemma, phi, glm, olmo, cohere, plain, mixtral, deepseek, gpt_oss, multimodal)
+_FILES = (llama, qwen, gemma, phi, glm, olmo, cohere, plain, gpt, mixtral, deepseek, gpt_oss, multimodal)
 #: Model type -> family.
 BY_TYPE = {family.model_type: family for file in _FILES for family in file.FAMILIES}
 

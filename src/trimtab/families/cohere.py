@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from trimtab.families.family import Family, Limit
+from trimtab.families.family import Family, Logits
 from trimtab.families.parts import Attention, Config, Mlp
 
 
@@ -15,12 +15,16 @@ def _whole_context(config: Config) -> list[int]:
 
 COHERE = Family(
     "cohere",
-    attention=Attention(norm=None),
-    mlp=Mlp(norm=None),
-    limits=(
-        Limit("logit_scale", 0.0625, (1, None), "and the engine scores with what the output head gives alone"),
-        Limit("use_qk_norm", False, (False,), "and norms of queries and keys with a row a head are not known"),
+    attention=Attention(
+        norm=None, head_norms=("q_norm", "k_norm"), has_head_norms=("use_qk_norm", False), head_norms_span="each head"
     ),
+    mlp=Mlp(norm=None),
+    norms=("input_layernorm",),
+    logits=lambda config: Logits(scale=config.get("logit_scale", 0.0625)),
+    output_bias=("attention_bias", False),
     tensor_parallel=True,
 )
-FAMILIES = (COHERE, replace(COHERE, model_type="cohere2", nope=_whole_context))
+FAMILIES = (
+    COHERE,
+    replace(COHERE, model_type="cohere2", attention=Attention(norm=None), nope=_whole_context),
+)

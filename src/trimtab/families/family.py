@@ -8,12 +8,23 @@ says which linear layers it has (`trimtab.families.parts`), and whatever else ha
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from trimtab.families.parts import Attention, Config, Experts, LatentAttention, Layer, Mlp, Norm, SharedInput
+from trimtab.families.parts import (
+    Attention,
+    Config,
+    Experts,
+    LatentAttention,
+    Layer,
+    Mlp,
+    Norm,
+    Said,
+    Shape,
+    SharedInput,
+)
 from trimtab.families.wrapper import Wrapper
 
 #: The number of an expert, within the name of a module in its block.
@@ -32,6 +43,13 @@ class Limit(NamedTuple):
     reason: str
 
 
+class Logits(NamedTuple):
+    """What becomes of the output head's products: multiplied by `scale`, then `cap` * tanh(logits / `cap`)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
 @dataclass(frozen=True)
 class Family:
     """One kind of decoder, by the names of its checkpoint.
@@ -45,6 +63,9 @@ class Family:
         norm: what the norms of a block multiply by.
         blocks: the list of blocks.
         embedding, last_norm, head: the modules before and behind them; the head's weights may be the embedding's.
+        norms: the norms of a block, which have a weight for each hidden channel.
+        depth: the field of config.json that counts the blocks.
+        logits: what becomes of the head's products, from a config.
         limits: settings of config.json with which a model is refused.
         aliases: modules that transformers has under another name, as (checkpoint's, transformers'), `*` for a number.
         keep: layers of a block that stay in 16 bits, as the vendor's own quantized checkpoints have it.
@@ -57,11 +78,15 @@ class Family:
         nope: which blocks turn neither queries nor keys by their position, from a config.
         sizes: a config's sizes under the names that Llama has for them, where this family has others.
         bos: whether every text must begin with the BOS token, without which likelihoods are far off.
-        qkv_bias: whether query, key and value have a bias, or the field of config.json that says it.
+        qkv_bias, output_bias, mlp_bias, head_bias: which linear layers have a bias: before attention and behind it, the
+            MLP's, the output head.
+        others: shapes of the tensors that are none of those above, by name, from a config and its sizes; those of a
+            block have {} for its number; None takes one of those above away.
         llama_block: whether a block computes what a Llama's does, which `runtime.decoder.step` then computes faster.
-        width: whether its blocks can be made narrower, and its shapes follow from its config (`trimtab.model.outline`).
+        width: whether its blocks can be made narrower.
+        head_dim: what transformers takes where config.json is silent; None is hidden size / heads.
         heads_divide_hidden: whether its config wants a hidden size that the number of heads divides.
-        tensor_parallel: whether the torch engine can split its layers over processes.
+        tensor_parallel, pipeline_parallel: whether the torch engine can split its layers, or its blocks, over ranks.
         no_serve: why `serve` and paged attention cannot run it; "" where they can.
         wrapper: what stands around the text model, which all else is about, where the checkpoint holds more than that.
     """
@@ -75,6 +100,9 @@ class Family:
     embedding: str = "model.embed_tokens"
     last_norm: str = "model.norm"
     head: str = "lm_head"
+    norms: tuple[str, ...] | Callable[[Config], tuple[str, ...]] = ("input_layernorm", "post_attention_layernorm")
+    depth: str = "num_hidden_layers"
+    logits: Callable[[Config], Logits] = field(default=lambda config: Logits())
     limits: tuple[Limit, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     keep: tuple[str, ...] = ()
@@ -86,11 +114,17 @@ class Family:
     nope: Callable[[Config], Sequence[int]] = field(default=lambda config: ())
     sizes: Callable[[Config], Config] = field(default=lambda config: {})
     bos: bool = False
-    qkv_bias: bool | str = "attention_bias"
+    head_dim: int | None = None
+    qkv_bias: Said = ("attention_bias", False)
+    output_bias: Said = False
+    mlp_bias: Said = False
+    head_bias: Said = False
+    others: Callable[[Config, Any], Mapping[str, Shape | None]] = field(default=lambda config, sizes: {})
     llama_block: bool = False
     width: bool = False
     heads_divide_hidden: bool = False
     tensor_parallel: bool = False
+    pipeline_parallel: bool = True
     no_serve: str = ""
     wrapper: Wrapper | None = None
 
@@ -130,8 +164,13 @@ class Family:
 
     @property
     def folds(self) -> bool:
-        """Whether what multiplies the input of layers behind a norm can be put into the norm's weight."""
-        return self.norm == "w"
+        """Whether what multiplies the input of layers behind a norm can be put into the norm's weight, and bias."""
+        return self.norm != "none"
+
+    @property
+    def norm_offset(self) -> float:
+        """What is added to a norm's weight before it multiplies."""
+        return 1.0 if self.norm == "1 + w" else 0.0
 
     def place(self, name: str) -> tuple[int | None, str]:
         """Returns the block of a module or tensor and its name there; None and the whole name of one in no block."""
@@ -168,6 +207,17 @@ class Family:
         """Whether a linear layer is one of an expert's, to which only some tokens are given."""
         return self.expert(layer) is not None
 
+    def scales_channels(self, layer: str) -> bool:
+        """Whether a method may multiply the channels of a layer's input: not those of a mixture's experts, shared ones
+        among them, whose fused kernels in TensorRT-LLM and vLLM have no place for such a scale."""
+        _, within = self.place(layer)
+        return self.experts is None or not within.startswith((f"{self.experts.prefix}.", *self._shared_expert))
+
+    @cached_property
+    def _shared_expert(self) -> tuple[str, ...]:
+        part = self.experts
+        return (f"{part.module}.{part.shared}.",) if part and part.shared else ()
+
     def keeps(self, layer: str) -> bool:
         """Whether a linear layer stays in 16 bits, see `keep`."""
         return self.keep != () and self.layer(layer).name in self.keep
@@ -187,11 +237,11 @@ class Family:
         Raises:
             ValueError: the config lists something for each block under a name that the family does not say.
         """
-        count = config["num_hidden_layers"]
+        count = config[self.depth]
         lists = {name for name, value in config.items() if isinstance(value, (list, tuple)) and len(value) == count}
         if unknown := sorted(lists - {*self.by_layer, *self.numbered} - _NOT_BY_LAYER):
             raise ValueError(f"{unknown[0]} has as many entries as the model has blocks, and may go by block")
-        changed: dict[str, Any] = {"num_hidden_layers": len(kept)}
+        changed: dict[str, Any] = {self.depth: len(kept)}
         changed |= {name: [config[name][block] for block in kept] for name in self.by_layer if name in lists}
         for name in self.numbered:
             if config.get(name) is not None:

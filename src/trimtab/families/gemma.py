@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
-from trimtab.families.family import Family, Limit
-from trimtab.families.parts import Attention, Mlp
+from trimtab.families.family import Family, Logits
+from trimtab.families.parts import Attention, Config, Mlp
 
-GEMMA = Family("gemma", norm="1 + w", bos=True, tensor_parallel=True)
-_CAPPED = "and the engine scores with what the output head gives alone"
+GEMMA = Family(
+    "gemma",
+    norm="1 + w",
+    head_dim=256,
+    bos=True,
+    output_bias=("attention_bias", False),
+    tensor_parallel=True,
+)
 
 
-def _uncapped(logits: float | None, attention: float | None) -> tuple[Limit, ...]:
-    """Caps of logits and of attention's scores, with what transformers takes where config.json is silent."""
-    in_attention = "and PyTorch's attention has no such cap"
-    return (
-        Limit("final_logit_softcapping", logits, (None,), _CAPPED),
-        Limit("attn_logit_softcapping", attention, (None,), in_attention),
-    )
+def _capped(by_default: float | None) -> Callable[[Config], Logits]:
+    """The cap of the logits, with what transformers takes where config.json is silent."""
+    return lambda config: Logits(cap=config.get("final_logit_softcapping", by_default))
 
 
 #: Since Gemma 2 a norm stands on both sides of each part of a block.
 _BETWEEN = Mlp(norm="pre_feedforward_layernorm")
+_BEFORE = ("input_layernorm", "pre_feedforward_layernorm")
+_BOTH = (*_BEFORE, "post_attention_layernorm", "post_feedforward_layernorm")
 FAMILIES = (
     GEMMA,
-    replace(GEMMA, model_type="gemma2", mlp=_BETWEEN, limits=_uncapped(30.0, 50.0)),
+    # Gemma 2 caps the scores of its attention too, which the engine does by its config.
+    replace(GEMMA, model_type="gemma2", mlp=_BETWEEN, norms=_BOTH, logits=_capped(30.0)),
+    replace(GEMMA, model_type="vaultgemma", mlp=_BETWEEN, norms=_BEFORE, logits=_capped(30.0)),
     replace(
         GEMMA,
         model_type="gemma3_text",
         attention=Attention(head_norms=("q_norm", "k_norm")),
         mlp=_BETWEEN,
-        limits=_uncapped(None, None),
+        norms=_BOTH,
+        logits=_capped(None),
     ),
 )

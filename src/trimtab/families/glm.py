@@ -10,7 +10,8 @@ from dataclasses import replace
 from trimtab.families.family import Family
 from trimtab.families.parts import Attention, Experts, Mlp
 
-GLM = Family("glm", mlp=Mlp(gate_up="gate_up_proj"))
+GLM = Family("glm", mlp=Mlp(gate_up="gate_up_proj"), head_dim=128, qkv_bias=("attention_bias", True))
+_BOTH = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
 GLM4_MOE = Family(
     "glm4_moe",
     experts=Experts(shared="shared_experts", shared_size="n_shared_experts"),
@@ -19,7 +20,7 @@ GLM4_MOE = Family(
 )
 FAMILIES = (
     GLM,
-    replace(GLM, model_type="glm4"),
+    replace(GLM, model_type="glm4", norms=_BOTH),
     GLM4_MOE,
     replace(
         GLM4_MOE,

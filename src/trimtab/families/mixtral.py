@@ -19,7 +19,7 @@ FAMILIES = (
         model_type="phimoe",
         norm="w, b",
         aliases=(_RENAMED, ("model.layers.*.block_sparse_moe.gate", "model.layers.*.mlp.router")),
-        qkv_bias="attention_bias",
+        qkv_bias=("attention_bias", False),
     ),
     replace(
         MIXTRAL, model_type="minimax_m2", attention=Attention(head_norms=("q_norm", "k_norm"))

@@ -8,7 +8,13 @@ from trimtab.families.family import Family
 from trimtab.families.parts import Attention, Config, Experts, Mlp
 
 #: Since OLMo 2 the norms stand behind attention and MLP, and a norm spans all heads of queries, or of keys.
-OLMO2 = Family("olmo2", attention=Attention(norm=None, head_norms=("q_norm", "k_norm")), mlp=Mlp(norm=None))
+OLMO2 = Family(
+    "olmo2",
+    attention=Attention(norm=None, head_norms=("q_norm", "k_norm"), head_norms_span="heads"),
+    mlp=Mlp(norm=None),
+    norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+    output_bias=("attention_bias", False),
+)
 
 
 def _whole_context(config: Config) -> list[int]:
@@ -20,7 +26,15 @@ def _whole_context(config: Config) -> list[int]:
 FAMILIES = (
     OLMO2,
     replace(OLMO2, model_type="olmo3"),
-    replace(OLMO2, model_type="exaone4", nope=_whole_context, tensor_parallel=True),
+    replace(
+        OLMO2,
+        model_type="exaone4",
+        attention=replace(OLMO2.attention, head_norms_span="head"),
+        nope=_whole_context,
+        qkv_bias=False,
+        output_bias=False,
+        tensor_parallel=True,
+    ),
     Family(
         "olmoe",
         attention=Attention(head_norms=("q_norm", "k_norm")),
@@ -29,5 +43,13 @@ FAMILIES = (
     ),
     replace(OLMO2, model_type="flex_olmo", mlp=None, experts=Experts(size="intermediate_size")),
     # Norms without weights, which checkpoints do not hold.
-    Family("olmo", attention=Attention(norm=None), mlp=Mlp(norm=None), norm="none", tensor_parallel=True),
+    Family(
+        "olmo",
+        attention=Attention(norm=None),
+        mlp=Mlp(norm=None),
+        norm="none",
+        norms=(),
+        output_bias=("attention_bias", False),
+        tensor_parallel=True,
+    ),
 )

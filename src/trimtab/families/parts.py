@@ -16,13 +16,16 @@ Side = Literal[
     "hidden", "attention", "kv", "qkv", "ffn", "gate_up", "expert", "shared", "query_latent", "kv_latent",
     "kv_latent_rotary", "kv_heads",
 ]  # fmt: skip
-#: What a norm multiplies by: its weight; one plus its weight; its weight, and adds a bias; nothing.
-Norm = Literal["w", "1 + w", "w, b", "none"]
+#: What a norm multiplies by: its weight, or one plus its weight; it may add a bias; or nothing.
+Norm = Literal["w", "1 + w", "w, b", "1 + w, b", "none"]
 
 #: Fields that count experts: transformers 5 writes another name for some families than their checkpoints have.
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 Config = Mapping[str, Any]
+#: Whether a part is there: always, never, or as a field of config.json says, else as transformers has it.
+Said = bool | tuple[str, bool]
+Shape = tuple[int, ...]
 
 
 class Layer(NamedTuple):
@@ -49,7 +52,10 @@ class Attention:
     """Attention with heads of keys and values that several query heads may share (GQA).
 
     `norm` is as in `SharedInput`. `qkv` is the layer that is query, key and value in one, where there is one; then
-    `query`, `key` and `value` are not there. `head_norms` are the norms of each head of queries and of keys.
+    `query`, `key` and `value` are not there. `head_norms` are the norms of queries and of keys, `has_head_norms` tells
+    whether they are there, and `head_norms_span` what they have weights for: one head, whichever it is; each head by
+    itself, [heads, head_dim]; all heads, in one norm. `own_scores`: the module computes attention itself, so the engine
+    has no place to round or page what it keeps.
     """
 
     module: str = "self_attn"
@@ -60,6 +66,9 @@ class Attention:
     output: str = "o_proj"
     qkv: str | None = None
     head_norms: tuple[str, ...] = ()
+    has_head_norms: Said = True
+    head_norms_span: Literal["head", "each head", "heads"] = "head"
+    own_scores: bool = False
 
     @property
     def inputs(self) -> tuple[SharedInput, ...]:
@@ -73,9 +82,16 @@ class Attention:
         return SharedInput(before, self.norm), SharedInput((behind,))
 
     @property
+    def norms_of_heads(self) -> tuple[str, ...]:
+        """Names in the block of `head_norms`."""
+        return tuple(_within(self.module, norm) for norm in self.head_norms)
+
+    @property
     def scaled(self) -> tuple[str, str] | None:
-        """The layers in the block that hold the scales of keys and of values, or None where they are not apart."""
-        return None if self.qkv else (_within(self.module, self.key), _within(self.module, self.value))
+        """The layers in the block that hold the scales of keys and of values; None where a cache cannot be rounded."""
+        if self.qkv or self.own_scores:
+            return None
+        return _within(self.module, self.key), _within(self.module, self.value)
 
     def head_numbers(self, config: Config, head_dim: int) -> int:
         """Returns how many numbers of a token a head of keys and values keeps: a key and a value."""
@@ -104,6 +120,7 @@ class LatentAttention:
     heads: str = "kv_b_proj"
     output: str = "o_proj"
     head_norms: tuple[str, ...] = ()
+    norms_of_heads: tuple[str, ...] = ()
     scaled = None
     qkv = None
 

@@ -7,11 +7,20 @@ from trimtab.families.parts import Attention, Mlp
 
 PHI = Family(
     "phi",
-    attention=Attention(norm=None, output="dense"),
+    attention=Attention(
+        norm=None,
+        output="dense",
+        head_norms=("q_layernorm", "k_layernorm"),
+        has_head_norms=("qk_layernorm", False),
+    ),
     mlp=Mlp(norm=None, gate=None, up="fc1", down="fc2"),
     norm="w, b",
     last_norm="model.final_layernorm",
+    norms=("input_layernorm",),
     qkv_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    head_bias=True,
 )
 PHI3 = Family(
     "phi3",

@@ -22,16 +22,27 @@ _QWEN2_MOE = replace(
     ),
     limits=(_STEP,),
     numbered=("mlp_only_layers",),
-    qkv_bias="qkv_bias",
+    qkv_bias=("qkv_bias", True),
     llama_block=False,
     width=False,
     tensor_parallel=False,
 )
 FAMILIES = (
     QWEN2,
-    replace(QWEN2, model_type="qwen3", attention=_HEAD_NORMS, qkv_bias="attention_bias"),
+    replace(
+        QWEN2,
+        model_type="qwen3",
+        attention=_HEAD_NORMS,
+        head_dim=128,
+        qkv_bias=("attention_bias", False),
+        output_bias=("attention_bias", False),
+    ),
     _QWEN2_MOE,
     replace(
-        _QWEN2_MOE, model_type="qwen3_moe", attention=_HEAD_NORMS, experts=Experts(), qkv_bias="attention_bias"
+        _QWEN2_MOE,
+        model_type="qwen3_moe",
+        attention=_HEAD_NORMS,
+        experts=Experts(),
+        qkv_bias=("attention_bias", False),
     ),
 )

@@ -25,10 +25,17 @@ _MISSING = {
         "minimax", "jetmoe", "zaya",
     ),
     "stores its layers transposed (Conv1D)": ("gpt2", "gpt-sw3", "openai-gpt", "ctrl"),
-    "has query, key and value interleaved by head in one layer, and a head called embed_out": ("gpt_neox",),
-    "adds biases of attention by distance (ALiBi)": ("bloom", "mpt"),
-    "multiplies queries by their position behind the rotary embedding": ("ministral3",),
-    "caps its logits": ("vaultgemma", "nanochat"),
+    "lists which blocks have windows by repetition (attention_types)": ("gpt_neo",),
+    "takes the difference of two attentions": ("diffllama",),
+    "masks attention by what it learned of each value": ("doge",),
+    "trains its weights as ternary numbers": ("bitnet",),
+    "adds an embedding of its own to each block": ("gemma3n_text",),
+    "was made for encoders, or for the decoder of one": (
+        "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot", "blenderbot-small",
+        "camembert", "data2vec-text", "electra", "ernie", "marian", "mbart", "megatron-bert", "mvp", "pegasus",
+        "plbart", "prophetnet", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "trocr",
+        "whisper", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod",
+    ),
 }  # fmt: skip
 BY_TYPE = {model_type: missing for missing, model_types in _MISSING.items() for model_type in model_types}
 #: Fields of a config.json that show the same of a model type that is not listed.

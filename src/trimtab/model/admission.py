@@ -6,30 +6,20 @@ that was tried: a LoRA folder merged as it says, a tokenizer cut or an embedding
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trimtab import families
 from trimtab.base.errors import InputError
-from trimtab.model.facts import ModelFacts, Tensor, header_bytes, inspect, read_header, ties_embeddings
+from trimtab.model.configured import ties_embeddings
+from trimtab.model.facts import ModelFacts, Tensor, header_bytes, inspect, read_header
 from trimtab.model.files import CONFIG, model_files, read_json, weight_files
 
-_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|embed_in|word_embeddings|wte)\.weight$")
-_HEAD = "lm_head.weight"
 _CHUNK = 16 << 20
 _ADAPTER = "adapter_config.json"
 #: Tokens that text gets without holding them.
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-_CONV1D = "its layers are Conv1D, stored [in, out], and trimtab rounds and prunes linear layers, stored [out, in]"
-_NAMES = "its config.json and its layers go by names of their own, which trimtab does not know"
-_RECURRENT = "its blocks carry a recurrent state instead of a KV cache, which trimtab neither measures nor rounds"
-#: Decoders whose layout is not described, by model type, and why.
-_UNKNOWN = {
-    **dict.fromkeys(("gpt2", "gpt-sw3", "openai-gpt"), _CONV1D),
-    **dict.fromkeys(("bloom", "codegen", "ctrl", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt"), _NAMES),
-    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm"), _RECURRENT),
-}
 
 
 class Admitted(NamedTuple):
@@ -49,8 +39,6 @@ def admit(folder: str | Path) -> Admitted:
     folder = Path(folder)
     if folder.is_dir():
         _check_whole_model(folder)
-    if (folder / CONFIG).is_file():
-        _check_family(folder)
     facts = inspect(folder)
     _check_embeddings(folder, facts)
     return Admitted(facts, _located(folder), weight_files(folder).left_out)
@@ -73,29 +61,21 @@ def _check_whole_model(folder: Path) -> None:
         raise InputError(f"{folder}: is a cache of the Hugging Face hub; give a snapshot: {snapshots[-1].parent}")
 
 
-def _check_family(folder: Path) -> None:
-    kind = read_json(folder / CONFIG).get("model_type")
-    if reason := _UNKNOWN.get(str(kind)):
-        raise InputError(
-            f"{folder / CONFIG}: model_type '{kind}' is not supported: {reason}; "
-            f"give a model with the layout of Llama, Mistral, Qwen, Gemma or Phi"
-        )
-
-
 def _check_embeddings(folder: Path, facts: ModelFacts) -> None:
     found = {tensor.name: (path, tensor) for path, tensor in _tensors(folder)}
-    embedding = next((name for name in sorted(found) if _EMBEDDING.search(name)), None)
-    if embedding is None:
-        return
+    family = families.named(facts.model_type)
+    embedding, head = f"{family.embedding}.weight", f"{family.head}.weight"
+    if embedding not in found:
+        raise InputError(f"{folder}: lacks {embedding}, which a '{family.model_type}' has; download it again")
     rows = found[embedding][1].shape[0]
     if rows != facts.vocab_size:
         what = f"vocab_size is {facts.vocab_size}, and {embedding} has {rows} rows"
         raise InputError(f"{folder / CONFIG}: {what}; write {rows}, or download the weights that belong to it")
     _check_tokenizer(folder, rows)
-    tied = _HEAD in found and ties_embeddings(read_json(folder / CONFIG))
-    if tied and not _same(found[_HEAD], found[embedding]):
+    tied = head in found and ties_embeddings(read_json(folder / CONFIG))
+    if tied and not _same(found[head], found[embedding]):
         raise InputError(
-            f"{folder}: {_HEAD} has other numbers than {embedding}, and config.json says that they are one "
+            f"{folder}: {head} has other numbers than {embedding}, and config.json says that they are one "
             f"(tie_word_embeddings): engines differ in which they use; write \"tie_word_embeddings\": false if the "
             f"head was trained, else load the model, set model.get_output_embeddings().weight = "
             f"model.get_input_embeddings().weight, and save it"

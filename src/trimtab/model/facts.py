@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,18 +17,13 @@ from trimtab import families
 from trimtab.base.errors import InputError
 from trimtab.base.schema import Document
 from trimtab.families import Family
+from trimtab.model.configured import sizes_of, ties_embeddings
 from trimtab.model.files import INDEX, has_tokenizer, is_computed, quantized_by, read_json, weight_files
 
 #: Bytes of one element, by safetensors' names of the types.
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-#: Decoders whose embeddings are tied where config.json says nothing (transformers 5.14).
-_TIED_BY_DEFAULT = {
-    "bloom", "cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "falcon", "gemma", "gemma2", "gemma3",
-    "gemma3_text", "gemma3n_text", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neo", "lfm2", "lfm2_moe", "mamba",
-    "minicpm3", "mpt", "opt", "smollm3", "starcoder2", "vaultgemma", "youtu",
 }  # fmt: skip
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 #: The safetensors library refuses longer headers too.
@@ -126,14 +120,6 @@ def inspect(folder: str | Path) -> ModelFacts:
         other = "no other tokenizer (tokenizer.model, or vocab.json with merges.txt)"
         raise InputError(f"{folder}: has no tokenizer.json and {other}; add the model's tokenizer")
     return facts_of(folder, config, tensors)
-
-
-def ties_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether config.json makes the output head the embedding, as transformers reads it: where it does not say, by
-    the model type. What a wrapper does not say its text model may."""
-    inner = config.get(families.TEXT_CONFIG)
-    said = {**(inner if isinstance(inner, dict) else {}), **config}.get("tie_word_embeddings")
-    return config.get("model_type") in _TIED_BY_DEFAULT if said is None else bool(said)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -251,15 +237,16 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
     whole, config = config, families.text_config(config)
     config = {**config, **family.sizes(config)}
 
-    def number(key: str, default: int | None = None) -> int:
-        value = config.get(key) or default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{path}: {key} must be a whole number above 0, got {value!r}")
-        return value
-
-    layers, heads, hidden = (number(k) for k in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    sizes = sizes_of(path, config, family)
+    layers = sizes.layers
     own = {name: tensor for name, tensor in tensors.items() if not family.is_beside(name, config)}
     found = {block for name in own if (block := family.place(name)[0]) is not None}
+    if not found and (bare := family.blocks.partition(".")[2]) and any(n.startswith(f"{bare}.0.") for n in tensors):
+        raise InputError(
+            f"{path}: the weights name their blocks {bare}.…, as a model without its output head does: write them as "
+            f"{family.blocks}.…: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), and copy "
+            f"the tokenizer's files"
+        )
     if found != set(range(layers)):
         where = f"{len(found)} blocks named {family.blocks}.…"
         raise InputError(f"{path}: num_hidden_layers is {layers}, and the weights hold {where}; download it again")
@@ -275,25 +262,24 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
     for tensor in counted:
         by_dtype[tensor.dtype] += tensor.end - tensor.begin
     dtype = by_dtype.most_common(1)[0][0]
-    head_dim = number("head_dim", hidden // heads)
     experts = _experts(path, family, config, own)
     return ModelFacts(
         architecture=architecture,
         model_type=family.model_type,
         layers=layers,
-        hidden_size=hidden,
-        intermediate_size=experts.pop("neurons", 0) or number("intermediate_size", 4 * hidden),
-        heads=heads,
-        kv_heads=number("num_key_value_heads", heads),
-        head_dim=head_dim,
-        vocab_size=number("vocab_size"),
-        max_position_embeddings=number("max_position_embeddings", 2048),
+        hidden_size=sizes.hidden,
+        intermediate_size=experts.pop("neurons", 0) or sizes.ffn,
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        vocab_size=sizes.vocabulary,
+        max_position_embeddings=sizes.positions,
         tied_embeddings=tied,
         parameters=sum(math.prod(tensor.shape) for tensor in counted),
         bytes=sum(by_dtype.values()),
         dtype=_DTYPE_NAMES.get(dtype, dtype.lower()),
         linears=_linears(path, family, own),
-        head_numbers=family.attention.head_numbers(config, head_dim),
+        head_numbers=family.attention.head_numbers(config, sizes.head_dim),
         latent_numbers=family.attention.latent_numbers(config),
         **experts,
     )
@@ -332,7 +318,10 @@ def _linears(path: Path, family: Family, tensors: dict[str, Tensor]) -> tuple[Li
     found = []
     for name, tensor in sorted(tensors.items()):
         module = name.removesuffix(".weight")
-        if module == name or len(tensor.shape) != 2 or family.place(name)[0] is None or family.stays_plain(module):
+        block, within = family.place(module)
+        if module == name or len(tensor.shape) != 2 or block is None:
+            continue
+        if within in family.attention.norms_of_heads or family.stays_plain(module):
             continue
         if family.layer(module) is None:  # another build under a name that is known
             raise InputError(

@@ -28,9 +28,9 @@ _WEIGHTS = (".safetensors", *_PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
 _QUANTIZED_BY = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 #: What stands for a tokenizer: one of these sets of files.
 TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
-#: Tensors that old checkpoints store and transformers computes: causal masks (GPT-2's and GPT-NeoX's
+#: Tensors that old checkpoints store and transformers computes: causal masks (GPT-2's, GPT-NeoX's and CodeGen's
 #: `_keys_to_ignore_on_load_unexpected`) and rotary frequencies.
-_COMPUTED = re.compile(r"(?:^|\.)(?:(?:attn|attention)\.(?:bias|masked_bias)|rotary_emb\.inv_freq)$")
+_COMPUTED = re.compile(r"(?:^|\.)(?:(?:attn|attention)\.(?:bias|masked_bias|causal_mask)|rotary_emb\.inv_freq)$")
 
 
 class WeightFiles(NamedTuple):

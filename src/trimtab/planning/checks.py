@@ -37,6 +37,7 @@ def refusal(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> str | None
         or (check_packing(recipe.quantize, facts) if recipe.quantize else None)
         or _check_group_size(recipe, hardware, facts)
         or _check_blocks(recipe, facts)
+        or _check_channel_scales(recipe, facts)
     )
 
 
@@ -146,6 +147,8 @@ def _check_exclusions(recipe: Recipe, facts: ModelFacts) -> str | None:
 
 def _check_stages(recipe: Recipe, facts: ModelFacts) -> str | None:
     stages, blocks = recipe.engine.pipeline_parallel_size, facts.layers
+    if recipe.engine.backend == "torch" and stages > 1 and not families.named(facts.model_type).pipeline_parallel:
+        return f"engine.pipeline_parallel_size: torch has no way to share out a '{facts.model_type}'; write 1"
     if stages > blocks:
         return f"engine.pipeline_parallel_size: {stages} stages for {blocks} blocks; write at most {blocks}"
     if blocks % stages:
@@ -222,5 +225,24 @@ def _check_blocks(recipe: Recipe, facts: ModelFacts) -> str | None:
                 f"engine.tensor_parallel_size: {ranks} leaves a rank {features} input features of {layer.name}, which "
                 f"{quantize.format}'s blocks of {max(blocks)} do not divide; write 1, or add "
                 f"'{layer.name}' to quantize.exclude"
+            )
+    return None
+
+
+def _check_channel_scales(recipe: Recipe, facts: ModelFacts) -> str | None:
+    """Scales of a fused layer's input channels must fold into the norm before it, where an engine reads no others."""
+    quantize, family = recipe.quantize, families.named(facts.model_type)
+    if not BACKENDS[recipe.engine.backend].folds_scales or not quantize:
+        return None
+    if not any(part.channels for part in quantize.row.parts):
+        return None
+    fused = (shared for shared in family.inputs if len(shared.layers) > 1 and not (shared.norm and family.folds))
+    names = {layer.name for shared in fused for layer in shared.layers}
+    for layer in quantized_layers(facts, quantize) if names else ():
+        if family.layer(layer.name).name in names and family.scales_channels(layer.name):
+            return (
+                f"quantize.format: {quantize.format} scales the input of {layer.name}, no norm of a "
+                f"'{facts.model_type}' can take that scale, and {recipe.engine.backend} reads none of layers that it "
+                f"fuses; write int4_rtn, int8_wo or fp8, or engine.backend: vllm"
             )
     return None

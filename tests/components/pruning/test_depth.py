@@ -15,6 +15,7 @@ from trimtab import families
 from trimtab.base.errors import Failure
 from trimtab.components.pruning.structured import writing
 from trimtab.components.pruning.structured.depth import without
+from trimtab.model.facts import inspect
 
 
 class Bypass(nn.Module):
@@ -33,7 +34,11 @@ def prune(source: Path, removed: list[int], folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("model_type", ["llama", "smollm3", "qwen2", "gemma3_text", "exaone4", "olmo3", "cohere2"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["llama", "smollm3", "qwen2", "gemma3_text", "exaone4", "olmo3", "cohere2", "gemma2", "vaultgemma", "granite",
+     "ministral3", "nanochat", "apertus", "jais2", "nemotron", "gpt_bigcode"],
+)  # fmt: skip
 @torch.inference_mode()
 def test_what_goes_by_block_moves_with_the_blocks(model_type: str, tmp_path: Path) -> None:
     source = decoders.write(tmp_path / "source", model_type)
@@ -44,6 +49,14 @@ def test_what_goes_by_block_moves_with_the_blocks(model_type: str, tmp_path: Pat
     tokens = torch.randint(3, 300, (2, 48), generator=torch.Generator().manual_seed(1))  # three windows long
     expected, found = (model(tokens, use_cache=False).logits for model in (whole, pruned))
     assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize(("model_type", "field"), [("bloom", "n_layer"), ("mpt", "n_layers"), ("gptj", "n_layer")])
+def test_a_config_counts_its_blocks_in_a_field_of_its_own(model_type: str, field: str, tmp_path: Path) -> None:
+    left = prune(decoders.write(tmp_path / "source", model_type), [1], tmp_path / "left")
+    config = json.loads((left / "config.json").read_text())
+    assert config[field] == inspect(left).layers == 3
+    assert "num_hidden_layers" not in config
 
 
 def test_counts_of_blocks_are_of_those_that_stay(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import decoders
 import pytest
 import torch
 from answers import assert_same
@@ -119,6 +120,29 @@ def test_what_is_read_is_what_the_judged_engine_reads(folders, name) -> None:
 def test_a_kv_cache_in_16_bits_on_request(folders, prompts, judged, expected) -> None:
     served = engine(folders["int8"], kv_cache="none")
     assert_same(served.generate(prompts, 20), expected["none"], prompts, judged["none"])
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["gemma2", "vaultgemma", "granite", "hyperclovax", "cohere", "cohere2", "apertus", "ministral3", "nanochat",
+     "jais2"],
+)  # fmt: skip
+@torch.inference_mode()
+def test_a_family_is_served_with_the_likelihoods_it_is_judged_by(model_type, tmp_path, prompts) -> None:
+    """So its logits are changed behind the head, its scores capped and its windows kept, in chunks and alone."""
+    folder = decoders.write(tmp_path, model_type)
+    served, judge = engine(folder), TorchEngine(folder, CONTIGUOUS, "cpu")
+    requests = [GenerationRequest(list(p), 12, sampling=Sampling(logprobs=1), ignore_eos=True) for p in prompts]
+    found: dict[int, list[float]] = {id(request): [] for request in requests}
+    for request in requests:
+        served.submit(request)
+    for events in served.run():
+        for event in events:
+            found[id(event.request)].append(event.chosen.logprob)
+    scored = [(prompt, request.new_tokens) for prompt, request in zip(prompts, requests, strict=True)]
+    right = judge.loglikelihood(scored)
+    for request, (score, _) in zip(requests, right, strict=True):
+        assert sum(found[id(request)]) == pytest.approx(score, abs=0.05 * 12)  # bfloat16: 0.02 in the other test's
 
 
 def test_a_sliding_window_is_kept(tmp_path: Path, prompts) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from trimtab import families
 from trimtab.base.errors import InputError
+from trimtab.families import Logits
 
 
 @pytest.mark.parametrize(
@@ -24,12 +25,7 @@ from trimtab.base.errors import InputError
          "layer_types names 'linear_attention'"),
         ({}, "model_type 'None' is not described"),
         ({"model_type": ["llama"]}, r"is not described"),
-        ({"model_type": "gemma2", "attn_logit_softcapping": None},
-         "final_logit_softcapping is 30.0, and the engine scores with what the output head gives alone; give another"),
-        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
-         "attn_logit_softcapping is 50.0, and PyTorch's attention has no such cap"),
-        ({"model_type": "granite", "logits_scaling": 8.0}, "logits_scaling is 8.0, and the engine scores with"),
-        ({"model_type": "cohere"}, "logit_scale is 0.0625, and the engine scores with"),
+        ({"model_type": "mpt", "no_bias": False}, "no_bias is False, and transformers builds it without biases; give"),
         ({"model_type": "falcon", "alibi": True}, r"alibi is True, and biases of attention by distance \(ALiBi\)"),
         ({"model_type": "llama", "layer_types": ["full_attention", "linear_attention"]},
          "layer_types names 'linear_attention', and full_attention and sliding_attention are what is known"),
@@ -38,6 +34,25 @@ from trimtab.base.errors import InputError
 def test_refused(config, sentence):
     with pytest.raises(InputError, match=f"^config.json: .*{sentence}"):
         families.of(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "logits"),
+    [
+        ({"model_type": "llama"}, Logits(1.0, None)),
+        ({"model_type": "granite", "logits_scaling": 8.0}, Logits(0.125, None)),  # Granite 3.3 2B
+        ({"model_type": "granite"}, Logits(1.0, None)),
+        ({"model_type": "hyperclovax", "logits_scaling": 0.125}, Logits(0.125, None)),
+        ({"model_type": "cohere"}, Logits(0.0625, None)),
+        ({"model_type": "cohere2", "logit_scale": 0.25}, Logits(0.25, None)),  # Command R7B
+        ({"model_type": "gemma2"}, Logits(1.0, 30.0)),
+        ({"model_type": "gemma2", "final_logit_softcapping": None}, Logits(1.0, None)),
+        ({"model_type": "gemma3_text"}, Logits(1.0, None)),
+        ({"model_type": "nanochat"}, Logits(1.0, 15.0)),
+    ],
+)
+def test_what_becomes_of_logits_behind_the_head(config, logits):
+    assert families.of(config).logits(config) == logits
 
 
 def test_a_name_is_placed_in_its_block():

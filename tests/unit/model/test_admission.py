@@ -7,7 +7,8 @@ import pytest
 
 from trimtab.base.errors import InputError
 from trimtab.model.admission import admit
-from trimtab.model.facts import read_tensors, ties_embeddings
+from trimtab.model.configured import ties_embeddings
+from trimtab.model.facts import read_tensors
 
 
 @pytest.fixture
@@ -92,13 +93,13 @@ def test_an_adapter_beside_a_model(folder):
         admit(folder)
 
 
-KINDS = [("gpt2", "Conv1D"), ("gpt_neox", "names of their own"), ("mamba2", "recurrent state")]
+KINDS = [("gpt2", "Conv1D"), ("gpt_neo", "by repetition"), ("mamba2", "recurrent layers")]
 
 
 @pytest.mark.parametrize(("kind", "reason"), KINDS)
 def test_a_layout_that_is_not_described_is_refused_for_what_it_is(tmp_path, kind, reason):
     write(tmp_path, "config.json", {"model_type": kind, "architectures": ["X"]})
-    with pytest.raises(InputError, match=f"model_type '{kind}' is not supported: .*{reason}.*; give a model"):
+    with pytest.raises(InputError, match=f"model_type '{kind}' .*{reason}.*, which is not supported yet; give a mod"):
         admit(tmp_path)
 
 

@@ -92,10 +92,11 @@ def test_mistrals_own_form_alone_is_refused(tmp_path):
         weight_files(tmp_path)
 
 
-#: Stored by old checkpoints of GPT-2, GPT-NeoX and Llama; the last three are parameters.
+#: Stored by old checkpoints of GPT-2, CodeGen, GPT-NeoX and Llama; the last three are parameters.
 STORED = [
     ("h.0.attn.bias", [1, 1, 16, 16], True),
     ("h.0.attn.masked_bias", [], True),
+    ("transformer.h.0.attn.causal_mask", [1, 1, 16, 16], True),
     ("gpt_neox.layers.3.attention.bias", [1, 1, 16, 16], True),
     ("gpt_neox.layers.3.attention.masked_bias", [], True),
     ("model.layers.0.self_attn.rotary_emb.inv_freq", [8], True),

@@ -33,9 +33,14 @@ def skeleton(folder: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedMod
         if family.wrapper:
             config = text_model.config(Path(folder), config, family)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise _no_model(folder, error) from None
+    for parameter in model.parameters():  # and no buffers: GPT-J's angles would be those of rounded frequencies
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # the only one of transformers' that caps scores on every device
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return as_stored(model, family)

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from trimtab.families import Family
-from trimtab.model.facts import read_tensors, ties_embeddings
+from trimtab.model.configured import ties_embeddings
+from trimtab.model.facts import read_tensors
 from trimtab.model.files import CONFIG, read_json
 
 #: How rotary embeddings share a head among time, height and width; for text these are one number.

@@ -12,6 +12,7 @@ from trimtab.base.errors import Failure
 from trimtab.runtime.checkpoint.layer_layout import SCALES, Quantized
 from trimtab.runtime.checkpoint.model_files import Export
 from trimtab.runtime.checkpoint.skeleton import family_of, kept_in_float32, put, skeleton
+from trimtab.runtime.kernels import replacements
 from trimtab.runtime.kv_cache import emulated as cache
 from trimtab.runtime.kv_cache.emulated import ServedKVCache
 from trimtab.runtime.linear import choice, cpu_products, fused
@@ -40,6 +41,7 @@ def assemble(
     """
     export = Export(folder)
     model = skeleton(folder)
+    replacements.cap_scores(model)
     cut = shards.cut(model, place) if place else None
     if cut:
         export = shards.ShardedExport(folder, cut)

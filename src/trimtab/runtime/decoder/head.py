@@ -2,7 +2,8 @@
 
 The vocabulary's matrix is a large share of a small model's work, and bfloat16 logits between 16 and 32 are
 0.125 apart, too coarse for a sum of log-probabilities. So the rows that matter are gathered first, and the
-vocabulary passes by in slices that are widened to float32 one at a time.
+vocabulary passes by in slices that are widened to float32 one at a time. What a family does behind its head, such as
+dividing or capping what comes out of it, is done here too.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trimtab.base.errors import Failure
+from trimtab.families import Logits
+from trimtab.runtime.checkpoint.skeleton import family_of
 from trimtab.runtime.linear import cpu_products
 
 #: Rows scored at once, and tokens of the vocabulary in a slice: 16 MB of float32 logits.
 ROWS = 1024
 SLICE = 4096
+_AS_THEY_ARE = Logits()
 
 
 @torch.inference_mode()
 def check(model: PreTrainedModel) -> None:
-    """Checks on two tokens that the model's logits are its head's product alone: some models scale or cap them.
+    """Checks on two tokens that the model's logits are its head's products, changed as its family says.
 
     Raises:
         Failure: `unsupported`, they are not.
@@ -35,29 +39,47 @@ def check(model: PreTrainedModel) -> None:
     tokens = torch.tensor([[0, 1]], device=model.device)
     expected = model(tokens, use_cache=False).logits[0].float()
     hidden = model.base_model(tokens, use_cache=False).last_hidden_state[0]
-    found = torch.cat([part for _, part in logit_slices(head, hidden)], dim=-1)
-    if (found - expected).abs().max() > 0.02 * expected.abs().max() + 1e-3:
-        raise Failure("unsupported", f"{type(model).__name__} changes its logits after the output head")
+    found = torch.cat([part for _, part in logit_slices(head, hidden, behind(model))], dim=-1)
+    if (found - expected).abs().max() > 0.02 * expected.abs().max():
+        what = f"{type(model).__name__} changes its logits behind the output head"
+        raise Failure("unsupported", f"{what}, in a way that is not described")
 
 
-def score(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def behind(model: PreTrainedModel) -> Logits:
+    """Returns what becomes of the products of a model's output head."""
+    return family_of(model).logits(model.config.to_dict())
+
+
+def changed(logits: torch.Tensor, behind: Logits) -> torch.Tensor:
+    """Returns the logits of the head's products, in their type; differentiable."""
+    if behind.scale != 1:
+        logits = logits * behind.scale
+    return logits if behind.cap is None else behind.cap * torch.tanh(logits / behind.cap)
+
+
+def score(
+    head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, behind: Logits = _AS_THEY_ARE
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns each target's log-probability in nats, float32 [n], and whether it is the likeliest, bool [n].
 
     Args:
         head: the output embedding, [vocabulary, hidden_size].
         hidden: last hidden states at the positions that predict, [n, hidden_size].
         targets: the tokens predicted, int64 [n].
+        behind: what becomes of the head's products.
     """
-    parts = [_score(head, h, t) for h, t in zip(hidden.split(ROWS), targets.split(ROWS), strict=True)]
+    parts = [_score(head, h, t, behind) for h, t in zip(hidden.split(ROWS), targets.split(ROWS), strict=True)]
     log_probs, likeliest = zip(*parts, strict=True)
     return torch.cat(log_probs), torch.cat(likeliest)
 
 
-def _score(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _score(
+    head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, behind: Logits
+) -> tuple[torch.Tensor, torch.Tensor]:
     rows = torch.arange(len(targets), device=targets.device)
     target_logits = hidden.new_zeros(len(targets), dtype=torch.float32)
     totals, maxima = [], []
-    for start, logits in logit_slices(head, hidden):
+    for start, logits in logit_slices(head, hidden, behind):
         totals.append(logits.logsumexp(-1))
         maxima.append(logits.amax(-1))
         here = (targets >= start) & (targets < start + logits.shape[1])
@@ -66,13 +88,17 @@ def _score(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> tupl
     return log_probs, target_logits >= torch.stack(maxima).amax(0)
 
 
-def logit_slices(head: nn.Linear, hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+def logit_slices(
+    head: nn.Linear, hidden: torch.Tensor, behind: Logits = _AS_THEY_ARE
+) -> Iterator[tuple[int, torch.Tensor]]:
     """Yields (first token, float32 logits [n, at most SLICE]) over the vocabulary."""
     hidden = hidden.float()
     for start in range(0, len(head.weight), SLICE):
         weight = head.weight[start : start + SLICE]
         logits = _product(hidden, weight)
-        yield start, logits if head.bias is None else logits + head.bias[start : start + SLICE].float()
+        if head.bias is not None:
+            logits = logits + head.bias[start : start + SLICE].float()
+        yield start, changed(logits, behind)
 
 
 def _product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trimtab.base import progress
+from trimtab.families import Logits
 from trimtab.runtime.checkpoint.skeleton import family_of
 from trimtab.runtime.kernels.replacements import FusedRMSNorm
 from trimtab.runtime.kernels.spans import Spans
@@ -164,6 +165,8 @@ def refusal(model: PreTrainedModel, positions: int) -> str:
     family = family_of(model)
     if not family.llama_block:
         return "has blocks of another family than Llama's"
+    if family.logits(config.to_dict()) != Logits():
+        return "changes its logits behind the output head"
     if blocks_without := family.nope(config.to_dict()):
         return f"block {blocks_without[0]} has no rotary embedding"
     named = (family.embedding, family.blocks, family.last_norm)

@@ -149,9 +149,12 @@ class TorchEngine:
             replacements.fuse_norms(self.model)
             replacements.group_queries(self.model)
         self.body, self.head = self.model.base_model, self.model.get_output_embeddings()
-        # A branch's mask says nothing of a window, so there every request gets a row of its own.
+        self._behind_head = head.behind(self.model)
+        # A branch's mask says nothing of a window, and attention of a model's own may want numbers to add, or find
+        # positions in its mask: there every request gets a row of its own.
         windows = ("sliding_window", "attention_chunk_size")
-        self._share_contexts = not any(getattr(self.model.config, name, None) for name in windows)
+        windowed = any(getattr(self.model.config, name, None) for name in windows)
+        self._share_contexts = not windowed and self.model.config._attn_implementation != "eager"
         self._agree = shards.agreement(place, self.device) if place else bool
         # Products of one row are chosen by their speed, which ranks would find to differ, and leave out their sums.
         self._has_step = self.device.type == "cuda" and place is None
@@ -203,7 +206,7 @@ class TorchEngine:
             batch = batching.to_tensors(group)
             with gpu_memory.part("activations", self.device):
                 hidden = self._hidden(batch.tokens, batch.positions, batch.mask)[batch.rows, batch.columns]
-                log_probs, likeliest = head.score(self.head, hidden, batch.targets.to(self.device))
+                log_probs, likeliest = head.score(self.head, hidden, batch.targets.to(self.device), self._behind_head)
             sums.index_add_(0, batch.owners, log_probs.cpu().double())
             misses.index_add_(0, batch.owners, (~likeliest).cpu().long())
         return list(zip(sums.tolist(), (misses == 0).tolist(), strict=True))
@@ -223,7 +226,8 @@ class TorchEngine:
         for batch in windows.split(max(1, self.settings.max_num_tokens // length)):
             with gpu_memory.part("activations", self.device):
                 hidden = self._hidden(batch[:, :-1]).flatten(0, 1)
-                log_probs, _ = head.score(self.head, hidden, batch[:, 1:].flatten().to(self.device))
+                targets = batch[:, 1:].flatten().to(self.device)
+                log_probs, _ = head.score(self.head, hidden, targets, self._behind_head)
             totals += (-log_probs).double().view(len(batch), -1).sum(1).tolist()
         return totals
 

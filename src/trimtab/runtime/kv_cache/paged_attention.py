@@ -16,6 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from trimtab.base.errors import Failure
 from trimtab.runtime.checkpoint.skeleton import family_of
+from trimtab.runtime.kernels.replacements import capped_attention
 from trimtab.runtime.kernels.spans import Spans
 from trimtab.runtime.kv_cache.paged import PagedKVCache, attention_layers
 
@@ -83,6 +84,8 @@ def why_no_kernel(model: PreTrainedModel) -> str:
     It is tried on one layer against the attention that it replaces: a lone token, and a chunk of a prompt.
     """
     module = attention_layers(model)[0]
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        return "it does not cap scores"
     cache = PagedKVCache.for_model(model, blocks=4, block_size=16)
     size, device = module.head_dim, model.device
     generator = torch.Generator().manual_seed(0)
@@ -141,28 +144,37 @@ def _attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of T packed tokens, query [1, H, T, D] and key and value [1, K, T, D], over their sequences."""
-    if softcap is not None or s_aux is not None:
-        raise Failure("unsupported", f"{type(module).__name__} caps its scores or has sinks, which is not paged")
+    if s_aux is not None:
+        raise Failure("unsupported", f"{type(module).__name__} has sinks, which are not paged")
     query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
     paged.cache.write(module.layer_idx, paged.slots_T, key_TKD, value_TKD)
     if paged.spans:
         return paged.cache.attend(module.layer_idx, query_THD, paged.spans, scaling, sliding_window)[None], None
     start = len(paged.lengths_S)
-    parts = [decode_attention(query_THD[:start], paged, module.layer_idx, scaling, sliding_window)] if start else []
+    lone = query_THD[:start]
+    parts = [decode_attention(lone, paged, module.layer_idx, scaling, sliding_window, softcap)] if start else []
     for number, chunk in enumerate(paged.chunks):
         mask = paged.chunk_mask(number, sliding_window)
-        parts.append(_read_chunk(module, query_THD[start : start + chunk.count], paged, chunk, mask, scaling))
+        parts.append(_read_chunk(module, query_THD[start : start + chunk.count], paged, chunk, mask, scaling, softcap))
         start += chunk.count
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 
 def decode_attention(
-    query_SHD: torch.Tensor, paged: Pass, layer: int, scaling: float | None, window: int | None
+    query_SHD: torch.Tensor,
+    paged: Pass,
+    layer: int,
+    scaling: float | None,
+    window: int | None,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """One query a sequence. The query heads that share a head of keys stand where several queries would: so keys and
     values are neither repeated for them nor need a kernel that knows of groups."""
     keys, values = paged.cache.read(layer, paged.tables_SW)
     sequences, heads, size = query_SHD.shape
+    if cap is not None:
+        mask = paged.decode_mask(window)
+        return capped_attention(query_SHD[:, :, None], keys, values, mask, scaling, cap)[:, :, 0]
     query_SKGD = query_SHD.reshape(sequences, keys.shape[1], -1, size)
     out = F.scaled_dot_product_attention(query_SKGD, keys, values, paged.decode_mask(window), scale=scaling)
     return out.reshape(sequences, heads, size)
@@ -175,10 +187,14 @@ def _read_chunk(
     chunk: Chunk,
     mask: torch.Tensor | None,
     scaling: float | None,
+    cap: float | None,
 ) -> torch.Tensor:
     keys, values = (x[:, :, : chunk.before + chunk.count] for x in paged.cache.read(module.layer_idx, chunk.table_1W))
+    query = query_THD.transpose(0, 1)[None]
+    if cap is not None:
+        whole = None if mask is None else mask[None, None]
+        return capped_attention(query, keys, values, whole, scaling, cap)[0].transpose(0, 1)
     groups = query_THD.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
-    query = query_THD.transpose(0, 1)[None]
     out = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None, scale=scaling)
     return out[0].transpose(0, 1)

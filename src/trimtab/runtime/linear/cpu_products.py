@@ -89,13 +89,14 @@ def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None
     y_RO = exact(x_RI, weight_OI)
     if bias_O is not None:
         y_RO += bias_O
-    return y_RO.to(x.dtype).reshape(*x.shape[:-1], len(weight_OI))
+    # Rows that lie in memory as they do behind a model's own layer, whose features some read as complex numbers.
+    return y_RO.to(x.dtype).contiguous().reshape(*x.shape[:-1], len(weight_OI))
 
 
 def scaled(x_RI: torch.Tensor, weight_OI: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Returns x @ w.T of tensors in bfloat16 times a float32 scale, one or one an output; bfloat16 [R, O]."""
     fast = dtype() == torch.bfloat16 or len(x_RI) <= 1
-    return ((F.linear if fast else exact)(x_RI, weight_OI) * scale).bfloat16()
+    return ((F.linear if fast else exact)(x_RI, weight_OI) * scale).bfloat16().contiguous()
 
 
 def exact(x_RI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:

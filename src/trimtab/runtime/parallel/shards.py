@@ -126,6 +126,8 @@ def _cut_blocks(model: PreTrainedModel, found: Cut) -> None:
     blocks = model.get_submodule(prefix)
     kinds = set(getattr(model.config, "layer_types", None) or ())
     field = f"engine.pipeline_parallel_size: {place.stages}"
+    if not family_of(model).pipeline_parallel:
+        raise Failure("unsupported", f"{field}: blocks of {type(model).__name__} hand on more than one tensor; write 1")
     if len(blocks) % place.stages:
         what = f"does not divide {len(blocks)} blocks of {type(model).__name__}"
         raise Failure("unsupported", f"{field}: {what}; write 1")
@@ -171,6 +173,9 @@ def _cut_layers(model: PreTrainedModel, found: Cut) -> None:
         for part, tensor in list(layer.named_parameters()):
             setattr(layer, part, nn.Parameter(found.part(name, part, tensor), requires_grad=False))
         layer.out_features, layer.in_features = layer.weight.shape
+    for name, tensor in model.named_parameters():
+        if family.place(name)[1].rpartition(".")[0] in family.attention.norms_of_heads and tensor.dim() > 1:
+            raise _unsupported(place.tensors, f"{name} has a row for each head, of which a rank has some")
     for module in model.modules():
         if hasattr(module, "num_key_value_groups"):  # less than before where ranks share a KV head
             query, keys = (getattr(module, name) for name in (family.attention.query, family.attention.key))

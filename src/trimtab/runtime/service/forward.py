@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from trimtab.base import progress
 from trimtab.base.errors import Failure
-from trimtab.runtime.decoder import gpu_memory
+from trimtab.runtime.decoder import gpu_memory, head
 from trimtab.runtime.decoder import step as own_step
 from trimtab.runtime.decoder.step import DecodingStep
 from trimtab.runtime.kernels import cuda_graphs, replacements
@@ -52,7 +52,7 @@ class Forward:
         if device.type == "cuda":
             replacements.fuse_norms(model)
             self.step = own_step.build(model, positions)
-        self._body, self._head = model.base_model, model.get_output_embeddings()
+        self._body, self._head, self._behind_head = model.base_model, model.get_output_embeddings(), head.behind(model)
         #: Whether attention reads the cache by the kernel; how it does, and on a GPU why no faster.
         self.has_kernel, self.attention_path = self._choose_attention(attention)
         paged_attention.use_paged_attention(model)
@@ -155,7 +155,7 @@ class Forward:
         if self.step and (where.spans or not where.chunks):
             return self.step(tokens, positions, where, last)
         hidden = self._body(input_ids=tokens, position_ids=positions, use_cache=False, paged=where).last_hidden_state[0]
-        return self._head(hidden if last is None else hidden[last])
+        return head.changed(self._head(hidden if last is None else hidden[last]), self._behind_head)
 
     def _row(self, work: Work) -> cuda_graphs.StepToken:
         sequence, position = work.sequence, work.sequence.computed

@@ -1,0 +1,77 @@
+"""What is planned by a config.json alone: every tensor that transformers' model of that config has, and no other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import decoders
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trimtab import families
+from trimtab.model import outline
+from trimtab.model.facts import inspect
+
+#: Beside each family's tiny model: what its config may say of biases, norms and heads.
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in outline.MODEL_TYPES),
+    *((name, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True})
+      for name in ("llama", "smollm3", "arcee", "granite", "hyperclovax", "apertus", "hunyuan_v1_dense", "nemotron")),
+    *((name, {"attention_bias": True}) for name in ("qwen3", "gemma", "olmo", "olmo2", "cohere", "glm", "seed_oss")),
+    ("llama", {"head_dim": 32}),
+    ("seed_oss", {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}),
+    ("ernie4_5", {"use_bias": True}),
+    ("starcoder2", {"use_bias": False}),
+    ("hyperclovax", {"use_post_norm": False}),
+    ("cohere", {"use_qk_norm": False, "tie_word_embeddings": False}),
+    ("falcon", {"bias": True, "parallel_attn": False}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
+    ("opt", {"enable_bias": False}),
+    ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),  # OPT-350M
+    ("stablelm", {"use_qkv_bias": True, "use_parallel_residual": True, "qk_layernorm": True}),
+    ("phi", {"qk_layernorm": True}),
+    ("persimmon", {"qk_layernorm": False}),
+    ("gpt_bigcode", {"multi_query": False}),
+]  # fmt: skip
+
+
+def of_transformers(config: Any) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: tuple(tensor.shape) for name, tensor in decoders.stored(model).items()}
+
+
+@pytest.mark.parametrize(("model_type", "changes"), VARIANTS, ids=[f"{t}-{'-'.join(c)}" for t, c in VARIANTS])
+def test_the_tensors_are_those_of_transformers(model_type: str, changes: dict[str, Any]) -> None:
+    config = decoders.config(model_type, **changes)
+    found = outline.shapes(config.to_dict(), families.BY_TYPE[model_type], Path("config.json"))
+    assert found == of_transformers(config)
+
+
+#: Of these transformers 5.14 makes no model that runs without a `head_dim`.
+NEEDS_HEAD_DIM = ("ministral", "helium", "hunyuan_v1_dense")
+
+
+@pytest.mark.parametrize("model_type", [name for name in outline.MODEL_TYPES if name not in NEEDS_HEAD_DIM])
+def test_a_config_that_leaves_out_what_transformers_knows(model_type: str) -> None:
+    """Biases, ties and the sizes of heads, of which a config.json may say nothing."""
+    whole = decoders.config(model_type).to_dict()
+    silent = {name: value for name, value in whole.items()
+              if not any(part in name for part in ("bias", "tie_", "head_dim", "norm", "multi_query"))}  # fmt: skip
+    config = AutoConfig.for_model(**silent)
+    assert outline.shapes(silent, families.BY_TYPE[model_type], Path("config.json")) == of_transformers(config)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "cohere", "bloom", "gpt_bigcode", "apertus", "phi"])
+def test_the_facts_are_those_of_the_whole_model(model_type: str, tmp_path: Path) -> None:
+    whole = inspect(decoders.write(tmp_path, model_type))
+    assert outline.outline(tmp_path / "config.json") == whole
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["vocab_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Exception, match="vocab_size must be a whole number above 0, got None"):
+        outline.outline(tmp_path / "config.json")
