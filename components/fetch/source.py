@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from trimtab.base import progress
 from trimtab.base.child import call
 from trimtab.base.errors import InputError
 from trimtab.base.schema import digest
+from trimtab.model import layouts
 from trimtab.model.admission import Admitted, admit
 from trimtab.model.facts import ModelFacts
 from trimtab.model.files import COMPANIONS
@@ -43,7 +45,8 @@ def fetch(model: str, store: Store) -> Tree:
     """
     path = Path(model).expanduser()
     if (tree := split_tree(model)) and not path.exists():
-        return _put(open_store(tree[0]).get(model), store)
+        other = open_store(tree[0])
+        return _put(other.get(model), store, said=other.manifest(model).metadata.get(layouts.CONVERTED, ()))
     if model.startswith("s3://"):
         return _put_downloaded(lambda folder: _download_from_s3(model, folder), store)
     if _is_gguf(path):
@@ -115,18 +118,54 @@ def _unknown(model: str) -> str:
     )
 
 
-def _put(folder: Path, store: Store, move: bool = False) -> Tree:
+def _put(folder: Path, store: Store, move: bool = False, said: Sequence[str] = ()) -> Tree:
+    """Puts a folder's model into the store; `said` is what was converted before it came there."""
     model = _told(admit(folder))
+    if not model.layout.as_stored:
+        return _put_converted(folder, model, store)
+    return _put_files(model, store, move, said)
+
+
+def _put_files(model: Admitted, store: Store, move: bool, converted: Sequence[str]) -> Tree:
     progress.report("fetch", f"{model.facts.parameters / 1e6:,.0f} million parameters into the store")
-    metadata = {"facts": model.facts.model_dump(mode="json")}
+    metadata: dict[str, Any] = {"facts": model.facts.model_dump(mode="json")}
+    if converted:
+        metadata[layouts.CONVERTED] = list(converted)
     return store.put(model.files, kind="checkpoint", metadata=metadata, move=move)
 
 
 def _told(model: Admitted) -> Admitted:
-    """Names what lies beside the model."""
+    """Names what lies beside the model, and what its source stores otherwise than the house does."""
     if model.left_out:
         progress.report("fetch", f"left out, not the model: {', '.join(model.left_out)}")
+    for sentence in model.layout.sentences:
+        progress.report("fetch", sentence)
     return model
+
+
+def _put_converted(folder: Path, model: Admitted, store: Store) -> Tree:
+    """Puts the model into the house's layout, once: the key is the content of its files."""
+    stored = sum(path.stat().st_size for path in model.files.values())
+    sizes = f"{stored / 1e9:,.1f} GB as stored, {model.facts.bytes / 1e9:,.1f} GB converted"
+    progress.report("fetch", f"{sizes}; disk is needed for both")
+    sums = {name: files.sha256(path) for name, path in model.files.items()}
+
+    def put() -> Tree:
+        with tempfile.TemporaryDirectory(prefix="trimtab-fetch-") as made:
+            call("trimtab.components.fetch.conversion:convert", source=str(folder), output=made)
+            return _put_files(admit(made), store, move=True, converted=model.layout.sentences)
+
+    return _once(digest(["layout", sums, layouts.VERSION]), put, store)
+
+
+def _once(key: str, put: Callable[[], Tree], store: Store) -> Tree:
+    """Returns the tree that is recorded under the key, else what `put` puts."""
+    record = store.lookup(key)
+    if record:
+        return Tree.model_validate(record["tree"])
+    tree = put()
+    store.record(key, {"tree": tree.model_dump()})
+    return tree
 
 
 def _put_downloaded(download: Callable[[Path], None], store: Store) -> Tree:
@@ -137,16 +176,13 @@ def _put_downloaded(download: Callable[[Path], None], store: Store) -> Tree:
 
 def _put_gguf(parts: list[Path], store: Store) -> Tree:
     """Converts once: the key is the content of the files."""
-    sums = [files.sha256(part) for part in parts]
-    key = digest(["gguf", *sums, 2])
-    record = store.lookup(key)
-    if record:
-        return Tree.model_validate(record["tree"])
-    progress.report("fetch", f"converting {parts[0].name} to safetensors in bfloat16")
-    convert = "trimtab.components.fetch.gguf:convert"
-    tree = _put_downloaded(lambda folder: call(convert, paths=[str(part) for part in parts], output=str(folder)), store)
-    store.record(key, {"tree": tree.model_dump()})
-    return tree
+
+    def convert(folder: Path) -> None:
+        progress.report("fetch", f"converting {parts[0].name} to safetensors in bfloat16")
+        call("trimtab.components.fetch.gguf:convert", paths=[str(part) for part in parts], output=str(folder))
+
+    key = digest(["gguf", *(files.sha256(part) for part in parts), 2, layouts.VERSION])
+    return _once(key, lambda: _put_downloaded(convert, store), store)
 
 
 def _download_from_s3(model: str, folder: Path) -> None:

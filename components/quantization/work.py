@@ -23,7 +23,8 @@ from trimtab.planning import checks
 from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint import layer_layout as stored
 from trimtab.runtime.checkpoint import stream
-from trimtab.runtime.checkpoint.model_files import Export, check_finite, weight_file_bytes
+from trimtab.runtime.checkpoint.finite import check_finite
+from trimtab.runtime.checkpoint.model_files import Export, weight_file_bytes
 from trimtab.runtime.measure import measurements
 from trimtab.runtime.measure.measurements import Measurements
 

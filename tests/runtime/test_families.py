@@ -119,7 +119,7 @@ def test_a_scale_in_a_norm_is_made_up_for_by_the_layers_behind_it(model_type: st
                 scale = torch.rand(decoders.HIDDEN) + 0.5
                 norm = block.get_submodule(shared.norm)
                 norm.weight.copy_((norm.weight + family.norm_offset) * scale - family.norm_offset)
-                if family.norm == "w, b":
+                if family.norm.endswith(", b"):
                     norm.bias.mul_(scale)
                 for layer in shared.layers:
                     block.get_submodule(layer.name).weight.div_(scale)

@@ -11,9 +11,11 @@ from transformers import PreTrainedConfig
 
 from trimtab import families
 from trimtab.base import progress
-from trimtab.model.facts import inspect, read_tensors
+from trimtab.model.facts import inspect
+from trimtab.model.headers import read_tensors
 from trimtab.runtime.checkpoint import config_file, stream
-from trimtab.runtime.checkpoint.model_files import Export, check_finite
+from trimtab.runtime.checkpoint.finite import check_finite
+from trimtab.runtime.checkpoint.model_files import Export
 
 
 class Left(NamedTuple):

@@ -21,7 +21,8 @@ from trimtab.base import progress
 from trimtab.base.errors import Failure
 from trimtab.families.fusion import block_of, groups
 from trimtab.runtime.checkpoint import experts
-from trimtab.runtime.checkpoint.model_files import Export, check_finite
+from trimtab.runtime.checkpoint.finite import check_finite
+from trimtab.runtime.checkpoint.model_files import Export
 from trimtab.runtime.checkpoint.skeleton import family_of, skeleton
 from trimtab.runtime.measure import observe, routing
 

@@ -18,7 +18,8 @@ from trimtab.model.facts import inspect as read_facts
 from trimtab.recipe import SparsePruning
 from trimtab.runtime.checkpoint import model_files as checkpoints
 from trimtab.runtime.checkpoint import stream
-from trimtab.runtime.checkpoint.model_files import Export, check_finite
+from trimtab.runtime.checkpoint.finite import check_finite
+from trimtab.runtime.checkpoint.model_files import Export
 from trimtab.runtime.measure import gradients, observe
 from trimtab.runtime.measure.measurements import Measurements
 from trimtab.runtime.rounding import hessian

@@ -14,8 +14,9 @@ from trimtab.catalog.kv_caches import KV_CACHES
 from trimtab.families import Family
 from trimtab.families.fusion import Group
 from trimtab.model import linear_layers, memory
-from trimtab.model.facts import ModelFacts, read_header
+from trimtab.model.facts import ModelFacts
 from trimtab.model.files import is_computed
+from trimtab.model.headers import read_header
 from trimtab.recipe import Quantization, Recipe
 from trimtab.runtime.checkpoint import layer_layout
 from trimtab.runtime.checkpoint.layer_layout import Layout

@@ -12,7 +12,7 @@ from trimtab.base.errors import Failure, InputError
 from trimtab.components.validation.integrity import coverage, declaration, reload, weights
 from trimtab.families import fusion
 from trimtab.model.facts import inspect as read_facts
-from trimtab.model.facts import read_tensors
+from trimtab.model.headers import read_tensors
 from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint.model_files import Export, weight_file_bytes
 

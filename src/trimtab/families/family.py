@@ -170,7 +170,7 @@ class Family:
     @property
     def norm_offset(self) -> float:
         """What is added to a norm's weight before it multiplies."""
-        return 1.0 if self.norm == "1 + w" else 0.0
+        return 1.0 if self.norm.startswith("1 + w") else 0.0
 
     def place(self, name: str) -> tuple[int | None, str]:
         """Returns the block of a module or tensor and its name there; None and the whole name of one in no block."""

@@ -8,7 +8,7 @@ from trimtab.catalog.goals import GOALS
 from trimtab.loop import adjust, provenance
 from trimtab.loop.documents import Plan, read_plan, write_plan
 from trimtab.loop.state import State, fail
-from trimtab.model import hardware, memory
+from trimtab.model import hardware, layouts, memory
 from trimtab.model.facts import ModelFacts
 from trimtab.planning import checks, dealing, matrix, placement, task_sizes
 from trimtab.planning.matrix import MAX_RUNGS, Outline, Rung
@@ -74,6 +74,7 @@ def begin(
         evaluation=evaluation,
         images=images,
         traffic=traffic,
+        converted=store.manifest(model).metadata.get(layouts.CONVERTED, ()),
     )
     planned = {
         "name": name,

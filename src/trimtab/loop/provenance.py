@@ -7,7 +7,7 @@ made of, so that a rebuild can tell whether anything would come out differently.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from trimtab.base import environment
@@ -32,7 +32,8 @@ class Provenance(Document):
     changed default counts. `calibration_data`, `distillation_data` and `measured_data` are {path: SHA-256} of the files
     that these name and that are where the run is planned. A dataset on the Hugging Face hub counts by its name alone:
     there is no digest of it before it is read. `images` are those of the stages, `versions` those where it is planned.
-    `workload` is what engines were sized for, where the recipe states it, `traffic` where it was recorded.
+    `workload` is what engines were sized for, where the recipe states it, `traffic` where it was recorded. `converted`
+    says what the model's source stored otherwise than its tree does.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Provenance(Document):
     versions: dict[str, str]
     workload: dict[str, Any] | None = None
     traffic: Traffic | None = None
+    converted: tuple[str, ...] = ()
 
 
 def gather(
@@ -60,10 +62,12 @@ def gather(
     evaluation: Evaluation,
     images: str,
     traffic: Traffic | None = None,
+    converted: Sequence[str] = (),
 ) -> Provenance:
     """Returns the materials of a run that is planned here and now.
 
     Args:
+        converted: as the metadata of the model's tree has it.
         traffic: what was recorded; then the recipe's workload is made of it, and counts for nothing itself.
     """
     stated = None if traffic else recipe.workload
@@ -83,6 +87,7 @@ def gather(
         versions=environment.versions(),
         workload=stated and stated.model_dump(mode="json"),
         traffic=traffic,
+        converted=tuple(converted),
     )
 
 

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 from trimtab import families
 from trimtab.base.errors import InputError
 from trimtab.model.configured import ties_embeddings
-from trimtab.model.facts import ModelFacts, Tensor, header_bytes, inspect, read_header
+from trimtab.model.facts import ModelFacts, examine
 from trimtab.model.files import CONFIG, model_files, read_json, weight_files
+from trimtab.model.headers import Tensor, header_bytes, read_header
+from trimtab.model.layouts import Layout
 
 _CHUNK = 16 << 20
 _ADAPTER = "adapter_config.json"
@@ -23,11 +25,13 @@ _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_
 
 
 class Admitted(NamedTuple):
-    """A model that may be planned for: its facts, its files by name and where each lies, and what lies beside them."""
+    """A model that may be planned for: its facts, its files by name and where each lies, what lies beside them, and
+    how its tensors are made of what the files store."""
 
     facts: ModelFacts
     files: dict[str, Path]
     left_out: list[str]
+    layout: Layout
 
 
 def admit(folder: str | Path) -> Admitted:
@@ -39,9 +43,9 @@ def admit(folder: str | Path) -> Admitted:
     folder = Path(folder)
     if folder.is_dir():
         _check_whole_model(folder)
-    facts = inspect(folder)
-    _check_embeddings(folder, facts)
-    return Admitted(facts, _located(folder), weight_files(folder).left_out)
+    facts, layout = examine(folder)
+    _check_embeddings(folder, facts, layout)
+    return Admitted(facts, _located(folder), weight_files(folder).left_out, layout)
 
 
 def _check_whole_model(folder: Path) -> None:
@@ -61,8 +65,9 @@ def _check_whole_model(folder: Path) -> None:
         raise InputError(f"{folder}: is a cache of the Hugging Face hub; give a snapshot: {snapshots[-1].parent}")
 
 
-def _check_embeddings(folder: Path, facts: ModelFacts) -> None:
-    found = {tensor.name: (path, tensor) for path, tensor in _tensors(folder)}
+def _check_embeddings(folder: Path, facts: ModelFacts, layout: Layout) -> None:
+    stored = {tensor.name: (path, tensor) for path, tensor in _tensors(folder)}
+    found = {name: stored[layout.source_of(name)] for name in layout.pieces}
     family = families.named(facts.model_type)
     embedding, head = f"{family.embedding}.weight", f"{family.head}.weight"
     if embedding not in found:

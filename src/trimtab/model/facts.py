@@ -1,12 +1,7 @@
-"""The facts of a model, read from its folder without torch: config.json and the headers of its safetensors.
-
-The safetensors format (github.com/huggingface/safetensors#format): eight bytes, the length N of the header,
-little endian; N bytes of JSON that give each tensor's dtype, shape and place; then the tensors, without gaps.
-"""
+"""The facts of a model, read from its folder without torch: config.json and the headers of its safetensors."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from functools import cached_property
@@ -17,18 +12,13 @@ from trimtab import families
 from trimtab.base.errors import InputError
 from trimtab.base.schema import Document
 from trimtab.families import Family
+from trimtab.model import low_precision
 from trimtab.model.configured import sizes_of, ties_embeddings
-from trimtab.model.files import INDEX, has_tokenizer, is_computed, quantized_by, read_json, weight_files
+from trimtab.model.files import has_tokenizer, read_json
+from trimtab.model.headers import Tensor, read_tensors
+from trimtab.model.layouts import Layout, layout
 
-#: Bytes of one element, by safetensors' names of the types.
-DTYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-}  # fmt: skip
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-#: The safetensors library refuses longer headers too.
-_MAX_HEADER_BYTES = 100_000_000
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class Linear(NamedTuple):
@@ -43,23 +33,13 @@ class Linear(NamedTuple):
         return self.out_features * self.in_features
 
 
-class Tensor(NamedTuple):
-    """A tensor as its file's header describes it; `begin` and `end` are bytes after the header."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
 class ModelFacts(Document):
     """What planning needs to know of a decoder-only language model.
 
-    `layers` counts transformer blocks; `bytes` are those of all tensors as stored in `dtype`, of which tied
-    embeddings are counted once; `linears` are the layers that quantization may apply to (neither embeddings
-    nor lm_head, nor the routers of experts). `intermediate_size` counts the neurons that a token passes in a block.
-    Of a token a block keeps `head_numbers` for each KV head, or `latent_numbers` for all heads together where an
+    `layers` counts transformer blocks; `bytes` are those of all tensors in the house's layout, most of them in `dtype`,
+    of which tied embeddings are counted once; `linears` are the layers that quantization may apply to (neither
+    embeddings nor lm_head, nor the routers of experts). `intermediate_size` counts the neurons that a token passes in a
+    block. Of a token a block keeps `head_numbers` for each KV head, or `latent_numbers` for all heads together where an
     engine can keep keys and values compressed. With experts, a token is given to `experts_per_token` of `experts` in
     each block that has them, which have `expert_size` neurons each.
     """
@@ -102,8 +82,19 @@ class ModelFacts(Document):
 def inspect(folder: str | Path) -> ModelFacts:
     """Reads the facts of the Hugging Face model in a folder, and checks that its files are whole.
 
+    They are those of the model in the house's layout, whatever its files store (`trimtab.model.layouts`).
+
     Raises:
         InputError: it is not a model that trimtab can use; one sentence says what is wrong and what to do.
+    """
+    return examine(folder)[0]
+
+
+def examine(folder: str | Path) -> tuple[ModelFacts, Layout]:
+    """Returns what `inspect` does, and how the model's tensors are made of those that the files store.
+
+    Raises:
+        InputError: as `inspect`.
     """
     folder = Path(folder)
     if folder.suffix == ".gguf":
@@ -115,93 +106,11 @@ def inspect(folder: str | Path) -> ModelFacts:
         hint = f"; {ggufs[0].name} is GGUF, which `fetch` converts" if ggufs else ""
         raise InputError(f"{folder}: has no config.json, so it is not a Hugging Face model{hint}")
     config = _config(folder)
-    tensors = read_tensors(folder)
+    stored = layout(folder, config, read_tensors(folder))
     if not has_tokenizer(folder):
         other = "no other tokenizer (tokenizer.model, or vocab.json with merges.txt)"
         raise InputError(f"{folder}: has no tokenizer.json and {other}; add the model's tokenizer")
-    return facts_of(folder, config, tensors)
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a model folder by name, from the headers of the files that are the model.
-
-    What transformers computes itself is not among them, see `model_files.is_computed`.
-
-    Raises:
-        InputError: no safetensors; a file that is missing, cut short or contradicts itself; a tensor twice.
-    """
-    tensors: dict[str, Tensor] = {}
-    owner: dict[str, str] = {}
-    files = weight_files(folder)
-    for shard in files.names:
-        for tensor in read_header(folder / shard):
-            if tensor.name in tensors:
-                both = f"{owner[tensor.name]} and {shard}"
-                raise InputError(f"{folder}: tensor {tensor.name} stands in both {both}; download them again")
-            tensors[tensor.name], owner[tensor.name] = tensor, shard
-    for name, shard in files.index.items():
-        if owner.get(name) != shard:
-            raise InputError(f"{folder}: {shard} lacks {name}, which {INDEX} promises; download it again")
-    return {name: tensor for name, tensor in tensors.items() if not is_computed(name, tensor.shape)}
-
-
-def read_header(path: Path) -> list[Tensor]:
-    """Returns the tensors of one safetensors file in the order of their bytes, which stay unread.
-
-    Raises:
-        InputError: the file is a git-LFS pointer, cut short, or its tensors overlap or leave gaps.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(len(_LFS_POINTER))
-        if start == _LFS_POINTER:
-            raise InputError(f"{path}: is a git-LFS pointer of {size} bytes, no weights; run `git lfs pull`")
-        length = int.from_bytes(start[:8], "little")
-        if size < 8 or 8 + length > size:
-            raise InputError(f"{path}: is cut short: {size} bytes do not hold its header; download it again")
-        if length > _MAX_HEADER_BYTES:
-            raise InputError(f"{path}: is not safetensors: a header of {length} bytes is not allowed")
-        file.seek(8)
-        text = file.read(length)
-    try:
-        header = json.loads(text, object_pairs_hook=_unique)
-        tensors = [
-            Tensor(name, entry["dtype"], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
-            for name, entry in header.items()
-            if name != "__metadata__"
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: is not safetensors: its header cannot be read ({error})") from None
-    tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
-    place = 0
-    for tensor in tensors:
-        if tensor.dtype not in DTYPE_BYTES:
-            raise InputError(f"{path}: tensor {tensor.name} has the unknown type {tensor.dtype}")
-        if tensor.begin != place:
-            what = "overlaps the tensor before it" if tensor.begin < place else "leaves a gap before it"
-            raise InputError(f"{path}: is damaged: tensor {tensor.name} {what}; download it again")
-        if tensor.end - tensor.begin != math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]:
-            raise InputError(f"{path}: is damaged: tensor {tensor.name} has another size than its shape says")
-        place = tensor.end
-    expected = 8 + length + place
-    if expected != size:
-        what = "is cut short" if expected > size else "has bytes that belong to no tensor"
-        cut = next((f", so {tensor.name} is not whole" for tensor in tensors if 8 + length + tensor.end > size), "")
-        raise InputError(f"{path}: {what}: {expected} bytes expected, {size} found{cut}; download it again")
-    return tensors
-
-
-def header_bytes(path: Path) -> int:
-    """Returns where the tensors of a safetensors file begin."""
-    with path.open("rb") as file:
-        return 8 + int.from_bytes(file.read(8), "little")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = Counter(name for name, _ in pairs)
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise ValueError(f"tensor {twice[0]} is named twice")
-    return dict(pairs)
+    return facts_of(folder, config, stored.tensors), stored
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -215,10 +124,7 @@ def _config(folder: Path) -> dict[str, Any]:
                 f"architecture transformers has itself, or remove auto_map if it has this one"
             )
     families.of(config, str(path))  # before all that follows: a model that is not known needs no other remedy
-    if reason := quantized_by(folder, config):
-        raise InputError(
-            f"{path.parent}: {reason} says that it is already quantized; give the 16-bit model it was made from"
-        )
+    low_precision.declared_in(folder, config)  # before the weights: a form that is not read needs no whole files
     return config
 
 

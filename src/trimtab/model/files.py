@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,16 +81,8 @@ def has_tokenizer(folder: Path) -> bool:
     return any(all((folder / name).is_file() for name in names) for names in TOKENIZERS)
 
 
-def quantized_by(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """Returns what says that a model's weights are already quantized, None where nothing does.
-
-    Args:
-        config: of the folder's config.json.
-    """
-    for field in ("quantization_config", "compression_config"):
-        if config.get(field):
-            method = config[field].get("quant_method") if isinstance(config[field], dict) else None
-            return f"{field} of {CONFIG}" + (f", '{method}'" if method else "")
+def quantizer_file(folder: Path) -> str | None:
+    """Returns the name of a file that a quantizer left beside the weights, None where there is none."""
     return next((name for name in _QUANTIZED_BY if (folder / name).is_file()), None)
 
 

@@ -15,8 +15,10 @@ from trimtab import families
 from trimtab.base.errors import InputError
 from trimtab.families import Attention, Family, Mlp
 from trimtab.families.parts import Said, Shape
+from trimtab.model import low_precision
 from trimtab.model.configured import Sizes, sizes_of, ties_embeddings
-from trimtab.model.facts import ModelFacts, Tensor, facts_of
+from trimtab.model.facts import ModelFacts, facts_of
+from trimtab.model.headers import Tensor
 
 #: Model types whose tensors follow from the config: those whose blocks are attention and an MLP, all alike, and alone.
 MODEL_TYPES = tuple(
@@ -30,7 +32,7 @@ def outline(path: str | Path) -> ModelFacts:
     """Returns the facts of the model whose config.json this is, as if its weights were there in 16 bits.
 
     Raises:
-        InputError: no config of a model whose shapes are known.
+        InputError: no config of a model whose shapes are known, or one in low precision that is not read.
     """
     path = Path(path)
     try:
@@ -42,6 +44,7 @@ def outline(path: str | Path) -> ModelFacts:
     if family.model_type not in MODEL_TYPES:
         what = f"the shapes of a '{family.model_type}' do not follow from its config by a rule that is known"
         raise InputError(f"{path}: {what}; give the whole model")
+    low_precision.declared(str(path), config)
     try:
         found = shapes(config, family, path)
     except (KeyError, TypeError, ZeroDivisionError) as error:

@@ -8,7 +8,7 @@ import pytest
 from trimtab.base.errors import InputError
 from trimtab.model.admission import admit
 from trimtab.model.configured import ties_embeddings
-from trimtab.model.facts import read_tensors
+from trimtab.model.headers import read_tensors
 
 
 @pytest.fixture
@@ -57,8 +57,8 @@ def test_a_model_is_admitted_with_its_files(folder):
 
 
 QUANTIZED = [
-    ("config.json", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config of config.json, 'fp8'"),
-    ("config.json", {"compression_config": {"format": "pack"}}, "compression_config of config.json"),
+    ("config.json", {"quantization_config": {"quant_method": "awq"}}, "quantization_config of config.json, 'awq'"),
+    ("config.json", {"compression_config": {"a": 1}}, "compression_config of config.json"),
     ("hf_quant_config.json", {}, "hf_quant_config.json"),
     ("quantize_config.json", {"bits": 4}, "quantize_config.json"),
     ("quant_config.json", {"w_bit": 4}, "quant_config.json"),

@@ -6,7 +6,8 @@ import struct
 import pytest
 
 from trimtab.base.errors import InputError
-from trimtab.model.facts import Linear, ModelFacts, inspect, read_header
+from trimtab.model.facts import Linear, ModelFacts, inspect
+from trimtab.model.headers import read_header
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8,

@@ -6,8 +6,9 @@ import struct
 import pytest
 
 from trimtab.base.errors import InputError
-from trimtab.model.facts import inspect, read_tensors
+from trimtab.model.facts import inspect
 from trimtab.model.files import INDEX, companions, is_computed, model_files, weight_files
+from trimtab.model.headers import read_tensors
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 

@@ -4,6 +4,7 @@
 |---|---|
 | `model_files` | reads and writes both |
 | `layer_layout` | how a quantized layer is stored, and which numbers it stands for |
+| `finite` | whether its numbers are numbers |
 | `config_file` | the one writer of config.json |
 | `skeleton`, `text_model`, `experts` | a model without its weights, under the names of its checkpoint |
 | `stream` | rewrites a checkpoint a shard at a time |

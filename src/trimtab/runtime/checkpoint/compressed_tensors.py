@@ -36,7 +36,7 @@ from trimtab.catalog.backends import BACKENDS
 from trimtab.catalog.formats import STORAGES, Storage
 from trimtab.catalog.kv_caches import KV_CACHES
 from trimtab.families import fusion
-from trimtab.model.facts import ties_embeddings
+from trimtab.model.configured import ties_embeddings
 from trimtab.model.files import CONFIG, read_json
 from trimtab.runtime.checkpoint import config_file, stream
 from trimtab.runtime.checkpoint.layer_layout import SCALES, Quantized, unpack_int4

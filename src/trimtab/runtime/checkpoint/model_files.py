@@ -19,9 +19,10 @@ from trimtab import families
 from trimtab.base.errors import Failure, InputError
 from trimtab.catalog import kv_caches
 from trimtab.catalog.formats import STORAGES
-from trimtab.model.facts import read_header
 from trimtab.model.files import CONFIG, is_computed, read_json, weight_files
+from trimtab.model.headers import read_header
 from trimtab.runtime.checkpoint import config_file, layer_layout, skeleton, stream
+from trimtab.runtime.checkpoint.finite import check_finite
 from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized
 
 _FINGERPRINT_ROWS = 2
@@ -74,17 +75,6 @@ def load_for_measuring(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokeniz
     for name, parameter in model.named_parameters():
         check_finite(name, parameter.detach())
     return (model.to("cuda") if gpu else model), tokenizer
-
-
-def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Refuses a tensor of a model that holds NaN or infinity.
-
-    Raises:
-        InputError: it does; names it.
-    """
-    # The extremes are NaN where any number is, and found without a temporary of the tensor's size.
-    if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
-        raise InputError(f"model: {name} holds NaN or infinity; download it again, or check how it was trained")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

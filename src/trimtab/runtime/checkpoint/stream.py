@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from trimtab.families.fusion import block_of
-from trimtab.model.facts import Tensor, read_tensors
 from trimtab.model.files import CONFIG, INDEX, SINGLE, companions, read_json
+from trimtab.model.headers import Tensor, read_tensors
 from trimtab.runtime.checkpoint import config_file
 
 #: Bytes of the source that a shard is made from, unless a single block or tensor has more.

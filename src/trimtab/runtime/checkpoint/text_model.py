@@ -10,8 +10,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from trimtab.families import Family
 from trimtab.model.configured import ties_embeddings
-from trimtab.model.facts import read_tensors
 from trimtab.model.files import CONFIG, read_json
+from trimtab.model.headers import read_tensors
 
 #: How rotary embeddings share a head among time, height and width; for text these are one number.
 _SECTIONS = ("mrope_section", "mrope_interleaved")
