@@ -71,14 +71,14 @@ class SeparateExperts(nn.ModuleList):
         return total.to(hidden.dtype)
 
     def _given(self, hidden: torch.Tensor) -> torch.Tensor:
-        outputs = torch.zeros_like(hidden)
-        for number, (tokens, output) in enumerate(zip(hidden.chunk(len(self)), outputs.chunk(len(self)), strict=True)):
+        outputs = []
+        for number, tokens in enumerate(hidden.chunk(len(self))):
             here = tokens.any(dim=-1).nonzero()[:, 0]
             if number in self.run_on_all:
                 self.run(number, tokens)
-            if len(here):
-                output[here] = self.run(number, tokens[here])
-        return outputs
+            output = torch.zeros_like(tokens)
+            outputs.append(output.index_put((here,), self.run(number, tokens[here])) if len(here) else output)
+        return torch.cat(outputs)
 
     def run(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
         """Returns one expert's output for tokens, [n, hidden]."""
