@@ -1,4 +1,4 @@
-"""Whole stages on wrappers: the text model is measured, pruned, quantized, trained and scored, all else stays as it is."""
+"""Whole stages on wrappers: their text models are measured, pruned, quantized, trained and scored, all else stays."""
 
 from __future__ import annotations
 
