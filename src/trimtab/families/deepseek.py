@@ -8,7 +8,12 @@ from trimtab.families.family import Family
 from trimtab.families.parts import Experts, LatentAttention
 
 _ATTENTION = LatentAttention()
-_EXPERTS = Experts(shared="shared_experts", shared_size="n_shared_experts")
+_EXPERTS = Experts(
+    shared="shared_experts",
+    shared_size="n_shared_experts",
+    vector="gate.e_score_correction_bias",
+    blocks=lambda config: range(config["first_k_dense_replace"], config["num_hidden_layers"]),
+)
 #: NVIDIA's checkpoints in FP4 leave attention as it is: its layers are a small part of the model.
 DEEPSEEK = Family(
     "deepseek_v3",
@@ -19,4 +24,7 @@ DEEPSEEK = Family(
     next_token_blocks="num_nextn_predict_layers",
     no_serve="the engine's cache has one size for keys and values, and its keys are longer",
 )
-FAMILIES = (DEEPSEEK, replace(DEEPSEEK, model_type="deepseek_v2", next_token_blocks=""))
+FAMILIES = (
+    DEEPSEEK,
+    replace(DEEPSEEK, model_type="deepseek_v2", experts=replace(_EXPERTS, vector=""), next_token_blocks=""),
+)

@@ -14,7 +14,13 @@ GLM = Family("glm", mlp=Mlp(gate_up="gate_up_proj"), head_dim=128, qkv_bias=("at
 _BOTH = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
 GLM4_MOE = Family(
     "glm4_moe",
-    experts=Experts(shared="shared_experts", shared_size="n_shared_experts"),
+    attention=Attention(head_norms=("q_norm", "k_norm"), has_head_norms=("use_qk_norm", False)),
+    experts=Experts(
+        shared="shared_experts",
+        shared_size="n_shared_experts",
+        vector="gate.e_score_correction_bias",
+        blocks=lambda config: range(config["first_k_dense_replace"], config["num_hidden_layers"]),
+    ),
     first_blocks=("first_k_dense_replace",),
     next_token_blocks="num_nextn_predict_layers",
 )
@@ -26,6 +32,7 @@ FAMILIES = (
         GLM4_MOE,
         model_type="dots1",
         attention=Attention(head_norms=("q_norm", "k_norm")),
+        output_bias=("attention_bias", False),
         first_blocks=("first_k_dense_replace", "max_window_layers"),
         next_token_blocks="",
     ),

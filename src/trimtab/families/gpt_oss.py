@@ -9,7 +9,11 @@ from trimtab.families.parts import Experts
 GPT_OSS = Family(
     "gpt_oss",
     mlp=None,
-    experts=Experts(plain=("router",), size="intermediate_size"),
+    experts=Experts(plain=("router",), vector="router.bias", biased=True, size="intermediate_size"),
+    head_dim=64,
+    qkv_bias=("attention_bias", True),
+    output_bias=("attention_bias", True),
+    others=lambda config, sizes: {"model.layers.{}.self_attn.sinks": (sizes.heads,)},
     no_serve="its attention has sinks, which the engine's kernels do not know",
 )
 FAMILIES = (GPT_OSS,)

@@ -5,6 +5,7 @@ Llama 4 has experts, and blocks that look at a part of the context or have no ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from trimtab.families.family import Family, Logits
@@ -40,6 +41,12 @@ def _xielu() -> dict[str, Shape]:
 def _hyperclovax_norms(config: Config) -> tuple[str, ...]:
     behind = ("post_norm1", "post_norm2") if config.get("use_post_norm", True) else ()
     return ("input_layernorm", "post_attention_layernorm", *behind)
+
+
+def _interleaved(config: Config) -> Sequence[int]:
+    """Llama 4 has experts in one block of each interval, unless it lists which."""
+    interval = config.get("interleave_moe_layer_step", 1)
+    return config.get("moe_layers") or range(interval - 1, config["num_hidden_layers"], interval)
 
 
 FAMILIES = (
@@ -113,11 +120,17 @@ FAMILIES = (
     # `fetch` puts the experts, which are stored as one tensor, apart: a layer each.
     Family(
         "llama4_text",
-        mlp=Mlp("feed_forward"),
+        mlp=Mlp("feed_forward", size="intermediate_size_mlp"),
         experts=Experts(
-            "feed_forward", shared="shared_expert", plain=("router",),
-            size="intermediate_size", shared_size="intermediate_size",
+            "feed_forward",
+            shared="shared_expert",
+            plain=("router",),
+            blocks=_interleaved,
+            size="intermediate_size",
+            shared_size="intermediate_size",
         ),
+        head_dim=128,
+        output_bias=("attention_bias", False),
         by_layer=("layer_types", "no_rope_layers"),
         numbered=("moe_layers",),
         attention_types=("full_attention", "chunked_attention"),

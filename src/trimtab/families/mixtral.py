@@ -20,8 +20,14 @@ FAMILIES = (
         norm="w, b",
         aliases=(_RENAMED, ("model.layers.*.block_sparse_moe.gate", "model.layers.*.mlp.router")),
         qkv_bias=("attention_bias", False),
+        output_bias=("attention_bias", False),
+        head_bias=("lm_head_bias", False),
     ),
     replace(
-        MIXTRAL, model_type="minimax_m2", attention=Attention(head_norms=("q_norm", "k_norm"))
+        MIXTRAL,
+        model_type="minimax_m2",
+        attention=Attention(head_norms=("q_norm", "k_norm"), head_norms_span="heads"),
+        experts=replace(_EXPERTS, vector="e_score_correction_bias"),
+        head_dim=128,
     ),
 )

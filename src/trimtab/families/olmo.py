@@ -37,9 +37,10 @@ FAMILIES = (
     ),
     Family(
         "olmoe",
-        attention=Attention(head_norms=("q_norm", "k_norm")),
+        attention=Attention(head_norms=("q_norm", "k_norm"), head_norms_span="heads"),
         mlp=None,
         experts=Experts(size="intermediate_size"),
+        output_bias=("attention_bias", False),
     ),
     replace(OLMO2, model_type="flex_olmo", mlp=None, experts=Experts(size="intermediate_size")),
     # Norms without weights, which checkpoints do not hold.

@@ -5,16 +5,17 @@ A name of a layer may hold `*`, which stands for the number of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 #: What a layer's features are: hidden channels, query heads, heads of keys (or of values), all three in one, neurons of
 #: the MLP, or gate and up in one; neurons of one expert, or of the experts that every token passes; compressed queries,
-#: compressed keys and values, these with the keys' rotary part, the keys and values of all heads that come out of them.
+#: compressed keys and values, these with the keys' rotary part, the keys and values of all heads that come out of them;
+#: the values of all query heads, where they are shorter than queries.
 Side = Literal[
     "hidden", "attention", "kv", "qkv", "ffn", "gate_up", "expert", "shared", "query_latent", "kv_latent",
-    "kv_latent_rotary", "kv_heads",
+    "kv_latent_rotary", "kv_heads", "values",
 ]  # fmt: skip
 #: What a norm multiplies by: its weight, or one plus its weight; it may add a bias; or nothing.
 Norm = Literal["w", "1 + w", "w, b", "1 + w, b", "none"]
@@ -119,6 +120,8 @@ class LatentAttention:
     compressed: str = "kv_a_proj_with_mqa"
     heads: str = "kv_b_proj"
     output: str = "o_proj"
+    query_norm: str = "q_a_layernorm"
+    latent_norm: str = "kv_a_layernorm"
     head_norms: tuple[str, ...] = ()
     norms_of_heads: tuple[str, ...] = ()
     scaled = None
@@ -130,7 +133,7 @@ class LatentAttention:
         before = ((self.query, "attention"), (self.compressed_query, "query_latent"),
                   (self.compressed, "kv_latent_rotary"))  # fmt: skip
         single = ((self.query_heads, "attention", "query_latent"), (self.heads, "kv_heads", "kv_latent"),
-                  (self.output, "hidden", "attention"))  # fmt: skip
+                  (self.output, "hidden", "values"))  # fmt: skip
         layers = tuple(Layer(_within(self.module, name), side, "hidden") for name, side in before)
         others = (SharedInput((Layer(_within(self.module, name), *sides),)) for name, *sides in single)
         return SharedInput(layers, self.norm), *others
@@ -149,7 +152,8 @@ class Mlp:
     """Neurons between two layers; `gate`, where there is one, multiplies what `up` gives.
 
     `norm` is as in `SharedInput`. `gate_up` is the layer that is gate and up in one, where there is one; then neither
-    `gate` nor `up` is there. `module` is "" where the layers stand in the block itself. `side` is what its neurons are.
+    `gate` nor `up` is there. `module` is "" where the layers stand in the block itself. `side` is what its neurons are,
+    and `size` the field of config.json that counts them.
     """
 
     module: str = "mlp"
@@ -159,6 +163,7 @@ class Mlp:
     down: str = "down_proj"
     gate_up: str | None = None
     side: Side = "ffn"
+    size: str = "intermediate_size"
 
     @property
     def inputs(self) -> tuple[SharedInput, SharedInput]:
@@ -183,7 +188,11 @@ class Experts:
         experts: the list of experts in that module, in the checkpoint: one module each, by number.
         gate, up, down: layers of an expert, as in `Mlp`.
         shared: the module in `module` of what every token passes, or None; its layers are named as in `Mlp`.
-        plain: other matrices of `module`, which choose or weigh and are never rounded.
+        plain: other matrices of `module`, which choose or weigh and are never rounded: with a row for each expert, or
+            one row for the shared ones.
+        vector: what `module` has besides with a number for each expert, "" for nothing.
+        biased: whether the layers of an expert have biases.
+        blocks: which blocks have experts, from a config.
         chosen, size: fields of config.json: experts of a token, neurons of an expert.
         shared_size: the field of neurons of the shared ones, or the field that counts them in units of `size`.
     """
@@ -195,6 +204,9 @@ class Experts:
     down: str = "down_proj"
     shared: str | None = None
     plain: tuple[str, ...] = ("gate",)
+    vector: str = ""
+    biased: bool = False
+    blocks: Callable[[Config], Sequence[int]] = field(default=lambda config: range(config["num_hidden_layers"]))
     chosen: str = "num_experts_per_tok"
     size: str = "moe_intermediate_size"
     shared_size: str | None = None
@@ -222,12 +234,14 @@ class Experts:
         """Returns the field of config.json that says how many experts a block has, and what it says."""
         return next(((name, config[name]) for name in _COUNTS if config.get(name) is not None), (_COUNTS[0], None))
 
+    def shared_neurons(self, config: Config) -> int:
+        """Returns the neurons of the experts that every token passes, 0 where there are none."""
+        shared = config.get(self.shared_size) or 0 if self.shared_size else 0
+        return shared * (1 if not self.shared_size or "size" in self.shared_size else config[self.size])
+
     def neurons_of_a_token(self, config: Config) -> int:
         """Returns how many neurons a token passes: those of the experts that it is given to, and the shared ones."""
-        shared = config.get(self.shared_size) or 0 if self.shared_size else 0
-        if self.shared_size and "size" not in self.shared_size:
-            shared *= config[self.size]
-        return config[self.chosen] * config[self.size] + shared
+        return config[self.chosen] * config[self.size] + self.shared_neurons(config)
 
 
 def _within(module: str, name: str) -> str:

@@ -57,6 +57,23 @@ def sizes_of(path: Path, config: Mapping[str, Any], family: Family) -> Sizes:
     )
 
 
+def experts_of(path: Path, config: Mapping[str, Any], family: Family) -> tuple[int, int, int]:
+    """Returns what a config.json says of a family's experts: how many, how many of a token, neurons of each.
+
+    Raises:
+        InputError: one is missing or no whole number above 0, or a token is given to more than there are.
+    """
+    part = family.experts
+    counted, count = part.count(config)
+    chosen, size = config.get(part.chosen), config.get(part.size)
+    for field, value in ((counted, count), (part.chosen, chosen), (part.size, size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{path}: {field} must be a whole number above 0, got {value!r}")
+    if chosen > count:
+        raise InputError(f"{path}: {part.chosen} is {chosen}, and {counted} only {count}; download it again")
+    return count, chosen, size
+
+
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
     """Whether config.json makes the output head the embedding, as transformers reads it: where it does not say, by
     the model type. What a wrapper does not say its text model may."""

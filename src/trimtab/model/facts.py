@@ -13,7 +13,7 @@ from trimtab.base.errors import InputError
 from trimtab.base.schema import Document
 from trimtab.families import Family
 from trimtab.model import low_precision
-from trimtab.model.configured import sizes_of, ties_embeddings
+from trimtab.model.configured import experts_of, sizes_of, ties_embeddings
 from trimtab.model.files import has_tokenizer, read_json
 from trimtab.model.headers import Tensor, read_tensors
 from trimtab.model.layouts import Layout, layout
@@ -204,20 +204,14 @@ def _experts(path: Path, family: Family, config: dict[str, Any], tensors: dict[s
             found.setdefault((family.place(name)[0], expert[1]), set()).add(expert[0])
     if part is None or not found:
         return {}
-    counted, count = part.count(config)
-    for field, value in ((counted, count), *((name, config.get(name)) for name in (part.chosen, part.size))):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{path}: {field} must be a whole number above 0, got {value!r}")
-    chosen = config[part.chosen]
-    if chosen > count:
-        raise InputError(f"{path}: {part.chosen} is {chosen}, and {counted} only {count}; download it again")
+    count, chosen, size = experts_of(path, config, family)
     for (block, tensor), numbers in sorted(found.items()):
         if numbers != {str(n) for n in range(count)}:
             what = f"block {block} has {tensor} of {len(numbers)} experts"
-            raise InputError(f"{path}: {counted} is {count}, and {what}; download it again")
+            raise InputError(f"{path}: {part.count(config)[0]} is {count}, and {what}; download it again")
     widest = max(config["intermediate_size"], part.neurons_of_a_token(config)) if family.mlp else 0
     neurons = widest or part.neurons_of_a_token(config)
-    return {"experts": count, "experts_per_token": chosen, "expert_size": config[part.size], "neurons": neurons}
+    return {"experts": count, "experts_per_token": chosen, "expert_size": size, "neurons": neurons}
 
 
 def _linears(path: Path, family: Family, tensors: dict[str, Tensor]) -> tuple[Linear, ...]:

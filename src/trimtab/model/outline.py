@@ -13,18 +13,21 @@ from typing import Any
 
 from trimtab import families
 from trimtab.base.errors import InputError
-from trimtab.families import Attention, Family, Mlp
+from trimtab.families import Attention, Family, LatentAttention, Mlp, SharedInput
 from trimtab.families.parts import Said, Shape
 from trimtab.model import low_precision
-from trimtab.model.configured import Sizes, sizes_of, ties_embeddings
+from trimtab.model.configured import Sizes, experts_of, sizes_of, ties_embeddings
 from trimtab.model.facts import ModelFacts, facts_of
 from trimtab.model.headers import Tensor
 
-#: Model types whose tensors follow from the config: those whose blocks are attention and an MLP, all alike, and alone.
+#: Model types whose tensors follow from the config: those whose blocks are attention, and an MLP or experts. Of a wrapper
+#: the tower's do not.
 MODEL_TYPES = tuple(
     name
     for name, family in families.BY_TYPE.items()
-    if (type(family.attention), type(family.mlp), family.experts, family.wrapper) == (Attention, Mlp, None, None)
+    if type(family.attention) in (Attention, LatentAttention)
+    and (type(family.mlp) is Mlp or family.experts)
+    and not family.wrapper
 )
 
 
@@ -69,35 +72,93 @@ def shapes(config: dict[str, Any], family: Family, path: Path) -> dict[str, Shap
         found[f"{family.head}.weight"] = vocabulary
     if _says(config, family.head_bias):
         found[f"{family.head}.bias"] = vocabulary[:1]
-    in_block = dict(_block(config, family, sizes))
+    if family.experts:
+        experts_of(path, config, family)
     others = family.others(config, sizes)
-    in_block |= {name: shape for name, shape in others.items() if "{}" in name}
+    with_experts = set(family.experts.blocks(config)) if family.experts else set()
     for number in range(sizes.layers):
-        found |= {name.format(number): shape for name, shape in in_block.items()}
+        in_block = dict(_attention(config, family, sizes)) | dict(
+            _experts(config, family, sizes) if number in with_experts else _mlp(config, family, sizes)
+        )
+        found |= {f"{family.blocks}.{number}.{name}": shape for name, shape in in_block.items()}
+        found |= {name.format(number): shape for name, shape in others.items() if "{}" in name}
     found |= {name: shape for name, shape in others.items() if "{}" not in name}
     return {name: shape for name, shape in found.items() if shape is not None}
 
 
-def _block(config: dict[str, Any], family: Family, sizes: Sizes) -> Iterator[tuple[str, Shape]]:
-    """The tensors of a block, with {} for its number."""
-    attention, block = family.attention, f"{family.blocks}.{{}}"
+def _attention(config: dict[str, Any], family: Family, sizes: Sizes) -> Iterator[tuple[str, Shape]]:
+    """The tensors of a block's attention and of its norms, by their names in the block."""
+    attention = family.attention
     heads, kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    features = {"hidden": sizes.hidden, "attention": heads, "kv": kv, "qkv": heads + 2 * kv, "ffn": sizes.ffn,
-                "gate_up": 2 * sizes.ffn}  # fmt: skip
-    biases = {shared: family.mlp_bias for shared in family.mlp.inputs}
-    biases |= zip(attention.inputs, (family.qkv_bias, family.output_bias), strict=True)
-    for shared, bias in biases.items():
-        for layer in shared.layers:
-            yield f"{block}.{layer.name}.weight", (features[layer.outputs], features[layer.inputs])
-            if _says(config, bias):
-                yield f"{block}.{layer.name}.bias", (features[layer.outputs],)
+    features = {"hidden": sizes.hidden, "attention": heads, "kv": kv, "qkv": heads + 2 * kv}
+    if isinstance(attention, LatentAttention):
+        yield from _latent(config, family, sizes)
+    else:
+        biases = zip(attention.inputs, (family.qkv_bias, family.output_bias), strict=True)
+        for shared, bias in biases:
+            yield from _linears(shared, features, _says(config, bias))
     for norm in family.norms(config) if callable(family.norms) else family.norms:
-        yield from _norm(f"{block}.{norm}", (sizes.hidden,), family).items()
-    if _says(config, attention.has_head_norms):
+        yield from _norm(norm, (sizes.hidden,), family).items()
+    if attention.head_norms and _says(config, attention.has_head_norms):
         for norm, count in zip(attention.norms_of_heads, (sizes.heads, sizes.kv_heads), strict=False):
             size = sizes.head_dim
             shape = {"head": (size,), "each head": (count, size), "heads": (count * size,)}[attention.head_norms_span]
-            yield from _norm(f"{block}.{norm}", shape, family).items()
+            yield from _norm(norm, shape, family).items()
+
+
+def _latent(config: dict[str, Any], family: Family, sizes: Sizes) -> Iterator[tuple[str, Shape]]:
+    """The tensors of attention over compressed keys and values; queries are compressed where a rank is given."""
+    part, rank, turned = family.attention, config["kv_lora_rank"], config["qk_rope_head_dim"]
+    plain, value, query_rank = config["qk_nope_head_dim"], config["v_head_dim"], config.get("q_lora_rank")
+    features = {
+        "hidden": sizes.hidden, "attention": sizes.heads * (plain + turned), "values": sizes.heads * value,
+        "query_latent": query_rank or 0, "kv_latent": rank, "kv_latent_rotary": rank + turned,
+        "kv_heads": sizes.heads * (plain + value),
+    }  # fmt: skip
+    absent = {part.query} if query_rank else {part.compressed_query, part.query_heads}
+    biased = {part.compressed_query, part.compressed, part.output} if config.get("attention_bias") else set()
+    for shared in part.inputs:
+        for layer in shared.layers:
+            own = layer.name.rpartition(".")[2]
+            if own not in absent:
+                yield from _linears(SharedInput((layer,)), features, own in biased)
+    if query_rank:
+        yield from _norm(f"{part.module}.{part.query_norm}", (query_rank,), family).items()
+    yield from _norm(f"{part.module}.{part.latent_norm}", (rank,), family).items()
+
+
+def _mlp(config: dict[str, Any], family: Family, sizes: Sizes) -> Iterator[tuple[str, Shape]]:
+    """The tensors of a block's MLP."""
+    size = sizes.ffn if family.mlp.size == "intermediate_size" else config[family.mlp.size]
+    for shared in family.mlp.inputs:
+        features = {"hidden": sizes.hidden, "ffn": size, "gate_up": 2 * size}
+        yield from _linears(shared, features, _says(config, family.mlp_bias))
+
+
+def _experts(config: dict[str, Any], family: Family, sizes: Sizes) -> Iterator[tuple[str, Shape]]:
+    """The tensors of a block's experts, of what chooses among them and of those that every token passes."""
+    part = family.experts
+    _, count = part.count(config)
+    shared_size = part.shared_neurons(config)
+    features = {"hidden": sizes.hidden, "expert": config[part.size], "shared": shared_size}
+    for shared in part.inputs:
+        if "*" not in shared.layers[0].name:
+            yield from _linears(shared, features, False) if shared_size else ()
+            continue
+        for number in range(count):
+            layers = tuple(layer._replace(name=layer.name.replace("*", str(number))) for layer in shared.layers)
+            yield from _linears(SharedInput(layers), features, part.biased)
+    for name in part.plain:
+        yield f"{part.module}.{name}.weight", (1 if part.shared and part.shared in name else count, sizes.hidden)
+    if part.vector:
+        yield f"{part.module}.{part.vector}", (count,)
+
+
+def _linears(shared: SharedInput, features: dict[str, int], biased: bool) -> Iterator[tuple[str, Shape]]:
+    for layer in shared.layers:
+        yield f"{layer.name}.weight", (features[layer.outputs], features[layer.inputs])
+        if biased:
+            yield f"{layer.name}.bias", (features[layer.outputs],)
 
 
 def _norm(name: str, shape: Shape, family: Family) -> dict[str, Shape]:
