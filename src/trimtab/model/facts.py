@@ -38,7 +38,8 @@ class ModelFacts(Document):
 
     `layers` counts transformer blocks; `bytes` are those of all tensors in the house's layout, most of them in `dtype`,
     of which tied embeddings are counted once; `linears` are the layers that quantization may apply to (neither
-    embeddings nor lm_head, nor the routers of experts). `intermediate_size` counts the neurons that a token passes in a
+    embeddings nor lm_head, nor the routers of experts). `beside` of the `parameters` take no part in the next token of
+    a text, such as the tower of a wrapper. `intermediate_size` counts the neurons that a token passes in a
     block. Of a token a block keeps `head_numbers` for each KV head, or `latent_numbers` for all heads together where an
     engine can keep keys and values compressed. With experts, a token is given to `experts_per_token` of `experts` in
     each block that has them, which have `expert_size` neurons each.
@@ -64,6 +65,7 @@ class ModelFacts(Document):
     experts: int = 0
     experts_per_token: int = 0
     expert_size: int = 0
+    beside: int = 0
 
     @cached_property
     def linear_parameters(self) -> int:
@@ -71,12 +73,13 @@ class ModelFacts(Document):
 
     @cached_property
     def active_parameters(self) -> int:
-        """The parameters that a token passes: of experts, those that it is given to."""
+        """The parameters that a token of text passes: of experts, those that it is given to."""
+        parameters = self.parameters - self.beside
         if not self.experts:
-            return self.parameters
+            return parameters
         family = families.named(self.model_type)
         all_experts = sum(layer.parameters for layer in self.linears if family.is_expert(layer.name))
-        return self.parameters - all_experts + all_experts * self.experts_per_token // self.experts
+        return parameters - all_experts + all_experts * self.experts_per_token // self.experts
 
 
 def inspect(folder: str | Path) -> ModelFacts:
@@ -187,6 +190,7 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
         linears=_linears(path, family, own),
         head_numbers=family.attention.head_numbers(config, sizes.head_dim),
         latent_numbers=family.attention.latent_numbers(config),
+        beside=sum(math.prod(tensor.shape) for tensor in counted if tensor.name not in own),
         **experts,
     )
 

@@ -20,8 +20,8 @@ from trimtab.model.configured import Sizes, experts_of, sizes_of, ties_embedding
 from trimtab.model.facts import ModelFacts, facts_of
 from trimtab.model.headers import Tensor
 
-#: Model types whose tensors follow from the config: those whose blocks are attention, and an MLP or experts. Of a wrapper
-#: the tower's do not.
+#: Model types whose tensors follow from the config: those whose blocks are attention, and an MLP or experts; no
+#: wrappers, whose towers' do not.
 MODEL_TYPES = tuple(
     name
     for name, family in families.BY_TYPE.items()
