@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import decoders
 import pytest
 import torch
 import wrappers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from trimtab import families
 from trimtab.components.calibration import grams
 from trimtab.components.calibration.work import calibrate
 from trimtab.components.distillation.work import distill
+from trimtab.components.fetch import conversion
 from trimtab.components.pruning.work import prune
 from trimtab.components.quantization import work
 from trimtab.components.quantization.mixed import sensitivity
@@ -148,3 +152,26 @@ def test_a_wrapper_s_text_model_is_distilled(tmp_path: Path) -> None:
     assert unchanged("gemma3", source, tmp_path / "distilled")
     loaded, _ = model_files.load(tmp_path / "distilled", torch.float32)
     assert len(loaded.base_model.layers) == decoders.LAYERS - 1
+
+
+def test_an_early_qwen2_5_vl_is_fetched_with_the_names_and_settings_of_later_ones(tmp_path: Path) -> None:
+    """Before transformers 4.52 it had its text model's settings among its own, and no `language_model` in its names."""
+    later, early, fetched = wrappers.write(tmp_path / "later", "qwen2_5_vl"), tmp_path / "early", tmp_path / "fetched"
+    shutil.copytree(later, early)
+    fetched.mkdir()
+    config = json.loads((later / "config.json").read_text())
+    text = config.pop("text_config")
+    del text["model_type"]
+    (early / "config.json").write_text(json.dumps({**text, **config}))
+    tensors = {
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensor
+        for name, tensor in load_file(later / "model.safetensors").items()
+    }
+    save_file(tensors, early / "model.safetensors", metadata={"format": "pt"})
+    conversion.convert(str(early), str(fetched))
+    assert inspect(fetched) == inspect(early) == inspect(later)
+    assert "hidden_size" not in json.loads((fetched / "config.json").read_text())
+    assert scores(fetched) == scores(later)
+    reference = wrappers.build("qwen2_5_vl").bfloat16()
+    read = AutoModelForImageTextToText.from_pretrained(fetched, dtype=torch.bfloat16)
+    assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in reference.state_dict().items())

@@ -29,7 +29,7 @@ from trimtab.families.wrapper import TEXT_CONFIG, Wrapper
 
 __all__ = [
     "BY_TYPE", "Attention", "Config", "Experts", "Family", "LatentAttention", "Layer", "Limit", "Logits", "Mlp",
-    "SharedInput", "TEXT_CONFIG", "Wrapper", "named", "of", "text_config",
+    "SharedInput", "TEXT_CONFIG", "Wrapper", "named", "nested", "of", "text_config",
 ]  # fmt: skip
 
 _FILES = (llama, qwen, gemma, phi, glm, olmo, cohere, plain, gpt, mixtral, deepseek, gpt_oss, multimodal)
@@ -59,6 +59,13 @@ def text_config(config: Config) -> Config:
     model_type = config.get("model_type")
     family = BY_TYPE.get(model_type) if isinstance(model_type, str) else None
     return family.wrapper.text_config(config) if family and family.wrapper else config
+
+
+def nested(config: Config) -> Config:
+    """Returns a config.json in which a wrapper's text model has its settings in `text_config`; others as they are."""
+    model_type = config.get("model_type")
+    family = BY_TYPE.get(model_type) if isinstance(model_type, str) else None
+    return family.wrapper.nested(config) if family and family.wrapper else config
 
 
 def named(model_type: str) -> Family:

@@ -31,6 +31,7 @@ def wrapped(
     texts: Mapping[str, Text],
     within: str = "model.language_model",
     head: str = "lm_head",
+    own: tuple[str, ...] = (),
 ) -> Family:
     """Returns the family of a wrapper around a text model.
 
@@ -39,7 +40,7 @@ def wrapped(
     Args:
         model_type: the wrapper's.
         text: the family of its text model, alone; of several, one whose blocks have the layers of all.
-        texts: as in `Wrapper`.
+        texts, own: as in `Wrapper`.
         within: what stands in the place of the text model's `model` in the names of the checkpoint.
         head: the output head, by its name there.
     """
@@ -51,7 +52,7 @@ def wrapped(
         model_type=model_type,
         head=head,
         aliases=aliases,
-        wrapper=Wrapper(within, texts),
+        wrapper=Wrapper(within, texts, own),
         width=False,
         **names,
     )
@@ -71,6 +72,12 @@ _QWEN3_VL = _sizes(151936, 4096, 22016, 32, 32, 32, 128000, head_dim=128)
 _QWEN3_VL_MOE = _sizes(
     151936, 2048, 5632, 24, 16, 16, 128000, num_experts_per_tok=4, moe_intermediate_size=1408
 )
+#: What config.json of transformers before 4.52 says of the wrapper, among the settings of the text model.
+_QWEN_OWN = (
+    "architectures", "model_type", "vision_config", "image_token_id", "video_token_id", "vision_start_token_id",
+    "vision_end_token_id", "vision_token_id", "tie_word_embeddings", "dtype", "torch_dtype", "transformers_version",
+    "quantization_config",
+)  # fmt: skip
 FAMILIES = (
     wrapped("gemma3", _FAMILIES["gemma3_text"], {"gemma3_text": Text("gemma3_text", _GEMMA3)}),
     wrapped(
@@ -79,7 +86,7 @@ FAMILIES = (
         {"mistral": Text("mistral", _MISTRAL), "ministral3": Text("ministral3", _MINISTRAL3)},
     ),
     wrapped("llava", _FAMILIES["llama"], {"llama": Text("llama", _LLAMA)}),
-    wrapped("qwen2_5_vl", _FAMILIES["qwen2"], {"qwen2_5_vl_text": Text("qwen2", _QWEN2_5_VL)}),
+    wrapped("qwen2_5_vl", _FAMILIES["qwen2"], {"qwen2_5_vl_text": Text("qwen2", _QWEN2_5_VL)}, own=_QWEN_OWN),
     wrapped("qwen3_vl", _FAMILIES["qwen3"], {"qwen3_vl_text": Text("qwen3", _QWEN3_VL)}),
     # Its router always makes the weights of a token's experts add up to one.
     wrapped(

@@ -33,10 +33,13 @@ class Wrapper:
     Attributes:
         within: the module whose tensors, beside the output head's, are the text model.
         texts: the text models that it may have, by the `model_type` of their config; where that says none, the first.
+        own: where early checkpoints have the settings of the text model among the wrapper's, the fields that are the
+            wrapper's.
     """
 
     within: str
     texts: Mapping[str, Text] = field(hash=False)
+    own: tuple[str, ...] = ()
 
     def kind(self, config: Config) -> str:
         """Returns the model type of the text model in a wrapper's config.json."""
@@ -47,15 +50,23 @@ class Wrapper:
 
         A wrapper without a text model, or with one that is not known, has what it says, and no more: see `refusal`.
         """
+        config = self.nested(config)
         inner = config.get(TEXT_CONFIG)
         if self.refusal(config):
             return dict(inner) if isinstance(inner, Mapping) else {}
         kind = self.kind(config)
         return {"model_type": kind, **self.texts[kind].defaults, **inner}
 
+    def nested(self, config: Config) -> Config:
+        """Returns a wrapper's config.json with the settings of the text model in `text_config`."""
+        if TEXT_CONFIG in config or not self.own or "hidden_size" not in config:
+            return config
+        own = {name: value for name, value in config.items() if name in self.own}
+        return {**own, TEXT_CONFIG: {name: value for name, value in config.items() if name not in self.own}}
+
     def refusal(self, config: Config) -> str:
         """Returns why a wrapper with this config.json has no text model that is known, or ""."""
-        kind = config.get("model_type")
+        config, kind = self.nested(config), config.get("model_type")
         inner = config.get(TEXT_CONFIG)
         if not isinstance(inner, Mapping) or not inner:
             return f"{TEXT_CONFIG} is missing, which says what text model a '{kind}' wraps"
