@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING
 from trimtab import families
 from trimtab.model.facts import inspect
 from trimtab.runtime.checkpoint import config_file, model_files, skeleton
+from trimtab.runtime.parallel import shards
 
 TYPES = [name for name, family in families.BY_TYPE.items() if family.wrapper]
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -96,3 +97,13 @@ def test_the_sections_of_rotary_embeddings_stay_in_both_spellings() -> None:
     assert found["rope_scaling"] == {"rope_type": "default", "mrope_section": [16, 24, 24]}
     assert found["rope_parameters"] == sections
     assert found["rope_theta"] == 1e6
+
+
+@pytest.mark.parametrize("model_type", [name for name in TYPES if families.BY_TYPE[name].tensor_parallel])
+def test_tensor_parallelism_splits_the_layers_of_the_text_model(model_type: str, tmp_path: Path) -> None:
+    family = families.BY_TYPE[model_type]
+    cut = shards.cut(skeleton.skeleton(wrappers.write(tmp_path, model_type)), shards.Place(0, 2))
+    assert {family.place(name) for name in cut.rows} == {
+        (block, layer) for block in range(decoders.LAYERS) for layer in family.row_parallel
+    }
+    assert len(cut.units) == decoders.LAYERS * (len(family.layers) - len(family.row_parallel))

@@ -62,7 +62,8 @@ class Wrapper:
         if TEXT_CONFIG in config or not self.own or "hidden_size" not in config:
             return config
         own = {name: value for name, value in config.items() if name in self.own}
-        return {**own, TEXT_CONFIG: {name: value for name, value in config.items() if name not in self.own}}
+        inner = {name: value for name, value in config.items() if name not in self.own}
+        return {**own, TEXT_CONFIG: {"model_type": next(iter(self.texts)), **inner}}
 
     def refusal(self, config: Config) -> str:
         """Returns why a wrapper with this config.json has no text model that is known, or ""."""
