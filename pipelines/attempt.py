@@ -9,7 +9,7 @@ from trimtab.components.pruning.component import prune
 from trimtab.components.quantization.component import quantize
 from trimtab.components.validation.component import validate
 from trimtab.pipelines.decisions import prepare
-from trimtab.pipelines.placement import place, reach
+from trimtab.pipelines.placement import machines, place, reach
 from trimtab.stages import TASKS
 from trimtab.stages.profile import Profile
 
@@ -19,8 +19,12 @@ def uncached(task: dsl.PipelineTask, name: str) -> dsl.PipelineTask:
     return task.set_caching_options(False).set_display_name(name)
 
 
-def attempt_pipeline(profile: Profile):
-    """Returns the pipeline `attempt`: one recipe, its tasks placed as the profile says."""
+def attempt_pipeline(profile: Profile, image: str = ""):
+    """Returns the pipeline `attempt`: one recipe, its tasks placed as the profile says.
+
+    Args:
+        image: the container image of tasks for which the profile names none; "" for that of this version.
+    """
 
     @dsl.pipeline(
         name="attempt", description="One recipe: prepare, calibrate, prune, distill, quantize, build, validate"
@@ -34,12 +38,12 @@ def attempt_pipeline(profile: Profile):
         Returns:
             The URI of the attempt's document with the verdict.
         """
-        ready = uncached(prepare(state=state, nodes=profile.gpu.node_selector), "prepare")
+        ready = uncached(prepare(state=state, machines=machines(profile, image)), "prepare")
         need = reach(ready, profile).outputs
 
         def staged(task: dsl.PipelineTask, stage: str, name: str = "") -> dict[str, object]:
             uncached(task, name or stage)
-            return place(task, stage, profile, need[stage], need[f"{stage}_nodes"]).outputs
+            return place(task, stage, profile, need).outputs
 
         calibrated = staged(calibrate(state=need["state"], checkpoint=need["checkpoint"]), "calibrate")
         pruned = staged(

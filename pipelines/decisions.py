@@ -32,18 +32,18 @@ def plan(
         max_attempts: The most attempts.
         evaluation: What to measure, YAML or JSON; or empty.
         images: The container images of the stages.
-        rollout: How to serve the release, YAML or JSON; or empty. Only checked here, before the work begins.
+        rollout: How to serve the release, YAML or JSON; or empty. Only checked here, on the cluster too.
 
     Returns:
         The URI of the document with which the baseline is measured.
     """
-    from trimtab.components.deployment.rollout.settings import asked
+    from trimtab.components.deployment.rollout.delivery import foresee
     from trimtab.loop import decisions
     from trimtab.loop.documents import save
     from trimtab.recipe.evaluation import Evaluation
     from trimtab.store import Tree
 
-    asked(rollout, store)
+    foresee(rollout, store)
     begun = decisions.begin(
         model=Tree.parse(model),
         store_uri=store,
@@ -59,34 +59,31 @@ def plan(
 
 
 @dsl.component(base_image=images.CPU, install_kfp_package=False)
-def prepare(state: str, nodes: dict, checkpoint: dsl.Output[dsl.Model]) -> NamedTuple(
+def prepare(state: str, machines: dict, checkpoint: dsl.Output[dsl.Model]) -> NamedTuple(
     "Prepared",
     state=str,
-    calibrate=str,
-    prune=str,
-    distill=str,
-    recalibrate=str,
-    quantize=str,
-    engine=str,
-    validate=str,
-    calibrate_nodes=dict,
-    prune_nodes=dict,
-    distill_nodes=dict,
-    recalibrate_nodes=dict,
-    quantize_nodes=dict,
-    engine_nodes=dict,
-    validate_nodes=dict,
-):
-    """Refuses what the target cannot run, and says how many accelerators each task needs, and on which nodes.
+    calibrate=str, calibrate_nodes=dict, calibrate_tolerations=list,
+    calibrate_cpu=str, calibrate_memory=str, calibrate_image=str,
+    prune=str, prune_nodes=dict, prune_tolerations=list,
+    prune_cpu=str, prune_memory=str, prune_image=str,
+    distill=str, distill_nodes=dict, distill_tolerations=list,
+    distill_cpu=str, distill_memory=str, distill_image=str,
+    recalibrate=str, recalibrate_nodes=dict, recalibrate_tolerations=list,
+    recalibrate_cpu=str, recalibrate_memory=str, recalibrate_image=str,
+    quantize=str, quantize_nodes=dict, quantize_tolerations=list,
+    quantize_cpu=str, quantize_memory=str, quantize_image=str,
+    engine=str, engine_nodes=dict, validate=str, validate_nodes=dict,
+):  # fmt: skip
+    """Refuses what the target cannot run, and says which machine each task needs.
 
     Args:
         state: The URI of the document with which the attempt begins.
-        nodes: The node selector of tasks that need an accelerator.
+        machines: What the cluster has for tasks: nodes, tolerations, and by task CPUs, memory and image.
         checkpoint: Names the model.
 
     Returns:
         The URI of the document, and for each task its count of accelerators, "0" for a pass-through or a result that
-        exists, and its node selector, {} where the count is "0".
+        exists; where that is "0", no node selector and no tolerations; next to no CPU and memory where it has no work.
     """
     from collections import namedtuple
 
@@ -96,9 +93,11 @@ def prepare(state: str, nodes: dict, checkpoint: dsl.Output[dsl.Model]) -> Named
 
     ready = decisions.prepare(load(state))
     stages.describe_tree(checkpoint, ready.model)
-    need = stages.accelerators(ready)
-    where = {f"{task}_nodes": nodes if count != "0" else {} for task, count in need.items()}
-    return namedtuple("Prepared", ["state", *need, *where])(save(ready), *need.values(), *where.values())
+    found = {"state": save(ready)}
+    for task, machine in stages.machines(ready, machines).items():
+        found[task] = machine.pop("accelerators")
+        found |= {f"{task}_{field}": value for field, value in machine.items()}
+    return namedtuple("Prepared", found)(**found)
 
 
 @dsl.component(base_image=images.CPU, install_kfp_package=False)

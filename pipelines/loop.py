@@ -26,6 +26,8 @@ MAX_ATTEMPTS = 10
 #: What the gate is called on the page of a run: the only task that sees the signing key.
 GATE = "deploy gate"
 RUN_ID = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+#: What a run is for where nothing says it.
+DEFAULT_TARGET = "cpu"
 #: What the run form offers for a parameter.
 CHOICES = {"goal": GOALS, "target": TARGETS}
 
@@ -41,7 +43,7 @@ class Loop:
 
     def __init__(self, unrolled: int, profile: Profile | None = None, image: str = ""):
         self._unrolled, self._profile = unrolled, profile or Profile()
-        self._attempt = attempt_pipeline(self._profile)
+        self._attempt = attempt_pipeline(self._profile, image)
         #: The container images of the stages, which are materials of the run.
         self.images = image_names(self._profile, image)
 
@@ -92,10 +94,21 @@ def image_names(profile: Profile, image: str = "") -> str:
     return " ".join(filter(None, (image or images.CPU, profile.images.cuda, profile.images.engine)))
 
 
-def offer_choices(pipeline: BaseComponent) -> BaseComponent:
-    """Makes the run form show lists to choose from, and descriptions name them: KFP's SDK has no way to say a list, and
-    takes descriptions from docstrings alone."""
+def offered_target(profile: Profile | None) -> str:
+    """Returns the target whose name stands in the labels of the profile's GPU nodes; the processor where none does."""
+    labels = " ".join(profile.gpu.node_selector.values()).lower() if profile else ""
+    names = [name for name in TARGETS if all(part in labels for part in name.split("-"))]
+    return max(names, key=len, default=DEFAULT_TARGET)
+
+
+def offer_choices(pipeline: BaseComponent, unrolled: int, profile: Profile | None = None) -> BaseComponent:
+    """Makes the run form show lists to choose from, begin with the profile's GPU, and name them and the most attempts:
+    KFP's SDK has no way to say a list, and takes descriptions from docstrings alone."""
     parameters = pipeline.pipeline_spec.root.input_definitions.parameters
+    attempts = parameters["max_attempts"]
+    attempts.description = attempts.description.replace(f"1 to {MAX_ATTEMPTS}", f"1 to {unrolled}")
+    attempts.default_value.number_value = min(attempts.default_value.number_value, unrolled)
+    parameters["target"].default_value.string_value = offered_target(profile)
     for name, choices in CHOICES.items():
         parameters[name].description = f"{parameters[name].description.rstrip('.')}: {', '.join(choices)}."
         for choice in choices:

@@ -36,12 +36,13 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = No
         """Compresses a language model and releases it when it is still good.
 
         Args:
-            model: A folder, a .gguf file, s3://bucket/prefix, a tree of the store, or a hub id such as org/name.
+            model: s3://bucket/prefix, a tree of the store, the address of a Model artifact of a run, a hub id such
+                as org/name, a folder, or a .gguf file.
             store: Where trees, results and releases are kept: s3://bucket/prefix or a folder.
             goal: What is to become better.
             target: The hardware that will serve it.
             recipe: A recipe to try first, YAML or JSON; empty for the planned ladder.
-            max_attempts: The most attempts, 1 to 10.
+            max_attempts: The most attempts, 1 to 10. Each is worked, built and measured; a good one ends the run.
             name: The name of the release.
             evaluation: Tasks, items and windows to measure, YAML or JSON; empty for trimtab's own suite.
             rollout: How to serve the release on KServe, YAML or JSON; empty to serve it nowhere.
@@ -67,4 +68,4 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = No
         )
         return loop.run(planned.output, rollout)
 
-    return offer_choices(optimize)
+    return offer_choices(optimize, unrolled, profile)

@@ -34,7 +34,7 @@ def server_name(pipeline: str) -> str:
 def write(
     output: Path, unrolled: int, image: str = "", profile: Profile | None = None, pipeline: str = "optimize"
 ) -> None:
-    """Compiles a pipeline into a YAML file.
+    """Compiles a pipeline into a YAML file, as small as a backend wants it.
 
     Args:
         output: a .yaml, .yml or .json file in a folder that exists.
@@ -52,11 +52,13 @@ def write(
 
     from trimtab.pipelines.optimize import optimize_pipeline
     from trimtab.pipelines.rebuild import rebuild_pipeline
+    from trimtab.pipelines.shrinking import shrink
 
     builders = {"optimize": optimize_pipeline, "rebuild": rebuild_pipeline}
     built = builders[pipeline](unrolled, profile, image)
     if image:
         _use_image(built, image)
+    shrink(built)
     compiler.Compiler().compile(built, str(output))
 
 

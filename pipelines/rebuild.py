@@ -41,7 +41,7 @@ def review(
         max_attempts: The most attempts.
         evaluation: What to measure, YAML or JSON; or empty.
         images: The container images of the stages.
-        rollout: How to serve the release, YAML or JSON; or empty. Only checked here, before the work begins.
+        rollout: How to serve the release, YAML or JSON; or empty. Only checked here, on the cluster too.
         changes: What changed.
 
     Returns:
@@ -52,7 +52,7 @@ def review(
     from pathlib import Path
 
     from trimtab.base import child
-    from trimtab.components.deployment.rollout.settings import asked
+    from trimtab.components.deployment.rollout.delivery import foresee
     from trimtab.components.fetch.source import fetch
     from trimtab.loop.documents import save
     from trimtab.recipe.evaluation import Evaluation
@@ -62,7 +62,7 @@ def review(
 
     child.follow_run()
     check_name(name, "release")
-    asked(rollout, store)
+    foresee(rollout, store)
     found, state = rebuild.plan(
         model=fetch(model, open_store(store)),
         store_uri=store,
@@ -103,12 +103,13 @@ def rebuild_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = Non
         """Releases a model anew when what it is made of has changed.
 
         Args:
-            model: A folder, a .gguf file, s3://bucket/prefix, a tree of the store, or a hub id such as org/name.
+            model: s3://bucket/prefix, a tree of the store, the address of a Model artifact of a run, a hub id such
+                as org/name, a folder, or a .gguf file.
             store: Where trees, results and releases are kept: s3://bucket/prefix or a folder.
             goal: What is to become better.
             target: The hardware that will serve it.
             recipe: A recipe to try first, YAML or JSON; empty for the planned ladder.
-            max_attempts: The most attempts, 1 to 10.
+            max_attempts: The most attempts, 1 to 10. Each is worked, built and measured; a good one ends the run.
             name: The name of the release, whose newest version is compared.
             evaluation: Tasks, items and windows to measure, YAML or JSON; empty for trimtab's own suite.
             rollout: How to serve the release on KServe, YAML or JSON; empty to serve it nowhere.
@@ -129,4 +130,4 @@ def rebuild_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = Non
         with dsl.If(found["Output"] == "rebuild", name="something-changed"):
             loop.run(found["state"], rollout)
 
-    return offer_choices(rebuild)
+    return offer_choices(rebuild, unrolled, profile)

@@ -58,7 +58,8 @@ def run(state_uri: str, artifact: Any) -> str:
     }
     uri = _released_before(store, state.name, same) or store.release(state.name, record)
     stages.describe_tree(artifact, Tree.model_validate(document["export"]))
-    artifact.metadata["release"] = uri
+    origin = {"base_model_uri": state.model.uri, "base_model_digest": state.model.digest}
+    artifact.metadata.update({"release": uri, **origin, **stages.model_facts(accepted.recipe, is_quantized=True)})
     progress.report("release", uri if signer else f"{uri} (unsigned)")
     return uri
 

@@ -18,11 +18,11 @@ def fetch(model: str, store: str, source: dsl.Output[dsl.Model]) -> str:
         The model's tree, JSON.
     """
     from trimtab import stages
-    from trimtab.base import child
+    from trimtab.base import child, transient
     from trimtab.components.fetch.source import fetch
     from trimtab.store import open_store
 
     child.follow_run()
-    tree = fetch(model, open_store(store))
+    tree = transient.insist("fetch", lambda: fetch(model, open_store(store)))
     stages.describe_tree(source, tree)
     return tree.to_json()

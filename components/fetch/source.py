@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trimtab.base import progress
+from trimtab.base import progress, transient
 from trimtab.base.child import call
-from trimtab.base.errors import InputError
+from trimtab.base.errors import InputError, Transient
 from trimtab.base.schema import digest
 from trimtab.model import layouts
 from trimtab.model.admission import Admitted, admit
@@ -24,6 +24,8 @@ from trimtab.store.address import split_source, split_tree
 from trimtab.store.s3 import S3Back
 from trimtab.store.tree import Tree
 
+#: The most that an artifact has which names a tree.
+ARTIFACT_BYTES = 4096
 #: A part of the hub's names begins with no dot or dash, so that ./name and ../name are paths.
 _HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 #: Never pickles: they run code when they are loaded.
@@ -37,7 +39,8 @@ def fetch(model: str, store: Store) -> Tree:
     """Returns the model's tree in the store, with its facts in the metadata.
 
     Args:
-        model: a folder or .gguf file, `s3://bucket/prefix`, `<store>/trees/<digest>`, or a hub id `org/name`.
+        model: a folder or .gguf file, `s3://bucket/prefix`, `<store>/trees/<digest>`, a hub id `org/name`, or the
+            address of a Model artifact of an earlier run, which names such a tree.
 
     Raises:
         InputError: it does not exist, is damaged, holds pickles only, or needs code of its own.
@@ -47,6 +50,8 @@ def fetch(model: str, store: Store) -> Tree:
     if (tree := split_tree(model)) and not path.exists():
         other = open_store(tree[0])
         return _put(other.get(model), store, said=other.manifest(model).metadata.get(layouts.CONVERTED, ()))
+    if named := _named_by_artifact(model, path):
+        return fetch(named, store)
     if model.startswith("s3://"):
         return _put_downloaded(lambda folder: _download_from_s3(model, folder), store)
     if _is_gguf(path):
@@ -185,6 +190,21 @@ def _put_gguf(parts: list[Path], store: Store) -> Tree:
     return _once(key, lambda: _put_downloaded(convert, store), store)
 
 
+def _named_by_artifact(model: str, path: Path) -> str | None:
+    """Returns the tree that a Model artifact of a run names, as `stages.describe_tree` wrote it; None for all else."""
+    if model.startswith("s3://"):
+        bucket, key = split_source(model)
+        data = S3Back(bucket, "").read(key) if key else None
+    else:
+        data = path.read_bytes() if path.is_file() and path.stat().st_size <= ARTIFACT_BYTES else None
+    if not data or len(data) > ARTIFACT_BYTES:
+        return None
+    try:
+        return Tree.parse(data.decode()).uri
+    except (InputError, UnicodeDecodeError):
+        return None
+
+
 def _download_from_s3(model: str, folder: Path) -> None:
     progress.report("fetch", f"downloading {model}")
     bucket, prefix = split_source(model)
@@ -208,14 +228,23 @@ def _download_from_hub(model: str, folder: Path) -> None:
 
 @contextmanager
 def from_hub(model: str, what: str = "") -> Iterator[None]:
-    """Turns what the hub's client raises into one sentence; `what` of the model is asked for, "" for all of it."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    """Turns what the hub's client raises into one sentence; `what` of the model is asked for, "" for all of it.
+
+    Raises:
+        Transient: the hub is busy, or the connection broke.
+        InputError: it has no such model, or there is no way to it.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         yield
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().partition("\n")[0]
         lacking = f"{what} cannot" if what else "cannot"
+        if transient.passes(error) and not isinstance(error, OfflineModeIsEnabled):
+            raise Transient(
+                f"model: '{model}' {lacking} be had from the Hugging Face hub now ({first}); run it again"
+            ) from None
         raise InputError(
             f"model: '{model}' is no folder here and {lacking} be had from the Hugging Face hub ({first}); check "
             f"the name, the network, or set HF_TOKEN for a gated model"

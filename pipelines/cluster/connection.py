@@ -28,8 +28,13 @@ from trimtab.base.errors import InputError, StageError, TrimtabError
 
 Answer = TypeVar("Answer")
 
-#: The oldest server that runs the pipeline: earlier ones lose the state of nested pipelines in branches.
-OLDEST = (2, 17)
+#: What the pipeline needs of a server, by the version that brought it (kubeflow/pipelines #13322 the last).
+NEEDS = {
+    (2, 15): "optional secrets",
+    (2, 16): "lists on the form of a run",
+    (2, 17): "the results of pipelines in branches",
+}
+OLDEST, UNKNOWN = max(NEEDS), (3, 0)
 #: Seconds for which a lost connection is tried again, and the longest pause between two tries.
 PATIENCE, LONGEST_PAUSE = 60.0, 15.0
 TIMEOUT = 30
@@ -104,7 +109,7 @@ def connect(
     """Finds the server and asks for its health.
 
     Raises:
-        InputError: a bad address or credential, no namespace where there are many, or a server too old.
+        InputError: a bad address or credential, no namespace where there are many, or a server too old or too new.
         StageError: the server does not answer.
     """
     host = host or os.environ.get("TRIMTAB_KFP_HOST", "")
@@ -123,19 +128,32 @@ def connect(
             version = client.version()
     except (ApiException, network.HTTPError, OSError) as error:
         raise explain(error, "ask for its health", shown, namespace) from None
-    _check_version(version, shown)
+    _check_version(version, shown, console)
     namespace = namespace or client.get_user_namespace()
     if health.multi_user and not namespace:
         raise InputError(f"namespace: {shown} has a namespace for each user; write --namespace NAME")
     return Connection(client, namespace if health.multi_user else "", console, patience)
 
 
-def _check_version(version: str, host: str) -> None:
+def _check_version(version: str, host: str, console: Console) -> None:
+    """Refuses a server that lacks what the pipeline needs, before it is asked for a GPU."""
+    needed = ".".join(map(str, OLDEST)) + ".0"
     found = re.match(r"v?(\d+)\.(\d+)", version)
-    if found and tuple(map(int, found.groups())) < OLDEST:
+    if not found:
+        said = f"{host} does not say which version it is; the pipeline needs {needed} or later"
+        console.print(said, style="dim", highlight=False, markup=False)
+        return
+    number = tuple(map(int, found.groups()))
+    if number >= UNKNOWN:
         raise InputError(
-            f"host: {host} runs Kubeflow Pipelines {version}, which cannot run this pipeline; upgrade it to "
-            f"{'.'.join(map(str, OLDEST))}.0 or later"
+            f"host: {host} runs Kubeflow Pipelines {version}, whose API trimtab does not know; write a server of "
+            f"{needed} to {OLDEST[0]}.x"
+        )
+    lacking = [f"{what} ({'.'.join(map(str, since))})" for since, what in NEEDS.items() if number < since]
+    if lacking:
+        raise InputError(
+            f"host: {host} runs Kubeflow Pipelines {version}, which cannot run this pipeline: it lacks "
+            f"{', '.join(lacking)}; upgrade it to {needed} or later"
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 from trimtab.base.errors import InputError
 from trimtab.recipe import Recipe
@@ -10,6 +12,8 @@ from trimtab.recipe.evaluation import Evaluation
 from trimtab.recipe.workload import Recorded
 from trimtab.stages.profile import Cache, Profile
 
+#: Where clients of S3 find its server.
+ENDPOINT = "AWS_ENDPOINT_URL"
 #: What may stand in a field instead of a path; texts and tasks are not read from S3.
 _ADDRESS = "s3://bucket/prefix"
 _INSTEAD = {"model": f"{_ADDRESS}, a hub id org/name", "store": _ADDRESS, "workload.recorded": _ADDRESS}
@@ -25,6 +29,7 @@ def check(model: str, store: str, recipe: Recipe, evaluation: Evaluation, profil
     Raises:
         InputError: names the field, and what to write instead with this profile.
     """
+    _check_endpoint(store, profile)
     hub = model.count("/") == 1 and not model.startswith((".", "/")) and not Path(model).exists()
     addresses = {"store": store} if hub else {"model": model, "store": store}
     if isinstance(recipe.workload, Recorded):
@@ -44,6 +49,25 @@ def check(model: str, store: str, recipe: Recipe, evaluation: Evaluation, profil
             _check(field, text, text, _TEXT, profile.cache)
     if evaluation.task_path:
         _check("task_path", evaluation.task_path, evaluation.task_path, _TASKS, profile.cache)
+
+
+def _check_endpoint(store: str, profile: Profile) -> None:
+    """Refuses a store whose server pods would look for elsewhere than this machine does."""
+    if not store.startswith("s3://"):
+        return
+    endpoint = profile.environment.get(ENDPOINT, "")
+    host = urlsplit(endpoint).hostname or ""
+    if host == "localhost" or host.startswith("127.") or host == "::1":
+        raise InputError(
+            f"profile: environment has {ENDPOINT}: {endpoint}, which to a pod is the pod itself; write the address of "
+            f"the service, such as http://seaweedfs.kubeflow:8333"
+        )
+    here = os.environ.get(ENDPOINT, "")
+    if here and not endpoint and profile.secrets:
+        raise InputError(
+            f"store: '{store}' is at {here} to this machine ({ENDPOINT}), and at AWS to the pods, for the profile does "
+            f"not say; write environment: {{{ENDPOINT}: …}} into it, with an address that pods reach"
+        )
 
 
 def _check(field: str, value: str, path: str, instead: str, cache: Cache | None) -> None:

@@ -1,11 +1,14 @@
 """Follows a run on a server: tasks as they begin and end, verdicts and rollout as they come, and the exit code.
 
 The server names a task by its key in the compiled pipeline, without the box that it stands in. Attempts follow one
-another, so a stage belongs to the attempt that began last before it.
+another, so a stage belongs to the attempt that began last before it. A pod that was killed says nothing of it: to the
+server's own records its task runs on for ever. Here it is told by what Argo did: by a further pod of the same task, or,
+when the run is over, by a task that is not.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +23,10 @@ from trimtab.store import Store, open_store
 
 FINISHED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 SHOWN = {"RUNNING": "running", "SUCCEEDED": "done", "FAILED": "failed", "CANCELED": "canceled"}
+#: What the boxes are called that the stages stand in.
+BOX = re.compile(r"baseline|attempt \d+")
+#: What Argo calls the pods of a task: the first of them is number 0.
+POD_BEGUN_ANEW = re.compile(r"executor\((\d+)\)")
 #: Seconds between two looks.
 INTERVAL = 10.0
 
@@ -33,11 +40,12 @@ def watch(connection: Connection, run_id: str, interval: float = INTERVAL) -> st
         StageError: a stage of it failed, it was canceled, or the server stays unreachable.
     """
     seen: dict[str, str] = {}
-    told = _Told(run_id, connection.console)
+    told, lost = _Told(run_id, connection.console), _Lost(connection.console)
     while True:
         get = connection.client.runs.run_service_get_run
         run = connection.read(f"read run '{run_id}'", get, run_id=run_id, _request_timeout=TIMEOUT)
         tasks = list(_tasks(run))
+        lost.show(run, tasks)
         ends = {(name, state) for _, name, state in tasks}
         for key, name, state in tasks:
             if state in SHOWN and seen.get(key) != state:
@@ -51,6 +59,23 @@ def watch(connection: Connection, run_id: str, interval: float = INTERVAL) -> st
             kept = any(name == REVIEW for _, name, _ in tasks) and ("deploy gate", "SUCCEEDED") not in ends
             return "nothing has changed, so the run kept the last release" if kept else "the run released its model"
         time.sleep(interval)
+
+
+class _Lost:
+    """Prints each pod that was killed and begun anew, once."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._seen: set[str] = set()
+
+    def show(self, run: Any, tasks: list[tuple[str, str, str]]) -> None:
+        working = next((name for _, name, state in reversed(tasks) if state == "RUNNING"), "a task")
+        for task in _details(run):
+            again = POD_BEGUN_ANEW.fullmatch(task.display_name or "")
+            if again and int(again[1]) and task.task_id not in self._seen:
+                self._seen.add(task.task_id)
+                line = f"{working}: its pod was killed; begun again, try {int(again[1]) + 1}"
+                self._console.print(line, style="red", highlight=False, markup=False)
 
 
 class _Told:
@@ -90,15 +115,20 @@ class _Told:
 def _tasks(run: Any) -> Iterator[tuple[str, str, str]]:
     """Yields (id, name for people, state) of the tasks that people know, in the order in which they began."""
     names, stages = _names(run.pipeline_spec or {})
-    details = (run.run_details.task_details if run.run_details else None) or []
     attempt = ""
-    for task in sorted(details, key=lambda task: (task.create_time is None, str(task.create_time))):
+    for task in _details(run):
         if task.display_name in names:
             name = names[task.display_name]
-            attempt = name if name.startswith(("baseline", "attempt")) else attempt
+            attempt = name if BOX.fullmatch(name) else attempt
             yield task.task_id, name, task.state or ""
         elif task.display_name in stages and attempt:
             yield task.task_id, f"{attempt}, {stages[task.display_name]}", task.state or ""
+
+
+def _details(run: Any) -> list[Any]:
+    """What the server tells of tasks, pods and drivers, in the order in which they began."""
+    details = (run.run_details.task_details if run.run_details else None) or []
+    return sorted(details, key=lambda task: (task.create_time is None, str(task.create_time)))
 
 
 def _names(spec: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
@@ -128,6 +158,12 @@ def _error(run: Any, tasks: list[tuple[str, str, str]], said: _Told) -> TrimtabE
     told = f": {attempts[-1]['reason']}" if attempts else ""
     if any(name == "deploy gate" for name in failed) and not (attempts and attempts[-1]["outcome"] == "accepted"):
         return NotReleased(f"no recipe passed{told or '; the summary of the run says why'}")
+    killed = [name for _, name, state in tasks if state == "RUNNING" and not BOX.fullmatch(name)]
+    if killed and not failed:
+        return StageError(
+            f"{killed[-1]} was killed: its pod ended without a word (evicted, out of memory, past its "
+            f"timeout_hours); submit it again: it goes on from what it had finished"
+        )
     where = failed[-1] if failed else "a task"
     message = getattr(run.error, "message", "") or ""
     return StageError(f"{where} failed{f' ({message})' if message else ''}; its log is on the run's page")

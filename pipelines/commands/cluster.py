@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from trimtab.pipelines.cluster import reachable
+from trimtab.pipelines.cluster.tags import refuse_tags
 from trimtab.pipelines.commands import run
 from trimtab.pipelines.inputs import Asked, check_choice, read, read_evaluation, read_profile
 from trimtab.pipelines.package import PIPELINES
@@ -81,22 +82,23 @@ def _connect(arguments: argparse.Namespace, console: Console) -> Connection:
     return connect(console, arguments.host, arguments.namespace, arguments.token, arguments.ca)
 
 
-def _uploaded(arguments: argparse.Namespace, connection: Connection) -> Uploaded:
+def _uploaded(arguments: argparse.Namespace, connection: Connection, unrolled: int) -> Uploaded:
+    """Uploads the pipeline with as many attempts as may be needed: each costs a run pods, and its Workflow room."""
     from trimtab.pipelines import package
     from trimtab.pipelines.cluster.upload import upload
-    from trimtab.pipelines.loop import MAX_ATTEMPTS
 
     with tempfile.TemporaryDirectory() as folder:
         compiled = Path(folder) / f"{arguments.pipeline}.yaml"
-        package.write(
-            compiled, MAX_ATTEMPTS, arguments.image, read_profile(arguments.profile), pipeline=arguments.pipeline
-        )
+        profile = read_profile(arguments.profile)
+        package.write(compiled, unrolled, arguments.image, profile, pipeline=arguments.pipeline)
         return upload(connection, compiled, arguments.pipeline)
 
 
 def _upload(arguments: argparse.Namespace, console: Console) -> int:
+    from trimtab.pipelines.loop import MAX_ATTEMPTS
+
     check_choice("pipeline", arguments.pipeline, tuple(PIPELINES))
-    uploaded = _uploaded(arguments, _connect(arguments, console))
+    uploaded = _uploaded(arguments, _connect(arguments, console), MAX_ATTEMPTS)
     print(f"{uploaded.name}  {'uploaded' if uploaded.new else 'is there already'}")
     return 0
 
@@ -106,7 +108,7 @@ def _submit(arguments: argparse.Namespace, console: Console) -> int:
 
     parameters = _parameters(arguments)
     connection = _connect(arguments, console)
-    uploaded = _uploaded(arguments, connection)
+    uploaded = _uploaded(arguments, connection, parameters["max_attempts"])
     run_id = start(
         connection,
         uploaded,
@@ -142,7 +144,7 @@ def _schedule(arguments: argparse.Namespace, console: Console) -> int:
     name = parameters["name"]
     schedule(
         connection,
-        _uploaded(arguments, connection),
+        _uploaded(arguments, connection, parameters["max_attempts"]),
         parameters,
         cron=cron,
         name=name,
@@ -189,4 +191,6 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     if own := task_sizes.of_own(evaluation):  # others are counted by the run's own plan
         dealing.deal(own, evaluation, asked.wanted.accept, asked.max_attempts)
     rollout = settings.asked(read(arguments.rollout, "rollout"), arguments.store)
-    return asked.parameters(store=arguments.store, rollout=rollout.to_json() if rollout else "")
+    parameters = asked.parameters(store=arguments.store, rollout=rollout.to_json() if rollout else "")
+    refuse_tags(parameters)
+    return parameters

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import trimtab
 
@@ -141,8 +142,17 @@ def test_one_torch_everywhere():
 
 def test_every_image_that_judges_has_what_judges():
     """Validation asks lm-eval's tasks in the engine's own image."""
-    wanted = {"torch": "torch", "trtllm": "trtllm"}
+    wanted = {"torch": "torch", "trtllm": "trtllm-image"}
     extras = tomllib.loads((IMAGES.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for name, extra in wanted.items():
         assert f"requirements.py pyproject.toml {extra} " in (IMAGES / name / "Containerfile").read_text()
         assert any(line.startswith("lm-eval") for line in extras[extra])
+
+
+def test_a_back_end_can_be_installed_without_its_image():
+    """And in the image, which has its own, nothing asks for it again."""
+    extras = tomllib.loads((IMAGES.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (named,) = (Requirement(line) for line in extras["trtllm"] if line.startswith("tensorrt-llm"))
+    assert named.marker.evaluate({"sys_platform": "linux", "python_version": "3.12"})
+    assert not named.marker.evaluate({"sys_platform": "darwin", "python_version": "3.12"})
+    assert not any(line.startswith("tensorrt-llm") for line in extras["trtllm-image"])

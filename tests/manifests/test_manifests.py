@@ -159,6 +159,26 @@ def test_the_profile_fits_its_overlay(overlay):
     assert (accelerators == "0") == (not profile.gpu.node_selector)
 
 
+def test_the_volume_of_the_cache_is_made_writable():
+    """The one pod that is root, for the volume may be root's; it has no capability, and touches the claim alone."""
+    (job,) = rendered("cache-owner")
+    check(job)
+    assert faults(job) == ["root"]
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    (volume,) = job["spec"]["template"]["spec"]["volumes"]
+    claims = {item["metadata"]["name"] for item in rendered("base") if item["kind"] == "PersistentVolumeClaim"}
+    assert volume["persistentVolumeClaim"]["claimName"] in claims
+
+
+def test_what_the_page_has_admins_write_is_json():
+    """Two values of one variable of KFP's API server; merged, they are one."""
+    found = re.findall(r"COMPILED_PIPELINE_SPEC_PATCH='(.+?)'", (MANIFESTS / "README.md").read_text())
+    merged = [json.loads(text) for text in found]
+    assert {"templateDefaults": {"retryStrategy": {"retryPolicy": "OnFailure"}}} in merged
+    assert {"securityContext": {"fsGroup": 0}} in merged
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS[2:])
 def test_a_rollout_may_do_what_it_does(overlay):
     """The rights that `cluster.Cluster` uses, for the pods of a run, and those of a person who approves."""
@@ -185,12 +205,14 @@ def test_a_rollout_may_do_what_it_does(overlay):
 
 def test_the_pipeline_as_objects(tmp_path):
     shutil.copy(MANIFESTS / "pipeline/kustomization.yaml", tmp_path)
-    options = ["--max-attempts", "1", "--profile", str(MANIFESTS / "overlays/gpu/profile.yaml")]
+    options = ["--profile", str(MANIFESTS / "overlays/gpu/profile.yaml")]
     assert main.main(["compile", "--objects", "-o", str(tmp_path / "objects.yaml"), *options]) == 0
     pipeline, version = kustomize(tmp_path)
     for item in (pipeline, version):
         check(item)
         assert item["metadata"]["namespace"] == "kubeflow"
+        # What `kubectl apply` keeps in an annotation of the object itself; an object's annotations hold 256 KiB.
+        assert len(json.dumps(item)) < 262_144
     assert version["spec"]["pipelineName"] == pipeline["metadata"]["name"]
     assert version["metadata"]["name"].startswith(pipeline["metadata"]["name"] + "-")
     assert set(version["spec"]["pipelineSpec"]) >= {"components", "deploymentSpec", "root", "schemaVersion"}

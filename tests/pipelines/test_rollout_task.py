@@ -144,3 +144,16 @@ def test_bad_input(release, rollout, message, tmp_path):
     with pytest.raises(InputError) as raised:
         Page(tmp_path).run(release, rollout)
     assert message in str(raised.value)
+
+
+def test_a_rollout_that_the_cluster_cannot_take_is_refused_before_the_work(kubernetes):
+    """By the first task of a run: the last one would find out when the GPUs are paid for."""
+    delivery.foresee("", "/store")
+    delivery.foresee(ROLLOUT, "s3://b/p")
+    kubernetes.faults = [("GET", 404, "404 page not found")]
+    with pytest.raises(InputError, match="does not know InferenceServices; install KServe"):
+        delivery.foresee(ROLLOUT, "s3://b/p")
+    kubernetes.approvals = None
+    with pytest.raises(InputError, match="has no ConfigMap 'trimtab-approvals'"):
+        delivery.foresee(ROLLOUT + "approval_minutes: 60", "s3://b/p")
+    assert kubernetes.applied == []

@@ -68,13 +68,11 @@ def test_a_checkpoint_is_what_the_family_says(model_type: str, tmp_path: Path) -
         turned, rank, heads = config["qk_rope_head_dim"], config["kv_lora_rank"], decoders.HEADS
         each = config["qk_nope_head_dim"] + config["v_head_dim"]
         sizes |= {"query_latent": config["q_lora_rank"], "kv_latent": rank, "kv_latent_rotary": rank + turned,
-                  "kv_heads": heads * each}  # fmt: skip
-        sizes["attention"] = None  # keys, and so queries, are longer than values
+                  "kv_heads": heads * each, "attention": heads * (config["qk_nope_head_dim"] + turned),
+                  "values": heads * config["v_head_dim"]}  # fmt: skip
     for linear in facts.linears:
         layer = family.layer(linear.name)
-        found = (linear.out_features, linear.in_features)
-        expected = (sizes[layer.outputs], sizes[layer.inputs])
-        assert all(size in (None, features) for size, features in zip(expected, found, strict=True)), linear.name
+        assert (linear.out_features, linear.in_features) == (sizes[layer.outputs], sizes[layer.inputs]), linear.name
     with torch.inference_mode():
         cache = decoders.build(model_type)(TOKENS[:, :4], use_cache=True).past_key_values
     kept = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) // 4

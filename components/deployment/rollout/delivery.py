@@ -12,6 +12,7 @@ from typing import Any
 from trimtab import stages
 from trimtab.base import signing
 from trimtab.base.errors import InputError, NotReleased
+from trimtab.components.deployment.rollout import approval
 from trimtab.components.deployment.rollout.canary import Account, roll_out
 from trimtab.components.deployment.rollout.cluster import Cluster
 from trimtab.components.deployment.rollout.settings import asked
@@ -22,6 +23,24 @@ from trimtab.store.address import split_release
 
 #: How the task of a run ends. A rollback does not fail it, for KFP keeps no page of a failed task: another one does.
 SERVES, ROLLED_BACK, NOT_ASKED = "serves", "rolled_back", "not_asked"
+
+
+def foresee(text: str, store: str) -> None:
+    """Refuses a rollout that the cluster could not take, before there is anything to roll out.
+
+    Args:
+        text, store: as `asked` has them.
+
+    Raises:
+        InputError: it is not valid, or its namespace has no InferenceServices, or nobody could approve there.
+    """
+    rollout = asked(text, store)
+    if rollout is None:
+        return
+    cluster = Cluster.connect(rollout.namespace)
+    cluster.read(rollout.service)
+    if rollout.approval_minutes:
+        approval.check(cluster)
 
 
 def locate(release: str) -> Store:

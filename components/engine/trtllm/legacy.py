@@ -14,6 +14,7 @@ from trimtab.components.engine.trtllm import ranks
 from trimtab.recipe import Engine
 from trimtab.runtime.engines import backends
 from trimtab.serving.settings import build_command
+from trimtab.store.cache import cache_folder
 
 
 def build(export: Path, output: Path, scratch: Path, settings: Engine, time_limit: float) -> None:
@@ -71,7 +72,7 @@ def _check(code: int, log: str) -> None:
 
 def _timing_cache() -> Path:
     """Measured times of kernels hold for one TensorRT on one kind of GPU."""
-    home = Path(os.environ.get("TRIMTAB_CACHE") or Path.home() / ".cache" / "trimtab")
     device = backends.device()
     capability = ".".join(map(str, device.compute_capability)) if device else "none"
-    return home / "timing" / f"tensorrt-{backends.versions().get('tensorrt', 'unknown')}-sm-{capability}.cache"
+    version = backends.versions().get("tensorrt", "unknown")
+    return cache_folder() / "timing" / f"tensorrt-{version}-sm-{capability}.cache"

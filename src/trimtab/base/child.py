@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.base import errors, kills
+from trimtab.base import errors, kills, transient
 from trimtab.base.errors import Failure, StageError, TrimtabError
 
 #: Set by the command line to its own process id: stages end when it is gone, also after a SIGKILL.
@@ -49,6 +49,7 @@ def call(work: str, *, time_limit: float | None = None, **arguments: Any) -> Don
     Raises:
         Failure: the work raised one, or ran out of memory (`does_not_fit`).
         TrimtabError: the work raised one of these.
+        Transient: any other exception that another try may not meet.
         StageError: any other exception, of which the traceback is in the log; it was killed while there was memory; or
             the time limit was reached.
     """
@@ -153,7 +154,8 @@ def outcome(name: str, work: Callable[[], Any]) -> dict[str, Any]:
         if isinstance(error, MemoryError) or _is_out_of_memory(error):
             first_line = str(error).strip().partition("\n")[0]
             return {"failure": ["does_not_fit", f"{name} ran out of memory: {first_line}"]}
-        return {"error": ["StageError", f"{name}: {type(error).__name__}: {error}"]}
+        kind = "Transient" if transient.passes(error) else "StageError"
+        return {"error": [kind, f"{name}: {type(error).__name__}: {error}"]}
     largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {"value": value, "seconds": time.monotonic() - started, "peak_memory_bytes": largest * 1024}
 

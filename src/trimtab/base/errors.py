@@ -43,12 +43,16 @@ class StageError(TrimtabError):
     exit_code = 4
 
 
+class Transient(StageError):
+    """Trouble that another try may not meet: a lost connection, a server that is busy, a GPU that was taken away."""
+
+
 class StoreError(StageError):
     """The store could not be read or written; nothing partial is visible in it."""
 
 
-class Unreachable(StoreError):
-    """The store gave no answer, or one that another try may change: the only trouble that is waited for."""
+class Unreachable(StoreError, Transient):
+    """The store gave no answer, or one that another try may change: the only trouble of it that is waited for."""
 
 
 class Damaged(StoreError):

@@ -11,6 +11,7 @@ from typing import Any
 
 from trimtab.base.errors import InputError
 from trimtab.base.schema import Document
+from trimtab.base.transient import insist
 from trimtab.catalog.goals import GoalName
 from trimtab.judge import Verdict
 from trimtab.loop.state import Brief, State
@@ -88,6 +89,10 @@ def save(state: State) -> str:
     What is in the store already, the plan and the attempts that are over, is named and not written again, as far as it
     says what the state says.
     """
+    return insist("state", lambda: _saved(state))
+
+
+def _saved(state: State) -> str:
     store = open_store(state.store)
     plan, filed = _plan(store, state), []
     known = list(state.filed) if plan == state.plan else []
@@ -118,6 +123,10 @@ def load(uri: str) -> State:
         InputError: not the URI of an attempt.
         Damaged: a document that it needs is not there.
     """
+    return insist("state", lambda: _loaded(uri))
+
+
+def _loaded(uri: str) -> State:
     parts = split_tree(uri)
     if not parts:
         raise InputError(f"state: '{uri}' is not valid; write the URI of an attempt, <store>/trees/<64 hex digits>")

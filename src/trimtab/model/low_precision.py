@@ -24,7 +24,7 @@ from trimtab.model.headers import Tensor
 _FP8 = "F8_E4M3"
 _SCALES = ("F32", "BF16", "F16")
 #: Numbers of an MXFP4 group, and the bytes that hold them.
-MXFP4_GROUP, _MXFP4_BYTES = 32, 16
+_MXFP4_GROUP, _MXFP4_BYTES = 32, 16
 #: Scales of what an engine would round while it runs: no weight's.
 _RUNNING = re.compile(r"(?:^|[._])(?:input|output|activation|q|k|v|kv)_scale(?:_inv)?$")
 #: A tensor by this name is the scale of a weight, whatever the config says.
@@ -189,5 +189,5 @@ def _mxfp4(folder: Path, tensor: Tensor, tensors: Mapping[str, Tensor]) -> Store
     if (scale.dtype, scale.shape) != ("U8", tensor.shape[:-1]):
         what = f"{scale.name} is {scale.dtype} {[*scale.shape]}"
         raise InputError(f"{folder}: {what}, and its blocks ask for U8 {[*tensor.shape[:-1]]}; download it again")
-    shape = (*tensor.shape[:2], tensor.shape[2] * MXFP4_GROUP)
+    shape = (*tensor.shape[:2], tensor.shape[2] * _MXFP4_GROUP)
     return Stored(name, "BF16", shape, tensor.name, "mxfp4", scale.name)

@@ -5,11 +5,12 @@
 | `registry` | each stage as a row: when a recipe asks for it, what it reads, what it makes; the tasks |
 | `keys` | what a result is found by, the environment that its stage declares included |
 | `execution` | a result, from the store or from a child process |
-| `accelerators` | how many devices each task needs, said beforehand |
+| `checkpoints` | what a stage has finished, kept in the store while it works |
+| `accelerators` | how many devices each task needs, and what else, said beforehand |
 | `face` | the body of a component |
 """
 
-from trimtab.stages.accelerators import accelerators
+from trimtab.stages.accelerators import OPTIONAL, accelerators, machines
 from trimtab.stages.execution import (
     Result,
     advance,
@@ -18,13 +19,14 @@ from trimtab.stages.execution import (
     key_here,
     tree_of,
 )
-from trimtab.stages.face import describe_tree, log_metrics, run
+from trimtab.stages.face import describe_tree, log_metrics, model_facts, run
 from trimtab.stages.keys import MEASURED, QUANTIZED, TENSORS, Environment
 from trimtab.stages.registry import STAGES, TASKS, Stage, always, work_stage
 
 __all__ = [
     "Environment",
     "MEASURED",
+    "OPTIONAL",
     "QUANTIZED",
     "Result",
     "STAGES",
@@ -39,6 +41,8 @@ __all__ = [
     "inputs_of",
     "key_here",
     "log_metrics",
+    "machines",
+    "model_facts",
     "run",
     "tree_of",
     "work_stage",

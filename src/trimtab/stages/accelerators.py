@@ -1,4 +1,4 @@
-"""How many accelerators each task needs, said before any of them starts: none where it would only pass on or look up.
+"""What each task needs, said before any of them starts: next to nothing where it would only pass on or look up.
 
 This is computed in a task without GPU, in an image that may have other libraries than the stages'. What is known there
 of a stage's environment is what its own task has written into the state in an earlier attempt of the run (`face.run`):
@@ -10,6 +10,10 @@ without it, it could not even look its result up.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 from trimtab.loop.state import State
 from trimtab.stages.execution import inputs_of, is_asked
 from trimtab.stages.registry import STAGES, TASKS
@@ -18,23 +22,77 @@ from trimtab.store.tree import Tree
 
 #: The task that judges the artifact: it measures, so it needs what the engine runs on, also where all was measured.
 JUDGE = "validate"
+#: The tasks that a recipe may not ask for. An engine and a judgement have work in every attempt that gets so far, so
+#: that only their accelerators are said beforehand: each thing more that is said makes the Workflow of a run larger.
+OPTIONAL = tuple(task for task in TASKS if task != "engine")
+#: What a task gets that has no work to do: Python starts, reads a document and writes one.
+LITTLE = {"cpu": "500m", "memory": "1Gi"}
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a task needs. With `works` it has work to do; with `anywhere` it needs nothing of its own image either, for
+    it passes on, and the libraries of that image are known."""
+
+    accelerators: int
+    works: bool
+    anywhere: bool
+
+
+def needs(state: State) -> dict[str, Need]:
+    """Returns for each of TASKS, and for validation, what it needs: the most that any of its stages does.
+
+    Follows the chain of keys through the index as far as results exist; behind the first missing one every wanted stage
+    must run.
+    """
+    working = {} if state.verdict else _working(state)
+    asked = {} if state.verdict else {JUDGE, *(name for name, stage in STAGES.items() if is_asked(stage, state))}
+    found = {}
+    for task, names in {**TASKS, JUDGE: (JUDGE,)}.items():
+        counts = [working[name] for name in names if name in working]
+        known = all(name in state.libraries for name in names)
+        found[task] = Need(
+            accelerators=0 if state.target == "cpu" else max(counts, default=0),
+            works=bool(counts),
+            anywhere=known and not any(name in asked for name in names),
+        )
+    return found
 
 
 def accelerators(state: State) -> dict[str, str]:
-    """Returns for each of TASKS, and for validation, the accelerators it needs, as KFP wants the count.
+    """Returns for each task the count of accelerators, as KFP wants it: "0" where it has no work to do with one."""
+    return {task: str(need.accelerators) for task, need in needs(state).items()}
 
-    That is the most that any of its stages needs: "0" where each is a pass-through or a hit. Follows the chain of keys
-    through the index as far as results exist; behind the first missing one every wanted stage must run.
+
+def machines(state: State, offered: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns for each task the machine to ask for.
+
+    Args:
+        offered: what the cluster has for tasks with work: `nodes` and `tolerations` of those with an accelerator, by
+            task in `tasks` its `cpu`, `memory` and `image`; and in `small` the image of tasks that pass on.
+
+    Returns:
+        By task: `accelerators`, a count as text, and `nodes`, a selector; of OPTIONAL ones also `tolerations`, `cpu`,
+        `memory` and `image`.
     """
-    counts = {**dict.fromkeys(STAGES, 0), JUDGE: 0}
-    if not state.verdict and state.target != "cpu":
-        counts |= _needed(state)
-    tasks = {**TASKS, JUDGE: (JUDGE,)}
-    return {task: str(max(counts[name] for name in names)) for task, names in tasks.items()}
+    found = {}
+    for task, need in needs(state).items():
+        found[task] = {
+            "accelerators": str(need.accelerators),
+            "nodes": offered["nodes"] if need.accelerators else {},
+        }
+        if task in OPTIONAL:
+            own = offered["tasks"][task]
+            found[task] |= {
+                "tolerations": offered["tolerations"] if need.accelerators else [],
+                "image": offered["small"] if need.anywhere else own["image"],
+                **{name: own[name] if need.works else LITTLE[name] for name in LITTLE},
+            }
+    return found
 
 
-def _needed(state: State) -> dict[str, int]:
-    """The accelerators of the stages that must run."""
+def _working(state: State) -> dict[str, int]:
+    """The stages that must run, and the accelerators of each."""
     world = state.recipe.engine.world_size
     several = {"engine": world}
     if state.recipe.distill:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -12,9 +11,12 @@ from typing import Any
 
 from trimtab.base import child, progress
 from trimtab.base.errors import Failure
+from trimtab.base.transient import insist
 from trimtab.loop.state import State, fail
+from trimtab.stages import checkpoints
 from trimtab.stages.registry import MAKE_A_STUDENT, STAGES, Stage
 from trimtab.store import Store, open_store
+from trimtab.store.cache import cache_folder
 from trimtab.store.tree import Tree
 
 
@@ -46,32 +48,34 @@ def cached(
 
     Raises:
         Failure: an expected failure of the work.
-        StageError: infrastructure trouble.
+        StageError: infrastructure trouble; in a pod, what passes is tried again first.
     """
     environment = stage.environment(parameters).here(backend)
     key = stage.key(parameters, inputs, environment)
-    record = store.lookup(key)
+    record = insist(stage.name, lambda: store.lookup(key))
     if record:
         return Result(Tree.model_validate(record["tree"]), record["metrics"], record["seconds"], hit=True)
-    folders = {name: tree and str(store.get(tree)) for name, tree in inputs.items()}
-    with tempfile.TemporaryDirectory(prefix=f"trimtab-{stage.name}-") as output:
-        done = child.call(
-            stage.work,
-            **folders,
-            output=output,
-            scratch=str(_scratch(key)),
-            parameters=parameters,
-        )
-        tree = store.put(Path(output), kind=stage.output, metadata={"key": key}, move=True)
+    folders = insist(stage.name, lambda: {name: tree and str(store.get(tree)) for name, tree in inputs.items()})
+    scratch = _scratch(key)
+    with tempfile.TemporaryDirectory(prefix=f"trimtab-{stage.name}-") as folder:
+
+        def work() -> tuple[Path, child.Done]:
+            output = tempfile.mkdtemp(dir=folder)
+            with checkpoints.kept(store, stage.name, key, scratch):
+                done = child.call(stage.work, **folders, output=output, scratch=str(scratch), parameters=parameters)
+            return Path(output), done
+
+        output, done = insist(stage.name, work)
+        tree = insist(stage.name, lambda: store.put(output, kind=stage.output, metadata={"key": key}, move=True))
     metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes}
     found = {"tree": tree.model_dump(), "metrics": metrics, "seconds": done.seconds, "environment": environment}
-    store.record(key, found)
+    insist(stage.name, lambda: store.record(key, found))
+    checkpoints.forget(store, key)
     return Result(tree, metrics, done.seconds, hit=False)
 
 
 def _scratch(key: str) -> Path:
-    cache = os.environ.get("TRIMTAB_CACHE") or Path.home() / ".cache" / "trimtab"
-    return Path(cache) / "scratch" / key
+    return cache_folder() / "scratch" / key
 
 
 def tree_of(name: str, state: State) -> Tree | None:

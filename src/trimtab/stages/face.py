@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.base import child, environment
+from trimtab.catalog.formats import FORMATS
 from trimtab.loop.documents import load, save
+from trimtab.recipe import Recipe
 from trimtab.stages.execution import advance, tree_of
 from trimtab.stages.keys import SHAPING
 from trimtab.stages.registry import STAGES
 from trimtab.store.tree import Tree
+
+#: The outputs of stages that are models.
+MODELS = ("checkpoint", "export")
 
 
 def run(names: str, state_uri: str, artifact: Any, metrics: Any, shown: str = "") -> str:
@@ -20,7 +25,7 @@ def run(names: str, state_uri: str, artifact: Any, metrics: Any, shown: str = ""
 
     Args:
         names: names of STAGES, separated by spaces. The libraries of this image are written down for each of them, also
-            where there is nothing to do: see `accelerators`.
+            where there is nothing to do, unless they are known: see `accelerators`.
         shown: the stage whose tree the artifact stands for; the first when empty. The names of the others' metrics
             begin with their stage's, for all have seconds.
         state_uri: the document of the attempt, as the previous stage returned it.
@@ -35,13 +40,26 @@ def run(names: str, state_uri: str, artifact: Any, metrics: Any, shown: str = ""
     shown = shown or names.split()[0]
     for name in names.split():
         state, result = advance(name, state)
-        libraries = {**state.libraries, name: environment.installed(SHAPING)}
-        state = state.model_copy(update={"libraries": libraries})
+        if result or name not in state.libraries:  # what only passes on may do so in another image
+            libraries = {**state.libraries, name: environment.installed(SHAPING)}
+            state = state.model_copy(update={"libraries": libraries})
         if metrics is not None and result:
             told = {**result.metrics, "seconds": result.seconds, "from_store": float(result.hit)}
             log_metrics(metrics, {key if name == shown else f"{name}_{key}": value for key, value in told.items()})
-    describe_tree(artifact, tree_of(STAGES[shown].output, state))
+    output = STAGES[shown].output
+    describe_tree(artifact, tree_of(output, state))
+    if output in MODELS:
+        artifact.metadata.update(model_facts(state.recipe, output == "export"))
     return save(state)
+
+
+def model_facts(recipe: Recipe, is_quantized: bool) -> dict[str, Any]:
+    """Returns what a model registry shows of a model, by the names that Kubeflow's has for it."""
+    quantize = recipe.quantize if is_quantized else None
+    row = FORMATS[quantize.format if quantize else "bf16"]
+    bits = (quantize and quantize.effective_bits) or row.bits
+    told = {"framework": "transformers", "model_format_name": "safetensors", "model_format_version": "1"}
+    return {**told, "quantization": quantize.format if quantize else "none", "bits": round(float(bits), 2)}
 
 
 def log_metrics(artifact: Any, metrics: Mapping[str, Any]) -> None:

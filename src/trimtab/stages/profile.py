@@ -137,6 +137,20 @@ class Signing(UserDocument):
     """The entry of the secret that holds the key's password; the key has none if absent."""
 
 
+class Authority(UserDocument):
+    """The certificates of a site's own authority, which signs its proxy, its store or its hub."""
+
+    config_map: Name
+    """The ConfigMap that holds them."""
+    key: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+$")] = "ca.crt"
+    """The entry that holds them, PEM: all that are trusted, public authorities among them where they are needed."""
+
+    @property
+    def path(self) -> str:
+        """Where every stage finds the file."""
+        return f"/etc/trimtab/authority/{self.key}"
+
+
 class StageLimits(UserDocument):
     """What one stage may take; what is absent is not limited. Requests equal limits, so that nothing is evicted."""
 
@@ -147,7 +161,7 @@ class StageLimits(UserDocument):
     timeout_hours: Annotated[float, Field(gt=0)] | None = None
     """Hours after which the stage is ended."""
     retries: Annotated[int, Field(ge=0, le=10)] | None = None
-    """How often a stage whose pod failed is begun anew."""
+    """How often a stage whose pod was lost is begun anew; what passes is waited for without that."""
 
 
 class Profile(UserDocument):
@@ -180,6 +194,10 @@ class Profile(UserDocument):
     """Secrets of Kubernetes that reach every stage: {secret: {its entry: environment variable}}."""
     signing: Signing | None = None
     """The secret that releases are signed with; they are not signed if absent."""
+    authority: Authority | None = None
+    """Certificates to trust beyond those of the images; none if absent."""
+    queue: Name | None = None
+    """The LocalQueue of Kueue that the stages of an attempt wait in, each by itself; none if absent."""
     cache: Cache | None = None
     """A volume that keeps what was read of the store between pods; each pod reads anew if absent."""
     shared_memory: Quantity | None = None

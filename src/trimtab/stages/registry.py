@@ -21,7 +21,7 @@ class Stage:
 
     `work` is the function that does it, called in a child process with a folder for each name of `inputs`
     (None where the run has no such tree), `output` (an empty folder to fill), `scratch` (a folder that
-    survives a kill on the same node, for checkpoints) and `parameters`; it returns metrics, a flat JSON object.
+    survives a kill, for checkpoints: see `checkpoints`) and `parameters`; it returns metrics, a flat JSON object.
     Raise `version` when a change of the work changes its result. `environment` says, of the stage's parameters, what of
     the image and the machine its result depends on.
     """

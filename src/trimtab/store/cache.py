@@ -5,19 +5,44 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
+from trimtab.base import progress as told
 from trimtab.base.errors import Damaged
+from trimtab.base.transient import POD
 from trimtab.store.local import blob_key
 from trimtab.store.transfer import Meter, Progress, chunks, explained, in_parallel, pump
 from trimtab.store.tree import Manifest
 
 
 def cache_folder() -> Path:
-    """Returns $TRIMTAB_CACHE, by default ~/.cache/trimtab."""
-    return Path(os.environ.get("TRIMTAB_CACHE") or "~/.cache/trimtab").expanduser().absolute()
+    """Returns $TRIMTAB_CACHE, by default ~/.cache/trimtab.
+
+    In a pod, a volume that cannot be written, as one is that belongs to root alone, gives way to a folder of the pod's
+    own: there is nobody to change the mount while the run waits.
+    """
+    named = Path(os.environ.get("TRIMTAB_CACHE") or "~/.cache/trimtab").expanduser().absolute()
+    return _writable(named) if POD in os.environ else named
+
+
+@cache
+def _writable(named: Path) -> Path:
+    try:
+        named.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=named):
+            return named
+    except OSError as error:
+        own = Path(tempfile.gettempdir()) / "trimtab-cache"
+        told.report(
+            "cache",
+            f"{named} cannot be written by user {os.getuid()}, group {os.getgid()} ({error.strerror}): {own} stands in "
+            f"for it and ends with this pod; let group 0 write to the volume",
+        )
+        return own
 
 
 def bring(

@@ -63,6 +63,10 @@ class Store(Trees):
             return None
         return value if all(self._exists(*where) for where in _trees(value)) else None
 
+    def forget(self, key: str) -> None:
+        """Removes what is recorded under a key, if anything is; trees that it names stay until they are collected."""
+        self._back.remove(f"index/{_index_key(key)}.json")
+
     def write_status(self, run: str, what: str, value: Any) -> None:
         """Keeps what a run says of itself (small JSON) for those who watch it; the last writer wins.
 

@@ -64,13 +64,15 @@ class Network(nn.Module):
         super().__init__()
         self.config = type("Config", (), {"num_hidden_layers": 2, "model_type": "llama"})
         self.model = nn.Module()
-        self.model.layers = nn.ModuleList(nn.Linear(8, 4, bias=False) for _ in range(2))
+        self.model.layers = nn.ModuleList(nn.ModuleDict({"mlp": nn.ModuleDict()}) for _ in range(2))
+        for block in self.model.layers:
+            block["mlp"]["up_proj"] = nn.Linear(8, 4, bias=False)
         for layer, weight in zip(self.layers, (first, second), strict=True):
             layer.weight.data = weight.clone()
 
     @property
-    def layers(self) -> nn.ModuleList:
-        return self.model.layers
+    def layers(self) -> list[nn.Linear]:
+        return [block["mlp"]["up_proj"] for block in self.model.layers]
 
 
 def attached(first=SCORES, second=SCORES + 16, **settings) -> tuple[Network, Movement]:
@@ -98,7 +100,7 @@ def test_what_is_kept(settings, first_is_kept):
     assert change.measures() == {"zeros": 0.5}
     change.finish(network)
     assert [int((layer.weight != 0).sum()) for layer in network.layers] == [16, 16]
-    assert [name for name, _ in network.named_parameters()] == ["model.layers.0.weight", "model.layers.1.weight"]
+    assert [name for name, _ in network.named_parameters()] == [f"model.layers.{n}.mlp.up_proj.weight" for n in (0, 1)]
 
 
 def test_a_weight_counts_as_much_as_it_adds_to_the_output():

@@ -255,6 +255,14 @@ def test_planning_reads_from_headers_what_is_fetched(tmp_path, store, here, mode
         torch.testing.assert_close(found(tokens).logits, expected.float()(tokens).logits, atol=5e-4, rtol=0)
 
 
+@pytest.mark.parametrize("made", [lambda folder: folder, native.to_mxfp4], ids=["bfloat16", "mxfp4"])
+def test_an_expert_too_many_is_refused_before_anything_is_converted(tmp_path, made):
+    folder = made(write(tmp_path / "model", "gpt_oss"))
+    native.rewrite(folder, lambda name, tensor: {name: tensor}, num_local_experts=EXPERTS - 1)
+    with pytest.raises(InputError, match=r"num_local_experts is 3, and block 0 has .* of 4 experts"):
+        source.check(str(folder))
+
+
 @pytest.fixture
 def qwen3(tmp_path) -> Path:
     return tiny.write_model(tmp_path / "model", family="qwen3")

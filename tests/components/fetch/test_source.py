@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 
-from trimtab.base.errors import InputError
+from trimtab.base.errors import InputError, Transient
 from trimtab.components.fetch import gguf, source
 from trimtab.store import open_store
 from trimtab.store.store import Store
@@ -74,7 +75,10 @@ def test_a_prefix_of_s3_is_taken_character_by_character(prefix, zeros, store, mo
         """Stands in for the bucket: gives the model's files to whoever asks for this prefix."""
 
         def __init__(self, bucket: str, asked: str):
-            assert (bucket, asked) == ("bucket", prefix)
+            assert bucket == "bucket" and asked in ("", prefix)
+
+        def read(self, key: str) -> None:
+            assert key == prefix, "there is no object of that very name"
 
         def download(self, folder: Path, suffixes: tuple[str, ...], without: list[str]) -> None:
             shutil.copytree(zeros, folder, dirs_exist_ok=True)
@@ -195,3 +199,35 @@ def test_gguf_is_converted_once(tmp_path, store):
     tree = source.fetch(str(paths[0]), store)
     assert names(store, tree)[:2] == ["config.json", "generation_config.json"]
     assert source.fetch(str(paths[1]), store) == tree
+
+
+@pytest.mark.parametrize(("status", "kind"), [(503, Transient), (429, Transient), (404, InputError), (401, InputError)])
+def test_a_hub_that_is_busy_is_not_one_that_refuses(status, kind, monkeypatch):
+    """The former is asked again, in a pod; the latter says what to change."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    answer = httpx.Response(status, request=httpx.Request("GET", "https://hub/org/name"))
+
+    def refuse(*given, **named):
+        raise HfHubHTTPError(f"{status} Error", response=answer)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(kind, match="be had from the Hugging Face hub"):
+        source._download_from_hub("org/name", Path("folder"))
+
+
+def test_the_model_artifact_of_an_earlier_run(zeros, store, tmp_path):
+    """What a task of it showed of its tree: an export is the next run's model."""
+    tree = source.fetch(str(zeros), store)
+    (tmp_path / "artifact").write_text(tree.to_json())
+    assert source.fetch(str(tmp_path / "artifact"), store).digest == tree.digest
+
+
+def test_the_model_artifact_of_an_earlier_run_in_s3(zeros, store, tmp_path, s3_server, monkeypatch):
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    tree = source.fetch(str(zeros), store)
+    place = "v2/artifacts/optimize/run/quantize/salt/export"
+    source.S3Back(s3_server.bucket, "").write(place, tree.to_json().encode())
+    assert source.fetch(f"s3://{s3_server.bucket}/{place}", store).digest == tree.digest

@@ -13,9 +13,9 @@ from trimtab.base import progress
 from trimtab.base.errors import StoreError
 from trimtab.components.deployment.rollout.settings import Rollout
 from trimtab.loop import status
+from trimtab.pipelines import package as packages
 from trimtab.pipelines.cluster import connection, watch
 from trimtab.pipelines.commands import main
-from trimtab.pipelines.loop import MAX_ATTEMPTS
 from trimtab.stages.profile import Profile
 from trimtab.store import Store, open_store
 
@@ -42,8 +42,7 @@ def server(package: Path, monkeypatch: pytest.MonkeyPatch):
     found = KfpServer()
 
     def write(output: Path, unrolled: int, image: str, profile: Profile, pipeline: str) -> None:
-        assert unrolled == MAX_ATTEMPTS
-        output.write_bytes(package.read_bytes() + f"# {image}, {pipeline}\n".encode())
+        output.write_bytes(package.read_bytes() + f"# {image}, {pipeline}, {unrolled} attempts\n".encode())
 
     monkeypatch.setattr("trimtab.pipelines.package.write", write)
     monkeypatch.setattr(watch, "INTERVAL", 0.0)
@@ -98,6 +97,19 @@ def test_submit(server, capsys):
     parameters = run["runtime_config"]["parameters"]
     assert parameters["goal"] == "lower_cost" and parameters["name"] == "tiny" and parameters["max_attempts"] == 5
     assert parameters["rollout"] == ""
+
+
+@pytest.mark.parametrize("command", [["submit"], ["schedule", "--cron", "0 3 * * 1"]])
+def test_as_many_attempts_as_are_asked_for(command, server, capsys, monkeypatch):
+    """Each costs the run pods and its Workflow room; what is uploaded alone has all that a form may ask for."""
+    wanted = []
+    write = packages.write
+    monkeypatch.setattr(
+        "trimtab.pipelines.package.write", lambda *given, **named: (wanted.append(given[1]), write(*given, **named))
+    )
+    assert trimtab(capsys, *command, *RUN, "--max-attempts", "3")[0] == 0
+    assert trimtab(capsys, "upload")[0] == 0
+    assert wanted == [3, 10]
 
 
 ROLLOUT = "{service: assistant, namespace: serving, image: 'a/vllm:1', command: [serve], loader: 'a/b:1'%s}"
@@ -235,6 +247,7 @@ ENDS = [
     ("FAILED", "rejected", [("summarize", "SUCCEEDED"), ("gate", "FAILED")], 3, "no recipe passed: reason 1"),
     ("FAILED", "accepted", [("gate", "FAILED")], 4, "deploy gate failed"),
     ("FAILED", "rejected", [("quantize", "FAILED")], 4, "attempt 1, quantize failed"),
+    ("FAILED", "rejected", [("quantize", "RUNNING")], 4, "quantize was killed: its pod ended without a word"),
     ("CANCELED", "rejected", [], 4, "the run was canceled; submit it again"),
 ]
 
@@ -250,6 +263,32 @@ def test_watch(state, outcome, last, exit_code, says, server, package, capsys, t
     assert (code, says in said) == (exit_code, True), said
     assert "fetch model: done baseline: done baseline, prepare: done attempt 1: running" in said
     assert said.count(f"attempt 1, recipe 1: {outcome}; reason 1") == 1
+
+
+def test_watch_a_pod_that_is_begun_again(server, package, capsys, tmp_path):
+    """Argo numbers the pods of a task; the stage itself goes on."""
+    server.kept["runs"].append({"run_id": "r-1"})
+    stage = [*BEGINNING, ("quantize", "RUNNING"), ("executor(0)", "FAILED"), ("executor(1)", "RUNNING")]
+    server.story = story(package, ("RUNNING", stage), ("RUNNING", stage), ("SUCCEEDED", BEGINNING), store=str(tmp_path))
+    code, said = trimtab(capsys, "watch", "r-1")
+    assert code == 0 and said.count("attempt 1, quantize: its pod was killed; begun again, try 2") == 1, said
+
+
+@pytest.mark.parametrize("command", [["submit"], ["schedule", "--cron", "0 3 * * 1"]])
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("recipe", "{calibrate: {text: 'hf:owner/{{name}}'}}"),
+        ("evaluation", "{tasks: ['{{workflow.name}}']}"),
+        ("rollout", ROLLOUT % ", prompts: ['Say {{ greeting }}.']"),
+    ],
+)
+def test_what_argo_would_fill_in_is_refused(option, text, command, server, capsys, tmp_path):
+    (tmp_path / "input.yaml").write_text(text)
+    code, said = trimtab(capsys, *command, *RUN, f"--{option}", str(tmp_path / "input.yaml"))
+    assert (code, f"{option}: '…" in said) == (2, True), said
+    assert "which a cluster's Argo Workflows reads as a tag of its own" in said
+    assert not server.kept["versions"] and not server.kept["runs"]
 
 
 @pytest.mark.parametrize(
@@ -353,10 +392,33 @@ def test_a_login_page(server, capsys):
     assert (code, "it answers with a page, such as a login; write --token" in said) == (2, True), said
 
 
-def test_an_old_server(server, capsys):
-    server.tag = "2.5.0"
+LACKS = "runs Kubeflow Pipelines {}, which cannot run this pipeline: it lacks"
+BRANCHES = "the results of pipelines in branches (2.17)"
+SERVERS = [
+    ("2.5.0", f"{LACKS} optional secrets (2.15), lists on the form of a run (2.16), {BRANCHES}; upgrade it to 2.17.0"),
+    ("2.15.2", f"{LACKS} lists on the form of a run (2.16), {BRANCHES}; upgrade it to 2.17.0 or later"),
+    ("v2.16.1", f"{LACKS} {BRANCHES}; upgrade it to 2.17.0 or later"),
+    ("3.0.0", "runs Kubeflow Pipelines {}, whose API trimtab does not know; write a server of 2.17.0 to 2.x"),
+]
+
+
+@pytest.mark.parametrize(
+    "command", [["upload"], ["submit", *RUN], ["schedule", *RUN, "--cron", "0 3 * * 1"]], ids=lambda given: given[0]
+)
+@pytest.mark.parametrize(("version", "message"), SERVERS)
+def test_a_server_that_cannot_run_it(version, message, command, server, capsys):
+    """It would take the file, or refuse it in words of its own, and fail when a GPU has been paid for."""
+    server.tag = version
+    code, said = trimtab(capsys, *command)
+    assert (code, message.format(version) in said) == (2, True), said
+    assert not any(server.kept.values())
+
+
+@pytest.mark.parametrize(("version", "told"), [("2.17.0", False), ("2.18.1", False), ("", True), ("master", True)])
+def test_a_server_that_can_or_does_not_say(version, told, server, capsys):
+    server.tag = version
     code, said = trimtab(capsys, "upload")
-    assert (code, "runs Kubeflow Pipelines 2.5.0, which cannot run this pipeline" in said) == (2, True)
+    assert (code, "does not say which version it is; the pipeline needs 2.17.0 or later" in said) == (0, told), said
 
 
 BAD = [
@@ -406,6 +468,25 @@ def test_what_pods_cannot_see_is_refused(option, text, message, command, profile
     assert (code, message in said) == (2, True), said
     assert ("copy below /volume, the volume" if profile else "with cache: {claim: NAME}") in said
     assert not server.kept["runs"] and not server.kept["recurringruns"]
+
+
+SECRET = "secrets: {s3: {key: AWS_ACCESS_KEY_ID}}"
+ITSELF = "which to a pod is the pod itself; write the address"
+ELSEWHERE = "and at AWS to the pods, for the profile does not say"
+ENDPOINTS = [
+    ("environment: {AWS_ENDPOINT_URL: 'http://localhost:9000'}", "", ITSELF),
+    ("environment: {AWS_ENDPOINT_URL: 'http://127.0.0.1:9000'}", "", ITSELF),
+    (SECRET, "http://minio.example", ELSEWHERE),
+    (f"{{{SECRET}, environment: {{AWS_ENDPOINT_URL: 'http://s3.kubeflow'}}}}", "http://minio.example", ""),
+]
+
+
+@pytest.mark.parametrize(("profile", "here", "message"), ENDPOINTS)
+def test_a_store_that_pods_do_not_reach(profile, here, message, server, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", here)
+    (tmp_path / "profile.yaml").write_text(profile)
+    code, said = trimtab(capsys, "submit", *RUN, "--profile", str(tmp_path / "profile.yaml"))
+    assert (code, message in said, bool(server.kept["runs"])) == (2 if message else 0, True, not message), said
 
 
 def test_what_pods_can_see_goes_along(server, capsys, tmp_path):

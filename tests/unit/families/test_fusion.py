@@ -58,11 +58,16 @@ def test_phi3_has_its_layers_fused_already():
     ]
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "olmo2", "cohere", "stablelm"])
+@pytest.mark.parametrize("model_type", ["olmo2", "cohere"])
 def test_what_is_not_known_to_be_a_pre_norm_is_not_folded_into(model_type):
-    """Gemma multiplies by one plus the weight, OLMo 2 has the norm of that name behind the layers, in Command all
-    layers read one norm, StableLM's adds a bias."""
+    """OLMo 2 has the norm of that name behind the layers, in Command all layers read one norm."""
     assert groups(layers(LLAMA), model_type) == block(0, norms=False)
+
+
+def test_norms_of_one_plus_the_weight_and_with_a_bias_are_folded_into():
+    assert groups(layers(LLAMA), "stablelm") == block(0)
+    norms = [group.norm for group in groups(layers(LLAMA), "gemma2") if group.norm]
+    assert norms == ["model.layers.0.pre_feedforward_layernorm", "model.layers.0.input_layernorm"]
 
 
 def test_a_family_that_is_not_described_has_no_groups():

@@ -93,6 +93,19 @@ def test_a_workload_sizes_every_engine(begin, recipe):
     assert made_of["workload"]["total"] == 100 and made_of["traffic"] is None and "workload" not in made_of["recipe"]
 
 
+def test_what_fetching_converted_is_among_the_materials(tmp_path, write_model):
+    store = open_store(str(tmp_path / "store"))
+    plain = fetch(str(write_model(tmp_path / "model")), store)
+    said = "the source is FP8 with block scales of 128 x 128; it is dequantised to BF16"
+    metadata = {**store.manifest(plain).metadata, "converted": [said]}
+    for tree, expected in ((plain, []), (store.put(tmp_path / "model", kind="checkpoint", metadata=metadata), [said])):
+        state = decisions.begin(
+            model=tree, store_uri=store.uri, name="tiny", goal="fit_larger_model", target="cpu", recipe="",
+            max_attempts=5, evaluation=Evaluation(),
+        )  # fmt: skip
+        assert read_plan(store, state.plan).materials["converted"] == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

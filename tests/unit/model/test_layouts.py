@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from trimtab.base.errors import InputError
+from trimtab.model.facts import facts_of
 from trimtab.model.headers import DTYPE_BYTES, Tensor
 from trimtab.model.layouts import Layout, layout
 from trimtab.model.low_precision import undeclared
@@ -119,6 +120,46 @@ def test_mxfp4(tmp_path):
     assert shapes(found) == DOWN
     assert not any(piece.transposed for piece in found.pieces.values())
     assert found.sentences[0] == "the source is MXFP4 in its experts; they are dequantised to BF16"
+
+
+def gpt_oss(layers: int, experts: int) -> tuple[dict[str, Any], dict[str, tuple[str, list[int]]]]:
+    """The config and the headers of gpt-oss as OpenAI publishes them on the hub (openai/gpt-oss-20b, gpt-oss-120b)."""
+    hidden, heads, keys = 2880, 64 * 64, 8 * 64
+    config = {
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "num_hidden_layers": layers,
+        "hidden_size": hidden, "intermediate_size": hidden, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "head_dim": 64, "vocab_size": 201088, "max_position_embeddings": 131072, "num_local_experts": experts,
+        "num_experts_per_tok": 4, "tie_word_embeddings": False, "quantization_config": {"quant_method": "mxfp4"},
+    }  # fmt: skip
+    plain = {"model.embed_tokens.weight": [201088, hidden], "lm_head.weight": [201088, hidden]}
+    plain["model.norm.weight"] = [hidden]
+    blocks = {}
+    for n in range(layers):
+        block = f"model.layers.{n}"
+        for name, rows in {"q": heads, "k": keys, "v": keys}.items():
+            plain[f"{block}.self_attn.{name}_proj.weight"] = [rows, hidden]
+            plain[f"{block}.self_attn.{name}_proj.bias"] = [rows]
+        plain |= {f"{block}.self_attn.o_proj.weight": [hidden, heads], f"{block}.self_attn.o_proj.bias": [hidden]}
+        plain |= {f"{block}.{norm}_layernorm.weight": [hidden] for norm in ("input", "post_attention")}
+        plain |= {f"{block}.self_attn.sinks": [64], f"{block}.mlp.router.bias": [experts]}
+        plain[f"{block}.mlp.router.weight"] = [experts, hidden]
+        for name, rows in {"gate_up": 2 * hidden, "down": hidden}.items():
+            experts_in = f"{block}.mlp.experts.{name}_proj"
+            plain[f"{experts_in}_bias"] = [experts, rows]
+            blocks[f"{experts_in}_blocks"] = [experts, rows, hidden // 32, 16]
+            blocks[f"{experts_in}_scales"] = [experts, rows, hidden // 32]
+    return config, {name: ("BF16", shape) for name, shape in plain.items()} | {
+        name: ("U8", shape) for name, shape in blocks.items()
+    }
+
+
+@pytest.mark.parametrize(("layers", "experts", "billions"), [(24, 32, 20.91), (36, 128, 116.83)], ids=["20b", "120b"])
+def test_the_facts_of_gpt_oss_from_its_headers(tmp_path, layers, experts, billions):
+    """Parameters by OpenAI's model card (arXiv 2508.10925, table 1)."""
+    config, stored = gpt_oss(layers, experts)
+    facts = facts_of(tmp_path, config, read(tmp_path, config, stored).tensors)
+    assert round(facts.parameters / 1e9, 2) == billions
+    assert (facts.bytes, facts.dtype) == (2 * facts.parameters, "bfloat16")
 
 
 OLD = [

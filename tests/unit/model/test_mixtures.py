@@ -53,7 +53,7 @@ def facts(config: dict, folder: Path) -> ModelFacts:
         # "671B total parameters of which 37B are activated for each token" (DeepSeek-V3 technical report); 61 blocks of
         # 512 compressed numbers and 64 rotary ones in 16 bits.
         (DEEPSEEK_V3, 671.0, 37.6, 61 * (512 + 64) * 2),
-        # "30.5B in total and 3.3B activated" (Qwen3-30B-A3B's model card); 48 blocks of 4 heads of 128, keys and values.
+        # "30.5B in total and 3.3B activated" (Qwen3-30B-A3B's model card); 48 blocks of 4 heads of 128, twice.
         (QWEN3_30B_A3B, 30.5, 3.35, 48 * 2 * 4 * 128 * 2),
         # "46.7B total parameters", of which a token uses 12.9B (Mistral AI 2023, "Mixtral of experts").
         (MIXTRAL_8X7B, 46.7, 12.9, 32 * 2 * 8 * 128 * 2),

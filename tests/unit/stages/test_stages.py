@@ -14,7 +14,7 @@ from trimtab.judge import Verdict
 from trimtab.loop.documents import load, save
 from trimtab.loop.state import Brief, State, fail
 from trimtab.recipe import Recipe
-from trimtab.stages import STAGES, TASKS, TENSORS, Stage
+from trimtab.stages import OPTIONAL, STAGES, TASKS, TENSORS, Stage
 from trimtab.store import open_store
 
 DISTILL = "{tokens: 99, generate: 9, stored_logits: 8}"
@@ -297,6 +297,40 @@ def test_a_verdict_needs_no_accelerator(state):
     assert set(stages.accelerators(failed).values()) == {"0"}
 
 
+NODES, TAINT = {"gpu": "h100"}, [{"key": "gpu", "operator": "Exists"}]
+OWN = {"cpu": "8", "memory": "64Gi", "image": "cuda"}
+OFFERED = {"nodes": NODES, "tolerations": TAINT, "small": "cpu", "tasks": dict.fromkeys(OPTIONAL, OWN)}
+LITTLE = {"accelerators": "0", "nodes": {}, "tolerations": [], "cpu": "500m", "memory": "1Gi"}
+
+
+def test_what_only_passes_on_asks_for_next_to_nothing(state):
+    found = stages.machines(state("quantize: {format: int8_wo}"), OFFERED)
+    assert found["distill"] == {**LITTLE, "image": "cpu"}
+    assert found["quantize"] == {"accelerators": "1", "nodes": NODES, "tolerations": TAINT, **OWN}
+    assert found["engine"] == found["validate"] == {"accelerators": "1", "nodes": NODES}
+
+
+def test_what_only_looks_up_does_so_in_its_own_image(state, worked):
+    """Its libraries are part of what the result is found by."""
+    begun = state("quantize: {format: int8_wo}")
+    stages.advance("quantize", begun)
+    assert stages.machines(begun, OFFERED)["quantize"] == {**LITTLE, "image": "cuda"}
+
+
+def test_libraries_are_told_by_a_pass_through_in_the_image_of_the_stage(state):
+    """Those that nobody knows yet; in another image it leaves what is known alone."""
+    unknown = state("{}").model_copy(update={"libraries": {}})
+    assert stages.machines(unknown, OFFERED)["distill"] == {**LITTLE, "image": "cuda"}
+    known = unknown.model_copy(update={"libraries": {"prune": {"torch": "of-its-image"}}})
+    after = load(stages.run("prune", save(known), SimpleNamespace(path="/dev/null", metadata={}), None))
+    assert after.libraries["prune"] == {"torch": "of-its-image"}
+
+
+def test_work_on_a_processor_has_its_memory_and_no_gpu_node(state):
+    found = stages.machines(state("quantize: {format: int8_wo}", "cpu"), OFFERED)
+    assert found["quantize"] == {"accelerators": "0", "nodes": {}, "tolerations": [], **OWN}
+
+
 def test_run_describes_what_travels(state, worked, tmp_path):
     logged = {}
     artifact = SimpleNamespace(path=str(tmp_path / "artifact"), metadata={})
@@ -304,6 +338,9 @@ def test_run_describes_what_travels(state, worked, tmp_path):
     after = load(stages.run("quantize", save(state("quantize: {format: int8_wo}")), artifact, metrics))
     assert json.loads((tmp_path / "artifact").read_text()) == after.trees["export"].model_dump()
     assert artifact.metadata["tree_digest"] == after.trees["export"].digest
+    # By the names of the Model Registry's fields.
+    assert artifact.metadata.items() >= {"framework": "transformers", "model_format_name": "safetensors"}.items()
+    assert (artifact.metadata["quantization"], artifact.metadata["bits"]) == ("int8_wo", 8.0)
     assert logged == {"loss": 1.5, "peak_memory_bytes": 1000.0, "seconds": 2.0, "from_store": 0.0}
 
 
@@ -336,3 +373,4 @@ def test_run_of_a_pass_through_names_its_input(state, tmp_path):
     before = state("{}")
     stages.run("prune", save(before), artifact, None)
     assert json.loads((tmp_path / "artifact").read_text())["digest"] == before.model.digest
+    assert (artifact.metadata["quantization"], artifact.metadata["bits"]) == ("none", 16.0)

@@ -6,11 +6,13 @@ import errno
 import os
 import random
 import subprocess
+import tempfile
 
 import pytest
 from trees import KEY, child, fill, is_clean, is_local
 
-from trimtab.base.errors import StoreError
+from trimtab.base.errors import StoreError, TrimtabError
+from trimtab.base.transient import POD
 from trimtab.store import open_store
 
 # ----------------------------------------------------------------------------------------------------------- full disks
@@ -81,3 +83,20 @@ def test_only_abandoned_temporary_files_are_removed(tmp_path):
         open_store(tmp_path / "store").record(KEY, {})
     left = {what for what, name in names.items() if (partial / name).exists()}
     assert left == {"alive", "another host", "locked in another container", "foreign"}
+
+
+def test_a_volume_that_a_pod_cannot_write_is_replaced_and_named(tmp_path, monkeypatch, capsys):
+    """Pods run as 1000:0, and no field of theirs gives a volume to a group."""
+    (tmp_path / "volume").write_text("")  # below a file nothing is written, by root neither
+    store = open_store(str(tmp_path / "store"))
+    tree = store.put_json("checkpoint", {"a": 1})
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "volume" / "cache"))
+    monkeypatch.delenv(POD, raising=False)
+    with pytest.raises(TrimtabError):  # on a machine of one's own there is somebody to correct it
+        store.get(tree)
+    monkeypatch.setenv(POD, "10.0.0.1")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for _ in range(2):
+        assert store.get(tree).is_relative_to(tmp_path / "trimtab-cache")
+    said = capsys.readouterr().err
+    assert said.count("cannot be written by user") == 1 and "let group 0 write to the volume" in said

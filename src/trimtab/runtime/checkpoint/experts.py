@@ -77,7 +77,7 @@ class SeparateExperts(nn.ModuleList):
             if number in self.run_on_all:
                 self.run(number, tokens)
             output = torch.zeros_like(tokens)
-            outputs.append(output.index_put((here,), self.run(number, tokens[here])) if len(here) else output)
+            outputs.append(output.index_copy(0, here, self.run(number, tokens[here])) if len(here) else output)
         return torch.cat(outputs)
 
     def run(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
