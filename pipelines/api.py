@@ -27,7 +27,9 @@ from trimtab.recipe.evaluation import Evaluation
 
 if TYPE_CHECKING:
     from trimtab.pipelines.local import Outcome
+    from trimtab.release.shelf import Listed
     from trimtab.release.verification import Verified
+    from trimtab.store import Store
 
 #: Where results and logs go where nothing is said.
 STORE, RUNS = "trimtab-store", "trimtab-runs"
@@ -128,6 +130,7 @@ def verify(
     store: str | Path = "",
     keys: Sequence[str | Path] = (),
     max_age: timedelta | None = None,
+    validation_keys: Sequence[str | Path] = (),
 ) -> Verified:
     """Checks a release: signed, whole, and accepted when it is judged anew from its evidence.
 
@@ -137,23 +140,87 @@ def verify(
         keys: public keys of which one must have signed it, PEM or the path of a PEM file; without any, its signature is
             not checked.
         max_age: how long ago it may have been signed at most.
+        validation_keys: public keys of which validation must have signed the answers with one.
 
     Raises:
         NotVerified: it must not be used; the message says why.
         InputError: there is no such release, or a key is none.
         StoreError: the store could not be read.
     """
-    from trimtab.release import verification
+    from trimtab.release import shelf, verification
+
+    trusted = [signing.public_key(key) for key in keys]
+    validation = [signing.public_key(key) for key in validation_keys]
+    opened = _store_of(release, store)
+    uri = shelf.located(opened, release)
+    return verification.verify(opened, uri, trusted, max_age, validation_keys=validation)
+
+
+def releases(name: str = "", store: str | Path = "") -> list[Listed]:
+    """Returns the releases of a store, newest first: those of a name, one of its versions, or all.
+
+    Raises:
+        InputError: no such name is possible, or the store cannot be opened.
+        StoreError: the store could not be read.
+    """
+    from trimtab.release import shelf
+    from trimtab.store.address import split_release
+
+    _, found, version = split_release(name) or ("", *name.partition("/")[::2])
+    rows = shelf.releases(_store_of(name, store), found)
+    return [row for row in rows if version in ("", row.version)]
+
+
+def withdraw(
+    release: str, store: str | Path = "", *, keep: int | None = None, reason: str = "withdrawn by hand"
+) -> list[str]:
+    """Takes a release back, or with `keep` all of a name but the newest; returns the URIs.
+
+    What serves, as `deploy` wrote down, is never withdrawn. A withdrawn version is not given again.
+
+    Raises:
+        InputError: there is no such release, or it serves.
+        StoreError: the store could not be read or written.
+    """
+    from trimtab.release import shelf
+
+    opened = _store_of(release, store)
+    if keep is not None:
+        return shelf.keep_newest(opened, release, keep, reason)
+    if "/" not in release:
+        raise InputError(f"release: '{release}' has several versions; write {release}/VERSION, or keep: N")
+    uri = shelf.located(opened, release)
+    shelf.withdraw(opened, uri, reason)
+    return [uri]
+
+
+def pull(
+    release: str, folder: str | Path, store: str | Path = "", keys: Sequence[str | Path] = ()
+) -> tuple[Verified, list[str]]:
+    """Verifies a release and lays its files and papers into a new folder, ready to be served; returns their names too.
+
+    Args:
+        release, store, keys: as for `verify`.
+        folder: a new one.
+
+    Raises:
+        NotVerified: it must not be used; nothing is written.
+        InputError: there is no such release, a key is none, or the folder is not new.
+        StoreError: the store could not be read.
+    """
+    from trimtab.release import shelf
+
+    found = verify(release, store, keys)
+    return found, shelf.pull(_store_of(release, store), found, Path(folder))
+
+
+def _store_of(release: str, store: str | Path) -> Store:
+    """Opens the store of a release: a store beside a URI is a copy of the URI's."""
     from trimtab.store import open_store
     from trimtab.store.address import split_release
 
-    trusted = [signing.public_key(key) for key in keys]
-    address, found, version = split_release(release) or ("", *release.partition("/")[::2])
-    opened = open_store(str(store) or address or STORE)  # a store beside a URI is a copy of the URI's
-    uri = f"{opened.uri}/releases/{found}/{version}" if version else opened.newest(found)
-    if uri is None:
-        raise InputError(f"release: {opened.uri} has no release '{found}'; write the URI that a run printed")
-    return verification.verify(opened, uri, trusted, max_age)
+    parts = split_release(release)
+    return open_store(str(store) or (parts[0] if parts else "") or STORE)
 
 
 def serve_config(

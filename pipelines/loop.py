@@ -53,7 +53,7 @@ class Loop:
 
     def small(self, task: dsl.PipelineTask, name: str) -> dsl.PipelineTask:
         """Gives a task that does no work on a model its name, and what it needs to reach the store."""
-        reach(uncached(task, name), self._profile)
+        reach(uncached(task, name), self._profile, is_gate=name == GATE)
         return sign(task, self._profile) if name == GATE else task
 
     def run(self, planned: object, rollout: object) -> object:

@@ -50,6 +50,11 @@ def place(
     reach(task, profile)
     if profile.queue and need:
         kubernetes.add_pod_label(task, QUEUE, profile.queue)
+    if name == "validate" and profile.signing and (validation := profile.signing.validation):
+        variables = {validation.key: signing.VALIDATION_KEY}
+        if validation.password:
+            variables[validation.password] = signing.VALIDATION_PASSWORD
+        kubernetes.use_secret_as_env(task, validation.secret, variables)
     if need:
         _accelerate(task, name, profile, need)
     return task
@@ -85,11 +90,14 @@ def _seconds_of_all_tries(limits: StageLimits) -> int:
     return math.ceil(hours * 3600) + PAUSE * 2**limits.retries
 
 
-def reach(task: dsl.PipelineTask, profile: Profile) -> dsl.PipelineTask:
-    """Gives a task what it needs to reach the store: environment, credentials, cache, and its labels."""
+def reach(task: dsl.PipelineTask, profile: Profile, is_gate: bool = False) -> dsl.PipelineTask:
+    """Gives a task what it needs to reach the store: environment, credentials, cache, and its labels.
+
+    The deploy gate has credentials of its own where the profile names some.
+    """
     for variable, value in profile.environment.items():
         task.set_env_variable(variable, value)
-    for secret, variables in profile.secrets.items():
+    for secret, variables in (profile.gate_secrets if is_gate and profile.gate_secrets else profile.secrets).items():
         kubernetes.use_secret_as_env(task, secret, variables)
     if profile.images.pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(profile.images.pull_secrets))
@@ -114,6 +122,8 @@ def sign(task: dsl.PipelineTask, profile: Profile) -> dsl.PipelineTask:
             variables[profile.signing.password] = signing.PASSWORD
         kubernetes.use_secret_as_env(task, profile.signing.secret, variables)
         task.set_env_variable(signing.REQUIRED, "1")
+        if profile.signing.validation:
+            task.set_env_variable(signing.VALIDATION_PUBLIC, profile.signing.validation.public)
     return task
 
 

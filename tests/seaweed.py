@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,19 +55,20 @@ class SeaweedFS:
 
     PARTS = ("master", "volume", "filer", "s3")
 
-    def __init__(self, bucket: str):
+    def __init__(self, bucket: str, identities: Sequence[dict] = ()):
         # Not pytest's folder: a path of a Unix socket has 107 bytes at most.
         self.home = Path(tempfile.mkdtemp(prefix="weed"))
         self.ports = free_ports(2 * len(self.PARTS))
         self.port = self.ports[3]
         self.server = S3Server(f"http://127.0.0.1:{self.port}", bucket)
+        self.identities = identities
         self.process: subprocess.Popen | None = None
 
     def start(self, *more: str, takes_objects: bool = True) -> None:
         """Starts it, with more flags, and returns when it answers; `takes_objects` is False where it cannot."""
         credentials = [{"accessKey": self.server.key, "secretKey": self.server.secret}]
         identity = {"name": "test", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List"]}
-        (self.home / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        (self.home / "s3.json").write_text(json.dumps({"identities": [identity, *self.identities]}))
         flags = [f"-{part}.port={port}" for part, port in zip(self.PARTS, self.ports, strict=False)]
         flags += [f"-{part}.port.grpc={port}" for part, port in zip(self.PARTS, self.ports[4:], strict=True)]
         flags += [f"-dir={self.home}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={self.home / 's3.json'}"]

@@ -33,7 +33,7 @@ def objects(store) -> dict[str, object]:
     """Everything in the store with a stamp that changes when it is written again."""
     back = store._back
     if is_local(store):
-        files = [p for p in back.root.rglob("*") if p.is_file()]
+        files = [p for p in back.root.rglob("*") if p.is_file() and p.name != ".lock"]
         return {p.relative_to(back.root).as_posix(): (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
     listed = back._client.list_objects(back.bucket, prefix=back.prefix + "/", recursive=True)
     return {item.object_name.removeprefix(back.prefix + "/"): item.last_modified for item in listed}

@@ -10,7 +10,7 @@ from trimtab.base import child, progress, signing
 from trimtab.base.errors import NotReleased, NotVerified
 from trimtab.loop import evidence
 from trimtab.loop.documents import load
-from trimtab.release import statement
+from trimtab.release import judgement, papers, statement
 from trimtab.store import Store, Tree, open_store
 
 
@@ -39,15 +39,15 @@ def run(state_uri: str, artifact: Any) -> str:
         remedy = f"set {signing.KEY} for the gate, or {signing.REQUIRED}=0"
         raise NotReleased(f"nothing is released: releases must be signed and the gate has no key: {remedy}")
     store = open_store(state.store)
-    refusal = evidence.refusal(store, state, accepted)
+    refusal = judgement.refusal(store, state, accepted)
     if refusal:
         raise NotReleased(f"nothing is released: {refusal}")
     document = evidence.read(store, accepted.evaluation)
 
     def record(version: str) -> dict[str, Any]:
-        said = statement.make(
-            state.name, version, document, accepted.evaluation, accepted.engine, accepted.verdict.to_dict()
-        )
+        paper = papers.write(store, state.name, version, document, signer)
+        verdict = accepted.verdict.to_dict()
+        said = statement.make(state.name, version, document, accepted.evaluation, accepted.engine, verdict, paper)
         return statement.release_record(signing.seal(statement.payload(said), signer))
 
     same = {

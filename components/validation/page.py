@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab import report
-from trimtab.components.validation.looks import BASELINE_LOOKS
 from trimtab.judge import Verdict
 from trimtab.loop.state import State
+from trimtab.stages.looks import BASELINE_LOOKS
 from trimtab.store import Store
 from trimtab.store.tree import Tree
 

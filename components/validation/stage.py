@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trimtab import judge, stages
-from trimtab.base import child, progress
+from trimtab.base import child, progress, signing
 from trimtab.base.errors import Failure
 from trimtab.catalog.backends import BACKENDS
 from trimtab.catalog.goals import GOALS
-from trimtab.components.validation.looks import (
-    COMPARE_SPEED,
-    EVALUATE,
-    INTEGRITY,
-    OWN_LOOKS,
-    evaluation_parameters,
-    fresh,
-    looks,
-)
 from trimtab.components.validation.page import html, numbers
 from trimtab.judge import Measurements, Verdict
 from trimtab.judge.statistics import wilson
@@ -30,8 +20,8 @@ from trimtab.loop import decisions, evidence
 from trimtab.loop.documents import load, read_plan, save
 from trimtab.loop.evidence import CONFIRMATION, LOOKS, look_name
 from trimtab.loop.state import Brief, State, fail
-from trimtab.model import hardware, memory
-from trimtab.planning.dealing import Deal, Spans
+from trimtab.recipe import Recipe
+from trimtab.stages.looks import OWN_LOOKS, Piece, Subject
 from trimtab.store import Store, open_store
 from trimtab.store.tree import Tree
 
@@ -62,7 +52,10 @@ def run(state_uri: str, page: Any, metrics: Any) -> str:
     state = state.model_copy(update={"verdict": result})
     filed_evidence = None
     if result.outcome == "accepted":
-        filed_evidence = evidence.write(store, state, result, judge.export, judge.trees)
+        public = signing.to_pem(judge.signer.public_key) if judge.signer else ""
+        filed_evidence = evidence.write(
+            store, state, result, judge.export, judge.trees, judge.signatures, public
+        )
     seconds = {**state.seconds, "validate": round(judge.seconds, 1)}
     brief = Brief(
         recipe=state.recipe,
@@ -85,50 +78,42 @@ class _Judge:
 
     def __init__(self, store: Store, state: State):
         self.store, self.state = store, state
+        self.signer = signing.validation_signer()
         self.seconds = 0.0
         self.truncated = 0  # requests to the attempt that lost their beginning
         self.trees: dict[str, Tree] = {}  # what was measured, for the evidence
-        self.engine = state.trees.get("engine")
+        self.signatures: dict[str, Any] = {}
         self.export = stages.tree_of("export", state)
 
     def verdict(self) -> Verdict:
         if self.state.attempt == 0:
             return self._baseline()
-        integrity = self._cached(
-            "integrity",
-            INTEGRITY,
-            self.state.recipe.quantize.model_dump(mode="json") if self.state.recipe.quantize else {},
-            {
-                "export": self.export,
-                "checkpoint": stages.tree_of("checkpoint", self.state),
-            },
-        )
+        integrity = self._measure("integrity", self.subject.integrity())
         if skipped := integrity.metrics.get("reload_skipped"):
             progress.report("validate", f"the text of this export is not checked: the embedded engine says {skipped}")
         recipe = self.state.recipe
-        for look, (items, windows) in enumerate(looks(self.state.evaluation, self.deal), start=1):
-            baseline, candidate = self._look(look, items, windows)
+        for look in range(1, LOOKS + 1):
+            baseline, candidate = self._look(look)
             if look == 1:
-                measured = self._measurements(integrity.metrics, candidate.metrics)
-                self._refuse_degenerate(baseline.metrics, candidate.metrics)
+                measured = self._measurements(recipe, integrity, candidate)
+                if wrong := evidence.began_to_repeat(baseline.metrics, candidate.metrics):
+                    raise Failure("degenerate_output", wrong)
+                first = baseline
             result = evidence.judge_looks(self.store, self.trees, recipe, look)
             result = result.model_copy(update={"measurements": measured})
             progress.report("validate", f"look {look} of {LOOKS}: {result.outcome}, {result.reason}")
             if result.outcome != "indeterminate":
                 break
         if result.outcome == "accepted":
-            result = self._check_gain(result, measured)
+            result = self._check_gain(result, first, measured)
         if result.outcome == "accepted":
             result = self._confirm(result)
         return self._judge_kv_cache_apart(result)
 
     def _baseline(self) -> Verdict:
-        items, windows = next(looks(self.state.evaluation, self.deal))
-        result = self._evaluate(look_name(1), self.engine, self.export, items, windows, speed=True)
+        result = self._measure(look_name(1), self.subject.evaluation_of(1))
         scores = evidence.read_scores(self.store, [result.tree])
-        integrity = self._cached(
-            "integrity", INTEGRITY, {}, {"export": self.export, "checkpoint": self.state.model}
-        )
+        integrity = self._measure("integrity", self.subject.integrity())
         return Verdict(
             outcome="baseline",
             reason="the model unchanged, which every attempt is compared with",
@@ -137,107 +122,44 @@ class _Judge:
             windows=len(scores.nll),
             accuracy=wilson(scores.items.sum(), len(scores.items), self.state.recipe.accept.confidence),
             perplexity=float(np.exp(scores.nll.sum() / scores.tokens.sum())),
-            measurements=self._measurements(integrity.metrics, result.metrics),
+            measurements=self._measurements(self.state.recipe, integrity, result),
         )
 
-    def _look(self, look: int, items: Spans, windows: list[int]) -> tuple[stages.Result, stages.Result]:
-        base = self.state.baseline
-        baseline = self._evaluate(
-            look_name(look, baseline=True), base.engine, self.state.model, items, windows, speed=look == 1
-        )
-        return baseline, self._evaluate(
-            look_name(look), self.engine, self.export, items, windows, speed=look == 1
-        )
+    def _look(self, look: int) -> tuple[stages.Result, stages.Result]:
+        baseline = self._measure(look_name(look, baseline=True), self.subject.evaluation_of(look, baseline=True))
+        return baseline, self._measure(look_name(look), self.subject.evaluation_of(look))
 
-    def _evaluate(
-        self,
-        name: str,
-        engine: Tree,
-        export: Tree,
-        items: Spans,
-        windows: list[int],
-        speed: bool,
-        kv_cache: str = "export",
-    ) -> stages.Result:
-        parameters = evaluation_parameters(
-            self.state.evaluation, items, windows, speed, max_length=self.max_length, kv_cache=kv_cache
-        )
-        inputs = {"engine": engine, "export": export}
-        calibration = self.state.trees.get("calibration")
-        own_text = self.state.recipe.calibrate.text == "builtin"  # trimtab's tests keep it apart from the suite
-        if engine == self.engine and calibration and not own_text:
-            inputs["calibration"] = calibration
-        result = self._cached(name, EVALUATE, parameters, inputs)
+    def _measure(self, name: str, piece: Piece) -> stages.Result:
+        result = stages.cached(self.store, piece.stage, piece.parameters, piece.inputs, piece.backend, self.signer)
+        self.trees[name] = result.tree
+        if result.signature:
+            self.signatures[name] = result.signature
+        self.seconds += 0.0 if result.hit else result.seconds
         if cut := result.metrics.get("truncated"):
             self.truncated += cut if name in OWN_LOOKS else 0
             what = f"{cut} requests were too long for the engine and lost their beginning, as in lm-eval"
             progress.report("validate", what)
         return result
 
-    @property
-    def max_length(self) -> int:
-        """The most tokens of a request: baseline and candidate are asked the same, so what is too long for one of them,
-        or for the model, is cut for both."""
-        recipes = [self.state.recipe, *([self.state.baseline.recipe] if self.state.baseline else [])]
-        reads = decisions.facts_of(self.store, self.state.model).max_position_embeddings
-        return min(reads, *(recipe.engine.longest_request for recipe in recipes))
+    def _measurements(self, recipe: Recipe, integrity: stages.Result, look: stages.Result) -> Measurements:
+        facts = decisions.facts_of(self.store, self.state.model)
+        return evidence.measurements(facts, recipe, self.state.target, integrity.metrics, look.metrics)
 
-    def _cached(
-        self, name: str, stage: stages.Stage, parameters: dict[str, Any], inputs: dict[str, Tree]
-    ) -> stages.Result:
-        recipe, base = self.state.recipe, self.state.baseline
-        if base and inputs.get("engine") == base.engine:
-            recipe = base.recipe
-        backend = "torch" if stage is INTEGRITY else recipe.engine.backend
-        result = stages.cached(self.store, stage, parameters, inputs, backend)
-        self.trees[name] = result.tree
-        self.seconds += 0.0 if result.hit else result.seconds
-        return result
-
-    def _measurements(self, integrity: dict[str, Any], measured: dict[str, Any]) -> Measurements:
-        facts, machine = decisions.facts_of(self.store, self.state.model), hardware.target(self.state.target)
-        return Measurements(
-            bytes=integrity["bytes"],
-            quantized_share=round(integrity["quantized_share"], 4),
-            decode_tokens_per_second=round(measured["decode_tokens_per_second"], 2),
-            throughput_tokens_per_second=round(measured["throughput_tokens_per_second"], 2),
-            peak_memory_bytes=measured["peak_memory_bytes"],
-            max_context_tokens=memory.max_context_tokens(facts, self.state.recipe, machine, integrity["bytes"]),
-            devices=self.state.recipe.engine.world_size,
-            batch=self.state.recipe.engine.max_batch_size,
-        )
-
-    def _refuse_degenerate(self, baseline: dict[str, Any], candidate: dict[str, Any]) -> None:
-        """A model whose own text goes round in a loop cannot be blamed for it; one that began to can."""
-        if candidate["degenerate"] > 0.5 >= baseline["degenerate"]:
-            share = f"{candidate['degenerate']:.0%}"
-            raise Failure("degenerate_output", f"{share} of the continuations are empty or repeat themselves")
-
-    def _check_gain(self, result: Verdict, measured: Measurements) -> Verdict:
-        base = self.state.baseline.verdict.measurements
+    def _check_gain(self, result: Verdict, first: stages.Result, measured: Measurements) -> Verdict:
+        files = self._measure("baseline-integrity", self.subject.integrity(baseline=True))
+        base = self._measurements(self.subject.baseline, files, first)
         if GOALS[self.state.goal].measure.timed:
-            speed = self._cached(
-                "speed",
-                COMPARE_SPEED,
-                {"rounds": 3},
-                {
-                    "engine": self.engine,
-                    "export": self.export,
-                    "baseline_engine": self.state.baseline.engine,
-                    "baseline_export": self.state.model,
-                },
-            ).metrics
-            measured = _with_speed(measured, speed, "")
-            base = _with_speed(base, speed, "baseline_")
+            speed = self._measure("speed", self.subject.speed()).metrics
+            measured = evidence.with_speed(measured, speed)
+            base = evidence.with_speed(base, speed, baseline=True)
         return judge.check_gain(result, self.state.goal, self.state.recipe.accept, base, measured)
 
     def _confirm(self, result: Verdict) -> Verdict:
-        settings = self.state.evaluation
-        if not settings.confirm_items:
+        if not self.state.evaluation.confirm_items:
             return result
-        if again := self.deal.asked_again(self._confirmations):
+        if again := self.subject.deal.asked_again(self.subject.confirmations):
             progress.report("validate", f"items of {', '.join(again)} have confirmed an earlier attempt too")
-        self._look(CONFIRMATION, *fresh(settings, self.deal, self._confirmations))
+        self._look(CONFIRMATION)
         return evidence.confirm(self.store, self.trees, self.state.recipe, result, self.state.max_attempts)
 
     def _judge_kv_cache_apart(self, result: Verdict) -> Verdict:
@@ -259,33 +181,37 @@ class _Judge:
         return judge.blame_kv_cache(result, kv_cache, apart)
 
     def _without_kv_cache(self, result: Verdict) -> Verdict:
-        def measure(look: int, items: Spans, windows: list[int]) -> None:
-            name = look_name(look, kv_cache="none")
-            self._evaluate(name, self.engine, self.export, items, windows, speed=False, kv_cache="none")
+        def measure(look: int) -> None:
+            self._measure(look_name(look, kv_cache="none"), self.subject.evaluation_of(look, kv_cache="none"))
 
         recipe = self.state.recipe
-        for look, drawn in enumerate(islice(looks(self.state.evaluation, self.deal), result.looks), start=1):
-            measure(look, *drawn)
+        for look in range(1, result.looks + 1):
+            measure(look)
             apart = evidence.judge_looks(self.store, self.trees, recipe, look, kv_cache="none")
             if apart.outcome != "indeterminate":
                 break
         if apart.outcome == "accepted" and result.confirmation:
-            measure(CONFIRMATION, *fresh(self.state.evaluation, self.deal, self._confirmations))
+            measure(CONFIRMATION)
             attempts = self.state.max_attempts
             apart = evidence.confirm(self.store, self.trees, recipe, apart, attempts, kv_cache="none")
         return apart
 
     @cached_property
-    def deal(self) -> Deal:
-        """Which items are asked when, as the plan has it."""
-        return read_plan(self.store, self.state.plan).dealt
-
-    @property
-    def _confirmations(self) -> int:
-        """How many attempts before this one were asked to confirm."""
-        return sum(brief.verdict.confirmation is not None for brief in self.state.history)
-
-
-def _with_speed(measured: Measurements, speed: dict[str, float], prefix: str) -> Measurements:
-    names = ("decode_tokens_per_second", "throughput_tokens_per_second")
-    return measured.model_copy(update={name: round(speed[prefix + name], 2) for name in names})
+    def subject(self) -> Subject:
+        """What is measured."""
+        state = self.state
+        baseline = state.baseline if state.attempt else None
+        return Subject(
+            evaluation=state.evaluation,
+            deal=read_plan(self.store, state.plan).dealt,
+            model=state.model,
+            reads=decisions.facts_of(self.store, state.model).max_position_embeddings,
+            recipe=state.recipe,
+            checkpoint=stages.tree_of("checkpoint", state),
+            export=self.export,
+            engine=state.trees.get("engine"),
+            calibration=state.trees.get("calibration"),
+            baseline=baseline and baseline.recipe,
+            baseline_engine=baseline and baseline.engine,
+            confirmations=evidence.confirmations(state),
+        )

@@ -58,6 +58,7 @@ def _deploy(arguments: argparse.Namespace, console: Console) -> int:
         return 0
     with delivery.unwinding():
         print(roll_out(cluster, rollout, store.uri, digest, arguments.force), flush=True)
+    delivery.remember(store, rollout, digest)
     if arguments.registry:
         _, name, version = split_release(release)
         new = register(arguments.registry, name, version, release, store.read_release(release))

@@ -23,10 +23,11 @@ from trimtab.pipelines.commands import (
     releases,
     run,
     serving,
+    shelf,
 )
 
 #: Each has `add`, which adds its commands to the parser, in the order of `trimtab --help`.
-SUBJECTS = (run, plan, documents, compile, serving, cluster, deploy, artifact, releases)
+SUBJECTS = (run, plan, documents, compile, serving, cluster, deploy, artifact, releases, shelf)
 
 
 def main(argv: list[str] | None = None) -> int:

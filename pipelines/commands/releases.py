@@ -25,6 +25,9 @@ def add(commands: Any) -> None:
     verify.add_argument(
         "--key", action="append", default=[], metavar="PUB", help="a public key to trust, PEM; may be repeated"
     )
+    verify.add_argument(
+        "--validation-key", action="append", default=[], metavar="PUB", help="one that validation must have signed with"
+    )
     verify.add_argument("--max-age", type=_age, metavar="AGE", help="refuse what was signed longer ago: 90d or 12h")
     verify.set_defaults(command=_verify)
 
@@ -40,7 +43,9 @@ def add(commands: Any) -> None:
 
 
 def _verify(arguments: argparse.Namespace, console: Console) -> int:
-    found = api.verify(arguments.release, arguments.store, arguments.key, arguments.max_age)
+    found = api.verify(
+        arguments.release, arguments.store, arguments.key, arguments.max_age, arguments.validation_key
+    )
     said, out = found.predicate, Console(soft_wrap=True, highlight=False)
     until = f"{said.issued:%Y-%m-%d %H:%M}, until {said.expires:%Y-%m-%d}"
     signed = f"with {found.signed_by[:12]}, {until}" if found.signed_by else "not checked, for no --key was given"
@@ -48,6 +53,10 @@ def _verify(arguments: argparse.Namespace, console: Console) -> int:
     out.print(f"artifact  {said.artifact.digest}")
     out.print(f"hashed    {found.files} files, {found.bytes / 1e6:,.1f} MB, with the evidence and the answers")
     out.print(f"judged    {said.verdict['outcome']} again: {said.verdict['reason']}", markup=False)
+    answers = f"{len(said.measured)} measurements"
+    chain = f"signed by validation with {found.measured_by[:12]}" if found.measured_by else "signed by nobody"
+    out.print(f"measured  {answers}, {chain}")
+    out.print(f"papers    {', '.join(found.papers) or 'none'}")
     out.print(f"signed    {signed}")
     return 0
 
@@ -73,6 +82,8 @@ def _gc(arguments: argparse.Namespace, console: Console) -> int:
     kinds = ", ".join(f"{number} {kind}" for kind, number in garbage.kinds.items())
     out.print(f"{verb}  {len(garbage.manifests)} trees{f' ({kinds})' if kinds else ''}, {len(garbage.records)} results")
     out.print(f"freeing  {garbage.bytes / 1e6:,.1f} MB in {len(garbage.blobs)} files")
+    if garbage.linked:
+        out.print(f"not yet  {garbage.linked / 1e6:,.1f} MB, which a running process uses in the cache of a node")
     out.print(f"keeping  {garbage.kept} trees that are younger or referred to")
     return 0
 

@@ -12,6 +12,7 @@
 | `plan` | what a run would do: baseline, recipes in the order tried, what is left out |
 | `run` | optimizes a model on this machine |
 | `verify` | checks a release |
+| `releases`, `pull`, `withdraw` | lists them, lays one into a folder, takes one back |
 | `serve_config` | writes what trtllm-serve, Triton and KServe need |
 | `Recipe`, `Workload`, `Recorded`, `Evaluation`, `Rollout`, `Profile` | the documents that a user writes |
 | `InputError`, `TrimtabError` | what is raised: of bad input, and of anything that is expected to happen |
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trimtab.base.errors import InputError, TrimtabError
     from trimtab.components.deployment.rollout.settings import Rollout
-    from trimtab.pipelines.api import plan, run, serve_config, verify
+    from trimtab.pipelines.api import plan, pull, releases, run, serve_config, verify, withdraw
     from trimtab.recipe import Recipe
     from trimtab.recipe.evaluation import Evaluation
     from trimtab.recipe.workload import Recorded, Workload
@@ -44,9 +45,12 @@ __all__ = [
     "TrimtabError",
     "Workload",
     "plan",
+    "pull",
+    "releases",
     "run",
     "serve_config",
     "verify",
+    "withdraw",
 ]
 
 #: Where each name is from. A test compares this with what type checkers read above.
@@ -60,9 +64,12 @@ _FROM = {
     "TrimtabError": "trimtab.base.errors",
     "Workload": "trimtab.recipe.workload",
     "plan": "trimtab.pipelines.api",
+    "pull": "trimtab.pipelines.api",
+    "releases": "trimtab.pipelines.api",
     "run": "trimtab.pipelines.api",
     "serve_config": "trimtab.pipelines.api",
     "verify": "trimtab.pipelines.api",
+    "withdraw": "trimtab.pipelines.api",
 }
 
 

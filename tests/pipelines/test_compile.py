@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 from google.protobuf import json_format
 from kfp import components
 
+from trimtab.base import signing
 from trimtab.catalog.goals import GOALS
 from trimtab.components import images
 from trimtab.model.hardware import TARGETS
@@ -199,13 +201,18 @@ gpu:
   tolerations: [{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]
 images: {cuda: registry/trimtab-cuda:1, engine: registry/trimtab-trtllm:1, pull_secrets: [registry]}
 secrets: {trimtab-s3: {access_key: AWS_ACCESS_KEY_ID}}
+gate_secrets: {trimtab-s3-gate: {access_key: AWS_ACCESS_KEY_ID}}
 environment: {AWS_ENDPOINT_URL: "http://s3:8333"}
 cache: {claim: trimtab-cache}
 authority: {config_map: site-ca}
 queue: gpus
 shared_memory: 16Gi
 labels: {team: compression}
-signing: {secret: trimtab-gate, key: gate.pem, password: gate.password}
+signing:
+  secret: trimtab-gate
+  key: gate.pem
+  password: gate.password
+  validation: {secret: trimtab-validation, public: PUBLIC}
 stage: {memory: 16Gi, cpu: "4", timeout_hours: 2, retries: 3}
 stages: {distill: {memory: 64Gi, timeout_hours: 48}}
 """
@@ -216,7 +223,8 @@ ACCELERATED = ["calibrate", "prune", "distill", "recalibrate", "quantize", "buil
 def placed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """By the name of a task: its executor, its settings for Kubernetes and its retries."""
     folder = tmp_path_factory.mktemp("placed")
-    (folder / "profile.yaml").write_text(PROFILE)
+    public, _ = signing.generate(folder / "validation")
+    (folder / "profile.yaml").write_text(PROFILE.replace("PUBLIC", json.dumps(public.read_text())))
     options = ["--max-attempts", "1", "--profile", str(folder / "profile.yaml"), "--image", "registry/trimtab:2"]
     assert main.main(["compile", "-o", str(folder / "optimize.yaml"), *options]) == 0
     spec, platform = yaml.load_all((folder / "optimize.yaml").read_text(), yaml.CSafeLoader)
@@ -330,11 +338,23 @@ def test_a_site_that_signs_for_itself_and_queues_its_pods(placed):
 
 def test_the_gate_alone_sees_the_signing_key(placed):
     """And must sign, with the key in its environment; models that somebody else made are read elsewhere."""
-    names = ["TRIMTAB_SIGNING_KEY", "TRIMTAB_SIGNING_PASSWORD"]
+    own = {"deploy gate": ["TRIMTAB_SIGNING_KEY", "TRIMTAB_SIGNING_PASSWORD"], "validate": ["TRIMTAB_VALIDATION_KEY"]}
     for name, task in placed.items():
         variables = [entry["envVar"] for secret in task["secretAsEnv"] for entry in secret["keyToEnv"]]
         required = [variable["value"] for variable in task["env"] if variable["name"] == "TRIMTAB_REQUIRE_SIGNING"]
-        assert (variables[1:], required) == ((names, ["1"]) if name == "deploy gate" else ([], []))
+        assert (variables[1:], required) == (own.get(name, []), ["1"] if name == "deploy gate" else [])
+
+
+def test_the_gate_alone_has_credentials_that_write_releases(placed):
+    for name, task in placed.items():
+        secret = task["secretAsEnv"][0]["secretName"]
+        assert secret == ("trimtab-s3-gate" if name == "deploy gate" else "trimtab-s3")
+
+
+def test_the_gate_is_told_whose_answers_count(placed):
+    for name, task in placed.items():
+        told = [variable["value"] for variable in task["env"] if variable["name"] == "TRIMTAB_VALIDATION_PUBLIC_KEY"]
+        assert bool(told) == (name == "deploy gate") and all("PUBLIC KEY" in value for value in told)
 
 
 def test_without_a_profile_nothing_is_bound_to_kubernetes(path):

@@ -23,7 +23,6 @@ from trimtab.base.errors import Failure, InputError, NotReleased, NotVerified, S
 from trimtab.components.deployment import gate
 from trimtab.components.deployment.component import gate as gate_component
 from trimtab.components.fetch.source import fetch
-from trimtab.components.validation import looks as validation
 from trimtab.components.validation.stage import run as validate
 from trimtab.loop import decisions, evidence
 from trimtab.loop.documents import load, read_plan, save
@@ -34,6 +33,7 @@ from trimtab.planning.dealing import Spans
 from trimtab.recipe import Acceptance, Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.release.verification import verify
+from trimtab.stages import looks as validation
 from trimtab.store import Store, Tree, open_store
 
 pytestmark = pytest.mark.slow
@@ -128,7 +128,8 @@ class Script:
             if fails == f"{form} {stage.name}":
                 return None
             key = stages.key_here(stage, state)
-            tree = self._record(key, stage.output, {"made.txt": key}, {"seconds_of_work": 0})
+            environment = stage.environment(stage.parameters(state.recipe)).here(state.recipe.engine.backend)
+            tree = self._record(key, stage.output, {"made.txt": key}, {"seconds_of_work": 0}, environment)
             state = state.model_copy(update={"trees": {**state.trees, stage.output: tree}})
         return state
 
@@ -136,7 +137,8 @@ class Script:
         inputs = {"export": _export(state), "checkpoint": state.model}
         key = validation.INTEGRITY.key(parameters, inputs, here(validation.INTEGRITY))
         metrics = {"bytes": int(size * BASELINE_BYTES), "quantized_share": size, "max_relative_error": 0.1}
-        self._record(key, "integrity", {"layers.json": "[]"}, metrics)
+        files = {"layers.json": "[]", "metrics.json": json.dumps(metrics)}
+        self._record(key, "integrity", files, metrics, here(validation.INTEGRITY))
 
     def _evaluation(
         self,
@@ -161,14 +163,17 @@ class Script:
         }
         metrics = {"peak_memory_bytes": 10**8, "degenerate": scores.degenerate}
         metrics |= {"decode_tokens_per_second": 10.0, "throughput_tokens_per_second": 50.0}
-        self._record(key, "evaluation", files, metrics)
+        files["metrics.json"] = json.dumps(metrics)
+        self._record(key, "evaluation", files, metrics, here(validation.EVALUATE))
 
-    def _record(self, key: str, kind: str, files: dict[str, str], metrics: dict[str, Any]) -> Tree:
+    def _record(
+        self, key: str, kind: str, files: dict[str, str], metrics: dict[str, Any], environment: dict[str, Any]
+    ) -> Tree:
         folder = self.folder / key
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             (folder / name).write_text(text)
-        tree = self.store.put(folder, kind=kind, metadata={"key": key})
+        tree = self.store.put(folder, kind=kind, metadata={"key": key, "environment": environment})
         self.store.record(key, {"tree": tree.model_dump(), "metrics": metrics, "seconds": 1.0})
         return tree
 
@@ -435,10 +440,10 @@ def test_what_cannot_be_judged_apart_keeps_its_verdict(kv_script, monkeypatch):
     kv_script.file({"int4_rtn + nvfp4 KV": BAD})
     cached = stages.cached
 
-    def killed(store, stage, parameters, inputs, backend):
+    def killed(store, stage, parameters, *others):
         if parameters.get("kv_cache") == "none" and stage is validation.EVALUATE:
             raise Failure("does_not_fit", "evaluate was killed")
-        return cached(store, stage, parameters, inputs, backend)
+        return cached(store, stage, parameters, *others)
 
     monkeypatch.setattr(stages, "cached", killed)
     verdict = attempts(kv_script, kv_script.begin(), 1).history[-1].verdict
@@ -489,13 +494,28 @@ def with_last(state: State, **fields: Any) -> State:
 
 
 def other_scores(script: Script, state: State) -> State:
-    """The evidence names the answers of a model that lost a third of its ability."""
+    """The evidence names the answers of a model that lost a third of its ability, under the key of the asked ones."""
     _, items, windows = next(asked())
-    worse = script._record("0" * 64, "evaluation", {
+    document = evidence.read(script.store, state.history[-1].evaluation)
+    look = Tree.model_validate(document["measured"]["look-1"])
+    about = script.store.manifest(look).metadata
+    worse = script._record(about["key"], "evaluation", {
         "items.jsonl": "".join(json.dumps(item) + "\n" for item in _items(items, 0.3)),
         "windows.json": json.dumps(_windows(windows, 1.02)),
-    }, {})  # fmt: skip
+    }, {}, about["environment"])  # fmt: skip
     return rewritten(script, state, lambda document: document["measured"].update({"look-1": worse.model_dump()}))
+
+
+def the_candidate_as_its_own_baseline(script: Script, state: State) -> State:
+    def change(document: dict[str, Any]) -> None:
+        measured = document["measured"]
+        measured |= {name: measured[name.removeprefix("baseline-")] for name in measured if "look" in name}
+
+    return rewritten(script, state, change)
+
+
+def without_its_confirmation(script: Script, state: State) -> State:
+    return rewritten(script, state, lambda document: document["measured"].pop("look-4"))
 
 
 def another_model(script: Script, state: State) -> State:
@@ -530,6 +550,8 @@ def nothing_tried(script: Script, state: State) -> State:
 
 REFUSALS = [
     (other_scores, "judged anew, the stored answers say: rejected"),
+    (the_candidate_as_its_own_baseline, "'baseline-look-1' is not what the plan asks for"),
+    (without_its_confirmation, "the evidence lacks its confirmation"),
     (another_model, "the evidence is of model"),
     (another_recipe, "the evidence is of another recipe"),
     (easier_limits, "the evidence is of another recipe"),

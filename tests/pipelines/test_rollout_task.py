@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from kfp import dsl, local
-from releases import Released, scores_in
+from releases import Released
 
 from trimtab.base import progress, signing
 from trimtab.base.errors import InputError, NotVerified
@@ -36,7 +36,7 @@ def released(s3_server, tmp_path, monkeypatch) -> Released:
         monkeypatch.setenv(name, value)
     monkeypatch.delenv(progress.ENVIRONMENT, raising=False)
     store = open_store(f"s3://{s3_server.bucket}/{tmp_path.name}")
-    return Released(store, scores_in(store, tmp_path), tmp_path)
+    return Released(store, tmp_path)
 
 
 LOOP = Loop(1)

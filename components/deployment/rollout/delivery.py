@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import stages
-from trimtab.base import signing
-from trimtab.base.errors import InputError, NotReleased
+from trimtab.base import progress, signing
+from trimtab.base.errors import InputError, NotReleased, TrimtabError
 from trimtab.components.deployment.rollout import approval
 from trimtab.components.deployment.rollout.canary import Account, roll_out
 from trimtab.components.deployment.rollout.cluster import Cluster
-from trimtab.components.deployment.rollout.settings import asked
+from trimtab.components.deployment.rollout.settings import Rollout, asked
 from trimtab.loop import status
+from trimtab.release.shelf import SERVING
 from trimtab.release.verification import verify
 from trimtab.store import Store, open_store
 from trimtab.store.address import split_release
@@ -62,6 +63,15 @@ def proven(store: Store, release: str, keys: Sequence[str]) -> str:
     return verify(store, release, [signing.public_key(key) for key in keys]).predicate.artifact.digest
 
 
+def remember(store: Store, rollout: Rollout, digest: str) -> None:
+    """Pins what a service serves now, so that it is neither withdrawn nor collected; trouble is told and fails nothing.
+    """
+    try:
+        store.pin(f"{SERVING}{rollout.namespace}.{rollout.service}", [store.tree(digest)])
+    except TrimtabError as error:
+        progress.report("rollout", f"that {digest[:12]} serves could not be written into the store: {error}")
+
+
 @contextlib.contextmanager
 def unwinding() -> Iterator[None]:
     """Lets SIGTERM, by which a pod is ended, take the canary's traffic away as Ctrl-C does."""
@@ -104,6 +114,7 @@ def run(release: str, rollout: str, run_id: str, page: Any, metrics: Any) -> tup
     try:
         with unwinding():
             end, sentence = SERVES, roll_out(cluster, wanted, store.uri, digest, account=account)
+        remember(store, wanted, digest)
     except NotReleased as error:
         end = ROLLED_BACK
         sentence = f"{release} does not serve: {error} (the release stays: `trimtab deploy` rolls it out again)"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.metadata
+import json
 import math
 import os
 import platform
@@ -38,6 +39,17 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 def versions() -> dict[str, str]:
     """Returns the versions of what makes and measures an artifact here, Python's included."""
     return {"python": platform.python_version(), **installed(LIBRARIES)}
+
+
+def commit() -> str | None:
+    """Returns the commit that this trimtab was installed from: TRIMTAB_COMMIT, which an image sets, or what pip wrote
+    down of a repository; None where neither says so."""
+    if (told := os.environ.get("TRIMTAB_COMMIT", "unknown")) != "unknown":  # as an image has it that nobody told
+        return told or None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
+        about = json.loads(importlib.metadata.distribution("trimtab").read_text("direct_url.json") or "{}")
+        return about.get("vcs_info", {}).get("commit_id")
+    return None
 
 
 def device() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Keys and envelopes: a statement is signed with the gate's private key and checked with its public half.
 
 The envelope is DSSE (https://github.com/secure-systems-lab/dsse), made and checked by securesystemslib; keys are
-PEM files, Ed25519 as `generate` writes them, or any kind that securesystemslib signs with.
+PEM files, P-256 as `generate` writes them, or any kind that securesystemslib signs with.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 #: The private key: PEM, or the path of a PEM file. Never a parameter, which KFP stores and shows.
 KEY = "TRIMTAB_SIGNING_KEY"
 PASSWORD = "TRIMTAB_SIGNING_PASSWORD"
+#: The same of validation, which signs what it measures; and, for the gate, the public half of that key.
+VALIDATION_KEY, VALIDATION_PASSWORD = "TRIMTAB_VALIDATION_KEY", "TRIMTAB_VALIDATION_PASSWORD"
+VALIDATION_PUBLIC = "TRIMTAB_VALIDATION_PUBLIC_KEY"
 #: "1" makes the gate release nothing that it cannot sign.
 REQUIRED = "TRIMTAB_REQUIRE_SIGNING"
 
@@ -40,13 +43,15 @@ def is_required(environment: Mapping[str, str] = os.environ) -> bool:
     return value == "1"
 
 
-def signer(environment: Mapping[str, str] = os.environ) -> CryptoSigner | None:
-    """Returns what signs, made from TRIMTAB_SIGNING_KEY; None where that is not set.
+def signer(
+    environment: Mapping[str, str] = os.environ, name: str = KEY, password_name: str = PASSWORD
+) -> CryptoSigner | None:
+    """Returns what signs, made from TRIMTAB_SIGNING_KEY or from another variable; None where that is not set.
 
     Raises:
         InputError: it is set and cannot be used; the message never quotes it.
     """
-    value, password = environment.get(KEY, ""), environment.get(PASSWORD, "")
+    value, password = environment.get(name, ""), environment.get(password_name, "")
     if not value:
         return None
     from cryptography.exceptions import UnsupportedAlgorithm
@@ -57,13 +62,40 @@ def signer(environment: Mapping[str, str] = os.environ) -> CryptoSigner | None:
         pem = value.encode() if "-----BEGIN" in value else Path(value).expanduser().read_bytes()
         return CryptoSigner(load_pem_private_key(pem, password.encode() or None))
     except OSError as error:
-        raise InputError(f"{KEY}: the file cannot be read ({error.strerror}); write the path of a PEM file") from None
+        raise InputError(f"{name}: the file cannot be read ({error.strerror}); write the path of a PEM file") from None
     except TypeError:  # what cryptography raises for a password that is missing or superfluous
         state = "is not encrypted: unset" if password else "is encrypted: set"
-        raise InputError(f"{KEY}: the key {state} {PASSWORD}") from None
+        raise InputError(f"{name}: the key {state} {password_name}") from None
     except (ValueError, UnsupportedAlgorithm):
-        wrong = f", or {PASSWORD} is wrong" if password else ""
-        raise InputError(f"{KEY}: it is not a private key in PEM{wrong}; `trimtab keygen FILE` makes one") from None
+        wrong = f", or {password_name} is wrong" if password else ""
+        raise InputError(f"{name}: it is not a private key in PEM{wrong}; `trimtab keygen FILE` makes one") from None
+
+
+def validation_signer(environment: Mapping[str, str] = os.environ) -> CryptoSigner | None:
+    """Returns what validation signs with, as `signer` does."""
+    return signer(environment, VALIDATION_KEY, VALIDATION_PASSWORD)
+
+
+def validation_key(environment: Mapping[str, str] = os.environ) -> Key | None:
+    """Returns the public key that answers must be signed with, where the gate was given one.
+
+    Raises:
+        InputError: it is set and is no public key.
+    """
+    value = environment.get(VALIDATION_PUBLIC, "")
+    return public_key(value) if value else None
+
+
+def to_pem(key: Key) -> str:
+    """Returns a public key as PEM."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    public = key.keyval["public"]
+    if "-----BEGIN" in public:
+        return public
+    raw = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))  # which securesystemslib keeps so
+    return raw.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
 def public_key(source: str | Path) -> Key:
@@ -87,16 +119,17 @@ def public_key(source: str | Path) -> Key:
 
 
 def generate(path: Path) -> tuple[Path, str]:
-    """Writes an Ed25519 key pair, `path` (readable by its owner alone) and `path`.pub; returns the latter and its id.
+    """Writes a key pair on the curve P-256, which signs statements and models: `path` (readable by its owner alone) and
+    `path`.pub; returns the latter and its id.
 
     Raises:
         InputError: one of the files exists, or cannot be written.
     """
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
     from securesystemslib.signer import CryptoSigner
 
-    key = Ed25519PrivateKey.generate()
+    key = ec.generate_private_key(ec.SECP256R1())
     made, public = CryptoSigner(key), path.with_name(f"{path.name}.pub")
     pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     for target, content, mode in ((path, made.private_bytes, 0o600), (public, pem, 0o644)):

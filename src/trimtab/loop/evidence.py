@@ -1,4 +1,7 @@
-"""The evidence of a verdict: what was measured, bound to digests, so that the gate can judge anew."""
+"""The evidence of a verdict: what was measured, bound to digests, so that the gate can judge anew.
+
+All of it is read from the store itself. The cache of a node may be written by every task that runs there.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,19 @@ import numpy as np
 from trimtab import judge
 from trimtab.base import environment
 from trimtab.base.errors import InputError
-from trimtab.judge import Scores, Verdict
+from trimtab.judge import Measurements, Scores, Verdict
 from trimtab.loop.documents import read_plan
-from trimtab.loop.state import Brief, State
+from trimtab.loop.state import State
+from trimtab.model import hardware, memory
+from trimtab.model.facts import ModelFacts
 from trimtab.recipe import Recipe
 from trimtab.store import Store, Tree
 
 #: The number of looks at most; the look after the last is the confirmation on fresh items.
 LOOKS = 3
 CONFIRMATION = LOOKS + 1
+#: What a rebuild goes on from: the student of a release that was distilled.
+KEPT = ("checkpoint",)
 
 
 def look_name(look: int, baseline: bool = False, kv_cache: str = "export") -> str:
@@ -30,6 +37,39 @@ def look_name(look: int, baseline: bool = False, kv_cache: str = "export") -> st
     return f"{'baseline-' if baseline else ''}look-{look}{'-kv-16-bits' if kv_cache == 'none' else ''}"
 
 
+def measurements(
+    facts: ModelFacts, recipe: Recipe, target: str, integrity: Mapping[str, Any], measured: Mapping[str, Any]
+) -> Measurements:
+    """Returns what one engine costs, out of the metrics of its integrity check and of its first look."""
+    return Measurements(
+        bytes=integrity["bytes"],
+        quantized_share=round(integrity["quantized_share"], 4),
+        decode_tokens_per_second=round(measured["decode_tokens_per_second"], 2),
+        throughput_tokens_per_second=round(measured["throughput_tokens_per_second"], 2),
+        peak_memory_bytes=measured["peak_memory_bytes"],
+        max_context_tokens=memory.max_context_tokens(facts, recipe, hardware.target(target), integrity["bytes"]),
+        devices=recipe.engine.world_size,
+        batch=recipe.engine.max_batch_size,
+    )
+
+
+def with_speed(measured: Measurements, speed: Mapping[str, float], baseline: bool = False) -> Measurements:
+    """Returns the measurements with the speeds that candidate and baseline showed in turn."""
+    prefix = "baseline_" if baseline else ""
+    names = ("decode_tokens_per_second", "throughput_tokens_per_second")
+    return measured.model_copy(update={name: round(speed[prefix + name], 2) for name in names})
+
+
+def began_to_repeat(baseline: Mapping[str, Any], candidate: Mapping[str, Any]) -> str | None:
+    """Returns what is wrong with the text of a candidate, by the metrics of the first looks; None where nothing is.
+
+    A model whose own text goes round in a loop cannot be blamed for it; one that began to can.
+    """
+    if candidate["degenerate"] > 0.5 >= baseline["degenerate"]:
+        return f"{candidate['degenerate']:.0%} of the continuations are empty or repeat themselves"
+    return None
+
+
 def read_scores(store: Store, trees: Sequence[Tree]) -> Scores:
     """Joins what one model scored at several looks, in their order.
 
@@ -38,11 +78,8 @@ def read_scores(store: Store, trees: Sequence[Tree]) -> Scores:
     """
     items, nll, tokens, windows = [], [], [], []
     for tree in trees:
-        folder = store.get(tree)
-        items += [
-            json.loads(line) for line in (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-        document = json.loads((folder / "windows.json").read_text(encoding="utf-8"))
+        items += [json.loads(line) for line in store.read(tree, "items.jsonl").decode().splitlines()]
+        document = json.loads(store.read(tree, "windows.json"))
         nll += document["nll"]
         tokens += document["tokens"]
         windows += [str(document["start"] + i) for i in range(len(document["nll"]))]
@@ -96,20 +133,37 @@ def write(
     result: Verdict,
     export: Tree,
     measured: Mapping[str, Tree],
+    signatures: Mapping[str, Any] | None = None,
+    validation_key: str = "",
 ) -> Tree:
     """Stores the evidence of an attempt as a tree with one file, `evidence.json`: also where all of it was measured,
-    which is here."""
+    which is here.
+
+    Under `intermediate` are trees that the artifact was made of and that nothing reads again; they may be collected.
+
+    Args:
+        signatures: the envelopes of what validation signed, by name.
+        validation_key: the public key of these, PEM; "" where nothing was signed.
+    """
+    kept = KEPT if state.recipe.distill else ()
     document = {
         "model": state.model.model_dump(),
+        "plan": state.plan and state.plan.model_dump(),
         "export": export.model_dump(),
+        "engine": (engine := state.trees.get("engine")) and engine.model_dump(),
+        "baseline_engine": (before := state.baseline and state.baseline.engine) and before.model_dump(),
         "recipe": state.recipe.to_dict(),
         "goal": state.goal,
         "target": state.target,
         "max_attempts": state.max_attempts,
+        "confirmations": confirmations(state),
         "evaluation": state.evaluation.to_dict(),
         "materials": read_plan(store, state.plan).materials if state.plan else None,
-        "trees": {name: tree.model_dump() for name, tree in state.trees.items()},
+        "trees": {name: tree.model_dump() for name, tree in state.trees.items() if name in kept},
+        "intermediate": {name: tree.model_dump() for name, tree in state.trees.items() if name not in kept},
         "measured": {name: tree.model_dump() for name, tree in measured.items()},
+        "signatures": dict(signatures or {}),
+        "validation_key": validation_key,
         "verdict": result.to_dict(),
         "versions": environment.versions(),
         "device": environment.device(),
@@ -117,40 +171,11 @@ def write(
     return store.put_json("evidence", document)
 
 
+def confirmations(state: State) -> int:
+    """Returns how many attempts before the current one were asked to confirm."""
+    return sum(brief.verdict.confirmation is not None for brief in state.history[: max(0, state.attempt - 1)])
+
+
 def read(store: Store, tree: Tree) -> dict[str, Any]:
     """Reads what `write` stored; the store verifies its digest."""
     return store.get_json("evidence", tree)
-
-
-def refusal(store: Store, state: State, brief: Brief) -> str | None:
-    """Returns why the evidence does not support releasing this attempt, or None when it does.
-
-    Everything is read again from the store: nothing of the state is believed but the names of its trees.
-    """
-    if brief.evaluation is None:
-        return "there is no evidence for the accepted attempt"
-    document = read(store, brief.evaluation)
-    if document["model"]["digest"] != state.model.digest:
-        return (
-            f"the evidence is of model {document['model']['digest'][:12]}, not of {state.model.digest[:12]}"
-        )
-    recipe = Recipe.parse(document["recipe"])
-    if recipe.digest != brief.recipe.digest or recipe.accept != brief.recipe.accept:
-        return "the evidence is of another recipe"
-    store.manifest(Tree.model_validate(document["export"]))
-    return judge_anew(store, document)
-
-
-def judge_anew(store: Store, document: Mapping[str, Any]) -> str | None:
-    """Judges the stored answers that a document of evidence names; returns why they do not suffice, or None."""
-    recipe = Recipe.parse(document["recipe"])
-    filed = Verdict.model_validate(document["verdict"])
-    measured = {name: Tree.model_validate(tree) for name, tree in document["measured"].items()}
-    again = judge_looks(store, measured, recipe, filed.looks)
-    if again.outcome == "accepted" and look_name(CONFIRMATION) in measured:
-        again = confirm(store, measured, recipe, again, document["max_attempts"])
-    if again.outcome != "accepted":
-        return f"judged anew, the stored answers say: {again.outcome}, {again.reason}"
-    if filed.outcome != "accepted":
-        return f"the evidence says: {filed.outcome}, {filed.reason}"
-    return None

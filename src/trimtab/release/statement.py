@@ -35,7 +35,7 @@ class Predicate(Document):
 
     `name` and `version` are the release's and `nonce` this statement's own: a statement says nothing of another
     release. `evidence` is the document of that name, as it is stored in the tree `evidence_tree`. `image` is the
-    container image of the gate, where its environment names one.
+    container image of the gate, where its environment names one; `papers` the tree of what other tools read.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Predicate(Document):
     engine: Tree | None
     verdict: dict[str, Any]
     image: str | None
+    papers: Tree | None = None
 
     @property
     def artifact(self) -> Tree:
@@ -60,9 +61,11 @@ class Predicate(Document):
 
     @property
     def trees(self) -> tuple[Tree, ...]:
-        """What a release consists of: the artifact, its engine, the evidence and the answers that it rests on."""
+        """What a release consists of: the artifact, its engine, the evidence, the plan and the answers it rests on."""
         engine = (self.engine,) if self.engine else ()
-        return (self.artifact, *engine, self.evidence_tree, *self.measured.values())
+        plan = (Tree.model_validate(self.evidence["plan"]),) if self.evidence.get("plan") else ()
+        papers = (self.papers,) if self.papers else ()
+        return (self.artifact, *engine, self.evidence_tree, *plan, *papers, *self.measured.values())
 
 
 class Subject(Document):
@@ -86,6 +89,7 @@ def make(
     evidence_tree: Tree,
     engine: Tree | None,
     verdict: dict[str, Any],
+    papers: Tree | None = None,
 ) -> Statement:
     """Returns the statement of one release, issued now.
 
@@ -104,6 +108,7 @@ def make(
         engine=engine,
         verdict=verdict,
         image=os.environ.get("TRIMTAB_IMAGE"),
+        papers=papers,
     )
     subject = Subject(name=f"{name}/{version}", digest={"sha256": predicate.artifact.digest})
     return Statement(subject=(subject,), predicate=predicate)
@@ -164,6 +169,7 @@ def release_record(envelope: dict[str, Any]) -> dict[str, Any]:
         "goal": predicate.evidence["goal"],
         "target": predicate.evidence["target"],
         "verdict": predicate.verdict,
+        **({"papers": predicate.papers.model_dump()} if predicate.papers else {}),
         "signed_by": signing.sealed_by(envelope),
         "attestation": envelope,
     }

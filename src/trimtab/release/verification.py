@@ -11,7 +11,7 @@ from trimtab.base import progress, signing
 from trimtab.base.errors import Damaged, NotVerified, StoreError, TrimtabError
 from trimtab.base.schema import digest
 from trimtab.loop import evidence
-from trimtab.release import statement
+from trimtab.release import judgement, papers, statement
 from trimtab.release.statement import Predicate
 from trimtab.store import Store
 from trimtab.store.address import split_release
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 class Verified:
     """A release that passed: `predicate` is what was signed; `files` and `bytes` were hashed again in the store.
 
-    `signed_by` is the id of a key that was given and has signed it, None where no key was given.
+    `signed_by` is the id of a key that was given and has signed it, None where no key was given. `measured_by` is the
+    id of the key that validation has signed all the answers with, None where they are not signed; `papers` are those
+    that travel with it.
     """
 
     uri: str
@@ -32,6 +34,8 @@ class Verified:
     signed_by: str | None
     files: int
     bytes: int
+    measured_by: str | None = None
+    papers: tuple[str, ...] = ()
 
 
 def verify(
@@ -40,6 +44,7 @@ def verify(
     keys: Sequence[Key] = (),
     max_age: timedelta | None = None,
     now: datetime | None = None,
+    validation_keys: Sequence[Key] = (),
 ) -> Verified:
     """Checks a release against everything that can be known without a network but the store's.
 
@@ -51,6 +56,8 @@ def verify(
             checked, and the rest only shows that nothing was damaged by accident.
         max_age: how long ago it may have been signed at most.
         now: the time to judge by, the clock's by default.
+        validation_keys: the public keys of which validation must have signed the answers with one; without any, a
+            signature of theirs is checked against the key that the evidence names, which the gate has signed.
 
     Raises:
         NotVerified: it must not be used; the message says why.
@@ -62,9 +69,13 @@ def verify(
         statement.check_time(predicate, now or datetime.now(UTC), max_age)
         files, size = _whole(store, predicate)
         _accepted(store, predicate)
+        measured_by = judgement.signed_by(predicate.evidence)
+        if validation_keys and measured_by not in {key.keyid for key in validation_keys}:
+            raise NotVerified("its answers are not signed with the key of validation that was given")
+        carried = _papers(store, predicate, keys)
     except (NotVerified, Damaged) as error:
         raise NotVerified(f"{uri} is refused: {error}") from None
-    return Verified(uri, predicate, signed_by, files, size)
+    return Verified(uri, predicate, signed_by, files, size, measured_by, carried)
 
 
 def _proven(store: Store, uri: str, keys: Sequence[Key]) -> tuple[Predicate, str | None]:
@@ -95,13 +106,23 @@ def _whole(store: Store, predicate: Predicate) -> tuple[int, int]:
     return files, size
 
 
+def _papers(store: Store, predicate: Predicate, keys: Sequence[Key]) -> tuple[str, ...]:
+    """Checks the papers that travel with the release; a release of an earlier version has none."""
+    if predicate.papers is None:
+        return ()
+    here = [store.tree(tree.digest) for tree in (predicate.papers, predicate.artifact)]
+    try:
+        return tuple(papers.check(store, predicate.name, predicate.version, *here, keys))
+    except (ValueError, LookupError, TypeError) as error:
+        raise NotVerified(f"its papers cannot be read ({error})") from None
+
+
 def _accepted(store: Store, predicate: Predicate) -> None:
     """Judges the stored answers as the gate did."""
     try:
         if evidence.read(store, store.tree(predicate.evidence_tree.digest)) != predicate.evidence:
             raise NotVerified("its evidence is not the stored one")
-        here = {name: store.tree(tree.digest).model_dump() for name, tree in predicate.measured.items()}
-        refusal = evidence.judge_anew(store, {**predicate.evidence, "measured": here})
+        refusal = judgement.judge_anew(store, predicate.evidence)
     except (NotVerified, StoreError):
         raise
     except (TrimtabError, LookupError, TypeError, ValueError) as error:

@@ -6,6 +6,8 @@
 | `keys` | what a result is found by, the environment that its stage declares included |
 | `execution` | a result, from the store or from a child process |
 | `checkpoints` | what a stage has finished, kept in the store while it works |
+| `signatures` | who measured it |
+| `looks` | what is measured of an attempt, and on which trees |
 | `accelerators` | how many devices each task needs, and what else, said beforehand |
 | `face` | the body of a component |
 """

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trimtab.base import child, progress
 from trimtab.base.errors import Failure
 from trimtab.base.transient import insist
 from trimtab.loop.state import State, fail
-from trimtab.stages import checkpoints
+from trimtab.stages import checkpoints, signatures
 from trimtab.stages.registry import MAKE_A_STUDENT, STAGES, Stage
 from trimtab.store import Store, open_store
 from trimtab.store.cache import cache_folder
 from trimtab.store.tree import Tree
 
+if TYPE_CHECKING:
+    from securesystemslib.signer import CryptoSigner
+
+#: The file of a tree that holds what its work measured, where a verdict rests on it.
+METRICS = "metrics.json"
+
 
 @dataclass(frozen=True)
 class Result:
-    """What a stage made: its tree, its metrics, the seconds its work took, and whether it was found ready."""
+    """What a stage made: its tree, its metrics, the seconds its work took, and whether it was found ready.
+
+    `signature` vouches for the tree as the stage's result, where it was made for somebody who signs.
+    """
 
     tree: Tree
     metrics: dict[str, Any]
     seconds: float
     hit: bool
+    signature: dict[str, Any] | None = None
 
 
 def cached(
@@ -36,6 +47,7 @@ def cached(
     parameters: dict[str, Any],
     inputs: Mapping[str, Tree | None],
     backend: str = "torch",
+    signer: CryptoSigner | None = None,
 ) -> Result:
     """Returns the stage's result from the store, or does its work in a child process and stores it.
 
@@ -45,6 +57,7 @@ def cached(
 
     Args:
         backend: the engine that the work measures or builds, where it does.
+        signer: signs what is made; then only what it has signed counts as found.
 
     Raises:
         Failure: an expected failure of the work.
@@ -53,10 +66,11 @@ def cached(
     environment = stage.environment(parameters).here(backend)
     key = stage.key(parameters, inputs, environment)
     record = insist(stage.name, lambda: store.lookup(key))
-    if record:
-        return Result(Tree.model_validate(record["tree"]), record["metrics"], record["seconds"], hit=True)
+    if record and (signer is None or signatures.is_signed(record, key, signer.public_key)):
+        tree = Tree.model_validate(record["tree"])
+        return Result(tree, record["metrics"], record["seconds"], True, record.get("signature") if signer else None)
     folders = insist(stage.name, lambda: {name: tree and str(store.get(tree)) for name, tree in inputs.items()})
-    scratch = _scratch(key)
+    scratch, metadata = _scratch(key), {"key": key, "environment": environment}
     with tempfile.TemporaryDirectory(prefix=f"trimtab-{stage.name}-") as folder:
 
         def work() -> tuple[Path, child.Done]:
@@ -66,12 +80,16 @@ def cached(
             return Path(output), done
 
         output, done = insist(stage.name, work)
-        tree = insist(stage.name, lambda: store.put(output, kind=stage.output, metadata={"key": key}, move=True))
-    metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes}
+        metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes}
+        if stage.keeps_metrics:
+            (output / METRICS).write_text(json.dumps(metrics, sort_keys=True), encoding="utf-8")
+        tree = insist(stage.name, lambda: store.put(output, kind=stage.output, metadata=metadata, move=True))
+    signature = signatures.sign(key, tree, signer) if signer else None
     found = {"tree": tree.model_dump(), "metrics": metrics, "seconds": done.seconds, "environment": environment}
+    found |= {"signature": signature} if signature else {}
     insist(stage.name, lambda: store.record(key, found))
     checkpoints.forget(store, key)
-    return Result(tree, metrics, done.seconds, hit=False)
+    return Result(tree, metrics, done.seconds, False, signature)
 
 
 def _scratch(key: str) -> Path:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from trimtab.base.errors import nearest
-from trimtab.base.signing import KEY
+from trimtab.base.signing import KEY, VALIDATION_KEY, public_key
 from trimtab.base.user_document import UserDocument
 from trimtab.stages import TASKS
 
@@ -126,6 +126,27 @@ class Cache(UserDocument):
     """Where it is mounted."""
 
 
+class ValidationSigning(UserDocument):
+    """The secret that validation signs its answers with, and that reaches no other task."""
+
+    secret: Name
+    """The secret's name."""
+    key: str = "key"
+    """The entry of the secret that holds the private key, PEM."""
+    password: str | None = None
+    """The entry of the secret that holds the key's password; the key has none if absent."""
+    public: str
+    """The public half of the key, the text of PEM: the gate releases nothing whose answers are not signed with it."""
+
+    @field_validator("public")
+    @classmethod
+    def _is_public(cls, value: str) -> str:
+        if "-----BEGIN" not in value:
+            raise ValueError("is not a public key in PEM; write the text of the .pub of `trimtab keygen`")
+        public_key(value)
+        return value
+
+
 class Signing(UserDocument):
     """The secret that the deploy gate signs releases with, and that reaches no other task."""
 
@@ -135,6 +156,8 @@ class Signing(UserDocument):
     """The entry of the secret that holds the private key, PEM."""
     password: str | None = None
     """The entry of the secret that holds the key's password; the key has none if absent."""
+    validation: ValidationSigning | None = None
+    """The key that validation signs its answers with; if absent, whoever writes to the store could file others."""
 
 
 class Authority(UserDocument):
@@ -192,6 +215,9 @@ class Profile(UserDocument):
     """Environment variables of every stage, none of them a secret: {NAME: value}."""
     secrets: dict[Name, dict[str, Variable]] = {}
     """Secrets of Kubernetes that reach every stage: {secret: {its entry: environment variable}}."""
+    gate_secrets: dict[Name, dict[str, Variable]] = {}
+    """Secrets that reach the deploy gate in place of `secrets`: with them it alone may write releases; `secrets` if
+    absent."""
     signing: Signing | None = None
     """The secret that releases are signed with; they are not signed if absent."""
     authority: Authority | None = None
@@ -218,12 +244,14 @@ class Profile(UserDocument):
                 raise ValueError(f"has {name}, which anyone who sees the pipeline could read; name it in secrets")
         return value
 
-    @field_validator("secrets")
+    @field_validator("secrets", "gate_secrets")
     @classmethod
     def _signing_is_the_gate_s(cls, value: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
         for secret, variables in value.items():
             if KEY in variables.values():
                 raise ValueError(f"has {KEY}, which every task would see; write signing: {{secret: {secret}, key: …}}")
+            if VALIDATION_KEY in variables.values():
+                raise ValueError(f"has {VALIDATION_KEY}, which every task would see; write signing: {{validation: …}}")
         return value
 
     @field_validator("stages")

@@ -23,7 +23,8 @@ class Stage:
     (None where the run has no such tree), `output` (an empty folder to fill), `scratch` (a folder that
     survives a kill, for checkpoints: see `checkpoints`) and `parameters`; it returns metrics, a flat JSON object.
     Raise `version` when a change of the work changes its result. `environment` says, of the stage's parameters, what of
-    the image and the machine its result depends on.
+    the image and the machine its result depends on. `keeps_metrics` puts the metrics into the tree too: a record of the
+    index is no evidence, for it is bound to nothing.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Stage:
     parameters: Callable[[Recipe], dict[str, Any]]
     environment: Callable[[Mapping[str, Any]], Environment]
     version: int = 1
+    keeps_metrics: bool = False
 
     def key(
         self, parameters: Mapping[str, Any], inputs: Mapping[str, Tree | None], environment: Mapping[str, Any]
@@ -183,7 +185,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: recipe.quantize is not None,
             parameters=_part("quantize"),
             environment=always(QUANTIZED),
-            version=4,
+            version=5,
         ),
         Stage(
             name="engine",
@@ -193,7 +195,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: True,
             parameters=_part("engine"),
             environment=always(MEASURED),
-            version=4,
+            version=5,
         ),
     )
 }
@@ -213,4 +215,5 @@ MAKE_A_STUDENT = ("calibrate", "prune")
 
 def work_stage(name: str, work: str, output: str, environment: Environment, version: int = 1) -> Stage:
     """A piece of work that a room does by itself through `cached`, outside the chain of an attempt."""
-    return Stage(name, work, (), output, lambda recipe: True, lambda recipe: {}, always(environment), version)
+    wanted, parameters = lambda recipe: True, lambda recipe: {}
+    return Stage(name, work, (), output, wanted, parameters, always(environment), version, keeps_metrics=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trimtab.base.errors import InputError, StoreError
+from trimtab.store import clock
 from trimtab.store.transfer import Meter, changed, chunks, explained, pump, settle
 from trimtab.store.tree import Entry
 
@@ -65,23 +66,45 @@ class LocalBack:
                 with contextlib.suppress(FileNotFoundError):  # a lease may end meanwhile
                     if path.is_file():
                         about = path.stat()
-                        found.append(Entry(path.relative_to(self.root).as_posix(), about.st_size, about.st_mtime))
+                        key, identity = path.relative_to(self.root).as_posix(), (about.st_dev, about.st_ino)
+                        on_disk = 512 * about.st_blocks
+                        found.append(Entry(key, about.st_size, about.st_mtime, on_disk, about.st_nlink, identity))
         return found
 
-    def remove(self, key: str) -> None:
-        """Removes an object, if it is there."""
+    def lock(self, exclusive: bool) -> contextlib.AbstractContextManager | None:
+        """Returns the store's lock, held until it is closed or its process ends; None where another has it.
+
+        Where the file system has no locks, rights end by the clock alone.
+        """
+        with explained(f"the store {self.root}"):
+            file = open(self.root / ".lock", "a+b")  # noqa: SIM115, the caller closes it
+        try:
+            fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError:
+            pass
+        return file
+
+    def remove(self, key: str, before: float | None = None) -> None:
+        """Removes an object, if it is there; not at or after `before`, seconds since 1970, which is `Late`."""
+        clock.check(before, f"remove {key}")
         with explained(f"{key} in {self.uri}"):
             (self.root / key).unlink(missing_ok=True)
 
-    def write(self, key: str, data: bytes) -> None:
-        """Writes a small object atomically; replaces an earlier one."""
+    def write(self, key: str, data: bytes, before: float | None = None) -> None:
+        """Writes a small object atomically; replaces an earlier one. `before` as in `remove`."""
         with explained(f"{key} in {self.uri}"), self._partial() as (path, file):
             file.write(data)
             settle(file)
+            clock.check(before, f"write {key}")
             os.replace(path, self._place(key))
 
-    def create(self, key: str, data: bytes) -> bool:
-        """Writes a small object unless there is one already; returns whether it wrote. Atomic."""
+    def create(self, key: str, data: bytes, before: float | None = None) -> bool:
+        """Writes a small object unless there is one already; returns whether it wrote. Atomic. `before` as in `remove`.
+        """
+        clock.check(before, f"create {key}")
         with explained(f"{key} in {self.uri}"), self._partial() as (path, file):
             file.write(data)
             settle(file)

@@ -88,20 +88,32 @@ class S3Back:
 
         def entries() -> list[Entry]:
             listed = self._client.list_objects(self.bucket, prefix=prefix, recursive=True)
-            return [Entry(item.object_name[start:], item.size, item.last_modified.timestamp()) for item in listed]
+            return [
+                Entry(item.object_name[start:], item.size, item.last_modified.timestamp(), item.size) for item in listed
+            ]
 
         return self._insist(f"list {folder}", entries)
 
-    def remove(self, key: str) -> None:
-        """Removes an object, if it is there."""
-        self._insist(f"remove {key}", lambda: self._client.remove_object(self.bucket, self._key(key)))
+    def lock(self, exclusive: bool) -> contextlib.AbstractContextManager:
+        """Nothing: the server itself refuses what comes after its time."""
+        return contextlib.nullcontext()
 
-    def write(self, key: str, data: bytes) -> None:
-        """Writes a small object atomically; replaces an earlier one."""
-        self._send(key, data)
+    def remove(self, key: str, before: float | None = None) -> None:
+        """Removes an object, if it is there; the server refuses it after `before`, seconds since 1970: `Late`."""
+        if before is None:
+            self._insist(f"remove {key}", lambda: self._client.remove_object(self.bucket, self._key(key)))
+        else:
+            self._insist(f"remove {key}", lambda: self._requests.timed("DELETE", key, self._key(key), before))
 
-    def create(self, key: str, data: bytes) -> bool:
-        """Writes a small object unless there is one already; returns whether it wrote. Atomic.
+    def write(self, key: str, data: bytes, before: float | None = None) -> None:
+        """Writes a small object atomically; replaces an earlier one. `before` as in `remove`."""
+        if before is None:
+            self._send(key, data)
+        else:
+            self._insist(f"write {key}", lambda: self._requests.timed("PUT", key, self._key(key), before, data))
+
+    def create(self, key: str, data: bytes, before: float | None = None) -> bool:
+        """Writes a small object unless there is one already; returns whether it wrote. Atomic. `before` as in `remove`.
 
         Raises:
             InputError: the endpoint ignores If-None-Match, so that two writers could overwrite each other.
@@ -113,10 +125,10 @@ class S3Back:
                 raise InputError(f"{problem}: update that server or keep releases in another store")
             self._atomic_create = True
         try:
-            return self._put_if_absent(key, data)
+            return self._put_if_absent(key, data, before)
         except Unreachable:  # it may have been written, and only the answer lost
             found = self.read(key)
-            return self._put_if_absent(key, data) if found is None else found == data
+            return self._put_if_absent(key, data, before) if found is None else found == data
 
     def add(self, source: Path, size: int, meter: Meter, move: bool) -> str:
         """Brings a file into blobs/ and returns its SHA-256; sends nothing that is there already.
@@ -213,8 +225,8 @@ class S3Back:
             response.close()
             response.release_conn()
 
-    def _put_if_absent(self, key: str, data: bytes) -> bool:
-        return self._requests.put_if_absent(key, self._key(key), data)
+    def _put_if_absent(self, key: str, data: bytes, before: float | None = None) -> bool:
+        return self._requests.put_if_absent(key, self._key(key), data, before)
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key

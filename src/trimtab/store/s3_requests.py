@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
 from trimtab.base import progress
 from trimtab.base.errors import StoreError, Unreachable
+from trimtab.store import clock
+from trimtab.store.clock import Late
 from trimtab.store.s3_client import connect
 from trimtab.store.s3_errors import explain_code, explain_connection
 from trimtab.store.transfer import Meter
@@ -61,22 +64,47 @@ class Requests:
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
 
-    def put_if_absent(self, key: str, name: str, data: bytes) -> bool:
+    def put_if_absent(self, key: str, name: str, data: bytes, before: float | None = None) -> bool:
         """Writes the object of that name unless there is one already; returns whether it wrote. `key` is for messages.
 
         The minio client's public calls do not pass If-None-Match on, so this is a presigned request. It is sent
-        once: a second sending could meet the object of the first, and urllib3 would log the signed address.
+        once: a second sending could meet the object of the first.
         """
-        with self.explained(f"create {key}"):
-            url = self.client.get_presigned_url("PUT", self.bucket, name, timedelta(minutes=5))
-            answer = self.http.request("PUT", url, body=data, headers={"If-None-Match": "*"}, retries=False)
-        if answer.status in (409, 412):
-            return False
-        if answer.status >= 300:
+        before = clock.now() + 300 if before is None else before
+        return self.timed("PUT", key, name, before, data, {"If-None-Match": "*"}) not in (409, 412)
+
+    def timed(
+        self,
+        method: str,
+        key: str,
+        name: str,
+        before: float,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> int:
+        """Sends a request once that the server refuses after `before`, seconds since 1970, and returns its status.
+
+        It is presigned, and the signature says when it ends. So it does no harm, however long this process was
+        suspended between looking at the clock and sending it. urllib3 does not repeat it, for it would log the address.
+
+        Raises:
+            Late: it is too late for it.
+        """
+        what, signed = f"{'remove' if method == 'DELETE' else 'write'} {key}", clock.now()
+        left = math.floor(before - signed)
+        if left < 1:
+            raise Late(f"{what}: the right to do it has run out; run it again")
+        when = datetime.fromtimestamp(signed, UTC)
+        with self.explained(what):
+            url = self.client.get_presigned_url(method, self.bucket, name, timedelta(seconds=left), request_date=when)
+            answer = self.http.request(method, url, body=body, headers=dict(headers or {}), retries=False)
+        if answer.status == 403 and b"expired" in answer.data.lower():
+            raise Late(f"{what}: the right to do it has run out; run it again")
+        if answer.status >= 300 and answer.status not in ((404,) if method == "DELETE" else (409, 412)):
             code = re.search(rb"<Code>(\w+)</Code>", answer.data)
             code = code.group(1).decode() if code else f"HTTP {answer.status}"
-            raise explain_code(code, "", f"create {key}", self.endpoint, self.bucket)
-        return True
+            raise explain_code(code, "", what, self.endpoint, self.bucket)
+        return answer.status
 
     @contextlib.contextmanager
     def explained(self, what: str) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from trimtab.base.errors import Damaged, InputError
@@ -41,8 +41,8 @@ class Store(Trees):
 
     Layout: `blobs/<first two digits>/<SHA-256>`, `trees/<digest>.json` (the manifest, written last: what is
     half written is never visible), `index/<key>.json`, `releases/<name>/<version>.json`, `pins/<name>.json`,
-    `status/<run>/<what>.json` for those who watch; `leases/` and `collecting.json` say who is at work; in a folder
-    also `.partial/` for temporary files. Threads and processes may share a store.
+    `status/<run>/<what>.json` for those who watch; `leases/` and `collecting/` say who is at work; in a folder also
+    `.lock` and, for temporary files, `.partial/`. Threads and processes may share a store.
 
     Every method raises StoreError when the store fails (network, disk, a damaged object) and InputError when
     something given is wrong (address, credentials, permissions, arguments).
@@ -95,13 +95,50 @@ class Store(Trees):
             record: JSON, or a function of the version that returns it, for a record that holds its own version.
         """
         make = record if callable(record) else lambda _version: record
-        number = max((int(version) for version in self._versions(name)), default=0) + 1
-        data = canonical_json(make(f"{number:06d}"), "a release")
-        self._back.prepare()
-        while not self._back.create(f"releases/{name}/{number:06d}.json", data):
+
+        number = max((int(version) for version in self._versions(name, withdrawn=True)), default=0) + 1
+        while True:
+            made = make(f"{number:06d}")  # which may put trees, so no lease is held meanwhile
+            data = canonical_json(made, "a release")
+            with leases.working(self._back) as lease:
+                for address, digest in set(_trees(made)):
+                    if canonical(address) == self.uri:
+                        self._renew(digest, lease)  # until the record is there, nothing else keeps an old one
+                if self._back.create(f"releases/{name}/{number:06d}.json", data, before=lease.until):
+                    return f"{self.uri}/releases/{name}/{number:06d}"
             number += 1
-            data = canonical_json(make(f"{number:06d}"), "a release")
-        return f"{self.uri}/releases/{name}/{number:06d}"
+
+    def withdraw(self, uri: str, reason: str) -> None:
+        """Takes a release back: it is no longer listed or served, its version is not given again, and what it alone
+        refers to may be collected. A second time changes nothing.
+
+        Raises:
+            InputError: there is no such release in this store.
+        """
+        record = self.read_release(uri)
+        _, name, version = split_release(uri)
+        said = {"withdrawn": datetime.now(UTC).isoformat(timespec="seconds"), "reason": reason}
+        artifact = str((record.get("artifact") or {}).get("digest"))
+        said["artifact"] = artifact[:12]  # a whole digest would keep its tree
+        self._back.create(f"releases/{name}/{version}.withdrawn.json", canonical_json(said, "a withdrawal"))
+        self._back.remove(f"releases/{name}/{version}.json")
+
+    def withdrawn(self, name: str) -> dict[str, dict[str, Any]]:
+        """Returns what is known of the withdrawn releases of this name, by version: when, why, and the artifact's
+        first digits."""
+        found = set(self._versions(name, withdrawn=True)) - set(self._versions(name))
+        read = {version: self._back.read(f"releases/{name}/{version}.withdrawn.json") for version in sorted(found)}
+        return {version: json.loads(data) for version, data in read.items() if data}
+
+    def names(self) -> list[str]:
+        """Returns the names under which there are releases, sorted."""
+        keys = (entry.key.split("/") for entry in self._back.entries("releases"))
+        return sorted({parts[1] for parts in keys if len(parts) == 3})
+
+    def pinned(self, prefix: str) -> dict[str, list[str]]:
+        """Returns the digests of the trees of each pin whose name begins so."""
+        names = [name.removesuffix(".json") for name in self._back.names("pins") if name.startswith(prefix)]
+        return {name: json.loads(self._back.read(f"pins/{name}.json") or b"{}").get("trees", []) for name in names}
 
     def newest(self, name: str) -> str | None:
         """Returns the URI of the newest release of this name, None when there is none; reads no record."""
@@ -126,6 +163,9 @@ class Store(Trees):
             raise InputError(f"{uri!r} is not a release of this store: write {valid}")
         data = self._back.read(f"releases/{parts[1]}/{parts[2]}.json")
         if data is None:
+            if parts[2] in (withdrawn := self.withdrawn(parts[1])):
+                said = withdrawn[parts[2]]
+                raise InputError(f"the release {uri} was withdrawn on {said['withdrawn'][:10]}: {said['reason']}")
             versions = ", ".join(self._versions(parts[1])[-5:]) or "none"
             raise InputError(f"there is no release {uri} (the latest are: {versions})")
         try:
@@ -149,11 +189,15 @@ class Store(Trees):
         """
         if until and until.tzinfo is None:
             raise InputError(f"until: {until} has no time zone; write datetime.now(UTC) and so on")
-        with leases.working(self._back):
+        trees = list(trees)
+
+        def add(lease: leases.Right) -> None:
             kept = [self.manifest(tree).digest for tree in trees]
             pinned = {"trees": kept, "until": until.isoformat() if until else None}
-            self._back.prepare()
-            self._back.write(f"pins/{check_name(name, 'pin')}.json", canonical_json(pinned, "a pin"))
+            key = f"pins/{check_name(name, 'pin')}.json"
+            self._back.write(key, canonical_json(pinned, "a pin"), before=lease.until)
+
+        leases.under_lease(self._back, add)
 
     def unpin(self, name: str) -> None:
         """Forgets a pin, if there is one."""
@@ -166,8 +210,11 @@ class Store(Trees):
     def _status(self, run: str, what: str) -> str:
         return f"status/{check_name(run, 'run')}/{check_name(what, 'status')}.json"
 
-    def _versions(self, name: str) -> list[str]:
-        names = (entry.removesuffix(".json") for entry in self._back.names(f"releases/{check_name(name, 'release')}"))
+    def _versions(self, name: str, withdrawn: bool = False) -> list[str]:
+        """The versions of a release, oldest first; with `withdrawn` also those that are taken back."""
+        names = {entry.removesuffix(".json") for entry in self._back.names(f"releases/{check_name(name, 'release')}")}
+        if withdrawn:
+            names = {entry.removesuffix(".withdrawn") for entry in names}
         return sorted((entry for entry in names if entry.isdigit()), key=int)
 
 

@@ -25,10 +25,13 @@ class Stopped(Exception):
 
 
 class Meter:
-    """Counts the bytes of parallel transfers, and tells `progress` (bytes done, bytes in total)."""
+    """Counts the bytes of parallel transfers, and tells `progress` (bytes done, bytes in total).
 
-    def __init__(self, total: int, progress: Progress | None = None):
-        self._done, self._total, self._progress = 0, total, progress
+    `beat` is called again and again meanwhile, from several threads: it keeps up what must not end before they do.
+    """
+
+    def __init__(self, total: int, progress: Progress | None = None, beat: Callable[[], None] = lambda: None):
+        self._done, self._total, self._progress, self._beat = 0, total, progress, beat
         self._lock = threading.Lock()
         self._stopped = False
 
@@ -36,6 +39,7 @@ class Meter:
         """Adds `count` bytes. Raises Stopped after `stop`."""
         if self._stopped:
             raise Stopped
+        self._beat()
         with self._lock:
             self._done += count
             if self._progress:
@@ -45,6 +49,7 @@ class Meter:
         """Like `advance` for bytes that are read only to learn their checksum: counts nothing."""
         if self._stopped:
             raise Stopped
+        self._beat()
 
     def stop(self) -> None:
         self._stopped = True

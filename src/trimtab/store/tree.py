@@ -65,11 +65,18 @@ class Manifest(Document):
 
 @dataclass(frozen=True)
 class Entry:
-    """An object of the store in a listing: its key, its size in bytes, and when it was written, seconds since 1970."""
+    """An object of the store in a listing: its key, its size in bytes, and when it was written, seconds since 1970.
+
+    A file of a folder also says which bytes of the disk it takes, how many names it has (`links`, of which those in the
+    cache of the node are others), and its device and inode, `identity`.
+    """
 
     key: str
     bytes: int
     modified: float
+    on_disk: int
+    links: int = 1
+    identity: tuple[int, int] | None = None
 
 
 def list_files(folder: Path) -> dict[str, int]:

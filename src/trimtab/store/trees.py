@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
-import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from trimtab.base.errors import Damaged, InputError
-from trimtab.store import leases
+from trimtab.store import clock, leases
 from trimtab.store.address import canonical, split_tree
 from trimtab.store.cache import bring
 from trimtab.store.local import blob_key
@@ -63,14 +63,18 @@ class Trees:
             places = {name: Path(folder) / name for name in sizes}
         metadata = json.loads(canonical_json(metadata or {}, "metadata"))
         self._back.prepare()
-        meter = Meter(sum(sizes.values()), progress)
-        with leases.working(self._back):
+
+        def bring(lease: leases.Right) -> Manifest:
+            meter = Meter(sum(sizes.values()), progress, lease.keep_up)
             sums = in_parallel(lambda path: self._back.add(places[path], sizes[path], meter, move), sizes, meter)
             files = {path: Blob(sha256=sha, bytes=sizes[path]) for path, sha in zip(sizes, sums, strict=True)}
             manifest = Manifest.parse({"kind": kind, "metadata": metadata, "files": files})
             key = f"trees/{manifest.digest}.json"
             if _is_old(self._back.modified(key)):
-                self._back.write(key, canonical_json(manifest.document, "the manifest"))
+                self._back.write(key, canonical_json(manifest.document, "the manifest"), before=lease.until)
+            return manifest
+
+        manifest = leases.under_lease(self._back, bring)
         if move:
             for place in places.values():
                 with explained(str(place)):
@@ -86,8 +90,24 @@ class Trees:
             return self.put(folder, kind=kind)
 
     def get_json(self, name: str, tree: Tree | str) -> Any:
-        """Reads a document that `put_json` stored."""
-        return json.loads((self.get(tree) / f"{name}.json").read_text(encoding="utf-8"))
+        """Reads a document that `put_json` stored, from the store itself."""
+        return json.loads(self.read(tree, f"{name}.json"))
+
+    def read(self, tree: Tree | str, path: str) -> bytes:
+        """Returns a small file of a tree from the store itself, past the cache of this node, which tasks may write.
+
+        Raises:
+            InputError: not a tree of this store.
+            Damaged: the manifest or the file is missing, or has another checksum; the message names it.
+            StoreError: the store could not be read.
+        """
+        uri = f"{self.uri}/trees/{self._digest(tree)}"
+        blob = self.manifest(uri).files.get(path)
+        data = self._back.read(blob_key(blob.sha256)) if blob else None
+        if data is None or hashlib.sha256(data).hexdigest() != blob.sha256:
+            state = "missing" if data is None else "corrupted"
+            raise Damaged(f"the file {path!r} of {uri} is {state} in the store")
+        return data
 
     def get(self, tree: Tree | str, progress: Progress | None = None) -> Path:
         """Returns a read-only local folder with a tree's files, verified against its manifest.
@@ -175,13 +195,18 @@ class Trees:
         if when is None or not _is_old(when):
             return when is not None
         try:
-            with leases.working(self._back):
-                data = self._back.read(key)
-                if data is not None:
-                    self._back.write(key, data)
-            return data is not None
+            return leases.under_lease(self._back, lambda lease: self._renew(digest, lease))
         except InputError:  # a store that may only be read
             return True
+
+    def _renew(self, digest: str, lease: leases.Right) -> bool:
+        """Tells whether a tree is there, and makes an old one young again."""
+        key = f"trees/{digest}.json"
+        when = self._back.modified(key)
+        data = self._back.read(key) if _is_old(when) else None
+        if data is not None:
+            self._back.write(key, data, before=lease.until)
+        return data is not None or (when is not None and not _is_old(when))
 
 
 def canonical_json(value: Any, what: str) -> bytes:
@@ -198,4 +223,4 @@ def canonical_json(value: Any, what: str) -> bytes:
 
 
 def _is_old(modified: float | None) -> bool:
-    return modified is None or time.time() - modified > RENEW.total_seconds()
+    return modified is None or clock.now() - modified > RENEW.total_seconds()

@@ -95,4 +95,4 @@ def test_a_ruinous_kv_cache_is_found_and_dropped_alone(tmp_path):
     again = f"perplexity ratio {accepted.perplexity_ratio.estimate:.3f}"
     assert again in blamed.reason
     document = evidence.read(run.store, state.history[1].evaluation)
-    assert set(document["measured"]) == {"integrity", "baseline-look-1", "look-1"}
+    assert set(document["measured"]) == {"integrity", "baseline-integrity", "baseline-look-1", "look-1"}

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.base.errors import InputError
-from trimtab.components.validation import looks
 from trimtab.components.validation.evaluation import measure, pace
 from trimtab.components.validation.evaluation.generation import is_degenerate
 from trimtab.components.validation.evaluation.load import Load
@@ -19,6 +18,7 @@ from trimtab.planning import dealing
 from trimtab.recipe import Acceptance
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.runtime.text.token_windows import read_text
+from trimtab.stages import looks
 
 
 @pytest.mark.parametrize(

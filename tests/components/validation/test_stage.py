@@ -13,8 +13,11 @@ from trimtab.components.validation.stage import _Judge
 from trimtab.judge import Verdict
 from trimtab.loop.evidence import CONFIRMATION, look_name
 from trimtab.loop.state import Brief, State
+from trimtab.planning.dealing import Deal
 from trimtab.recipe import Engine, Recipe
-from trimtab.store import open_store
+from trimtab.recipe.evaluation import Evaluation
+from trimtab.stages.looks import EVALUATE, Piece, Subject
+from trimtab.store import Tree, open_store
 
 
 @pytest.mark.parametrize("baseline_first", [True, False])
@@ -46,15 +49,14 @@ def test_kernels_are_those_of_the_attempt_and_not_of_the_baseline(baseline_first
         ({"max_seq_len": 100, "backend": "vllm"}, {}, 99),  # it generates a token behind what it scores
     ],
 )
-def test_both_are_asked_no_more_than_either_can_answer(own, base, expected, tmp_path, write_model):
-    store = open_store(str(tmp_path / "store"))
-    model = fetch(str(write_model(tmp_path / "model")), store)
-    baseline = Brief(recipe=Recipe(engine=Engine(**base)), verdict=Verdict(outcome="baseline", reason="unchanged"))
-    state = State(
-        store=store.uri, goal="fit_larger_model", target="cpu", model=model, baseline=baseline,
-        recipe=Recipe(engine=Engine(**own)), attempt=1,
+def test_both_are_asked_no_more_than_either_can_answer(own, base, expected):
+    model = Tree(uri=f"file:///x/trees/{'a' * 64}", digest="a" * 64)
+    subject = Subject(
+        evaluation=Evaluation(), deal=Deal(looks=(), confirmation={}, fresh={}), model=model, reads=256,
+        recipe=Recipe(engine=Engine(**own)), checkpoint=model, export=model, engine=model,
+        baseline=Recipe(engine=Engine(**base)), baseline_engine=model,
     )  # fmt: skip
-    assert _Judge(store, state).max_length == expected
+    assert subject.max_length == expected
 
 
 def test_requests_that_were_cut_are_counted_once_for_the_attempt(tmp_path, write_model, monkeypatch):
@@ -70,5 +72,5 @@ def test_requests_that_were_cut_are_counted_once_for_the_attempt(tmp_path, write
     judge = _Judge(store, state)
     for look in (1, CONFIRMATION):
         for name in (look_name(look, baseline=True), look_name(look), look_name(look, kv_cache="none")):
-            judge._evaluate(name, model, model, {}, [0, 1], speed=False)
+            judge._measure(name, Piece(EVALUATE, {}, {"engine": model, "export": model}, "torch"))
     assert judge.truncated == 6

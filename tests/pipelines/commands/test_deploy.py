@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from registry_server import RegistryServer
-from releases import Released, scores_in
+from releases import Released
 
 from trimtab.pipelines.commands import main
 from trimtab.store import open_store
@@ -41,7 +41,7 @@ def test_deploy(server, s3_server, capsys, monkeypatch, tmp_path):
     released = []
     for name in ("first", "second"):
         (folder := tmp_path / name).mkdir()
-        released.append(Released(store, scores_in(store, folder), folder, weights=name.encode()))
+        released.append(Released(store, folder, weights=name.encode()))
     (uri, digest), (other, worse) = ((made.uri, made.evidence["export"]["digest"]) for made in released)
     key = ("--key", str(tmp_path / "first" / "gate.pub"))
     code, said = trimtab(capsys, uri, *key, "--dry-run")
@@ -64,7 +64,7 @@ def test_approve_and_refuse(server, s3_server, capsys, monkeypatch, tmp_path):
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     store = open_store(f"s3://{s3_server.bucket}/approve")
-    made = Released(store, scores_in(store, tmp_path), tmp_path)
+    made = Released(store, tmp_path)
     digest = made.evidence["export"]["digest"][:12]
     code, said = trimtab(capsys, made.uri, "--approve")
     assert (code, "no rollout of it waits for approval" in said) == (2, True), said

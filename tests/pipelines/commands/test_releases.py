@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import pytest
+from releases import Released
 
 from trimtab.base import signing
-from trimtab.loop import evidence
-from trimtab.loop.evidence import look_name
-from trimtab.loop.state import State
 from trimtab.pipelines.commands import main
-from trimtab.recipe import Recipe
-from trimtab.release import statement
 from trimtab.store import open_store
 
 
@@ -31,33 +26,17 @@ def trimtab(capsys):
 
 
 @pytest.fixture
-def released(tmp_path, monkeypatch, trimtab):
+def released(tmp_path, monkeypatch):
     """A store with one signed release, by the key `gate`; the working directory is beside it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
-    code, said = trimtab("keygen", "gate")
-    assert code == 0 and "public gate.pub" in said
-    store = open_store("trimtab-store")
-    trees = {}
-    for baseline in (True, False):
-        folder = tmp_path / f"answers-{baseline}"
-        folder.mkdir()
-        rows = [{"id": str(n), "score": float(n % 5 > 0), "chance": 0.25} for n in range(300)]
-        (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        nll = [300.0 + n % 3 for n in range(16)]
-        (folder / "windows.json").write_text(json.dumps({"start": 0, "nll": nll, "tokens": [100] * 16}))
-        trees[look_name(1, baseline)] = store.put(folder, kind="evaluation", metadata={"baseline": baseline})
-    export = store.put_json("export", {})
-    state = State(store=store.uri, goal="lower_latency", target="cpu", model=export, recipe=Recipe())
-    verdict = evidence.judge_looks(store, trees, Recipe(), 1)
-    filed = evidence.write(store, state, verdict, export, trees)
-    signer = signing.signer({signing.KEY: "gate"})
+    return Released(open_store("trimtab-store"), tmp_path).uri
 
-    def record(version: str) -> dict:
-        said = statement.make("tiny", version, evidence.read(store, filed), filed, None, verdict.to_dict())
-        return statement.release_record(signing.seal(statement.payload(said), signer))
 
-    return store.release("tiny", record)
+def test_keygen(trimtab, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, said = trimtab("keygen", "mine")
+    assert code == 0 and "public mine.pub" in said and signing.signer({signing.KEY: "mine"})
 
 
 @pytest.mark.parametrize("written", ["uri", "tiny/000001", "tiny", "trimtab-store/releases/tiny/000001"])
@@ -67,6 +46,8 @@ def test_verified(released, trimtab, written):
     assert code == 0, said
     assert said.startswith(f"verified {released} artifact ")
     assert "judged accepted again" in said and "signed with " in said
+    assert "measured 6 measurements, signed by nobody" in said
+    assert "papers README.md, bom.cdx.json, model.sig, provenance.intoto.json" in said
 
 
 def test_without_a_key(released, trimtab):
@@ -120,7 +101,7 @@ def test_garbage(released, trimtab, tmp_path):
     store = open_store("trimtab-store")
     store.put_json("ladder", {"unused": True})
     code, said = trimtab("gc", "--dry-run")
-    assert code == 0 and "would remove 0 trees, 0 results" in said and "keeping 5 trees" in said
+    assert code == 0 and "would remove 0 trees, 0 results" in said and "keeping 14 trees" in said
     for path in (tmp_path / "trimtab-store").rglob("*"):
         os.utime(path, (0, 0))
     for options, word in ((["--dry-run"], "would remove"), ([], "removed")):

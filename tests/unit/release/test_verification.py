@@ -23,17 +23,18 @@ from trimtab.store import open_store
 
 
 @pytest.fixture
-def released(store, scored, tmp_path, monkeypatch):
+def released(store, tmp_path, monkeypatch):
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
-    return Released(store, scored, tmp_path)
+    return Released(store, tmp_path)
 
 
 def test_a_release_as_it_should_be(released):
     found = released.verify()
     assert found.signed_by == released.key.keyid == released.store.read_release(released.uri)["signed_by"]
     assert found.predicate.artifact.model_dump() == released.evidence["export"]
-    # The artifact's two, the engine's and the evidence's one each, and two for each of four answers.
-    assert found.files == 12 and found.bytes > 1024
+    # The artifact's two, one each of engine, evidence and plan, three of each of four answers, two of each
+    # integrity, and four papers.
+    assert found.files == 25 and found.bytes > 1024
     assert verify(released.store, released.uri).signed_by is None, "without a key no signature is vouched for"
 
 
@@ -52,7 +53,7 @@ def test_in_a_copy_of_its_store(released, tmp_path):
     shutil.copytree(tmp_path / "store", tmp_path / "copy")
     shutil.rmtree(tmp_path / "store")
     copy = open_store(tmp_path / "copy")
-    assert verify(copy, copy.newest("tiny"), [released.key]).files == 12
+    assert verify(copy, copy.newest("tiny"), [released.key]).files == 25
 
 
 @contextlib.contextmanager
@@ -244,10 +245,10 @@ def test_attacks(released, attack, refusal):
     assert released.verify().uri == released.uri, "the true release stands"
 
 
-def test_signed_answers_that_do_not_suffice(store, scored, tmp_path, monkeypatch):
+def test_signed_answers_that_do_not_suffice(store, tmp_path, monkeypatch):
     """A gate that signs what it should not: the stored answers are judged anew all the same."""
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
-    released = Released(store, scored, tmp_path, lost=0.5)
+    released = Released(store, tmp_path, lost=0.5)
     with pytest.raises(NotVerified, match="judged anew, the stored answers say: rejected"):
         released.verify()
 

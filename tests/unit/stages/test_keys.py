@@ -13,7 +13,6 @@ from facts import LLAMA_8B
 
 from trimtab import stages
 from trimtab.base import child, environment
-from trimtab.components.validation import looks as validation
 from trimtab.judge import Verdict
 from trimtab.loop.documents import load, save
 from trimtab.loop.state import Brief, State
@@ -21,6 +20,7 @@ from trimtab.model.hardware import target
 from trimtab.planning.matrix import ladder
 from trimtab.recipe import Recipe
 from trimtab.stages import STAGES, Stage
+from trimtab.stages import looks as validation
 from trimtab.store import Store, open_store
 from trimtab.store.tree import Tree
 

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from trimtab import stages
-from trimtab.base import child, environment
+from trimtab.base import child, environment, signing
 from trimtab.base.errors import Failure, StoreError
 from trimtab.judge import Verdict
 from trimtab.loop.documents import load, save
 from trimtab.loop.state import Brief, State, fail
 from trimtab.recipe import Recipe
-from trimtab.stages import OPTIONAL, STAGES, TASKS, TENSORS, Stage
+from trimtab.stages import OPTIONAL, STAGES, TASKS, TENSORS, Stage, looks
 from trimtab.store import open_store
 
 DISTILL = "{tokens: 99, generate: 9, stored_logits: 8}"
@@ -374,3 +374,22 @@ def test_run_of_a_pass_through_names_its_input(state, tmp_path):
     stages.run("prune", save(before), artifact, None)
     assert json.loads((tmp_path / "artifact").read_text())["digest"] == before.model.digest
     assert (artifact.metadata["quantization"], artifact.metadata["bits"]) == ("none", 16.0)
+
+
+def test_who_signs_takes_only_what_it_has_signed_for_found(store, worked, tmp_path):
+    """Whoever may write to the store could file answers of its own under the key of a measurement."""
+    keys = {}
+    for name in ("validation", "other"):
+        signing.generate(tmp_path / name)
+        keys[name] = signing.signer({signing.KEY: str(tmp_path / name)})
+    asked = (store, looks.COMPARE_SPEED, {"rounds": 3}, {})
+    first = stages.cached(*asked)
+    assert stages.cached(*asked).hit and first.signature is None
+    signed = stages.cached(*asked, signer=keys["validation"])
+    assert not signed.hit and signed.signature
+    again = stages.cached(*asked, signer=keys["validation"])
+    assert again.hit and again.signature == signed.signature
+    assert not stages.cached(*asked, signer=keys["other"]).hit
+    assert json.loads(store.read(signed.tree, "metrics.json"))["loss"] == 1.5
+    about = store.manifest(signed.tree).metadata
+    assert looks.COMPARE_SPEED.key({"rounds": 3}, {}, about["environment"]) == about["key"]

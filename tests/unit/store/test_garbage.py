@@ -11,7 +11,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from trimtab.base.errors import Damaged, InputError, StoreError
+from trimtab.store import garbage as module
 from trimtab.store import leases, open_store
+from trimtab.store.clock import Late
 from trimtab.store.garbage import collect
 
 KEY = "ab" * 32
@@ -173,7 +175,7 @@ def test_a_collection_that_is_killed(local, monkeypatch):
     age(local)
     remove, left = local._back.remove, [5, threading.Lock()]
 
-    def killed(key: str) -> None:
+    def killed(key: str, before: float | None = None) -> None:
         with left[1]:
             if key.startswith(("blobs", "trees", "index")):
                 left[0] -= 1
@@ -200,30 +202,161 @@ def test_a_put_under_way_is_waited_for_and_then_left_alone(both, monkeypatch):
     monkeypatch.setattr(leases, "WAIT", 0.0)
     with leases.working(both._back), pytest.raises(StoreError, match=r"1 processes write to .* when they are done"):
         collect(both, now=LATER)
-    assert both._back.read(leases.MARKER) is None
+    assert not leases.is_collecting(both._back)
     assert collect(both, now=LATER).kept == 0
 
 
 def test_a_put_waits_for_a_collection(both):
-    with leases.collecting(both._back), ThreadPoolExecutor(1) as pool:
-        put = pool.submit(filed, both, "x")
-        time.sleep(0.5)
-        assert not put.done() and both._back.entries("trees") == []
-        with pytest.raises(StoreError, match="is being collected already"), leases.collecting(both._back):
-            pass
-        both._back.remove(leases.MARKER)
+    with ThreadPoolExecutor(1) as pool:
+        with leases.collecting(both._back):
+            put = pool.submit(filed, both, "x")
+            time.sleep(0.5)
+            assert not put.done() and both._back.entries("trees") == []
+            with pytest.raises(StoreError, match="is being collected already"), leases.collecting(both._back):
+                pass
         both.examine(put.result(timeout=30))
 
 
-def test_what_the_dead_left_behind_ends(local, monkeypatch):
-    monkeypatch.setattr(leases, "COLLECTION", timedelta(0))
-    monkeypatch.setattr(leases, "LEASE", timedelta(0))
+def test_what_the_dead_left_behind_ends(local):
     local._back.prepare()
-    local._back.write(leases.MARKER, leases._until(leases.COLLECTION))
-    local._back.write("leases/dead.json", leases._until(leases.LEASE))
+    ended = leases._document(time.time() - leases.MARGIN.total_seconds() - 1)
+    local._back.write("collecting/000000007.json", ended)
+    local._back.write("leases/dead.json", ended)
     filed(local, "x")
-    monkeypatch.setattr(leases, "COLLECTION", timedelta(minutes=10))
     assert len(collect(local, now=LATER).manifests) == 1
+    assert local._back.names("leases") == [] and local._back.names("collecting") == ["000000008.json"]
+
+
+def test_a_right_is_not_over_before_every_clock_says_so(local):
+    """That of the machine which looks may go before the store's."""
+    local._back.prepare()
+    local._back.write("leases/slow.json", leases._document(time.time() - leases.MARGIN.total_seconds() + 60))
+    with pytest.raises(StoreError, match="1 processes write to"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leases, "WAIT", 0.0)
+        collect(local, now=LATER)
+
+
+# --- machines that sleep, and two that collect ------------------------------------------------------------------
+
+
+def test_two_collections_over_the_marker_of_a_dead_one(both):
+    """Both find it ended; one takes the next number, and the other is refused, however slow it was."""
+    both._back.prepare()
+    both._back.write("collecting/000000001.json", leases._document(0.0))
+    last = leases._last
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leases, "_last", lambda back: (1, False) if back is not both._back else last(back))
+        slow = open_store(both.uri)
+        with leases.collecting(both._back), pytest.raises(StoreError, match="collected already"):
+            collect(slow, now=LATER)
+        with leases.collecting(both._back):
+            pass  # a third one, which removes the number that the slow one believes free
+        with pytest.raises(StoreError, match="collected already"):
+            patch.setattr(leases, "_last", _believes(last, slow._back, (1, False)))
+            collect(slow, now=LATER)
+
+
+def _believes(last, back, said):
+    """At its first look, what was so long ago."""
+    told = [said]
+    return lambda asked: told.pop() if asked is back and told else last(asked)
+
+
+def test_a_collection_whose_machine_slept(both, monkeypatch):
+    """It decided what to remove and slept; meanwhile another put the same tree, and it removes nothing of it."""
+    tree = filed(both, "x")
+
+    def slept(back, garbage, right):
+        right.until = time.time() - 3600  # it has not noticed
+        monkeypatch.setattr(right, "keep_up", lambda: None)
+        return removed(back, garbage, right)
+
+    removed = module._remove
+    monkeypatch.setattr(module, "_remove", slept)
+    with pytest.raises(Late, match="has run out"):
+        collect(both, now=LATER)
+    both.examine(tree)
+
+
+def test_a_server_refuses_what_was_signed_before_it_slept(both):
+    """The look at the clock was in time, and sending it was not."""
+    if both.uri.startswith("file:"):
+        pytest.skip("a folder has a lock instead")
+    tree = filed(both, "x")
+    key = f"trees/{tree.digest}.json"
+    sign = both._back._client.get_presigned_url
+
+    def slow(*given, **named):
+        url = sign(*given, **named)
+        time.sleep(2.5)
+        return url
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(both._back._client, "get_presigned_url", slow)
+        with pytest.raises(Late):
+            both._back.remove(key, before=time.time() + 1.5)
+        with pytest.raises(Late):
+            both._back.write(key, b"{}", before=time.time() + 1.5)
+    both.examine(tree)
+    both._back.remove(key, before=time.time() + 60)
+    assert there(both, tree) == [False]
+
+
+def test_a_collection_that_is_suspended_keeps_its_lock(local):
+    """In a folder its time may end as it likes: who would put waits until the process goes on or ends."""
+    with ThreadPoolExecutor(1) as pool:
+        with leases.collecting(local._back) as right:
+            local._back.write(right._key, leases._document(0.0))
+            put = pool.submit(filed, open_store(local.uri), "x")
+            time.sleep(0.5)
+            assert not put.done() and local._back.entries("trees") == []
+        assert put.result(timeout=30)
+
+
+def test_a_put_whose_machine_slept(both, monkeypatch):
+    """Its lease had ended and old content that it counted on was collected: it is put again."""
+    filed(both, "x")
+    slept = []
+    add = type(both._back).add
+
+    def slow(self, *given):
+        checksum = add(self, *given)
+        if not slept:
+            slept.append(True)
+            for name in self.names("leases"):
+                self.write(f"leases/{name}", leases._document(0.0))
+            for entry in [*self.entries("trees"), *self.entries("blobs")]:
+                self.remove(entry.key)  # what a collection would do now
+            monkeypatch.setattr(leases.Right, "check", _once_late(leases.Right.check))
+        return checksum
+
+    monkeypatch.setattr(type(both._back), "add", slow)
+    both.examine(filed(both, "x"))
+
+
+def _once_late(check):
+    left = [True]
+
+    def late(self):
+        if left.pop() if left else False:
+            raise Late("the lease has run out")
+        check(self)
+
+    return late
+
+
+def test_a_lease_is_renewed(local, monkeypatch):
+    monkeypatch.setattr(leases, "RENEWAL", timedelta(0))
+    with leases.working(local._back) as lease:
+        first = lease.until
+        time.sleep(0.01)
+        lease.keep_up()
+        assert lease.until > first
+        (name,) = local._back.names("leases")
+        assert local._back.read(f"leases/{name}") == lease.document
+        lease.until = 0.0
+        with pytest.raises(Late):
+            lease.keep_up()
 
 
 def test_a_reader_during_a_collection(both, tmp_path, monkeypatch):

@@ -1,0 +1,74 @@
+"""The commands `releases` and `pull`: which releases there are, taking one back, and taking one with its papers."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from trimtab.base.errors import InputError
+from trimtab.pipelines import api
+from trimtab.pipelines.api import STORE
+
+
+def add(commands: Any) -> None:
+    """Adds the commands to the parser of `trimtab`."""
+    listed = commands.add_parser("releases", help="list the releases of a store, or withdraw some")
+    listed.add_argument("name", nargs="?", default="", metavar="NAME", help="a name, a version of it, or a URI (all)")
+    listed.add_argument("--store", default="", help=f"s3://bucket/prefix or a folder (the URI's, or ./{STORE})")
+    listed.add_argument("--withdraw", action="store_true", help="take it back: gc may remove it then")
+    listed.add_argument("--keep", type=int, metavar="N", help="with --withdraw NAME: all but the newest N")
+    listed.add_argument("--reason", default="withdrawn by hand", help="why, kept with it")
+    listed.set_defaults(command=_releases)
+
+    pull = commands.add_parser("pull", help="lay a release's files and papers into a folder, after checking it")
+    pull.add_argument("release", metavar="RELEASE", help="URI of a release, name/version, or a name for its newest")
+    pull.add_argument("folder", metavar="FOLDER", help="a new folder")
+    pull.add_argument("--store", default="", help=f"s3://bucket/prefix or a folder (the URI's, or ./{STORE})")
+    pull.add_argument(
+        "--key", action="append", default=[], metavar="PUB", help="a public key to trust, PEM; may be repeated"
+    )
+    pull.set_defaults(command=_pull)
+
+
+def _releases(arguments: argparse.Namespace, console: Console) -> int:
+    if arguments.keep is not None and not arguments.withdraw:
+        raise InputError(f"keep: {arguments.keep} keeps nothing by itself; write --withdraw with it")
+    if arguments.withdraw:
+        if not arguments.name:
+            raise InputError("name: is missing; write the release to withdraw, NAME/VERSION, or NAME with --keep N")
+        for uri in api.withdraw(arguments.name, arguments.store, keep=arguments.keep, reason=arguments.reason):
+            print(f"withdrawn  {uri}")
+        return 0
+    out, rows = Console(soft_wrap=True, highlight=False), api.releases(arguments.name, arguments.store)
+    for row in rows:
+        if row.withdrawn:
+            out.print(f"{row.name}/{row.version}  withdrawn on {row.withdrawn}", markup=False)
+            continue
+        when = f"{row.issued:%Y-%m-%d %H:%M}" if row.issued else "–"
+        signed = "unsigned" if row.signed_by in ("", "unsigned") else f"signed with {row.signed_by[:12]}"
+        serves = f", serves {', '.join(row.serves)}" if row.serves else ""
+        out.print(f"{row.name}/{row.version}  {when}  {row.recipe}  {row.bytes / 1e6:,.1f} MB  {signed}{serves}")
+        out.print(f"    {row.goal}: {row.reason}", markup=False)
+    if not rows:
+        console.print("there is no release; if there should be one, correct --store or the name", soft_wrap=True)
+    return 0
+
+
+def _pull(arguments: argparse.Namespace, console: Console) -> int:
+    from trimtab.release import model_signature, papers
+
+    found, names = api.pull(arguments.release, Path(arguments.folder), arguments.store, arguments.key)
+    out = Console(soft_wrap=True, highlight=False)
+    out.print(f"pulled    {found.uri} into {arguments.folder}: {len(names)} files")
+    signed = f"with {found.signed_by[:12]}" if found.signed_by else "not checked, for no --key was given"
+    out.print(f"signed    {signed}")
+    if papers.CARD in names:
+        out.print(f"read      {arguments.folder}/{papers.CARD}")
+    if model_signature.FILE in names:
+        signature = f"{arguments.folder}/{model_signature.FILE}"
+        out.print(f"check     model_signing verify key {arguments.folder} --signature {signature} --public_key PUB")
+    out.print(f"serve     trimtab serve {arguments.folder}")
+    return 0
