@@ -21,6 +21,9 @@ _MOE = {"moe_intermediate_size": EXPERT, "num_experts_per_tok": 2}
 _GROUPED = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 _LATENT = {"num_key_value_heads": HEADS, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
            "qk_rope_head_dim": 8, "v_head_dim": 16}  # fmt: skip
+_DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 16,
+          "layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention"]}  # fmt: skip
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8}
 #: Families that hold experts' weights as [experts, in, out].
 _FROM_THE_LEFT = ("gpt_oss", "llama4_text")
 #: What a family's config is given beside the sizes: windows that a short text fills, multipliers and caps that matter.
@@ -83,6 +86,22 @@ _OWN: dict[str, dict[str, Any]] = {
     "llama4_text": {**_HEAD, "num_local_experts": EXPERTS, "num_experts_per_tok": 1, "intermediate_size_mlp": NEURONS,
                     "moe_layers": [0, 2], "no_rope_layers": [1, 0, 1, 1], "attention_chunk_size": WINDOW,
                     "intermediate_size": 64},
+    "qwen3_next": {**_MOE, **_HEAD, **_DELTA, "num_experts": EXPERTS, "shared_expert_intermediate_size": 96,
+                   "mlp_only_layers": [1]},
+    "qwen3_5_text": {**_HEAD, **_DELTA},
+    "qwen3_5_moe_text": {**_MOE, **_HEAD, **_DELTA, "num_experts": EXPERTS, "shared_expert_intermediate_size": 96},
+    "lfm2": {"layer_types": ["conv", "full_attention", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": {**_MOE, "layer_types": ["conv", "full_attention", "full_attention", "conv"], "num_experts": EXPERTS,
+                 "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2, "chunk_size": 8},
+    "nemotron_h": {**_MOE, **_HEAD, "layers_block_type": ["linear_attention", "full_attention", "mlp", "moe"],
+                   "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 16, "chunk_size": 8,
+                   "n_routed_experts": EXPERTS, "moe_shared_expert_intermediate_size": 96},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1, 2]},
+    "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention", "full_attention",
+                                                   "linear_attention"],
+                         "num_local_experts": 0, "shared_intermediate_size": NEURONS, "attention_multiplier": 0.25,
+                         "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 4.0},
 }  # fmt: skip
 
 
@@ -136,7 +155,7 @@ def stored(model: Any) -> dict[str, Any]:
 def _apart(name: str, tensor: Any, part: Any, model_type: str) -> dict[str, Any]:
     """The layers of each expert out of one tensor for all, however transformers lays that out."""
     place, _, kind = name.rpartition(".experts.")
-    if part is None or not place or kind.removesuffix("_bias") not in ("gate_up_proj", "down_proj"):
+    if part is None or not place or kind.removesuffix("_bias") not in ("gate_up_proj", "up_proj", "down_proj"):
         return {name: tensor}
     what = "bias" if kind.endswith("_bias") else "weight"
     found = {}
@@ -144,6 +163,8 @@ def _apart(name: str, tensor: Any, part: Any, model_type: str) -> dict[str, Any]
         one = one.t() if what == "weight" and model_type in _FROM_THE_LEFT else one
         if kind.startswith("down"):
             parts = {part.down: one}
+        elif part.gate is None:
+            parts = {part.up: one}
         elif model_type == "gpt_oss":  # gate and up in turn
             parts = {part.gate: one[::2], part.up: one[1::2]}
         else:

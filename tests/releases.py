@@ -156,6 +156,9 @@ class Run(Filed):
         self.verdict = verdict
         self.evidence_tree = self.write()
 
+    #: The rules of this version, by which the keys are made.
+    keyed_by = looks.keyed_by()
+
     def write(self) -> Tree:
         """Files the evidence, as it stands now."""
         signed = {}
@@ -165,7 +168,8 @@ class Run(Filed):
                 signed[name] = record["signature"]
         public = signing.to_pem(self.signer.public_key) if self.signer else ""
         export = self.state.trees["export"]
-        return evidence.write(self.store, self.state, self.verdict, export, self.measured, signed, public)
+        said = self.store, self.state, self.verdict, export, self.measured
+        return evidence.write(*said, signed, public, self.keyed_by)
 
     @property
     def finished(self) -> State:

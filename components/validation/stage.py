@@ -21,7 +21,7 @@ from trimtab.loop.documents import load, read_plan, save
 from trimtab.loop.evidence import CONFIRMATION, LOOKS, look_name
 from trimtab.loop.state import Brief, State, fail
 from trimtab.recipe import Recipe
-from trimtab.stages.looks import OWN_LOOKS, Piece, Subject
+from trimtab.stages.looks import OWN_LOOKS, Piece, Subject, keyed_by
 from trimtab.store import Store, open_store
 from trimtab.store.tree import Tree
 
@@ -54,7 +54,7 @@ def run(state_uri: str, page: Any, metrics: Any) -> str:
     if result.outcome == "accepted":
         public = signing.to_pem(judge.signer.public_key) if judge.signer else ""
         filed_evidence = evidence.write(
-            store, state, result, judge.export, judge.trees, judge.signatures, public
+            store, state, result, judge.export, judge.trees, judge.signatures, public, keyed_by()
         )
     seconds = {**state.seconds, "validate": round(judge.seconds, 1)}
     brief = Brief(

@@ -55,7 +55,8 @@ def _verify(arguments: argparse.Namespace, console: Console) -> int:
     out.print(f"judged    {said.verdict['outcome']} again: {said.verdict['reason']}", markup=False)
     answers = f"{len(said.measured)} measurements"
     chain = f"signed by validation with {found.measured_by[:12]}" if found.measured_by else "signed by nobody"
-    out.print(f"measured  {answers}, {chain}")
+    asked = "asked as planned" if found.keys_recomputed else "asked as the gate says, by another version of trimtab"
+    out.print(f"measured  {answers}, {chain}, {asked}")
     out.print(f"papers    {', '.join(found.papers) or 'none'}")
     out.print(f"signed    {signed}")
     return 0

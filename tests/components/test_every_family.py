@@ -85,15 +85,18 @@ def test_a_pruned_model_is_a_whole_one(settings, measured, tmp_path) -> None:
     assert torch.isfinite(model(torch.tensor([[3, 4, 5]])).logits).all()
 
 
-@torch.inference_mode()
 def test_the_distillation_loss_is_that_of_transformers_logits(measured) -> None:
-    """Though it is computed from hidden states, a chunk at a time."""
+    """And so is its gradient, though both are computed from hidden states, a chunk at a time."""
     model_type, source, _ = measured
     student, teacher = decoders.build(model_type, seed=1), model_files.load(source, torch.float32)[0]
     tokens = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(0))
     settings = Distillation(tokens=1000, length=24, temperature=2.0, label_weight=0.25)
     logits = [model(tokens).logits[:, :-1].flatten(0, 1) for model in (student, teacher)]
     labels = tokens[:, 1:].flatten()
-    expected = distillation_loss(*logits, labels, settings.temperature, settings.label_weight, settings.loss)
+    expected = distillation_loss(logits[0], logits[1].detach(), labels, 2.0, 0.25, settings.loss) / len(labels)
+    weight = next(p for name, p in student.named_parameters() if name.endswith(("down_proj.weight", "fc2.weight",
+                  "fc_out.weight", "4h_to_h.weight", "mlp.c_proj.weight")))  # fmt: skip
     found = Objective(student, teacher, settings)(tokens, torch.arange(2))
-    assert found.item() == pytest.approx(expected.item() / len(labels), rel=1e-4)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    right, gradient = (torch.autograd.grad(loss, weight)[0] for loss in (expected, found))
+    assert (gradient - right).norm() < 1e-3 * right.norm()

@@ -220,11 +220,17 @@ ACCELERATED = ["calibrate", "prune", "distill", "recalibrate", "quantize", "buil
 
 
 @pytest.fixture(scope="module")
-def placed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def profile(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The profile with a public key that is one."""
+    public, _ = signing.generate(tmp_path_factory.mktemp("keys") / "validation")
+    return PROFILE.replace("PUBLIC", json.dumps(public.read_text()))
+
+
+@pytest.fixture(scope="module")
+def placed(profile: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """By the name of a task: its executor, its settings for Kubernetes and its retries."""
     folder = tmp_path_factory.mktemp("placed")
-    public, _ = signing.generate(folder / "validation")
-    (folder / "profile.yaml").write_text(PROFILE.replace("PUBLIC", json.dumps(public.read_text())))
+    (folder / "profile.yaml").write_text(profile)
     options = ["--max-attempts", "1", "--profile", str(folder / "profile.yaml"), "--image", "registry/trimtab:2"]
     assert main.main(["compile", "-o", str(folder / "optimize.yaml"), *options]) == 0
     spec, platform = yaml.load_all((folder / "optimize.yaml").read_text(), yaml.CSafeLoader)
@@ -290,8 +296,8 @@ def test_the_form_begins_with_the_gpu_of_the_cluster(labels, target):
     assert offered_target(Profile.parse(f"gpu: {{node_selector: {labels}}}")) == target
 
 
-def test_prepare_knows_the_machines_of_the_profile():
-    offered = machines(Profile.parse(PROFILE), "registry/trimtab:2")
+def test_prepare_knows_the_machines_of_the_profile(profile):
+    offered = machines(Profile.parse(profile), "registry/trimtab:2")
     assert offered["small"] == "registry/trimtab:2" and offered["nodes"] == {"nvidia.com/gpu.product": "H100"}
     assert offered["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     assert offered["tasks"]["distill"] == {"cpu": "4", "memory": "64Gi", "image": "registry/trimtab-cuda:1"}

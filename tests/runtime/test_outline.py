@@ -31,7 +31,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
     ("opt", {"enable_bias": False}),
-    ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),  # OPT-350M
+    ("opt", {"word_embed_proj_dim": 32, "_remove_final_layer_norm": True}),
     ("stablelm", {"use_qkv_bias": True, "use_parallel_residual": True, "qk_layernorm": True}),
     ("phi", {"qk_layernorm": True}),
     ("persimmon", {"qk_layernorm": False}),
@@ -75,3 +75,25 @@ def test_the_facts_are_those_of_the_whole_model(model_type: str, tmp_path: Path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(Exception, match="vocab_size must be a whole number above 0, got None"):
         outline.outline(tmp_path / "config.json")
+
+
+#: Published sizes as config.json has them, and parameters: Pythia's by the table of its README (of EleutherAI), BLOOM's
+#: by its model card, Gemma 2's by the table of its report (590 million of embeddings, 2.02 billion others).
+PUBLISHED = {
+    "Pythia-160M": ({"model_type": "gpt_neox", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+                     "intermediate_size": 3072, "vocab_size": 50304, "tie_word_embeddings": False}, 162_322_944),
+    "Pythia-1.4B": ({"model_type": "gpt_neox", "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16,
+                     "intermediate_size": 8192, "vocab_size": 50304, "tie_word_embeddings": False}, 1_414_647_808),
+    "BLOOM-560M": ({"model_type": "bloom", "n_embed": 1024, "n_layer": 24, "num_attention_heads": 16,
+                    "vocab_size": 250880}, 559_214_592),
+    "Gemma 2 2B": ({"model_type": "gemma2", "hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8,
+                    "num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 9216, "vocab_size": 256000},
+                   2_614_341_888),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_as_many_parameters_as_their_publishers_say(name: str, tmp_path: Path) -> None:
+    config, parameters = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["AForCausalLM"]}))
+    assert outline.outline(tmp_path / "config.json").parameters == parameters

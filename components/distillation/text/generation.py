@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from trimtab import families
 from trimtab.base import progress
 from trimtab.base.errors import InputError
 from trimtab.components.distillation.text import data
@@ -142,9 +143,14 @@ def _prompts(tokenizer: Any, sources: list[str], length: int, count: int, seed: 
 
 def _windows_at_once(network: Any, length: int) -> int:
     config, device = network.config, network.device.type
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    window = 2 * config.num_hidden_layers * heads * size * length * network.dtype.itemsize
+    family = families.named(config.model_type)
+    window = 0
+    if queries := getattr(config, "num_attention_heads", 0):  # as if all blocks had attention
+        heads = getattr(config, "num_key_value_heads", None) or queries
+        size = getattr(config, "head_dim", None) or config.hidden_size // queries
+        window = 2 * config.num_hidden_layers * heads * size * length * network.dtype.itemsize
+    if family.recurrent:
+        window += config.num_hidden_layers * family.recurrent.state(config.to_dict()).bytes
     return max(1, min(WINDOWS_AT_ONCE.get(device, 16), CACHE_BYTES // window))
 
 

@@ -11,6 +11,7 @@ from trimtab import families
 from trimtab.base.errors import Failure
 from trimtab.components.pruning.structured.writing import Left, read_config
 from trimtab.families.fusion import block_of, in_block
+from trimtab.model.facts import inspect
 
 
 def least_influential(influence: torch.Tensor, count: int) -> list[int]:
@@ -41,12 +42,20 @@ def without(checkpoint: Path, removed: Collection[int]) -> Left:
     """Returns what is left of a model without some blocks: the others move up, and config.json says so.
 
     Raises:
-        Failure: `unsupported`, its config has a list that may go by block and that its family does not know.
+        Failure: `unsupported`, its config has a list that may go by block and that its family does not know; or of its
+            blocks with attention none would be left, which transformers has no cache for.
     """
     config = read_config(checkpoint)
     text = config.get_text_config()  # of a wrapper; else the same
     kept = [block for block in range(text.num_hidden_layers) if block not in removed]
-    places = {block: place for place, block in enumerate(kept)}
+    family = families.named(config.model_type)
+    attending = inspect(checkpoint).blocks_with_attention
+    if attending and attending <= {*removed}:
+        what = f"of {len(attending)} blocks with attention none would be left; write fewer, or another method"
+        raise Failure("unsupported", f"prune.blocks: {len(removed)}: {what}")
+    # Blocks behind the last one predict further tokens, and move up with it.
+    further = range(text.to_dict().get(family.next_token_blocks) or 0)
+    places = {block: place for place, block in enumerate([*kept, *(text.num_hidden_layers + n for n in further)])}
 
     def rename(name: str) -> str | None:
         block = block_of(name)
@@ -55,7 +64,7 @@ def without(checkpoint: Path, removed: Collection[int]) -> Left:
         return in_block(name, places[block]) if block in places else None
 
     try:
-        changes = families.named(config.model_type).without_blocks(text.to_dict(), kept)
+        changes = family.without_blocks(text.to_dict(), kept)
     except ValueError as error:
         raise Failure("unsupported", f"prune.method: depth: config.json: {error}; write another method") from None
     for name, value in changes.items():

@@ -14,25 +14,41 @@ from trimtab.families import (
     glm,
     gpt,
     gpt_oss,
+    lfm,
     llama,
+    mamba,
     mixtral,
     multimodal,
     olmo,
     phi,
     plain,
     qwen,
+    qwen_hybrid,
 )
 from trimtab.families.family import Family, Limit, Logits
-from trimtab.families.parts import Attention, Config, Experts, LatentAttention, Layer, Mlp, SharedInput
+from trimtab.families.parts import (
+    Attention,
+    Config,
+    Experts,
+    LatentAttention,
+    Layer,
+    Mlp,
+    NoAttention,
+    Recurrent,
+    SharedInput,
+)
 from trimtab.families.undescribed import missing
 from trimtab.families.wrapper import TEXT_CONFIG, Wrapper
 
 __all__ = [
     "BY_TYPE", "Attention", "Config", "Experts", "Family", "LatentAttention", "Layer", "Limit", "Logits", "Mlp",
-    "SharedInput", "TEXT_CONFIG", "Wrapper", "named", "nested", "of", "text_config",
+    "NoAttention", "Recurrent", "SharedInput", "TEXT_CONFIG", "Wrapper", "named", "nested", "of", "text_config",
 ]  # fmt: skip
 
-_FILES = (llama, qwen, gemma, phi, glm, olmo, cohere, plain, gpt, mixtral, deepseek, gpt_oss, multimodal)
+_FILES = (
+    llama, qwen, gemma, phi, glm, olmo, cohere, plain, gpt, mixtral, deepseek, gpt_oss, qwen_hybrid, lfm, mamba,
+    multimodal,
+)  # fmt: skip
 #: Model type -> family.
 BY_TYPE = {family.model_type: family for file in _FILES for family in file.FAMILIES}
 

@@ -1,8 +1,8 @@
 """What a family of decoders is: where its layers stand, which of them read one input, and what may be asked of it.
 
-A block is attention and an MLP, or a mixture of experts in its place; each is described by a class of its own that
-says which linear layers it has (`trimtab.families.parts`), and whatever else has to know the names of layers asks
-`Family`.
+A block is attention, or a recurrent mixer in its place, and an MLP, or a mixture of experts in its place; each is
+described by a class of its own that says which linear layers it has (`trimtab.families.parts`), and whatever else has
+to know the names of layers asks `Family`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from trimtab.families.parts import (
     LatentAttention,
     Layer,
     Mlp,
+    NoAttention,
     Norm,
+    Recurrent,
     Said,
     Shape,
     SharedInput,
@@ -58,8 +60,9 @@ class Family:
 
     Attributes:
         model_type: as config.json says it.
-        attention, mlp: the two parts of a block; `mlp` is None where each block has experts.
+        attention, mlp: the two parts of a block; `mlp` is None where each block has experts, or nothing.
         experts: what stands in the place of the MLP in all blocks or some.
+        recurrent: what stands in the place of attention in all blocks or some.
         norm: what the norms of a block multiply by.
         blocks: the list of blocks.
         embedding, last_norm, head: the modules before and behind them; the head's weights may be the embedding's.
@@ -74,6 +77,7 @@ class Family:
         first_blocks: fields that count blocks from the first one.
         next_token_blocks: the field that counts blocks behind the last one, which predict further tokens (MTP) and take
             no part in the model's own; they are kept as they are.
+        beside: what the names of tensors begin with that predict further tokens, in families that name them apart.
         attention_types: what `layer_types` may say of a block.
         nope: which blocks turn neither queries nor keys by their position, from a config.
         sizes: a config's sizes under the names that Llama has for them, where this family has others.
@@ -92,9 +96,10 @@ class Family:
     """
 
     model_type: str
-    attention: Attention | LatentAttention = Attention()
+    attention: Attention | LatentAttention | NoAttention = Attention()
     mlp: Mlp | None = Mlp()
     experts: Experts | None = None
+    recurrent: Recurrent | None = None
     norm: Norm = "w"
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
@@ -110,6 +115,7 @@ class Family:
     numbered: tuple[str, ...] = ()
     first_blocks: tuple[str, ...] = ()
     next_token_blocks: str = ""
+    beside: tuple[str, ...] = ()
     attention_types: tuple[str, ...] = ("full_attention", "sliding_attention")
     nope: Callable[[Config], Sequence[int]] = field(default=lambda config: ())
     sizes: Callable[[Config], Config] = field(default=lambda config: {})
@@ -131,7 +137,7 @@ class Family:
     @cached_property
     def inputs(self) -> tuple[SharedInput, ...]:
         """All linear layers that a block can have, by the input that they read."""
-        parts = (self.attention, self.mlp, self.experts)
+        parts = (self.attention, self.recurrent, self.mlp, self.experts)
         return tuple(shared for part in parts if part for shared in part.inputs)
 
     @cached_property
@@ -185,7 +191,8 @@ class Family:
         Args:
             config: the text model's.
         """
-        if self.wrapper and not name.startswith((f"{self.wrapper.within}.", f"{self.head}.")):
+        around = self.wrapper and not name.startswith((f"{self.wrapper.within}.", f"{self.head}."))
+        if around or name.startswith(self.beside):
             return True
         block, _ = self.place(name)
         return block is not None and self.next_token_blocks != "" and block >= config["num_hidden_layers"]
@@ -227,6 +234,14 @@ class Family:
         block, within = self.place(name)
         return block is not None and self.experts is not None and within in self.experts.unrounded
 
+    def is_of_state(self, name: str) -> bool:
+        """Whether a tensor of a recurrent mixer is none of its linear layers': decays, time steps, its convolution."""
+        block, within = self.place(name)
+        if block is None or self.recurrent is None or not within.startswith(f"{self.recurrent.module}."):
+            return False
+        module = name.rpartition(".")[0]
+        return self.layer(module) is None and not self.stays_plain(module)
+
     def without_blocks(self, config: Config, kept: Sequence[int]) -> dict[str, Any]:
         """Returns the fields of a config that another choice of blocks changes, with their new values.
 
@@ -237,7 +252,7 @@ class Family:
         Raises:
             ValueError: the config lists something for each block under a name that the family does not say.
         """
-        count = config[self.depth]
+        count = {**config, **self.sizes(config)}[self.depth]
         lists = {name for name, value in config.items() if isinstance(value, (list, tuple)) and len(value) == count}
         if unknown := sorted(lists - {*self.by_layer, *self.numbered} - _NOT_BY_LAYER):
             raise ValueError(f"{unknown[0]} has as many entries as the model has blocks, and may go by block")
@@ -264,5 +279,6 @@ class Family:
 
 
 #: Lists of a config that are none of its blocks', whatever their length.
-_NOT_BY_LAYER = frozenset({"architectures", "eos_token_id", "keys_to_ignore_at_inference"})
-
+_NOT_BY_LAYER = frozenset(
+    {"architectures", "eos_token_id", "keys_to_ignore_at_inference", "mtp_layers_block_type", "time_step_limit"}
+)

@@ -70,6 +70,9 @@ BLOOM = Family(
     embedding="transformer.word_embeddings",
     last_norm="transformer.ln_f",
     depth="n_layer",
+    limits=(
+        Limit("apply_residual_connection_post_layernorm", False, (False,), "and what its norms make is the residual"),
+    ),
     sizes=_bloom_sizes,
     qkv_bias=True,
     output_bias=True,

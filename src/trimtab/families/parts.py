@@ -1,4 +1,4 @@
-"""The parts of a block: attention, an MLP, a mixture of experts; each says which linear layers it has.
+"""The parts of a block: attention, a recurrent mixer, an MLP, experts; each says which linear layers it has.
 
 A name of a layer may hold `*`, which stands for the number of an expert.
 """
@@ -12,10 +12,11 @@ from typing import Any, Literal, NamedTuple
 #: What a layer's features are: hidden channels, query heads, heads of keys (or of values), all three in one, neurons of
 #: the MLP, or gate and up in one; neurons of one expert, or of the experts that every token passes; compressed queries,
 #: compressed keys and values, these with the keys' rotary part, the keys and values of all heads that come out of them;
-#: the values of all query heads, where they are shorter than queries.
+#: the values of all query heads, where they are shorter than queries; query heads with a gate for each number; what
+#: goes into a recurrent mixer, what comes out, and what it chooses by.
 Side = Literal[
     "hidden", "attention", "kv", "qkv", "ffn", "gate_up", "expert", "shared", "query_latent", "kv_latent",
-    "kv_latent_rotary", "kv_heads", "values",
+    "kv_latent_rotary", "kv_heads", "values", "attention_gate", "mixer_in", "mixer", "mixer_choice",
 ]  # fmt: skip
 #: What a norm multiplies by: its weight, or one plus its weight; it may add a bias; or nothing.
 Norm = Literal["w", "1 + w", "w, b", "1 + w, b", "none"]
@@ -56,7 +57,8 @@ class Attention:
     `query`, `key` and `value` are not there. `head_norms` are the norms of queries and of keys, `has_head_norms` tells
     whether they are there, and `head_norms_span` what they have weights for: one head, whichever it is; each head by
     itself, [heads, head_dim]; all heads, in one norm. `own_scores`: the module computes attention itself, so the engine
-    has no place to round or page what it keeps.
+    has no place to round or page what it keeps. `gated`: `query` makes a gate of what comes out too, as wide as the
+    queries.
     """
 
     module: str = "self_attn"
@@ -70,6 +72,7 @@ class Attention:
     has_head_norms: Said = True
     head_norms_span: Literal["head", "each head", "heads"] = "head"
     own_scores: bool = False
+    gated: bool = False
 
     @property
     def inputs(self) -> tuple[SharedInput, ...]:
@@ -77,7 +80,8 @@ class Attention:
         if self.qkv:
             before = (Layer(_within(self.module, self.qkv), "qkv", "hidden"),)
         else:
-            sides = ((self.query, "attention"), (self.key, "kv"), (self.value, "kv"))
+            queries = "attention_gate" if self.gated else "attention"
+            sides = ((self.query, queries), (self.key, "kv"), (self.value, "kv"))
             before = tuple(Layer(_within(self.module, name), side, "hidden") for name, side in sides)
         behind = Layer(_within(self.module, self.output), "hidden", "attention")
         return SharedInput(before, self.norm), SharedInput((behind,))
@@ -93,6 +97,15 @@ class Attention:
         if self.qkv or self.own_scores:
             return None
         return _within(self.module, self.key), _within(self.module, self.value)
+
+    @property
+    def unscaled(self) -> str:
+        """Why a KV cache of it cannot be rounded, after the model's name; "" where it can."""
+        if self.qkv:
+            return "makes its keys and values in one layer with its queries, for which no scales are written"
+        if self.own_scores:
+            return "computes attention in modules of its own, which read no rounded keys and values"
+        return ""
 
     def head_numbers(self, config: Config, head_dim: int) -> int:
         """Returns how many numbers of a token a head of keys and values keeps: a key and a value."""
@@ -125,6 +138,7 @@ class LatentAttention:
     head_norms: tuple[str, ...] = ()
     norms_of_heads: tuple[str, ...] = ()
     scaled = None
+    unscaled = "keeps its keys and values compressed, for which no scales are written"
     qkv = None
 
     @property
@@ -145,6 +159,70 @@ class LatentAttention:
     def latent_numbers(self, config: Config) -> int:
         """Returns how many numbers of a token a block keeps: compressed keys and values, and the rotary part."""
         return config["kv_lora_rank"] + config["qk_rope_head_dim"]
+
+
+@dataclass(frozen=True)
+class NoAttention:
+    """What stands for attention in a family without any: no layers, and nothing kept of a token."""
+
+    module: str = ""
+    norm = scaled = qkv = None
+    head_norms = norms_of_heads = inputs = ()
+    unscaled = "keeps no keys and values, but a recurrent state, which stays as it is"
+
+    def head_numbers(self, config: Config, head_dim: int) -> int:
+        """Returns 0: nothing is kept of a token."""
+        return 0
+
+    def latent_numbers(self, config: Config) -> int:
+        """Returns 0: nothing is kept of a token."""
+        return 0
+
+
+class State(NamedTuple):
+    """What a recurrent mixer keeps of a sequence, however long: the last inputs of its convolution, in 16 bits, and
+    the numbers of its recurrence, in float32, as their errors would add up."""
+
+    window: int
+    recurrence: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return 2 * self.window + 4 * self.recurrence
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """A mixer of tokens with a state of fixed size: a gated delta net, a short convolution, a Mamba.
+
+    Its convolution, decays and time steps are no linear layers, and are never rounded.
+
+    Attributes:
+        module: of the block.
+        norm: as in `SharedInput`.
+        projections: layers that read the block's input.
+        output: the layer behind the recurrence.
+        choices: layers within, each of which reads what the one before made: by them a Mamba of the first kind forgets.
+        state: from a config.
+    """
+
+    module: str
+    state: Callable[[Config], State]
+    norm: str | None = "input_layernorm"
+    projections: tuple[str, ...] = ("in_proj",)
+    output: str = "out_proj"
+    choices: tuple[str, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[SharedInput, ...]:
+        """What the first layers read, what those within read, and what the last one reads."""
+        first = tuple(Layer(_within(self.module, name), "mixer_in", "hidden") for name in self.projections)
+        within = []
+        for number, name in enumerate(self.choices):
+            sides = ("mixer_choice", "mixer") if number == 0 else ("mixer", "mixer_choice")
+            within.append(SharedInput((Layer(_within(self.module, name), *sides),)))
+        last = SharedInput((Layer(_within(self.module, self.output), "hidden", "mixer"),))
+        return SharedInput(first, self.norm), *within, last
 
 
 @dataclass(frozen=True)
@@ -187,7 +265,7 @@ class Experts:
         module: of the block.
         experts: the list of experts in that module, in the checkpoint: one module each, by number.
         gate, up, down: layers of an expert, as in `Mlp`.
-        shared: the module in `module` of what every token passes, or None; its layers are named as in `Mlp`.
+        shared: the module in `module` of what every token passes, or None; its layers are named alike.
         plain: other matrices of `module`, which choose or weigh and are never rounded: with a row for each expert, or
             one row for the shared ones.
         vector: what `module` has besides with a number for each expert, "" for nothing.
@@ -217,7 +295,8 @@ class Experts:
         one = Mlp(self.prefix + ".*", None, self.gate, self.up, self.down, side="expert")
         if self.shared is None:
             return one.inputs
-        return *one.inputs, *Mlp(_within(self.module, self.shared), None, side="shared").inputs
+        shared = Mlp(_within(self.module, self.shared), None, self.gate, self.up, self.down, side="shared")
+        return *one.inputs, *shared.inputs
 
     @property
     def prefix(self) -> str:

@@ -27,7 +27,7 @@ def _falcon_norms(config: Config) -> tuple[str, ...]:
 
 
 def _opt_others(config: Config, sizes: Any) -> dict[str, Shape | None]:
-    """Learned positions, the first two for padding; OPT-350M's embeddings of another width and no norm at the end."""
+    """Learned positions, the first two for padding, and embeddings of another width than the hidden size."""
     found: dict[str, Shape | None] = {
         "model.decoder.embed_positions.weight": (config.get("max_position_embeddings", 2048) + 2, sizes.hidden)
     }
@@ -36,7 +36,7 @@ def _opt_others(config: Config, sizes: Any) -> dict[str, Shape | None]:
         found["model.decoder.project_in.weight"] = (sizes.hidden, width)
         found["model.decoder.project_out.weight"] = (width, sizes.hidden)
         found["model.decoder.embed_tokens.weight"] = (config["vocab_size"], width)
-    if not config.get("do_layer_norm_before", True) or config.get("_remove_final_layer_norm"):
+    if config.get("_remove_final_layer_norm"):
         found |= {f"model.decoder.final_layer_norm.{part}": None for part in ("weight", "bias")}
     return found
 
@@ -80,6 +80,7 @@ OPT = Family(
     blocks="model.decoder.layers",
     embedding="model.decoder.embed_tokens",
     last_norm="model.decoder.final_layer_norm",
+    limits=(Limit("do_layer_norm_before", True, (True,), "and norms behind its parts are not known"),),
     sizes=lambda config: {
         "intermediate_size": config.get("ffn_dim"),
         "num_key_value_heads": config.get("num_attention_heads"),
@@ -93,6 +94,9 @@ OPT = Family(
 )
 STABLELM = Family(
     "stablelm",
+    # With use_parallel_residual attention and MLP read one norm.
+    attention=Attention(norm=None),
+    mlp=Mlp(norm=None),
     norm="w, b",
     norms=_stablelm_norms,
     qkv_bias=("use_qkv_bias", False),

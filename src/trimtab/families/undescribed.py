@@ -17,12 +17,10 @@ _MISSING = {
     ),
     "has attention over compressed keys and values (MLA)": ("minicpm3", "youtu"),
     "has recurrent layers": (
-        "mamba", "mamba2", "falcon_mamba", "falcon_h1", "recurrent_gemma", "rwkv", "xlstm", "lfm2", "olmo_hybrid",
-        "qwen3_5", "qwen3_5_text", "zamba", "zamba2", "bamba",
+        "falcon_h1", "recurrent_gemma", "rwkv", "xlstm", "olmo_hybrid", "zamba", "zamba2",
     ),
     "has recurrent layers and mixtures of experts": (
-        "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "granitemoehybrid", "nemotron_h", "jamba", "lfm2_moe",
-        "minimax", "jetmoe", "zaya",
+        "jamba", "minimax", "jetmoe", "zaya",
     ),
     "stores its layers transposed (Conv1D)": ("gpt2", "gpt-sw3", "openai-gpt", "ctrl"),
     "lists which blocks have windows by repetition (attention_types)": ("gpt_neo",),

@@ -135,6 +135,7 @@ def write(
     measured: Mapping[str, Tree],
     signatures: Mapping[str, Any] | None = None,
     validation_key: str = "",
+    keyed_by: str = "",
 ) -> Tree:
     """Stores the evidence of an attempt as a tree with one file, `evidence.json`: also where all of it was measured,
     which is here.
@@ -144,6 +145,7 @@ def write(
     Args:
         signatures: the envelopes of what validation signed, by name.
         validation_key: the public key of these, PEM; "" where nothing was signed.
+        keyed_by: the rules that made the keys of what was measured, as `stages.looks.keyed_by` names them.
     """
     kept = KEPT if state.recipe.distill else ()
     document = {
@@ -164,6 +166,7 @@ def write(
         "measured": {name: tree.model_dump() for name, tree in measured.items()},
         "signatures": dict(signatures or {}),
         "validation_key": validation_key,
+        "keyed_by": keyed_by,
         "verdict": result.to_dict(),
         "versions": environment.versions(),
         "device": environment.device(),

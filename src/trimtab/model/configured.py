@@ -11,9 +11,9 @@ from trimtab.families import TEXT_CONFIG, Family
 
 #: Decoders whose embeddings are tied where config.json says nothing (transformers 5.14).
 _TIED_BY_DEFAULT = {
-    "bloom", "cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "falcon", "gemma", "gemma2", "gemma3",
-    "gemma3_text", "gemma3n_text", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neo", "lfm2", "lfm2_moe", "mamba",
-    "minicpm3", "mpt", "opt", "smollm3", "starcoder2", "vaultgemma", "youtu",
+    "bloom", "cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "falcon", "falcon_mamba", "gemma",
+    "gemma2", "gemma3", "gemma3_text", "gemma3n_text", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neo", "lfm2",
+    "lfm2_moe", "mamba", "minicpm3", "mpt", "opt", "smollm3", "starcoder2", "vaultgemma", "youtu",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from trimtab import families
 from trimtab.base.errors import InputError
 from trimtab.base.schema import Document
-from trimtab.families import Family
+from trimtab.families import Family, SharedInput
 from trimtab.model import low_precision
 from trimtab.model.configured import experts_of, sizes_of, ties_embeddings
 from trimtab.model.files import has_tokenizer, read_json
@@ -41,8 +41,9 @@ class ModelFacts(Document):
     embeddings nor lm_head, nor the routers of experts). `beside` of the `parameters` take no part in the next token of
     a text, such as the tower of a wrapper. `intermediate_size` counts the neurons that a token passes in a
     block. Of a token a block keeps `head_numbers` for each KV head, or `latent_numbers` for all heads together where an
-    engine can keep keys and values compressed. With experts, a token is given to `experts_per_token` of `experts` in
-    each block that has them, which have `expert_size` neurons each.
+    engine can keep keys and values compressed; a recurrent block keeps `state_bytes` of a sequence, however long. With
+    experts, a token is given to `experts_per_token` of `experts` in each block that has them, which have `expert_size`
+    neurons each.
     """
 
     architecture: str
@@ -62,6 +63,7 @@ class ModelFacts(Document):
     linears: tuple[Linear, ...]
     head_numbers: int
     latent_numbers: int = 0
+    state_bytes: int = 0
     experts: int = 0
     experts_per_token: int = 0
     expert_size: int = 0
@@ -70,6 +72,27 @@ class ModelFacts(Document):
     @cached_property
     def linear_parameters(self) -> int:
         return sum(layer.parameters for layer in self.linears)
+
+    @cached_property
+    def blocks_with_attention(self) -> frozenset[int]:
+        """The blocks that keep keys and values."""
+        return self._blocks_with(families.named(self.model_type).attention.inputs)
+
+    @property
+    def attention_blocks(self) -> int:
+        """How many blocks keep keys and values."""
+        return len(self.blocks_with_attention)
+
+    @cached_property
+    def recurrent_blocks(self) -> int:
+        """How many blocks keep a recurrent state."""
+        part = families.named(self.model_type).recurrent
+        return len(self._blocks_with(part.inputs)) if part else 0
+
+    def _blocks_with(self, inputs: tuple[SharedInput, ...]) -> frozenset[int]:
+        names = {layer.name for shared in inputs for layer in shared.layers}
+        places = (families.named(self.model_type).place(layer.name) for layer in self.linears)
+        return frozenset(block for block, within in places if within in names)
 
     @cached_property
     def active_parameters(self) -> int:
@@ -191,6 +214,7 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
         head_numbers=family.attention.head_numbers(config, sizes.head_dim),
         latent_numbers=family.attention.latent_numbers(config),
         beside=sum(math.prod(tensor.shape) for tensor in counted if tensor.name not in own),
+        state_bytes=family.recurrent.state(config).bytes if family.recurrent else 0,
         **experts,
     )
 

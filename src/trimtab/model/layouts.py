@@ -15,6 +15,7 @@ Forms that become it, all as transformers 5.14 loads them:
 | `….block_sparse_moe.input_linear.weight`, `output_linear.weight` | Granite | `….block_sparse_moe.experts.<e>.gate_proj.weight` |
 | `language_model.model.…` | Gemma 3, Mistral 3, LLaVA | `model.language_model.…` |
 | `model.layers.…`, `visual.…` | Qwen2.5-VL | `model.language_model.layers.…`, `model.visual.…` |
+| `h.0.…`, `word_embeddings.…`, `ln_f.…` | BLOOM | `transformer.h.0.…` and so on |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ _PREFIXES = {
     "qwen2_5_vl": _QWEN_VL,
     **dict.fromkeys(("llava", "gemma3", "mistral3", "aya_vision", "paligemma", "internvl", "vipllava"), _LLAVA),
     **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), _LLAVA_NEXT),
+    # Published BLOOM is the body alone, saved without the name that it has in a model with a head.
+    "bloom": {name: f"transformer.{name}" for name in ("h.", "word_embeddings", "ln_f.")},
 }
 
 

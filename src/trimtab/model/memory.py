@@ -25,7 +25,8 @@ TRAINING_SHARE = 0.9
 class Memory(Document):
     """What serving needs on each device, in bytes.
 
-    The KV cache may take `Engine.kv_cache_fraction` of what weights and activations leave free.
+    `state` is what recurrent blocks keep of the sequences of a batch. The KV cache may take `Engine.kv_cache_fraction`
+    of what weights, activations and that leave free.
     """
 
     weights: int
@@ -33,18 +34,25 @@ class Memory(Document):
     activations: int
     available: int
     kv_cache_fraction: float
+    state: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv_cache + self.activations
+        return self.weights + self.kv_cache + self.state + self.activations
+
+    @property
+    def free(self) -> int:
+        """What is left for the KV cache, and for what the device needs beside."""
+        return self.available - self.weights - self.state - self.activations
 
     @property
     def fits(self) -> bool:
-        return self.kv_cache <= self.kv_cache_fraction * (self.available - self.weights - self.activations)
+        return self.kv_cache <= self.kv_cache_fraction * self.free
 
     @property
     def explanation(self) -> str:
         parts = f"{self.weights / GB:.2f} GB weights + {self.kv_cache / GB:.2f} GB KV cache + "
+        parts += f"{self.state / GB:.2f} GB recurrent state + " if self.state else ""
         parts += f"{self.activations / GB:.2f} GB activations = {self.total / GB:.2f} GB"
         return f"{parts} of {self.available / GB:.2f} GB: {'fits' if self.fits else 'does not fit'}"
 
@@ -81,7 +89,7 @@ def _shares(quantize: Quantization) -> list[tuple[Storage, float]]:
 
 
 def kv_bytes_per_token(facts: ModelFacts, recipe: Recipe) -> int:
-    """Returns the bytes that one token keeps on one device: blocks x the numbers that attention caches x bytes.
+    """Returns the bytes that one token keeps on one device: blocks with attention x the numbers that it caches x bytes.
 
     With ordinary attention these are 2 x KV heads x head_dim. Compressed keys and values belong to all heads, so each
     rank has them whole; the torch engine keeps keys and values as they are used. One scale a layer is not counted.
@@ -89,10 +97,19 @@ def kv_bytes_per_token(facts: ModelFacts, recipe: Recipe) -> int:
     """
     facts = shapes.pruned(facts, recipe.prune)
     heads = math.ceil(facts.kv_heads / recipe.engine.tensor_parallel_size)
-    blocks = math.ceil(facts.layers / recipe.engine.pipeline_parallel_size)
+    blocks = math.ceil(facts.attention_blocks / recipe.engine.pipeline_parallel_size)
     each = KV_CACHES[recipe.kv_cache_format].bytes
     latent = facts.latent_numbers if recipe.engine.backend != "torch" else 0
     return math.ceil(blocks * (latent or heads * facts.head_numbers) * each)
+
+
+def state_bytes(facts: ModelFacts, recipe: Recipe) -> int:
+    """Returns the bytes that one sequence keeps on one device in blocks with a recurrent state, whatever its length.
+
+    Each rank of tensor parallelism is counted with all of it: engines differ in what of it they split.
+    """
+    facts = shapes.pruned(facts, recipe.prune)
+    return math.ceil(facts.recurrent_blocks / recipe.engine.pipeline_parallel_size) * facts.state_bytes
 
 
 def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
@@ -122,6 +139,7 @@ def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
         activations=activations,
         available=_available(engine, hardware),
         kv_cache_fraction=engine.kv_cache_fraction,
+        state=engine.max_batch_size * state_bytes(facts, served),
     )
 
 
@@ -137,8 +155,11 @@ def max_context_tokens(facts: ModelFacts, recipe: Recipe, hardware: Hardware, we
     if recipe.quantize and not recipe.quantize.row.is_cast and held.weight_format == recipe.weight_format:
         linears = max(0, weights - rest)
     free = _available(engine, hardware) - _on_each(linears, facts, recipe) - rest
-    tokens = int(free * engine.kv_cache_fraction) // kv_bytes_per_token(facts, held)
-    return min(max(0, tokens), facts.max_position_embeddings)
+    room = int(free * engine.kv_cache_fraction) - state_bytes(facts, held)
+    each = kv_bytes_per_token(facts, held)
+    if not each:  # a state does not grow
+        return facts.max_position_embeddings if room >= 0 else 0
+    return min(max(0, room // each), facts.max_position_embeddings)
 
 
 def _on_each(linears: float, facts: ModelFacts, recipe: Recipe) -> int:

@@ -90,7 +90,8 @@ class Kit:
             bits: the mean of a format that mixes.
             keep_down: whether the FFN's down projection stays in 16 bits.
         """
-        down, head = (self.family.mlp or self.family.experts).down, self.family.head
+        widest, head = self.family.mlp or self.family.experts, self.family.head
+        down = widest.down if widest else self.family.recurrent.output
         exclude = (head, f"*.{down}") if keep_down else (head,)
         quantize = Quantization(
             format=form, effective_bits=bits, kv_cache="fp8" if kv else "none", exclude=exclude

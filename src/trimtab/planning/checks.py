@@ -94,11 +94,8 @@ def _check_kv_cache(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> st
                 f"{hardware.name} has {major}.{minor}; {remedy}{hint}"
             )
         return f"quantize.kv_cache: {backend} serves no {kv_cache} KV cache on {hardware.name}; {remedy}{hint}"
-    if kv_cache != "none" and not families.named(facts.model_type).attention.scaled:
-        return (
-            f"quantize.kv_cache: a '{facts.model_type}' makes its keys and values in one layer with its queries, "
-            f"for which no scales are written; write 'none'"
-        )
+    if kv_cache != "none" and (why := families.named(facts.model_type).attention.unscaled):
+        return f"quantize.kv_cache: a '{facts.model_type}' {why}; write 'none'"
     form, row = recipe.weight_format, BACKENDS[backend]
     if (form, kv_cache) in row.clashes:
         return f"quantize.kv_cache: {backend} cannot build {form} with an {kv_cache} KV cache; write 'none'"

@@ -108,7 +108,7 @@ def _engine(recipe: Recipe, workload: Workload, tensor: int, pipeline: int) -> E
 def _with_fraction(recipe: Recipe, facts: ModelFacts, hardware: Hardware) -> tuple[Recipe, Memory]:
     """Gives the KV cache what leaves `HEADROOM` free, nine tenths at most."""
     need = memory(facts, recipe, hardware)
-    free = need.available - need.weights - need.activations
+    free = need.free
     share = math.floor(100 * (free - HEADROOM) / free) / 100 if free > HEADROOM else 0.01
     engine = recipe.engine.model_copy(update={"kv_cache_fraction": min(max(share, 0.01), MAX_FRACTION)})
     recipe = recipe.model_copy(update={"engine": engine})
@@ -119,9 +119,9 @@ def _explain(
     recipe: Recipe, need: Memory, facts: ModelFacts, hardware: Hardware, workload: Workload, refused: dict[str, str]
 ) -> list[Line]:
     engine = recipe.engine
-    free = need.available - need.weights - need.activations
+    free = need.free
     each = need.kv_cache // engine.kv_cache_tokens
-    tokens = int(free * engine.kv_cache_fraction) // each
+    tokens = int(free * engine.kv_cache_fraction) // max(each, 1)
     waiting = workload.concurrency - engine.max_batch_size
     ways = f"{facts.heads} attention heads, {facts.kv_heads} KV heads, {facts.layers} blocks"
     chosen = f"{engine.tensor_parallel_size} x {engine.pipeline_parallel_size}"

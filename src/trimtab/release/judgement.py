@@ -2,7 +2,9 @@
 
 Each piece of evidence must be the result of the very measurement that the plan dealt: its key, which stands in its
 manifest, is computed again from the plan, the recipe and the trees that were measured. So a candidate is not its own
-baseline, items are not chosen afterwards, and a confirmation is not left out.
+baseline, items are not chosen afterwards, and a confirmation is not left out. The gate does so by the rules of its own
+version alone. Who verifies a release by a later version, which makes keys by other rules, judges the answers anew and
+has the gate's word, which it signed, for what they are answers to.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.stages import STAGES, Stage, signatures
 from trimtab.stages.execution import METRICS
-from trimtab.stages.looks import Piece, Subject
+from trimtab.stages.looks import Piece, Subject, keyed_by
 from trimtab.store import Store, Tree
 
 
@@ -55,12 +57,19 @@ def refusal(store: Store, state: State, brief: Brief) -> str | None:
     for field, tree in named.items():
         if _digest(document.get(field)) != (tree.digest if tree else None):
             return f"the evidence is of another {field.replace('_', ' ')}"
+    if not is_keyed_here(document):
+        return "the evidence was made by another version of trimtab: run it again"
     if document["confirmations"] != evidence.confirmations(state):
         return "the evidence was confirmed on another attempt's items"
     store.manifest(Tree.model_validate(document["export"]))
     if (trusted := signing.validation_key()) and trusted.keyid != signed_by(document):
         return "the answers are not signed with the key of validation that the gate was given"
     return judge_anew(store, document)
+
+
+def is_keyed_here(document: Mapping[str, Any]) -> bool:
+    """Whether this version of trimtab makes keys as the one did that wrote the evidence."""
+    return document.get("keyed_by") == keyed_by()
 
 
 def signed_by(document: Mapping[str, Any]) -> str | None:
@@ -178,8 +187,11 @@ class _Case:
     def _key(
         self, name: str, stage: Stage, parameters: Mapping[str, Any], inputs: Mapping[str, Tree | None], tree: Tree
     ) -> str:
-        """Returns the key of a tree, after computing it from what the tree should be the result of."""
+        """Returns the key of a tree, after computing it, where that can be, from what the tree should be the result of.
+        """
         about = self.store.manifest(tree).metadata
+        if not is_keyed_here(self.document):
+            return str(about.get("key"))
         if "environment" not in about:
             raise Unsupported(f"'{name}' does not say in which environment it was made: run it again")
         key = stage.key(parameters, inputs, about["environment"])

@@ -26,7 +26,7 @@ class Verified:
 
     `signed_by` is the id of a key that was given and has signed it, None where no key was given. `measured_by` is the
     id of the key that validation has signed all the answers with, None where they are not signed; `papers` are those
-    that travel with it.
+    that travel with it. `keys_recomputed` is False where another version of trimtab made the keys of the answers.
     """
 
     uri: str
@@ -36,6 +36,7 @@ class Verified:
     bytes: int
     measured_by: str | None = None
     papers: tuple[str, ...] = ()
+    keys_recomputed: bool = True
 
 
 def verify(
@@ -75,7 +76,8 @@ def verify(
         carried = _papers(store, predicate, keys)
     except (NotVerified, Damaged) as error:
         raise NotVerified(f"{uri} is refused: {error}") from None
-    return Verified(uri, predicate, signed_by, files, size, measured_by, carried)
+    recomputed = judgement.is_keyed_here(predicate.evidence)
+    return Verified(uri, predicate, signed_by, files, size, measured_by, carried, recomputed)
 
 
 def _proven(store: Store, uri: str, keys: Sequence[Key]) -> tuple[Predicate, str | None]:

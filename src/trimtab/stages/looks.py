@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+from trimtab.base.schema import digest
 from trimtab.loop.evidence import CONFIRMATION, look_name
 from trimtab.planning.dealing import Deal, Spans
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.stages.keys import MEASURED, QUANTIZED, Environment
-from trimtab.stages.registry import Stage, work_stage
+from trimtab.stages.registry import STAGES, Stage, work_stage
 from trimtab.store.tree import Tree
 
 _MEASURE = "trimtab.components.validation.evaluation.measure"
@@ -35,6 +37,15 @@ INTEGRITY = work_stage(
 OWN_LOOKS = {look_name(look) for look in range(1, CONFIRMATION + 1)}
 #: What is measured beside the attempt, and no part of its page.
 BASELINE_LOOKS = {look_name(look, baseline=True) for look in range(1, CONFIRMATION + 1)} | {"baseline-integrity"}
+
+
+@cache
+def keyed_by() -> str:
+    """Returns a name for the rules by which this version of trimtab makes keys: the stages, and the fields of recipes
+    and evaluations. Keys that other rules made cannot be computed again."""
+    rows = [*STAGES.values(), EVALUATE, COMPARE_SPEED, INTEGRITY]
+    schemas = [Recipe.model_json_schema(), Evaluation.model_json_schema()]
+    return digest([[stage.name, stage.work, stage.version] for stage in rows] + schemas)[:32]
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: recipe.prune is not None and not isinstance(recipe.prune, MovementPruning),
             parameters=_part("prune"),
             environment=always(TENSORS),
-            version=5,
+            version=6,
         ),
         Stage(
             name="generate",

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import decoders
 import native
 import pytest
 import tiny
@@ -304,3 +305,29 @@ def test_a_plain_source_is_stored_as_it_is(qwen3, store, monkeypatch):
     assert (store.get(source.fetch(str(qwen3), store)) / native.WEIGHTS).read_bytes() == (
         qwen3 / native.WEIGHTS
     ).read_bytes()
+
+
+@torch.inference_mode()
+def test_bloom_as_it_is_published(tmp_path: Path) -> None:
+    folder = decoders.write(tmp_path / "bloom", "bloom")
+    path = folder / "model.safetensors"
+    save_file({name.removeprefix("transformer."): t for name, t in load_file(path).items()}, path, {"format": "pt"})
+    tensors = converted(folder, tmp_path / "converted")
+    assert all(name.startswith("transformer.") for name in tensors)
+    assert inspect(tmp_path / "converted") == inspect(folder)
+    model, _ = model_files.load(tmp_path / "converted", torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = torch.tensor([[3, 4, 5, 6]])
+    assert torch.allclose(model(tokens).logits, reference(tokens).logits, atol=1e-5)
+
+
+def test_a_body_alone_is_told_how_it_gets_its_head(tmp_path: Path) -> None:
+    """And as it is told, it is let pass."""
+    folder = decoders.write(tmp_path / "bare", "gpt_bigcode")
+    path = folder / "model.safetensors"
+    save_file({name.removeprefix("transformer."): t for name, t in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(InputError, match=r"name their blocks h\.…, as a model without its output head.*save_pre"):
+        inspect(folder)
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "whole")
+    tiny._tokenizer().save_pretrained(tmp_path / "whole")
+    assert inspect(tmp_path / "whole").layers == decoders.LAYERS

@@ -37,7 +37,8 @@ def prune(source: Path, removed: list[int], folder: Path) -> Path:
 @pytest.mark.parametrize(
     "model_type",
     ["llama", "smollm3", "qwen2", "gemma3_text", "exaone4", "olmo3", "cohere2", "gemma2", "vaultgemma", "granite",
-     "ministral3", "nanochat", "apertus", "jais2", "nemotron", "gpt_bigcode"],
+     "ministral3", "nanochat", "apertus", "jais2", "nemotron", "gpt_bigcode", "qwen3_5_text", "qwen3_next", "lfm2",
+     "granitemoehybrid", "mamba2"],
 )  # fmt: skip
 @torch.inference_mode()
 def test_what_goes_by_block_moves_with_the_blocks(model_type: str, tmp_path: Path) -> None:
@@ -72,3 +73,20 @@ def test_a_list_that_may_go_by_block_is_not_kept_in_silence(tmp_path: Path) -> N
     (source / "config.json").write_text(json.dumps({**config, "no_rope_layers": [1, 1, 0, 1]}))
     with pytest.raises(Failure, match="no_rope_layers has as many entries as the model has blocks.*another method"):
         without(source, [0])
+
+
+def test_blocks_that_predict_further_tokens_move_up_behind_the_last(tmp_path: Path) -> None:
+    source = decoders.write(tmp_path / "source", "deepseek_v3")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    rename = without(source, [1]).rename
+    assert [rename(f"model.layers.{n}.enorm.weight") for n in (1, 3, 4)] == [
+        None, "model.layers.2.enorm.weight", "model.layers.3.enorm.weight"
+    ]  # fmt: skip
+
+
+def test_a_block_with_attention_stays(tmp_path: Path) -> None:
+    source = decoders.write(tmp_path / "source", "lfm2")  # two of four have attention
+    with pytest.raises(Failure, match="prune.blocks: 2: of 2 blocks with attention none would be left; write fewer"):
+        without(source, [1, 2])
+    assert without(source, [0, 1]).config.layer_types == ["full_attention", "conv"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import decoders
 import pytest
+import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -31,6 +32,20 @@ def in_float32(monkeypatch: pytest.MonkeyPatch):
         return engine
 
     return open_engine
+
+
+@torch.inference_mode()
+def test_a_rounded_kv_cache_is_read_by_attention_that_caps_its_scores(in_float32, tmp_path: Path) -> None:
+    source = decoders.write(tmp_path / "source", "gemma2")
+    folder = tiny.write_kv_cache(source, tmp_path / "int8", "INT8", 0.05, 0.05)
+    tokens = torch.randint(3, 300, (1, LENGTH), generator=torch.Generator().manual_seed(1))
+    capped, uncapped = (
+        AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation=how)(tokens).logits
+        for how in ("eager", "sdpa")
+    )
+    found = in_float32(folder).model(tokens).logits
+    assert not torch.equal(found, in_float32(source).model(tokens).logits)
+    assert (found - capped).norm() < 0.1 * (uncapped - capped).norm()
 
 
 #: Of these `fetch` takes the experts apart, which transformers does not read.
@@ -60,7 +75,8 @@ def test_likelihoods_are_those_of_transformers(model_type: str, in_float32, tmp_
 
 
 @pytest.mark.parametrize(
-    "model_type", ["gemma2", "granite", "cohere2", "ministral3", "nanochat", "bloom", "mpt", "gpt_bigcode", "gptj"]
+    "model_type", ["gemma2", "granite", "cohere2", "ministral3", "nanochat", "bloom", "mpt", "gpt_bigcode", "gptj",
+                   "qwen3_5_text", "lfm2", "nemotron_h", "granitemoehybrid", "mamba", "mamba2"]
 )
 @torch.inference_mode()
 def test_texts_of_unlike_length_are_written_together_as_alone(model_type: str, in_float32, tmp_path: Path) -> None:

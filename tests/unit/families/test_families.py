@@ -25,6 +25,8 @@ from trimtab.families import Logits
          "layer_types names 'linear_attention'"),
         ({}, "model_type 'None' is not described"),
         ({"model_type": ["llama"]}, r"is not described"),
+        ({"model_type": "opt", "do_layer_norm_before": False},  # OPT-350M
+         "do_layer_norm_before is False, and norms behind its parts are not known; give another model"),
         ({"model_type": "mpt", "no_bias": False}, "no_bias is False, and transformers builds it without biases; give"),
         ({"model_type": "falcon", "alibi": True}, r"alibi is True, and biases of attention by distance \(ALiBi\)"),
         ({"model_type": "llama", "layer_types": ["full_attention", "linear_attention"]},

@@ -93,7 +93,7 @@ def test_an_adapter_beside_a_model(folder):
         admit(folder)
 
 
-KINDS = [("gpt2", "Conv1D"), ("gpt_neo", "by repetition"), ("mamba2", "recurrent layers")]
+KINDS = [("gpt2", "Conv1D"), ("gpt_neo", "by repetition"), ("zamba2", "recurrent layers")]
 
 
 @pytest.mark.parametrize(("kind", "reason"), KINDS)

@@ -177,6 +177,14 @@ def test_old_prefixes_of_wrappers(tmp_path, old, new):
     assert read(tmp_path, config, {new: ("BF16", [4, 4])}).as_stored
 
 
+@pytest.mark.parametrize("name", ["h.0.mlp.dense_h_to_4h.weight", "word_embeddings.weight",
+                                  "word_embeddings_layernorm.bias", "ln_f.weight"])  # fmt: skip
+def test_bloom_is_published_without_the_name_of_its_body(tmp_path, name):
+    whole = f"transformer.{name}"
+    assert (*read(tmp_path, {"model_type": "bloom"}, {name: ("F16", [4])}).tensors,) == (whole,)
+    assert read(tmp_path, {"model_type": "bloom"}, {whole: ("F16", [4])}).as_stored
+
+
 def moe(**changes: tuple[str, list[int]]) -> dict[str, tuple[str, list[int]]]:
     whole = {f"{EXPERTS}.{n}.up_proj.weight": ("BF16", [8, 8]) for n in range(3)}
     return whole | {f"{EXPERTS}.{name}": tensor for name, tensor in changes.items()}

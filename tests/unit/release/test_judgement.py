@@ -198,6 +198,20 @@ def test_pieces_filed_under_each_others_names(run, order):
     run.measured = mine
 
 
+def test_the_gate_takes_no_evidence_of_another_version(run):
+    run.keyed_by = "another"
+    assert refused(run) == "the evidence was made by another version of trimtab: run it again"
+
+
+def test_a_later_version_still_judges_an_earlier_release_anew(run):
+    """It makes keys by other rules: what was asked it takes from the gate, what was answered it judges itself."""
+    run.keyed_by = "another"
+    assert judgement.judge_anew(run.store, evidence.read(run.store, run.write())) is None
+    run.measured[look_name(1)] = run.measure(run.subject.evaluation_of(1), lost=0.4, ratio=1.01)
+    document = evidence.read(run.store, run.write())
+    assert "judged anew, the stored answers say: rejected" in judgement.judge_anew(run.store, document)
+
+
 # --- who measured ---------------------------------------------------------------------------------------------
 
 

@@ -7,12 +7,16 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, cache_utils
 
 from trimtab import families
 from trimtab.base.errors import InputError
 from trimtab.families import Family
 from trimtab.runtime.checkpoint import experts, text_model
+
+# transformers 5.14 knows no cache for blocks of Nemotron-H that are an MLP; they keep nothing, as its experts do.
+for _kinds in (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING):
+    _kinds.setdefault("mlp", _kinds["moe"])
 
 
 def skeleton(folder: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:

@@ -35,7 +35,9 @@ class Growing:
     def prefill(self, prompt: torch.Tensor) -> None:
         """Reads a prompt, int64 [batch, length], and chooses the first token."""
         output = self.model(prompt, use_cache=True, logits_to_keep=1)
-        self._cache, self._logits = output.past_key_values, output.logits
+        # A Mamba calls its cache otherwise, as it has a state alone.
+        self._argument = "cache_params" if "cache_params" in output else "past_key_values"
+        self._cache, self._logits = output[self._argument], output.logits
         self._token = _likeliest(output.logits)
 
     def steps(self, count: int, choose: Choice | None = None) -> torch.Tensor:
@@ -45,7 +47,7 @@ class Growing:
             if choose:
                 self._token = choose(self._logits[:, -1])
             tokens.append(self._token)
-            output = self.model(self._token, past_key_values=self._cache, use_cache=True)
+            output = self.model(self._token, **{self._argument: self._cache}, use_cache=True)
             self._logits, self._token = output.logits, _likeliest(output.logits)
         return torch.cat(tokens, dim=1)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from trimtab.base.errors import InputError
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime.checkpoint import config_file
 from trimtab.runtime.checkpoint.model_files import load_tokenizer
+from trimtab.runtime.checkpoint.skeleton import family_of
 from trimtab.runtime.decoder import decode, float16_range, gpu_memory, head, step
 from trimtab.runtime.decoder.assemble import assemble
 from trimtab.runtime.decoder.decode import Growing, Recorded
@@ -151,10 +153,12 @@ class TorchEngine:
         self.body, self.head = self.model.base_model, self.model.get_output_embeddings()
         self._behind_head = head.behind(self.model)
         # A branch's mask says nothing of a window, and attention of a model's own may want numbers to add, or find
-        # positions in its mask: there every request gets a row of its own.
+        # positions in its mask; a recurrence knows no branches at all: there every request gets a row of its own.
         windows = ("sliding_window", "attention_chunk_size")
         windowed = any(getattr(self.model.config, name, None) for name in windows)
-        self._share_contexts = not windowed and self.model.config._attn_implementation != "eager"
+        self._is_recurrent = family_of(self.model).recurrent is not None
+        own_rows = windowed or self._is_recurrent or self.model.config._attn_implementation == "eager"
+        self._share_contexts = not own_rows
         self._agree = shards.agreement(place, self.device) if place else bool
         # Products of one row are chosen by their speed, which ranks would find to differ, and leave out their sums.
         self._has_step = self.device.type == "cuda" and place is None
@@ -241,11 +245,8 @@ class TorchEngine:
             InputError: a prompt is empty, or with its new tokens exceeds `max_seq_len`.
         """
         check_prompts(prompts, max_new_tokens, self.settings.max_seq_len)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         answers: dict[int, list[int]] = {}
-        size = self.settings.max_batch_size
-        for start in range(0, len(order), size):
-            some = order[start : start + size]
+        for some in self._prompt_batches(prompts):
             with gpu_memory.part("KV cache and activations", self.device):
                 stops = [until[i] for i in some] if until else []
                 answers |= zip(some, self._generate([prompts[i] for i in some], max_new_tokens, stops), strict=True)
@@ -298,6 +299,14 @@ class TorchEngine:
         output = self.model.generate(**inputs, generation_config=config, stopping_criteria=criteria)
         output = output[:, length:].tolist()
         return [answer[: next((i for i, t in enumerate(answer) if t in ends), None)] for answer in output]
+
+    def _prompt_batches(self, prompts: list[list[int]]) -> Iterator[list[int]]:
+        """Yields the numbers of prompts that are answered together, the shortest first; a recurrence would take padding
+        for text, so there they have one length."""
+        order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), self.settings.max_batch_size
+        lengths = groupby(order, key=lambda i: len(prompts[i]) if self._is_recurrent else 0)
+        for some in (list(alike) for _, alike in lengths):
+            yield from (some[start : start + size] for start in range(0, len(some), size))
 
     def _decoder(self, *sizes: int) -> Growing | Recorded:
         """Decoders are kept: recording one takes longer than a measurement."""

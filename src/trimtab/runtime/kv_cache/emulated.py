@@ -49,12 +49,11 @@ def apply(model: PreTrainedModel, export: Export) -> None:
         known = ", ".join(BY_ALGORITHM)
         raise Failure("unsupported", f"a KV cache in {algorithm} does not run on the torch engine; known: {known}")
     family = family_of(model)
-    if not family.attention.scaled:
-        what = f"{type(model).__name__} has no layer for its keys alone"
-        raise Failure("unsupported", f"a KV cache in {algorithm}: {what}, so none that its scales belong to")
+    if why := family.attention.unscaled:
+        raise Failure("unsupported", f"a KV cache in {algorithm}: a '{family.model_type}' {why}")
     for number, block in enumerate(model.get_submodule(family.blocks)):
         module = getattr(block, family.attention.module, None)
-        if module is None:  # a block of another process
+        if not hasattr(module, family.attention.key):  # a block of another process, or with a recurrent mixer
             continue
         name = f"{family.blocks}.{number}.{family.attention.module}"
         keys = getattr(module, family.attention.key).out_features

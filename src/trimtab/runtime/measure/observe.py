@@ -12,6 +12,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from trimtab.base.errors import Failure
+from trimtab.families import NoAttention
 from trimtab.families.fusion import Group, groups
 from trimtab.runtime.checkpoint.skeleton import family_of
 
@@ -129,8 +130,10 @@ class Observation:
 
     def run(self, model: nn.Module, windows: torch.Tensor) -> None:
         """Passes windows of tokens, int64 [n, length], through the observed model."""
-        cache = _WatchedCache(model, self.caches)
-        model(windows, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        if isinstance(family_of(model).attention, NoAttention):
+            model(windows, use_cache=False, logits_to_keep=1)
+        else:
+            model(windows, past_key_values=_WatchedCache(model, self.caches), use_cache=True, logits_to_keep=1)
 
     def rows(self, layer: str) -> int:
         """Returns how many tokens a layer has seen, by the name of the first of its group; 0 for others."""
@@ -138,7 +141,8 @@ class Observation:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns `<layer>.amax` and `<layer>.second_moment`, float32 [in_features], for every linear layer;
-        and for the blocks, float32 [blocks], `block_influence` and the largest `key_amax` and `value_amax`."""
+        and for the blocks, float32 [blocks], `block_influence` and the largest `key_amax` and `value_amax`, which are 0
+        of a block without keys."""
         ends = [1 - torch.stack([s.mean for s in self.similarities]).float()]
         ends += [torch.stack([c.key for c in self.caches]), torch.stack([c.value for c in self.caches])]
         parts = [tensor for seen in self.inputs.values() for tensor in (seen.amax, seen.second_moment)] + ends
