@@ -28,8 +28,9 @@ from trimtab.runtime.checkpoint import config_file, model_files
 from trimtab.runtime.checkpoint.model_files import Export
 from trimtab.runtime.engines.torch_engine import TorchEngine
 
-#: Norms of 1 + w and a tied head; sections of rotary embeddings; the same with experts; a head within the text model.
-BUILDS = ("gemma3", "qwen2_5_vl", "qwen3_vl_moe", "llama4")
+#: Norms of 1 + w and a tied head; sections of rotary embeddings; the same with
+#: experts; delta nets; a head within the text model.
+BUILDS = ("gemma3", "qwen2_5_vl", "qwen3_vl_moe", "qwen3_5", "llama4")
 
 
 @pytest.fixture(scope="module", params=BUILDS)

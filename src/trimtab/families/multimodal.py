@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from trimtab.families import gemma, llama, qwen
+from trimtab.families import gemma, llama, qwen, qwen_hybrid
 from trimtab.families.family import Family
 from trimtab.families.wrapper import Text, Wrapper
 
@@ -58,7 +58,7 @@ def wrapped(
     )
 
 
-_FAMILIES = {family.model_type: family for file in (gemma, llama, qwen) for family in file.FAMILIES}
+_FAMILIES = {family.model_type: family for file in (gemma, llama, qwen, qwen_hybrid) for family in file.FAMILIES}
 #: `mistral` and `ministral3` have the same layers; this multiplies queries by their position, which the decoding step
 #: of Llamas does not.
 _MISTRALS = replace(_FAMILIES["mistral"], llama_block=False)
@@ -72,6 +72,12 @@ _QWEN3_VL = _sizes(151936, 4096, 22016, 32, 32, 32, 128000, head_dim=128)
 _QWEN3_VL_MOE = _sizes(
     151936, 2048, 5632, 24, 16, 16, 128000, num_experts_per_tok=4, moe_intermediate_size=1408
 )
+_QWEN3_5 = _sizes(248320, 4096, 12288, 32, 16, 4, 32768, head_dim=256)
+_QWEN3_5_MOE = {
+    "vocab_size": 248320, "hidden_size": 2048, "num_hidden_layers": 40, "num_attention_heads": 16,
+    "num_key_value_heads": 2, "max_position_embeddings": 32768, "head_dim": 256, "num_experts": 256,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+}  # fmt: skip
 #: What config.json of transformers before 4.52 says of the wrapper, among the settings of the text model.
 _QWEN_OWN = (
     "architectures", "model_type", "vision_config", "image_token_id", "video_token_id", "vision_start_token_id",
@@ -94,6 +100,8 @@ FAMILIES = (
         _FAMILIES["qwen3_moe"],
         {"qwen3_vl_moe_text": Text("qwen3_moe", _QWEN3_VL_MOE, {"norm_topk_prob": True})},
     ),
+    wrapped("qwen3_5", _FAMILIES["qwen3_5_text"], {"qwen3_5_text": Text("qwen3_5_text", _QWEN3_5)}),
+    wrapped("qwen3_5_moe", _FAMILIES["qwen3_5_moe_text"], {"qwen3_5_moe_text": Text("qwen3_5_moe_text", _QWEN3_5_MOE)}),
     wrapped(
         "llama4",
         _FAMILIES["llama4_text"],
