@@ -25,6 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import decoders
+import wrappers
 
 from trimtab import families
 from trimtab.base.errors import Failure, InputError
@@ -42,7 +43,7 @@ from trimtab.runtime.text import token_windows
 
 FORMATS = ("int8_wo", "fp8", "int4_gptq", "nvfp4")
 STAGES = ("plan", "score", "measure", *FORMATS, "depth", "sparsegpt", "width", "serve")
-QUICK = ("llama", "gemma3_text", "phi3", "mixtral", "deepseek_v3")
+QUICK = ("llama", "gemma3_text", "phi3", "mixtral", "deepseek_v3", "gemma3")
 #: Windows and tokens that the second table calibrates on, and perplexity windows.
 _SAMPLES, _LENGTH, _WINDOWS = 32, 512, 48
 _HELDOUT = ("trimtab.components.validation.suite", "heldout.txt")
@@ -53,7 +54,8 @@ class _Stages:
 
     def __init__(self, model_type: str, folder: Path):
         self.model_type, self.folder = model_type, folder
-        self.source = decoders.write(folder / "source", model_type)
+        self.tiny = wrappers if families.named(model_type).wrapper else decoders
+        self.source = self.tiny.write(folder / "source", model_type)
 
     def run(self) -> Iterator[tuple[str, str]]:
         """Yields each stage and what came of it."""
@@ -80,7 +82,7 @@ class _Stages:
     @torch.inference_mode()
     def _score(self) -> str:
         tokens = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(1))
-        reference = decoders.build(self.model_type)
+        reference = self.tiny.build(self.model_type)
         for tensor in reference.state_dict().values():
             if tensor.is_floating_point():
                 tensor.copy_(tensor.bfloat16())

@@ -122,7 +122,13 @@ def build(model_type: str, seed: int = 0, **changes: Any) -> Any:
     made = config(model_type, **changes)
     # PyTorch's attention would leave a cap of its scores out.
     how = "eager" if getattr(made, "attn_logit_softcapping", None) else None
-    model = AutoModelForCausalLM.from_config(made, attn_implementation=how).eval()
+    return perturbed(AutoModelForCausalLM.from_config(made, attn_implementation=how).eval())
+
+
+def perturbed(model: Any) -> Any:
+    """Returns a model with other norms and biases than it was made with."""
+    import torch
+
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 or "norm" in name:
@@ -135,11 +141,12 @@ def stored(model: Any) -> dict[str, Any]:
     from trimtab import families
 
     family = families.named(model.config.model_type)
+    text = model.config.get_text_config().model_type
     found = {}
     for name, tensor in model.state_dict().items():
         for own, theirs in sorted(family.aliases, key=lambda pair: -len(pair[1])):
             name = re.sub("^" + re.escape(theirs).replace(r"\*", r"(\d+)"), own.replace("*", r"\1"), name)
-        found |= _apart(name, tensor, family.experts, family.model_type)
+        found |= _apart(name, tensor, family.experts, text)
     if model.config.tie_word_embeddings:
         found.pop(f"{family.head}.weight", None)
     return found

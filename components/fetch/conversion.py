@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import torch
 
+from trimtab import families
 from trimtab.base import progress
 from trimtab.components.fetch import decoding
 from trimtab.families.fusion import block_of
@@ -35,7 +36,8 @@ _WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def convert(source: str, output: str) -> None:
     """Fills `output` with the model of the folder `source` in the house's layout.
 
-    config.json loses its quantization where the weights were dequantised; all else beside them is copied.
+    config.json loses its quantization where the weights were dequantised, and the text model of a wrapper gets its
+    settings in `text_config`; all else beside them is copied.
 
     Raises:
         InputError: as `layouts.layout`; or a scale or weight is NaN or infinite.
@@ -61,8 +63,11 @@ def convert(source: str, output: str) -> None:
         (target / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     for name in companions(folder):
         shutil.copyfile(folder / name, target / name)
+    written = families.nested(config)
     if low_precision.declared(source, config):
-        text = json.dumps(low_precision.undeclared(config), indent=2, ensure_ascii=False)
+        written = low_precision.undeclared(written)
+    if written != config:
+        text = json.dumps(written, indent=2, ensure_ascii=False)
         (target / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 

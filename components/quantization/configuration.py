@@ -32,7 +32,7 @@ def write(
         kv_cache: the recipe's.
         dtype: of everything that is not quantized.
     """
-    config = read_json(folder / CONFIG) | {"dtype": str(dtype).removeprefix("torch.")}
+    config = config_file.with_dtype(read_json(folder / CONFIG), dtype)
     if layouts or kv_cache != "none":
         # Readers take every matrix for quantized that is not excluded: routers, and what stands beside the text model.
         matrices = Export(folder).matrices

@@ -46,15 +46,16 @@ def without(checkpoint: Path, removed: Collection[int]) -> Left:
             blocks with attention none would be left, which transformers has no cache for.
     """
     config = read_config(checkpoint)
-    kept = [block for block in range(config.num_hidden_layers) if block not in removed]
+    text = config.get_text_config()  # of a wrapper; else the same
+    kept = [block for block in range(text.num_hidden_layers) if block not in removed]
     family = families.named(config.model_type)
     attending = inspect(checkpoint).blocks_with_attention
     if attending and attending <= {*removed}:
         what = f"of {len(attending)} blocks with attention none would be left; write fewer, or another method"
         raise Failure("unsupported", f"prune.blocks: {len(removed)}: {what}")
     # Blocks behind the last one predict further tokens, and move up with it.
-    further = range(config.to_dict().get(family.next_token_blocks) or 0)
-    places = {block: place for place, block in enumerate([*kept, *(config.num_hidden_layers + n for n in further)])}
+    further = range(text.to_dict().get(family.next_token_blocks) or 0)
+    places = {block: place for place, block in enumerate([*kept, *(text.num_hidden_layers + n for n in further)])}
 
     def rename(name: str) -> str | None:
         block = block_of(name)
@@ -63,9 +64,9 @@ def without(checkpoint: Path, removed: Collection[int]) -> Left:
         return in_block(name, places[block]) if block in places else None
 
     try:
-        changes = family.without_blocks(config.to_dict(), kept)
+        changes = family.without_blocks(text.to_dict(), kept)
     except ValueError as error:
         raise Failure("unsupported", f"prune.method: depth: config.json: {error}; write another method") from None
     for name, value in changes.items():
-        setattr(config, name, value)
+        setattr(text, name, value)
     return Left(config, rename)

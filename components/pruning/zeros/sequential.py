@@ -17,14 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from trimtab import families
 from trimtab.base import progress
 from trimtab.base.errors import Failure
 from trimtab.families.fusion import block_of, groups
 from trimtab.runtime.checkpoint import experts
 from trimtab.runtime.checkpoint.finite import check_finite
 from trimtab.runtime.checkpoint.model_files import Export
-from trimtab.runtime.checkpoint.skeleton import skeleton
+from trimtab.runtime.checkpoint.skeleton import family_of, skeleton
 from trimtab.runtime.measure import observe, routing
 
 #: (the names and weights of layers that share an input, its Gram matrix) -> their pruned weights.
@@ -93,7 +92,7 @@ class _Run:
         self.device, self.dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
         self.model = skeleton(checkpoint).eval()
         self.blocks = observe.blocks(self.model)
-        self.family = families.named(self.model.config.model_type)
+        self.family = family_of(self.model)
         self.prefix = self.family.blocks
         self.layers, self.export = layers, Export(checkpoint)
         self.hidden, self.arguments = self._enter(tokens)
@@ -102,7 +101,7 @@ class _Run:
         """Prunes a block, moves `hidden` behind it, and returns its weights as the checkpoint stores them."""
         block = self._load(number)
         linears = {layer: self._linear(block, layer) for layer in self.layers if block_of(layer) == number}
-        shared = [group.layers for group in groups(linears, self.model.config.model_type)]
+        shared = [group.layers for group in groups(linears, self.family.model_type)]
         sums = self._grams(block, number, {names[0]: linears[names[0]] for names in shared})
         observe.check_finite({f"{name}.gram": gram for name, gram in sums.items()})
         found: dict[str, torch.Tensor] = {}
@@ -143,8 +142,9 @@ class _Run:
 
         The arguments are those of one window; they are the same for all, for all have one length and no padding.
         """
-        head = f"{self.family.head}."
+        head, config = f"{self.family.head}.", self.model.config.to_dict()
         names = [name for name in self.export.names if block_of(name) is None and not name.startswith(head)]
+        names = [name for name in names if not self.family.is_beside(name, config)]
         self._assign(self.model, {name: self._tensor(name).to(self.dtype) for name in names})
         seen: dict[int, tuple[Any, Any]] = {}
         first: list[torch.Tensor] = []
@@ -195,5 +195,5 @@ class _Run:
         return found
 
     def _other_parts(self, name: str) -> Failure:
-        what = f"sparsegpt cannot run this {self.model.config.model_type} model a block at a time"
+        what = f"sparsegpt cannot run this {self.family.model_type} model a block at a time"
         return Failure("unsupported", f"prune.method: {what}: {name} is not what its files hold; write wanda")

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from trimtab import families
 from trimtab.base import progress
 from trimtab.catalog.formats import FORMATS
 from trimtab.catalog.numbers import NUMBERS
@@ -26,6 +25,7 @@ from trimtab.components.quantization.methods.packed_layers import Input
 from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint import model_files as checkpoints
 from trimtab.runtime.checkpoint.layer_layout import Quantized, dequantize
+from trimtab.runtime.checkpoint.skeleton import family_of
 from trimtab.runtime.measure import gradients, measurements, observe
 from trimtab.runtime.measure.measurements import Measurements
 
@@ -49,7 +49,7 @@ def measure(
     measured = Measurements(Path(calibration), Path(checkpoint), "calibration")
     layers = observe.linears(model)
     harms = {}
-    family = families.named(model.config.model_type)
+    family = family_of(model)
     groups = [group for group in observe.linear_groups(model) if not all(map(family.keeps, group.layers))]
     for group in progress.track(groups, "sensitivity", "scoring every layer in every format", len(groups)):
         weights = {name: layers[name].weight.detach().float() for name in group.layers}

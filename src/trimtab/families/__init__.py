@@ -18,6 +18,7 @@ from trimtab.families import (
     llama,
     mamba,
     mixtral,
+    multimodal,
     olmo,
     phi,
     plain,
@@ -37,14 +38,16 @@ from trimtab.families.parts import (
     SharedInput,
 )
 from trimtab.families.undescribed import missing
+from trimtab.families.wrapper import TEXT_CONFIG, Wrapper
 
 __all__ = [
     "BY_TYPE", "Attention", "Config", "Experts", "Family", "LatentAttention", "Layer", "Limit", "Logits", "Mlp",
-    "NoAttention", "Recurrent", "SharedInput", "named", "of",
+    "NoAttention", "Recurrent", "SharedInput", "TEXT_CONFIG", "Wrapper", "named", "nested", "of", "text_config",
 ]  # fmt: skip
 
 _FILES = (
     llama, qwen, gemma, phi, glm, olmo, cohere, plain, gpt, mixtral, deepseek, gpt_oss, qwen_hybrid, lfm, mamba,
+    multimodal,
 )  # fmt: skip
 #: Model type -> family.
 BY_TYPE = {family.model_type: family for file in _FILES for family in file.FAMILIES}
@@ -61,9 +64,24 @@ def of(config: Config, where: str = "config.json") -> Family:
     family = BY_TYPE.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise InputError(f"{where}: {_unknown(config)}")
-    if reason := family.refusal(config):
+    if reason := (family.wrapper and family.wrapper.refusal(config)) or family.refusal(text_config(config)):
         raise InputError(f"{where}: {reason}; give another model")
     return family
+
+
+def text_config(config: Config) -> Config:
+    """Returns the settings of the text model in a config.json: all of them, or in a wrapper those of its text model,
+    with what transformers takes where `text_config` is silent."""
+    model_type = config.get("model_type")
+    family = BY_TYPE.get(model_type) if isinstance(model_type, str) else None
+    return family.wrapper.text_config(config) if family and family.wrapper else config
+
+
+def nested(config: Config) -> Config:
+    """Returns a config.json in which a wrapper's text model has its settings in `text_config`; others as they are."""
+    model_type = config.get("model_type")
+    family = BY_TYPE.get(model_type) if isinstance(model_type, str) else None
+    return family.wrapper.nested(config) if family and family.wrapper else config
 
 
 def named(model_type: str) -> Family:

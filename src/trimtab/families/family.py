@@ -27,6 +27,7 @@ from trimtab.families.parts import (
     Shape,
     SharedInput,
 )
+from trimtab.families.wrapper import Wrapper
 
 #: The number of an expert, within the name of a module in its block.
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -91,6 +92,7 @@ class Family:
         heads_divide_hidden: whether its config wants a hidden size that the number of heads divides.
         tensor_parallel, pipeline_parallel: whether the torch engine can split its layers, or its blocks, over ranks.
         no_serve: why `serve` and paged attention cannot run it; "" where they can.
+        wrapper: what stands around the text model, which all else is about, where the checkpoint holds more than that.
     """
 
     model_type: str
@@ -130,6 +132,7 @@ class Family:
     tensor_parallel: bool = False
     pipeline_parallel: bool = True
     no_serve: str = ""
+    wrapper: Wrapper | None = None
 
     @cached_property
     def inputs(self) -> tuple[SharedInput, ...]:
@@ -182,8 +185,14 @@ class Family:
         return (int(number), within) if number.isdecimal() and within else (None, name)
 
     def is_beside(self, name: str, config: Config) -> bool:
-        """Whether a tensor takes no part in the model's next token: one of a block that predicts further ones."""
-        if name.startswith(self.beside):
+        """Whether a tensor takes no part in the text model's next token: one of a block that predicts further ones, or
+        of what a wrapper holds beside its text model.
+
+        Args:
+            config: the text model's.
+        """
+        around = self.wrapper and not name.startswith((f"{self.wrapper.within}.", f"{self.head}."))
+        if around or name.startswith(self.beside):
             return True
         block, _ = self.place(name)
         return block is not None and self.next_token_blocks != "" and block >= config["num_hidden_layers"]
@@ -237,7 +246,7 @@ class Family:
         """Returns the fields of a config that another choice of blocks changes, with their new values.
 
         Args:
-            config: of the whole model.
+            config: of the whole model; in a wrapper, of its text model.
             kept: the numbers of the blocks that stay, ascending.
 
         Raises:
@@ -258,7 +267,7 @@ class Family:
         return changed
 
     def refusal(self, config: Config) -> str:
-        """Returns why a model with this config is none that the family describes, or ""."""
+        """Returns why a model with this config, of a wrapper's text model, is none that is described here, or ""."""
         for limit in self.limits:
             value = config.get(limit.field, limit.default)
             if value not in limit.known:

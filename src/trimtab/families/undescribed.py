@@ -17,10 +17,10 @@ _MISSING = {
     ),
     "has attention over compressed keys and values (MLA)": ("minicpm3", "youtu"),
     "has recurrent layers": (
-        "falcon_h1", "recurrent_gemma", "rwkv", "xlstm", "olmo_hybrid", "qwen3_5", "zamba", "zamba2",
+        "falcon_h1", "recurrent_gemma", "rwkv", "xlstm", "olmo_hybrid", "zamba", "zamba2",
     ),
     "has recurrent layers and mixtures of experts": (
-        "qwen3_5_moe", "jamba", "minimax", "jetmoe", "zaya",
+        "jamba", "minimax", "jetmoe", "zaya",
     ),
     "stores its layers transposed (Conv1D)": ("gpt2", "gpt-sw3", "openai-gpt", "ctrl"),
     "lists which blocks have windows by repetition (attention_types)": ("gpt_neo",),
@@ -48,7 +48,7 @@ def missing(config: Config) -> str:
     """Returns what a model has that no family describes, such as "has recurrent layers"; "" where it is not known."""
     inner = config.get("text_config")
     if isinstance(inner, dict):
-        return f"wraps its text model ('{inner.get('model_type')}', in text_config) with others"
+        return f"wraps its text model (text_config.model_type '{inner.get('model_type')}') with others"
     if found := BY_TYPE.get(str(config.get("model_type"))):
         return found
     return next((what for fields, what in _SIGNS if any(config.get(name) for name in fields)), "")

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimtab.base.errors import InputError
-from trimtab.families import Family
+from trimtab.families import TEXT_CONFIG, Family
 
 #: Decoders whose embeddings are tied where config.json says nothing (transformers 5.14).
 _TIED_BY_DEFAULT = {
     "bloom", "cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "falcon", "falcon_mamba", "gemma",
-    "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neo", "lfm2", "lfm2_moe",
-    "mamba", "minicpm3", "mpt", "opt", "smollm3", "starcoder2", "vaultgemma", "youtu",
+    "gemma2", "gemma3", "gemma3_text", "gemma3n_text", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neo", "lfm2",
+    "lfm2_moe", "mamba", "minicpm3", "mpt", "opt", "smollm3", "starcoder2", "vaultgemma", "youtu",
 }  # fmt: skip
 
 
@@ -76,6 +76,7 @@ def experts_of(path: Path, config: Mapping[str, Any], family: Family) -> tuple[i
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
     """Whether config.json makes the output head the embedding, as transformers reads it: where it does not say, by
-    the model type."""
-    said = config.get("tie_word_embeddings")
+    the model type. What a wrapper does not say its text model may."""
+    inner = config.get(TEXT_CONFIG)
+    said = {**(inner if isinstance(inner, Mapping) else {}), **config}.get("tie_word_embeddings")
     return config.get("model_type") in _TIED_BY_DEFAULT if said is None else bool(said)

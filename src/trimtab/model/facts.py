@@ -38,7 +38,8 @@ class ModelFacts(Document):
 
     `layers` counts transformer blocks; `bytes` are those of all tensors in the house's layout, most of them in `dtype`,
     of which tied embeddings are counted once; `linears` are the layers that quantization may apply to (neither
-    embeddings nor lm_head, nor the routers of experts). `intermediate_size` counts the neurons that a token passes in a
+    embeddings nor lm_head, nor the routers of experts). `beside` of the `parameters` take no part in the next token of
+    a text, such as the tower of a wrapper. `intermediate_size` counts the neurons that a token passes in a
     block. Of a token a block keeps `head_numbers` for each KV head, or `latent_numbers` for all heads together where an
     engine can keep keys and values compressed; a recurrent block keeps `state_bytes` of a sequence, however long. With
     experts, a token is given to `experts_per_token` of `experts` in each block that has them, which have `expert_size`
@@ -66,6 +67,7 @@ class ModelFacts(Document):
     experts: int = 0
     experts_per_token: int = 0
     expert_size: int = 0
+    beside: int = 0
 
     @cached_property
     def linear_parameters(self) -> int:
@@ -94,12 +96,13 @@ class ModelFacts(Document):
 
     @cached_property
     def active_parameters(self) -> int:
-        """The parameters that a token passes: of experts, those that it is given to."""
+        """The parameters that a token of text passes: of experts, those that it is given to."""
+        parameters = self.parameters - self.beside
         if not self.experts:
-            return self.parameters
+            return parameters
         family = families.named(self.model_type)
         all_experts = sum(layer.parameters for layer in self.linears if family.is_expert(layer.name))
-        return self.parameters - all_experts + all_experts * self.experts_per_token // self.experts
+        return parameters - all_experts + all_experts * self.experts_per_token // self.experts
 
 
 def inspect(folder: str | Path) -> ModelFacts:
@@ -160,8 +163,11 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
     path = folder / "config.json"
     family = families.of(config, str(path))
     architecture = (config.get("architectures") or [""])[0]
-    if not architecture.endswith("ForCausalLM"):
-        raise InputError(f"{path}: architecture '{architecture}' is no decoder-only model (…ForCausalLM)")
+    ending = "ForConditionalGeneration" if family.wrapper else "ForCausalLM"
+    if not architecture.endswith(ending):
+        raise InputError(f"{path}: architecture '{architecture}' is no decoder-only model (…{ending})")
+    whole, config = config, families.text_config(config)
+    config = {**config, **family.sizes(config)}
 
     sizes = sizes_of(path, config, family)
     layers = sizes.layers
@@ -177,9 +183,9 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
         where = f"{len(found)} blocks named {family.blocks}.…"
         raise InputError(f"{path}: num_hidden_layers is {layers}, and the weights hold {where}; download it again")
     has_head = f"{family.head}.weight" in tensors
-    if not has_head and config.get("tie_word_embeddings") is False:
+    if not has_head and whole.get("tie_word_embeddings") is False:
         raise InputError(f"{folder}: {family.head}.weight is missing, and config.json says that it is not tied")
-    tied = not has_head or ties_embeddings(config)
+    tied = not has_head or ties_embeddings(whole)
     # A tied head that was saved all the same is the same tensor once more.
     counted = [tensor for tensor in tensors.values() if not (tied and tensor.name == f"{family.head}.weight")]
     if not any(tensor.dtype in _DTYPE_NAMES for tensor in counted):
@@ -191,7 +197,7 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
     experts = _experts(path, family, config, own)
     return ModelFacts(
         architecture=architecture,
-        model_type=str(config.get("model_type", "")),
+        model_type=family.model_type,
         layers=layers,
         hidden_size=sizes.hidden,
         intermediate_size=experts.pop("neurons", 0) or sizes.ffn,
@@ -207,6 +213,7 @@ def facts_of(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -
         linears=_linears(path, family, own),
         head_numbers=family.attention.head_numbers(config, sizes.head_dim),
         latent_numbers=family.attention.latent_numbers(config),
+        beside=sum(math.prod(tensor.shape) for tensor in counted if tensor.name not in own),
         state_bytes=family.recurrent.state(config).bytes if family.recurrent else 0,
         **experts,
     )

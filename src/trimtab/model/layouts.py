@@ -14,6 +14,7 @@ Forms that become it, all as transformers 5.14 loads them:
 | transposed, gate and up in turns, biases | gpt-oss | the same, and `….experts.<e>.gate_proj.bias` |
 | `….block_sparse_moe.input_linear.weight`, `output_linear.weight` | Granite | `….block_sparse_moe.experts.<e>.gate_proj.weight` |
 | `language_model.model.…` | Gemma 3, Mistral 3, LLaVA | `model.language_model.…` |
+| `model.layers.…`, `visual.…` | Qwen2.5-VL | `model.language_model.layers.…`, `model.visual.…` |
 | `h.0.…`, `word_embeddings.…`, `ln_f.…` | BLOOM | `transformer.h.0.…` and so on |
 """  # noqa: E501
 
@@ -50,7 +51,15 @@ _LLAVA = {
     "multi_modal_projector.": "model.multi_modal_projector.",
 }
 _LLAVA_NEXT = {**_LLAVA, "image_newline": "model.image_newline"}
+#: The first that fits counts: names of 5 stay.
+_QWEN_VL = {
+    "model.language_model.": "model.language_model.",
+    "model.visual.": "model.visual.",
+    "model.": "model.language_model.",
+    "visual.": "model.visual.",
+}
 _PREFIXES = {
+    "qwen2_5_vl": _QWEN_VL,
     **dict.fromkeys(("llava", "gemma3", "mistral3", "aya_vision", "paligemma", "internvl", "vipllava"), _LLAVA),
     **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), _LLAVA_NEXT),
     # Published BLOOM is the body alone, saved without the name that it has in a model with a head.

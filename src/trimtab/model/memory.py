@@ -224,13 +224,14 @@ def training(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> TrainingM
     distill, on_gpu = recipe.distill, hardware.compute_capability is not None
     width = 2 if on_gpu else 4
     student = shapes.pruned(facts, recipe.prune)
-    states = (18 if on_gpu else 12) * student.parameters
+    states = (18 if on_gpu else 12) * (student.parameters - student.beside)
     if isinstance(recipe.prune, MovementPruning):
         states += (16 + width) * student.linear_parameters
     if isinstance(recipe.prune, SparsePruning):
         states += (1 + width) * student.linear_parameters
     if distill.quantization_aware:
         states += width * student.linear_parameters
+    teacher = facts.parameters - facts.beside  # what takes no part in a text's next token is not loaded
     tokens = distill.windows_at_once * distill.length
     block = activation_bytes(student, width)
     hidden = width * student.hidden_size
@@ -240,7 +241,7 @@ def training(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> TrainingM
     head = (4 + width) * facts.vocab_size * student.hidden_size
     passing = max(tokens, _HELD_OUT_TOKENS[on_gpu]) * width * (4 * facts.hidden_size + 3 * facts.intermediate_size)
     return TrainingMemory(
-        weights=width * (student.parameters + (0 if distill.stored_logits else facts.parameters)),
+        weights=width * (student.parameters - student.beside + (0 if distill.stored_logits else teacher)),
         states=states,
         activations=tokens * (kept + 4 * hidden),
         loss=_CHUNK_COPIES * _CHUNK_BYTES[on_gpu] + head + passing,

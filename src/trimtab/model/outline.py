@@ -20,13 +20,15 @@ from trimtab.model.configured import Sizes, experts_of, sizes_of, ties_embedding
 from trimtab.model.facts import ModelFacts, facts_of
 from trimtab.model.headers import Tensor
 
-#: Model types whose tensors follow from the config: each of whose blocks is attention, and an MLP or experts.
+#: Model types whose tensors follow from the config: each of whose blocks is attention, and an MLP or experts; no
+#: wrappers, whose towers' do not.
 MODEL_TYPES = tuple(
     name
     for name, family in families.BY_TYPE.items()
     if type(family.attention) in (Attention, LatentAttention)
     and (type(family.mlp) is Mlp or family.experts)
     and family.recurrent is None
+    and not family.wrapper
 )
 
 

@@ -152,7 +152,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: recipe.distill is not None,
             parameters=_training,
             environment=_training_environment,
-            version=5,
+            version=6,
         ),
         _calibrate("recalibrate", _quantize_needs("statistics")),
         Stage(

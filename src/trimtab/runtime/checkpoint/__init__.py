@@ -7,6 +7,7 @@
 | `finite` | whether its numbers are numbers |
 | `config_file` | the one writer of config.json |
 | `skeleton` | a model without weights: transformers' modules under the checkpoint's names |
+| `text_model` | the text model of a wrapper, alone |
 | `experts` | the experts of a block, a linear layer each |
 | `stream` | rewrites a checkpoint a shard at a time |
 | `compressed_tensors` | what vLLM does not read of an export, written anew |

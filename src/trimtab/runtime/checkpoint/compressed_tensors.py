@@ -36,6 +36,7 @@ from trimtab.catalog.backends import BACKENDS
 from trimtab.catalog.formats import STORAGES, Storage
 from trimtab.catalog.kv_caches import KV_CACHES
 from trimtab.families import fusion
+from trimtab.model.configured import ties_embeddings
 from trimtab.model.files import CONFIG, read_json
 from trimtab.runtime.checkpoint import config_file, stream
 from trimtab.runtime.checkpoint.layer_layout import SCALES, Quantized, unpack_int4
@@ -53,7 +54,7 @@ def is_needed(export: Path) -> bool:
     """Whether vLLM reads the export only after `translate`."""
     found = {layout.storage for layout in Export(export).layers.values()}
     in_fp8 = any(storage.numbers == "e4m3" for storage in found)
-    return any(map(_is_int4, found)) or (in_fp8 and bool(_config(export).get("tie_word_embeddings")))
+    return any(map(_is_int4, found)) or (in_fp8 and ties_embeddings(_config(export)))
 
 
 def _is_int4(storage: Storage) -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from trimtab import families
 from trimtab.model.files import CONFIG, read_json
 
 _ROTARY = ("rope_parameters", "rope_scaling", "rope_theta")
@@ -36,9 +37,22 @@ def read(folder: Path) -> PreTrainedConfig:
 
 
 def declared_dtype(folder: Path) -> torch.dtype:
-    """Returns the type in which an engine serves a model, by its config.json; bfloat16 where it does not say."""
+    """Returns the type in which an engine serves a model, by its config.json, or by its text model's settings in a
+    wrapper that does not say; bfloat16 where neither does."""
     config = read_json(Path(folder) / CONFIG)
-    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    said = (part.get(name) for part in (config, families.text_config(config)) for name in ("dtype", "torch_dtype"))
+    return getattr(torch, next(filter(None, said), "bfloat16"))
+
+
+def with_dtype(document: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Returns a config that says another type of the weights, also in the configs inside it that say one."""
+    name = str(dtype).removeprefix("torch.")
+    parts = {
+        field: with_dtype(part, dtype)
+        for field, part in document.items()
+        if field.endswith("_config") and isinstance(part, dict) and (part.get("dtype") or part.get("torch_dtype"))
+    }
+    return {**document, **parts, "dtype": name}
 
 
 def write(folder: Path, document: Mapping[str, Any]) -> None:
@@ -52,9 +66,16 @@ def changed(source: Path, config: PreTrainedConfig) -> dict[str, Any]:
 
     What was not changed stays as it is, also what transformers does not know, or would leave out as its default.
     """
-    before, after = read(source).to_dict(), config.to_dict()
+    return _with_changes(read_json(source / CONFIG), read(source).to_dict(), config.to_dict())
+
+
+def _with_changes(document: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     different = {name: value for name, value in after.items() if name not in before or value != before[name]}
-    return read_json(source / CONFIG) | different
+    for name, value in different.items():
+        parts = (document.get(name), before.get(name), value)
+        if name.endswith("_config") and all(isinstance(part, Mapping) for part in parts):
+            different[name] = _with_changes(*parts)
+    return {**document, **different}
 
 
 def both_spellings(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +108,9 @@ def _before_5(rotary: Mapping[str, Any], document: Mapping[str, Any]) -> dict[st
     by_layer = all(isinstance(value, dict) for value in rotary.values())
     one = (rotary.get("full_attention") or next(iter(rotary.values()))) if by_layer else rotary
     kind = one.get("rope_type") or one.get("type") or "default"
-    scaling = {name: value for name, value in one.items() if name not in _APART} if kind != "default" else None
+    # What is shared among time, height and width is no scaling, and stood among it.
+    is_scaled = kind != "default" or "mrope_section" in one
+    scaling = {name: value for name, value in one.items() if name not in _APART} if is_scaled else None
     if scaling and document.get("model_type") == "phi3":
         scaling = {"type": kind, **{name: one[name] for name in _PHI3 if name in one}}
     found = {"rope_theta": one.get("rope_theta"), "rope_scaling": document.get("rope_scaling") or scaling}

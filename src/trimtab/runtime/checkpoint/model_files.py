@@ -95,14 +95,15 @@ def save(model: PreTrainedModel, folder: Path, source: Path) -> None:
     Not as transformers would write it: it refuses a generation config with a temperature and do_sample false, as many
     models have it, and its versions before 5 do not know the tokenizers of 5 by their names.
     """
-    head = f"{families.named(model.config.model_type).head}.weight"
-    tied = model.config.tie_word_embeddings
+    family = skeleton.family_of(model)
+    head, tied, config = f"{family.head}.weight", model.config.tie_word_embeddings, model.config.to_dict()
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == head)}
+    original = Export(source)  # what stands beside the text model was never loaded
+    tensors |= {name: original.view(name) for name in original.names if family.is_beside(name, config)}
     folder.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(tensors, folder)
     stream.copy_the_rest(source, folder)
-    dtype = str(model.dtype).removeprefix("torch.")
-    config_file.write(folder, read_json(source / CONFIG) | {"dtype": dtype})
+    config_file.write(folder, config_file.with_dtype(read_json(source / CONFIG), model.dtype))
 
 
 def weight_file_bytes(folder: Path) -> int:
@@ -111,10 +112,10 @@ def weight_file_bytes(folder: Path) -> int:
 
 
 def end_tokens(folder: Path) -> list[int]:
-    """Returns the tokens that end an answer: the generation config's, else the model's."""
-    path = Path(folder) / "generation_config.json"
+    """Returns the tokens that end an answer: the generation config's, else the model's, else its text model's."""
+    path, config = Path(folder) / "generation_config.json", read_json(Path(folder) / CONFIG)
     own = read_json(path) if path.is_file() else {}
-    ends = own.get("eos_token_id", read_json(Path(folder) / "config.json").get("eos_token_id"))
+    ends = {**families.text_config(config), **config, **own}.get("eos_token_id")
     return [ends] if isinstance(ends, int) else list(ends or [])
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from trimtab import families
 from trimtab.base.errors import InputError
 from trimtab.families import Family
-from trimtab.runtime.checkpoint import experts
+from trimtab.runtime.checkpoint import experts, text_model
 
 # transformers 5.14 knows no cache for blocks of Nemotron-H that are an MLP; they keep nothing, as its experts do.
 for _kinds in (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING):
@@ -21,6 +21,8 @@ for _kinds in (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_
 
 def skeleton(folder: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """Returns the model with its parameters on the meta device; buffers such as rotary frequencies are real.
+
+    Of a wrapper this is its text model alone.
 
     Raises:
         InputError: no config, an architecture that transformers does not know, or one that no family describes.
@@ -32,6 +34,8 @@ def skeleton(folder: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedMod
         raise _no_model(folder, error) from None
     family = families.of(config.to_dict(), f"{folder}/config.json")
     try:
+        if family.wrapper:
+            config = text_model.config(Path(folder), config, family)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -51,12 +55,22 @@ def as_stored(model: PreTrainedModel, family: Family) -> PreTrainedModel:
 
     Transformers' code still finds its modules under its own names, which are attributes and no more.
     """
+    model.family = family
+    if not hasattr(model, model.base_model_prefix):  # Llama 4's is the name of its place in the wrapper
+        model.base_model_prefix = "model"
+    if family.wrapper:
+        text_model.place(model, family)
     for stored, own in family.aliases:
         for number in range(model.config.num_hidden_layers) if "*" in own else (0,):
             _rename(model, stored.replace("*", str(number)), own.replace("*", str(number)))
     if family.experts:
         experts.separate(model.get_submodule(family.blocks), family.experts)
     return model
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """Returns the family of a model: by whose names its modules go, in a wrapper not those of its own model type."""
+    return getattr(model, "family", None) or families.named(model.config.model_type)
 
 
 def kept_in_float32(model: PreTrainedModel, name: str) -> bool:

@@ -8,11 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trimtab import families
 from trimtab.base.errors import Failure
 from trimtab.runtime.checkpoint.layer_layout import SCALES, Quantized
 from trimtab.runtime.checkpoint.model_files import Export
-from trimtab.runtime.checkpoint.skeleton import kept_in_float32, put, skeleton
+from trimtab.runtime.checkpoint.skeleton import family_of, kept_in_float32, put, skeleton
 from trimtab.runtime.kernels import replacements
 from trimtab.runtime.kv_cache import emulated as cache
 from trimtab.runtime.kv_cache.emulated import ServedKVCache
@@ -47,7 +46,7 @@ def assemble(
     if cut:
         export = shards.ShardedExport(folder, cut)
     used = set()
-    family = families.named(model.config.model_type)
+    family = family_of(model)
     for group in fused.groups(export.layers, family) if fuse else ([name] for name in export.layers):
         used |= _replace(model, export, group, device)
     used |= {name for name in export.names if family.is_beside(name, model.config.to_dict())}

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trimtab import families
 from trimtab.base.errors import Failure
 from trimtab.families import Logits
+from trimtab.runtime.checkpoint.skeleton import family_of
 from trimtab.runtime.linear import cpu_products
 
 #: Rows scored at once, and tokens of the vocabulary in a slice: 16 MB of float32 logits.
@@ -47,7 +47,7 @@ def check(model: PreTrainedModel) -> None:
 
 def behind(model: PreTrainedModel) -> Logits:
     """Returns what becomes of the products of a model's output head."""
-    return families.named(model.config.model_type).logits(model.config.to_dict())
+    return family_of(model).logits(model.config.to_dict())
 
 
 def changed(logits: torch.Tensor, behind: Logits) -> torch.Tensor:

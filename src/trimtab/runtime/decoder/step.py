@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trimtab import families
 from trimtab.base import progress
 from trimtab.families import Logits
+from trimtab.runtime.checkpoint.skeleton import family_of
 from trimtab.runtime.kernels.replacements import FusedRMSNorm
 from trimtab.runtime.kernels.spans import Spans
 from trimtab.runtime.kv_cache import paged_attention
@@ -74,7 +74,7 @@ class DecodingStep:
         products: dict[nn.Module, Multiply] | None = None,
         by_spans: bool = False,
     ):
-        body, self._family = model.base_model, families.named(model.config.model_type)
+        body, self._family = model.base_model, family_of(model)
         self.kernels, self._products, self.by_spans = kernels or Kernels(), products or {}, by_spans
         self.sizes = sizes(model)
         self._embedding, self._norm = model.get_input_embeddings(), model.get_submodule(self._family.last_norm)
@@ -150,7 +150,7 @@ class DecodingStep:
 
 def sizes(model: PreTrainedModel) -> Sizes:
     """Returns the sizes of a model, or of this process's part of one."""
-    family = families.named(model.config.model_type)
+    family = family_of(model)
     block = model.get_submodule(family.blocks)[0]
     attention, mlp = getattr(block, family.attention.module), getattr(block, family.mlp.module)
     query, keys = (getattr(attention, name) for name in (family.attention.query, family.attention.key))
@@ -162,7 +162,7 @@ def sizes(model: PreTrainedModel) -> Sizes:
 def refusal(model: PreTrainedModel, positions: int) -> str:
     """Returns what a model has that a step does not know, or lacks; "" where it knows all, up to so many positions."""
     body, config = model.base_model, model.config
-    family = families.named(config.model_type)
+    family = family_of(model)
     if not family.llama_block:
         return "has blocks of another family than Llama's"
     if family.logits(config.to_dict()) != Logits():

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from trimtab import families
 from trimtab.base import progress
 from trimtab.base.errors import InputError
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime.checkpoint import config_file
 from trimtab.runtime.checkpoint.model_files import load_tokenizer
+from trimtab.runtime.checkpoint.skeleton import family_of
 from trimtab.runtime.decoder import decode, float16_range, gpu_memory, head, step
 from trimtab.runtime.decoder.assemble import assemble
 from trimtab.runtime.decoder.decode import Growing, Recorded
@@ -156,7 +156,7 @@ class TorchEngine:
         # positions in its mask; a recurrence knows no branches at all: there every request gets a row of its own.
         windows = ("sliding_window", "attention_chunk_size")
         windowed = any(getattr(self.model.config, name, None) for name in windows)
-        self._is_recurrent = families.named(self.model.config.model_type).recurrent is not None
+        self._is_recurrent = family_of(self.model).recurrent is not None
         own_rows = windowed or self._is_recurrent or self.model.config._attn_implementation == "eager"
         self._share_contexts = not own_rows
         self._agree = shards.agreement(place, self.device) if place else bool

@@ -7,7 +7,6 @@ OpenAI server none at all.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +14,11 @@ from typing import Any
 
 import torch
 
+from trimtab import families
 from trimtab.base import progress
 from trimtab.base.errors import Failure
 from trimtab.catalog.backends import BACKENDS
+from trimtab.model.files import CONFIG, read_json
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime.decoder import gpu_memory
 from trimtab.runtime.engines import decode_time
@@ -128,7 +129,7 @@ class TrtllmEngine(LibraryEngine):
 
     @cached_property
     def _vocabulary(self) -> int:
-        return json.loads((self.export / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+        return families.text_config(read_json(self.export / CONFIG))["vocab_size"]
 
 
 def open_engine(built: Built, engine: Path, export: Path, kv_cache: str) -> TrtllmEngine:

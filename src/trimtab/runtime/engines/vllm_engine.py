@@ -7,7 +7,6 @@ token's likelihood differs a little from that of the torch engine, whose logits 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,10 @@ from typing import Any
 
 import torch
 
+from trimtab import families
 from trimtab.base import progress
 from trimtab.base.errors import Failure
+from trimtab.model.files import CONFIG, read_json
 from trimtab.model.hardware import GB
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime.checkpoint import compressed_tensors
@@ -49,7 +50,7 @@ class VllmEngine(LibraryEngine):
 
     def __init__(self, export: Path, settings: Settings, checkpoint: Path | None = None):
         super().__init__(export, settings, "vllm")
-        self._config = json.loads((self.export / "config.json").read_text(encoding="utf-8"))
+        self._config = families.text_config(read_json(self.export / CONFIG))
         _check_readable(self.export, checkpoint)
         arguments = self._measured(vllm_args(settings))
         self._longest = arguments["max_model_len"] - 1

@@ -22,12 +22,12 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from trimtab import families
 from trimtab.base.errors import Failure
 from trimtab.catalog.kv_caches import BY_ALGORITHM
 from trimtab.families import Family
 from trimtab.runtime.checkpoint import layer_layout
 from trimtab.runtime.checkpoint.model_files import Export
+from trimtab.runtime.checkpoint.skeleton import family_of
 from trimtab.runtime.kernels.replacements import grouped_attention
 
 #: Which KV cache an export is run with: the one that it asks for, or 16 bits whatever it asks for.
@@ -48,7 +48,7 @@ def apply(model: PreTrainedModel, export: Export) -> None:
     if algorithm not in BY_ALGORITHM:
         known = ", ".join(BY_ALGORITHM)
         raise Failure("unsupported", f"a KV cache in {algorithm} does not run on the torch engine; known: {known}")
-    family = families.named(model.config.model_type)
+    family = family_of(model)
     if why := family.attention.unscaled:
         raise Failure("unsupported", f"a KV cache in {algorithm}: a '{family.model_type}' {why}")
     for number, block in enumerate(model.get_submodule(family.blocks)):

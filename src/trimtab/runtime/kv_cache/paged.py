@@ -18,6 +18,7 @@ from trimtab import families
 from trimtab.base.errors import Failure
 from trimtab.catalog.kv_caches import BY_ALGORITHM
 from trimtab.runtime.checkpoint import layer_layout
+from trimtab.runtime.checkpoint.skeleton import family_of
 from trimtab.runtime.kernels.spans import Spans
 from trimtab.runtime.kv_cache import emulated
 
@@ -148,14 +149,14 @@ def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
     Raises:
         Failure: `unsupported`, a paged KV cache cannot hold what they keep.
     """
-    check(model.config.model_type)
-    family = families.named(model.config.model_type)
+    check(family_of(model).model_type)
+    family = family_of(model)
     return [getattr(block, family.attention.module) for block in model.get_submodule(family.blocks)]
 
 
 def key_features(model: PreTrainedModel, attention: nn.Module) -> int:
     """Returns the numbers of a token's keys in an attention layer."""
-    return getattr(attention, families.named(model.config.model_type).attention.key).out_features
+    return getattr(attention, family_of(model).attention.key).out_features
 
 
 def algorithm_of(model: PreTrainedModel) -> str | None:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from trimtab import families
 from trimtab.base.errors import Failure
+from trimtab.runtime.checkpoint.skeleton import family_of
 from trimtab.runtime.kernels.replacements import capped_attention
 from trimtab.runtime.kernels.spans import Spans
 from trimtab.runtime.kv_cache.paged import PagedKVCache, attention_layers
@@ -99,7 +99,7 @@ def why_no_kernel(model: PreTrainedModel) -> str:
 
     table, lone, count = [3, 1, 0], 32, 33  # 33 tokens read as a chunk, and the last of them again as a lone token
     slots = integers([table[n // 16] * 16 + n % 16 for n in range(count)])
-    named = families.named(model.config.model_type).attention
+    named = family_of(model).attention
     query, key, value = (
         draw(count, getattr(module, name).out_features) for name in (named.query, named.key, named.value)
     )

@@ -11,25 +11,26 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from trimtab import families
 from trimtab.base.errors import Failure
+from trimtab.families import NoAttention
 from trimtab.families.fusion import Group, groups
+from trimtab.runtime.checkpoint.skeleton import family_of
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
     """Returns the transformer blocks, which stand where the model's family says."""
-    return model.get_submodule(families.named(model.config.model_type).blocks)
+    return model.get_submodule(family_of(model).blocks)
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Returns the linear layers inside the blocks by name: embeddings, the output head and routers are left out."""
-    family = families.named(model.config.model_type)
+    family = family_of(model)
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and family.layer(n) is not None}
 
 
 def linear_groups(model: nn.Module) -> list[Group]:
     """Returns the linear layers inside the blocks, in the groups that read the same input."""
-    return groups(linears(model), model.config.model_type)
+    return groups(linears(model), family_of(model).model_type)
 
 
 def batches(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -129,7 +130,7 @@ class Observation:
 
     def run(self, model: nn.Module, windows: torch.Tensor) -> None:
         """Passes windows of tokens, int64 [n, length], through the observed model."""
-        if isinstance(families.named(model.config.model_type).attention, families.NoAttention):
+        if isinstance(family_of(model).attention, NoAttention):
             model(windows, use_cache=False, logits_to_keep=1)
         else:
             model(windows, past_key_values=_WatchedCache(model, self.caches), use_cache=True, logits_to_keep=1)

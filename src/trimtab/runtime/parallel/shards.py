@@ -29,11 +29,11 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
-from trimtab import families
 from trimtab.base.errors import Failure
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime.checkpoint.layer_layout import Layout
 from trimtab.runtime.checkpoint.model_files import Export
+from trimtab.runtime.checkpoint.skeleton import family_of
 from trimtab.runtime.parallel import split, torchrun
 
 _SPLIT = ("colwise", "rowwise")
@@ -122,11 +122,11 @@ def cut(model: PreTrainedModel, place: Place) -> Cut:
 
 def _cut_blocks(model: PreTrainedModel, found: Cut) -> None:
     """Leaves the blocks of this stage, and counts them from 0 for the KV cache, which has no others."""
-    place, prefix = found.place, families.named(model.config.model_type).blocks
+    place, prefix = found.place, family_of(model).blocks
     blocks = model.get_submodule(prefix)
     kinds = set(getattr(model.config, "layer_types", None) or ())
     field = f"engine.pipeline_parallel_size: {place.stages}"
-    if not families.named(model.config.model_type).pipeline_parallel:
+    if not family_of(model).pipeline_parallel:
         raise Failure("unsupported", f"{field}: blocks of {type(model).__name__} hand on more than one tensor; write 1")
     if len(blocks) % place.stages:
         what = f"does not divide {len(blocks)} blocks of {type(model).__name__}"
@@ -150,11 +150,11 @@ def _cut_blocks(model: PreTrainedModel, found: Cut) -> None:
 
 def _cut_layers(model: PreTrainedModel, found: Cut) -> None:
     """Leaves this rank's part of each linear layer."""
-    place, config, prefix = found.place, model.config, model.base_model_prefix
+    place, config, family = found.place, model.config, family_of(model)
+    prefix = family.wrapper.within if family.wrapper else model.base_model_prefix
     plan = {f"{prefix}.{pattern}": style for pattern, style in (config.base_model_tp_plan or {}).items()}
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    family = families.named(config.model_type)
     units = {"attention": heads, "kv": kv_heads}
     for pattern, style in plan.items():
         if style not in _SPLIT + _WHOLE:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from trimtab.base.errors import InputError
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime.checkpoint.model_files import load_tokenizer
-from trimtab.runtime.checkpoint.skeleton import skeleton
+from trimtab.runtime.checkpoint.skeleton import family_of, skeleton
 from trimtab.runtime.decoder import gpu_memory, head
 from trimtab.runtime.decoder.assemble import assemble
 from trimtab.runtime.kv_cache import paged
@@ -98,7 +98,7 @@ class PagedEngine:
         self.folder = Path(folder)
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.device = torch.device(name)
-        paged.check(skeleton(self.folder).config.model_type)  # before minutes of loading
+        paged.check(family_of(skeleton(self.folder)).model_type)  # before minutes of loading
         with gpu_memory.part("weights", self.device):
             self.model = assemble(self.folder, self.device, kv_cache)
         head.check(self.model)
