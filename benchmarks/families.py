@@ -1,6 +1,6 @@
 """What each family of models goes through: every stage on a tiny random model, and real weights in other clothes.
 
-Run: python benchmarks/families.py [--model FOLDER] [--families NAMES] [--quick]
+Run: python benchmarks/families.py [--model FOLDER] [--families NAMES] [--clothes NAMES] [--quick]
 
 Stage by stage, `yes` or what stopped it: plan reads the model; score is how far the logits over 40 tokens are from
 transformers' in float32; measure is calibration with Gram matrices and sensitivity; a format is exported, passes the
@@ -16,7 +16,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,10 @@ from trimtab.runtime.text import token_windows
 FORMATS = ("int8_wo", "fp8", "int4_gptq", "nvfp4")
 STAGES = ("plan", "score", "measure", *FORMATS, "depth", "sparsegpt", "width", "serve")
 QUICK = ("llama", "gemma3_text", "phi3", "mixtral", "deepseek_v3", "gemma3")
+#: Rows of the second table: the Llama itself first.
+ROWS = ("llama", "mixtral", *(name for name in clothes.CLOTHES if name != "mixtral"))
 #: Windows and tokens that the second table calibrates on, and perplexity windows.
-_SAMPLES, _LENGTH, _WINDOWS = 32, 512, 48
+_SAMPLES, _LENGTH, _WINDOWS = 12, 512, 48
 _HELDOUT = ("trimtab.components.validation.suite", "heldout.txt")
 
 
@@ -143,17 +145,20 @@ def stages(names: list[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def dressed(model: Path, quick: bool) -> dict[str, dict[str, float]]:
-    """Prints the second table, and returns it: clothes -> "16 bits" and formats -> perplexity over 16 bits'."""
-    print(f"\n{'clothes':<12}{'16 bits':>10}" + "".join(f"{form:>11}" for form in FORMATS), flush=True)
+def dressed(model: Path, names: Sequence[str], quick: bool) -> dict[str, dict[str, float]]:
+    """Prints the second table, and returns it: clothes -> "16 bits" and formats -> perplexity over 16 bits', and
+    "tokens/s" of decoding 8 sequences in 16 bits and in FP8."""
+    titles = ("16 bits", *FORMATS, "tokens/s", "fp8")
+    print(f"\n{'clothes':<12}" + "".join(f"{title:>11}" for title in titles), flush=True)
     found: dict[str, dict[str, float]] = {}
-    names = ("llama", "mixtral") if quick else ("llama", *clothes.CLOTHES)
     for name in names:
         with tempfile.TemporaryDirectory() as scratch:
             folder = model if name == "llama" else clothes.write(model, Path(scratch) / "source", name)
             found[name] = _ratios(folder, Path(scratch), quick)
         row = found[name]
-        print(f"{name:<12}{row['16 bits']:>10.3f}" + "".join(f"{row[form]:>11.4f}" for form in FORMATS), flush=True)
+        ratios = "".join(f"{row[form]:>11.4f}" for form in FORMATS)
+        speeds = "".join(f"{row[title]:>11.1f}" for title in ("tokens/s", "fp8 tokens/s"))
+        print(f"{name:<12}{row['16 bits']:>11.3f}{ratios}{speeds}", flush=True)
     return found
 
 
@@ -164,14 +169,21 @@ def _ratios(source: Path, scratch: Path, quick: bool) -> dict[str, float]:
     samples = 2 if quick else _SAMPLES
     calibrate(str(source), str(trees[0]), "", {"samples": samples, "length": _LENGTH, "seed": 0, "text": "builtin"})
     grams.measure(str(source), str(trees[0]), str(trees[1]), "", {})
-    found = {"16 bits": _perplexity(source, quick)}
+    found = {"16 bits": _perplexity(source, quick), "tokens/s": _speed(source, quick)}
     for form in FORMATS:
         export = scratch / form
         export.mkdir()
         parameters = {"format": form, "group_size": 64}
         quantize(str(source), str(trees[0]), str(trees[1]), None, str(export), str(scratch / "shards"), parameters)
         found[form] = _perplexity(export, quick) / found["16 bits"]
+        if form == "fp8":
+            found["fp8 tokens/s"] = _speed(export, quick)
     return found
+
+
+def _speed(folder: Path, quick: bool) -> float:
+    engine = TorchEngine(folder, Engine(backend="torch"))
+    return max(engine.decode_speed(8, 64, 8 if quick else 64, 1 if quick else 2))
 
 
 def _perplexity(folder: Path, quick: bool) -> float:
@@ -185,11 +197,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a Llama's folder, for the second table")
     parser.add_argument("--families", nargs="*", choices=families.BY_TYPE, default=list(families.BY_TYPE))
+    parser.add_argument("--clothes", nargs="*", choices=ROWS, default=list(ROWS), help="rows of the second table")
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} alone; of the second table two rows")
     options = parser.parse_args()
     figures: dict[str, Any] = {"stages": stages(list(QUICK) if options.quick else options.families)}
     if options.model:
-        figures["clothes"] = dressed(options.model, options.quick)
+        figures["clothes"] = dressed(options.model, ROWS[:2] if options.quick else options.clothes, options.quick)
     print(json.dumps(figures))
     return 0
 
