@@ -60,8 +60,7 @@ def of(config: Config, where: str = "config.json") -> Family:
         InputError: no family describes its `model_type`, or the family does not describe one of its settings; says
             which, and what is described.
     """
-    model_type = config.get("model_type")
-    family = BY_TYPE.get(model_type) if isinstance(model_type, str) else None
+    family = _described(config)
     if family is None:
         raise InputError(f"{where}: {_unknown(config)}")
     if reason := (family.wrapper and family.wrapper.refusal(config)) or family.refusal(text_config(config)):
@@ -72,16 +71,14 @@ def of(config: Config, where: str = "config.json") -> Family:
 def text_config(config: Config) -> Config:
     """Returns the settings of the text model in a config.json: all of them, or in a wrapper those of its text model,
     with what transformers takes where `text_config` is silent."""
-    model_type = config.get("model_type")
-    family = BY_TYPE.get(model_type) if isinstance(model_type, str) else None
-    return family.wrapper.text_config(config) if family and family.wrapper else config
+    wrapper = _wrapper(config)
+    return wrapper.text_config(config) if wrapper else config
 
 
 def nested(config: Config) -> Config:
     """Returns a config.json in which a wrapper's text model has its settings in `text_config`; others as they are."""
-    model_type = config.get("model_type")
-    family = BY_TYPE.get(model_type) if isinstance(model_type, str) else None
-    return family.wrapper.nested(config) if family and family.wrapper else config
+    wrapper = _wrapper(config)
+    return wrapper.nested(config) if wrapper else config
 
 
 def named(model_type: str) -> Family:
@@ -93,6 +90,16 @@ def named(model_type: str) -> Family:
     if model_type not in BY_TYPE:
         raise InputError(_unknown({"model_type": model_type}))
     return BY_TYPE[model_type]
+
+
+def _described(config: Config) -> Family | None:
+    model_type = config.get("model_type")
+    return BY_TYPE.get(model_type) if isinstance(model_type, str) else None
+
+
+def _wrapper(config: Config) -> Wrapper | None:
+    family = _described(config)
+    return family.wrapper if family else None
 
 
 def _unknown(config: Config) -> str:

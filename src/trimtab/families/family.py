@@ -56,7 +56,7 @@ class Logits(NamedTuple):
 class Family:
     """One kind of decoder, by the names of its checkpoint.
 
-    Whoever runs it finds transformers' modules under these names too (`runtime.decoder.skeleton`).
+    Whoever runs it finds transformers' modules under these names too (`runtime.checkpoint.skeleton`).
 
     Attributes:
         model_type: as config.json says it.

@@ -49,7 +49,8 @@ def assemble(
     family = family_of(model)
     for group in fused.groups(export.layers, family) if fuse else ([name] for name in export.layers):
         used |= _replace(model, export, group, device)
-    used |= {name for name in export.names if family.is_beside(name, model.config.to_dict())}
+    config = model.config.to_dict()
+    used |= {name for name in export.names if family.is_beside(name, config)}
     rest = [n for n in export.names if n not in used and not n.endswith((".k_scale", ".v_scale"))]
     _assign(model, export, rest)
     model.tie_weights()
