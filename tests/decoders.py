@@ -175,10 +175,15 @@ def _apart(name: str, tensor: Any, part: Any, model_type: str) -> dict[str, Any]
 
 def write(folder: Path, model_type: str, **changes: Any) -> Path:
     """Writes such a model in bfloat16, with a tokenizer."""
+    return save(build(model_type, **changes), folder)
+
+
+def save(model: Any, folder: Path) -> Path:
+    """Writes a model in bfloat16 as its checkpoint has it, with a tokenizer."""
     import torch
     from safetensors.torch import save_file
 
-    model = build(model_type, **changes).to(torch.bfloat16)
+    model = model.to(torch.bfloat16)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import decoders
-import tiny
 
 _VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
            "image_size": 28, "patch_size": 14}  # fmt: skip
@@ -69,22 +68,8 @@ def build(model_type: str, seed: int = 0, **changes: Any) -> Any:
     return decoders.perturbed(AutoModelForImageTextToText.from_config(config(model_type, **changes)).eval())
 
 
-def stored(model: Any) -> dict[str, Any]:
-    """Returns the tensors of a wrapper as `fetch` leaves them: each expert's layers apart."""
-    return decoders.stored(model)
-
-
 def write(folder: Path, model_type: str, **changes: Any) -> Path:
     """Writes such a model in bfloat16, with a tokenizer and a file of its image processor."""
-    import torch
-    from safetensors.torch import save_file
-
-    model = build(model_type, **changes).to(torch.bfloat16)
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    save_file({name: tensor.clone() for name, tensor in stored(model).items()}, folder / "model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
-    tiny._tokenizer().save_pretrained(folder)
+    decoders.save(build(model_type, **changes), folder)
     (folder / "preprocessor_config.json").write_text('{"image_processor_type": "SiglipImageProcessor"}')
     return folder

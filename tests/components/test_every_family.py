@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import decoders
+import measured as measured_of
 import pytest
 import torch
 
 from trimtab import families
-from trimtab.components.calibration import grams
-from trimtab.components.calibration.work import calibrate
 from trimtab.components.distillation.objective.loss import distillation_loss
 from trimtab.components.distillation.objective.objective import Objective
 from trimtab.components.pruning.work import prune
 from trimtab.components.quantization import work
-from trimtab.components.quantization.mixed import sensitivity
 from trimtab.components.validation.integrity import gate
 from trimtab.families.fusion import groups
 from trimtab.model.facts import inspect
@@ -27,7 +25,7 @@ from trimtab.runtime.checkpoint.model_files import Export
 #: One of each build: what stands where, which layers are one, what becomes of logits.
 BUILDS = ("granite", "cohere", "cohere2", "gemma2", "vaultgemma", "nanochat", "hyperclovax", "apertus", "ministral3",
           "jais2", "nemotron", "bloom", "mpt", "gpt_bigcode", "gptj", "codegen", "persimmon",
-          "gpt_neox")  # fmt: skip
+          "gpt_neox", "mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4_text")  # fmt: skip
 #: Format -> relative error of a layer at most, as in `test_quantization`; but behind relu² SmoothQuant has neurons that
 #: 128 tokens hardly excite, and gives their weights few steps.
 FORMATS = {"int8_sq": 0.3, "fp8": 0.05, "int4_awq": 0.3, "int4_gptq": 0.3}
@@ -38,14 +36,7 @@ def measured(request, tmp_path_factory) -> tuple[str, Path, dict[str, str]]:
     """A family, its model and all that is measured of it."""
     folder = tmp_path_factory.mktemp(request.param)
     source = decoders.write(folder / "source", request.param)
-    made = {name: str(folder / name) for name in ("calibration", "gram", "sensitivity")}
-    for path in made.values():
-        Path(path).mkdir()
-    calibrate(str(source), made["calibration"], "", {"samples": 16, "length": 64})
-    grams.measure(str(source), made["calibration"], made["gram"], "", {})
-    parameters = {"formats": ["int8_wo", "int4_rtn"], "group_size": 32}
-    sensitivity.measure(str(source), made["calibration"], made["sensitivity"], "", parameters)
-    return request.param, source, made
+    return request.param, source, measured_of.trees(source, folder, samples=16, length=64)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -85,17 +76,18 @@ def test_a_pruned_model_is_a_whole_one(settings, measured, tmp_path) -> None:
     assert torch.isfinite(model(torch.tensor([[3, 4, 5]])).logits).all()
 
 
-def test_the_distillation_loss_is_that_of_transformers_logits(measured) -> None:
+def test_the_distillation_loss_is_that_of_transformers_logits(measured, tmp_path) -> None:
     """And so is its gradient, though both are computed from hidden states, a chunk at a time."""
     model_type, source, _ = measured
-    student, teacher = decoders.build(model_type, seed=1), model_files.load(source, torch.float32)[0]
+    folders = (decoders.write(tmp_path, model_type, seed=1), source)
+    student, teacher = (model_files.load(folder, torch.float32)[0] for folder in folders)
     tokens = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(0))
     settings = Distillation(tokens=1000, length=24, temperature=2.0, label_weight=0.25)
     logits = [model(tokens).logits[:, :-1].flatten(0, 1) for model in (student, teacher)]
     labels = tokens[:, 1:].flatten()
     expected = distillation_loss(logits[0], logits[1].detach(), labels, 2.0, 0.25, settings.loss) / len(labels)
     weight = next(p for name, p in student.named_parameters() if name.endswith(("down_proj.weight", "fc2.weight",
-                  "fc_out.weight", "4h_to_h.weight", "mlp.c_proj.weight")))  # fmt: skip
+                  "fc_out.weight", "4h_to_h.weight", "mlp.c_proj.weight", ".w2.weight")))  # fmt: skip
     found = Objective(student, teacher, settings)(tokens, torch.arange(2))
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
     right, gradient = (torch.autograd.grad(loss, weight)[0] for loss in (expected, found))

@@ -7,16 +7,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import decoders
+import measured as measured_of
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trimtab.components.calibration import grams
-from trimtab.components.calibration.work import calibrate
 from trimtab.components.distillation.objective.objective import Objective
 from trimtab.components.pruning.work import prune
 from trimtab.components.quantization import work
-from trimtab.components.quantization.mixed import sensitivity
 from trimtab.components.validation.integrity import gate
 from trimtab.families import named
 from trimtab.model.facts import inspect
@@ -39,14 +37,7 @@ def measured(request, tmp_path_factory) -> tuple[str, Path, dict[str, str]]:
     if named(request.param).beside:
         path = source / "model.safetensors"
         save_file(load_file(path) | MTP, path, metadata={"format": "pt"})
-    made = {name: str(folder / name) for name in ("calibration", "gram", "sensitivity")}
-    for path in made.values():
-        Path(path).mkdir()
-    calibrate(str(source), made["calibration"], "", {"samples": 4, "length": 32})
-    grams.measure(str(source), made["calibration"], made["gram"], "", {})
-    parameters = {"formats": ["int8_wo", "int4_rtn"], "group_size": 32}
-    sensitivity.measure(str(source), made["calibration"], made["sensitivity"], "", parameters)
-    return request.param, source, made
+    return request.param, source, measured_of.trees(source, folder, samples=4, length=32)
 
 
 def test_what_is_measured_goes_by_block(measured) -> None:

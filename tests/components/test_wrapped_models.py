@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import decoders
+import measured as measured_of
 import pytest
 import torch
 import wrappers
@@ -14,13 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from trimtab import families
-from trimtab.components.calibration import grams
 from trimtab.components.calibration.work import calibrate
 from trimtab.components.distillation.work import distill
 from trimtab.components.fetch import conversion
 from trimtab.components.pruning.work import prune
 from trimtab.components.quantization import work
-from trimtab.components.quantization.mixed import sensitivity
 from trimtab.components.validation.integrity import gate
 from trimtab.model.facts import inspect
 from trimtab.recipe import Engine
@@ -37,14 +36,7 @@ BUILDS = ("gemma3", "qwen2_5_vl", "qwen3_vl_moe", "qwen3_5", "llama4")
 def measured(request, tmp_path_factory) -> tuple[str, Path, dict[str, str]]:
     folder = tmp_path_factory.mktemp(request.param)
     source = wrappers.write(folder / "source", request.param)
-    made = {name: str(folder / name) for name in ("calibration", "gram", "sensitivity")}
-    for path in made.values():
-        Path(path).mkdir()
-    calibrate(str(source), made["calibration"], "", {"samples": 8, "length": 64})
-    grams.measure(str(source), made["calibration"], made["gram"], "", {})
-    parameters = {"formats": ["int8_wo", "int4_rtn"], "group_size": 32}
-    sensitivity.measure(str(source), made["calibration"], made["sensitivity"], "", parameters)
-    return request.param, source, made
+    return request.param, source, measured_of.trees(source, folder, samples=8, length=64)
 
 
 def beside(model_type: str, export: Export) -> list[str]:

@@ -53,7 +53,7 @@ def test_the_text_model_alone_gives_the_logits_of_the_wrapper(
 def test_the_names_are_those_of_the_wrapper(model_type: str, tmp_path: Path) -> None:
     family, folder = families.BY_TYPE[model_type], wrappers.write(tmp_path, model_type)
     model = skeleton.skeleton(folder)
-    facts, stored = inspect(folder), wrappers.stored(wrappers.build(model_type))
+    facts, stored = inspect(folder), decoders.stored(wrappers.build(model_type))
     own = [name for name in stored if not family.is_beside(name, model.config.to_dict())]
     tied = {f"{family.head}.weight"} if facts.tied_embeddings else set()
     assert {*own, *tied} == {name for name, _ in model.named_parameters(remove_duplicate=False)}
