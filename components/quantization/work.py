@@ -18,6 +18,7 @@ from trimtab.components.quantization.methods.packed_layers import Input
 from trimtab.components.quantization.mixed import assignment
 from trimtab.families import fusion
 from trimtab.families.fusion import Group
+from trimtab.model.facts import ModelFacts
 from trimtab.model.facts import inspect as read_facts
 from trimtab.planning import checks
 from trimtab.recipe import Quantization
@@ -27,6 +28,8 @@ from trimtab.runtime.checkpoint.finite import check_finite
 from trimtab.runtime.checkpoint.model_files import Export, weight_file_bytes
 from trimtab.runtime.measure import measurements
 from trimtab.runtime.measure.measurements import Measurements
+from trimtab.runtime.rounding import folding
+from trimtab.runtime.rounding.folding import Folding, Tied, free
 
 
 def quantize(
@@ -68,7 +71,7 @@ def quantize(
     # A calibration of which nothing is read may be the one that pruning read, of the model before.
     read = (("calibration", calibration, settings.needs_statistics), ("gram", gram, settings.needs_grams))
     measured = [Measurements(Path(folder), source, name) for name, folder, needed in read if folder and needed]
-    quantizer = _Quantizer(source, settings, groups, chosen, measured)
+    quantizer = _Quantizer(source, settings, facts, groups, chosen, measured)
     skip = [f"{families.named(facts.model_type).head}.weight"] if facts.tied_embeddings else []
     stream.rewrite(source, folder, Path(scratch) / "shards", skip, quantizer)
     stream.copy_the_rest(source, folder)
@@ -84,13 +87,17 @@ class _Quantizer:
         self,
         source: Path,
         settings: Quantization,
+        facts: ModelFacts,
         groups: Sequence[Group],
         chosen: Mapping[str, str],
         measured: Sequence[Measurements],
     ):
         self.source, self.settings, self.groups = source, settings, groups
-        self.family = families.named(read_facts(source).model_type)
+        self.family = families.named(facts.model_type)
         self.chosen, self.measured = chosen, measured
+        makers = folding.makers(groups, chosen, settings, facts)
+        self.makers = {*makers.values()}
+        self.folding = Folding(makers, facts, settings, self._found)
         self.dtype = stored.plain_dtype(settings.format)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -98,7 +105,8 @@ class _Quantizer:
     def __call__(self, names: Sequence[str], title: str) -> dict[str, torch.Tensor]:
         shard = Export(self.source)  # opened anew: the pages that an open file has read count as memory
         written: dict[str, torch.Tensor] = {}
-        groups = [g for g in self.groups if f"{g.layers[0]}.weight" in names and self.chosen.keys() & {*g.layers}]
+        changed = self.chosen.keys() | self.makers
+        groups = [g for g in self.groups if f"{g.layers[0]}.weight" in names and changed & {*g.layers}]
         for group in progress.track(groups, "quantize", f"quantizing {title}", len(groups)):
             written |= self._group(shard, group)
         for name in names:
@@ -113,46 +121,81 @@ class _Quantizer:
     def _group(self, shard: Export, group: Group) -> dict[str, torch.Tensor]:
         """The export's tensors of layers that share an input, and of the norm before them."""
         layers = [layer for layer in group.layers if layer in self.chosen]
-        form = self.chosen[layers[0]]
-        weights = {n: _finite(shard, f"{n}.weight").to(self.device) for n in group.layers}
-        quantized = {n: weights[n] for n in layers}
-        seen = self._seen(form, group.layers[0])
-        scales = self.family.scales_channels(layers[0])
-        scale = packed_layers.channel_scale(form, quantized, seen, self.settings) if scales else None
-        written: dict[str, torch.Tensor] = {}
-        before = None
-        if scale is not None:
-            before = (1 / scale).to(self.dtype).float()  # as stored; weights make up for what is really there
-            if group.norm:
-                offset = self.family.norm_offset
-                norm = _finite(shard, f"{group.norm}.weight").to(self.device).float() + offset
-                written[f"{group.norm}.weight"] = folded = (norm * before - offset).to(self.dtype)
-                applied = folded.float() + offset
-                before = torch.where(applied == 0, before, applied / norm)
-                if shard.has(f"{group.norm}.bias"):
-                    bias = _finite(shard, f"{group.norm}.bias").to(self.device)
-                    written[f"{group.norm}.bias"] = (bias.float() * before).to(self.dtype)
-            # A layer without a norm before it multiplies its own input, so one that is excluded sees it unscaled.
-            weights = {n: w / before if group.norm or n in layers else w for n, w in weights.items()}
-            seen = seen.scaled(1 / before)
-        elif FORMATS[form].storage.pre_quant_scale and not group.norm:  # TensorRT-LLM asks layers like these for one
-            before = torch.ones(next(iter(weights.values())).shape[1])
-        stored = packed_layers.quantize(form, {n: weights[n] for n in layers}, seen, self.settings)
+        weights, written = {}, {}
         for name in group.layers:
-            if name not in stored:  # excluded, but the norm before it may be scaled all the same
+            weights[name], biases = self._divided(shard, name)
+            written |= biases
+        before = None
+        if layers:
+            form = self.chosen[layers[0]]
+            seen = self._seen(form, group.layers[0])
+            before = self._before(group, form, {n: weights[n] for n in layers}, seen)
+            if before is not None:
+                if group.norm:
+                    folded, before = self._folded(shard, group.norm, before)
+                    written |= folded
+                # A layer without a norm before it multiplies its own input, so one that is excluded sees it unscaled.
+                weights = {n: w / before if group.norm or n in layers else w for n, w in weights.items()}
+                seen = seen.scaled(1 / before)
+            elif FORMATS[form].storage.pre_quant_scale and not group.norm:  # TensorRT-LLM asks such layers for one
+                before = torch.ones(next(iter(weights.values())).shape[1])
+            stored = packed_layers.quantize(form, {n: weights[n] for n in layers}, seen, self.settings)
+        for name in group.layers:
+            if name not in layers:  # excluded, but the norm before it or its rows may be scaled all the same
                 written[f"{name}.weight"] = weights[name].to(self.dtype)
                 continue
             written |= {f"{name}.{part}": tensor for part, tensor in stored[name].tensors.items()}
-            if before is not None and not group.norm:
+            if before is not None and FORMATS[form].storage.pre_quant_scale and not group.norm:
                 written[f"{name}.pre_quant_scale"] = before.to(self.dtype)
         return written
+
+    def _before(
+        self, group: Group, form: str, weights: dict[str, torch.Tensor], seen: Input
+    ) -> torch.Tensor | None:
+        """What the input of the group's quantized layers is multiplied by, float32 [in], as it is stored; or None."""
+        layer = group.layers[0]
+        if (scale := self.folding.columns(layer)) is not None:
+            return 1 / scale
+        if not self.family.scales_channels(layer) or not (group.norm or FORMATS[form].storage.pre_quant_scale):
+            return None
+        scale = packed_layers.channel_scale(form, weights, seen, self.settings)
+        return None if scale is None else (1 / scale).to(self.dtype).float()
+
+    def _found(self, layer: str, tied: Tied = free) -> torch.Tensor:
+        """The channel scale of a layer that goes into the one before, float32 [in]."""
+        form = self.chosen[layer]
+        weight = _finite(Export(self.source), f"{layer}.weight").to(self.device)
+        return packed_layers.channel_scale(form, {layer: weight}, self._seen(form, layer), self.settings, tied)
+
+    def _divided(self, shard: Export, name: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """A layer's weight, and its bias if that changes, with the rows divided by what the next layer multiplies."""
+        weight, rows = _finite(shard, f"{name}.weight").to(self.device), self.folding.rows(name)
+        if rows is None:
+            return weight, {}
+        bias = f"{name}.bias"
+        biases = {bias: (_finite(shard, bias).to(self.device) / rows).to(self.dtype)} if shard.has(bias) else {}
+        return weight / rows[:, None], biases
+
+    def _folded(
+        self, shard: Export, norm: str, before: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The tensors of a norm that multiplies by `before` besides, and by what it then really does."""
+        offset = self.family.norm_offset
+        weight = _finite(shard, f"{norm}.weight").to(self.device).float() + offset
+        written = {f"{norm}.weight": (weight * before - offset).to(self.dtype)}
+        applied = written[f"{norm}.weight"].float() + offset
+        before = torch.where(applied == 0, before, applied / weight)
+        if shard.has(f"{norm}.bias"):
+            bias = _finite(shard, f"{norm}.bias").to(self.device)
+            written[f"{norm}.bias"] = (bias.float() * before).to(self.dtype)
+        return written, before
 
     def _seen(self, form: str, layer: str) -> Input:
         """What was measured of the layer's input, as far as the format looks at it."""
         if not self.measured:
             return Input()
         found = {part: self._measured(f"{layer}.{part}") for part in ("amax", "second_moment")}
-        if FORMATS[form].rounding == "gptq":
+        if self.settings.rounding(form) == "gptq":
             found["gram"] = self._measured(f"{layer}.gram")
         return Input(**{part: tensor.to(self.device) for part, tensor in found.items()})
 

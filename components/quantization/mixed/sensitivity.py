@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 
 from trimtab.base import progress
-from trimtab.catalog.formats import FORMATS
 from trimtab.catalog.numbers import NUMBERS
 from trimtab.components.quantization.methods import packed_layers
 from trimtab.components.quantization.methods.packed_layers import Input
@@ -80,17 +79,6 @@ def _activation_noise(stored: Quantized, seen: Input, scale: torch.Tensor) -> to
     return seen.second_moment * relative_step**2 / 12 / 2
 
 
-def _stand_in(form: str) -> str:
-    """Returns the format whose error is computed in the place of a format's.
-
-    GPTQ's rounding is AWQ's with errors made up for, and what it leaves is not seen by second moments without
-    correlation: what is stored alike and rounded to nearest, with the same scales of channels, stands in.
-    """
-    row = FORMATS[form]
-    alike = (other for other in FORMATS.values() if (other.storage, other.channels) == (row.storage, row.channels))
-    return next((other.name for other in alike if other.rounding == "nearest"), form)
-
-
 @torch.inference_mode()
 def _harms(
     weights: dict[str, torch.Tensor],
@@ -100,8 +88,7 @@ def _harms(
     scales_channels: bool,
 ) -> dict[str, float]:
     found: dict[str, float] = {}
-    for scored in parameters["formats"]:
-        form = _stand_in(scored)
+    for form in parameters["formats"]:  # GPTQ, without a Gram matrix here, rounds to nearest
         settings = Quantization(format=form, group_size=parameters["group_size"])
         scale = packed_layers.channel_scale(form, weights, seen, settings) if scales_channels else None
         scale = torch.ones_like(seen.amax) if scale is None else scale
@@ -112,5 +99,5 @@ def _harms(
             squares = (weight - weights[layer]).square() * seen.second_moment
             squares += weight.square() * _activation_noise(stored, seen, scale)
             harm += 0.5 * float((energy[layer][:, None] * squares).sum())
-        found[scored] = harm
+        found[form] = harm
     return found

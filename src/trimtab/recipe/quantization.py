@@ -25,10 +25,12 @@ def _those(has: Callable[[WeightFormat], bool]) -> tuple[str, ...]:
 CASTS = _those(lambda row: row.is_cast)
 #: Formats in which `group_size` weights of a row share a scale.
 GROUPED_FORMATS = _those(lambda row: any(part.storage.scale == "group" for part in row.parts))
-#: Formats without scales that a search could better: none at all, or blocks' whose numbers are ModelOpt's.
-_UNSEARCHED = _those(lambda row: all(part.storage.scale == "block" for part in row.parts))
-#: Formats whose weights are rounded to nearest with scales of their own: what training can round in each step.
-NEAREST_FORMATS = _those(lambda row: bool(row.storage) and not row.channels and row.rounding == "nearest")
+#: Formats whose weights may be rounded to nearest with scales of their own: what training can round in each step.
+NEAREST_FORMATS = _those(lambda row: row.has_plain_rounding)
+#: Of these, those that are rounded otherwise where nobody asks for it.
+CALIBRATED_FORMATS = _those(
+    lambda row: row.has_plain_rounding and (row.channels != "" or row.rounding != "nearest")
+)
 #: What the format that mixes gives each layer one of.
 MIXED_FORMATS = next(row.mixes for row in FORMATS.values() if row.mixes)
 
@@ -42,6 +44,9 @@ class Quantization(UserDocument):
     """How many weights of one row share a scale, in the INT4 formats."""
     effective_bits: Annotated[float, Field(ge=4, le=8)] | None = None
     """For `mixed` alone, which needs it: mean bits of the weights that are quantized."""
+    method: Literal["nearest"] | None = None
+    """How the numbers of an FP4 format are found: `nearest` takes the nearest ones under scales from the largest
+    weight, as training with them does; by calibration if absent."""
     scale_search: Literal["max", "mse"] | None = None
     """Where scales of weights come from: `max`, the largest weight, or `mse`, a search for the least error at the
     calibrated inputs; the format's own way if absent."""
@@ -63,8 +68,17 @@ class Quantization(UserDocument):
 
     @model_validator(mode="after")
     def _searches_what_is_there(self) -> Quantization:
-        if self.scale_search == "mse" and self.format in _UNSEARCHED:
+        if self.scale_search == "mse" and self.format in CASTS:
             raise ValueError(f"has scale_search 'mse', but format '{self.format}' has no scales to search; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _has_another_method(self) -> Quantization:
+        if self.method and self.format not in CALIBRATED_FORMATS:
+            other = "write format: int4_rtn" if self.row.is_four_bit_weight_only else "remove it"
+            raise ValueError(f"has method 'nearest', which format '{self.format}' has no choice of; {other}")
+        if self.method and self.scale_search == "mse":
+            raise ValueError("has method 'nearest' and scale_search 'mse', which is another; remove one")
         return self
 
     @model_validator(mode="after")
@@ -82,8 +96,8 @@ class Quantization(UserDocument):
     def needs_statistics(self) -> bool:
         """Whether anything is set by what calibration measured of the activations."""
         return (
-            self.row.is_calibrated
-            or self.scale_search == "mse"
+            any(map(self.has_static_inputs, self.layer_formats))
+            or any(self.channels(form) or self.searches_scales(form) for form in self.layer_formats)
             or self.kv_cache != "none"
             or self.needs_sensitivity
         )
@@ -91,7 +105,7 @@ class Quantization(UserDocument):
     @property
     def needs_grams(self) -> bool:
         """Whether GPTQ is part of it, which wants the full second moments."""
-        return any(part.rounding == "gptq" for part in self.row.parts)
+        return any(self.rounding(form) == "gptq" for form in self.layer_formats)
 
     @property
     def needs_sensitivity(self) -> bool:
@@ -103,8 +117,22 @@ class Quantization(UserDocument):
         """The formats that a quantized layer may have; a cast, which quantizes none, names itself."""
         return self.row.mixes or (self.format,)
 
+    def channels(self, format: str) -> str:
+        """Returns what finds the channel scales of layers in one of `layer_formats`, "" for none."""
+        return "" if self.method else FORMATS[format].channels
+
+    def rounding(self, format: str) -> str:
+        """Returns how the numbers of layers in one of `layer_formats` are found."""
+        return self.method or FORMATS[format].rounding
+
     def searches_scales(self, format: str) -> bool:
-        """Whether the weight scales of a format, of which `mixed` has two, are searched."""
-        if self.scale_search:
+        """Whether the weight scales of one of `layer_formats` are searched."""
+        if self.scale_search or self.method:
             return self.scale_search == "mse"
-        return FORMATS[format].channels == "awq"
+        row = FORMATS[format]
+        return row.channels == "awq" or (row.storage is not None and row.storage.scale == "block")
+
+    def has_static_inputs(self, format: str) -> bool:
+        """Whether layers in one of `layer_formats` round their input at a scale that calibration sets."""
+        storage = FORMATS[format].storage
+        return storage is not None and storage.inputs is not None and storage.inputs.scale == "static"

@@ -196,6 +196,15 @@ def unpack_e2m1(packed: torch.Tensor) -> torch.Tensor:
     return _e2m1(packed.device)[nibbles.int()]
 
 
+def pack_e2m1(numbers: torch.Tensor) -> torch.Tensor:
+    """Returns the packed bytes of E2M1 numbers: float32 [out, in], as `round_e2m1` gives them -> uint8 [out, in / 2]."""
+    size = numbers.abs()
+    # From 1 on, the exponent and the first bit behind the point are the code, up to a constant.
+    codes = ((size.view(torch.int32) >> 22) - 252).clamp_(min=0) + (size == 0.5) + 8 * (numbers < 0)
+    low, high = codes.to(torch.uint8).view(len(numbers), -1, 2).unbind(-1)
+    return low | high << 4
+
+
 @cache
 def _e2m1(device: torch.device) -> torch.Tensor:
     """The number of each code; kept, because a CUDA graph cannot record a copy to the GPU."""
@@ -299,11 +308,11 @@ def round_nvfp4(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     """
     blocks = x.unflatten(-1, (-1, _BLOCK))
     block_scale = round_fp8(blocks.abs().amax(-1, keepdim=True) / E2M1_MAX, scale)
-    return _round_e2m1(blocks / block_scale.where(block_scale > 0, 1.0)).mul_(block_scale).flatten(-2)
+    return round_e2m1(blocks / block_scale.where(block_scale > 0, 1.0)).mul_(block_scale).flatten(-2)
 
 
-def _round_e2m1(x: torch.Tensor) -> torch.Tensor:
-    """Rounds to 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives; ties go to the even code."""
+def round_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """Returns float32 x as 0, 0.5, 1, 1.5, 2, 3, 4, 6 or their negatives; ties go to the even code."""
     return _rounded(x.clamp(-E2M1_MAX, E2M1_MAX), 1, 1.0)
 
 
