@@ -32,8 +32,11 @@ class Limits(NamedTuple):
     """The most that a stored layer may differ from its source; gains are given by their distance from 1.
 
     `error` and `channel_error` are relative, of a layer and of an output channel; `channel_gain` is an output
-    channel's, `input_gain` an input channel's, `block_gain` that of weights which share a scale, and `inputs` the
-    mean distance of all input channels, as root of the mean square, each counted by its weights.
+    channel's, `block_gain` that of weights which share a scale. Each of these holds where all weights count alike, or
+    where they count by the second moments of their inputs, as far as these were measured: a layer may meet it in either
+    way; of a block that matters less than others of its output channel the latter sees a smaller change. `input_gain`
+    is an input channel's, and `inputs` the mean distance of all input channels, as root of the mean square, each
+    counted by its weights.
     """
 
     error: float

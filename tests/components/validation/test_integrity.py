@@ -19,6 +19,7 @@ from trimtab.catalog.formats import FORMATS
 from trimtab.components.validation.evaluation.generation import is_degenerate
 from trimtab.components.validation.integrity import reload
 from trimtab.components.validation.integrity.gate import inspect
+from trimtab.recipe import Quantization
 
 #: Format -> what else its recipe asks for.
 SETTINGS = dict.fromkeys(FORMATS, {}) | {
@@ -33,17 +34,20 @@ LAYER = "model.layers.1.mlp.down_proj"
 Tensors = dict[str, torch.Tensor]
 
 
-def check(export: Path, model: Path, folder: Path, name: str, **settings) -> dict[str, Any]:
+def check(
+    export: Path, model: Path, folder: Path, name: str, calibration: Path | None = None, **settings
+) -> dict[str, Any]:
     output = folder / "output"
     output.mkdir()
     parameters = {"format": name, "group_size": 32, **settings}
-    return inspect(str(export), str(model), str(output), "", parameters)
+    weighed = str(calibration) if calibration and Quantization.model_validate(parameters).needs_statistics else None
+    return inspect(str(export), str(model), str(output), "", parameters, weighed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
-def test_clean(name, export, model, tmp_path):
-    metrics = check(export(name, **SETTINGS[name]), model, tmp_path, name, **SETTINGS[name])
+def test_clean(name, export, model, calibration, tmp_path):
+    metrics = check(export(name, **SETTINGS[name]), model, tmp_path, name, calibration, **SETTINGS[name])
     layers = json.loads((tmp_path / "output" / "layers.json").read_text())
     reloaded = json.loads((tmp_path / "output" / "reload.json").read_text())
     assert reloaded["skipped"] is None and len(reloaded["outputs"]) == 4 and metrics["reload_skipped"] == ""
@@ -202,8 +206,39 @@ SEEDED = [
 
 
 @pytest.mark.parametrize(("name", "fault"), SEEDED, ids=[f"{name}-{fault.__name__}" for name, fault in SEEDED])
-def test_seeded_faults(name, fault, damaged, model, tmp_path):
-    damage_of(re.escape(LAYER), damaged(name, fault), model, tmp_path, name)
+def test_seeded_faults(name, fault, damaged, model, calibration, tmp_path):
+    damage_of(re.escape(LAYER), damaged(name, fault), model, tmp_path, name, calibration=calibration)
+
+
+def a_group_of_one_channel_zeroed(tensors: Tensors) -> None:
+    """The second of 32 inputs, of output channel 4, which the low nibbles of a row of bytes hold."""
+    tensors[f"{LAYER}.weight"][2, 32:64] &= 0xF0
+
+
+def test_a_group_that_matters_little_may_move_and_one_that_matters_may_not(damaged, model, calibration, tmp_path):
+    """GPTQ lets weights of inputs that matter little make up for the errors of others. At 8 billion parameters the gate
+    called such an export damaged: "group 15 of output channel 345 has -0.07 times its source's weights"."""
+    moved = damaged("int4_gptq", a_group_of_one_channel_zeroed)
+    zero = re.escape(f"{LAYER}: group 1 of output channel 4 has 0.00 times its source's weights")
+    (tmp_path / "matters").mkdir()
+    damage_of(zero, moved, model, tmp_path / "matters", "int4_gptq", calibration=calibration)
+    quiet = shutil.copytree(calibration, tmp_path / "quiet")
+    statistics = load_file(quiet / "statistics.safetensors")
+    statistics[f"{LAYER}.second_moment"][32:64] *= 1e-4
+    save_file(statistics, quiet / "statistics.safetensors")
+    check(moved, model, tmp_path, "int4_gptq", quiet)
+    layers = json.loads((tmp_path / "output" / "layers.json").read_text())
+    assert all(0 < layer["weighted_error"] < 0.3 for layer in layers)
+    (tmp_path / "plain").mkdir()
+    damage_of(zero, moved, model, tmp_path / "plain", "int4_gptq")
+
+
+def test_a_norm_that_makes_a_channel_zero(damaged, model, tmp_path):
+    def silence(tensors: Tensors) -> None:
+        tensors[NORM][7] = 0
+
+    reason = f"{re.escape(NORM)}: multiplies channel 7 by 0, its source does not"
+    damage_of(reason, damaged("int4_awq", silence), model, tmp_path, "int4_awq")
 
 
 def test_scales_of_two_layers_swapped(damaged, model, tmp_path):
