@@ -18,6 +18,7 @@ from trimtab.components.quantization.methods.packed_layers import Input
 from trimtab.components.quantization.mixed import assignment
 from trimtab.families import fusion
 from trimtab.families.fusion import Group
+from trimtab.model import linear_layers
 from trimtab.model.facts import ModelFacts
 from trimtab.model.facts import inspect as read_facts
 from trimtab.planning import checks
@@ -53,7 +54,7 @@ def quantize(
         parameters: the recipe's `quantize`.
 
     Returns:
-        bytes (of all safetensors), effective_bits (mean over the quantized weights, without scales).
+        bytes (of all safetensors), effective_bits (mean over the weights that may be quantized, without scales).
 
     Raises:
         InputError: measurements of another model, or weights that are not finite.
@@ -77,7 +78,9 @@ def quantize(
     stream.copy_the_rest(source, folder)
     layouts = {layer: stored.layout_of(form, settings) for layer, form in chosen.items()}
     configuration.write(folder, facts, layouts, settings.kv_cache, quantizer.dtype)
-    return {"bytes": weight_file_bytes(folder), "effective_bits": stored.mean_bits(facts, layouts)}
+    budgeted = linear_layers.quantized_layers(facts, settings) if settings.row.keeps_plain else ()
+    bits = stored.mean_bits(facts, layouts, {layer.name for layer in budgeted})
+    return {"bytes": weight_file_bytes(folder), "effective_bits": bits}
 
 
 class _Quantizer:

@@ -140,6 +140,7 @@ class WeightFormat:
         storage: how its layers are stored; None where they are not quantized, or are stored in several ways.
         dtype: of everything that is not quantized.
         mixes: the formats of which it gives each layer one, the fewest bits first.
+        keeps_plain: whether a mix may leave layers in 16 bits, too.
         channels: what finds the scale for the channels of a layer's input, which moves difficulty from the weights
             into the input or back: "" for none. Where the storage has no `pre_quant_scale`, layers have one whose norm
             or layer before can take it.
@@ -154,6 +155,7 @@ class WeightFormat:
     storage: Storage | None = None
     dtype: str = "bfloat16"
     mixes: tuple[str, ...] = ()
+    keeps_plain: bool = False
     channels: Literal["", "awq", "smoothquant", "smooth"] = ""
     rounding: Literal["nearest", "gptq"] = "nearest"
     served: Mapping[str, Range] = field(default_factory=dict)
@@ -312,6 +314,18 @@ FORMATS = {
         WeightFormat(
             "mixed", mixes=("int4_gptq", "int8_wo"), served={"torch": ANY}, cpu=_TORCH,
             expect=f"INT4 where the model bears it, INT8 elsewhere: perplexity ratio 1.09 at 5.5 bits {_SMOL}",
+        ),
+        # FP8 loses as much by rounding activations as NVFP4 weights alone do (30.4 of 29.5 in SmolLM2's perplexity), so
+        # it stands here for its speed, and BF16 is what saves quality.
+        WeightFormat(
+            "mixed_gpu", mixes=("nvfp4_wo", "int4_gptq", "fp8"), keeps_plain=True,
+            served={"trtllm": ((9, 0), (10, 3)), "vllm": _FROM_ADA},
+            expect="four bits where the model bears them, FP8 or BF16 elsewhere (SmolLM2-135M; "
+            "`benchmarks/quality.py`)",
+        ),
+        WeightFormat(
+            "mixed_fp4", mixes=("nvfp4", "nvfp4_wo", "fp8"), keeps_plain=True, served={"trtllm": ((10, 0), (10, 3))},
+            expect="FP4 activations where the model bears them, for the time that `max_time` allows",
         ),
     )
 }  # fmt: skip

@@ -67,6 +67,11 @@ class Kit:
         """See `placement.place`."""
         return placement.place(recipe, self.goal.name, self.facts, self.hardware, self.workload)
 
+    @property
+    def mix(self) -> str:
+        """The mixed precision that is served there, or the name of one where none is."""
+        return next((form for form in ("mixed", "mixed_gpu") if form in self.formats), "mixed")
+
     @cached_property
     def unchanged(self) -> Recipe | None:
         """The model unchanged, with its engine; None where the target does not hold it."""

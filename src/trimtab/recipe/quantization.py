@@ -31,19 +31,25 @@ NEAREST_FORMATS = _those(lambda row: row.has_plain_rounding)
 CALIBRATED_FORMATS = _those(
     lambda row: row.has_plain_rounding and (row.channels != "" or row.rounding != "nearest")
 )
-#: What the format that mixes gives each layer one of.
-MIXED_FORMATS = next(row.mixes for row in FORMATS.values() if row.mixes)
+#: What the format that mixes on a CPU gives each layer one of.
+MIXED_FORMATS = FORMATS["mixed"].mixes
 
 
 class Quantization(UserDocument):
     """The precision of weights, activations and KV cache."""
 
     format: Format
-    """The format of weights and activations; `mixed` gives each layer one of two by what the layer can bear."""
+    """The format of weights and activations; `mixed` and its like give each layer one of several by what it can bear:
+    `mixed` INT4 or INT8, `mixed_gpu` four bits, FP8 or 16, `mixed_fp4` the same with FP4 activations."""
     group_size: Literal[32, 64, 128] = 64
     """How many weights of one row share a scale, in the INT4 formats."""
     effective_bits: Annotated[float, Field(ge=4, le=8)] | None = None
-    """For `mixed` alone, which needs it: mean bits of the weights that are quantized."""
+    """For formats that mix alone, which need it: mean bits of the weights, without their scales."""
+    max_time: Annotated[float, Field(gt=0, le=1)] | None = None
+    """For formats that mix: the most time that their layers may take, as a share of what they take in 16 bits, by
+    `trimtab.catalog.layer_times`; time is no object if absent."""
+    step_tokens: Annotated[int, Field(ge=1)] = 1
+    """With `max_time`: the tokens of a step whose time is meant, 1 for decoding one sequence."""
     method: Literal["nearest"] | None = None
     """How the numbers of an FP4 format are found: `nearest` takes the nearest ones under scales from the largest
     weight, as training with them does; by calibration if absent."""
@@ -64,6 +70,13 @@ class Quantization(UserDocument):
             raise ValueError(f"has format '{self.format}' and no effective_bits; write effective_bits: 4 to 8")
         if not self.row.mixes and self.effective_bits is not None:
             raise ValueError("has effective_bits, which only format 'mixed' has; remove it, or write format: mixed")
+        if self.max_time and not self.row.mixes:
+            raise ValueError("has max_time, which only formats that mix have; remove it, or write format: mixed_gpu")
+        if self.exclude_sensitive and self.row.keeps_plain:
+            raise ValueError(
+                f"has exclude_sensitive, but format '{self.format}' chooses itself what stays in 16 bits; remove it, "
+                "or write more effective_bits"
+            )
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,8 @@
 export holds.
 
 INT8 and FP8 numbers are packed by ModelOpt's own functions; those of four bits here, since its packer of INT4 takes ten
-times as long as it needs, and those of FP4 find the scales themselves. Matrices are gone through in slices of whole rows, so that there is no float32 copy of one.
+times as long as it needs, and those of FP4 find the scales themselves. Matrices are gone through in slices of whole
+rows, so that there is no float32 copy of one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import replace
 
 import torch
 from modelopt.torch.export.quant_utils import to_quantized_weight
+
 from trimtab.catalog.formats import FORMATS
 from trimtab.catalog.numbers import NUMBERS
 from trimtab.recipe import Quantization

@@ -180,6 +180,6 @@ def _errors(
 def _pair_errors(
     blocks: torch.Tensor, scale: torch.Tensor, numbers: Numbers, moments: torch.Tensor
 ) -> torch.Tensor:
-    """The error of each block's output, [rows, blocks], by the second moments of pairs of its inputs, [blocks, n, n]."""
+    """The error of each block's output, [rows, blocks], by the moments of pairs of its inputs, [blocks, n, n]."""
     errors_BRN = numbers.round(blocks / scale).mul_(scale).sub_(blocks).transpose(0, 1)
     return torch.bmm(errors_BRN, moments).mul_(errors_BRN).sum(-1).t()
