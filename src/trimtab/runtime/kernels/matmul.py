@@ -73,8 +73,9 @@ class Matmul:
         _multiply[rows // tile.outputs, tile.parts](
             x_RI.contiguous(), self._weight, self._scale, y_RO, sums, self._ended, count, rows, stored,
             BITS=self._bits, FLOATS=self._floats, SCALED=grouped, GROUP=self._group_size or 1, ROWS=padded,
-            OUT=tile.outputs, IN=tile.inputs, PARTS=tile.parts, SUMS=tl.int32 if x_RI.dtype == torch.int8 else tl.float32, EXACT=exact,
-            num_warps=tile.warps, num_stages=tile.stages,
+            OUT=tile.outputs, IN=tile.inputs, PARTS=tile.parts,
+            SUMS=tl.int32 if x_RI.dtype == torch.int8 else tl.float32, EXACT=exact, num_warps=tile.warps,
+            num_stages=tile.stages,
         )  # fmt: skip
         return y_RO
 

@@ -119,13 +119,17 @@ def _kept(model: nn.Module, every: int) -> Iterator[tuple[Kept, Kept]]:
     def some(rows: torch.Tensor) -> torch.Tensor:
         return rows.detach().flatten(0, -2)[every // 2 :: every].clone()
 
-    def watch(name: str, given: torch.Tensor, output: torch.Tensor) -> None:
+    def look(name: str, given: torch.Tensor) -> None:
         if name in inputs:
             inputs[name].append(some(given))
+
+    def watch(name: str, output: torch.Tensor) -> None:
         output.register_hook(lambda gradient: gradients[name].append(some(gradient)))
 
-    hooks = ((layer, lambda _, args, out, n=name: watch(n, args[0], out)) for name, layer in layers.items())
-    handles = [layer.register_forward_hook(hook) for layer, hook in hooks]
+    handles = []
+    for name, layer in layers.items():  # inputs before another hook rounds them
+        handles.append(layer.register_forward_pre_hook(lambda _, args, n=name: look(n, args[0]), prepend=True))
+        handles.append(layer.register_forward_hook(lambda _, args, out, n=name: watch(n, out)))
     try:
         yield inputs, gradients
     finally:
