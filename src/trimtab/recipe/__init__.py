@@ -165,7 +165,8 @@ class Recipe(UserDocument):
         if self.quantize:
             bits = self.quantize.effective_bits
             plain = ", to nearest" if self.quantize.method and not self.distill else ""
-            steps.append(self.quantize.format + (f" {bits:g} bits" if bits else "") + plain)
+            timed = f", {self.quantize.max_time:g} of the time" if self.quantize.max_time else ""
+            steps.append(self.quantize.format + (f" {bits:g} bits" if bits else "") + timed + plain)
             if self.quantize.kv_cache != "none":
                 steps.append(f"{self.quantize.kv_cache} KV")
         return steps

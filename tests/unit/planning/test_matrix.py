@@ -235,7 +235,8 @@ LADDERS = [
     ]),
     ("higher_throughput", LLAMA_8B, "h100", ["fp8 + fp8 KV", "fp8", "fp8, down_proj in 16 bits"]),
     ("higher_throughput", LLAMA_8B, "b200", [
-        "fp8 + fp8 KV", "fp8", "nvfp4 + fp8 KV", "nvfp4", students("fp8 + fp8 KV")[0], "fp8, down_proj in 16 bits",
+        "fp8 + fp8 KV", "fp8", "nvfp4 + fp8 KV", "nvfp4", "mixed_fp4 6 bits, 0.4 of the time + fp8 KV",
+        students("fp8 + fp8 KV")[0], "fp8, down_proj in 16 bits",
     ]),
     ("higher_throughput", LLAMA_8B, "a100-80", ["bf16 + fp8 KV"]),
     ("higher_throughput", LLAMA_3B, "a100-80", ["bf16 + fp8 KV", *students("bf16 + fp8 KV", "33", "14")]),
@@ -246,7 +247,8 @@ LADDERS = [
     ("long_context", LLAMA_70B, "h100", ["int4_awq + fp8 KV", "fp8 + fp8 KV", "fp8", "bf16 + fp8 KV"]),
     ("lower_cost", LLAMA_8B, "h100", ["fp8 + fp8 KV", "fp8", "fp8, down_proj in 16 bits"]),
     ("lower_cost", LLAMA_8B, "b200", [
-        "fp8 + fp8 KV", "fp8", "nvfp4 + fp8 KV", "nvfp4", students("fp8 + fp8 KV")[0], "fp8, down_proj in 16 bits",
+        "fp8 + fp8 KV", "fp8", "nvfp4 + fp8 KV", "nvfp4", "mixed_fp4 6 bits, 0.4 of the time + fp8 KV",
+        students("fp8 + fp8 KV")[0], "fp8, down_proj in 16 bits",
     ]),
     ("lower_cost", LLAMA_8B, "a100-80", ["int4_awq", "int4_awq, down_proj in 16 bits"]),
     ("lower_cost", LLAMA_3B, "a100-80", [
