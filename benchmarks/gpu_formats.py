@@ -158,7 +158,7 @@ def calibrate(folder: Path, trees: Path, model: dict[str, Any], small: bool, qui
 def bare_pass(model: torch.nn.Module, tokens: torch.Tensor) -> None:
     from trimtab.runtime.measure import observe
 
-    for windows in observe.batches(model, tokens):
+    for windows in observe.batches(model.device, tokens):
         model(windows, use_cache=False, logits_to_keep=1)
 
 
