@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from trimtab.base.errors import Failure
 from trimtab.families.fusion import Group, groups
 from trimtab.runtime.checkpoint import experts
 from trimtab.runtime.measure import observe
@@ -75,6 +76,9 @@ class Block:
         """Yields what a linear layer reads of each batch, and what it reads in the dense stream, if there is one.
 
         A block runs no further than to that layer. It must be one that every token is given to.
+
+        Raises:
+            Failure: `unsupported`, the block multiplies by its weight without calling it.
         """
         for number in range(len(self._runner.batches)):
             found = self._input(self.module, layer, self.hidden(number))
@@ -121,4 +125,6 @@ class Block:
             pass
         finally:
             handle.remove()
+        if not found:
+            raise Failure("unsupported", f"{layer} is not called by its block, so its input is not seen; exclude it")
         return found[0]

@@ -29,7 +29,8 @@ def chunks(block: Block, layers: Sequence[str]) -> Iterator[list[str]]:
             chunk, held = [], 0
         chunk.append(name)
         held += size
-    yield chunk
+    if chunk:
+        yield chunk
 
 
 def measure(
