@@ -149,6 +149,7 @@ class BlockCalls:
     def _fresh(self, value: Any) -> Any:
         return self.new_cache() if isinstance(value, Cache) else value
 
+
 def _is_same(one: Any, other: torch.Tensor) -> bool:
     return isinstance(one, torch.Tensor) and (one.data_ptr(), one.shape) == (other.data_ptr(), other.shape)
 
