@@ -29,7 +29,6 @@ from measuring import Measuring, blimp, columns, paired, short
 from modelopt.torch.export import export_hf_checkpoint
 from safetensors.torch import load_file
 
-from trimtab.components.calibration import grams
 from trimtab.components.calibration.work import calibrate
 from trimtab.components.quantization.mixed import sensitivity
 from trimtab.components.quantization.work import quantize
@@ -48,6 +47,8 @@ FORMATS = {
     "int4_rtn": ({}, "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"),
     "int4_awq": ({}, "INT4_AWQ_CFG"),
     "int4_gptq": ({}, "INT4_AWQ_CFG"),
+    "int4_gptq, symmetric": ({"format": "int4_gptq", "asymmetry": 0.0}, "INT4_AWQ_CFG"),
+    "int4_gptq, at once": ({"format": "int4_gptq", "sequential": False}, "INT4_AWQ_CFG"),
     "mixed, 5.0 bits": ({"format": "mixed", "effective_bits": 5.0}, "INT4_AWQ_CFG"),
     "mixed_gpu, 5.0 bits": ({**_MIX, "effective_bits": 5.0}, None),
     "mixed_gpu, 5.5 bits": ({**_MIX, "effective_bits": 5.5}, None),
@@ -105,21 +106,19 @@ class _Benchmark:
         return {"dense": short(dense), "formats": {n: self._summary(n, row) for n, row in rows.items()}}
 
     def trees(self, seed: int) -> list[Path]:
-        """The measurements of one seed: statistics, Gram matrices, sensitivity."""
-        return [self.folder / f"{what}-{seed}" for what in ("calibration", "gram", "sensitivity")]
+        """The measurements of one seed: statistics and sensitivity."""
+        return [self.folder / f"{what}-{seed}" for what in ("calibration", "sensitivity")]
 
     def calibrate(self, seed: int) -> None:
         """Measures what the formats need."""
         wanted, folders = [_settings(name) for name in self.options.rows], self.trees(seed)
         for folder in folders:
             folder.mkdir()
-        model, (first, second, third) = str(self.options.model), map(str, folders)
+        model, (first, second) = str(self.options.model), map(str, folders)
         calibrate(model, first, "", self.measuring.calibration(seed))
-        if any(settings.needs_grams for settings in wanted):
-            grams.measure(model, first, second, "", {})
         forms = dict.fromkeys(f for s in wanted if s.needs_sensitivity for f in s.layer_formats)
         if forms:
-            sensitivity.measure(model, first, third, "", {"formats": list(forms), "group_size": GROUP})
+            sensitivity.measure(model, first, second, "", {"formats": list(forms), "group_size": GROUP})
 
     def row(self, by: str, name: str, seed: int | str) -> dict[str, Any]:
         """Makes and scores one export: `ours` by a row's name, `plain` by ModelOpt's preset, or the `dense` model."""
@@ -138,11 +137,10 @@ class _Benchmark:
     def _ours(self, name: str, trees: list[Path]) -> Path:
         settings = _settings(name)
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        calibration, gram, harm = map(str, trees)
+        calibration, harm = map(str, trees)
         quantize(
             str(self.options.model),
             calibration if settings.needs_statistics else None,
-            gram if settings.needs_grams else None,
             harm if settings.needs_sensitivity else None,
             str(folder),
             str(folder / "scratch"),

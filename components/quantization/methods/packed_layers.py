@@ -18,7 +18,6 @@ from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint.layer_layout import E4M3_MAX, ROUNDED, Quantized, layout_of
 from trimtab.runtime.rounding import quantizers, scales
 from trimtab.runtime.rounding.folding import Tied, free
-from trimtab.runtime.rounding.scales import Numbers
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,7 @@ def quantize(
     """
     importance = seen.second_moment if settings.searches_scales(format) else None
     if settings.rounding(format) == "gptq" and seen.gram is not None:
-        numbers = quantizers.numbers_of(format, weights.values())
-        made = {name: _gptq(format, weight, seen, settings, importance, numbers) for name, weight in weights.items()}
+        made = _gptq(format, weights, seen, settings, importance)
     else:
         made = quantizers.round_weights(format, weights, settings, importance)
     return {name: _with_input_scale(layer, seen) for name, layer in made.items()}
@@ -89,18 +87,22 @@ def quantize(
 
 def _gptq(
     format: str,
-    weight: torch.Tensor,
+    weights: Mapping[str, torch.Tensor],
     seen: Input,
     settings: Quantization,
     importance: torch.Tensor | None,
-    numbers: Numbers,
-) -> Quantized:
-    """Takes a float32 copy of the matrix."""
-    scale = quantizers.row_scales(format, weight, settings, importance, numbers)
-    each = scale.reshape(len(weight), -1)
-    each = each.repeat_interleave(weight.shape[1] // each.shape[1], dim=1)
-    weight = gptq.round_weights(weight.float(), seen.gram, each, numbers)
-    return quantizers.pack(format, weight, scale, settings, numbers)
+) -> dict[str, Quantized]:
+    """Rounds layers that share an input as one matrix, of which it takes float32 copies: the Hessian is factored once.
+    """
+    numbers = quantizers.numbers_of(format, weights.values())
+    found = {n: quantizers.row_scales(format, w, settings, importance, numbers) for n, w in weights.items()}
+    each = torch.cat([scale.reshape(len(weights[name]), -1) for name, scale in found.items()])
+    together = torch.cat([weight.float() for weight in weights.values()])
+    each = each.repeat_interleave(together.shape[1] // each.shape[1], dim=1)
+    damping = gptq.DAMPING if settings.damping is None else settings.damping
+    rounded = gptq.round_weights(together, seen.gram, each, numbers, damping)
+    parts = zip(weights, rounded.split([len(weight) for weight in weights.values()]), strict=True)
+    return {name: quantizers.pack(format, part, found[name], settings, numbers) for name, part in parts}
 
 
 def _rounded_in_blocks(numbers: str) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -19,16 +19,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from trimtab import families
 from trimtab.base import progress
 from trimtab.catalog.numbers import NUMBERS
 from trimtab.components.quantization.methods import packed_layers
 from trimtab.components.quantization.methods.packed_layers import Input
+from trimtab.families import fusion
+from trimtab.model.facts import inspect as read_facts
 from trimtab.recipe import Quantization
-from trimtab.runtime.checkpoint import model_files as checkpoints
 from trimtab.runtime.checkpoint.layer_layout import ROUNDED, Quantized, dequantize
-from trimtab.runtime.checkpoint.skeleton import family_of
+from trimtab.runtime.checkpoint.model_files import Export
 from trimtab.runtime.linear.packed import token_scales
-from trimtab.runtime.measure import gradients, measurements, observe
+from trimtab.runtime.measure import gradients, measurements
 from trimtab.runtime.measure.gradients import Sample
 from trimtab.runtime.measure.measurements import Measurements
 
@@ -50,17 +52,17 @@ def measure(
     Returns:
         groups.
     """
-    model, _ = checkpoints.load_for_measuring(Path(checkpoint))
-    tokens = load_file(Path(calibration) / "tokens.safetensors")["tokens"].long().to(model.device)
-    kept = gradients.samples(model, gradients.enough(tokens), "sensitivity")
+    tokens = load_file(Path(calibration) / "tokens.safetensors")["tokens"].long()
+    kept = gradients.samples(Path(checkpoint), gradients.enough(tokens), "sensitivity")
     measured = Measurements(Path(calibration), Path(checkpoint), "calibration")
-    layers = observe.linears(model)
-    harms = {}
-    family = family_of(model)
-    groups = [group for group in observe.linear_groups(model) if not all(map(family.keeps, group.layers))]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    export, facts = Export(Path(checkpoint)), read_facts(Path(checkpoint))
+    family, harms = families.named(facts.model_type), {}
+    groups = fusion.groups([layer.name for layer in facts.linears], facts.model_type)
+    groups = [group for group in groups if not all(map(family.keeps, group.layers))]
     for group in progress.track(groups, "sensitivity", "scoring every layer in every format", len(groups)):
-        weights = {name: layers[name].weight.detach().float() for name in group.layers}
-        seen = Input(*(measured[f"{group.layers[0]}.{p}"].to(model.device) for p in ("amax", "second_moment")))
+        weights = {name: export.view(f"{name}.weight").to(device).float() for name in group.layers}
+        seen = Input(*(measured[f"{group.layers[0]}.{p}"].to(device) for p in ("amax", "second_moment")))
         scales = family.scales_channels(group.layers[0])
         harms[group.layers[0]] = {
             form: _harm(form, weights, seen, kept, parameters["group_size"], scales) for form in parameters["formats"]
@@ -93,13 +95,13 @@ def _harm(
     for layer, stored in packed_layers.quantize(form, scaled, seen.scaled(scale), settings).items():
         if layer not in kept:  # an expert that none of these tokens was given to
             continue
-        x, gradient, share = kept[layer]
-        x = x.float()
+        inputs, gradient, share = kept[layer]
+        x, gradient = inputs.to(scale.device).float(), gradient.to(scale.device).float()
         rounded = _rounded(stored, x / scale) * scale
         of_weights = rounded @ (weights[layer] - dequantize(stored) / scale).t()
         of_inputs = (x - rounded) @ weights[layer].t()
         squares = of_weights.square().mul_(left) + of_inputs.square()  # the two are not correlated
-        harm += 0.5 * share * float((gradient.float().square() * squares).sum())
+        harm += 0.5 * share * float((gradient.square() * squares).sum())
     return harm
 
 

@@ -91,8 +91,9 @@ GOALS = {
         Goal(
             # NVFP4 keeps 93.8 % of Llama-3.1-8B's accuracy after rounding alone (`catalog.formats`), so INT4 stands
             # beside it. GPTQ begins with AWQ's scales and takes the same bytes; AWQ stands before it where nothing else
-            # on the ladder wants Gram matrices, which a large model has many of. NVFP4 weights alone lose less than
-            # INT4 and take a scale for each 16; MXFP4's are larger and lose more than INT4, so nobody is offered them.
+            # on the ladder runs the model for its rounding, which takes minutes for a large one. NVFP4 weights alone
+            # lose less than INT4 and take a scale for each 16; MXFP4's are larger and lose more than INT4, so nobody is
+            # offered them.
             "fit_larger_model", BYTES, batch=8, length=2048, kv_cache=False,
             techniques=(
                 "nvfp4", "cheapest_int4", "int4_gptq", "four_bit_float_weights", "trained_int4", "mixed_5_bits",

@@ -28,6 +28,7 @@ from trimtab.runtime.checkpoint import layer_layout, model_files
 from trimtab.runtime.checkpoint.layer_layout import dequantize
 from trimtab.runtime.checkpoint.model_files import Export
 from trimtab.runtime.engines.torch_engine import TorchEngine
+from trimtab.runtime.measure import gradients
 from trimtab.runtime.rounding import folding, quantizers, scales
 
 #: Format -> bits a weight takes with its scales at most (64 features, groups of 32), relative error of a layer at most.
@@ -185,10 +186,10 @@ def test_int4_names_a_scale_of_the_input_where_tensorrt_llm_asks_for_one(name, e
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_slices_change_nothing(name, export, model, calibration, gram, tmp_path, monkeypatch):
+def test_slices_change_nothing(name, export, model, calibration, tmp_path, monkeypatch):
     """Two rows at a time, where otherwise a whole matrix of the tiny model fits one slice."""
     monkeypatch.setattr(quantizers, "SLICE", 1)
-    quantize(model, tmp_path / "q", calibration, gram, format=name)
+    quantize(model, tmp_path / "q", calibration, format=name)
     sliced, whole = Export(tmp_path / "q" / "output"), Export(export(name))
     assert sliced.names == whole.names
     for tensor in whole.names:
@@ -395,15 +396,11 @@ def test_time_is_a_second_budget(export, model):
 
 def test_the_harm_of_a_layer_counts_both_its_roundings(model, calibration, harms):
     """Against the definition, on the tokens that were kept: half of the mean of g² (W x - W' x')²."""
-    from trimtab.runtime.measure import gradients, observe
-
-    loaded, _ = model_files.load_for_measuring(model)
     tokens = load_file(calibration / "tokens.safetensors")["tokens"].long()
-    kept = gradients.samples(loaded, gradients.enough(tokens), "")
     name = "model.layers.2.mlp.down_proj"
-    x, g, share = kept[name]
+    x, g, share = gradients.samples(model, gradients.enough(tokens), "")[name]
     assert len(x) == len(g) and len(x) * share == pytest.approx(1.0, rel=0.2)
-    weight = observe.linears(loaded)[name].weight.detach()
+    weight = Export(model).tensor(f"{name}.weight").float()
     amax = load_file(calibration / "statistics.safetensors")[f"{name}.amax"].max()
     rounded = [t.float() for t in (layer_layout.round_fp8(x, amax / 448),
                                    layer_layout.round_fp8(weight, weight.abs().max() / 448))]  # fmt: skip
@@ -429,9 +426,9 @@ def test_the_scales_of_a_kv_cache_are_those_of_the_measured_ranges(kv_cache, lar
 # --- what is refused, and what survives ------------------------------------------------------------------------
 
 
-def quantize(model, folder, calibration=None, gram=None, **settings):
+def quantize(model, folder, calibration=None, **settings):
     (folder / "output").mkdir(parents=True, exist_ok=True)
-    trees = (tree and str(tree) for tree in (model, calibration, gram, None))
+    trees = (tree and str(tree) for tree in (model, calibration, None))
     parameters = {"group_size": 32, **settings}
     return work.quantize(*trees, str(folder / "output"), str(folder / "scratch"), parameters)
 
@@ -517,7 +514,7 @@ def test_memory_holds_no_second_copy_of_the_largest_tensor(write_model, tmp_path
     for vocab in (64, 400_000):
         source, folder = write_model(tmp_path / str(vocab), layers=1, hidden=512, vocab=vocab), tmp_path / f"q{vocab}"
         (folder / "output").mkdir(parents=True)
-        trees = {"checkpoint": str(source), "calibration": None, "gram": None, "sensitivity": None}
+        trees = {"checkpoint": str(source), "calibration": None, "sensitivity": None}
         places = {"output": str(folder / "output"), "scratch": str(folder / "scratch")}
         done = child.call(
             "trimtab.components.quantization.work:quantize", **trees, **places, parameters={"format": "int4_rtn"}

@@ -56,6 +56,10 @@ class Folding:
         self._head_dim = facts.head_dim
         self._found: dict[str, torch.Tensor] = {}
 
+    def is_divided(self, layer: str) -> bool:
+        """Whether a layer's rows take the channel scale of another."""
+        return layer in self._after
+
     def columns(self, layer: str) -> torch.Tensor | None:
         """Returns what a layer's columns are multiplied by and the layer before divided by, float32 [in], or None."""
         if layer not in self._makers:
