@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from trimtab import families
 from trimtab.catalog.formats import FORMATS
 from trimtab.components.quantization.methods import packed_layers
 from trimtab.components.quantization.methods.packed_layers import Input
+from trimtab.families import fusion
 from trimtab.families.fusion import Group
 from trimtab.model.facts import inspect as read_facts
 from trimtab.recipe import Quantization
@@ -37,22 +38,17 @@ class GroupQuantizer:
 
     Args:
         source: the plain checkpoint.
-        groups: all linear layers of the model.
         chosen: layer -> its format, of those that are quantized.
         measured: what calibration measured, None for formats that look at weights alone.
     """
 
     def __init__(
-        self,
-        source: Path,
-        settings: Quantization,
-        groups: Sequence[Group],
-        chosen: Mapping[str, str],
-        measured: Measurements | None,
+        self, source: Path, settings: Quantization, chosen: Mapping[str, str], measured: Measurements | None
     ):
         self.source, self.settings, self.chosen, self.measured = source, settings, chosen, measured
         facts = read_facts(source)
         self.family = families.named(facts.model_type)
+        groups = fusion.groups([layer.name for layer in facts.linears], facts.model_type)
         self.folding = Folding(folding.makers(groups, chosen, settings, facts), facts, settings, self._found)
         self.dtype = layer_layout.plain_dtype(settings.format)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -68,7 +68,7 @@ def quantize(
     # A calibration of which nothing is read may be the one that pruning read, of the model before.
     is_read = calibration and settings.needs_statistics
     measured = Measurements(Path(calibration), source, "calibration") if is_read else None
-    quantizer, blocks = GroupQuantizer(source, settings, groups, chosen, measured), Path(scratch) / "blocks"
+    quantizer, blocks = GroupQuantizer(source, settings, chosen, measured), Path(scratch) / "blocks"
     if settings.needs_grams:
         by_block.quantize(source, Path(calibration), groups, quantizer, blocks)
     skip = [f"{families.named(facts.model_type).head}.weight"] if facts.tied_embeddings else []
