@@ -53,7 +53,8 @@ class Numbers:
         return scale.to(self.scale_dtype)
 
     def candidates(self, amax: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yields scales to try, as they are read back, for blocks with these largest magnitudes."""
+        """Yields scales to try, as they are read back, for blocks with these largest magnitudes; the first is taken
+        where nothing tells them apart."""
         for ratio in RATIOS:
             yield self.stored(self.scale(amax * ratio))
 
@@ -68,7 +69,7 @@ class Nvfp4(Numbers):
     """
 
     unit: torch.Tensor | float = 1.0
-    STEPS: ClassVar = range(-8, 7)
+    STEPS: ClassVar = sorted(range(-8, 7), key=abs)
 
     def scale(self, amax: torch.Tensor) -> torch.Tensor:
         return self._of_largest(amax).float() * self.unit
@@ -94,7 +95,7 @@ class Nvfp4(Numbers):
 class Mxfp4(Numbers):
     """E2M1 under a power of two, which for the largest weight is the least that clips nothing, as ModelOpt's is."""
 
-    STEPS: ClassVar = range(-2, 2)
+    STEPS: ClassVar = sorted(range(-2, 2), key=abs)
 
     def scale(self, amax: torch.Tensor) -> torch.Tensor:
         return torch.exp2(self._exponent(amax))
