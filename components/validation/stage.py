@@ -11,6 +11,7 @@ import numpy as np
 from trimtab import judge, stages
 from trimtab.base import child, progress, signing
 from trimtab.base.errors import Failure
+from trimtab.base.session import Session
 from trimtab.catalog.backends import BACKENDS
 from trimtab.catalog.goals import GOALS
 from trimtab.components.validation.page import html, numbers
@@ -48,6 +49,8 @@ def run(state_uri: str, page: Any, metrics: Any) -> str:
     except Failure as failure:
         state = fail(state, "validate", failure)
         result = state.verdict
+    finally:
+        judge.session.close()
     result = result.model_copy(update={"truncated": judge.truncated})
     state = state.model_copy(update={"verdict": result})
     filed_evidence = None
@@ -78,6 +81,7 @@ class _Judge:
 
     def __init__(self, store: Store, state: State):
         self.store, self.state = store, state
+        self.session = Session()  # in which an engine stays from look to look
         self.signer = signing.validation_signer()
         self.seconds = 0.0
         self.truncated = 0  # requests to the attempt that lost their beginning
@@ -130,7 +134,8 @@ class _Judge:
         return baseline, self._measure(look_name(look), self.subject.evaluation_of(look))
 
     def _measure(self, name: str, piece: Piece) -> stages.Result:
-        result = stages.cached(self.store, piece.stage, piece.parameters, piece.inputs, piece.backend, self.signer)
+        asked = piece.stage, piece.parameters, piece.inputs, piece.backend
+        result = stages.cached(self.store, *asked, self.signer, self.session.call)
         self.trees[name] = result.tree
         if result.signature:
             self.signatures[name] = result.signature

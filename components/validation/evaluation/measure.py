@@ -18,7 +18,7 @@ from trimtab.components.validation.evaluation import tasks as known_tasks
 from trimtab.components.validation.evaluation.generation import generate, is_degenerate
 from trimtab.components.validation.evaluation.lm import EngineLM
 from trimtab.components.validation.evaluation.load import Load, alike, load_of
-from trimtab.runtime.engines.backends import EXCLUSIVE, open_engine
+from trimtab.runtime.engines import kept
 from trimtab.runtime.engines.torch_engine import Engine
 from trimtab.runtime.text import token_windows
 from trimtab.serving import record
@@ -50,7 +50,7 @@ def evaluate(
     """
     if calibration:
         _refuse_overlap((Path(calibration) / "text.txt").read_text(encoding="utf-8"), parameters)
-    served = open_engine(Path(engine), Path(export), parameters.get("kv_cache", "export"))
+    served = kept.built(Path(engine), Path(export), parameters.get("kv_cache", "export"))
     folder = Path(output)
     batch = record.read(Path(engine)).settings.max_batch_size
     model = EngineLM(served, parameters["max_length"], batch)
@@ -60,7 +60,6 @@ def evaluate(
     if parameters["speed"]:
         load = _load(Path(engine))
         metrics |= decode_speed(served, load, new_tokens([(served, load)])) | _generate(served, folder)
-    served.close()
     return metrics
 
 
@@ -75,26 +74,22 @@ def compare_speed(
 ) -> dict[str, float]:
     """Measures candidate and baseline in turn in one process, so that a busy machine disturbs both alike.
 
-    Each has the batch of its own recipe, and both the same lengths. Engines of TensorRT-LLM and vLLM claim the GPU's
-    memory, and one that is spread over several devices may need all that there is of them, so there one is closed
-    before the other is opened.
+    Each has the batch of its own recipe, and both the same lengths. Where there is no room for both (`engines.kept`),
+    one is measured after the other, and the one that is open already first.
 
     Returns:
         decode and throughput tokens/s of the candidate, and those of the baseline with the prefix `baseline_`.
     """
     places = ((Path(baseline_engine), Path(baseline_export)), (Path(engine), Path(export)))
     loads = alike(*(_load(folder) for folder, _ in places))
-    settings = [record.read(folder).settings for folder, _ in places]
-    if settings[1].backend in EXCLUSIVE or any(each.world_size > 1 for each in settings):
-        columns = [_speeds_alone(*at, parameters["rounds"], load) for at, load in zip(places, loads, strict=True)]
-        rounds = list(zip(*columns, strict=True))
-    else:
-        baseline, candidate = (open_engine(*place) for place in places)
-        pairs = ((baseline, loads[0]), (candidate, loads[1]))
+    if kept.have_room(places):
+        pairs = [(kept.built(*place), load) for place, load in zip(places, loads, strict=True)]
         tokens = new_tokens(pairs, parameters["rounds"])
         rounds = [tuple(decode_speed(*pair, tokens) for pair in pairs) for _ in range(parameters["rounds"])]
-        baseline.close()
-        candidate.close()
+    else:
+        order = sorted((0, 1), key=lambda which: not kept.is_open(*places[which]))
+        columns = {which: _speeds_alone(*places[which], parameters["rounds"], loads[which]) for which in order}
+        rounds = list(zip(columns[0], columns[1], strict=True))
     metrics = {}
     for position, prefix in ((0, "baseline_"), (1, "")):
         for name in rounds[0][0]:
@@ -109,13 +104,10 @@ def _load(engine: Path) -> Load:
 
 
 def _speeds_alone(engine: Path, export: Path, rounds: int, load: Load) -> list[dict[str, float]]:
-    """Measures one engine after the other where the GPU has no room for both."""
-    served = open_engine(engine, export)
-    try:
-        tokens = new_tokens([(served, load)], rounds)
-        return [decode_speed(served, load, tokens) for _ in range(rounds)]
-    finally:
-        served.close()
+    """Measures one engine after the other where the device has no room for both."""
+    served = kept.built(engine, export)
+    tokens = new_tokens([(served, load)], rounds)
+    return [decode_speed(served, load, tokens) for _ in range(rounds)]
 
 
 def new_tokens(pairs: Sequence[tuple[Engine, Load]], rounds: int = 1) -> tuple[int, int]:

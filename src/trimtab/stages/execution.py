@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ def cached(
     inputs: Mapping[str, Tree | None],
     backend: str = "torch",
     signer: CryptoSigner | None = None,
+    call: Callable[..., child.Done] | None = None,
 ) -> Result:
     """Returns the stage's result from the store, or does its work in a child process and stores it.
 
@@ -58,6 +59,7 @@ def cached(
     Args:
         backend: the engine that the work measures or builds, where it does.
         signer: signs what is made; then only what it has signed counts as found.
+        call: does the work, in a process that stays (`base.session`); by default in one of its own.
 
     Raises:
         Failure: an expected failure of the work.
@@ -76,7 +78,8 @@ def cached(
         def work() -> tuple[Path, child.Done]:
             output = tempfile.mkdtemp(dir=folder)
             with checkpoints.kept(store, stage.name, key, scratch):
-                done = child.call(stage.work, **folders, output=output, scratch=str(scratch), parameters=parameters)
+                work_in = call or child.call
+                done = work_in(stage.work, **folders, output=output, scratch=str(scratch), parameters=parameters)
             return Path(output), done
 
         output, done = insist(stage.name, work)

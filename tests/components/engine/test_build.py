@@ -93,6 +93,7 @@ def test_speeds_are_compared_one_engine_after_the_other(export, tmp_path, trtllm
     from tensorrt_llm import LLM
 
     from trimtab.components.validation.evaluation import measure
+    from trimtab.runtime.engines import kept
 
     log: list[str] = []
     opened, shut = LLM.__init__, LLM.shutdown
@@ -105,6 +106,8 @@ def test_speeds_are_compared_one_engine_after_the_other(export, tmp_path, trtllm
     found = measure.compare_speed(
         **{name: str(path) for name, path in places}, output=str(tmp_path), scratch="", parameters={"rounds": 2}
     )
+    assert log == ["open", "close", "open"], "the second one stays, for the confirmation"
+    kept.close()
     assert log == ["open", "close"] * 2 and len(found) == 4 and all(speed > 0 for speed in found.values())
 
 

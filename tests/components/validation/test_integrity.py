@@ -20,6 +20,7 @@ from trimtab.components.validation.evaluation.generation import is_degenerate
 from trimtab.components.validation.integrity import reload
 from trimtab.components.validation.integrity.gate import inspect
 from trimtab.recipe import Quantization
+from trimtab.runtime.engines import kept
 
 #: Format -> what else its recipe asks for.
 SETTINGS = dict.fromkeys(FORMATS, {}) | {
@@ -615,7 +616,7 @@ def test_what_the_engine_cannot_run_is_said(talker, monkeypatch, tmp_path):
     def unsupported(*_: Any) -> None:
         raise Failure("unsupported", "a head that caps its logits")
 
-    monkeypatch.setattr(reload, "TorchEngine", unsupported)
+    monkeypatch.setattr(kept, "loaded", unsupported)
     folder = shutil.copytree(talker, tmp_path / "copy")
     (tmp_path / "output").mkdir()
     metrics = inspect(str(folder), str(talker), str(tmp_path / "output"), "", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -268,6 +269,13 @@ class TorchEngine:
             seconds = [self._decode(decoder, prompt, new_tokens) for _ in range(repeats + 1)]
         self.decode_path = decoder.path
         return [batch_size * new_tokens / s for s in seconds[1:]]
+
+    def under(self, settings: Settings) -> TorchEngine:
+        """Returns an engine with other limits over the same loaded model."""
+        other = copy.copy(self)
+        other.settings, other._decoders = settings, {}
+        other.__dict__.pop("_step", None)  # it has room for the longest sequence
+        return other
 
     def close(self) -> None:
         """Nothing to do: memory goes back with the object."""
