@@ -91,7 +91,7 @@ def prepare(state: str, machines: dict, checkpoint: dsl.Output[dsl.Model]) -> Na
     from trimtab.loop import decisions
     from trimtab.loop.documents import load, save
 
-    ready = decisions.prepare(load(state))
+    ready = stages.refuse_here(decisions.prepare(load(state)))
     stages.describe_tree(checkpoint, ready.model)
     found = {"state": save(ready)}
     for task, machine in stages.machines(ready, machines).items():

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab import report
+from trimtab import report, stages
 from trimtab.judge import Verdict
 from trimtab.loop.state import State
 from trimtab.stages.looks import BASELINE_LOOKS
@@ -28,6 +28,7 @@ def html(store: Store, state: State, measured: Mapping[str, Tree]) -> str:
         arithmetic=own_file(store, state, measured, "arithmetic.json") or "",
         reload=own_file(store, state, measured, "reload.json"),
         distillation=_distillation(store, state),
+        forecast=stages.forecast(state),
     )
 
 

@@ -21,7 +21,9 @@ from trimtab.loop import decisions, evidence
 from trimtab.loop.documents import load, read_plan, save
 from trimtab.loop.evidence import CONFIRMATION, LOOKS, look_name
 from trimtab.loop.state import Brief, State, fail
+from trimtab.planning.resources import Resources
 from trimtab.recipe import Recipe
+from trimtab.stages import usage
 from trimtab.stages.looks import OWN_LOOKS, Piece, Subject, keyed_by
 from trimtab.store import Store, open_store
 from trimtab.store.tree import Tree
@@ -60,16 +62,18 @@ def run(state_uri: str, page: Any, metrics: Any) -> str:
             store, state, result, judge.export, judge.trees, judge.signatures, public, keyed_by()
         )
     seconds = {**state.seconds, "validate": round(judge.seconds, 1)}
+    used = {**state.used, **({"validate": judge.used} if judge.used else {})}
     brief = Brief(
         recipe=state.recipe,
         why=state.why,
         verdict=result,
         seconds=seconds,
+        used=used,
         evaluation=filed_evidence,
         engine=state.trees.get("engine"),
     )
     filed = {"baseline": brief} if state.attempt == 0 else {"history": (*state.history, brief)}
-    state = state.model_copy(update={"verdict": result, "seconds": seconds, **filed})
+    state = state.model_copy(update={"verdict": result, "seconds": seconds, "used": used, **filed})
     Path(page.path).write_text(html(store, state, judge.trees), encoding="utf-8")
     stages.log_metrics(metrics, numbers(result))
     progress.report("validate", f"{result.outcome}: {result.reason}")
@@ -84,6 +88,7 @@ class _Judge:
         self.session = Session()  # in which an engine stays from look to look
         self.signer = signing.validation_signer()
         self.seconds = 0.0
+        self.used: Resources | None = None
         self.truncated = 0  # requests to the attempt that lost their beginning
         self.trees: dict[str, Tree] = {}  # what was measured, for the evidence
         self.signatures: dict[str, Any] = {}
@@ -140,6 +145,7 @@ class _Judge:
         if result.signature:
             self.signatures[name] = result.signature
         self.seconds += 0.0 if result.hit else result.seconds
+        self.used = usage.together(self.used, usage.used(result.metrics, result.seconds))
         if cut := result.metrics.get("truncated"):
             self.truncated += cut if name in OWN_LOOKS else 0
             what = f"{cut} requests were too long for the engine and lost their beginning, as in lm-eval"

@@ -33,11 +33,13 @@ RUN_PID = "TRIMTAB_RUN_PID"
 
 @dataclass(frozen=True)
 class Done:
-    """What the work returned, the seconds it took and the largest resident memory of its process in bytes."""
+    """What the work returned, the seconds it took, the largest resident memory of its process in bytes, and the most
+    that PyTorch had of a GPU's."""
 
     value: Any
     seconds: float
     peak_memory_bytes: int
+    peak_gpu_bytes: int = 0
 
 
 def call(work: str, *, time_limit: float | None = None, **arguments: Any) -> Done:
@@ -76,7 +78,7 @@ def done(answer: dict[str, Any]) -> Done:
     if "error" in answer:
         name, message = answer["error"]
         raise getattr(errors, name, StageError)(message)
-    return Done(answer["value"], answer["seconds"], answer["peak_memory_bytes"])
+    return Done(answer["value"], answer["seconds"], answer["peak_memory_bytes"], answer.get("peak_gpu_bytes", 0))
 
 
 def run_limited(
@@ -157,7 +159,14 @@ def outcome(name: str, work: Callable[[], Any]) -> dict[str, Any]:
         kind = "Transient" if transient.passes(error) else "StageError"
         return {"error": [kind, f"{name}: {type(error).__name__}: {error}"]}
     largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return {"value": value, "seconds": time.monotonic() - started, "peak_memory_bytes": largest * 1024}
+    told = {"seconds": time.monotonic() - started, "peak_memory_bytes": largest * 1024}
+    return {"value": value, **told, "peak_gpu_bytes": _peak_gpu_bytes()}
+
+
+def _peak_gpu_bytes() -> int:
+    """The most that PyTorch has reserved of the first GPU, where the work has loaded it."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.max_memory_reserved() if torch and torch.cuda.is_initialized() else 0
 
 
 def _is_out_of_memory(error: Exception) -> bool:

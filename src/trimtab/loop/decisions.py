@@ -10,8 +10,9 @@ from trimtab.loop.documents import Plan, read_plan, write_plan
 from trimtab.loop.state import State, fail
 from trimtab.model import hardware, layouts, memory
 from trimtab.model.facts import ModelFacts
-from trimtab.planning import checks, dealing, matrix, placement, task_sizes
+from trimtab.planning import checks, dealing, matrix, placement, resources, task_sizes
 from trimtab.planning.matrix import MAX_RUNGS, Outline, Rung
+from trimtab.planning.resources import Resources
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.recipe.workload import Workload
@@ -88,6 +89,7 @@ def begin(
         **planned,
         ladder=tuple(rungs),
         baseline=unchanged.recipe,
+        resources=_needs(facts, machine, unchanged, rungs, evaluation),
         materials=made_of.model_dump(mode="json"),
         dealt=dealt,
     )
@@ -116,7 +118,18 @@ def outline(goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Re
     wanted = _for_traffic(wanted, recorded.of(wanted.workload))
     rungs, refused = _climbed(goal, facts, machine, wanted)
     unchanged = matrix.baseline(goal, facts, machine, rungs, wanted.workload, wanted.engine.world_size)
-    return matrix.outline(unchanged, rungs, refused)
+    return matrix.outline(unchanged, rungs, refused, _needs(facts, machine, unchanged, rungs, Evaluation()))
+
+
+def _needs(
+    facts: ModelFacts, machine: hardware.Hardware, unchanged: Rung, rungs: list[Rung], evaluation: Evaluation
+) -> dict[str, dict[str, Resources]]:
+    """What each stage of the baseline and of each rung needs, by the digest of its recipe."""
+    base = unchanged.recipe
+    found = {base.digest: resources.needs(facts, base, machine, None, evaluation)}
+    for recipe in (rung.recipe for rung in rungs):
+        found[recipe.digest] = resources.needs(facts, recipe, machine, base, evaluation)
+    return found
 
 
 def _climbed(
@@ -192,6 +205,7 @@ def next_attempt(state: State) -> State:
             "trees": {"checkpoint": rung.student} if rung.student else {},
             "verdict": None,
             "seconds": {},
+            "used": {},
         }
     )
 

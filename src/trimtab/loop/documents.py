@@ -17,6 +17,7 @@ from trimtab.judge import Verdict
 from trimtab.loop.state import Brief, State
 from trimtab.planning.dealing import Deal
 from trimtab.planning.matrix import Rung
+from trimtab.planning.resources import Resources
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import Store, Tree, open_store
@@ -27,7 +28,7 @@ class Plan(Document):
     """The whole plan of a run, written once before any work.
 
     `ladder` are the recipes to try, `baseline` is how the unchanged model is served, `materials` what the run is made
-    of. `resources` says for each stage of each rung what it needs; empty where a plan leaves that to the stages.
+    of. `resources` say for each stage of the baseline and of each rung what it needs, by the digest of its recipe.
     `dealt` says which items of which task serve which look.
     """
 
@@ -40,7 +41,7 @@ class Plan(Document):
     ladder: tuple[Rung, ...] = ()
     baseline: Recipe = Recipe()
     materials: dict[str, Any] | None = None
-    resources: dict[str, Any] = {}
+    resources: dict[str, dict[str, Resources]] = {}
     dealt: Deal | None = None
 
 
@@ -59,6 +60,7 @@ class Attempt(Document):
     trees: dict[str, Tree] = {}
     verdict: Verdict | None = None
     seconds: dict[str, float] = {}
+    used: dict[str, Resources] = {}
     libraries: dict[str, dict[str, str]] = {}
     evaluation: Tree | None = None
     is_over: bool = False
@@ -71,6 +73,7 @@ class Attempt(Document):
             why=self.why,
             verdict=self.verdict,
             seconds=self.seconds,
+            used=self.used,
             evaluation=self.evaluation,
             engine=self.trees.get("engine"),
         )
@@ -79,7 +82,7 @@ class Attempt(Document):
 #: The kinds of these documents' trees.
 PLAN, ATTEMPT = "plan", "attempt"
 #: What an attempt's document and the state have in common.
-_CURRENT = ("recipe", "why", "trees", "verdict", "seconds", "libraries")
+_CURRENT = ("recipe", "why", "trees", "verdict", "seconds", "used", "libraries")
 _PLANNED = ("name", "goal", "target", "model", "max_attempts", "evaluation")
 
 
@@ -101,7 +104,7 @@ def _saved(state: State) -> str:
             filed.append(known.pop(0))
             continue
         known = []  # those behind it name another parent
-        said = {name: getattr(brief, name) for name in ("recipe", "why", "verdict", "seconds", "evaluation")}
+        said = {name: getattr(brief, name) for name in ("recipe", "why", "verdict", "seconds", "used", "evaluation")}
         said["trees"] = {"engine": brief.engine} if brief.engine else {}
         if number == state.attempt:
             said |= {"trees": said["trees"] | state.trees, "libraries": state.libraries}

@@ -14,6 +14,7 @@ from trimtab.base.errors import Failure
 from trimtab.base.schema import Document
 from trimtab.catalog.goals import GoalName
 from trimtab.judge import Verdict
+from trimtab.planning.resources import Resources
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.store.tree import Tree
@@ -22,13 +23,15 @@ from trimtab.store.tree import Tree
 class Brief(Document):
     """One attempt that is over, in brief: what adjust and the summary read.
 
-    `evaluation` is the evidence of an accepted attempt, `engine` the tree that was judged.
+    `evaluation` is the evidence of an accepted attempt, `engine` the tree that was judged; `used` says what each stage
+    took when it was done, here or for an earlier attempt.
     """
 
     recipe: Recipe
     why: str = ""
     verdict: Verdict
     seconds: dict[str, float] = {}
+    used: dict[str, Resources] = {}
     evaluation: Tree | None = None
     engine: Tree | None = None
 
@@ -40,9 +43,9 @@ class State(Document):
     is made of).
 
     What the current attempt is: `recipe` and `why`; what its stages have made, `trees` by name (`checkpoint`, which is
-    the model, then its pruned and distilled successors; `calibration`, `export`, `engine`); the `seconds` of each. Its
-    `verdict` is set when it is over; every later stage then passes the state on untouched. `libraries` says for each
-    stage which versions its image has, as its last task found them.
+    the model, then its pruned and distilled successors; `calibration`, `export`, `engine`); the `seconds` of each, and
+    what it has `used`. Its `verdict` is set when it is over; every later stage then passes the state on untouched.
+    `libraries` says for each stage which versions its image has, as its last task found them.
 
     What is over: `baseline` and `history`, whose documents are `filed`, in this order.
     """
@@ -61,6 +64,7 @@ class State(Document):
     trees: dict[str, Tree] = {}
     verdict: Verdict | None = None
     seconds: dict[str, float] = {}
+    used: dict[str, Resources] = {}
     libraries: dict[str, dict[str, str]] = {}
     baseline: Brief | None = None
     history: tuple[Brief, ...] = ()

@@ -11,6 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from trimtab.judge import Interval, Measurements, Verdict
 from trimtab.loop.state import Brief, State
+from trimtab.planning import resources
+from trimtab.planning.resources import Resources
 from trimtab.report import curves, figures, story
 from trimtab.report.figures import Dimension, Point
 from trimtab.report.rows import COLUMNS, DASH, INTERVALS, AttemptRow, fraction, interval_text, number, rows, spent
@@ -59,6 +61,7 @@ def attempt_html(
     reload: Mapping[str, Any] | None = None,
     distillation: Mapping[str, Any] | None = None,
     arithmetic: str = "",
+    forecast: Mapping[str, Resources] | None = None,
 ) -> str:
     """Returns the page of the current attempt: verdict, intervals, measurements, kernels, layers, data, trees.
 
@@ -71,6 +74,7 @@ def attempt_html(
         distillation: the metrics of the training, `curve` among them, or None.
         reload: `skipped`, why the embedded engine could not run the export, or None.
         arithmetic: in which numbers the engine computed, and on what.
+        forecast: what each stage was forecast to need.
     """
     verdict = state.verdict
     baseline = state.baseline.verdict if state.baseline and state.attempt else None
@@ -85,6 +89,7 @@ def attempt_html(
         plots=_plots(state, verdict, baseline) if verdict else [],
         measured=_measured(verdict, baseline) if verdict else [],
         bar=_bar(state.seconds, sum(state.seconds.values())),
+        used=_used(state.used, forecast or {}),
         kernels=_kernels(kernels or {}),
         arithmetic=arithmetic,
         layer_count=len(layers or ()),
@@ -175,6 +180,16 @@ def _bar(seconds: Mapping[str, float], longest: float) -> dict[str, Any]:
         ],
         "found": [stage for stage, spent in stages if spent <= 0],
     }
+
+
+def _used(used: Mapping[str, Resources], forecast: Mapping[str, Resources]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Returns for each stage its name, and of memory of a GPU, of the machine, disk and time what was used and what was
+    forecast."""
+    found = []
+    for stage in (name for name in _STAGES if name in used):
+        ours, theirs = (resources.columns(each) for each in (used[stage], forecast.get(stage, Resources())))
+        found.append((stage, list(zip(ours, theirs if stage in forecast else [DASH] * 4, strict=True))))
+    return found
 
 
 def _plots(state: State, verdict: Verdict, baseline: Verdict | None) -> list[dict[str, Any]]:

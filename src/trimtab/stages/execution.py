@@ -14,7 +14,7 @@ from trimtab.base import child, progress
 from trimtab.base.errors import Failure
 from trimtab.base.transient import insist
 from trimtab.loop.state import State, fail
-from trimtab.stages import checkpoints, signatures
+from trimtab.stages import checkpoints, signatures, usage
 from trimtab.stages.registry import MAKE_A_STUDENT, STAGES, Stage
 from trimtab.store import Store, open_store
 from trimtab.store.cache import cache_folder
@@ -82,8 +82,10 @@ def cached(
                 done = work_in(stage.work, **folders, output=output, scratch=str(scratch), parameters=parameters)
             return Path(output), done
 
-        output, done = insist(stage.name, work)
-        metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes}
+        with usage.disk_watched(Path(folder), scratch) as disk:
+            output, done = insist(stage.name, work)
+        metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes, "peak_disk_bytes": disk.bytes}
+        metrics |= {"peak_gpu_bytes": done.peak_gpu_bytes} if done.peak_gpu_bytes else {}
         if stage.keeps_metrics:
             (output / METRICS).write_text(json.dumps(metrics, sort_keys=True), encoding="utf-8")
         tree = insist(stage.name, lambda: store.put(output, kind=stage.output, metadata=metadata, move=True))
@@ -140,4 +142,5 @@ def advance(name: str, state: State) -> tuple[State, Result | None]:
     progress.report(name, "found in the store" if result.hit else f"done in {time.monotonic() - started:.0f} s")
     seconds = {**state.seconds, name: 0.0 if result.hit else round(result.seconds, 1)}
     trees = {**state.trees, stage.output: result.tree}
-    return state.model_copy(update={"trees": trees, "seconds": seconds}), result
+    used = {**state.used, name: usage.used(result.metrics, result.seconds)}
+    return state.model_copy(update={"trees": trees, "seconds": seconds, "used": used}), result

@@ -180,7 +180,7 @@ class StageLimits(UserDocument):
     cpu: Quantity | None = None
     """CPUs, as Kubernetes counts them: "4" or "500m"."""
     memory: Quantity | None = None
-    """Memory, as Kubernetes counts it: 16Gi."""
+    """Memory, as Kubernetes counts it: 16Gi; if absent, as much as a stage is forecast to need is asked for."""
     timeout_hours: Annotated[float, Field(gt=0)] | None = None
     """Hours after which the stage is ended."""
     retries: Annotated[int, Field(ge=0, le=10)] | None = None
