@@ -108,7 +108,8 @@ def run(
     from trimtab.components.fetch.source import check
     from trimtab.pipelines import local, local_backend
     from trimtab.serving import traffic
-    from trimtab.store import open_store
+    from trimtab.store import cache, open_store
+    from trimtab.store.address import folder_of
 
     console = console or Console()
     with _signing(require_signature):
@@ -121,6 +122,8 @@ def run(
         chosen, said = local_backend.choose(asked.recipe, hardware.target(target), ladder)
         opened = open_store(str(store))
         opened.check()
+        if not opened.uri.startswith("s3://") and (near := cache.beside(folder_of(opened.uri))):
+            os.environ[cache.FOLDER] = str(near)  # the stages, which are processes of their own, inherit it
         console.print(f"engine   {said}", soft_wrap=True, highlight=False)
         return local.run(asked.parameters(recipe=chosen, store=opened.uri), Path(runs).absolute(), console)
 

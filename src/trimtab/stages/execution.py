@@ -73,7 +73,7 @@ def cached(
         return Result(tree, record["metrics"], record["seconds"], True, record.get("signature") if signer else None)
     folders = insist(stage.name, lambda: {name: tree and str(store.get(tree)) for name, tree in inputs.items()})
     scratch, metadata = _scratch(key), {"key": key, "environment": environment}
-    with tempfile.TemporaryDirectory(prefix=f"trimtab-{stage.name}-") as folder:
+    with store.workspace() as folder:
 
         def work() -> tuple[Path, child.Done]:
             output = tempfile.mkdtemp(dir=folder)
@@ -82,7 +82,7 @@ def cached(
                 done = work_in(stage.work, **folders, output=output, scratch=str(scratch), parameters=parameters)
             return Path(output), done
 
-        with usage.disk_watched(Path(folder), scratch) as disk:
+        with usage.disk_watched(folder, scratch) as disk:
             output, done = insist(stage.name, work)
         metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes, "peak_disk_bytes": disk.bytes}
         metrics |= {"peak_gpu_bytes": done.peak_gpu_bytes} if done.peak_gpu_bytes else {}
