@@ -26,8 +26,9 @@ class DiskPeak:
         for folder in self._folders:
             for path in folder.rglob("*"):
                 with suppress(OSError):  # it was moved meanwhile
-                    about = path.lstat()
-                    sizes[about.st_dev, about.st_ino] = 512 * about.st_blocks
+                    if path.is_file():
+                        about = path.stat()
+                        sizes[about.st_dev, about.st_ino] = about.st_size
         self.bytes = max(self.bytes, sum(sizes.values()))
 
 
