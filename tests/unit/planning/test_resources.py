@@ -22,7 +22,8 @@ quantize: {format: mixed, effective_bits: 5.5}
 RECIPES = [
     "{}", EVERYTHING, "quantize: {format: int8_wo}", "quantize: {format: fp8, kv_cache: fp8}",
     "quantize: {format: int4_gptq}", "prune: {method: width, ffn: 0.3}", "prune: {method: magnitude, sparsity: 0.5}",
-    "{prune: {method: movement, sparsity: 0.5}, distill: {tokens: 9}}", "quantize: {format: int4_rtn, exclude_sensitive: 2}",
+    "{prune: {method: movement, sparsity: 0.5}, distill: {tokens: 9}}",
+    "quantize: {format: int4_rtn, exclude_sensitive: 2}",
 ]  # fmt: skip
 
 
