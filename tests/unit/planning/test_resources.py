@@ -43,7 +43,8 @@ def test_a_model_of_70_billion_goes_through_one_gpu_of_80_gigabytes():
     for stage in ("calibrate", "recalibrate", "gram", "quantize"):
         assert 0 < found[stage].gpu_bytes < 80 * GB, stage
         assert found[stage].host_bytes < 40 * GB and found[stage].gpus == 1
-    assert found["recalibrate"].host_bytes - found["quantize"].host_bytes < 2 * 512 * 2048 * 8192
+    # Hidden states leave the GPU, of which they would take more than an eighth.
+    assert found["calibrate"].host_bytes == pytest.approx(3.5 * GB + 2 * 2 * 856e6 + 2 * 512 * 2048 * 8192, rel=0.01)
     assert found["gram"].disk_bytes == pytest.approx(327 * GB, rel=0.05)  # 80 x 4 x (3 x 8192² + 28672²)
 
 
