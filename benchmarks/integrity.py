@@ -1,8 +1,8 @@
 """The integrity gate's comparison of an export with its source, beside reading both: the aim is 1.5 times as long.
 
 Run: python benchmarks/integrity.py [--quick] [--format int4_rtn] [--folder FOLDER]
-The model has the shape of Llama 3.1 8B and random weights, 16 GB in BF16. Of two readings and two comparisons the faster
-counts, so both come from memory as far as they fit into it. The last line is one JSON object, in seconds.
+The model has the shape of Llama 3.1 8B and random weights, 16 GB in BF16. Of two readings and two comparisons the
+faster counts, so both come from memory as far as they fit into it. The last line is one JSON object, in seconds.
 """
 
 from __future__ import annotations

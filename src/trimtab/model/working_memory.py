@@ -32,9 +32,9 @@ PROCESS = {"cpu": 800_000_000, "cuda": 3_500_000_000}
 CONTEXT, SLACK = 700_000_000, 1.1
 #: Windows of text that are measured at once (`runtime.measure.observe.batches`).
 _WINDOWS = {"cpu": 1, "cuda": 8}
-#: The share of a device's memory, and of the machine's, that what goes from block to block may take before it goes
-#: further away (`runtime.measure.activations`).
-_DEVICE_SHARE, _HOST_SHARE = 1 / 8, 1 / 4
+#: The share of a device's memory that what goes from block to block may take before it goes further away
+#: (`runtime.measure.activations`).
+_DEVICE_SHARE = 1 / 8
 #: Bytes of the source that a shard is made from (`runtime.checkpoint.stream`), and of Gram matrices held at once.
 _SHARD, _GRAMS = 512 << 20, 8 << 30
 #: Tokens that gradients are averaged over, and of whose logits a teacher stores some at once.
@@ -78,39 +78,48 @@ class Work:
         return self.width * (facts.parameters - facts.beside) + (facts.bytes if self.device == "cpu" else 0)
 
     def measuring(
-        self, facts: ModelFacts, tokens: int, length: int, summed: float = 0, blocks_kept: int = 1, disk: float = 0
+        self,
+        facts: ModelFacts,
+        tokens: int,
+        length: int,
+        summed: float = 0,
+        streams: int = 1,
+        disk: float = 0,
+        windows: int | None = None,
     ) -> Held:
-        """A pass over text, a block at a time.
+        """A pass over text, a block at a time (`runtime.measure.blockwise`).
 
         Args:
             tokens, length: of the text, and of a window of it.
             summed: bytes of what a block is measured for.
-            blocks_kept: of how many blocks the inputs are held.
+            streams: how often what goes from block to block is held.
+            windows: of a batch, where it is another than usual.
         """
-        at_once = min(tokens, _WINDOWS[self.device] * length)
-        between = blocks_kept * self.width * tokens * facts.hidden_size
-        outside = self.width * (facts.parameters - facts.beside - facts.linear_parameters)
-        block = self.width * largest_block(facts)
-        device = outside + 2 * block + at_once * memory.activation_bytes(facts, self.width) + summed
+        at_once = min(tokens, (windows or _WINDOWS[self.device]) * length)
+        between = streams * self.width * tokens * facts.hidden_size
+        stored = 2 if self.device == "cpu" else 0  # what is read of a file counts until the file is closed
+        block = largest_block(facts)
+        entering = (self.width + stored) * facts.vocab_size * facts.hidden_size
+        running = (2 * self.width + stored) * block + at_once * memory.activation_bytes(facts, self.width) + summed
+        device = max(entering, running)
         if self.device == "cpu":
-            return Held(device + between + facts.bytes, 0, disk)
+            return Held(device + between, 0, disk)
+        read = 2 * block + 2 * self.width * block
         if between <= _DEVICE_SHARE * self.hardware.memory_bytes:
-            return Held(device + between, 2 * block, disk)
-        return Held(device, 2 * block + between, disk)
+            return Held(device + between, read, disk)
+        return Held(device, read + between, disk)
 
-    def rewriting(self, facts: ModelFacts, written: float, columns_squared: bool = False) -> Held:
+    def rewriting(self, facts: ModelFacts, written: float) -> Held:
         """A checkpoint written anew, a shard at a time: the shard that is read, what becomes of it, and in float32 the
         layers that are worked on together.
 
         Args:
             written: bytes of the new checkpoint.
-            columns_squared: whether a matrix of a layer's inputs by its inputs is factored.
         """
         block = 2 * largest_block(facts)
         shard = max(min(_SHARD, facts.bytes), block)
         together = 4 * max((layer.parameters for layer in facts.linears), default=0)
-        inputs = max((layer.in_features for layer in facts.linears), default=0)
-        worked_on = 6 * together + (4 * 4 * inputs**2 if columns_squared else 0)
+        worked_on = 6 * together
         outside = 2 * facts.vocab_size * facts.hidden_size
         host = max(shard, outside) * (1 + written / max(facts.bytes, 1))
         return Held(worked_on, host, 2 * written)
@@ -173,12 +182,27 @@ def measuring_grams(work: Work, tokens: int, length: int) -> Held:
 
 
 def measuring_gradients(work: Work, tokens: int, length: int) -> Held:
-    """Forward and back: what goes into each block is kept, and of one block what its gradients need."""
-    facts = work.left
+    """Forward and back: what goes into each block is kept in the machine's memory, then layers are scored."""
+    facts, width = work.left, work.width
     tokens = min(tokens, max(_GRADIENT_TOKENS, length))
-    logits = 4 * length * facts.vocab_size * 4
-    layer = 8 * 4 * max((layer.parameters for layer in facts.linears), default=0)  # scoring formats, in float32
-    return work.measuring(facts, tokens, length, max(logits, layer), blocks_kept=facts.layers)
+    head = width * facts.vocab_size * facts.hidden_size * (1 if facts.tied_embeddings else 2)
+    logits = head + 4 * 4 * length * facts.vocab_size
+    scored = 8 * 4 * max((layer.parameters for layer in facts.linears), default=0)  # in several formats, in float32
+    found = work.measuring(facts, tokens, length, streams=2, windows=1)
+    kept = facts.layers * width * tokens * facts.hidden_size
+    device = max(found.device, logits, scored)
+    return Held(device + kept, 0) if work.device == "cpu" else Held(device, found.host + kept)
+
+
+def rounding_by_gptq(work: Work, tokens: int, length: int) -> Held:
+    """A block at a time, on the model as quantized so far and, beside that, on the dense one; of a group of layers the
+    Gram matrix with what it is solved by, and the weights in float32."""
+    facts = work.left
+    inputs = max((layer.in_features for layer in facts.linears), default=0)
+    layer = max((layer.parameters for layer in facts.linears), default=0)
+    between = work.width * tokens * facts.hidden_size
+    summed = 6 * 4 * inputs**2 + 6 * 4 * layer
+    return work.measuring(facts, tokens, length, summed, streams=2, disk=3 * work.export_bytes + 2 * between)
 
 
 def training(work: Work) -> Held:

@@ -88,7 +88,10 @@ def _pruning(work: Work) -> Held:
 
 
 def _quantizing(work: Work) -> Held:
-    return work.rewriting(work.left, work.export_bytes, columns_squared=_quantize(work.recipe, "needs_grams"))
+    rewriting = work.rewriting(work.left, work.export_bytes)
+    if not _quantize(work.recipe, "needs_grams"):
+        return rewriting
+    return Held(*map(max, working_memory.rounding_by_gptq(work, *_text(work)), rewriting))
 
 
 def _quantizing_products(work: Work) -> float:

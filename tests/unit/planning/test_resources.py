@@ -42,20 +42,18 @@ def test_a_model_of_70_billion_goes_through_one_gpu_of_80_gigabytes():
     found = needs(LLAMA_70B, recipe, target("h100"))
     for stage in ("calibrate", "recalibrate", "gram", "quantize"):
         assert 0 < found[stage].gpu_bytes < 80 * GB, stage
-        assert found[stage].host_bytes < 40 * GB and found[stage].gpus == 1
+        assert found[stage].host_bytes < 50 * GB and found[stage].gpus == 1
     # Hidden states leave the GPU, of which they would take more than an eighth.
-    assert found["calibrate"].host_bytes == pytest.approx(3.5 * GB + 2 * 2 * 856e6 + 2 * 512 * 2048 * 8192, rel=0.01)
+    assert found["calibrate"].host_bytes == pytest.approx(3.5 * GB + 3 * 2 * 856e6 + 2 * 512 * 2048 * 8192, rel=0.01)
     assert found["gram"].disk_bytes == pytest.approx(327 * GB, rel=0.05)  # 80 x 4 x (3 x 8192² + 28672²)
 
 
 def test_calibration_by_hand():
     need = needs(LLAMA_8B, Recipe.parse("quantize: {format: fp8}"), target("h200"))["calibrate"]
-    block, outside = 2 * 218_103_808, 2 * 2 * 128_256 * 4096
-    activations = 8 * 512 * 200_840  # eight windows of 512 tokens: see test_training_memory
+    block, activations = 2 * 218_103_808, 8 * 512 * 200_840  # of eight windows: see test_training_memory
     between = 2 * 8 * 512 * 4096
-    held = outside + 2 * block + activations + between + 2 * (2 * 32 + 1) * 4096  # and the norms
-    assert need.gpu_bytes == pytest.approx(0.7 * GB + 1.1 * held, rel=0.01)
-    assert need.host_bytes == pytest.approx(3.5 * GB + 2 * block, rel=0.01)
+    assert need.gpu_bytes == pytest.approx(0.7 * GB + 1.1 * (2 * block + activations + between), rel=0.01)
+    assert need.host_bytes == pytest.approx(3.5 * GB + 3 * block, rel=0.01)
 
 
 def test_what_trains_on_several_gpus_and_what_is_served_on_several():
