@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from trimtab.base.schema import Document
+from trimtab.judge.damage import Damage
 from trimtab.judge.statistics import Interval
 
 FailureClass = Literal[
@@ -56,11 +57,13 @@ class Verdict(Document):
     """What is said of one attempt, and the numbers it rests on.
 
     `stage` is the one that failed, where the attempt ended before it was measured.
-    `looks` says how often items were drawn, `items` and `windows` how many there were in all; `truncated` how many
+    `looks` says how often items were drawn, `items` and `windows` how many there were in all, of the tasks that are
+    judged together; `truncated` how many
     requests, those of fresh items among them, were too long and lost their beginning. `accuracy` and
     `perplexity` are the candidate's; `recovery` and `perplexity_ratio` compare it with the baseline. All
     intervals have the two-sided confidence of their look (see `trimtab.judge.verdict`). `mcnemar_p`, for the
-    hypothesis that nothing changed, is shown and not decided on. `gain` is the relative improvement at the goal.
+    hypothesis that nothing changed, is shown and not decided on. `damage` says what was lost by task and by place in
+    the text. `gain` is the relative improvement at the goal.
     """
 
     outcome: Literal["accepted", "rejected", "indeterminate", "baseline"]
@@ -76,6 +79,7 @@ class Verdict(Document):
     perplexity: float | None = None
     perplexity_ratio: Interval | None = None
     mcnemar_p: float | None = None
+    damage: Damage | None = None
     gain: float | None = None
     confirmed: bool = False
     confirmation: Confirmation | None = None

@@ -11,9 +11,10 @@ from pydantic import Discriminator, Tag, model_validator
 
 from trimtab.base.schema import digest
 from trimtab.base.user_document import UserDocument
+from trimtab.recipe.acceptance import Acceptance
 from trimtab.recipe.calibration import Calibration, Source
 from trimtab.recipe.distillation import Distillation
-from trimtab.recipe.engine import SIZES, Acceptance, Engine
+from trimtab.recipe.engine import SIZES, Engine
 from trimtab.recipe.pruning import DepthPruning, MovementPruning, Pruning, SparsePruning, WidthPruning
 from trimtab.recipe.quantization import (
     CASTS,
