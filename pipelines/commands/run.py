@@ -70,11 +70,13 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         runs=arguments.runs,
         console=console,
     )
-    from trimtab.report import console_table
+    from trimtab.report import console_lines, console_table
 
     out = Console(width=None if sys.stdout.isatty() else 120)
     if outcome.state:
         out.print(console_table(outcome.state))
+        for line in console_lines(outcome.state):
+            out.print(line, soft_wrap=True, highlight=False, markup=False)
         out.print(f"report   {outcome.page}", soft_wrap=True, highlight=False)
     if outcome.error:
         console.print(f"trimtab: {outcome.error}", style="red", markup=False, highlight=False)

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from trimtab.judge import Interval, Measurements, Verdict
 from trimtab.loop.state import Brief, State
-from trimtab.report import curves, figures, story
+from trimtab.report import curves, figures, quality, story
 from trimtab.report.figures import Dimension, Point
 from trimtab.report.rows import COLUMNS, DASH, INTERVALS, AttemptRow, fraction, interval_text, number, rows, spent
 from trimtab.stages import STAGES
@@ -42,6 +42,7 @@ def summary_html(state: State) -> str:
         headline=story.headline(state),
         explanation=story.explanation(state),
         accepted=found,
+        carded=quality.shown(state),
         rows=table,
         briefs=briefs,
         charts=_charts(state, table),
@@ -121,6 +122,10 @@ def _templates() -> Environment:
         "confirmation": story.confirmation_text,
         "gain": story.gain_text,
         "truncated": story.truncated_text,
+        "TASK_COLUMNS": quality.TASK_COLUMNS,
+        "task_rows": quality.task_rows,
+        "text_rows": quality.text_rows,
+        "quality": quality.sentences,
     }
     return environment
 
@@ -137,7 +142,7 @@ def _charts(state: State, table: Sequence[AttemptRow]) -> list[dict[str, Any]]:
         (_RECOVERY, "recovery", last.accept.min_recovery),
     )
     charts = []
-    for quality, field, limit in qualities:
+    for dimension, field, limit in qualities:
         for cost, x in ((_SIZE, "megabytes"), (_SPEED, "decode")):
             points = [
                 Point(row.label if row.number else "base", row.what, row.outcome, getattr(row, x), y)
@@ -146,9 +151,9 @@ def _charts(state: State, table: Sequence[AttemptRow]) -> list[dict[str, Any]]:
             ]
             if any(point.outcome != "baseline" for point in points):
                 against = "size" if cost is _SIZE else "decode speed"
-                note = "less is better" if quality.less_is_better else "more is better"
-                picture = figures.scatter(points, cost, quality, limit)
-                words = {"quality": quality.name.capitalize(), "note": note, "cost": against}
+                note = "less is better" if dimension.less_is_better else "more is better"
+                picture = figures.scatter(points, cost, dimension, limit)
+                words = {"quality": dimension.name.capitalize(), "note": note, "cost": against}
                 charts.append({**words, "svg": picture})
     return charts
 
