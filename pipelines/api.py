@@ -20,7 +20,8 @@ from trimtab.base import signing
 from trimtab.base.errors import InputError
 from trimtab.model import hardware
 from trimtab.pipelines.inputs import ATTEMPTS, GOAL, TARGET, Asked, text_of
-from trimtab.planning import dealing, task_sizes
+from trimtab.planning import dealing, drawing, task_sizes
+from trimtab.planning.dealing import Deal
 from trimtab.planning.matrix import Outline
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
@@ -66,8 +67,10 @@ def plan(
     from trimtab.components.fetch.facts import facts
     from trimtab.loop import decisions
 
-    asked = checked(model, goal, target, recipe, evaluation, max_attempts, name)
-    return decisions.outline(goal, facts(asked.model), hardware.target(target), asked.wanted)
+    asked, dealt = _checked(model, goal, target, recipe, evaluation, max_attempts, name)
+    outline = decisions.outline(goal, facts(asked.model), hardware.target(target), asked.wanted)
+    power = drawing.assumed(dealt, asked.evaluation, asked.wanted.accept, max_attempts)
+    return {**outline, "power": {"told": power.sentence, **power.model_dump(mode="json")}}
 
 
 def run(
@@ -270,13 +273,25 @@ def checked(
         InputError: a value that is not valid, a text that is missing or empty, or a task that does not exist or has too
             few items.
     """
+    return _checked(model, goal, target, recipe, evaluation, max_attempts, name)[0]
+
+
+def _checked(
+    model: str | Path,
+    goal: str,
+    target: str,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None,
+    evaluation: Evaluation | Mapping[str, Any] | str | Path | None,
+    max_attempts: int,
+    name: str,
+) -> tuple[Asked, Deal]:
+    """As `checked`; returns which items are asked besides."""
     measured = Evaluation.parse(text_of(evaluation, "evaluation") or "{}")
     if measured.task_path:  # stages run elsewhere
         measured = measured.model_copy(update={"task_path": str(Path(measured.task_path).absolute())})
     asked = Asked(str(model), goal, target, text_of(recipe, "recipe"), max_attempts, name, measured)
     _check_texts(asked)
-    dealing.deal(task_sizes.of(measured), measured, asked.wanted.accept, max_attempts)
-    return asked
+    return asked, dealing.deal(task_sizes.of(measured), measured, asked.wanted.accept, max_attempts)
 
 
 def _check_texts(asked: Asked) -> None:

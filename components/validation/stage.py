@@ -14,12 +14,14 @@ from trimtab.base.errors import Failure
 from trimtab.catalog.backends import BACKENDS
 from trimtab.catalog.goals import GOALS
 from trimtab.components.validation.page import html, numbers
-from trimtab.judge import Measurements, Verdict
+from trimtab.judge import Measurements, Scores, Verdict
+from trimtab.judge.power import Power
 from trimtab.judge.statistics import wilson
 from trimtab.loop import decisions, evidence
 from trimtab.loop.documents import load, read_plan, save
 from trimtab.loop.evidence import CONFIRMATION, LOOKS, look_name
 from trimtab.loop.state import Brief, State, fail
+from trimtab.planning import drawing
 from trimtab.recipe import Recipe
 from trimtab.stages.looks import OWN_LOOKS, Piece, Subject, keyed_by
 from trimtab.store import Store, open_store
@@ -114,16 +116,32 @@ class _Judge:
         result = self._measure(look_name(1), self.subject.evaluation_of(1))
         scores = evidence.read_scores(self.store, [result.tree])
         integrity = self._measure("integrity", self.subject.integrity())
+        power = self._power(scores)
+        progress.report("validate", power.sentence)
+        hopeless = {
+            "outcome": "indeterminate",
+            "failure_class": "accuracy",
+            "reason": f"nothing is tried, because these items cannot decide: {power.sentence}; name more tasks or "
+            "larger ones, or write a lower limit (evaluation.power: 0 tries all the same)",
+        }
+        filed = {"outcome": "baseline", "reason": "the model unchanged, which every attempt is compared with"}
         return Verdict(
-            outcome="baseline",
-            reason="the model unchanged, which every attempt is compared with",
+            **(filed if power.decides or not power.wanted else hopeless),
             looks=1,
             items=len(scores.items),
             windows=len(scores.nll),
             accuracy=wilson(scores.items.sum(), len(scores.items), self.state.recipe.accept.confidence),
             perplexity=float(np.exp(scores.nll.sum() / scores.tokens.sum())),
+            power=power,
             measurements=self._measurements(self.state.recipe, integrity, result),
         )
+
+    def _power(self, scores: Scores) -> Power:
+        """Returns what the items can show, with those that the run will draw besides."""
+        plan = read_plan(self.store, self.state.plan)
+        about = (self.state.evaluation, decisions.accepted_by(plan), self.state.max_attempts)
+        power = drawing.measured(scores, plan.dealt, *about)
+        return drawing.measured(scores, decisions.drawn(plan, power), *about)
 
     def _look(self, look: int) -> tuple[stages.Result, stages.Result]:
         baseline = self._measure(look_name(look, baseline=True), self.subject.evaluation_of(look, baseline=True))

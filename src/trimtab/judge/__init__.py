@@ -7,6 +7,7 @@
 | `criteria` | what must be shown to hold, each an interval beside its limit |
 | `verdict` | accepted, rejected or indeterminate: by error rates that it states |
 | `damage` | what was lost, by task and by place in the text |
+| `power` | what a number of items can show, before they are asked |
 | `gains` | whether an accurate candidate is any better at its goal |
 """
 

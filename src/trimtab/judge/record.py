@@ -6,6 +6,7 @@ from typing import Literal
 
 from trimtab.base.schema import Document
 from trimtab.judge.damage import Damage
+from trimtab.judge.power import Power
 from trimtab.judge.statistics import Interval
 
 FailureClass = Literal[
@@ -63,7 +64,8 @@ class Verdict(Document):
     `perplexity` are the candidate's; `recovery` and `perplexity_ratio` compare it with the baseline. All
     intervals have the two-sided confidence of their look (see `trimtab.judge.verdict`). `mcnemar_p`, for the
     hypothesis that nothing changed, is shown and not decided on. `damage` says what was lost by task and by place in
-    the text. `gain` is the relative improvement at the goal.
+    the text. `power`, the baseline's alone, says what the items of the run can show. `gain` is the relative improvement
+    at the goal.
     """
 
     outcome: Literal["accepted", "rejected", "indeterminate", "baseline"]
@@ -80,6 +82,7 @@ class Verdict(Document):
     perplexity_ratio: Interval | None = None
     mcnemar_p: float | None = None
     damage: Damage | None = None
+    power: Power | None = None
     gain: float | None = None
     confirmed: bool = False
     confirmation: Confirmation | None = None

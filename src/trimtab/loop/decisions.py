@@ -5,14 +5,16 @@ from __future__ import annotations
 from trimtab.base import progress
 from trimtab.base.errors import Failure, InputError, nearest
 from trimtab.catalog.goals import GOALS
+from trimtab.judge.power import Power
 from trimtab.loop import adjust, provenance
 from trimtab.loop.documents import Plan, read_plan, write_plan
 from trimtab.loop.state import State, fail
 from trimtab.model import hardware, layouts, memory
 from trimtab.model.facts import ModelFacts
-from trimtab.planning import checks, dealing, matrix, placement, task_sizes
+from trimtab.planning import checks, dealing, drawing, matrix, placement, task_sizes
+from trimtab.planning.dealing import Deal
 from trimtab.planning.matrix import MAX_RUNGS, Outline, Rung
-from trimtab.recipe import Recipe
+from trimtab.recipe import Acceptance, Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.recipe.workload import Workload
 from trimtab.serving import traffic as recorded
@@ -58,6 +60,8 @@ def begin(
     traffic = traffic or recorded.of(wanted.workload)
     wanted = _for_traffic(wanted, traffic)
     dealt = dealing.deal(task_sizes.of(evaluation), evaluation, wanted.accept, max_attempts)
+    power = drawing.assumed(dealt, evaluation, wanted.accept, max_attempts)
+    progress.report("plan", power.sentence)
     rungs = ladder(goal, facts, machine, wanted)
     if released and wanted.workload:
         released = _sized(released, facts, machine, wanted.workload)
@@ -186,6 +190,7 @@ def next_attempt(state: State) -> State:
     progress.report(f"attempt {len(state.history) + 1}", f"{rung.recipe.title}; {why}")
     return state.model_copy(
         update={
+            "plan": state.plan if state.history else _drawing_enough(state),
             "attempt": len(state.history) + 1,
             "recipe": rung.recipe,
             "why": why,
@@ -194,6 +199,27 @@ def next_attempt(state: State) -> State:
             "seconds": {},
         }
     )
+
+
+def accepted_by(plan: Plan) -> Acceptance:
+    """Returns the limits of a run, which all its recipes have."""
+    return plan.ladder[0].recipe.accept
+
+
+def drawn(plan: Plan, power: Power) -> Deal:
+    """Returns the items that a run draws, given what those dealt first can show."""
+    if not power.wanted:
+        return plan.dealt
+    return drawing.enlarged(plan.dealt, power, accepted_by(plan), plan.max_attempts)
+
+
+def _drawing_enough(state: State) -> Tree:
+    """Returns the plan with as many items as the baseline's answers ask for, before the first attempt is paid for."""
+    store, power = open_store(state.store), state.baseline.verdict.power
+    plan = read_plan(store, state.plan)
+    if power is None or plan.dealt is None or (more := drawn(plan, power)) == plan.dealt:
+        return state.plan
+    return write_plan(store, plan.model_copy(update={"dealt": more}))
 
 
 def facts_of(store: Store, model: Tree) -> ModelFacts:

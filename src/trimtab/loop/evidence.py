@@ -20,11 +20,11 @@ from trimtab.loop.documents import read_plan
 from trimtab.loop.state import State
 from trimtab.model import hardware, memory
 from trimtab.model.facts import ModelFacts
+from trimtab.planning.dealing import LOOKS
 from trimtab.recipe import Recipe
 from trimtab.store import Store, Tree
 
-#: The number of looks at most; the look after the last is the confirmation on fresh items.
-LOOKS = 3
+#: The look after the last is the confirmation on fresh items.
 CONFIRMATION = LOOKS + 1
 #: The file of a look that has what was predicted at each place of the text.
 TEXT = "text.npz"

@@ -8,4 +8,5 @@
 | `placement`, `engine`, `parallelism` | the engine that serves a recipe: devices, batch, context |
 | `checks`, `installed` | why a target, or this machine, cannot run a recipe |
 | `dealing`, `task_sizes` | which items of which task serve which look |
+| `drawing` | what they can show, and how many more are drawn so that they decide |
 """
