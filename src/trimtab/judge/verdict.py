@@ -21,7 +21,7 @@ differences of 16 to 48 windows are strongly skewed, which Student's t does not 
 from __future__ import annotations
 
 from trimtab.base.errors import TrimtabError
-from trimtab.judge.record import KV_CACHE_SUSPECT, Confirmation, Verdict
+from trimtab.judge.record import KV_CACHE_SUSPECT, Beside, Confirmation, Verdict
 from trimtab.judge.scores import Scores, check_pair
 from trimtab.judge.statistics import (
     BaselineAtChance,
@@ -72,6 +72,9 @@ def judge(*, baseline: Scores, candidate: Scores, accept: Acceptance, look: int,
         "accuracy": wilson(float(candidate.items.sum()), n, confidence),
         "perplexity": candidate.perplexity,
         "mcnemar_p": mcnemar(baseline.items, candidate.items),
+        "beside": Beside(
+            accuracy=wilson(float(baseline.items.sum()), n, confidence), perplexity=baseline.perplexity
+        ),
     }
     if damage:
         return Verdict(outcome="rejected", failure_class="degenerate_output", reason=damage, **numbers)
