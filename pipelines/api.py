@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 
@@ -86,6 +86,7 @@ def run(
     require_signature: bool = False,
     runs: str | Path = RUNS,
     console: Console | None = None,
+    events: TextIO | None = None,
 ) -> Outcome:
     """Optimizes a model on this machine and returns how that ended; a stage that failed is part of the outcome.
 
@@ -103,6 +104,7 @@ def run(
         require_signature: release nothing that cannot be signed.
         runs: the folder for logs and reports, in which each run makes its own.
         console: where progress is printed; the standard output if None.
+        events: where each event of progress is written too, as a line of JSON.
 
     Raises:
         InputError: anything that can be refused before work on the model begins.
@@ -125,7 +127,8 @@ def run(
         opened = open_store(str(store))
         opened.check()
         console.print(f"engine   {said}", soft_wrap=True, highlight=False)
-        return local.run(asked.parameters(recipe=chosen, store=opened.uri), Path(runs).absolute(), console)
+        parameters = asked.parameters(recipe=chosen, store=opened.uri)
+        return local.run(parameters, Path(runs).absolute(), console, events=events)
 
 
 def verify(

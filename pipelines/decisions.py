@@ -173,10 +173,12 @@ def summarize(
     from trimtab import report as pages
     from trimtab.loop import status
     from trimtab.loop.documents import load
+    from trimtab.store import open_store
 
     now = load(state)
     status.write_attempts(now, run)
-    Path(report.path).write_text(pages.summary_html(now), encoding="utf-8")
+    texts = pages.side_by_side(open_store(now.store), now)
+    Path(report.path).write_text(pages.summary_html(now, texts), encoding="utf-8")
     Path(summary.path).write_text(pages.summary_markdown(now), encoding="utf-8")
     Path(outcome.path).write_text(now.to_json(), encoding="utf-8")
     return state

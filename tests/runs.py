@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimtab.judge import Confirmation, Damage, Interval, Measurements, TaskDamage, Verdict
+from trimtab.judge import Beside, Confirmation, Damage, Interval, Measurements, TaskDamage, Verdict
 from trimtab.judge.damage import PlaceDamage
 from trimtab.loop.state import Brief, State
 from trimtab.recipe import Recipe
@@ -34,6 +34,7 @@ def brief(
     decode: float = 0,
     peak: float = 0,
     seconds: dict[str, float] | None = None,
+    beside: Measurements | None = None,
     **more,
 ) -> Brief:
     measured = Measurements(
@@ -51,8 +52,9 @@ def brief(
             "items": 1000,
             "windows": 32,
             "accuracy": interval(0.66 * recovery[0], 0.029),
+            "beside": Beside(accuracy=interval(0.66, 0.029), perplexity=25.9, measurements=beside),
             "recovery": interval(*recovery),
-            "perplexity": 25.63 * ratio[0],
+            "perplexity": 25.9 * ratio[0],
             "perplexity_ratio": interval(*ratio),
             "mcnemar_p": 0.0004 if recovery[0] < 0.9 else 0.213,
         }

@@ -131,7 +131,11 @@ def _watch(arguments: argparse.Namespace, console: Console) -> int:
 def _followed(connection: Connection, run_id: str, console: Console) -> int:
     from trimtab.pipelines.cluster.watch import watch
 
-    console.print(watch(connection, run_id))
+    try:
+        console.print(watch(connection, run_id))
+    except KeyboardInterrupt:
+        console.print(f"trimtab: not watched any more; the run goes on, and `trimtab watch {run_id}` follows it again")
+        return 130
     return 0
 
 

@@ -13,12 +13,21 @@
 
 from trimtab.judge.damage import Damage, TaskDamage, Text
 from trimtab.judge.gains import check_gain, gain
-from trimtab.judge.record import FAILURE_CLASSES, KV_CACHE_SUSPECT, Confirmation, FailureClass, Measurements, Verdict
+from trimtab.judge.record import (
+    FAILURE_CLASSES,
+    KV_CACHE_SUSPECT,
+    Beside,
+    Confirmation,
+    FailureClass,
+    Measurements,
+    Verdict,
+)
 from trimtab.judge.scores import NotPaired, Scores
 from trimtab.judge.statistics import Interval
 from trimtab.judge.verdict import blame_kv_cache, confirm, judge
 
 __all__ = [
+    "Beside",
     "Confirmation",
     "Damage",
     "FAILURE_CLASSES",

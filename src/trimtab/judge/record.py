@@ -54,6 +54,15 @@ class Confirmation(Document):
     perplexity_ratio: Interval | None = None
 
 
+class Beside(Document):
+    """The unchanged model beside an attempt: on the same items and windows, and, where the gain was asked for, with the
+    measurements that it was computed from. A speed that decides is measured in turn with the attempt's."""
+
+    accuracy: Interval | None = None
+    perplexity: float | None = None
+    measurements: Measurements | None = None
+
+
 class Verdict(Document):
     """What is said of one attempt, and the numbers it rests on.
 
@@ -63,9 +72,9 @@ class Verdict(Document):
     requests, those of fresh items among them, were too long and lost their beginning. `accuracy` and
     `perplexity` are the candidate's; `recovery` and `perplexity_ratio` compare it with the baseline. All
     intervals have the two-sided confidence of their look (see `trimtab.judge.verdict`). `mcnemar_p`, for the
-    hypothesis that nothing changed, is shown and not decided on. `damage` says what was lost by task and by place in
-    the text. `power`, the baseline's alone, says what the items of the run can show. `gain` is the relative improvement
-    at the goal.
+    hypothesis that nothing changed, is shown and not decided on. `beside` is the unchanged model on the same items and
+    windows. `damage` says what was lost by task and by place in the text. `power`, the baseline's alone, says what the
+    items of the run can show. `gain` is the relative improvement at the goal.
     """
 
     outcome: Literal["accepted", "rejected", "indeterminate", "baseline"]
@@ -81,6 +90,7 @@ class Verdict(Document):
     perplexity: float | None = None
     perplexity_ratio: Interval | None = None
     mcnemar_p: float | None = None
+    beside: Beside | None = None
     damage: Damage | None = None
     power: Power | None = None
     gain: float | None = None

@@ -23,7 +23,7 @@ from __future__ import annotations
 from trimtab.base.errors import TrimtabError
 from trimtab.judge.criteria import Criterion, criteria, pooled, worst
 from trimtab.judge.damage import Text, damage
-from trimtab.judge.record import KV_CACHE_SUSPECT, Confirmation, Verdict
+from trimtab.judge.record import KV_CACHE_SUSPECT, Beside, Confirmation, Verdict
 from trimtab.judge.scores import Scores, check_pair
 from trimtab.judge.statistics import Interval, mcnemar, split_alpha, wilson
 from trimtab.recipe import Acceptance
@@ -75,6 +75,10 @@ def judge(
         "perplexity": candidate.perplexity,
         "accuracy": wilson(float(candidate.items[of].sum()), n, confidence) if n else None,
         "mcnemar_p": mcnemar(baseline.items[of], candidate.items[of]) if n else None,
+        "beside": Beside(
+            accuracy=wilson(float(baseline.items[of].sum()), n, confidence) if n else None,
+            perplexity=baseline.perplexity,
+        ),
     }
     if broken:
         return Verdict(outcome="rejected", failure_class="degenerate_output", reason=broken, **numbers)

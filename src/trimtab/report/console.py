@@ -69,4 +69,5 @@ def _cell(row: AttemptRow, name: str, style: str) -> Text:
     if name == "verdict":
         reason = f"\n{row.reason}" if row.reason else ""
         return Text.assemble((text, style), (reason, "" if row.accepted else "dim"))
-    return Text.assemble(text, (f"\n{ends.replace(' to ', '–')}", "dim")) if name in INTERVALS and ends else Text(text)
+    below = ends.replace(" to ", "–").replace("; baseline", "\nof").replace("; ", "\n")
+    return Text.assemble(text, (f"\n{below}", "dim")) if name in INTERVALS and ends else Text(text)

@@ -16,7 +16,7 @@ TEXT = (
 def test_the_worst_task_is_named_everywhere():
     assert console_lines(RELEASED) == [WORST, TEXT]
     page = summary_html(RELEASED)
-    assert "What attempt 4 cost in quality" in page and WORST in page and TEXT.replace("'", "&#39;") in page
+    assert "What it costs in quality" in page and WORST in page and TEXT.replace("'", "&#39;") in page
     assert "What was lost" in attempt_html(RELEASED)
     told = summary_markdown(RELEASED)
     assert "What attempt 4, mixed 6 bits, kept by task:" in told
@@ -48,3 +48,4 @@ def test_a_run_without_cards_shows_none():
 def test_the_last_card_stands_for_a_run_that_accepted_nothing():
     rejected = ACCEPTED.model_copy(update={"verdict": ACCEPTED.verdict.model_copy(update={"outcome": "rejected"})})
     assert quality.shown(state(rejected, INT4)) == (1, rejected)
+    assert "What attempt 1 cost in quality" in summary_html(state(rejected, INT4))
