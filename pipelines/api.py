@@ -23,7 +23,7 @@ from trimtab.pipelines.inputs import ATTEMPTS, GOAL, TARGET, Asked, text_of
 from trimtab.planning import dealing, drawing, task_sizes
 from trimtab.planning.dealing import Deal
 from trimtab.planning.matrix import Outline
-from trimtab.recipe import Recipe
+from trimtab.recipe import Prices, Recipe
 from trimtab.recipe.evaluation import Evaluation
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def run(
     runs: str | Path = RUNS,
     console: Console | None = None,
     events: TextIO | None = None,
+    prices: Prices | Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Optimizes a model on this machine and returns how that ended; a stage that failed is part of the outcome.
 
@@ -105,12 +106,14 @@ def run(
         runs: the folder for logs and reports, in which each run makes its own.
         console: where progress is printed; the standard output if None.
         events: where each event of progress is written too, as a line of JSON.
+        prices: what an hour costs here, for the ledger and for limits of money.
 
     Raises:
         InputError: anything that can be refused before work on the model begins.
         StoreError: the store cannot be reached or written.
     """
     from trimtab.components.fetch.source import check
+    from trimtab.loop import decisions
     from trimtab.pipelines import local, local_backend
     from trimtab.serving import traffic
     from trimtab.store import open_store
@@ -124,11 +127,13 @@ def run(
             traffic.of(asked.wanted.workload)
         ladder = (lambda text: _outline(asked, text)) if known else None
         chosen, said = local_backend.choose(asked.recipe, hardware.target(target), ladder)
+        prices = Prices.parse(prices) if isinstance(prices, Mapping) else prices
+        decisions.check_limits(asked.wanted, prices)
         opened = open_store(str(store))
         opened.check()
         console.print(f"engine   {said}", soft_wrap=True, highlight=False)
         parameters = asked.parameters(recipe=chosen, store=opened.uri)
-        return local.run(parameters, Path(runs).absolute(), console, events=events)
+        return local.run(parameters, Path(runs).absolute(), console, events=events, prices=prices)
 
 
 def verify(

@@ -59,16 +59,18 @@ def run(state_uri: str, page: Any, metrics: Any) -> str:
             store, state, result, judge.export, judge.trees, judge.signatures, public, keyed_by()
         )
     seconds = {**state.seconds, "validate": round(judge.seconds, 1)}
+    busy = {**state.cpu_seconds, "validate": round(judge.cpu_seconds, 1)}
     brief = Brief(
         recipe=state.recipe,
         why=state.why,
         verdict=result,
         seconds=seconds,
+        cpu_seconds=busy,
         evaluation=filed_evidence,
         engine=state.trees.get("engine"),
     )
     filed = {"baseline": brief} if state.attempt == 0 else {"history": (*state.history, brief)}
-    state = state.model_copy(update={"verdict": result, "seconds": seconds, **filed})
+    state = state.model_copy(update={"verdict": result, "seconds": seconds, "cpu_seconds": busy, **filed})
     Path(page.path).write_text(html(store, state, judge.trees), encoding="utf-8")
     stages.log_metrics(metrics, numbers(result))
     progress.report("validate", f"{result.outcome}: {result.reason}")
@@ -81,7 +83,7 @@ class _Judge:
     def __init__(self, store: Store, state: State):
         self.store, self.state = store, state
         self.signer = signing.validation_signer()
-        self.seconds = 0.0
+        self.seconds = self.cpu_seconds = 0.0
         self.truncated = 0  # requests to the attempt that lost their beginning
         self.trees: dict[str, Tree] = {}  # what was measured, for the evidence
         self.signatures: dict[str, Any] = {}
@@ -153,6 +155,7 @@ class _Judge:
         if result.signature:
             self.signatures[name] = result.signature
         self.seconds += 0.0 if result.hit else result.seconds
+        self.cpu_seconds += 0.0 if result.hit else result.metrics.get("cpu_seconds", 0.0)
         if cut := result.metrics.get("truncated"):
             self.truncated += cut if name in OWN_LOOKS else 0
             what = f"{cut} requests were too long for the engine and lost their beginning, as in lm-eval"

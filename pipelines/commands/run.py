@@ -15,7 +15,7 @@ from trimtab.base.errors import NotReleased, StageError, TrimtabError
 from trimtab.catalog.goals import GOALS
 from trimtab.model import hardware
 from trimtab.pipelines import api
-from trimtab.pipelines.inputs import ATTEMPTS, GOAL, TARGET, read_evaluation
+from trimtab.pipelines.inputs import ATTEMPTS, GOAL, TARGET, read_evaluation, read_profile
 
 if TYPE_CHECKING:
     from trimtab.pipelines.local import Outcome
@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
     run = commands.add_parser("run", help="optimize a model on this machine")
     add_options(run)
     run.add_argument("--json", action="store_true", help="print events as JSON lines, for scripts; the last is the end")
+    run.add_argument("--profile", default="", metavar="FILE", help="a cluster's profile, for its prices, YAML")
     run.set_defaults(command=_run)
 
 
@@ -99,6 +100,7 @@ def _outcome(arguments: argparse.Namespace, console: Console, events: TextIO | N
         runs=arguments.runs,
         console=console,
         events=events,
+        prices=read_profile(arguments.profile).prices,
     )
 
 

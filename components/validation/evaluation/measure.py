@@ -52,8 +52,8 @@ def evaluate(
 
     Returns:
         items, accuracy, truncated (requests that lost their beginning), windows, log_perplexity; with `speed`
-        decode_tokens_per_second, throughput_tokens_per_second and degenerate (share of the prompts whose continuation
-        is empty or goes round in a loop).
+        decode_tokens_per_second, throughput_tokens_per_second, cores (that computed; 0 for a GPU) and degenerate (share
+        of the prompts whose continuation is empty or goes round in a loop).
     """
     if calibration:
         _refuse_overlap((Path(calibration) / "text.txt").read_text(encoding="utf-8"), parameters)
@@ -67,6 +67,7 @@ def evaluate(
     if parameters["speed"]:
         load = _load(Path(engine))
         metrics |= decode_speed(served, load, new_tokens([(served, load)])) | _generate(served, folder)
+        metrics["cores"] = 0 if served.device_bytes else torch.get_num_threads()
     served.close()
     return metrics
 

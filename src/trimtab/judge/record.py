@@ -31,7 +31,7 @@ class Measurements(Document):
     `bytes` of the artifact's files; `quantized_share` is the bytes of the quantized tensors over their bytes
     in BF16; decode at batch 1 and throughput at `batch` sequences at a time, in tokens a second; the peak memory in
     bytes; the longest context that fits, in tokens. All are those of one copy of the model, on `devices` of the
-    target.
+    target, or on `cores` of a CPU.
     """
 
     bytes: int = 0
@@ -42,6 +42,13 @@ class Measurements(Document):
     max_context_tokens: int = 0
     devices: int = 1
     batch: int = 8
+    cores: int = 0
+
+    @property
+    def device_seconds_per_million_tokens(self) -> float:
+        """What a million tokens of answers takes of a device at `batch`; 0 where throughput was not measured."""
+        speed = self.throughput_tokens_per_second
+        return 1e6 * self.devices / speed if speed else 0.0
 
 
 class Confirmation(Document):

@@ -6,7 +6,7 @@ from trimtab.base import progress
 from trimtab.base.errors import Failure, InputError, nearest
 from trimtab.catalog.goals import GOALS
 from trimtab.judge.power import Power
-from trimtab.loop import adjust, provenance
+from trimtab.loop import adjust, ledger, provenance
 from trimtab.loop.documents import Plan, read_plan, write_plan
 from trimtab.loop.state import State, fail
 from trimtab.model import hardware, layouts, memory
@@ -14,7 +14,7 @@ from trimtab.model.facts import ModelFacts
 from trimtab.planning import checks, dealing, drawing, matrix, placement, task_sizes
 from trimtab.planning.dealing import Deal
 from trimtab.planning.matrix import MAX_RUNGS, Outline, Rung
-from trimtab.recipe import Acceptance, Recipe
+from trimtab.recipe import Acceptance, Prices, Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.recipe.workload import Workload
 from trimtab.serving import traffic as recorded
@@ -36,6 +36,7 @@ def begin(
     images: str = "",
     released: Rung | None = None,
     traffic: Traffic | None = None,
+    prices: Prices | None = None,
 ) -> State:
     """Plans the run and returns the state with which the baseline is measured.
 
@@ -46,6 +47,7 @@ def begin(
         images: the container images of the stages, which count among the materials.
         released: the recipe of a release with its student, which then stands first.
         traffic: the shape of the recorded traffic, where the recipe names some and it was read before.
+        prices: what an hour costs where the run works.
 
     Raises:
         InputError: a name that no release can have, an unknown goal or target, a bad recipe, recorded traffic that
@@ -59,6 +61,7 @@ def begin(
     wanted, facts = Recipe.parse(recipe) if recipe.strip() else Recipe(), facts_of(store, model)
     traffic = traffic or recorded.of(wanted.workload)
     wanted = _for_traffic(wanted, traffic)
+    check_limits(wanted, prices)
     dealt = dealing.deal(task_sizes.of(evaluation), evaluation, wanted.accept, max_attempts)
     power = drawing.assumed(dealt, evaluation, wanted.accept, max_attempts)
     progress.report("plan", power.sentence)
@@ -87,6 +90,8 @@ def begin(
         "model": model,
         "max_attempts": max_attempts,
         "evaluation": evaluation,
+        "limits": wanted.limits,
+        "prices": prices,
     }
     whole = Plan(
         **planned,
@@ -97,6 +102,15 @@ def begin(
     )
     where = write_plan(store, whole)
     return State(store=store.uri, **planned, plan=where, recipe=unchanged.recipe, why=unchanged.why)
+
+
+def check_limits(wanted: Recipe, prices: Prices | None) -> None:
+    """Refuses a limit of money where nobody has said what an hour costs."""
+    if wanted.limits and wanted.limits.cost and prices is None:
+        raise InputError(
+            f"limits.cost: {wanted.limits.cost:g} needs prices; write prices: {{gpu_hour: 2.5}} into the cluster's "
+            "profile, or limits: {gpu_hours: 4}"
+        )
 
 
 def ladder(goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Recipe) -> list[Rung]:
@@ -127,6 +141,7 @@ def _climbed(
     goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Recipe
 ) -> tuple[list[Rung], list[matrix.Refused]]:
     wanted = _for_traffic(wanted, recorded.of(wanted.workload))
+    wanted = wanted.model_copy(update={"limits": None})  # the run's, and no attempt's
     first = wanted if wanted.prune or wanted.distill or wanted.quantize else None
     rungs, refused = matrix.climb(
         goal,
@@ -177,12 +192,16 @@ def decide(state: State) -> str:
         return "stop"
     if state.history and state.history[-1].verdict.outcome == "accepted":
         return "stop"
+    if over := ledger.exhausted(state):
+        progress.report("decide", over)
+        return "stop"
     return "retry" if len(state.history) < state.max_attempts and _next(state)[0] else "stop"
 
 
 def next_attempt(state: State) -> State:
-    """Returns the state with which the next attempt begins; unchanged when the baseline itself failed."""
-    if state.baseline is None or state.baseline.verdict.outcome != "baseline":
+    """Returns the state with which the next attempt begins; unchanged when the baseline itself failed, or took all that
+    the run may spend."""
+    if state.baseline is None or state.baseline.verdict.outcome != "baseline" or ledger.exhausted(state):
         return state
     rung, why = _next(state)
     if rung is None:
@@ -197,6 +216,7 @@ def next_attempt(state: State) -> State:
             "trees": {"checkpoint": rung.student} if rung.student else {},
             "verdict": None,
             "seconds": {},
+            "cpu_seconds": {},
         }
     )
 

@@ -53,6 +53,7 @@ def measurements(
         max_context_tokens=memory.max_context_tokens(facts, recipe, hardware.target(target), integrity["bytes"]),
         devices=recipe.engine.world_size,
         batch=recipe.engine.max_batch_size,
+        cores=measured.get("cores", 0),
     )
 
 

@@ -6,6 +6,7 @@ import html
 import re
 
 from trimtab.loop.state import State
+from trimtab.report import costs
 from trimtab.report.advice import next_steps, serving
 from trimtab.report.quality import markdown_lines
 from trimtab.report.rows import COLUMNS, rows
@@ -24,6 +25,7 @@ def summary_markdown(state: State) -> str:
         lines.append(_line([f"**{cell}**" for cell in cells[:2]] + cells[2:] if row.accepted else cells))
     for line in ["", *markdown_lines(state)]:
         lines.append(f"- {_escape(line[2:])}" if line.startswith("- ") else _escape(line))
+    lines += ["", *(_escape(line) for line in costs.sentences(state))]
     if steps := next_steps(state):
         lines += ["", "## What to try next", "", *(f"{n}. {_escape(step)}" for n, step in enumerate(steps, start=1))]
     if commands := serving(state):

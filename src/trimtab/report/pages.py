@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from trimtab.judge import Interval, Verdict
 from trimtab.loop.state import Brief, State
-from trimtab.report import advice, compared, curves, figures, quality, story
+from trimtab.report import advice, compared, costs, curves, figures, quality, story
 from trimtab.report.figures import Dimension, Point
 from trimtab.report.generations import SideBySide
 from trimtab.report.rows import COLUMNS, DASH, INTERVALS, AttemptRow, fraction, interval_text, number, rows, spent
@@ -49,6 +49,8 @@ def summary_html(state: State, texts: Sequence[SideBySide] = ()) -> str:
         explanation=story.explanation(state),
         accepted=found,
         carded=quality.shown(state),
+        ledger=costs.rows(state),
+        paid=costs.sentences(state),
         kept=compared.kept(found[1].verdict, found[1].recipe.accept) if found else [],
         bought=compared.bought(found[1].verdict, state.baseline and state.baseline.verdict) if found else [],
         texts=texts,
@@ -133,6 +135,7 @@ def _templates() -> Environment:
         "confirmation": story.confirmation_text,
         "gain": story.gain_text,
         "truncated": story.truncated_text,
+        "LEDGER_COLUMNS": costs.COLUMNS,
         "TASK_COLUMNS": quality.TASK_COLUMNS,
         "task_rows": quality.task_rows,
         "text_rows": quality.text_rows,

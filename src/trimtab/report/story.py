@@ -6,6 +6,7 @@ from collections import Counter
 
 from trimtab.catalog.goals import GOALS
 from trimtab.judge import Verdict
+from trimtab.loop.ledger import exhausted
 from trimtab.loop.state import Brief, State
 from trimtab.report.rows import interval_text, one_line
 
@@ -36,8 +37,15 @@ def headline(state: State) -> str:
 
 def explanation(state: State) -> list[str]:
     """Returns, in a few sentences, why the accepted attempt was accepted or why none was, and what was cut."""
-    told = (power_text(state), truncation_text(state))
+    told = (budget_text(state), power_text(state), truncation_text(state))
     return [*_outcome(state), *(sentence for sentence in told if sentence)]
+
+
+def budget_text(state: State) -> str:
+    """Returns how the budget ended the run, in a sentence; '' where it did not."""
+    ended = not accepted(state) and len(state.history) < state.max_attempts and state.baseline
+    over = exhausted(state) if ended and state.baseline.verdict.outcome == "baseline" else ""
+    return sentence(over) if over else ""
 
 
 def power_text(state: State) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trimtab.loop.ledger import accelerators_of
 from trimtab.loop.state import State
 from trimtab.stages.execution import inputs_of, is_asked
 from trimtab.stages.registry import STAGES, TASKS
@@ -93,12 +94,12 @@ def machines(state: State, offered: Mapping[str, Any]) -> dict[str, dict[str, An
 
 def _working(state: State) -> dict[str, int]:
     """The stages that must run, and the accelerators of each."""
-    world = state.recipe.engine.world_size
-    several = {"engine": world}
-    if state.recipe.distill:
-        several["distill"] = state.recipe.distill.processes
-    baseline = state.baseline.recipe.engine.world_size if state.baseline else 1
-    store, known, counts = open_store(state.store), True, {JUDGE: max(world, baseline)}  # it measures both
+    baseline = state.baseline.recipe if state.baseline else None
+
+    def several(stage: str) -> int:
+        return accelerators_of(stage, state.recipe, "any", baseline)
+
+    store, known, counts = open_store(state.store), True, {JUDGE: several(JUDGE)}
     for name, stage in STAGES.items():
         if not is_asked(stage, state):
             continue
@@ -111,5 +112,5 @@ def _working(state: State) -> dict[str, int]:
             state = state.model_copy(update={"trees": trees})
         else:
             known = False
-            counts[name] = several.get(name, 1)
+            counts[name] = several(name)
     return counts

@@ -80,7 +80,7 @@ def cached(
             return Path(output), done
 
         output, done = insist(stage.name, work)
-        metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes}
+        metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes, "cpu_seconds": done.cpu_seconds}
         if stage.keeps_metrics:
             (output / METRICS).write_text(json.dumps(metrics, sort_keys=True), encoding="utf-8")
         tree = insist(stage.name, lambda: store.put(output, kind=stage.output, metadata=metadata, move=True))
@@ -137,4 +137,5 @@ def advance(name: str, state: State) -> tuple[State, Result | None]:
     progress.report(name, "found in the store" if result.hit else f"done in {time.monotonic() - started:.0f} s")
     seconds = {**state.seconds, name: 0.0 if result.hit else round(result.seconds, 1)}
     trees = {**state.trees, stage.output: result.tree}
-    return state.model_copy(update={"trees": trees, "seconds": seconds}), result
+    busy = {**state.cpu_seconds, name: 0.0 if result.hit else round(result.metrics.get("cpu_seconds", 0.0), 1)}
+    return state.model_copy(update={"trees": trees, "seconds": seconds, "cpu_seconds": busy}), result

@@ -14,7 +14,7 @@ TEXT = (
 
 
 def test_the_worst_task_is_named_everywhere():
-    assert console_lines(RELEASED) == [WORST, TEXT]
+    assert console_lines(RELEASED)[:2] == [WORST, TEXT]
     page = summary_html(RELEASED)
     assert "What it costs in quality" in page and WORST in page and TEXT.replace("'", "&#39;") in page
     assert "What was lost" in attempt_html(RELEASED)
