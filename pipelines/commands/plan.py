@@ -66,6 +66,8 @@ def _plan(arguments: argparse.Namespace, console: Console) -> int:
     out = Console()
     out.print(table)
     out.print(_resources(outline))
+    told = outline["power"]["told"]
+    out.print(told[:1].upper() + told[1:] + ".", soft_wrap=True, highlight=False, markup=False)
     for other in outline["refused"]:
         out.print(f"not tried: {other['title']}: {other['why']}", soft_wrap=True, highlight=False, markup=False)
     return 0

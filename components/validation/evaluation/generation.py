@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimtab.runtime.engines.torch_engine import Engine
+from trimtab.runtime.engines.protocol import Engine
 from trimtab.runtime.text import token_windows
 
 PROMPTS = (

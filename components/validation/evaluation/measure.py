@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lm_eval
+import numpy as np
 import torch
 
 from trimtab.base import progress
@@ -18,12 +20,16 @@ from trimtab.components.validation.evaluation import tasks as known_tasks
 from trimtab.components.validation.evaluation.generation import generate, is_degenerate
 from trimtab.components.validation.evaluation.lm import EngineLM
 from trimtab.components.validation.evaluation.load import Load, alike, load_of
+from trimtab.loop.evidence import TEXT
 from trimtab.runtime.engines import kept
-from trimtab.runtime.engines.torch_engine import Engine
+from trimtab.runtime.engines.protocol import Engine, Prediction
 from trimtab.runtime.text import token_windows
 from trimtab.serving import record
 
 HELDOUT_TEXT = ("trimtab.components.validation.suite", "heldout.txt")
+
+#: Tokens that are kept of what could stand at a place: as many as vLLM tells by default (max_logprobs).
+LIKELIEST = 20
 
 #: On a CPU; `load` says what is measured on a GPU.
 SPEED = {"prompt_tokens": 32, "new_tokens": 48, "repeats": 3}
@@ -32,7 +38,8 @@ SPEED = {"prompt_tokens": 32, "new_tokens": 48, "repeats": 3}
 def evaluate(
     engine: str, export: str, output: str, scratch: str, parameters: dict[str, Any], calibration: str | None = None
 ) -> dict[str, float]:
-    """Scores items and windows and writes `items.jsonl`, `windows.json`, `outputs.json`, and what computed them.
+    """Scores items and windows and writes `items.jsonl`, `windows.json`, `text.npz`, `outputs.json`, and what computed
+    them.
 
     Args:
         engine: folder of the built engine, `engine.json`.
@@ -45,8 +52,8 @@ def evaluate(
 
     Returns:
         items, accuracy, truncated (requests that lost their beginning), windows, log_perplexity; with `speed`
-        decode_tokens_per_second, throughput_tokens_per_second and degenerate (share of the prompts whose continuation
-        is empty or goes round in a loop).
+        decode_tokens_per_second, throughput_tokens_per_second, cores (that computed; 0 for a GPU) and degenerate (share
+        of the prompts whose continuation is empty or goes round in a loop).
     """
     if calibration:
         _refuse_overlap((Path(calibration) / "text.txt").read_text(encoding="utf-8"), parameters)
@@ -60,6 +67,7 @@ def evaluate(
     if parameters["speed"]:
         load = _load(Path(engine))
         metrics |= decode_speed(served, load, new_tokens([(served, load)])) | _generate(served, folder)
+        metrics["cores"] = 0 if served.device_bytes else torch.get_num_threads()
     return metrics
 
 
@@ -213,15 +221,19 @@ def _item(task: str, sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def _score_windows(engine: Engine, parameters: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Writes the nats of each window, which are judged, and what was predicted at each place, which explains them."""
     start, windows = _windows(engine, parameters)
-    length = parameters["window_tokens"]
-    nll = []
+    told = Prediction([], [], [])
     for window in progress.track(windows, "validate", "measuring perplexity", len(windows)):
-        nll += engine.nll(window[None])
-    document = {"start": start, "nll": nll, "tokens": [length - 1] * len(nll)}
+        for part, values in zip(told, engine.predict(window[None], LIKELIEST), strict=True):
+            part += values
+    nll = [math.fsum(places) for places in told.nll]
+    document = {"start": start, "nll": nll, "tokens": [parameters["window_tokens"] - 1] * len(nll)}
     (folder / "windows.json").write_text(json.dumps(document), encoding="utf-8")
     if not nll:
         return {"windows": 0}
+    types = zip(("nll", "tokens", "log_probs"), told, ("float32", "int32", "float32"), strict=True)
+    np.savez(folder / TEXT, **{name: np.array(values, dtype=kind) for name, values, kind in types})
     mean = sum(nll) / sum(document["tokens"])
     return {"windows": len(nll), "log_perplexity": mean}
 

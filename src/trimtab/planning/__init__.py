@@ -9,4 +9,5 @@
 | `resources` | what each stage needs: devices, memory, disk, time |
 | `checks`, `installed` | why a target, or this machine, cannot run a recipe |
 | `dealing`, `task_sizes` | which items of which task serve which look |
+| `drawing` | what they can show, and how many more are drawn so that they decide |
 """

@@ -7,7 +7,7 @@ those of `planning.placement`. Only what the target can run and what fits into i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from trimtab.base.errors import InputError, nearest
 from trimtab.base.schema import Document
@@ -178,12 +178,14 @@ class Outlined(TypedDict):
 class Outline(TypedDict):
     """A plan as plain data: the baseline, and the rungs in the order in which they are tried.
 
-    `refused` has the `title` of each recipe that the goal asks for and that is not tried, and `why`.
+    `refused` has the `title` of each recipe that the goal asks for and that is not tried, and `why`. `power` says what
+    the items can show (`judge.power`), and has a sentence in `told`.
     """
 
     baseline: Outlined
     rungs: list[Outlined]
     refused: list[dict[str, str]]
+    power: NotRequired[dict[str, Any]]
 
 
 def outline(

@@ -19,6 +19,7 @@ from typing import Any
 from trimtab.base import child, environment
 from trimtab.base.errors import Failure
 from trimtab.loop.decisions import facts_of
+from trimtab.loop.ledger import accelerators_of
 from trimtab.loop.state import State, fail
 from trimtab.model import hardware
 from trimtab.planning import resources
@@ -127,12 +128,12 @@ def refuse_here(state: State) -> State:
 
 def _working(state: State) -> dict[str, int]:
     """The stages that must run, and the accelerators of each."""
-    world = state.recipe.engine.world_size
-    several = {"engine": world}
-    if state.recipe.distill:
-        several["distill"] = state.recipe.distill.processes
-    baseline = state.baseline.recipe.engine.world_size if state.baseline else 1
-    store, known, counts = open_store(state.store), True, {JUDGE: max(world, baseline)}  # it measures both
+    baseline = state.baseline.recipe if state.baseline else None
+
+    def several(stage: str) -> int:
+        return accelerators_of(stage, state.recipe, "any", baseline)
+
+    store, known, counts = open_store(state.store), True, {JUDGE: several(JUDGE)}
     for name, stage in STAGES.items():
         if not is_asked(stage, state):
             continue
@@ -145,5 +146,5 @@ def _working(state: State) -> dict[str, int]:
             state = state.model_copy(update={"trees": trees})
         else:
             known = False
-            counts[name] = several.get(name, 1)
+            counts[name] = several(name)
     return counts

@@ -84,7 +84,8 @@ def cached(
 
         with usage.disk_watched(folder, scratch) as disk:
             output, done = insist(stage.name, work)
-        metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes, "peak_disk_bytes": disk.bytes}
+        metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes, "cpu_seconds": done.cpu_seconds}
+        metrics |= {"peak_disk_bytes": disk.bytes}
         metrics |= {"peak_gpu_bytes": done.peak_gpu_bytes} if done.peak_gpu_bytes else {}
         if stage.keeps_metrics:
             (output / METRICS).write_text(json.dumps(metrics, sort_keys=True), encoding="utf-8")
@@ -140,7 +141,11 @@ def advance(name: str, state: State) -> tuple[State, Result | None]:
     except Failure as failure:
         return fail(state, name, failure), None
     progress.report(name, "found in the store" if result.hit else f"done in {time.monotonic() - started:.0f} s")
-    seconds = {**state.seconds, name: 0.0 if result.hit else round(result.seconds, 1)}
     trees = {**state.trees, stage.output: result.tree}
-    used = {**state.used, name: usage.used(result.metrics, result.seconds)}
-    return state.model_copy(update={"trees": trees, "seconds": seconds, "used": used}), result
+    seconds, busy = (0.0, 0.0) if result.hit else (result.seconds, result.metrics.get("cpu_seconds", 0.0))
+    spent = {
+        "seconds": {**state.seconds, name: round(seconds, 1)},
+        "cpu_seconds": {**state.cpu_seconds, name: round(busy, 1)},
+        "used": {**state.used, name: usage.used(result.metrics, result.seconds)},
+    }
+    return state.model_copy(update={"trees": trees, **spent}), result

@@ -76,6 +76,16 @@ def test_the_last_look(kwargs, outcome, failure_class, words):
     assert Verdict.parse(verdict.to_json()) == verdict
 
 
+def test_the_baseline_stands_beside_it_on_the_same_items():
+    """1,800 items of which it has 80 % right, and the candidate 100 fewer."""
+    verdict = decide(lost=120, gained=20, ratio=1.05)
+    assert (verdict.beside.accuracy.estimate, verdict.accuracy.estimate) == (0.8, (1440 - 100) / 1800)
+    assert verdict.perplexity / verdict.beside.perplexity == pytest.approx(verdict.perplexity_ratio.estimate)
+    before, after = Measurements(bytes=200), Measurements(bytes=100)
+    told = check_gain(verdict, "fit_larger_model", ACCEPT, before, after).beside
+    assert told == verdict.beside.model_copy(update={"measurements": before})
+
+
 def test_too_few_items_ask_for_more():
     verdict = decide(look=1, n=360, lost=8, gained=4, windows=16)
     assert (verdict.outcome, verdict.failure_class) == ("indeterminate", None)

@@ -15,7 +15,7 @@ from trimtab.catalog.backends import BACKENDS
 from trimtab.planning import installed
 from trimtab.recipe import files
 from trimtab.runtime.checkpoint.model_files import Export
-from trimtab.runtime.engines.torch_engine import Engine
+from trimtab.runtime.engines.protocol import Engine
 from trimtab.runtime.kv_cache.emulated import ServedKVCache
 from trimtab.serving import record
 from trimtab.serving.record import CHECKPOINT, RANKS, Device

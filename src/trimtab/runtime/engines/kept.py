@@ -20,7 +20,8 @@ from trimtab.catalog.backends import BACKENDS
 from trimtab.model.hardware import machine_memory
 from trimtab.runtime.checkpoint.model_files import Export, weight_file_bytes
 from trimtab.runtime.engines import backends
-from trimtab.runtime.engines.torch_engine import Engine, TorchEngine
+from trimtab.runtime.engines.protocol import Engine
+from trimtab.runtime.engines.torch_engine import TorchEngine
 from trimtab.runtime.kv_cache.emulated import ServedKVCache
 from trimtab.serving import record
 
