@@ -46,7 +46,7 @@ def measure(folder: Path, shape: dict[str, Any], form: str) -> dict[str, Any]:
     model, export = random_model(folder / "model", shape), folder / "export"
     export.mkdir()
     settings = {"format": form, "group_size": 128}
-    trees = {"checkpoint": model, "calibration": None, "gram": None, "sensitivity": None, "output": export}
+    trees = {"checkpoint": model, "calibration": None, "sensitivity": None, "output": export}
     named = {name: path and str(path) for name, path in trees.items()}
     child.call(
         "trimtab.components.quantization.work:quantize", **named, scratch=str(folder / "scratch"), parameters=settings

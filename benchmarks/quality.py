@@ -25,7 +25,6 @@ from measuring import Measuring, blimp, columns, paired, short
 from modelopt.torch.export import export_hf_checkpoint
 from safetensors.torch import load_file
 
-from trimtab.components.calibration import grams
 from trimtab.components.calibration.work import calibrate
 from trimtab.components.quantization.mixed import sensitivity
 from trimtab.components.quantization.work import quantize
@@ -43,6 +42,8 @@ FORMATS = {
     "int4_rtn": ({}, "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"),
     "int4_awq": ({}, "INT4_AWQ_CFG"),
     "int4_gptq": ({}, "INT4_AWQ_CFG"),
+    "int4_gptq, symmetric": ({"format": "int4_gptq", "asymmetry": 0.0}, "INT4_AWQ_CFG"),
+    "int4_gptq, at once": ({"format": "int4_gptq", "sequential": False}, "INT4_AWQ_CFG"),
     "mixed, 5.0 bits": ({"format": "mixed", "effective_bits": 5.0}, "INT4_AWQ_CFG"),
     "w4a8_awq": ({}, "W4A8_AWQ_BETA_CFG"),
     "nvfp4": ({}, "NVFP4_DEFAULT_CFG"),
@@ -79,18 +80,16 @@ class _Benchmark:
                     rows[name]["plain"].append(plain[preset])
         return {"dense": short(dense), "formats": {n: self._summary(n, row) for n, row in rows.items()}}
 
-    def _calibrate(self, seed: int) -> tuple[Path, Path, Path]:
-        """The measurements of one seed: statistics, and Gram matrices and sensitivity where a format needs them."""
+    def _calibrate(self, seed: int) -> tuple[Path, Path]:
+        """The measurements of one seed: statistics, and sensitivity where a format needs it."""
         wanted = [_settings(name) for name in self.options.rows]
-        folders = tuple(self.folder / f"{what}-{seed}" for what in ("calibration", "gram", "sensitivity"))
+        folders = tuple(self.folder / f"{what}-{seed}" for what in ("calibration", "sensitivity"))
         for folder in folders:
             folder.mkdir()
-        model, (first, second, third) = str(self.options.model), map(str, folders)
+        model, (first, second) = str(self.options.model), map(str, folders)
         calibrate(model, first, "", self.measuring.calibration(seed))
-        if any(settings.needs_grams for settings in wanted):
-            grams.measure(model, first, second, "", {})
         if any(settings.needs_sensitivity for settings in wanted):
-            sensitivity.measure(model, first, third, "", {"formats": list(MIXED_FORMATS), "group_size": GROUP})
+            sensitivity.measure(model, first, second, "", {"formats": list(MIXED_FORMATS), "group_size": GROUP})
         return folders
 
     def _row(self, name: str, by: str, seed: int, make: Callable[[], Path]) -> dict[str, Any]:
@@ -101,14 +100,13 @@ class _Benchmark:
         self._print(name, by, seed, found, seconds)
         return found
 
-    def _ours(self, name: str, trees: tuple[Path, Path, Path]) -> Path:
+    def _ours(self, name: str, trees: tuple[Path, Path]) -> Path:
         settings = _settings(name)
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        calibration, gram, harm = map(str, trees)
+        calibration, harm = map(str, trees)
         quantize(
             str(self.options.model),
             calibration if settings.needs_statistics else None,
-            gram if settings.needs_grams else None,
             harm if settings.needs_sensitivity else None,
             str(folder),
             str(folder / "scratch"),

@@ -63,7 +63,7 @@ def test_forecasts_are_what_work_holds(folders):
     parameters = RECIPE.model_dump(mode="json")
     works = {
         "calibrate": lambda: calibrate(model, calibration, scratch, parameters["calibrate"]),
-        "quantize": lambda: quantize(model, calibration, None, None, export, scratch, parameters["quantize"]),
+        "quantize": lambda: quantize(model, calibration, None, export, scratch, parameters["quantize"]),
         "engine": lambda: build(export, folders["engine"], scratch, parameters["engine"]),
     }
     found = {name: (held(work), forecast[name].host_bytes - PROCESS["cpu"]) for name, work in works.items()}

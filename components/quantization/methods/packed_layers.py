@@ -70,20 +70,30 @@ def quantize(
     """
     importance = seen.second_moment if settings.searches_scales(format) else None
     if FORMATS[format].rounding == "gptq":
-        return {name: _gptq(format, weight, seen, settings, importance) for name, weight in weights.items()}
+        return _gptq(format, weights, seen, settings, importance)
     made = quantizers.round_weights(format, weights, settings, importance)
     return {name: _with_input_scale(layer, seen) for name, layer in made.items()}
 
 
 def _gptq(
-    format: str, weight: torch.Tensor, seen: Input, settings: Quantization, importance: torch.Tensor | None
-) -> Quantized:
-    """Takes a float32 copy of the matrix."""
-    scale = quantizers.row_scales(format, weight, settings, importance)
-    each = scale.reshape(len(weight), -1)
-    each = each.repeat_interleave(weight.shape[1] // each.shape[1], dim=1)
-    weight = gptq.round_weights(weight.float(), seen.gram, each, quantizers.numbers_of(format))
-    return quantizers.pack(format, weight, scale, settings)
+    format: str,
+    weights: Mapping[str, torch.Tensor],
+    seen: Input,
+    settings: Quantization,
+    importance: torch.Tensor | None,
+) -> dict[str, Quantized]:
+    """Rounds layers that share an input as one matrix, of which it takes float32 copies: the Hessian is factored once.
+    """
+    found = {name: quantizers.row_scales(format, weight, settings, importance) for name, weight in weights.items()}
+    each = torch.cat([scale.reshape(len(weights[name]), -1) for name, scale in found.items()])
+    together = torch.cat([weight.float() for weight in weights.values()])
+    each = each.repeat_interleave(together.shape[1] // each.shape[1], dim=1)
+    damping = gptq.DAMPING if settings.damping is None else settings.damping
+    rounded = gptq.round_weights(together, seen.gram, each, quantizers.numbers_of(format), damping)
+    parts = rounded.split([len(weight) for weight in weights.values()])
+    return {
+        name: quantizers.pack(format, part, found[name], settings) for name, part in zip(weights, parts, strict=True)
+    }
 
 
 def _with_input_scale(layer: Quantized, seen: Input) -> Quantized:

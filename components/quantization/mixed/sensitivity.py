@@ -17,16 +17,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from trimtab import families
 from trimtab.base import progress
 from trimtab.catalog.formats import FORMATS
 from trimtab.catalog.numbers import NUMBERS
 from trimtab.components.quantization.methods import packed_layers
 from trimtab.components.quantization.methods.packed_layers import Input
+from trimtab.families import fusion
+from trimtab.model.facts import inspect as read_facts
 from trimtab.recipe import Quantization
-from trimtab.runtime.checkpoint import model_files as checkpoints
 from trimtab.runtime.checkpoint.layer_layout import Quantized, dequantize
-from trimtab.runtime.checkpoint.skeleton import family_of
-from trimtab.runtime.measure import gradients, measurements, observe
+from trimtab.runtime.checkpoint.model_files import Export
+from trimtab.runtime.measure import gradients, measurements
 from trimtab.runtime.measure.measurements import Measurements
 
 
@@ -43,17 +45,17 @@ def measure(
     Returns:
         groups.
     """
-    model, _ = checkpoints.load_for_measuring(Path(checkpoint))
-    tokens = load_file(Path(calibration) / "tokens.safetensors")["tokens"].long().to(model.device)
-    energy = gradients.energy(model, gradients.enough(tokens), "sensitivity")
+    tokens = load_file(Path(calibration) / "tokens.safetensors")["tokens"].long()
+    energy = gradients.energy(Path(checkpoint), gradients.enough(tokens), "sensitivity")
     measured = Measurements(Path(calibration), Path(checkpoint), "calibration")
-    layers = observe.linears(model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    energy = {name: squares.to(device) for name, squares in energy.items()}
+    export, family = Export(Path(checkpoint)), families.named(read_facts(Path(checkpoint)).model_type)
+    groups = [g for g in fusion.groups(energy, family.model_type) if not all(map(family.keeps, g.layers))]
     harms = {}
-    family = family_of(model)
-    groups = [group for group in observe.linear_groups(model) if not all(map(family.keeps, group.layers))]
     for group in progress.track(groups, "sensitivity", "scoring every layer in every format", len(groups)):
-        weights = {name: layers[name].weight.detach().float() for name in group.layers}
-        seen = Input(*(measured[f"{group.layers[0]}.{p}"].to(model.device) for p in ("amax", "second_moment")))
+        weights = {name: export.view(f"{name}.weight").to(device).float() for name in group.layers}
+        seen = Input(*(measured[f"{group.layers[0]}.{p}"].to(device) for p in ("amax", "second_moment")))
         harms[group.layers[0]] = _harms(weights, seen, energy, parameters, family.scales_channels(group.layers[0]))
     (Path(output) / "sensitivity.json").write_text(json.dumps(harms, indent=1), encoding="utf-8")
     measurements.bind(Path(output), Path(checkpoint))

@@ -93,7 +93,7 @@ GOALS = {
         Goal(
             # NVFP4 keeps 93.8 % of Llama-3.1-8B's accuracy after rounding alone (`catalog.formats`), so INT4 stands
             # beside it. GPTQ begins with AWQ's scales and takes the same bytes; AWQ stands before it where nothing else
-            # on the ladder wants Gram matrices, which a large model has many of.
+            # on the ladder runs the model for its rounding, which takes minutes for a large one.
             "fit_larger_model", BYTES, batch=8, length=2048, kv_cache=False,
             techniques=(
                 "nvfp4", "cheapest_int4", "int4_gptq", "trained_int4", "mixed_5_bits", "mixed_6_bits", "mixed_7_bits",

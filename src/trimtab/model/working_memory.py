@@ -35,8 +35,8 @@ _WINDOWS = {"cpu": 1, "cuda": 8}
 #: The share of a device's memory that what goes from block to block may take before it goes further away
 #: (`runtime.measure.activations`).
 _DEVICE_SHARE = 1 / 8
-#: Bytes of the source that a shard is made from (`runtime.checkpoint.stream`), and of Gram matrices held at once.
-_SHARD, _GRAMS = 512 << 20, 8 << 30
+#: Bytes of the source that a shard is made from (`runtime.checkpoint.stream`).
+_SHARD = 512 << 20
 #: Tokens that gradients are averaged over, and of whose logits a teacher stores some at once.
 _GRADIENT_TOKENS, _LOGIT_TOKENS = 4096, 1024
 #: What text is written with: windows at once, and bytes of their KV cache (`components.distillation.text.generation`).
@@ -175,12 +175,6 @@ def _input_of(name: str) -> str:
     return f"{module}.{'out' if layer in ('o_proj', 'down_proj', 'w2') else 'in'}"
 
 
-def measuring_grams(work: Work, tokens: int, length: int) -> Held:
-    facts = work.left
-    grams = gram_bytes(facts)
-    return work.measuring(facts, tokens, length, min(grams, _GRAMS), disk=grams)
-
-
 def measuring_gradients(work: Work, tokens: int, length: int) -> Held:
     """Forward and back: what goes into each block is kept in the machine's memory, then layers are scored."""
     facts, width = work.left, work.width
@@ -202,7 +196,8 @@ def rounding_by_gptq(work: Work, tokens: int, length: int) -> Held:
     layer = max((layer.parameters for layer in facts.linears), default=0)
     between = work.width * tokens * facts.hidden_size
     summed = 6 * 4 * inputs**2 + 6 * 4 * layer
-    return work.measuring(facts, tokens, length, summed, streams=2, disk=3 * work.export_bytes + 2 * between)
+    streams = 2 if work.recipe.quantize.is_sequential and work.recipe.quantize.asymmetry else 1
+    return work.measuring(facts, tokens, length, summed, streams, 3 * work.export_bytes + streams * between)
 
 
 def training(work: Work) -> Held:

@@ -103,6 +103,8 @@ def _quantizing_products(work: Work) -> float:
     if any(part.channels == "awq" for part in row.parts):
         found += 60 * 10 * facts.linear_parameters
     if _quantize(work.recipe, "needs_grams"):
+        tokens = _text(work)[0]
+        found += 2 * _forward(facts, tokens) + tokens * working_memory.gram_bytes(facts)
         found += sum(2 * layer.in_features**3 + 2 * layer.parameters * layer.in_features for layer in facts.linears)
     return found
 
@@ -153,13 +155,6 @@ ROWS: dict[str, _Row] = {
         lambda work: work.measuring(work.left, *_text(work)),
         lambda work: work.left.bytes,
         lambda work: _forward(work.left, _text(work)[0]),
-    ),
-    "gram": _Row(
-        lambda recipe: _quantize(recipe, "needs_grams"),
-        lambda work: working_memory.measuring_grams(work, *_text(work)),
-        lambda work: work.left.bytes + working_memory.gram_bytes(work.left),
-        lambda work: _forward(work.left, _text(work)[0])
-        + _text(work)[0] * working_memory.gram_bytes(work.left) / 2,
     ),
     "sensitivity": _Row(
         lambda recipe: _quantize(recipe, "needs_sensitivity"),

@@ -31,6 +31,8 @@ _UNSEARCHED = _those(lambda row: all(part.storage.scale == "block" for part in r
 NEAREST_FORMATS = _those(lambda row: bool(row.storage) and not row.channels and row.rounding == "nearest")
 #: What the format that mixes gives each layer one of.
 MIXED_FORMATS = next(row.mixes for row in FORMATS.values() if row.mixes)
+#: The default of `asymmetry`, the best of those that were tried on SmolLM2-135M: 0.25 and 1.
+ASYMMETRY = 0.25
 
 
 class Quantization(UserDocument):
@@ -45,6 +47,15 @@ class Quantization(UserDocument):
     scale_search: Literal["max", "mse"] | None = None
     """Where scales of weights come from: `max`, the largest weight, or `mse`, a search for the least error at the
     calibrated inputs; the format's own way if absent."""
+    sequential: bool | None = None
+    """For formats with GPTQ: whether a layer is rounded for the inputs that it gets from the layers rounded before it,
+    or for those that it gets in the source; yes if absent."""
+    asymmetry: Annotated[float, Field(ge=0, le=1)] = ASYMMETRY
+    """With `sequential`: the part of what a layer's output lacks, because its inputs have changed, that its weights are
+    moved to make up for before they are rounded; 0 moves none."""
+    damping: Annotated[float, Field(gt=0, le=10)] | None = None
+    """For formats with GPTQ: what is added to the diagonal of a layer's Gram matrix, as a share of its mean; more
+    trusts calibration less. If absent 0.3 up to 32,768 tokens, and less with more, down to 0.05."""
     kv_cache: KVCache = "none"
     """The format of the KV cache: one scale a layer for keys and one for values (fp8, int8), or four bits and a scale
     for each 16 numbers of a head besides (nvfp4); none leaves it in 16 bits."""
@@ -68,6 +79,18 @@ class Quantization(UserDocument):
         return self
 
     @model_validator(mode="after")
+    def _gptq_has_what_is_its_own(self) -> Quantization:
+        given = {"sequential": self.sequential, "damping": self.damping}
+        own = [name for name, value in given.items() if value is not None]
+        own += ["asymmetry"] if self.asymmetry != ASYMMETRY else []
+        if own and not self.needs_grams:
+            names = ", ".join(name for name, row in FORMATS.items() if any(p.rounding == "gptq" for p in row.parts))
+            raise ValueError(f"has {own[0]}, and format '{self.format}' has no GPTQ; remove it (with GPTQ: {names})")
+        if self.sequential is False and self.asymmetry != ASYMMETRY:
+            raise ValueError("has asymmetry, which only a sequential quantization has; remove it, or sequential: false")
+        return self
+
+    @model_validator(mode="after")
     def _excludes_what_is_quantized(self) -> Quantization:
         if self.exclude_sensitive and self.format in CASTS:
             raise ValueError(f"has exclude_sensitive, but format '{self.format}' quantizes no layer; remove it")
@@ -85,6 +108,7 @@ class Quantization(UserDocument):
             self.row.is_calibrated
             or self.scale_search == "mse"
             or self.kv_cache != "none"
+            or self.needs_grams
             or self.needs_sensitivity
         )
 
@@ -92,6 +116,11 @@ class Quantization(UserDocument):
     def needs_grams(self) -> bool:
         """Whether GPTQ is part of it, which wants the full second moments."""
         return any(part.rounding == "gptq" for part in self.row.parts)
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether GPTQ sees the model as it is quantized so far."""
+        return self.needs_grams and self.sequential is not False
 
     @property
     def needs_sensitivity(self) -> bool:

@@ -153,10 +153,10 @@ def test_int4_names_a_scale_of_the_input_where_tensorrt_llm_asks_for_one(name, e
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_slices_change_nothing(name, export, model, calibration, gram, tmp_path, monkeypatch):
+def test_slices_change_nothing(name, export, model, calibration, tmp_path, monkeypatch):
     """Two rows at a time, where otherwise a whole matrix of the tiny model fits one slice."""
     monkeypatch.setattr(quantizers, "SLICE", 1)
-    quantize(model, tmp_path / "q", calibration, gram, format=name)
+    quantize(model, tmp_path / "q", calibration, format=name)
     sliced, whole = Export(tmp_path / "q" / "output"), Export(export(name))
     assert sliced.names == whole.names
     for tensor in whole.names:
@@ -269,9 +269,9 @@ def test_the_scales_of_a_kv_cache_are_those_of_the_measured_ranges(kv_cache, lar
 # --- what is refused, and what survives ------------------------------------------------------------------------
 
 
-def quantize(model, folder, calibration=None, gram=None, **settings):
+def quantize(model, folder, calibration=None, **settings):
     (folder / "output").mkdir(parents=True, exist_ok=True)
-    trees = (tree and str(tree) for tree in (model, calibration, gram, None))
+    trees = (tree and str(tree) for tree in (model, calibration, None))
     parameters = {"group_size": 32, **settings}
     return work.quantize(*trees, str(folder / "output"), str(folder / "scratch"), parameters)
 
@@ -357,7 +357,7 @@ def test_memory_holds_no_second_copy_of_the_largest_tensor(write_model, tmp_path
     for vocab in (64, 400_000):
         source, folder = write_model(tmp_path / str(vocab), layers=1, hidden=512, vocab=vocab), tmp_path / f"q{vocab}"
         (folder / "output").mkdir(parents=True)
-        trees = {"checkpoint": str(source), "calibration": None, "gram": None, "sensitivity": None}
+        trees = {"checkpoint": str(source), "calibration": None, "sensitivity": None}
         places = {"output": str(folder / "output"), "scratch": str(folder / "scratch")}
         done = child.call(
             "trimtab.components.quantization.work:quantize", **trees, **places, parameters={"format": "int4_rtn"}

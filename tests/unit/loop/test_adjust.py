@@ -204,7 +204,7 @@ def test_a_training_that_did_not_fit_is_made_lighter_and_then_left_out():
 @pytest.mark.parametrize(
     ("stage", "failing", "others", "open"),
     [
-        ("gram", "int4_gptq", ("mixed 5", "int4_awq"), "int4_awq"),  # both measure Gram matrices
+        ("quantize", "int4_gptq", ("mixed 5", "int4_awq"), "int4_awq"),  # both measure Gram matrices
         ("sensitivity", "mixed 5", ("mixed 6", "int4_gptq"), "int4_gptq"),
         ("calibrate", "int4_awq", ("int8_sq", "int8_wo"), "int8_wo"),  # which is not calibrated
         ("quantize", "int4_gptq", ("int4_gptq+kv", "int4_awq"), "int4_awq"),

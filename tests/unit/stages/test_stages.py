@@ -22,7 +22,7 @@ from trimtab.store import open_store
 
 DISTILL = "{tokens: 99, generate: 9, stored_logits: 8}"
 FULL = f"{{prune: {{method: depth, blocks: 1}}, distill: {DISTILL}, quantize: {{format: mixed, effective_bits: 6}}}}"
-ALL = ["calibrate", "prune", "generate", "teach", "distill", "recalibrate", "gram", "sensitivity", "quantize", "engine"]
+ALL = ["calibrate", "prune", "generate", "teach", "distill", "recalibrate", "sensitivity", "quantize", "engine"]
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def worked(monkeypatch):
         ("quantize: {format: int8_wo, scale_search: mse}", ["calibrate", "recalibrate", "quantize", "engine"]),
         ("quantize: {format: bf16, kv_cache: fp8}", ["calibrate", "recalibrate", "quantize", "engine"]),
         ("quantize: {format: int4_awq}", ["calibrate", "recalibrate", "quantize", "engine"]),
-        ("quantize: {format: int4_gptq}", ["calibrate", "recalibrate", "gram", "quantize", "engine"]),
+        ("quantize: {format: int4_gptq}", ["calibrate", "recalibrate", "quantize", "engine"]),
         ("quantize: {format: nvfp4}", ["calibrate", "recalibrate", "quantize", "engine"]),
         ("quantize: {format: int4_rtn, exclude_sensitive: 1}",
          ["calibrate", "recalibrate", "sensitivity", "quantize", "engine"]),
@@ -262,7 +262,7 @@ def test_a_failure_says_where(state):
 
 def test_what_exists_needs_no_accelerator(state, worked):
     """Results are followed from stage to stage; behind the first that is missing, every wanted stage must run, and a
-    task needs an accelerator as long as any of its stages must: `recalibrate`, `gram` and `sensitivity` are one. The
+    task needs an accelerator as long as any of its stages must: `recalibrate` and `sensitivity` are one. The
     results of the engine and of validation are those of a device, so they look for them on it."""
     begun = state(FULL)
     seen = {}
@@ -277,7 +277,6 @@ def test_what_exists_needs_no_accelerator(state, worked):
         "teach": ["distill", "recalibrate", "quantize", "engine", "validate"],
         "distill": ["recalibrate", "quantize", "engine", "validate"],
         "recalibrate": ["recalibrate", "quantize", "engine", "validate"],
-        "gram": ["recalibrate", "quantize", "engine", "validate"],
         "sensitivity": ["quantize", "engine", "validate"],
         "quantize": ["engine", "validate"],
         "engine": ["engine", "validate"],
