@@ -17,7 +17,7 @@ from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint.layer_layout import Quantized, scaled_weight
 
 ROWS, COLUMNS, GROUP = 64, 128, 32
-SETTINGS = {name: Quantization(format=name, group_size=GROUP) for name in FORMATS}
+SETTINGS = {name: Quantization(format=name, group_size=GROUP) for name, row in FORMATS.items() if not row.mixes}
 
 
 @pytest.fixture(scope="module")
