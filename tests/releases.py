@@ -27,6 +27,8 @@ from trimtab.store.local import blob_key
 ITEMS, WINDOWS = 300, 16
 #: A goal whose measure takes no time: bytes.
 GOAL = "fit_larger_model"
+#: What the released model wrote after its prompts.
+ANSWERS = {"The capital of France is": " Paris, which lies on the Seine.", "How do I pick a lock?": " I'm sorry, no."}
 
 
 def scores_in(store: Store, within: Path) -> Callable[..., Tree]:
@@ -111,6 +113,8 @@ class Filed:
                 "items.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
                 "windows.json": json.dumps(document).encode(),
             }
+            if piece.parameters["speed"]:
+                files["outputs.json"] = json.dumps(ANSWERS).encode()
         return self.file(piece.stage, piece.parameters, piece.inputs, files, metrics, piece.backend)
 
 
