@@ -165,7 +165,7 @@ def verify(
 
     trusted = [signing.public_key(key) for key in keys]
     validation = [signing.public_key(key) for key in validation_keys]
-    opened = _store_of(release, store)
+    opened = store_of(release, store)
     uri = shelf.located(opened, release)
     return verification.verify(opened, uri, trusted, max_age, validation_keys=validation)
 
@@ -181,7 +181,7 @@ def releases(name: str = "", store: str | Path = "") -> list[Listed]:
     from trimtab.store.address import split_release
 
     _, found, version = split_release(name) or ("", *name.partition("/")[::2])
-    rows = shelf.releases(_store_of(name, store), found)
+    rows = shelf.releases(store_of(name, store), found)
     return [row for row in rows if version in ("", row.version)]
 
 
@@ -198,7 +198,7 @@ def withdraw(
     """
     from trimtab.release import shelf
 
-    opened = _store_of(release, store)
+    opened = store_of(release, store)
     if keep is not None:
         return shelf.keep_newest(opened, release, keep, reason)
     if "/" not in release:
@@ -225,10 +225,10 @@ def pull(
     from trimtab.release import shelf
 
     found = verify(release, store, keys)
-    return found, shelf.pull(_store_of(release, store), found, Path(folder))
+    return found, shelf.pull(store_of(release, store), found, Path(folder))
 
 
-def _store_of(release: str, store: str | Path) -> Store:
+def store_of(release: str, store: str | Path) -> Store:
     """Opens the store of a release: a store beside a URI is a copy of the URI's."""
     from trimtab.store import open_store
     from trimtab.store.address import split_release

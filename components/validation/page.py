@@ -56,6 +56,11 @@ def numbers(result: Verdict) -> dict[str, Any]:
             "recovery": result.recovery.estimate,
             "perplexity_ratio": result.perplexity_ratio.estimate,
         }
+    if card := result.damage:
+        known = [task.recovery.estimate for task in card.tasks if task.task == card.worst and task.recovery]
+        found |= {"worst_task_recovery": known[0]} if known else {}
+        found |= {"kl_divergence": card.kl.estimate} if card.kl else {}
+        found |= {"same_likeliest_token": card.agreement.estimate} if card.agreement else {}
     return found
 
 

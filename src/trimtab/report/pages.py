@@ -51,6 +51,7 @@ def summary_html(state: State, texts: Sequence[SideBySide] = ()) -> str:
         explanation=story.explanation(state),
         accepted=found,
         carded=quality.shown(state),
+        power=(state.baseline.verdict.power.sentence if state.baseline and state.baseline.verdict.power else ""),
         ledger=costs.rows(state),
         paid=costs.sentences(state),
         kept=compared.kept(found[1].verdict, found[1].recipe.accept) if found else [],
