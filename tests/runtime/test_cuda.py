@@ -236,3 +236,29 @@ def test_replayed_paged_steps_give_the_tokens_of_launched_ones(
     expected = served.generate(prompts, 40)
     assert served.decode_path == "loop"
     assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 4  # padded, a tie may fall otherwise
+
+
+def test_products_of_bfloat16_are_summed_in_float32() -> None:
+    """Beside float64; a sum in bfloat16 would err by some 2^-9."""
+    from trimtab.runtime.measure.observe import add_product
+
+    x, y = (torch.randn(5000, 96, device=CUDA).bfloat16() for _ in range(2))
+    found = torch.ones(96, 96, device=CUDA)
+    add_product(found, x, y)
+    expected = 1 + x.double().t() @ y.double()
+    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_hidden_states_stay_on_the_device_while_they_take_little_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is laid down in host memory comes back as it was."""
+    from trimtab.runtime.measure import activations
+
+    shapes = [torch.Size((2, 8, 4)), torch.Size((1, 8, 4))]
+    for share, place in ((1 / 8, "device"), (0.0, "host")):
+        monkeypatch.setattr(activations, "DEVICE_SHARE", share)
+        held = activations.Activations(shapes, torch.bfloat16, CUDA)
+        assert held.place == place
+        given = [torch.randn(shape, device=CUDA).bfloat16() for shape in shapes]
+        for number, hidden in enumerate(given):
+            held[number] = hidden
+        assert all(torch.equal(held[number], hidden) for number, hidden in enumerate(given))

@@ -46,20 +46,20 @@ def round_weights(
         numbers: the multiples that there are.
         damping: what is added to the Gram matrix' diagonal, as a share of its mean.
     """
-    columns = weight.shape[1]
     order = gram.diagonal().argsort(descending=True, stable=True)
-    weight, scale = weight[:, order], scale[:, order]
     upper = hessian.inverse_factor(gram[order][:, order], damping)
+    # Columns as rows, for all that follows goes through them one by one: its cost is that of so many small kernels.
+    weight, scale = (tensor[:, order].t().contiguous() for tensor in (weight, scale))
     rounded = torch.empty_like(weight)
-    for begin in range(0, columns, BLOCK):
-        end = min(begin + BLOCK, columns)
-        block, factor = weight[:, begin:end].clone(), upper[begin:end, begin:end]
+    for begin in range(0, len(weight), BLOCK):
+        end = min(begin + BLOCK, len(weight))
+        block, units = weight[begin:end].clone(), scale[begin:end]
+        diagonal = upper.diagonal()[begin:end, None]
+        passed_on = upper[begin:end, begin:end] / diagonal
         errors = torch.empty_like(block)
         for i in range(end - begin):
-            column, unit = block[:, i], scale[:, begin + i]
-            nearest = numbers.round(column / unit).mul_(unit)
-            rounded[:, begin + i] = nearest
-            errors[:, i] = (column - nearest) / factor[i, i]
-            block[:, i + 1 :] -= errors[:, i, None] * factor[i, None, i + 1 :]
-        weight[:, end:] -= errors @ upper[begin:end, end:]
-    return rounded[:, order.argsort()]
+            nearest = torch.mul(numbers.round(block[i] / units[i]), units[i], out=rounded[begin + i])
+            torch.sub(block[i], nearest, out=errors[i])
+            block[i + 1 :].addr_(passed_on[i, i + 1 :], errors[i], alpha=-1)
+        weight[end:].addmm_(upper[begin:end, end:].t(), errors / diagonal, alpha=-1)
+    return rounded.t()[:, order.argsort()]

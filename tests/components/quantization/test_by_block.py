@@ -24,6 +24,7 @@ from trimtab.runtime.measure import blockwise, grams, observe, routing
 from trimtab.runtime.measure.block_calls import BlockCalls, NotByBlock
 from trimtab.runtime.measure.measurements import Measurements
 from trimtab.runtime.rounding import hessian
+from trimtab.runtime.rounding.scales import INT4
 
 
 def calibrated(source: Path, folder: Path) -> Path:
@@ -100,6 +101,35 @@ def test_in_order_a_layer_is_rounded_for_the_inputs_that_it_gets(model, calibrat
     assert (seen[last] - expected).norm() < 0.01 * expected.norm()
     names = [name.removeprefix("model.layers.0.") for name in list(seen)[:4]]
     assert names == ["self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"], "as they are called"
+
+
+def naive_gptq(weight: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """A weight at a time: what is left of the inverse Hessian tells how the others make up for its error (OBS)."""
+    order = gram.diagonal().argsort(descending=True).tolist()
+    damped = gram.double() + gptq.DAMPING * gram.diagonal().double().mean() * torch.eye(len(gram))
+    found = torch.empty_like(weight)
+    for row in range(len(weight)):
+        left, inverse = weight[row].double(), torch.linalg.inv(damped)
+        for place in order:
+            nearest = (left[place] / scale[row, place]).round().clamp(-8, 7) * scale[row, place]
+            found[row, place] = nearest
+            lost = (left[place] - nearest) / inverse[place, place]
+            left = left - lost * inverse[place]
+            inverse = inverse - inverse[:, place, None] * inverse[place] / inverse[place, place]
+            inverse[place, place] = 1.0  # of a column that is done
+    return found
+
+
+def test_columns_make_up_for_the_rounding_of_those_before_them():
+    """Over blocks of columns too: of 80 columns 64 are one."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 80, generator=draw) * (1 + torch.arange(80)) + torch.randn(300, 1, generator=draw) * 20
+    gram, weight = x.t() @ x / 300, torch.randn(6, 80, generator=draw)
+    scale = (weight.abs().amax(1, keepdim=True) / 7).expand_as(weight)
+    found, expected = gptq.round_weights(weight, gram, scale, INT4), naive_gptq(weight, gram, scale)
+    assert ((found - expected).abs() < 1e-4).float().mean() > 0.98  # the others are halfway between two numbers
+    errors = [((w - weight) @ gram * (w - weight)).sum() for w in (found, (weight / scale).round() * scale)]
+    assert errors[0] < 0.7 * errors[1]
 
 
 def test_what_weights_are_moved_by_is_the_least_squares_solution():

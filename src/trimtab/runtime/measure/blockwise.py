@@ -108,6 +108,7 @@ class Runner:
                 found = {name: tensor.cpu().contiguous() for name, tensor in work(block).items()}
                 if through or not is_last:
                     block.close()
+                del block  # and with it the copy that the dense stream runs through
             self._write(self._path("block", number), found)
             if not is_last:
                 self._keep_inputs(number + 1)
