@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file
 
 from trimtab.base.errors import Failure
-from trimtab.catalog.formats import FORMATS
 from trimtab.components.quantization.groups import GroupQuantizer, Quantized
 from trimtab.components.quantization.methods import gptq
 from trimtab.families.fusion import Group, block_of
@@ -131,7 +130,7 @@ def _in_order(
 
 def _with_gptq(groups: Sequence[Group], quantizer: GroupQuantizer) -> dict[str, Group]:
     """Those of the groups that are rounded by Gram matrices, by their first layer."""
-    return {g.layers[0]: g for g in groups if FORMATS[quantizer.form(g)].rounding == "gptq"}
+    return {g.layers[0]: g for g in groups if quantizer.settings.rounding(quantizer.form(g)) == "gptq"}
 
 
 def _moved(block: Block, group: Group, quantizer: GroupQuantizer, shard: Export) -> Quantized:

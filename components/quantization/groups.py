@@ -1,4 +1,4 @@
-"""Quantizes layers that share an input, together with the norm before them."""
+"""Quantizes layers that share an input, together with what takes their channel scale: the norm, or layer, before."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from trimtab import families
 from trimtab.catalog.formats import FORMATS
 from trimtab.components.quantization.methods import packed_layers
 from trimtab.components.quantization.methods.packed_layers import Input
+from trimtab.families import fusion
 from trimtab.families.fusion import Group
 from trimtab.model.facts import inspect as read_facts
 from trimtab.recipe import Quantization
@@ -19,6 +20,8 @@ from trimtab.runtime.checkpoint import layer_layout
 from trimtab.runtime.checkpoint.finite import check_finite
 from trimtab.runtime.checkpoint.model_files import Export
 from trimtab.runtime.measure.measurements import Measurements
+from trimtab.runtime.rounding import folding
+from trimtab.runtime.rounding.folding import Folding, Tied
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,11 @@ class GroupQuantizer:
     def __init__(
         self, source: Path, settings: Quantization, chosen: Mapping[str, str], measured: Measurements | None
     ):
-        self.settings, self.chosen, self.measured = settings, chosen, measured
-        self.family = families.named(read_facts(source).model_type)
+        self.source, self.settings, self.chosen, self.measured = source, settings, chosen, measured
+        facts = read_facts(source)
+        self.family = families.named(facts.model_type)
+        groups = fusion.groups([layer.name for layer in facts.linears], facts.model_type)
+        self.folding = Folding(folding.makers(groups, chosen, settings, facts), facts, settings, self._found)
         self.dtype = layer_layout.plain_dtype(settings.format)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -55,11 +61,18 @@ class GroupQuantizer:
         """Returns the format of a group; None where all of its layers stay."""
         return next((self.chosen[layer] for layer in self.layers(group)), None)
 
+    def changes(self, group: Group) -> bool:
+        """Whether anything of a group is quantized, or takes the channel scale of another layer."""
+        return self.form(group) is not None or any(map(self.folding.is_divided, group.layers))
+
     def seen(self, group: Group) -> Input:
         """Returns what calibration measured of a group's input."""
+        return self._seen(group.layers[0])
+
+    def _seen(self, layer: str) -> Input:
         if self.measured is None:
             return Input()
-        found = {part: self.measured[f"{group.layers[0]}.{part}"] for part in ("amax", "second_moment")}
+        found = {part: self.measured[f"{layer}.{part}"] for part in ("amax", "second_moment")}
         return Input(**{part: tensor.to(self.device) for part, tensor in found.items()})
 
     def quantize(
@@ -74,13 +87,17 @@ class GroupQuantizer:
         layers, form = self.layers(group), self.form(group)
         found = {n: finite(shard, f"{n}.weight").to(self.device) for n in group.layers}
         found |= weights or {}
-        quantized = {n: found[n] for n in layers}
-        scales = self.family.scales_channels(layers[0])
-        scale = packed_layers.channel_scale(form, quantized, seen, self.settings) if scales else None
         written: dict[str, torch.Tensor] = {}
-        before = None
-        if scale is not None:
-            before = (1 / scale).to(self.dtype).float()  # as stored; weights make up for what is really there
+        rows = {n: self.folding.rows(n) for n in group.layers if self.folding.is_divided(n)}
+        for name, scale in rows.items():
+            found[name] = found[name] / scale[:, None]
+            if shard.has(f"{name}.bias"):
+                bias = finite(shard, f"{name}.bias").to(self.device)
+                written[f"{name}.bias"] = (bias / scale).to(self.dtype)
+        if form is None:
+            return Quantized(written | {f"{n}.weight": found[n].to(self.dtype) for n in rows}, {})
+        before = self._before(group, form, {n: found[n] for n in layers}, seen)
+        if before is not None:
             if group.norm:
                 before, norm = self._folded(shard, group.norm, before)
                 written |= norm
@@ -95,9 +112,27 @@ class GroupQuantizer:
                 written[f"{name}.weight"] = found[name].to(self.dtype)
                 continue
             written |= {f"{name}.{part}": tensor for part, tensor in stored[name].tensors.items()}
-            if before is not None and not group.norm:
+            if before is not None and not group.norm and FORMATS[form].storage.pre_quant_scale:
                 written[f"{name}.pre_quant_scale"] = before.to(self.dtype)
-        return Quantized(written, {n: _multiplied(layer, before) for n, layer in stored.items()})
+        return Quantized(written, {n: _multiplied(layer, before, rows.get(n)) for n, layer in stored.items()})
+
+    def _before(
+        self, group: Group, form: str, weights: Mapping[str, torch.Tensor], seen: Input
+    ) -> torch.Tensor | None:
+        """What the input of the group's quantized layers is multiplied by, float32 [in], as it is stored; or None."""
+        layer = group.layers[0]
+        if (scale := self.folding.columns(layer)) is not None:
+            return 1 / scale
+        if not self.family.scales_channels(layer) or not (group.norm or FORMATS[form].storage.pre_quant_scale):
+            return None
+        scale = packed_layers.channel_scale(form, weights, seen, self.settings)
+        return None if scale is None else (1 / scale).to(self.dtype).float()  # weights make up for what is really there
+
+    def _found(self, layer: str, tied: Tied) -> torch.Tensor:
+        """The channel scale of a layer that goes into the one before, float32 [in]."""
+        weight = finite(Export(self.source), f"{layer}.weight").to(self.device)
+        form = self.chosen[layer]
+        return packed_layers.channel_scale(form, {layer: weight}, self._seen(layer), self.settings, tied)
 
     def _folded(
         self, shard: Export, name: str, before: torch.Tensor
@@ -126,6 +161,9 @@ def finite(shard: Export, name: str) -> torch.Tensor:
     return tensor
 
 
-def _multiplied(layer: layer_layout.Quantized, before: torch.Tensor | None) -> torch.Tensor:
+def _multiplied(
+    layer: layer_layout.Quantized, before: torch.Tensor | None, rows: torch.Tensor | None
+) -> torch.Tensor:
     weight = layer_layout.dequantize(layer)
-    return weight if before is None else weight * before
+    weight = weight if before is None else weight * before
+    return weight if rows is None else weight * rows[:, None]

@@ -18,6 +18,7 @@ from trimtab.components.quantization.methods import kv_cache
 from trimtab.components.quantization.mixed import assignment
 from trimtab.families import fusion
 from trimtab.families.fusion import Group
+from trimtab.model import linear_layers
 from trimtab.model.facts import inspect as read_facts
 from trimtab.planning import checks
 from trimtab.recipe import Quantization
@@ -49,7 +50,7 @@ def quantize(
         parameters: the recipe's `quantize`.
 
     Returns:
-        bytes (of all safetensors), effective_bits (mean over the quantized weights, without scales).
+        bytes (of all safetensors), effective_bits (mean over the weights that may be quantized, without scales).
 
     Raises:
         InputError: measurements of another model, or weights that are not finite.
@@ -76,7 +77,9 @@ def quantize(
     shutil.rmtree(blocks, ignore_errors=True)
     layouts = {layer: stored.layout_of(form, settings) for layer, form in chosen.items()}
     configuration.write(folder, facts, layouts, settings.kv_cache, quantizer.dtype)
-    return {"bytes": weight_file_bytes(folder), "effective_bits": stored.mean_bits(facts, layouts)}
+    budgeted = linear_layers.quantized_layers(facts, settings) if settings.row.keeps_plain else ()
+    bits = stored.mean_bits(facts, layouts, {layer.name for layer in budgeted})
+    return {"bytes": weight_file_bytes(folder), "effective_bits": bits}
 
 
 class _Shards:
@@ -90,7 +93,7 @@ class _Shards:
         shard = Export(self.source)  # opened anew: the pages that an open file has read count as memory
         quantizer, settings = self.quantizer, self.quantizer.settings
         written = by_block.read(self.blocks, names)
-        groups = [g for g in self.groups if f"{g.layers[0]}.weight" in names and quantizer.form(g)]
+        groups = [g for g in self.groups if f"{g.layers[0]}.weight" in names and quantizer.changes(g)]
         groups = [g for g in groups if f"{g.layers[0]}.weight" not in written]
         for group in progress.track(groups, "quantize", f"quantizing {title}", len(groups)):
             written |= quantizer.quantize(shard, group, quantizer.seen(group)).tensors

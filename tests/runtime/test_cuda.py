@@ -59,6 +59,14 @@ def nvfp4() -> Quantized:
     return Quantized(Layout("NVFP4", 16), packed, scale, torch.tensor(0.002), weight_scale_2=torch.tensor(0.01))
 
 
+def fp4_weights(algo: str, group: int) -> Quantized:
+    packed = torch.randint(0, 256, (OUT, 128), dtype=torch.uint8)
+    if algo == "W4A16_MXFP4":
+        return Quantized(Layout(algo, group), packed, torch.randint(118, 124, (OUT, 256 // group), dtype=torch.uint8))
+    scale = (torch.rand(OUT, 256 // group) + 0.5).to(torch.float8_e4m3fn)
+    return Quantized(Layout(algo, group), packed, scale, weight_scale_2=torch.tensor(0.01))
+
+
 needs_fp8 = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="FP8 needs 8.9"
 )
@@ -75,6 +83,8 @@ CASES = {
     "int4, 16": (lambda: int4(16), "int4 in words, Triton"),
     "int4, odd columns": (lambda: int4(48, 144), "dequantize + mm"),
     "nvfp4": (nvfp4, "dequantize + mm"),
+    "nvfp4_wo": (lambda: fp4_weights("W4A16_NVFP4", 16), "e2m1 in words, Triton"),
+    "mxfp4_wo": (lambda: fp4_weights("W4A16_MXFP4", 32), "e2m1 in words, Triton"),
     "fp8": (fp8, "_scaled_mm"),
     "fp8, a scale a row": (lambda: fp8(by_row=True), "_scaled_mm"),
     "fp8_per_channel": (fp8_per_token, "_scaled_mm, row-wise"),

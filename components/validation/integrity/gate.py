@@ -10,6 +10,7 @@ from trimtab import families
 from trimtab.base import progress
 from trimtab.base.errors import Failure, InputError
 from trimtab.components.validation.integrity import coverage, declaration, reload, weights
+from trimtab.components.validation.integrity.folds import Folds
 from trimtab.components.validation.integrity.reading import Stream
 from trimtab.families import fusion
 from trimtab.model.facts import inspect as read_facts
@@ -60,7 +61,8 @@ def inspect(
     made = settings is not None or not folder.samefile(origin)
     measured = Measurements(Path(calibration), origin, "calibration") if calibration else None
     family = families.named(facts.model_type)
-    layers = weights.compare(read, source, family, groups, settings, measured) if made else []
+    folds = Folds(read, source, groups, settings, facts)
+    layers = weights.compare(read, source, family, groups, settings, folds, measured) if made else []
     found, predicted = coverage.check_bytes(read, facts, groups, settings)
     progress.report("validate", f"tensors take {found:,} bytes, {predicted:,} were predicted")
     loaded = reload.check(folder, origin) if made else {"skipped": None, "outputs": {}}

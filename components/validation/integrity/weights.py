@@ -1,6 +1,6 @@
 """Are the export's tensors the source's, but for what the format rounds away?
 
-Layers are compared as they are stored: where a channel scale went into the norm before a layer, or into its
+Layers are compared as they are stored: where a channel scale went into the norm or the layer before, or into a layer's
 `pre_quant_scale`, the source is scaled alike. `likeness` says what is looked at.
 """
 
@@ -14,6 +14,7 @@ import torch
 from trimtab.base import progress
 from trimtab.base.errors import Failure
 from trimtab.components.validation.integrity import likeness
+from trimtab.components.validation.integrity.folds import Folds
 from trimtab.components.validation.integrity.likeness import Likeness, Sense
 from trimtab.components.validation.integrity.reading import Stream, ahead
 from trimtab.families import Family
@@ -40,6 +41,7 @@ def compare(
     family: Family,
     groups: Sequence[Group],
     settings: Quantization | None,
+    folds: Folds,
     measured: Measurements | None = None,
 ) -> list[dict[str, Any]]:
     """Compares every tensor of an export with its source, on the GPU where there is one.
@@ -50,6 +52,7 @@ def compare(
         family: of the model.
         groups: all linear layers of the model.
         settings: the recipe's `quantize`, None for a model that was only pruned or trained.
+        folds: the channel scales that went into layers before.
         measured: what calibration measured of the inputs of the source's layers, None where it did not.
 
     Returns:
@@ -69,7 +72,7 @@ def compare(
         for layer in group.layers:
             if layer in export.layers:
                 pairs[layer] = _Pair(export.layer(layer), source.tensor(f"{layer}.weight"))
-            elif change:
+            elif change or folds.changes(layer):
                 pairs[layer] = _Pair(*(each.tensor(f"{layer}.weight") for each in (export, source)))
         return pairs
 
@@ -84,14 +87,20 @@ def compare(
                 done.add(f"{group.norm}.bias")
             change = change.to(device)
         for layer, pair in pairs.items():
-            pair = pair.to(device)
+            pair, rows_by = pair.to(device), folds.rows(layer)
+            if rows_by is not None:
+                pair = pair._replace(source=pair.source * rows_by[:, None])
             if isinstance(pair.stored, Quantized):
                 moment = f"{layer}.second_moment"
                 seen = measured[moment].to(device) if measured and moment in measured else None
-                rows.append(_compare_layer(layer, pair, change, seen, group.norm))
+                inputs = folds.inputs(layer) if change is None else change
+                rows.append(_compare_layer(layer, pair, inputs, seen, group.norm))
+            elif change is None:
+                folds.check_plain(layer, *pair)
             else:
                 _check_scaled_back(layer, pair, change, group.norm)
             done.add(f"{layer}.weight")
+    done |= folds.check_biases()
     plain = layer_layout.plain_dtype(settings.format) if settings else None
     left = [name for name in source.names if name not in done and export.has(name)]
     for name, pair in ahead(left, lambda name: _Pair(export.tensor(name), source.tensor(name))):
@@ -110,7 +119,7 @@ def _changes_norm(group: Group, export: Stream, settings: Quantization | None) -
 
 def _scales_input(layout: Layout, settings: Quantization) -> bool:
     """Whether a channel scale was moved into the layer's input."""
-    return any(part.channels for part in settings.row.parts if part.storage == layout.storage)
+    return any(settings.channels(part.name) for part in settings.row.parts if part.storage == layout.storage)
 
 
 def _change(norm: str, export: Stream, source: Stream, offset: float) -> torch.Tensor:

@@ -5,7 +5,7 @@ Each section is a file of its own.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag, model_validator
 
@@ -18,6 +18,7 @@ from trimtab.recipe.distillation import Distillation
 from trimtab.recipe.engine import SIZES, Engine
 from trimtab.recipe.pruning import DepthPruning, MovementPruning, Pruning, SparsePruning, WidthPruning
 from trimtab.recipe.quantization import (
+    CALIBRATED_FORMATS,
     CASTS,
     GROUPED_FORMATS,
     MIXED_FORMATS,
@@ -30,6 +31,7 @@ from trimtab.recipe.workload import Recorded, Workload, kind
 
 __all__ = [
     "Acceptance",
+    "CALIBRATED_FORMATS",
     "CASTS",
     "Calibration",
     "DepthPruning",
@@ -104,6 +106,17 @@ class Recipe(UserDocument):
             raise ValueError(f"engine.{stated[0]}: is planned from the workload; remove one of the two")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rounds_as_it_is_trained(cls, given: Any) -> Any:
+        """What was trained with the nearest numbers is stored in them, where a format would find others."""
+        quantize = given.get("quantize") if isinstance(given, dict) else None
+        distill = given.get("distill") if isinstance(given, dict) else None
+        aware = distill.get("quantization_aware") if isinstance(distill, dict) else None
+        if aware is True and isinstance(quantize, dict) and quantize.get("format") in CALIBRATED_FORMATS:
+            return {**given, "quantize": {"method": "nearest", **quantize}}
+        return given
+
     @model_validator(mode="after")
     def _trains_with_a_rounding_that_can_be(self) -> Recipe:
         if not (self.distill and self.distill.quantization_aware):
@@ -114,6 +127,8 @@ class Recipe(UserDocument):
         if self.quantize.format not in NEAREST_FORMATS:
             why = "is not rounded to nearest by the weights alone, and cannot be trained with"
             raise ValueError(f"{field}: format '{self.quantize.format}' {why}; write one of: {formats}")
+        if self.quantize.needs_grams:
+            raise ValueError(f"{field}: training rounds to the nearest numbers; add quantize.method: nearest")
         if self.quantize.scale_search == "mse" or self.quantize.exclude_sensitive:
             what = "exclude_sensitive" if self.quantize.exclude_sensitive else "scale_search: mse"
             raise ValueError(f"{field}: quantize.{what} is decided by what is measured after training; remove one")
@@ -157,9 +172,11 @@ class Recipe(UserDocument):
             steps.append(f"distill {self.distill.tokens:,} tokens{aware}")
         if self.quantize:
             bits = self.quantize.effective_bits
+            plain = ", to nearest" if self.quantize.method and not self.distill else ""
+            timed = f", {self.quantize.max_time:g} of the time" if self.quantize.max_time else ""
             kept = self.quantize.exclude_sensitive
             whole = f", {kept} groups in 16 bits" if kept else ""
-            steps.append(self.quantize.format + (f" {bits:g} bits" if bits else "") + whole)
+            steps.append(self.quantize.format + (f" {bits:g} bits" if bits else "") + timed + plain + whole)
             if self.quantize.kv_cache != "none":
                 steps.append(f"{self.quantize.kv_cache} KV")
         return steps

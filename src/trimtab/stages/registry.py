@@ -152,7 +152,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: recipe.distill is not None,
             parameters=_training,
             environment=_training_environment,
-            version=6,
+            version=7,
         ),
         _calibrate("recalibrate", _quantize_needs("statistics")),
         Stage(
@@ -166,7 +166,7 @@ STAGES: dict[str, Stage] = {
                 "group_size": recipe.quantize.group_size,
             },
             environment=always(QUANTIZED),
-            version=3,
+            version=4,
         ),
         Stage(
             name="quantize",
@@ -176,7 +176,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: recipe.quantize is not None,
             parameters=_part("quantize"),
             environment=always(QUANTIZED),
-            version=6,
+            version=7,
         ),
         Stage(
             name="engine",

@@ -202,6 +202,13 @@ def test_a_back_end_that_the_image_lacks(export, tmp_path, monkeypatch, version,
     assert failure.value.failure_class == "unsupported" and message in failure.value.reason
 
 
+def test_a_format_that_the_image_is_too_old_for(export, tmp_path, monkeypatch):
+    standin.install(tmp_path / "trtllm", monkeypatch, "1.2.1")
+    with pytest.raises(Failure, match=r"reads W4A16_NVFP4 from 1.3.0rc20 on, and this image has 1.2.1") as failure:
+        build(export("nvfp4_wo"), tmp_path, backend="trtllm")
+    assert failure.value.failure_class == "unsupported"
+
+
 @pytest.mark.parametrize("backend", ["trtllm", "trtllm-legacy"])
 def test_nothing_is_truncated(export, tmp_path, trtllm, backend):
     served = open_engine(build(export("bf16"), tmp_path / "built", **{**TRTLLM, "backend": backend}), export("bf16"))

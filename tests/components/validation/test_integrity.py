@@ -28,6 +28,9 @@ SETTINGS = dict.fromkeys(FORMATS, {}) | {
     "int4_awq": {"exclude": ["lm_head", "*.k_proj"]},
     "int4_gptq": {"exclude_sensitive": 2},
     "nvfp4": {"kv_cache": "nvfp4"},
+    "nvfp4_wo": {"exclude": ["lm_head", "*.v_proj", "*.up_proj"]},
+    "mixed_gpu": {"effective_bits": 6},
+    "mixed_fp4": {"effective_bits": 6, "max_time": 0.6, "step_tokens": 1000},
     "mixed": {"effective_bits": 5.5},
     "bf16": {"kv_cache": "int8"},
 }
@@ -202,13 +205,25 @@ FAULTS = [
 FP4_FAULTS = [missing_scale, zeroed, another_layer, half_of_it_zero, half_of_it_as_initialised]
 SEEDED = [
     *((name, fault) for name in ("int8_wo", "fp8_per_channel", "int4_rtn", "int4_gptq") for fault in FAULTS),
-    *((name, fault) for name in ("nvfp4", "mxfp4") for fault in FP4_FAULTS),
+    *((name, fault) for name in ("nvfp4", "nvfp4_wo", "mxfp4") for fault in FP4_FAULTS),
 ]
 
 
 @pytest.mark.parametrize(("name", "fault"), SEEDED, ids=[f"{name}-{fault.__name__}" for name, fault in SEEDED])
 def test_seeded_faults(name, fault, damaged, model, calibration, tmp_path):
     damage_of(re.escape(LAYER), damaged(name, fault), model, tmp_path, name, calibration=calibration)
+
+
+def a_row_of_the_layer_before_doubled(tensors: Tensors) -> None:
+    tensors[LAYER.replace("down", "up") + ".weight"][5] *= 2
+
+
+def test_a_scale_that_went_into_the_layer_before_alone(damaged, model, calibration, tmp_path):
+    """Where up_proj stays in 16 bits, it shows the scale itself; the layer behind has taken back another."""
+    settings = SETTINGS["nvfp4_wo"]
+    moved = damaged("nvfp4_wo", a_row_of_the_layer_before_doubled, **settings)
+    sentence = f"{re.escape(LAYER)}: input channel 5 has "
+    damage_of(sentence, moved, model, tmp_path, "nvfp4_wo", calibration=calibration, **settings)
 
 
 def a_group_of_one_channel_zeroed(tensors: Tensors) -> None:
