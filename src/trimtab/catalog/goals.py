@@ -11,7 +11,7 @@ class Measure:
     """A measurement that decides whether an attempt gained anything.
 
     Attributes:
-        name: the field of `judge.Measurements`.
+        name: the field or property of `judge.Measurements`.
         words: a gain of it, as in "12 % fewer bytes".
         less_is_better: whether the gain is the share that is saved; else it is what there is more of.
         per_device: whether the share of one device counts: devices that are saved serve something else.
@@ -31,6 +31,10 @@ class Measure:
 BYTES = Measure("bytes", "fewer bytes", less_is_better=True, per_device=False)
 CONTEXT = Measure("max_context_tokens", "longer context", computed=True)
 DECODING = Measure("decode_tokens_per_second", "faster decoding", timed=True)
+#: Of a token, by the ledger's measure: hours of devices, whatever an hour costs.
+COST = Measure(
+    "device_seconds_per_million_tokens", "cheaper tokens", less_is_better=True, per_device=False, timed=True
+)
 THROUGHPUT = Measure("throughput_tokens_per_second", "more throughput", timed=True)
 
 
@@ -107,7 +111,7 @@ GOALS = {
             instead="'higher_throughput' to serve more requests at a time, or a smaller target",
         ),
         Goal(
-            "lower_cost", THROUGHPUT, batch=128, length=4096, least_batch=16, chunked_prefill=True, busy=True,
+            "lower_cost", COST, batch=128, length=4096, least_batch=16, chunked_prefill=True, busy=True,
             remark="smaller_gpu",
             techniques=(
                 "eight_bits", "four_bit_floats", "mixed_in_less_time", "int4_for_smaller_gpu", "students",

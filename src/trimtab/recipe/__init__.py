@@ -11,9 +11,11 @@ from pydantic import Discriminator, Tag, model_validator
 
 from trimtab.base.schema import digest
 from trimtab.base.user_document import UserDocument
+from trimtab.recipe.acceptance import Acceptance
 from trimtab.recipe.calibration import Calibration, Source
+from trimtab.recipe.cost import Limits, Prices
 from trimtab.recipe.distillation import Distillation
-from trimtab.recipe.engine import SIZES, Acceptance, Engine
+from trimtab.recipe.engine import SIZES, Engine
 from trimtab.recipe.pruning import DepthPruning, MovementPruning, Pruning, SparsePruning, WidthPruning
 from trimtab.recipe.quantization import (
     CALIBRATED_FORMATS,
@@ -38,9 +40,11 @@ __all__ = [
     "Format",
     "GROUPED_FORMATS",
     "KVCache",
+    "Limits",
     "MIXED_FORMATS",
     "MovementPruning",
     "NEAREST_FORMATS",
+    "Prices",
     "Pruning",
     "Quantization",
     "Recipe",
@@ -54,7 +58,7 @@ class Recipe(UserDocument):
     """What is done to one model, how it is served, and what it must still be able to do; an absent step is not done.
 
     A `workload` is no part of what an attempt is: the recipes of a ladder have the sizes that were planned from it, in
-    `engine`.
+    `engine`. Nor are `limits`, which are the run's.
 
     Example::
 
@@ -85,6 +89,9 @@ class Recipe(UserDocument):
         | None
     ) = None
     """What engines are sized for, stated or recorded; without one, sizes are those of `engine` or of the goal."""
+
+    limits: Limits | None = None
+    """What the run may spend before it ends with what it has; not limited if absent."""
 
     @model_validator(mode="after")
     def _learns_while_it_trains(self) -> Recipe:
@@ -149,11 +156,12 @@ class Recipe(UserDocument):
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of what makes the artifact: not of the name, the workload, nor of what it is accepted for.
+        """The SHA-256 of what makes the artifact: not of the name, the workload, the budget, nor of what it is accepted
+        for.
 
         Defaults are included, so a changed default changes the digest.
         """
-        return digest(self.model_dump(mode="json", exclude={"name", "accept", "workload"}))
+        return digest(self.model_dump(mode="json", exclude={"name", "accept", "workload", "limits"}))
 
     def _steps(self) -> list[str]:
         steps = []
@@ -166,7 +174,9 @@ class Recipe(UserDocument):
             bits = self.quantize.effective_bits
             plain = ", to nearest" if self.quantize.method and not self.distill else ""
             timed = f", {self.quantize.max_time:g} of the time" if self.quantize.max_time else ""
-            steps.append(self.quantize.format + (f" {bits:g} bits" if bits else "") + timed + plain)
+            kept = self.quantize.exclude_sensitive
+            whole = f", {kept} groups in 16 bits" if kept else ""
+            steps.append(self.quantize.format + (f" {bits:g} bits" if bits else "") + timed + plain + whole)
             if self.quantize.kv_cache != "none":
                 steps.append(f"{self.quantize.kv_cache} KV")
         return steps

@@ -22,7 +22,7 @@ from trimtab.store.tree import Tree
 
 _MEASURE = "trimtab.components.validation.evaluation.measure"
 EVALUATE = work_stage(
-    "evaluate", f"{_MEASURE}:evaluate", "evaluation", Environment(("lm-eval",), measured=True), version=4
+    "evaluate", f"{_MEASURE}:evaluate", "evaluation", Environment(("lm-eval",), measured=True), version=5
 )
 COMPARE_SPEED = work_stage("speed", f"{_MEASURE}:compare_speed", "speed", MEASURED, version=3)
 #: It loads the export in the embedded engine, as far as this device can.

@@ -78,6 +78,9 @@ def test_it_answers_as_the_torch_engine_does(export, tmp_path, trtllm, settings,
     together, alone = torch_engine.nll(windows), [torch_engine.nll(window[None])[0] for window in windows]
     noise = max(abs(one - expected) for one, expected in zip(alone, together, strict=True))
     assert noise < 0.5 and served.nll(windows) == pytest.approx(together, abs=2 * tolerance + noise)
+    told, expected = served.predict(windows, 4), torch_engine.predict(windows, 4)
+    assert [sum(places) for places in told.nll] == pytest.approx(served.nll(windows), rel=1e-6)
+    assert torch.tensor(told.log_probs) == pytest.approx(torch.tensor(expected.log_probs), abs=2 * tolerance + noise)
     prompts = [request[0] for request in asked]
     if tolerance < 0.1:
         assert_same(served.generate(prompts, 8), torch_engine.generate(prompts, 8), prompts, torch_engine)
@@ -93,6 +96,7 @@ def test_speeds_are_compared_one_engine_after_the_other(export, tmp_path, trtllm
     from tensorrt_llm import LLM
 
     from trimtab.components.validation.evaluation import measure
+    from trimtab.runtime.engines import kept
 
     log: list[str] = []
     opened, shut = LLM.__init__, LLM.shutdown
@@ -105,6 +109,8 @@ def test_speeds_are_compared_one_engine_after_the_other(export, tmp_path, trtllm
     found = measure.compare_speed(
         **{name: str(path) for name, path in places}, output=str(tmp_path), scratch="", parameters={"rounds": 2}
     )
+    assert log == ["open", "close", "open"], "the second one stays, for the confirmation"
+    kept.close()
     assert log == ["open", "close"] * 2 and len(found) == 4 and all(speed > 0 for speed in found.values())
 
 

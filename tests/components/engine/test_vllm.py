@@ -62,6 +62,9 @@ def test_it_answers_as_the_torch_engine_does(export, tmp_path, vllm, form, setti
         assert abs(likelihood - expected) < near and greedy == expected_greedy and expected < -1
     windows = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(4))
     assert served.nll(windows) == pytest.approx(torch_engine.nll(windows), abs=2 * near)
+    told, expected = served.predict(windows, 4), torch_engine.predict(windows, 4)
+    assert [sum(places) for places in told.nll] == pytest.approx(served.nll(windows), rel=1e-6)
+    assert torch.tensor(told.log_probs) == pytest.approx(torch.tensor(expected.log_probs), abs=2 * near)
     prompts = [context for context, _ in asked[:3]]
     answers, expected = served.generate(prompts, 8), torch_engine.generate(prompts, 8)
     if form != "bf16":  # the stand-in multiplies in float32: of two tokens as likely it may take either

@@ -17,7 +17,7 @@ from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint.layer_layout import Quantized, scaled_weight
 
 ROWS, COLUMNS, GROUP = 64, 128, 32
-SETTINGS = {name: Quantization(format=name, group_size=GROUP) for name in FORMATS}
+SETTINGS = {name: Quantization(format=name, group_size=GROUP) for name, row in FORMATS.items() if not row.mixes}
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,20 @@ def test_channels_that_calibration_never_saw_count_all_the_same(layer):
     moment[:GROUP] = 0
     with pytest.raises(Failure, match=r"layer: .*channel \d+ has 0.00 times its source's weights"):
         judged(replace(found, weight=lost), weight, moment)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("form", [name for name, row in FORMATS.items() if row.storage])
+def test_a_gpu_finds_the_same(form, layer):
+    weight, gram = layer
+    found, change = made(form, weight, gram), torch.full([COLUMNS], 0.5)
+    counts = likeness.importance(gram.diagonal(), change)
+    here = likeness.measure(found, weight, change, counts)
+    there = likeness.measure(found.to(torch.device("cuda")), weight.cuda(), change.cuda(), counts.cuda())
+    for one, other in zip(here.senses, there.senses, strict=True):
+        torch.testing.assert_close(one.dot, other.dot.cpu())
+        torch.testing.assert_close(one.squares, other.squares.cpu(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(here.inputs, there.inputs.cpu())
 
 
 @pytest.mark.parametrize("form", ["int8_wo", "int4_rtn", "nvfp4", "fp8"])

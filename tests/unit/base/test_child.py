@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import gone, wait_for
 
 from trimtab.base import child
 from trimtab.base.errors import Failure, InputError, StageError, StoreError
@@ -138,18 +139,6 @@ def test_an_earlier_kill_for_memory_is_not_this_one(work, oom_counter):
 def test_no_such_module():
     with pytest.raises(StageError, match="ModuleNotFoundError"):
         child.call("trimtab.nothing_here:work")
-
-
-def gone(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/stat")
-    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
-
-
-def wait_for(condition, seconds: float = 10) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a stage must follow its run")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from types import SimpleNamespace
 
 import pytest
+from facts import SMOLLM2
 
 from trimtab import stages
 from trimtab.base import child, environment, signing
@@ -13,8 +15,9 @@ from trimtab.base.errors import Failure, StoreError
 from trimtab.judge import Verdict
 from trimtab.loop.documents import load, save
 from trimtab.loop.state import Brief, State, fail
+from trimtab.planning import resources
 from trimtab.recipe import Recipe
-from trimtab.stages import OPTIONAL, STAGES, TASKS, TENSORS, Stage, looks
+from trimtab.stages import OPTIONAL, STAGES, TASKS, TENSORS, Stage, looks, usage
 from trimtab.store import open_store
 
 DISTILL = "{tokens: 99, generate: 9, stored_logits: 8}"
@@ -46,6 +49,13 @@ def put(store, folder, content: str):
     place.mkdir(parents=True, exist_ok=True)
     (place / "file").write_text(content)
     return store.put(place, kind="checkpoint")
+
+
+@pytest.fixture
+def facts_known(monkeypatch):
+    """The model of every state is SmolLM2-135M."""
+    module = importlib.import_module("trimtab.stages.accelerators")
+    monkeypatch.setattr(module, "facts_of", lambda *_: SMOLLM2)
 
 
 @pytest.fixture
@@ -330,6 +340,44 @@ def test_work_on_a_processor_has_its_memory_and_no_gpu_node(state):
     assert found["quantize"] == {"accelerators": "0", "nodes": {}, "tolerations": [], **OWN}
 
 
+def test_memory_that_the_profile_does_not_name_is_as_much_as_is_forecast(state, facts_known):
+    offered = {**OFFERED, "tasks": dict.fromkeys(OPTIONAL, {**OWN, "memory": ""})}
+    found = stages.machines(state("quantize: {format: int8_wo}"), offered)
+    assert found["distill"]["memory"] == "1Gi"
+    forecast = stages.forecast(state("quantize: {format: int8_wo}"))["quantize"].host_bytes
+    assert found["quantize"]["memory"] == resources.quantity(forecast) and found["quantize"]["memory"] != "1Gi"
+
+
+def test_what_this_machine_cannot_do_is_refused_before_it_begins(state, facts_known, monkeypatch):
+    begun = state("{prune: {method: depth, blocks: 1}, quantize: {format: int8_wo}}", "cpu")
+    monkeypatch.setattr(resources, "machine_memory", lambda: 500_000_000)
+    monkeypatch.delenv(child.RUN_PID, raising=False)
+    assert stages.refuse_here(begun) == begun, "in a cluster each task has a machine of its own"
+    monkeypatch.setenv(child.RUN_PID, "1")
+    refused = stages.refuse_here(begun).verdict
+    assert (refused.failure_class, refused.stage) == ("does_not_fit", "calibrate")
+    assert refused.reason.endswith("GB of this machine's memory, and there are 0.5 GB")
+    monkeypatch.setattr(resources, "machine_memory", lambda: 50_000_000_000)
+    assert stages.refuse_here(begun) == begun
+
+
+def test_what_a_stage_used_is_kept_with_its_result(state, worked):
+    begun = state("quantize: {format: int8_wo}")
+    for _ in range(2):  # the second time it is found
+        after, result = stages.advance("quantize", begun)
+        used = load(save(after)).used["quantize"]
+        assert (used.host_bytes, used.seconds) == (1000, 2.0) and used.disk_bytes == result.metrics["peak_disk_bytes"]
+
+
+def test_the_most_that_was_seen_of_the_disk(tmp_path):
+    with usage.disk_watched(tmp_path) as peak:
+        (tmp_path / "a").write_bytes(bytes(8192))
+        (tmp_path / "b").hardlink_to(tmp_path / "a")
+        peak.look()
+        (tmp_path / "a").write_bytes(b"")
+    assert peak.bytes == 8192
+
+
 def test_run_describes_what_travels(state, worked, tmp_path):
     logged = {}
     artifact = SimpleNamespace(path=str(tmp_path / "artifact"), metadata={})
@@ -340,6 +388,7 @@ def test_run_describes_what_travels(state, worked, tmp_path):
     # By the names of the Model Registry's fields.
     assert artifact.metadata.items() >= {"framework": "transformers", "model_format_name": "safetensors"}.items()
     assert (artifact.metadata["quantization"], artifact.metadata["bits"]) == ("int8_wo", 8.0)
+    assert logged.pop("peak_disk_bytes") >= 0
     assert logged == {"loss": 1.5, "peak_memory_bytes": 1000.0, "seconds": 2.0, "from_store": 0.0}
 
 
