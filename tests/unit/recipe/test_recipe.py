@@ -153,7 +153,7 @@ BAD = [
     ("- quantize", "the recipe must be a mapping of fields, got list"),
     ("fp8", "the recipe must be a mapping of fields, got str"),
     ("quantize: {", "the recipe is not valid YAML or JSON: while parsing a flow"),
-    ("quantize: 8", "quantize: 8 is not a mapping; write its fields: effective_bits, exclude, exclude_sensitive,"),
+    ("quantize: 8", "quantize: 8 is not a mapping; write its fields: asymmetry, damping, effective_bits, exclude,"),
 ]  # fmt: skip
 
 
