@@ -54,7 +54,7 @@ def test_the_export_holds_what_training_saw(form, model, calibration, tmp_path):
     model_files.save(student.bfloat16(), plain, model)
     export.mkdir()
     measured = str(rebound(calibration, plain, tmp_path)) if settings.needs_statistics else None
-    quantize(str(plain), measured, None, None, str(export), str(tmp_path / "scratch"), settings.model_dump(mode="json"))
+    quantize(str(plain), measured, None, str(export), str(tmp_path / "scratch"), settings.model_dump(mode="json"))
     stored = Export(export)
     assert set(stored.layers) == set(seen)
     for name, weight in seen.items():

@@ -322,12 +322,12 @@ def test_a_kill_between_shards_costs_only_the_open_one(model, calibration, monke
     monkeypatch.setattr(stream, "SHARD_BYTES", 1)
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
-    arguments = (str(model), str(calibration), None, None)
+    arguments = (str(model), str(calibration), None)
     settings = {"format": "int4_awq", "group_size": 32}
     work.quantize(*arguments, str(tmp_path / "whole"), str(tmp_path / "s0"), settings)
 
     converted = []
-    convert = work._Quantizer.__call__
+    convert = work._Shards.__call__
 
     def counting(self, names, title):
         if len(converted) == 4:
@@ -335,13 +335,13 @@ def test_a_kill_between_shards_costs_only_the_open_one(model, calibration, monke
         converted.append(names)
         return convert(self, names, title)
 
-    monkeypatch.setattr(work._Quantizer, "__call__", counting)
+    monkeypatch.setattr(work._Shards, "__call__", counting)
     with pytest.raises(KeyboardInterrupt):
         work.quantize(*arguments, str(tmp_path / "cut"), str(tmp_path / "s1"), settings)
     assert not list((tmp_path / "cut").iterdir())
     before = list(converted)
     converted[:] = []
-    monkeypatch.setattr(work._Quantizer, "__call__", lambda *call: converted.append(call[1]) or convert(*call))
+    monkeypatch.setattr(work._Shards, "__call__", lambda *call: converted.append(call[1]) or convert(*call))
     work.quantize(*arguments, str(tmp_path / "cut"), str(tmp_path / "s1"), settings)
     assert not any(names in before for names in converted)
     cut, whole = Export(tmp_path / "cut"), Export(tmp_path / "whole")

@@ -78,7 +78,7 @@ def test_a_model_that_stores_more_than_is_read(model, tmp_path):
     inspect(str(old), str(old), str(tmp_path / "output"), "", {})
     export = tmp_path / "export"
     export.mkdir()
-    quantize(str(old), None, None, None, str(export), str(tmp_path / "scratch"), {"format": "int8_wo"})
+    quantize(str(old), None, None, str(export), str(tmp_path / "scratch"), {"format": "int8_wo"})
     (tmp_path / "output").rename(tmp_path / "first")
     check(export, old, tmp_path, "int8_wo")
     assert not {"lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"} & {
@@ -98,7 +98,7 @@ def test_a_sparse_model_passes(settings, model, calibration, tmp_path):
     scratch = str(tmp_path / "scratch")
     prune(str(model), str(calibration), sparse, scratch, {"method": "wanda", "pattern": "2:4"})
     if settings:
-        quantize(sparse, str(calibration), None, None, quantized, scratch, settings)  # as the pipeline has it
+        quantize(sparse, str(calibration), None, quantized, scratch, settings)  # as the pipeline has it
     metrics = inspect(quantized if settings else sparse, sparse, output, "", settings)
     assert metrics["reload_skipped"] == "" and (metrics["quantized_share"] == 1) == (not settings)
 
@@ -325,7 +325,7 @@ def untied(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
     (base / "export").mkdir()
-    trees = (str(folder), None, None, None, str(base / "export"), str(base / "scratch"))
+    trees = (str(folder), None, None, str(base / "export"), str(base / "scratch"))
     work.quantize(*trees, {"format": "int8_wo"})
     return folder, base / "export"
 
