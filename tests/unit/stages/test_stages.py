@@ -173,7 +173,7 @@ def test_an_edited_text_is_another_input(name, recipe, state, worked, tmp_path):
 
 def test_a_stage_runs_once(state, worked, store):
     first, result = stages.advance("quantize", state("quantize: {format: int8_wo}"))
-    assert not result.hit and result.metrics == {"loss": 1.5, "peak_memory_bytes": 1000}
+    assert not result.hit and result.metrics.items() >= {"loss": 1.5, "peak_memory_bytes": 1000}.items()
     again, hit = stages.advance("quantize", state("{name: same, quantize: {format: int8_wo}}"))
     assert hit.hit and hit.tree == result.tree == first.trees["export"] == again.trees["export"]
     assert (first.seconds, again.seconds) == ({"quantize": 2.0}, {"quantize": 0.0})
@@ -283,11 +283,10 @@ def test_what_exists_needs_no_accelerator(state, worked):
     }
 
 
-@pytest.mark.parametrize("recipe", ["{format: int4_gptq}", "{format: fp8, exclude_sensitive: 1}"])
-def test_a_later_stage_of_a_task_alone_needs_an_accelerator(recipe, state, worked):
-    """An attempt that shares the statistics of an earlier one, and wants the Gram matrices or the harms besides."""
+def test_a_later_stage_of_a_task_alone_needs_an_accelerator(state, worked):
+    """An attempt that shares the statistics of an earlier one, and wants the harms besides."""
     stages.advance("calibrate", state("quantize: {format: fp8}"))
-    needed = stages.accelerators(state(f"quantize: {recipe}"))
+    needed = stages.accelerators(state("quantize: {format: fp8, exclude_sensitive: 1}"))
     assert (needed["calibrate"], needed["recalibrate"]) == ("0", "1")
 
 
@@ -388,7 +387,7 @@ def test_run_describes_what_travels(state, worked, tmp_path):
     # By the names of the Model Registry's fields.
     assert artifact.metadata.items() >= {"framework": "transformers", "model_format_name": "safetensors"}.items()
     assert (artifact.metadata["quantization"], artifact.metadata["bits"]) == ("int8_wo", 8.0)
-    assert logged.pop("peak_disk_bytes") >= 0
+    assert logged.pop("peak_disk_bytes") >= 0 and logged.pop("cpu_seconds") == 0
     assert logged == {"loss": 1.5, "peak_memory_bytes": 1000.0, "seconds": 2.0, "from_store": 0.0}
 
 
@@ -413,7 +412,8 @@ def test_run_of_several_stages_tells_their_metrics_apart(state, worked, tmp_path
     metrics = SimpleNamespace(log_metric=logged.__setitem__)
     before = save(state("quantize: {format: mixed, effective_bits: 6}"))
     stages.run(" ".join(TASKS["recalibrate"]), before, artifact, metrics)
-    assert [name for name in logged if name.endswith("seconds")] == ["seconds", "gram_seconds", "sensitivity_seconds"]
+    clock = [name for name in logged if name.endswith("seconds") and "cpu" not in name]
+    assert clock == ["seconds", "sensitivity_seconds"]
 
 
 def test_run_of_a_pass_through_names_its_input(state, tmp_path):
