@@ -80,7 +80,8 @@ def cached(
             return Path(output), done
 
         output, done = insist(stage.name, work)
-        metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes, "cpu_seconds": done.cpu_seconds}
+        metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes}
+        metrics |= {"cpu_seconds": round(done.cpu_seconds, 1)} if done.cpu_seconds else {}
         if stage.keeps_metrics:
             (output / METRICS).write_text(json.dumps(metrics, sort_keys=True), encoding="utf-8")
         tree = insist(stage.name, lambda: store.put(output, kind=stage.output, metadata=metadata, move=True))
