@@ -387,7 +387,7 @@ def test_run_describes_what_travels(state, worked, tmp_path):
     # By the names of the Model Registry's fields.
     assert artifact.metadata.items() >= {"framework": "transformers", "model_format_name": "safetensors"}.items()
     assert (artifact.metadata["quantization"], artifact.metadata["bits"]) == ("int8_wo", 8.0)
-    assert logged.pop("peak_disk_bytes") >= 0 and logged.pop("cpu_seconds") == 0
+    assert logged.pop("peak_disk_bytes") >= 0
     assert logged == {"loss": 1.5, "peak_memory_bytes": 1000.0, "seconds": 2.0, "from_store": 0.0}
 
 
