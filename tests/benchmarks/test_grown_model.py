@@ -12,7 +12,7 @@ import torch
 from trimtab.runtime.checkpoint import model_files
 
 #: Larger in every size, with more heads to a key, wider heads and two blocks more.
-SHAPE = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 9,
+SHAPE = {"hidden_size": 144, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 9,
          "num_key_value_heads": 3, "head_dim": 32}  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def test_it_computes_nearly_the_same(grown_model, tmp_path):
     count = grown_model.grow(source, tmp_path / "large", SHAPE, noise=1e-3)
     small, large = (model_files.load(folder, torch.float32)[0] for folder in (source, tmp_path / "large"))
     assert count == sum(parameter.numel() for parameter in large.parameters())
-    assert large.config.num_hidden_layers == 4 and large.model.layers[3].self_attn.q_proj.weight.shape == (288, 96)
+    assert large.config.num_hidden_layers == 4 and large.model.layers[3].self_attn.q_proj.weight.shape == (288, 144)
     tokens = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(0))
     one, other = (model(tokens).logits.log_softmax(-1) for model in (small, large))
     assert (one - other).abs().max() < 0.05 * one.std()
