@@ -52,16 +52,16 @@ def channel_scale(
     parts = [part for weight in weights.values() for part in weight.split(quantizers.slice_rows(weight.shape[1]))]
     if method == "smoothquant":
         return channels.smoothquant(parts, seen.amax, seen.second_moment)[0]
-    size = layout_of(format, settings).group_size
+    size, storage = layout_of(format, settings).group_size, FORMATS[format].storage
+    numbers = scales.E2M1 if storage.second_scale == "blocks" else quantizers.numbers_of(format)
 
     def rounded(weight: torch.Tensor) -> torch.Tensor:
-        numbers = quantizers.numbers_of(format, [weight])
         blocks = weight.unflatten(1, (-1, size or weight.shape[1]))
         scale = scales.from_maximum(blocks, numbers)[..., None]
         return numbers.round(blocks / scale).mul_(scale).flatten(1)
 
     if method == "smooth":
-        of_inputs = _rounded_in_blocks(FORMATS[format].storage.inputs.numbers)
+        of_inputs = _rounded_in_blocks(storage.inputs.numbers)
         return channels.smooth([*weights.values()], seen.second_moment, rounded, of_inputs, tied)
     return channels.awq(parts, seen.second_moment, rounded, tied)
 

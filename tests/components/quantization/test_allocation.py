@@ -66,7 +66,7 @@ def test_by_hand(budget, formats):
 def test_a_budget_that_nothing_meets():
     problem = [Group(("l",), 10, {"int4_gptq": 1.0, "int8_wo": 0.0})]
     with pytest.raises(Failure, match="effective_bits: 3.5 is below the smallest format's 4") as caught:
-        allocate(problem, 3.5)
+        allocate(problem, BITS, 3.5)
     assert caught.value.failure_class == "unsupported"
 
 

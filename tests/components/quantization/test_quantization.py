@@ -93,7 +93,9 @@ def test_a_scale_in_the_layer_before_is_taken_back_in_the_one_behind(part, expor
     read, source = Export(export("nvfp4_wo", exclude=["lm_head", f"*.{part}"])), Export(model)
     behind = {"v_proj": "self_attn.o_proj", "up_proj": "mlp.down_proj"}[part]
     before = f"model.layers.1.{behind.partition('.')[0]}.{part}.weight"
+    norm = f"model.layers.1.{'input' if part == 'v_proj' else 'post_attention'}_layernorm.weight"
     gains = read.tensor(before).float() / source.tensor(before).float()
+    gains *= read.tensor(norm).float() / source.tensor(norm).float()
     assert gains.amax(1).div(gains.amin(1)).max() < 1 + 2**-6 and gains.mean(1).std() > 0.02
     name = f"model.layers.1.{behind}"
     stored, weight = dequantize(read.layer(name)), source.tensor(f"{name}.weight").float()
@@ -266,7 +268,7 @@ def test_the_scale_of_a_block_is_the_best_of_those_that_can_be_stored(form, pair
             least = min(map(error, every))
             assert error(found[row, block]) <= least * (1 + 1e-4)
             moved += int(found[row, block] != plain[row, block])
-    assert moved > 5
+    assert moved > 2
 
 
 @pytest.mark.parametrize("form", SEARCHED)
@@ -479,12 +481,12 @@ def test_a_kill_between_shards_costs_only_the_open_one(model, calibration, monke
     monkeypatch.setattr(stream, "SHARD_BYTES", 1)
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
-    arguments = (str(model), str(calibration), None, None)
+    arguments = (str(model), str(calibration), None)
     settings = {"format": "int4_awq", "group_size": 32}
     work.quantize(*arguments, str(tmp_path / "whole"), str(tmp_path / "s0"), settings)
 
     converted = []
-    convert = work._Quantizer.__call__
+    convert = work._Shards.__call__
 
     def counting(self, names, title):
         if len(converted) == 4:
@@ -492,13 +494,13 @@ def test_a_kill_between_shards_costs_only_the_open_one(model, calibration, monke
         converted.append(names)
         return convert(self, names, title)
 
-    monkeypatch.setattr(work._Quantizer, "__call__", counting)
+    monkeypatch.setattr(work._Shards, "__call__", counting)
     with pytest.raises(KeyboardInterrupt):
         work.quantize(*arguments, str(tmp_path / "cut"), str(tmp_path / "s1"), settings)
     assert not list((tmp_path / "cut").iterdir())
     before = list(converted)
     converted[:] = []
-    monkeypatch.setattr(work._Quantizer, "__call__", lambda *call: converted.append(call[1]) or convert(*call))
+    monkeypatch.setattr(work._Shards, "__call__", lambda *call: converted.append(call[1]) or convert(*call))
     work.quantize(*arguments, str(tmp_path / "cut"), str(tmp_path / "s1"), settings)
     assert not any(names in before for names in converted)
     cut, whole = Export(tmp_path / "cut"), Export(tmp_path / "whole")

@@ -118,6 +118,8 @@ class Mxfp4(Numbers):
 INT4 = Numbers(7, lambda x: x.round().clamp_(-8, 7), torch.bfloat16)
 INT8 = Numbers(127, lambda x: x.round().clamp_(-127, 127))
 FP8 = Numbers(E4M3_MAX, lambda x: x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float())
+#: As if scales of blocks were not rounded themselves: to compare channel scales by.
+E2M1 = Numbers(E2M1_MAX, round_e2m1)
 MXFP4 = Mxfp4(E2M1_MAX, round_e2m1)
 
 
