@@ -59,9 +59,11 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         samples = max(1, arguments.tokens // 512)
         recipe = Recipe.parse(f"calibrate: {{samples: {samples}, length: 512}}\n{text}")
         forecast = needs(facts, recipe, machine, evaluation=Evaluation())
+        if asked and not forecast.keys() & {*asked}:
+            continue
         trees: dict[str, Path] = {"model": model, "checkpoint": model}
         for name, stage in STAGES.items():
-            if not stage.wanted(recipe):
+            if not stage.wanted(recipe) or (name == "recalibrate" and recipe.prune is None and recipe.distill is None):
                 continue
             place, inputs = folder / f"{number}-{name}", {key: trees.get(key) for key in stage.inputs}
             if "export" in inputs:

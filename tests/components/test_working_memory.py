@@ -24,8 +24,8 @@ from trimtab.model.working_memory import PROCESS
 from trimtab.planning.resources import needs
 from trimtab.recipe import Recipe
 
-#: The aim is 15 %; allocators, and what they have kept of earlier work, move a measurement by more than a forecast.
-TOLERANCE = 0.3
+#: The aim; and bytes that come with threads, buffers of products and what allocators keep, whatever the model's size.
+TOLERANCE, BESIDE = 0.15, 64 << 20
 RECIPE = Recipe.parse(
     "{calibrate: {samples: 4, length: 512}, quantize: {format: int8_sq}, engine: {max_batch_size: 1, max_seq_len: 64}}"
 )
@@ -52,6 +52,9 @@ def held(work: Callable[[], object]) -> int:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     base = tmp_path_factory.mktemp("middle")
     tiny.write_model(base / "model", layers=5, hidden=1024)
+    small = tiny.write_model(base / "small", layers=1)  # what is loaded with the first work is no work's
+    (base / "warm").mkdir()
+    calibrate(str(small), str(base / "warm"), "", {"samples": 1, "length": 16})
     for name in ("calibration", "export", "engine"):
         (base / name).mkdir()
     yield {name: str(base / name) for name in ("model", "calibration", "export", "engine", "scratch")}
@@ -67,5 +70,5 @@ def test_forecasts_are_what_work_holds(folders):
         "engine": lambda: build(export, folders["engine"], scratch, parameters["engine"]),
     }
     found = {name: (held(work), forecast[name].host_bytes - PROCESS["cpu"]) for name, work in works.items()}
-    wrong = {name: pair for name, pair in found.items() if not abs(pair[0] - pair[1]) <= TOLERANCE * pair[1]}
+    wrong = {name: pair for name, pair in found.items() if not abs(pair[0] - pair[1]) <= TOLERANCE * pair[1] + BESIDE}
     assert not wrong, "stage: (held, forecast)"

@@ -27,7 +27,7 @@ from trimtab.recipe import Recipe
 
 #: A process that has loaded PyTorch, transformers and ModelOpt: on a CPU, and with CUDA's context and libraries in the
 #: machine's memory.
-PROCESS = {"cpu": 800_000_000, "cuda": 3_500_000_000}
+PROCESS = {"cpu": 600_000_000, "cuda": 3_500_000_000}
 #: CUDA's context on a device, and what its allocator keeps unused.
 CONTEXT, SLACK = 700_000_000, 1.1
 #: Windows of text that are measured at once (`runtime.measure.observe.batches`).
@@ -140,12 +140,15 @@ class Work:
         step = _LOGIT_TOKENS * (facts.vocab_size * 4 * 3 + memory.activation_bytes(facts, self.width))
         return Held(self.whole(facts) + step, 0, tokens * each)
 
-    def served(self, recipe: Recipe) -> float:
-        """An engine: what its weights take, and what it computes at once beside a KV cache of as many sequences as are
-        asked for when it is judged; on a CPU with the pages of the export's files."""
-        need = memory.memory(self.facts, recipe, self.hardware)
+    def opened(self, recipe: Recipe) -> float:
+        """An engine that answers a short prompt: its weights, on a CPU with the pages of the export's files."""
         files = sum(memory.weight_bytes(self.facts, recipe)) if self.device == "cpu" else 0
-        return need.weights + need.activations + min(need.kv_cache, need.activations) + need.state + files
+        return memory.memory(self.facts, recipe, self.hardware).weights + files
+
+    def served(self, recipe: Recipe) -> float:
+        """An engine that is judged: besides, what it computes at once, and a KV cache for that."""
+        need = memory.memory(self.facts, recipe, self.hardware)
+        return self.opened(recipe) + need.activations + min(need.kv_cache, need.activations) + need.state
 
     @property
     def export_bytes(self) -> int:

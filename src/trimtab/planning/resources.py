@@ -170,7 +170,7 @@ ROWS: dict[str, _Row] = {
     ),
     "engine": _Row(
         lambda recipe: True,
-        lambda work: Held(work.served(work.recipe)),
+        lambda work: Held(work.opened(work.recipe)),
         lambda work: work.export_bytes,
         lambda work: 0.0,
         _world,

@@ -84,8 +84,8 @@ def cached(
 
         with usage.disk_watched(folder, scratch) as disk:
             output, done = insist(stage.name, work)
-        metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes, "cpu_seconds": done.cpu_seconds}
-        metrics |= {"peak_disk_bytes": disk.bytes}
+        metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes, "peak_disk_bytes": disk.bytes}
+        metrics |= {"cpu_seconds": round(done.cpu_seconds, 1)} if done.cpu_seconds else {}
         metrics |= {"peak_gpu_bytes": done.peak_gpu_bytes} if done.peak_gpu_bytes else {}
         if stage.keeps_metrics:
             (output / METRICS).write_text(json.dumps(metrics, sort_keys=True), encoding="utf-8")

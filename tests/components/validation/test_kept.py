@@ -16,7 +16,7 @@ from trimtab.recipe import Engine
 from trimtab.runtime.checkpoint.model_files import weight_file_bytes
 from trimtab.runtime.engines import kept, torch_engine
 
-LIMITS = {"max_seq_len": 64, "max_batch_size": 2}
+LIMITS = {"max_seq_len": 128, "max_batch_size": 2}
 LOOK = {
     "tasks": [], "task_path": "", "filters": {}, "items": {}, "all_windows": 8, "window_tokens": 32, "max_length": 64,
     "heldout": "builtin", "speed": False,
@@ -68,6 +68,7 @@ def test_an_attempt_loads_each_model_once(attempt, loads, export, model):
 
 def test_the_answers_are_those_of_engines_opened_anew(attempt, loads, monkeypatch, tmp_path):
     found = attempt()
+    kept.close()
     for folder in (*tmp_path.glob("candidate-*"), *tmp_path.glob("baseline-*")):
         folder.rename(f"{folder}-kept")
     monkeypatch.setattr(kept, "SHARE", 0)

@@ -173,7 +173,7 @@ def test_an_edited_text_is_another_input(name, recipe, state, worked, tmp_path):
 
 def test_a_stage_runs_once(state, worked, store):
     first, result = stages.advance("quantize", state("quantize: {format: int8_wo}"))
-    assert not result.hit and result.metrics == {"loss": 1.5, "peak_memory_bytes": 1000}
+    assert not result.hit and result.metrics.items() >= {"loss": 1.5, "peak_memory_bytes": 1000}.items()
     again, hit = stages.advance("quantize", state("{name: same, quantize: {format: int8_wo}}"))
     assert hit.hit and hit.tree == result.tree == first.trees["export"] == again.trees["export"]
     assert (first.seconds, again.seconds) == ({"quantize": 2.0}, {"quantize": 0.0})
@@ -412,7 +412,8 @@ def test_run_of_several_stages_tells_their_metrics_apart(state, worked, tmp_path
     metrics = SimpleNamespace(log_metric=logged.__setitem__)
     before = save(state("quantize: {format: mixed, effective_bits: 6}"))
     stages.run(" ".join(TASKS["recalibrate"]), before, artifact, metrics)
-    assert [name for name in logged if name.endswith("seconds")] == ["seconds", "sensitivity_seconds"]
+    clock = [name for name in logged if name.endswith("seconds") and "cpu" not in name]
+    assert clock == ["seconds", "sensitivity_seconds"]
 
 
 def test_run_of_a_pass_through_names_its_input(state, tmp_path):
