@@ -29,7 +29,6 @@ import wrappers
 
 from trimtab import families
 from trimtab.base.errors import Failure, InputError
-from trimtab.components.calibration import grams
 from trimtab.components.calibration.work import calibrate
 from trimtab.components.pruning.work import prune
 from trimtab.components.quantization.mixed import sensitivity
@@ -92,15 +91,14 @@ class _Stages:
         return f"{(loaded(tokens).logits - reference(tokens).logits).abs().max().item():.1e}"
 
     def _measure(self) -> str:
-        source, (calibration, gram, harm) = str(self.source), map(self._made, ("calibration", "gram", "sensitivity"))
+        source, (calibration, harm) = str(self.source), map(self._made, ("calibration", "sensitivity"))
         calibrate(source, calibration, "", {"samples": 4, "length": 32})
-        grams.measure(source, calibration, gram, "", {})
         sensitivity.measure(source, calibration, harm, "", {"formats": ["int8_wo", "int4_rtn"], "group_size": 32})
         return "yes"
 
     def _format(self, form: str) -> str:
         export, parameters = self._made(form), {"format": form, "group_size": 32}
-        trees = (str(self.folder / name) for name in ("calibration", "gram", "sensitivity"))
+        trees = (str(self.folder / name) for name in ("calibration", "sensitivity"))
         quantize(str(self.source), *trees, export, self._made(f"{form}-scratch"), parameters)
         told = gate.inspect(export, str(self.source), self._made(f"{form}-gate"), "", parameters)
         engine = TorchEngine(Path(export), Engine(backend="torch"))
@@ -163,18 +161,16 @@ def dressed(model: Path, names: Sequence[str], quick: bool) -> dict[str, dict[st
 
 
 def _ratios(source: Path, scratch: Path, quick: bool) -> dict[str, float]:
-    trees = [scratch / name for name in ("calibration", "gram")]
-    for tree in trees:
-        tree.mkdir()
+    calibration = scratch / "calibration"
+    calibration.mkdir()
     samples = 2 if quick else _SAMPLES
-    calibrate(str(source), str(trees[0]), "", {"samples": samples, "length": _LENGTH, "seed": 0, "text": "builtin"})
-    grams.measure(str(source), str(trees[0]), str(trees[1]), "", {})
+    calibrate(str(source), str(calibration), "", {"samples": samples, "length": _LENGTH, "seed": 0, "text": "builtin"})
     found = {"16 bits": _perplexity(source, quick), "tokens/s": _speed(source, quick)}
     for form in FORMATS:
         export = scratch / form
         export.mkdir()
         parameters = {"format": form, "group_size": 64}
-        quantize(str(source), str(trees[0]), str(trees[1]), None, str(export), str(scratch / "shards"), parameters)
+        quantize(str(source), str(calibration), None, str(export), str(scratch / "shards"), parameters)
         found[form] = _perplexity(export, quick) / found["16 bits"]
         if form == "fp8":
             found["fp8 tokens/s"] = _speed(export, quick)

@@ -89,27 +89,22 @@ def set_side_by_side(options: argparse.Namespace, scratch: Path) -> None:
 
 def export(form: str, scratch: str, options: dict[str, Any]) -> dict[str, Any]:
     """Writes the export of a format, calibrated on the first seed, and what vLLM reads if it does not read that."""
-    from trimtab.components.calibration import grams
     from trimtab.components.calibration.work import calibrate
     from trimtab.components.quantization.work import quantize
 
     settings = Quantization(format=form, group_size=GROUP)
     measure = _measure(options, Path(scratch))
     model = options["model"]
-    calibration, gram, folder, checkpoint = (
-        Path(scratch) / part for part in ("calibration", "gram", f"export-{form}", f"checkpoint-{form}")
+    calibration, folder, checkpoint = (
+        Path(scratch) / part for part in ("calibration", f"export-{form}", f"checkpoint-{form}")
     )
     if settings.needs_statistics and not calibration.is_dir():
         calibration.mkdir()
         calibrate(model, str(calibration), "", measure.calibration(options["first_seed"]))
-    if settings.needs_grams and not gram.is_dir():
-        gram.mkdir()
-        grams.measure(model, str(calibration), str(gram), "", {})
     folder.mkdir()
     quantize(
         model,
         str(calibration) if settings.needs_statistics else None,
-        str(gram) if settings.needs_grams else None,
         None,
         str(folder),
         str(Path(scratch) / f"scratch-{form}"),

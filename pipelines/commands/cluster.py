@@ -131,7 +131,11 @@ def _watch(arguments: argparse.Namespace, console: Console) -> int:
 def _followed(connection: Connection, run_id: str, console: Console) -> int:
     from trimtab.pipelines.cluster.watch import watch
 
-    console.print(watch(connection, run_id))
+    try:
+        console.print(watch(connection, run_id))
+    except KeyboardInterrupt:
+        console.print(f"trimtab: not watched any more; the run goes on, and `trimtab watch {run_id}` follows it again")
+        return 130
     return 0
 
 
@@ -175,6 +179,7 @@ def _unschedule(arguments: argparse.Namespace, console: Console) -> int:
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     """Checks what can be known without the cluster: model, store and volumes are seen only from there."""
     from trimtab.components.deployment.rollout import settings
+    from trimtab.loop import decisions
 
     check_choice("pipeline", arguments.pipeline, tuple(PIPELINES))
     evaluation = read_evaluation(arguments.evaluation)
@@ -188,6 +193,7 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
         evaluation=evaluation,
     )
     reachable.check(arguments.model, arguments.store, asked.wanted, evaluation, read_profile(arguments.profile))
+    decisions.check_limits(asked.wanted, read_profile(arguments.profile).prices)
     if own := task_sizes.of_own(evaluation):  # others are counted by the run's own plan
         dealing.deal(own, evaluation, asked.wanted.accept, asked.max_attempts)
     rollout = settings.asked(read(arguments.rollout, "rollout"), arguments.store)

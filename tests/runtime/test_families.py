@@ -18,6 +18,7 @@ from trimtab.base.errors import Failure, InputError
 from trimtab.model.facts import inspect
 from trimtab.runtime.checkpoint import model_files, skeleton
 from trimtab.runtime.parallel import shards
+from trimtab.runtime.rounding import folding
 
 #: Wrappers are in `test_wrappers.py`.
 ALONE = {name: family for name, family in families.BY_TYPE.items() if not family.wrapper}
@@ -52,6 +53,31 @@ def test_the_names_are_those_of_transformers(model_type: str) -> None:
             plain = family.experts.plain if hasattr(part, family.experts.experts) else ()
             named += [part.get_submodule(name) for name in plain]
         assert all([*norm.parameters()] for norm in named)
+
+
+@pytest.mark.parametrize("model_type", [
+    "llama", "qwen2", "gemma2", "granite", "cohere", "starcoder2", "opt", "olmo2", "glm4", "phi", "qwen3_next", "lfm2",
+])  # fmt: skip
+def test_what_divides_the_rows_of_the_layer_before_multiplies_the_columns(model_type: str, tmp_path: Path) -> None:
+    """Values and attention's output, up and down behind a gate: the model computes the same, whatever the factors."""
+    family = families.BY_TYPE[model_type]
+    model, _ = model_files.load(decoders.write(tmp_path / "model", model_type), torch.float32)
+    config, draw = model.config, torch.Generator().manual_seed(0)
+    head_dim = getattr(config, "head_dim", None) or decoders.HIDDEN // decoders.HEADS
+    with torch.no_grad():
+        expected, changed = model(TOKENS).logits, 0
+        for name, behind in model.named_modules():
+            maker = family.layer_before(name) if isinstance(behind, nn.Linear) else None
+            if maker is None:
+                continue
+            before = model.get_submodule(maker)
+            rows = torch.rand(before.out_features, generator=draw) + 0.5
+            before.weight /= rows[:, None]
+            if before.bias is not None:
+                before.bias /= rows
+            behind.weight *= folding.widened(rows, behind.in_features, head_dim)
+            changed += 1
+        assert changed and torch.allclose(model(TOKENS).logits, expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("model_type", TYPES)

@@ -221,6 +221,25 @@ class Family:
         return self.experts is None or not within.startswith((f"{self.experts.prefix}.", *self._shared_expert))
 
     @cached_property
+    def _makers(self) -> dict[str, str]:
+        """Names in a block: of a layer, and of the one that `layer_before` gives."""
+        found, heads, mlp = {}, self.attention, self.mlp
+        if isinstance(heads, Attention) and not (heads.qkv or heads.own_scores):
+            found[heads.inputs[1].layers[0].name] = heads.inputs[0].layers[2].name
+        if mlp and mlp.gate and not mlp.gate_up:
+            found[mlp.inputs[1].layers[0].name] = mlp.inputs[0].layers[1].name
+        return found
+
+    def layer_before(self, layer: str) -> str | None:
+        """Returns the linear layer whose outputs become the inputs of another by nothing but factors and sums over
+        tokens, or None: so what its rows are divided by multiplies those inputs' channels. Values become the input of
+        attention's output, those of a head the inputs of all query heads that share it; what a gate multiplies becomes
+        the input of the layer behind the neurons."""
+        block, within = self.place(layer)
+        maker = self._makers.get(within)
+        return None if block is None or maker is None else f"{self.blocks}.{block}.{maker}"
+
+    @cached_property
     def _shared_expert(self) -> tuple[str, ...]:
         part = self.experts
         return (f"{part.module}.{part.shared}.",) if part and part.shared else ()

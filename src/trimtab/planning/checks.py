@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from trimtab import families
 from trimtab.base.errors import nearest
 from trimtab.catalog.backends import BACKENDS
+from trimtab.catalog.contracts import version
 from trimtab.catalog.formats import FORMATS
 from trimtab.catalog.kv_caches import KV_CACHES
 from trimtab.families.fusion import groups
@@ -68,7 +69,7 @@ def _check_format(recipe: Recipe, hardware: Hardware) -> str | None:
             f"quantize.format: {backend} does not serve {name} on {hardware.name}; "
             f"write one of: {served}{hint}"
         )
-    return None
+    return version.too_old(FORMATS[name], recipe.engine.tensorrt_llm) if backend == "trtllm" else None
 
 
 def _check_architecture(recipe: Recipe, facts: ModelFacts) -> str | None:
@@ -231,8 +232,8 @@ def _check_channel_scales(recipe: Recipe, facts: ModelFacts) -> str | None:
     quantize, family = recipe.quantize, families.named(facts.model_type)
     if not BACKENDS[recipe.engine.backend].folds_scales or not quantize:
         return None
-    if not any(part.channels for part in quantize.row.parts):
-        return None
+    if not any(part.channels and part.storage.pre_quant_scale for part in quantize.row.parts):
+        return None  # else layers whose scale nothing takes go without
     fused = (shared for shared in family.inputs if len(shared.layers) > 1 and not (shared.norm and family.folds))
     names = {layer.name for shared in fused for layer in shared.layers}
     for layer in quantized_layers(facts, quantize) if names else ():

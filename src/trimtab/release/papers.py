@@ -24,7 +24,7 @@ from trimtab.base import signing
 from trimtab.base.errors import NotVerified
 from trimtab.loop.decisions import facts_of
 from trimtab.release import bom, build_provenance, model_card, model_signature
-from trimtab.release.task_scores import task_scores
+from trimtab.release.task_scores import damage, task_scores
 from trimtab.store import Store, Tree
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def write(
     architecture = facts_of(store, store.tree(evidence["model"]["digest"])).architecture
     made = build_provenance.statement(name, evidence, files, issued)
     written = {
-        CARD: model_card.card(name, version, evidence, architecture, scores).encode(),
+        CARD: model_card.card(name, version, evidence, architecture, scores, damage(store, evidence)).encode(),
         BOM: _json(bom.bom(name, version, evidence, architecture, files, scores, issued)),
         PROVENANCE: _json(signing.seal(json.dumps(made, sort_keys=True).encode(), signer)),
     }

@@ -123,7 +123,7 @@ def test_rounding_to_e2m1_takes_the_nearest_number_and_the_even_code_of_two() ->
     code = nearest.argmin(-1)
     tie = (nearest == nearest.amin(-1, keepdim=True)).sum(-1) == 2
     expected = numbers[torch.where(tie & (code % 2 == 1), code + 1, code)]
-    assert torch.equal(layer_layout._round_e2m1(x), expected) and torch.equal(layer_layout._round_e2m1(-x), -expected)
+    assert torch.equal(layer_layout.round_e2m1(x), expected) and torch.equal(layer_layout.round_e2m1(-x), -expected)
 
 
 @pytest.mark.parametrize("algo", [*STORAGES])

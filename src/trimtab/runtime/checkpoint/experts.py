@@ -106,6 +106,7 @@ def separate(blocks: nn.ModuleList, part: Experts) -> None:
             setattr(module, part.experts, SeparateExperts(getattr(module, part.experts), part))
 
 
-def mixtures(model: nn.Module) -> dict[str, SeparateExperts]:
-    """Returns the mixtures of experts of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SeparateExperts)}
+def mixtures(model: nn.Module, prefix: str = "") -> dict[str, SeparateExperts]:
+    """Returns the mixtures of experts of a model, or of a part of one that stands at `prefix`, by their whole names."""
+    named = model.named_modules(prefix=prefix)
+    return {name: module for name, module in named if isinstance(module, SeparateExperts)}
