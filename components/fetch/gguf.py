@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import yaml
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.model.files import CONFIG, read_json
+from trimtab.model.licence import CARD
 from trimtab.runtime.checkpoint import config_file
 
 
@@ -35,7 +37,18 @@ def convert(paths: Sequence[str], output: str) -> None:
     model.save_pretrained(folder)
     config_file.write(folder, read_json(folder / CONFIG))
     tokenizer.save_pretrained(folder)
+    _write_card(Path(paths[0]), folder / CARD)
     _name_tokenizer(folder / "tokenizer_config.json")
+
+
+def _write_card(source: Path, path: Path) -> None:
+    """Writes down which licence the file names, as a model's card has it; llama.cpp's converters copy it from there."""
+    fields = GGUFReader(source).fields
+    keys = {"license": "", "license_name": ".name", "license_link": ".link"}
+    names = {key: f"general.license{end}" for key, end in keys.items()}
+    said = {key: str(fields[name].contents()) for key, name in names.items() if name in fields}
+    if said:
+        path.write_text(f"---\n{yaml.safe_dump(said)}---\n", encoding="utf-8")
 
 
 def _name_tokenizer(path: Path) -> None:
