@@ -83,9 +83,7 @@ class Answer:
             return {"token": name(token), "logprob": finite(logprob), "bytes": list(token_bytes(tokenizer, token))}
 
         if self.chat:
-            content = [
-                {**entry(c.token, c.logprob), "top_logprobs": [entry(*item) for item in c.top]} for c in chosen
-            ]
+            content = [{**entry(c.token, c.logprob), "top_logprobs": [entry(*item) for item in c.top]} for c in chosen]
             return {"content": content, "refusal": None}
         offsets = []
         for item in chosen:

@@ -326,5 +326,3 @@ async def _no_route(http: HttpRequest, error: Any) -> Response:
 
 async def _defect(http: HttpRequest, error: Exception) -> Response:
     return Json(answers.error(f"a defect in trimtab: {error!r}", "server_error"), status_code=500)
-
-

@@ -69,9 +69,7 @@ class Questions:
         messages = [message.plain() for message in asked.messages]
         offered: dict[str, Any] = {"tools": [tool.plain() for tool in asked.offered]} if asked.offered else {}
         try:
-            return self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **offered
-            )
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **offered)
         except Exception as error:  # templates raise what they like, such as on two turns of one role
             raise InputError(f"messages: the model's chat template refuses them: {error}") from None
 

@@ -20,7 +20,7 @@ SHORT = Engine(max_seq_len=40, max_num_tokens=16, max_batch_size=4, enable_chunk
 TEXT = st.text(st.characters(exclude_categories=[]), max_size=12)  # half characters among them
 SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
 ANY = st.recursive(
-    SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6
+    SCALAR, lambda part: st.lists(part, max_size=3) | st.dictionaries(TEXT, part, max_size=3), max_leaves=6
 )
 FIELDS = [
     "model", "prompt", "messages", "stream", "stream_options", "n", "temperature", "top_p", "seed", "stop",
@@ -28,13 +28,14 @@ FIELDS = [
     "tool_choice", "parallel_tool_calls", "best_of", "logit_bias", "response_format", "suffix", "frequency_penalty",
 ]  # fmt: skip
 TOKENS = st.lists(st.integers(-2, 400), max_size=6)
+CALLED = st.fixed_dictionaries({"name": TEXT}, optional={"arguments": TEXT | ANY})
 MESSAGE = st.fixed_dictionaries(
     {},
     optional={
         "role": st.sampled_from(["system", "user", "assistant", "tool"]) | ANY,
         "content": TEXT | ANY,
         "name": ANY,
-        "tool_calls": st.lists(st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": TEXT})})) | ANY,
+        "tool_calls": st.lists(st.fixed_dictionaries({"function": CALLED})) | ANY,
         "tool_call_id": ANY,
     },
 )
