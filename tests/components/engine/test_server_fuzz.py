@@ -24,8 +24,9 @@ ANY = st.recursive(
 )
 FIELDS = [
     "model", "prompt", "messages", "stream", "stream_options", "n", "temperature", "top_p", "seed", "stop",
-    "ignore_eos", "user", "metadata", "store", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "echo", "tools",
-    "tool_choice", "parallel_tool_calls", "best_of", "logit_bias", "response_format", "suffix", "frequency_penalty",
+    "ignore_eos", "user", "metadata", "store", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs",
+    "echo", "tools", "tool_choice", "parallel_tool_calls", "best_of", "logit_bias", "response_format", "suffix",
+    "frequency_penalty",
 ]  # fmt: skip
 TOKENS = st.lists(st.integers(-2, 400), max_size=6)
 CALLED = st.fixed_dictionaries({"name": TEXT}, optional={"arguments": TEXT | ANY})
