@@ -236,7 +236,7 @@ def serve_config(
     model_uri: str = "",
     image: str = "",
 ) -> list[Path]:
-    """Writes what trtllm-serve, Triton and KServe need to serve an artifact, and returns the files.
+    """Writes what serves an artifact, with TensorRT-LLM, vLLM or trimtab's own server, and returns the files.
 
     Args:
         artifact: STORE/releases/NAME/VERSION, or the folder of an export.
