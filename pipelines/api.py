@@ -248,7 +248,7 @@ def serve_config(
         image: the container image for KServe; NVIDIA's of the version that serves if "".
 
     Raises:
-        InputError: the artifact is none that TensorRT-LLM serves, or the folder is not new.
+        InputError: the back end does not serve the artifact, or the folder is not new.
     """
     from trimtab.serving import artifact as artifacts
     from trimtab.serving.write import write
