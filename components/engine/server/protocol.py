@@ -73,8 +73,10 @@ class Completion(_Generation):
     @field_validator("prompt")
     @classmethod
     def _asks_something(cls, prompt: Any) -> Any:
-        if not prompt or (isinstance(prompt, list) and not isinstance(prompt[0], int) and not all(prompt)):
+        if not prompt:
             raise ValueError("is empty; write text, or at least one token")
+        if isinstance(prompt, list) and not isinstance(prompt[0], int) and not all(prompt):
+            raise ValueError("has one that is empty; write text, or at least one token")
         return prompt
 
     @property

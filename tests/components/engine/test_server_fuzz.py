@@ -40,24 +40,39 @@ MESSAGE = st.fixed_dictionaries(
         "tool_call_id": ANY,
     },
 )
-#: What is nearly right, beside what is anything.
+#: What may be served, of each field that shapes an answer; half characters and numbers out of range are among it.
 NEARLY = {
     "prompt": TEXT | TOKENS | st.lists(TEXT, max_size=3) | st.lists(TOKENS, max_size=3),
     "messages": st.lists(MESSAGE, max_size=3),
-    "max_tokens": st.integers(-1, 50),
-    "n": st.integers(-1, 3),
+    "max_tokens": st.integers(1, 6),
+    "n": st.integers(1, 3),
     "temperature": st.floats(0, 2),
     "top_p": st.floats(0, 1),
     "seed": st.integers(),
-    "logprobs": st.integers(0, 21) | st.booleans(),
-    "top_logprobs": st.integers(0, 21),
+    "logprobs": st.integers(0, 20),
     "stop": TEXT | st.lists(TEXT, max_size=3),
     "stream": st.booleans(),
+    "stream_options": st.fixed_dictionaries({}, optional={"include_usage": st.booleans()}),
     "echo": st.booleans(),
+    "ignore_eos": st.booleans(),
+    "user": TEXT,
 }
-BODY = st.dictionaries(st.sampled_from(FIELDS) | TEXT, st.none(), max_size=5).flatmap(
-    lambda chosen: st.fixed_dictionaries({name: NEARLY.get(name, ANY) | ANY for name in chosen})
+CHAT = {
+    "logprobs": st.booleans(),
+    "top_logprobs": st.integers(0, 20),
+    "tools": st.just([]),
+    "max_completion_tokens": st.integers(1, 6),
+}
+BEGUN = st.text(min_size=1, max_size=12) | st.lists(st.integers(0, 260), min_size=1, max_size=6)
+COMPLETION = st.fixed_dictionaries(
+    {"prompt": BEGUN | st.lists(BEGUN, min_size=1, max_size=3) | NEARLY["prompt"]},
+    optional={name: kind for name, kind in NEARLY.items() if name not in ("prompt", "messages")},
 )
+DIALOGUE = st.fixed_dictionaries(
+    {"messages": st.just([{"role": "user", "content": "x"}]) | NEARLY["messages"]},
+    optional={name: kind for name, kind in (NEARLY | CHAT).items() if name not in ("prompt", "echo", "messages")},
+)
+WILD = st.dictionaries(st.sampled_from(FIELDS) | TEXT, ANY, max_size=4)
 PATHS = ("/v1/completions", "/v1/chat/completions")
 
 
@@ -79,12 +94,19 @@ def post(client: TestClient, path: str, body: Any) -> None:
         assert answer.json()["error"]["message"]
 
 
-@pytest.mark.slow
+#: A path, and a body that is nearly right, or right but for a few fields, or anything.
+ASKED = st.one_of(
+    st.tuples(st.just(PATHS[0]), COMPLETION),
+    st.tuples(st.just(PATHS[1]), DIALOGUE),
+    st.tuples(st.just(PATHS[0]), st.builds(lambda body, wild: body | wild, COMPLETION, WILD)),
+    st.tuples(st.sampled_from(PATHS), ANY),
+)
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
-@given(path=st.sampled_from(PATHS), body=BODY | ANY)
-def test_no_body_makes_it_fail(client: TestClient, path: str, body: Any) -> None:
-    required = {"prompt": "The river"} if path == PATHS[0] else {"messages": [{"role": "user", "content": "x"}]}
-    post(client, path, {**required, "max_tokens": 2, **body} if isinstance(body, dict) else body)
+@given(asked=ASKED)
+def test_no_body_makes_it_fail(client: TestClient, asked: tuple[str, Any]) -> None:
+    post(client, *asked)
     assert client.get("/health").json() == {"status": "ok"}
 
 
@@ -92,5 +114,5 @@ def test_no_body_makes_it_fail(client: TestClient, path: str, body: Any) -> None
 @given(data=st.binary(max_size=40), name=TEXT)
 def test_no_bytes_and_no_path_make_it_fail(client: TestClient, data: bytes, name: str) -> None:
     assert client.post(PATHS[0], content=data).status_code == 400
-    path = "/v1/models/" + name.encode("utf-8", "replace").hex()
+    path = f"/v1/models/x{name.encode('utf-8', 'replace').hex()}"
     assert client.get(path).status_code == 404 and client.request("PATCH", PATHS[1]).status_code == 405
