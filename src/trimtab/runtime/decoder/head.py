@@ -90,7 +90,7 @@ def _score(
 
 
 def predict(
-    head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, count: int, behind: Logits = _AS_THEY_ARE
+    head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, count: int, behind: Logits = AS_THEY_ARE
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns each target's log-probability in nats, float32 [n], and of each position the `count` likeliest tokens,
     int64 [n, count], the likeliest first, with their log-probabilities, float32 [n, count].
