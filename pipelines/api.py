@@ -247,7 +247,7 @@ def serve_config(
     model_uri: str = "",
     image: str = "",
 ) -> list[Path]:
-    """Writes what trtllm-serve, Triton and KServe need to serve an artifact, and returns the files.
+    """Writes what serves an artifact, with TensorRT-LLM, vLLM or trimtab's own server, and returns the files.
 
     Args:
         artifact: STORE/releases/NAME/VERSION, or the folder of an export.
@@ -259,7 +259,7 @@ def serve_config(
         image: the container image for KServe; NVIDIA's of the version that serves if "".
 
     Raises:
-        InputError: the artifact is none that TensorRT-LLM serves, or the folder is not new.
+        InputError: the back end does not serve the artifact, or the folder is not new.
     """
     from trimtab.serving import artifact as artifacts
     from trimtab.serving.write import write

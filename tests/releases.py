@@ -135,7 +135,8 @@ class Run(Filed):
         (within / "model").mkdir()
         (within / "model" / "config.json").write_text("{}")
         facts = SMOLLM2.model_dump(mode="json")
-        self.model = store.put(within / "model", kind="model", metadata={"facts": facts})
+        about = {"facts": facts, "licence": more.pop("licence", None) or {}}
+        self.model = store.put(within / "model", kind="model", metadata=about)
         begun = decisions.begin(
             model=self.model, store_uri=store.uri, name="tiny", goal=goal, target="cpu", recipe=recipe, max_attempts=5,
             evaluation=more.pop("evaluation", Evaluation()), **more,

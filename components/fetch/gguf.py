@@ -11,9 +11,11 @@ from pathlib import Path
 
 import gguf
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.model.files import CONFIG, read_json
+from trimtab.model.licence import CARD
 from trimtab.runtime.checkpoint import config_file
 
 
@@ -29,6 +31,7 @@ def convert(paths: Sequence[str], output: str) -> None:
         with _parsed_once():
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
             tokenizer = AutoTokenizer.from_pretrained(**where)
+            _write_card(str(file), Path(output) / CARD)
     # The weights are plain numbers now; with these marks left, save_pretrained would ask a quantizer that is gone.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -39,6 +42,16 @@ def convert(paths: Sequence[str], output: str) -> None:
     config_file.write(folder, read_json(folder / CONFIG))
     tokenizer.save_pretrained(folder)
     _name_tokenizer(folder / "tokenizer_config.json")
+
+
+def _write_card(source: str, path: Path) -> None:
+    """Writes down which licence the file names, as a model's card has it; llama.cpp's converters copy it from there."""
+    fields = gguf.GGUFReader(source).fields
+    keys = {"license": "", "license_name": ".name", "license_link": ".link"}
+    names = {key: f"general.license{end}" for key, end in keys.items()}
+    said = {key: str(fields[name].contents()) for key, name in names.items() if name in fields}
+    if said:
+        path.write_text(f"---\n{yaml.safe_dump(said)}---\n", encoding="utf-8")
 
 
 @contextmanager

@@ -61,7 +61,8 @@ def add(commands: Any) -> None:
 def add_package(parser: argparse.ArgumentParser, pipeline: str = "optimize") -> None:
     known = " or ".join(PIPELINES)
     parser.add_argument("--pipeline", default=pipeline, metavar="NAME", help=f"{known} ({pipeline})")
-    parser.add_argument("--image", default="", help="container image of all stages")
+    image = "container image of all stages (images.cpu of the profile, or TRIMTAB_IMAGE)"
+    parser.add_argument("--image", default="", help=image)
     parser.add_argument("--profile", default="", metavar="FILE", help="what the cluster offers the stages, YAML")
 
 
@@ -87,10 +88,11 @@ def _uploaded(arguments: argparse.Namespace, connection: Connection, unrolled: i
     from trimtab.pipelines import package
     from trimtab.pipelines.cluster.upload import upload
 
+    profile = read_profile(arguments.profile)
+    image = package.image_for(arguments.image, profile)
     with tempfile.TemporaryDirectory() as folder:
         compiled = Path(folder) / f"{arguments.pipeline}.yaml"
-        profile = read_profile(arguments.profile)
-        package.write(compiled, unrolled, arguments.image, profile, pipeline=arguments.pipeline)
+        package.write(compiled, unrolled, image, profile, pipeline=arguments.pipeline)
         return upload(connection, compiled, arguments.pipeline)
 
 

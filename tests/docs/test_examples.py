@@ -21,12 +21,12 @@ from trimtab.recipe.evaluation import Evaluation
 
 EXAMPLES = links.ROOT / "examples"
 FILES = sorted(EXAMPLES.glob("*.yaml"))
-#: What a file's name has in it, and the document that it is; any other is a recipe.
+#: A word of a file's name, and the document that it is; any other is a recipe.
 KINDS = {"workload": "workload", "evaluation": "evaluation", "profile": "profile", "rollout": "rollout"}
 
 
 def kind(path: Path) -> str:
-    return next((name for part, name in KINDS.items() if part in path.stem), "recipe")
+    return next((name for word, name in KINDS.items() if word in path.stem.split("-")), "recipe")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -17,6 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+import trimtab
 from trimtab.components.deployment.rollout import approval
 from trimtab.components.deployment.rollout.settings import GROUP, PLURAL
 from trimtab.pipelines.commands import main
@@ -160,6 +161,24 @@ def test_the_profile_fits_its_overlay(overlay):
     assert (accelerators == "0") == (not profile.gpu.node_selector)
 
 
+RECOMMENDED = {
+    f"app.kubernetes.io/{key}" for key in ("name", "instance", "version", "component", "part-of", "managed-by")
+}
+
+
+def labelled(item: dict[str, Any]) -> bool:
+    """Whether an object has all labels that Kubernetes recommends, and says the version of this checkout."""
+    labels = item["metadata"].get("labels", {})
+    return labels.keys() >= RECOMMENDED and labels["app.kubernetes.io/version"] == trimtab.__version__
+
+
+@pytest.mark.parametrize("overlay", (*OVERLAYS, "cache-owner"))
+def test_every_object_has_the_recommended_labels(overlay):
+    assert not [item["metadata"]["name"] for item in rendered(overlay) if not labelled(item)]
+    parts = {item["metadata"]["labels"]["app.kubernetes.io/component"] for item in rendered(overlay)}
+    assert ("release" in parts) == (overlay in OVERLAYS[2:])
+
+
 def test_the_volume_of_the_cache_is_made_writable():
     """The one pod that is root, for the volume may be root's; it has no capability, and touches the claim alone."""
     (job,) = rendered("cache-owner")
@@ -226,11 +245,13 @@ def test_a_rollout_may_do_what_it_does(overlay):
 
 def test_the_pipeline_as_objects(tmp_path):
     shutil.copy(MANIFESTS / "pipeline/kustomization.yaml", tmp_path)
-    options = ["--profile", str(MANIFESTS / "overlays/gpu/profile.yaml")]
+    options = ["--profile", str(MANIFESTS / "overlays/gpu/profile.yaml")]  # which names an image of a registry
     assert main.main(["compile", "--objects", "-o", str(tmp_path / "objects.yaml"), *options]) == 0
     pipeline, version = kustomize(tmp_path)
+    assert "localhost/" not in (tmp_path / "objects.yaml").read_text()
     for item in (pipeline, version):
         check(item)
+        assert labelled(item)
         assert item["metadata"]["namespace"] == "kubeflow"
         # What `kubectl apply` keeps in an annotation of the object itself; an object's annotations hold 256 KiB.
         assert len(json.dumps(item)) < 262_144

@@ -9,6 +9,7 @@ import yaml
 
 from trimtab.judge import Damage, Verdict
 from trimtab.judge.statistics import Interval
+from trimtab.model.licence import title
 from trimtab.recipe import Recipe
 from trimtab.release.task_scores import TaskScore
 
@@ -19,6 +20,7 @@ def card(
     evidence: Mapping[str, Any],
     architecture: str,
     scores: Sequence[TaskScore],
+    licence: Mapping[str, str],
     damage: Damage | None = None,
 ) -> str:
     """Returns the text: what was done, what was kept, where that was measured, how to serve it, what it does not show.
@@ -26,10 +28,12 @@ def card(
     Args:
         architecture: the class of the model.
         scores: by task, what the unchanged model and this one answer rightly.
+        licence: that of the model it was made from, as `model.licence` has it; {} where nothing is known.
         damage: what was lost by task and by place in the text.
     """
     recipe, verdict = Recipe.parse(evidence["recipe"]), Verdict.model_validate(evidence["verdict"])
     about = {
+        **{_CARD_FIELDS[key]: value for key, value in licence.items()},
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["trimtab", evidence["goal"], *([recipe.quantize.format] if recipe.quantize else [])],
@@ -40,6 +44,7 @@ def card(
         name=name,
         version=version,
         architecture=architecture,
+        licence=title(licence) or "unknown, for neither its card nor its config names one",
         goal=evidence["goal"],
         target=evidence["target"],
         model=evidence["model"]["digest"],
@@ -55,6 +60,9 @@ def card(
     )
 
 
+#: Fields of the hub's cards for what is known of a licence.
+_CARD_FIELDS = {"id": "license", "name": "license_name", "link": "license_link"}
+
 _TEXT = """---
 {about}
 ---
@@ -62,7 +70,7 @@ _TEXT = """---
 # {name} {version}
 
 {architecture}, made by trimtab for the goal `{goal}` on `{target}`, from the model whose tree in the store is
-`{model}`. Its licence is that of this model.
+`{model}`. Its licence is that of this model: {licence}.
 
 ## What was done
 

@@ -35,7 +35,7 @@ def serving(state: State) -> list[str]:
     name, store = shlex.quote(one_line(state.name)), shlex.quote(one_line(state.store))
     backend = found[1].recipe.engine.backend
     lines = [f"trimtab pull {name} served --store {store}", "trimtab serve served --port 8000"]
-    if backend.startswith("trtllm"):
+    if backend != "torch":
         lines.append(f"trimtab serve-config {store}/releases/{name}/VERSION config")
     return lines
 

@@ -106,6 +106,9 @@ class Gpu(UserDocument):
 class Images(UserDocument):
     """The container images of the stages, each with a tag that stays or a digest."""
 
+    cpu: ImageName | None = None
+    """Runs all that needs no GPU, the small tasks between the stages among it; that of `--image` or TRIMTAB_IMAGE if
+    absent."""
     cuda: ImageName | None = None
     """Runs the stages of an attempt; the pipeline's own image if absent."""
     engine: ImageName | None = None
@@ -199,7 +202,10 @@ class Profile(UserDocument):
         gpu:
           node_selector: {nvidia.com/gpu.product: NVIDIA-H100-80GB-HBM3}
           tolerations: [{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]
-        images: {cuda: "registry.example/trimtab-cuda:0.1.0", pull_secrets: [registry]}
+        images:
+          cpu: registry.example/trimtab-cpu-python:0.1.0
+          cuda: registry.example/trimtab-cuda:0.1.0
+          pull_secrets: [registry]
         secrets: {trimtab-s3: {access_key: AWS_ACCESS_KEY_ID, secret_key: AWS_SECRET_ACCESS_KEY}}
         environment: {AWS_ENDPOINT_URL: "http://seaweedfs.kubeflow:8333"}
         cache: {claim: trimtab-cache}

@@ -23,7 +23,8 @@ from trimtab.runtime.linear import cpu_products
 #: Rows scored at once, and tokens of the vocabulary in a slice: 16 MB of float32 logits.
 ROWS = 1024
 SLICE = 4096
-_AS_THEY_ARE = Logits()
+#: Products that are the logits.
+AS_THEY_ARE = Logits()
 
 
 @torch.inference_mode()
@@ -58,7 +59,7 @@ def changed(logits: torch.Tensor, behind: Logits) -> torch.Tensor:
 
 
 def score(
-    head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, behind: Logits = _AS_THEY_ARE
+    head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, behind: Logits = AS_THEY_ARE
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns each target's log-probability in nats, float32 [n], and whether it is the likeliest, bool [n].
 
@@ -89,7 +90,7 @@ def _score(
 
 
 def predict(
-    head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, count: int, behind: Logits = _AS_THEY_ARE
+    head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, count: int, behind: Logits = AS_THEY_ARE
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns each target's log-probability in nats, float32 [n], and of each position the `count` likeliest tokens,
     int64 [n, count], the likeliest first, with their log-probabilities, float32 [n, count].
@@ -120,7 +121,7 @@ def _predict(
 
 
 def logit_slices(
-    head: nn.Linear, hidden: torch.Tensor, behind: Logits = _AS_THEY_ARE
+    head: nn.Linear, hidden: torch.Tensor, behind: Logits = AS_THEY_ARE
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yields (first token, float32 logits [n, at most SLICE]) over the vocabulary."""
     hidden = hidden.float()
