@@ -10,10 +10,13 @@ from trimtab.base.errors import InputError
 from trimtab.families import (
     cohere,
     deepseek,
+    ernie,
     gemma,
     glm,
     gpt,
     gpt_oss,
+    granite,
+    hunyuan,
     lfm,
     llama,
     mamba,
@@ -46,8 +49,8 @@ __all__ = [
 ]  # fmt: skip
 
 _FILES = (
-    llama, qwen, gemma, phi, glm, olmo, cohere, plain, gpt, mixtral, deepseek, gpt_oss, qwen_hybrid, lfm, mamba,
-    multimodal,
+    llama, qwen, gemma, phi, glm, olmo, cohere, plain, gpt, mixtral, deepseek, ernie, hunyuan, gpt_oss, qwen_hybrid, lfm,
+    mamba, granite, multimodal,
 )  # fmt: skip
 #: Model type -> family.
 BY_TYPE = {family.model_type: family for file in _FILES for family in file.FAMILIES}

@@ -75,6 +75,7 @@ class Family:
         by_layer: fields of config.json that list something for each block.
         numbered: fields that list numbers of blocks.
         first_blocks: fields that count blocks from the first one.
+        last_blocks: fields that number the last block of a kind; -1 is the model's last.
         next_token_blocks: the field that counts blocks behind the last one, which predict further tokens (MTP) and take
             no part in the model's own; they are kept as they are.
         beside: what the names of tensors begin with that predict further tokens, in families that name them apart.
@@ -114,6 +115,7 @@ class Family:
     by_layer: tuple[str, ...] = ("layer_types",)
     numbered: tuple[str, ...] = ()
     first_blocks: tuple[str, ...] = ()
+    last_blocks: tuple[str, ...] = ()
     next_token_blocks: str = ""
     beside: tuple[str, ...] = ()
     attention_types: tuple[str, ...] = ("full_attention", "sliding_attention")
@@ -264,6 +266,9 @@ class Family:
         for name in self.first_blocks:
             if config.get(name) is not None:
                 changed[name] = sum(block < config[name] for block in kept)
+        for name in self.last_blocks:
+            if config.get(name) not in (None, -1):
+                changed[name] = sum(block <= config[name] for block in kept) - 1
         return changed
 
     def refusal(self, config: Config) -> str:

@@ -1,4 +1,4 @@
-"""Mamba, alone and between blocks with attention: Falcon, Bamba, Granite 4, Nemotron-H."""
+"""Mamba, alone, between blocks with attention, and beside attention: Falcon, Bamba, Nemotron-H, Falcon-H1."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from trimtab.families.family import Family, Limit, Logits
 from trimtab.families.parts import Attention, Config, Experts, Mlp, NoAttention, Recurrent, State
 
-_NO_SERVE = "the engine's cache holds no recurrent state"
+NO_SERVE = "the engine's cache holds no recurrent state"
 
 
 def _first(config: Config) -> State:
@@ -33,8 +33,16 @@ def _of_nemotron(config: Config) -> State:
     return _second(channels, groups, config.get("ssm_state_size", 128), config.get("conv_kernel", 4))
 
 
-def _of_bamba(config: Config) -> State:
+def state_of_bamba(config: Config) -> State:
+    """A Mamba 2 under Bamba's names of its sizes, which Granite 4 has too."""
     channels = int(config.get("mamba_expand", 2) * config["hidden_size"])
+    return _second(channels, config.get("mamba_n_groups", 1), config.get("mamba_d_state", 256),
+                   config.get("mamba_d_conv", 4))  # fmt: skip
+
+
+def _of_falcon(config: Config) -> State:
+    """As `state_of_bamba`, but it may have fewer channels than the block's width asks for."""
+    channels = config.get("mamba_d_ssm", 1024) or int(config.get("mamba_expand", 2) * config["hidden_size"])
     return _second(channels, config.get("mamba_n_groups", 1), config.get("mamba_d_state", 256),
                    config.get("mamba_d_conv", 4))  # fmt: skip
 
@@ -62,7 +70,7 @@ MAMBA = Family(
     keep=("mixer.x_proj", "mixer.dt_proj"),
     sizes=_alone,
     pipeline_parallel=False,
-    no_serve=_NO_SERVE,
+    no_serve=NO_SERVE,
 )
 #: NVIDIA's checkpoints in FP8 and FP4 leave attention as it is; it is in a tenth of the blocks.
 NEMOTRON_H = Family(
@@ -84,29 +92,30 @@ NEMOTRON_H = Family(
     sizes=_nemotron_sizes,
     qkv_bias=False,
     pipeline_parallel=False,
-    no_serve=_NO_SERVE,
+    no_serve=NO_SERVE,
 )
 BAMBA = Family(
     "bamba",
     mlp=Mlp("feed_forward", "pre_ff_layernorm"),
-    recurrent=Recurrent("mamba", _of_bamba),
+    recurrent=Recurrent("mamba", state_of_bamba),
     last_norm="model.final_layernorm",
     numbered=("attn_layer_indices",),
     pipeline_parallel=False,
-    no_serve=_NO_SERVE,
+    no_serve=NO_SERVE,
 )
-GRANITE = Family(
-    "granitemoehybrid",
-    mlp=Mlp("shared_mlp", gate_up="input_linear", down="output_linear"),
-    recurrent=Recurrent("mamba", _of_bamba),
-    limits=(
-        Limit("num_local_experts", 8, (0, None), "and experts that its files hold in one tensor are not taken apart"),
-    ),
-    attention_types=("full_attention", "linear_attention", "attention", "mamba"),
-    sizes=lambda config: {"intermediate_size": config.get("shared_intermediate_size", 1024)},
-    logits=lambda config: Logits(1 / config.get("logits_scaling", 1.0)),
+#: Attention and a Mamba read one norm, and their outputs are added; what each is multiplied by is in the model.
+FALCON_H1 = Family(
+    "falcon_h1",
+    attention=Attention(norm=None),
+    mlp=Mlp("feed_forward", "pre_ff_layernorm"),
+    recurrent=Recurrent("mamba", _of_falcon, norm=None),
+    last_norm="model.final_layernorm",
+    norms=("input_layernorm", "pre_ff_layernorm"),
+    logits=lambda config: Logits(config.get("lm_head_multiplier", 1.0)),
+    output_bias=("attention_bias", False),
+    mlp_bias=("mlp_bias", False),
     pipeline_parallel=False,
-    no_serve=_NO_SERVE,
+    no_serve=NO_SERVE,
 )
 FAMILIES = (
     MAMBA,
@@ -114,5 +123,5 @@ FAMILIES = (
     replace(MAMBA, model_type="mamba2", recurrent=Recurrent("mixer", _of_mamba2, norm="norm"), keep=()),
     NEMOTRON_H,
     BAMBA,
-    GRANITE,
+    FALCON_H1,
 )

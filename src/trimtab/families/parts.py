@@ -269,10 +269,12 @@ class Experts:
         plain: other matrices of `module`, which choose or weigh and are never rounded: with a row for each expert, or
             one row for the shared ones.
         vector: what `module` has besides with a number for each expert, "" for nothing.
+        vector_rows: 0 where it is stored as these numbers alone, else the rows that it has, in each of which they are.
         biased: whether the layers of an expert have biases.
         blocks: which blocks have experts, from a config.
         chosen, size: fields of config.json: experts of a token, neurons of an expert.
         shared_size: the field of neurons of the shared ones, or the field that counts them in units of `size`.
+        beside_mlp: whether a block with experts has the family's MLP too, whose neurons `shared_size` counts.
     """
 
     module: str = "mlp"
@@ -283,11 +285,13 @@ class Experts:
     shared: str | None = None
     plain: tuple[str, ...] = ("gate",)
     vector: str = ""
+    vector_rows: int = 0
     biased: bool = False
     blocks: Callable[[Config], Sequence[int]] = field(default=lambda config: range(config["num_hidden_layers"]))
     chosen: str = "num_experts_per_tok"
     size: str = "moe_intermediate_size"
     shared_size: str | None = None
+    beside_mlp: bool = False
 
     @property
     def inputs(self) -> tuple[SharedInput, ...]:

@@ -12,7 +12,8 @@ Forms that become it, all as transformers 5.14 loads them:
 | `….experts.gate_up_proj` [E, 2I, H], `down_proj` [E, H, I] | Qwen3.5, Gemma 4 | `….experts.<e>.gate_proj.weight` [I, H], `up_proj`, `down_proj` [H, I] |
 | the same transposed: [E, H, 2I], [E, I, H] | Llama 4 | the same |
 | transposed, gate and up in turns, biases | gpt-oss | the same, and `….experts.<e>.gate_proj.bias` |
-| `….block_sparse_moe.input_linear.weight`, `output_linear.weight` | Granite | `….block_sparse_moe.experts.<e>.gate_proj.weight` |
+| `….block_sparse_moe.input_linear.weight`, `output_linear.weight` | Granite 4 | `….block_sparse_moe.experts.<e>.gate_proj.weight` |
+| the same | Granite 3 | `….block_sparse_moe.experts.<e>.w1.weight`, `w3`, `w2`, as vLLM reads them |
 | `language_model.model.…` | Gemma 3, Mistral 3, LLaVA | `model.language_model.…` |
 | `model.layers.…`, `visual.…` | Qwen2.5-VL | `model.language_model.layers.…`, `model.visual.…` |
 | `h.0.…`, `word_embeddings.…`, `ln_f.…` | BLOOM | `transformer.h.0.…` and so on |
@@ -33,13 +34,16 @@ from trimtab.model.headers import DTYPE_BYTES, Tensor
 from trimtab.model.low_precision import Native, Stored
 
 #: Raise it when a source becomes other tensors than before: what was converted is found by its content and by this.
-VERSION = 1
+VERSION = 2
 #: In the metadata of a model's tree: what its source stored otherwise, in sentences.
 CONVERTED = "converted"
 _STACKED = re.compile(r"(.+\.experts)\.(gate_up|gate|up|down)_proj(?:\.(weight)|(_bias|\.bias))?$")
 _GRANITE = re.compile(r"(.+\.block_sparse_moe)\.(input|output)_linear\.weight$")
 #: Experts stored [inputs, outputs]: those of transformers' classes that multiply by the matrix, not by its transpose.
 _TRANSPOSED = {"gpt_oss", "llama4_text", "qwen3_vl_moe_text"}
+#: Experts whose layers have other names than `gate_proj`, `up_proj` and `down_proj`.
+_OF_MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
+_NAMES = {"granitemoe": _OF_MIXTRAL, "granitemoeshared": _OF_MIXTRAL}
 #: Experts whose gate and up stand in turns; in the others all of gate comes first.
 _IN_TURNS = {"gpt_oss"}
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)$")
@@ -154,9 +158,10 @@ def _pieces(folder: Path, text: Mapping[str, Any], stored: Stored, tensors: Mapp
         halves = {"gate": (0, outputs, 2), "up": (1, outputs, 2)}
     else:
         halves = {"gate": (0, outputs // 2, 1), "up": (outputs // 2, outputs, 1)}
+    names = _NAMES.get(str(model_type), {})
     for expert in range(count):
         for half, rows in halves.items():
-            name = f"{experts}.{expert}.{half}_proj.{kind}"
+            name = f"{experts}.{expert}.{names.get(half, f'{half}_proj')}.{kind}"
             size = outputs // 2 if rows else outputs
             yield Piece(_tensor(name, stored.dtype, (size, *inputs)), stored, expert, transposed, rows)
 

@@ -152,7 +152,7 @@ def _experts(config: dict[str, Any], family: Family, sizes: Sizes) -> Iterator[t
     for name in part.plain:
         yield f"{part.module}.{name}.weight", (1 if part.shared and part.shared in name else count, sizes.hidden)
     if part.vector:
-        yield f"{part.module}.{part.vector}", (count,)
+        yield f"{part.module}.{part.vector}", (part.vector_rows, count) if part.vector_rows else (count,)
 
 
 def _linears(shared: SharedInput, features: dict[str, int], biased: bool) -> Iterator[tuple[str, Shape]]:

@@ -97,6 +97,12 @@ def _rename(model: nn.Module, stored: str, own: str) -> None:
     holder = model.get_submodule(parent)
     del holder._modules[name]
     holder.__dict__[name] = module
+    if stored.startswith(f"{own}."):  # one name more, under its own: that of a module which only holds it
+        leaf = stored[len(own) + 1 :]
+        place = holder._modules[name] = nn.Module()
+        place._modules[leaf] = module
+        module.__dict__[leaf] = module  # transformers' attribute hides the holder from whoever goes by the whole name
+        return
     parent, _, name = stored.rpartition(".")
     holder = model.get_submodule(parent) if parent else model
     holder._modules[name] = module
