@@ -37,9 +37,9 @@ from trimtab.families.parts import (
     Layer,
     Mlp,
     NoAttention,
-    Recurrent,
     SharedInput,
 )
+from trimtab.families.recurrent import Recurrent
 from trimtab.families.undescribed import missing
 from trimtab.families.wrapper import TEXT_CONFIG, Wrapper
 
@@ -49,8 +49,8 @@ __all__ = [
 ]  # fmt: skip
 
 _FILES = (
-    llama, qwen, gemma, phi, glm, olmo, cohere, plain, gpt, mixtral, deepseek, ernie, hunyuan, gpt_oss, qwen_hybrid, lfm,
-    mamba, granite, multimodal,
+    llama, qwen, gemma, phi, glm, olmo, cohere, plain, gpt, mixtral, deepseek, ernie, hunyuan, gpt_oss, qwen_hybrid,
+    lfm, mamba, granite, multimodal,
 )  # fmt: skip
 #: Model type -> family.
 BY_TYPE = {family.model_type: family for file in _FILES for family in file.FAMILIES}

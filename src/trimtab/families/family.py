@@ -22,11 +22,11 @@ from trimtab.families.parts import (
     Mlp,
     NoAttention,
     Norm,
-    Recurrent,
     Said,
     Shape,
     SharedInput,
 )
+from trimtab.families.recurrent import Recurrent
 from trimtab.families.wrapper import Wrapper
 
 #: The number of an expert, within the name of a module in its block.
@@ -71,6 +71,8 @@ class Family:
         logits: what becomes of the head's products, from a config.
         limits: settings of config.json with which a model is refused.
         aliases: modules that transformers has under another name, as (checkpoint's, transformers'), `*` for a number.
+        alone: of a family whose blocks are one part each: which, "attention", "recurrent", "mlp" or "experts", from a
+            config with `sizes`.
         keep: layers of a block that stay in 16 bits, as the vendor's own quantized checkpoints have it.
         by_layer: fields of config.json that list something for each block.
         numbered: fields that list numbers of blocks.
@@ -111,6 +113,7 @@ class Family:
     logits: Callable[[Config], Logits] = field(default=lambda config: Logits())
     limits: tuple[Limit, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
+    alone: Callable[[Config], Sequence[str]] | None = None
     keep: tuple[str, ...] = ()
     by_layer: tuple[str, ...] = ("layer_types",)
     numbered: tuple[str, ...] = ()
@@ -169,6 +172,23 @@ class Family:
     def neurons(self) -> tuple[str, ...]:
         """Names in a block of the layers that have the MLP's neurons on one side."""
         return tuple(layer.name for layer in self.layers.values() if {layer.outputs, layer.inputs} & {"ffn", "gate_up"})
+
+    def parts(self, config: Config) -> list[frozenset[str]]:
+        """Returns what each block is made of, by a config with `sizes`: "attention", "recurrent", "mlp", "experts"."""
+        if self.alone:
+            return [frozenset({part}) for part in self.alone(config)]
+        recurrent = set(self.recurrent.blocks(config)) if self.recurrent else set()
+        experts = set(self.experts.blocks(config)) if self.experts else set()
+        found = []
+        for block in range(config["num_hidden_layers"]):
+            has = {
+                "attention": block not in recurrent or self.recurrent.beside_attention,
+                "recurrent": block in recurrent,
+                "experts": block in experts,
+                "mlp": self.mlp is not None and (block not in experts or self.experts.beside_mlp),
+            }
+            found.append(frozenset(part for part, there in has.items() if there))
+        return found
 
     @property
     def folds(self) -> bool:

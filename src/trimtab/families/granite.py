@@ -6,12 +6,15 @@ the experts, and reads what they and the router read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from trimtab.families.family import Family, Logits
-from trimtab.families.mamba import NO_SERVE, state_of_bamba
-from trimtab.families.parts import Config, Experts, Mlp, Recurrent
+from trimtab.families.mamba import NO_SERVE
+from trimtab.families.parts import Config, Experts, Mlp
+from trimtab.families.recurrent import listed
+from trimtab.families.state_space import of_bamba, second
 
 #: `sizes` gives the neurons of an expert this name, as `intermediate_size` becomes those of the shared MLP.
 _EXPERT_SIZE = "expert_intermediate_size"
@@ -31,6 +34,12 @@ def _sizes(config: Config, shared: int) -> dict[str, Any]:
         "intermediate_size": shared if said is None else said,
         _EXPERT_SIZE: config.get("intermediate_size"),
     }
+
+
+def _mambas(config: Config) -> Sequence[int]:
+    """All blocks, unless a list says which."""
+    found = listed(config)
+    return range(config["num_hidden_layers"]) if found is None else found
 
 
 def _logits(config: Config) -> Logits:
@@ -62,11 +71,12 @@ FAMILIES = (
             **_BESIDE,
             blocks=lambda config: range(config["num_hidden_layers"] if config.get("num_local_experts", 8) else 0),
         ),
-        recurrent=Recurrent("mamba", state_of_bamba),
+        recurrent=second("mamba", of_bamba, blocks=_mambas),
         aliases=(_ROUTER,),
         attention_types=("full_attention", "linear_attention", "attention", "mamba"),
         sizes=lambda config: _sizes(config, 1024),
         logits=_logits,
+        output_bias=("attention_bias", False),
         pipeline_parallel=False,
         no_serve=NO_SERVE,
     ),

@@ -6,45 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from trimtab.families.family import Family, Limit, Logits
-from trimtab.families.parts import Attention, Config, Experts, Mlp, NoAttention, Recurrent, State
+from trimtab.families.parts import Attention, Config, Experts, Mlp, NoAttention
+from trimtab.families.state_space import first, of_bamba, of_falcon_h1, of_mamba2, of_nemotron, second
 
 NO_SERVE = "the engine's cache holds no recurrent state"
-
-
-def _first(config: Config) -> State:
-    """Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces"."""
-    channels = int(config.get("expand", 2) * config["hidden_size"])
-    return State(channels * config.get("conv_kernel", 4), channels * config.get("state_size", 16))
-
-
-def _second(channels: int, groups: int, size: int, kernel: int) -> State:
-    """Dao and Gu 2024, "Transformers are SSMs" (Mamba 2): its convolution sees what writes and what reads too."""
-    return State((channels + 2 * groups * size) * kernel, channels * size)
-
-
-def _of_mamba2(config: Config) -> State:
-    channels = int(config.get("expand", 2) * config["hidden_size"])
-    return _second(channels, config.get("n_groups", 8), config.get("state_size", 128), config.get("conv_kernel", 4))
-
-
-def _of_nemotron(config: Config) -> State:
-    channels = config.get("mamba_num_heads", 128) * config.get("mamba_head_dim", 64)
-    groups = config.get("n_groups", config.get("mamba_n_groups", 8))
-    return _second(channels, groups, config.get("ssm_state_size", 128), config.get("conv_kernel", 4))
-
-
-def state_of_bamba(config: Config) -> State:
-    """A Mamba 2 under Bamba's names of its sizes, which Granite 4 has too."""
-    channels = int(config.get("mamba_expand", 2) * config["hidden_size"])
-    return _second(channels, config.get("mamba_n_groups", 1), config.get("mamba_d_state", 256),
-                   config.get("mamba_d_conv", 4))  # fmt: skip
-
-
-def _of_falcon(config: Config) -> State:
-    """As `state_of_bamba`, but it may have fewer channels than the block's width asks for."""
-    channels = config.get("mamba_d_ssm", 1024) or int(config.get("mamba_expand", 2) * config["hidden_size"])
-    return _second(channels, config.get("mamba_n_groups", 1), config.get("mamba_d_state", 256),
-                   config.get("mamba_d_conv", 4))  # fmt: skip
 
 
 def _alone(config: Config) -> dict[str, Any]:
@@ -58,15 +23,32 @@ def _nemotron_sizes(config: Config) -> dict[str, Any]:
     return {"num_hidden_layers": len(kinds)} if kinds else {}
 
 
+#: What a block of Nemotron-H is, by its letter and by its names.
+_KINDS = {"M": "recurrent", "*": "attention", "-": "mlp", "E": "experts", "mamba": "recurrent",
+          "linear_attention": "recurrent", "full_attention": "attention", "attention": "attention", "mlp": "mlp",
+          "moe": "experts"}  # fmt: skip
+
+
+def _nemotron_kinds(config: Config) -> list[str]:
+    return [_KINDS[kind] for kind in config.get("layers_block_type") or config["hybrid_override_pattern"]]
+
+
+def _of_bamba(config: Config) -> list[int]:
+    """All blocks but those that are listed as attention."""
+    attending = config.get("attn_layer_indices") or ()
+    return [block for block in range(config["num_hidden_layers"]) if block not in attending]
+
+
 #: What the recurrence forgets and adds by comes out of `x_proj` and `dt_proj`, a tenth of the weights: in 16 bits.
 MAMBA = Family(
     "mamba",
     attention=NoAttention(),
     mlp=None,
-    recurrent=Recurrent("mixer", _first, norm="norm", choices=("x_proj", "dt_proj")),
+    recurrent=first("mixer", norm="norm"),
     blocks="backbone.layers",
     embedding="backbone.embeddings",
     last_norm="backbone.norm_f",
+    norms=("norm",),
     keep=("mixer.x_proj", "mixer.dt_proj"),
     sizes=_alone,
     pipeline_parallel=False,
@@ -78,12 +60,18 @@ NEMOTRON_H = Family(
     attention=Attention("mixer", "norm"),
     mlp=Mlp("mixer", "norm", gate=None),
     experts=Experts(
-        "mixer", gate=None, shared="shared_experts", shared_size="moe_shared_expert_intermediate_size"
+        "mixer",
+        gate=None,
+        shared="shared_experts",
+        shared_size="moe_shared_expert_intermediate_size",
+        vector="gate.e_score_correction_bias",
     ),
-    recurrent=Recurrent("mixer", _of_nemotron, norm="norm"),
+    recurrent=second("mixer", of_nemotron, norm="norm"),
     blocks="backbone.layers",
     embedding="backbone.embeddings",
     last_norm="backbone.norm_f",
+    norms=("norm",),
+    alone=_nemotron_kinds,
     limits=(Limit("moe_latent_size", None, (None,), "and experts behind a projection are not known"),),
     aliases=(("backbone", "model"),),
     keep=("mixer.q_proj", "mixer.k_proj", "mixer.v_proj", "mixer.o_proj"),
@@ -91,15 +79,19 @@ NEMOTRON_H = Family(
     beside=("mtp.",),
     sizes=_nemotron_sizes,
     qkv_bias=False,
+    mlp_bias=("mlp_bias", False),
     pipeline_parallel=False,
     no_serve=NO_SERVE,
 )
 BAMBA = Family(
     "bamba",
     mlp=Mlp("feed_forward", "pre_ff_layernorm"),
-    recurrent=Recurrent("mamba", state_of_bamba),
+    recurrent=second("mamba", of_bamba, blocks=_of_bamba),
     last_norm="model.final_layernorm",
+    norms=("input_layernorm", "pre_ff_layernorm"),
     numbered=("attn_layer_indices",),
+    output_bias=("attention_bias", False),
+    mlp_bias=("mlp_bias", False),
     pipeline_parallel=False,
     no_serve=NO_SERVE,
 )
@@ -108,7 +100,7 @@ FALCON_H1 = Family(
     "falcon_h1",
     attention=Attention(norm=None),
     mlp=Mlp("feed_forward", "pre_ff_layernorm"),
-    recurrent=Recurrent("mamba", _of_falcon, norm=None),
+    recurrent=second("mamba", of_falcon_h1, norm=None, beside_attention=True),
     last_norm="model.final_layernorm",
     norms=("input_layernorm", "pre_ff_layernorm"),
     logits=lambda config: Logits(config.get("lm_head_multiplier", 1.0)),
@@ -120,7 +112,7 @@ FALCON_H1 = Family(
 FAMILIES = (
     MAMBA,
     replace(MAMBA, model_type="falcon_mamba"),
-    replace(MAMBA, model_type="mamba2", recurrent=Recurrent("mixer", _of_mamba2, norm="norm"), keep=()),
+    replace(MAMBA, model_type="mamba2", recurrent=second("mixer", of_mamba2, norm="norm"), keep=()),
     NEMOTRON_H,
     BAMBA,
     FALCON_H1,
