@@ -101,7 +101,10 @@ class ModelFacts(Document):
         if not self.experts:
             return parameters
         family = families.named(self.model_type)
-        all_experts = sum(layer.parameters for layer in self.linears if family.is_expert(layer.name))
+        experts = [layer for layer in self.linears if family.is_expert(layer.name)]
+        all_experts = sum(layer.parameters for layer in experts)
+        if family.experts.biased:
+            all_experts += sum(layer.out_features for layer in experts)
         return parameters - all_experts + all_experts * self.experts_per_token // self.experts
 
 

@@ -60,7 +60,7 @@ def shapes(config: Mapping[str, Any], family: Family, path: Path) -> dict[str, S
     whole, config = config, families.text_config(config)
     config = {**config, **family.sizes(config)}
     sizes = sizes_of(path, config, family)
-    if not config.get("intermediate_size"):  # weights would tell it
+    if family.mlp and not config.get("intermediate_size"):  # weights would tell it
         raise KeyError("intermediate_size")
     vocabulary = (sizes.vocabulary, sizes.hidden)
     found: dict[str, Shape] = {f"{family.embedding}.weight": vocabulary}
@@ -79,7 +79,7 @@ def shapes(config: Mapping[str, Any], family: Family, path: Path) -> dict[str, S
         found |= {f"{family.blocks}.{number}.{name}": shape for name, shape in in_block.items()}
         found |= {name.format(number): shape for name, shape in others.items() if "{}" in name}
     found |= {name: shape for name, shape in others.items() if "{}" not in name}
-    found |= family.wrapper.tower(whole) if family.wrapper else {}
+    found |= family.wrapper.tower(families.nested(whole)) if family.wrapper else {}
     return {name: shape for name, shape in found.items() if shape is not None}
 
 
