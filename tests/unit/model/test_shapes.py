@@ -3,6 +3,7 @@
 import pytest
 from facts import LLAMA_8B, SMOLLM2, llama
 
+from trimtab.model.facts import Linear
 from trimtab.model.shapes import kept, pruned, refusal
 from trimtab.recipe import Recipe
 
@@ -94,3 +95,31 @@ def test_what_is_left(facts, text, changed):
 @pytest.mark.parametrize("text", ["null", "{method: magnitude, sparsity: 0.5}"])
 def test_unstructured_pruning_changes_no_shape(text):
     assert pruned(SMOLLM2, prune(text)) == SMOLLM2 and refusal(SMOLLM2, prune(text)) is None
+
+
+def mixed(attending: set[int]):
+    """Four blocks of a Qwen3.5: the first is the lightest, then the third."""
+    linears = []
+    for block, neurons in enumerate((64, 256, 128, 256)):
+        prefix = f"model.layers.{block}"
+        layer = "self_attn.k_proj" if block in attending else "linear_attn.in_proj_z"
+        linears += [Linear(f"{prefix}.{layer}", 64, 64), Linear(f"{prefix}.mlp.up_proj", neurons, 64)]
+    parameters = sum(layer.parameters for layer in linears) + 256 * 64
+    return NARROW.model_copy(update={"model_type": "qwen3_5_text", "layers": 4, "linears": tuple(linears),
+                                     "parameters": parameters, "bytes": 2 * parameters})  # fmt: skip
+
+
+def test_where_blocks_differ_a_plan_counts_on_the_lightest_ones_going():
+    facts = mixed(attending={1, 3})
+    left = pruned(facts, prune("{method: depth, blocks: 2}"))
+    assert left.parameters == facts.parameters - 2 * 64 * 64 - (64 + 128) * 64
+    assert [layer.name for layer in left.linears if "mlp" not in layer.name] == [
+        "model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.k_proj"
+    ]  # fmt: skip
+    assert (left.attention_blocks, left.recurrent_blocks) == (2, 0)
+
+
+def test_one_block_with_attention_stays():
+    left = pruned(mixed(attending={0}), prune("{method: depth, blocks: 3}"))
+    assert [layer.name for layer in left.linears] == ["model.layers.0.self_attn.k_proj", "model.layers.0.mlp.up_proj"]
+    assert left.attention_blocks == 1
