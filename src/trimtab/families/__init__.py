@@ -45,7 +45,7 @@ from trimtab.families.wrapper import TEXT_CONFIG, Wrapper
 
 __all__ = [
     "BY_TYPE", "Attention", "Config", "Experts", "Family", "LatentAttention", "Layer", "Limit", "Logits", "Mlp",
-    "NoAttention", "Recurrent", "SharedInput", "TEXT_CONFIG", "Wrapper", "named", "nested", "of", "text_config",
+    "NoAttention", "Recurrent", "SharedInput", "TEXT_CONFIG", "Wrapper", "as_fetched", "named", "of", "text_config",
 ]  # fmt: skip
 
 _FILES = (
@@ -78,8 +78,10 @@ def text_config(config: Config) -> Config:
     return wrapper.text_config(config) if wrapper else config
 
 
-def nested(config: Config) -> Config:
-    """Returns a config.json in which a wrapper's text model has its settings in `text_config`; others as they are."""
+def as_fetched(config: Config) -> Config:
+    """Returns a config.json as fetching writes it: a wrapper's text model has its settings in `text_config`, and GPT-2
+    is a GPTBigCode."""
+    config = gpt.as_bigcode(config)
     wrapper = _wrapper(config)
     return wrapper.nested(config) if wrapper else config
 

@@ -94,6 +94,8 @@ class Family:
         head_dim: what transformers takes where config.json is silent; None is hidden size / heads.
         heads_divide_hidden: whether its config wants a hidden size that the number of heads divides.
         tensor_parallel, pipeline_parallel: whether the torch engine can split its layers, or its blocks, over ranks.
+        misread_heads: back ends that take the rows of a fused layer before attention for others where keys have
+            several heads.
         no_serve: why `serve` and paged attention cannot run it; "" where they can.
         wrapper: what stands around the text model, which all else is about, where the checkpoint holds more than that.
     """
@@ -136,6 +138,7 @@ class Family:
     heads_divide_hidden: bool = False
     tensor_parallel: bool = False
     pipeline_parallel: bool = True
+    misread_heads: tuple[str, ...] = ()
     no_serve: str = ""
     wrapper: Wrapper | None = None
 

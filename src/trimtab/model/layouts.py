@@ -16,7 +16,8 @@ Forms that become it, all as transformers 5.14 loads them:
 | the same | Granite 3 | `….block_sparse_moe.experts.<e>.w1.weight`, `w3`, `w2`, as vLLM reads them |
 | `language_model.model.…` | Gemma 3, Mistral 3, LLaVA | `model.language_model.…` |
 | `model.layers.…`, `visual.…` | Qwen2.5-VL | `model.language_model.layers.…`, `model.visual.…` |
-| `h.0.…`, `word_embeddings.…`, `ln_f.…` | BLOOM | `transformer.h.0.…` and so on |
+| `h.0.…`, `word_embeddings.…`, `ln_f.…` | BLOOM, GPT-2 | `transformer.h.0.…` and so on |
+| `….c_attn.weight` [H, 3H], `c_proj`, `c_fc` (Conv1D) | GPT-2 | the transposed of GPTBigCode, with the rows of `c_attn` head by head |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -66,25 +67,33 @@ _PREFIXES = {
     "qwen2_5_vl": _QWEN_VL,
     **dict.fromkeys(("llava", "gemma3", "mistral3", "aya_vision", "paligemma", "internvl", "vipllava"), _LLAVA),
     **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), _LLAVA_NEXT),
+    "gpt2": {name: f"transformer.{name}" for name in ("h.", "wte.", "wpe.", "ln_f.")},
     # Published BLOOM is the body alone, saved without the name that it has in a model with a head.
     "bloom": {name: f"transformer.{name}" for name in ("h.", "word_embeddings", "ln_f.")},
 }
 
 
+#: Of GPT-2: what it stores as [inputs, outputs], and masks of attention that are no weights.
+_CONV1D = re.compile(r".+\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
+_MASK = re.compile(r".*\.attn\.(?:masked_)?bias$")
+
+
 class Piece(NamedTuple):
     """A tensor of the layout, and how it is made of what is stored: decoded, then one expert of it, transposed if it
-    is so stored, and of that these rows (start, stop, step)."""
+    is so stored, and of that these rows (start, stop, step); rows of queries, keys and values are put together head by
+    head where `heads` counts these."""
 
     tensor: Tensor
     stored: Stored
     expert: int | None = None
     transposed: bool = False
     rows: tuple[int, int, int] | None = None
+    heads: int = 0
 
     @property
     def copied(self) -> bool:
         """Whether it is stored as it is, perhaps under another name."""
-        return not self.stored.decode and self.expert is None
+        return not (self.stored.decode or self.transposed or self.heads) and self.expert is None
 
 
 class Layout(NamedTuple):
@@ -125,15 +134,34 @@ def layout(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor
     text = text if isinstance(text, Mapping) else config
     prefixes = _PREFIXES.get(str(config.get("model_type")), {})
     pieces: dict[str, Piece] = {}
+    of_gpt2 = config.get("model_type") == "gpt2"
+    masks = [name for name in found if of_gpt2 and _MASK.match(name)]
+    for name in masks:
+        del found[name]
     for stored in found.values():
-        for piece in _pieces(folder, text, stored, tensors):
+        made = _of_gpt2(config, stored, tensors) if of_gpt2 else _pieces(folder, text, stored, tensors)
+        for piece in made:
             name = _renamed(piece.tensor.name, prefixes)
             if name in pieces:
                 both = f"{pieces[name].stored.weight} and {stored.weight}"
                 raise InputError(f"{folder}: {both} are both {name}; remove the one that is not the model's")
             pieces[name] = piece._replace(tensor=piece.tensor._replace(name=name))
     _check_experts(folder, pieces)
-    return Layout(pieces, left_out, tuple(_sentences(native, pieces, left_out)))
+    sentences = [*_sentences(native, pieces, left_out)]
+    if of_gpt2:
+        sentences.append("layers are stored transposed (Conv1D); it becomes a GPTBigCode, which has linear layers")
+    return Layout(pieces, (*left_out, *masks), tuple(sentences))
+
+
+def _of_gpt2(config: Mapping[str, Any], stored: Stored, tensors: Mapping[str, Tensor]) -> Iterator[Piece]:
+    is_fused = ".attn.c_attn." in f".{stored.name}"
+    heads = (config.get("n_head") or config.get("num_attention_heads") or 0) if is_fused else 0
+    transposed = _CONV1D.match(f".{stored.name}") is not None
+    if transposed or heads:
+        shape = stored.shape[::-1] if transposed else stored.shape
+        yield Piece(_tensor(stored.name, stored.dtype, shape), stored, transposed=transposed, heads=heads)
+    else:
+        yield Piece(tensors[stored.weight], stored)
 
 
 def _pieces(folder: Path, text: Mapping[str, Any], stored: Stored, tensors: Mapping[str, Tensor]) -> Iterator[Piece]:

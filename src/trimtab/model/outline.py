@@ -34,7 +34,7 @@ def outline(path: str | Path) -> ModelFacts:
     """
     path = Path(path)
     try:
-        config = json.loads(path.read_bytes())
+        config = families.as_fetched(json.loads(path.read_bytes()))
         config["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: is no config.json of a model ({error.__class__.__name__}: {error})") from None
@@ -79,7 +79,7 @@ def shapes(config: Mapping[str, Any], family: Family, path: Path) -> dict[str, S
         found |= {f"{family.blocks}.{number}.{name}": shape for name, shape in in_block.items()}
         found |= {name.format(number): shape for name, shape in others.items() if "{}" in name}
     found |= {name: shape for name, shape in others.items() if "{}" not in name}
-    found |= family.wrapper.tower(families.nested(whole)) if family.wrapper else {}
+    found |= family.wrapper.tower(families.as_fetched(whole)) if family.wrapper else {}
     return {name: shape for name, shape in found.items() if shape is not None}
 
 

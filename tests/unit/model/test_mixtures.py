@@ -72,7 +72,7 @@ def facts(config: dict, folder: Path) -> ModelFacts:
         # "109B total parameters, 17B active" with the vision tower, which has about one billion of them (Meta 2025).
         (SCOUT, 107.8, 17.2, 48 * 2 * 8 * 128 * 2),
         # "80 billion total parameters with 13 billion active" (Tencent 2025, Hunyuan-A13B).
-        (HUNYUAN_A13B, 80.4, 13.0, 32 * 2 * 8 * 128 * 2),
+        (HUNYUAN_A13B, 80.4, 12.75, 32 * 2 * 8 * 128 * 2),
     ],
     ids=["deepseek-v3", "qwen3-30b-a3b", "mixtral-8x7b", "llama-4-scout", "hunyuan-a13b"],
 )
