@@ -20,7 +20,7 @@ from trimtab.recipe import Recipe
 
 #: Beside each family's tiny model: what its config may say of biases, norms and heads.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in outline.MODEL_TYPES),
+    *((name, {}) for name in families.BY_TYPE),
     *((name, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True})
       for name in ("llama", "smollm3", "arcee", "granite", "hyperclovax", "apertus", "hunyuan_v1_dense", "nemotron")),
     *((name, {"attention_bias": True}) for name in ("qwen3", "gemma", "olmo", "olmo2", "cohere", "glm", "seed_oss")),
@@ -70,7 +70,7 @@ NEEDS_HEAD_DIM = ("ministral", "helium", "hunyuan_v1_dense", "deepseek_v2", "dee
                   "hunyuan_v1_moe")  # fmt: skip
 
 
-ALONE = [name for name in outline.MODEL_TYPES if not families.BY_TYPE[name].wrapper]
+ALONE = [name for name in families.BY_TYPE if not families.BY_TYPE[name].wrapper]
 
 
 @pytest.mark.parametrize("model_type", [name for name in ALONE if name not in NEEDS_HEAD_DIM])
@@ -146,7 +146,9 @@ def test_a_wrapper_is_its_text_model_and_its_tower(tmp_path: Path) -> None:
     assert memory.kv_bytes_per_token(found, served) == 62 * 2 * 16 * 128 * 2
 
 
-def test_a_tower_whose_shapes_are_not_known_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(wrappers.config("mistral3").to_dict()))
-    with pytest.raises(InputError, match="the shapes of a 'mistral3' and its tower do not follow .*; give the whole"):
+def test_a_tower_of_another_kind_is_refused(tmp_path: Path) -> None:
+    config = wrappers.config("llava").to_dict() | {"architectures": ["LlavaForConditionalGeneration"]}
+    config["vision_config"]["model_type"] = "siglip_vision_model"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="vision_config.model_type is 'siglip_vision_model', and the shapes of a"):
         outline.outline(tmp_path / "config.json")

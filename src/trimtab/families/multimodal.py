@@ -33,7 +33,8 @@ def wrapped(
     within: str = "model.language_model",
     head: str = "lm_head",
     own: tuple[str, ...] = (),
-    tower: Callable[[Config], Mapping[str, Shape]] | None = None,
+    *,
+    tower: Callable[[Config], Mapping[str, Shape]],
 ) -> Family:
     """Returns the family of a wrapper around a text model.
 
@@ -54,7 +55,7 @@ def wrapped(
         model_type=model_type,
         head=head,
         aliases=aliases,
-        wrapper=Wrapper(within, texts, own, tower),
+        wrapper=Wrapper(within, texts, tower, own),
         width=False,
         **names,
     )
@@ -94,8 +95,9 @@ FAMILIES = (
         "mistral3",
         _MISTRALS,
         {"mistral": Text("mistral", _MISTRAL), "ministral3": Text("ministral3", _MINISTRAL3)},
+        tower=towers.pixtral,
     ),
-    wrapped("llava", _FAMILIES["llama"], {"llama": Text("llama", _LLAMA)}),
+    wrapped("llava", _FAMILIES["llama"], {"llama": Text("llama", _LLAMA)}, tower=towers.clip),
     wrapped(
         "qwen2_5_vl",
         _FAMILIES["qwen2"],
@@ -129,5 +131,6 @@ FAMILIES = (
         {"llama4_text": Text("llama4_text", _LLAMA4)},
         "language_model.model",
         "language_model.lm_head",
+        tower=towers.llama4,
     ),
 )

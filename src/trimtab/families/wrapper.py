@@ -35,14 +35,13 @@ class Wrapper:
         texts: the text models that it may have, by the `model_type` of their config; where that says none, the first.
         own: where early checkpoints have the settings of the text model among the wrapper's, the fields that are the
             wrapper's.
-        tower: the shapes of all that is not the text model by their names, from the wrapper's config; None where no
-            rule for them is known.
+        tower: the shapes of all that is not the text model by their names, from the wrapper's config.
     """
 
     within: str
     texts: Mapping[str, Text] = field(hash=False)
+    tower: Callable[[Config], Mapping[str, Shape]]
     own: tuple[str, ...] = ()
-    tower: Callable[[Config], Mapping[str, Shape]] | None = None
 
     def kind(self, config: Config) -> str:
         """Returns the model type of the text model in a wrapper's config.json."""

@@ -20,17 +20,12 @@ from trimtab.model.configured import Sizes, experts_of, sizes_of, ties_embedding
 from trimtab.model.facts import ModelFacts, facts_of
 from trimtab.model.headers import Tensor
 
-#: Model types whose tensors follow from the config: all but wrappers whose tower's do not.
-MODEL_TYPES = tuple(
-    name for name, family in families.BY_TYPE.items() if family.wrapper is None or family.wrapper.tower is not None
-)
-
 
 def outline(path: str | Path) -> ModelFacts:
     """Returns the facts of the model whose config.json this is, as if its weights were there in 16 bits.
 
     Raises:
-        InputError: no config of a model whose shapes are known, or one in low precision that is not read.
+        InputError: no config of a model whose shapes are known, or in low precision that is not read.
     """
     path = Path(path)
     try:
@@ -39,9 +34,6 @@ def outline(path: str | Path) -> ModelFacts:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: is no config.json of a model ({error.__class__.__name__}: {error})") from None
     family = families.of(config, str(path))
-    if family.model_type not in MODEL_TYPES:
-        what = f"the shapes of a '{family.model_type}' and its tower do not follow from its config by a known rule"
-        raise InputError(f"{path}: {what}; give the whole model")
     low_precision.declared(str(path), config)
     try:
         found = shapes(config, family, path)

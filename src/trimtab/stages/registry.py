@@ -185,7 +185,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: recipe.quantize is not None,
             parameters=_part("quantize"),
             environment=always(QUANTIZED),
-            version=5,
+            version=6,
         ),
         Stage(
             name="engine",
