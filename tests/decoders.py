@@ -111,6 +111,8 @@ _OWN: dict[str, dict[str, Any]] = {
                                                    "linear_attention"],
                          "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": EXPERT,
                          "shared_intermediate_size": NEURONS, **_MULTIPLIED},
+    "jamba": {"num_experts": EXPERTS, "num_experts_per_tok": 2, "expert_layer_period": 2, "expert_layer_offset": 1,
+              "attn_layer_period": 4, "attn_layer_offset": 1, "mamba_dt_rank": 8, "use_mamba_kernels": False},
     "falcon_h1": {**_MAMBA, "mamba_n_heads": 4, "mamba_d_ssm": 64, "mamba_rms_norm": True, "lm_head_multiplier": 2.0,
                   "embedding_multiplier": 3.0, "mlp_multipliers": [0.8, 0.6], "key_multiplier": 0.9,
                   "attention_in_multiplier": 0.5, "attention_out_multiplier": 0.7, "ssm_in_multiplier": 1.5,

@@ -199,7 +199,7 @@ def test_norms_with_a_row_for_each_head_are_not_split() -> None:
 #: What a refusal says of some that people have; the others are told that they are not described.
 REASONS = {
     "dbrx": "has mixtures of experts", "deepseek_v32": "and attention over compressed keys",
-    "zamba2": "has recurrent layers", "jamba": "says by periods which blocks have attention",
+    "zamba2": "has recurrent layers",
     "gpt2": "stores its layers transposed (Conv1D)",
     "gpt_neo": "lists which blocks have windows by repetition", "bitnet": "trains its weights as ternary numbers",
     "gemma4_text": "has blocks whose heads differ in number and size", "bert": "was made for encoders",

@@ -74,6 +74,7 @@ class Family:
         alone: of a family whose blocks are one part each: which, "attention", "recurrent", "mlp" or "experts", from a
             config with `sizes`.
         keep: layers of a block that stay in 16 bits, as the vendor's own quantized checkpoints have it.
+        fixed_depth: why no block can be removed, after the model type; "" where blocks can be.
         by_layer: fields of config.json that list something for each block.
         numbered: fields that list numbers of blocks.
         first_blocks: fields that count blocks from the first one.
@@ -117,6 +118,7 @@ class Family:
     aliases: tuple[tuple[str, str], ...] = ()
     alone: Callable[[Config], Sequence[str]] | None = None
     keep: tuple[str, ...] = ()
+    fixed_depth: str = ""
     by_layer: tuple[str, ...] = ("layer_types",)
     numbered: tuple[str, ...] = ()
     first_blocks: tuple[str, ...] = ()

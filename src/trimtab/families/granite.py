@@ -14,7 +14,7 @@ from trimtab.families.family import Family, Logits
 from trimtab.families.mamba import NO_SERVE
 from trimtab.families.parts import Config, Experts, Mlp
 from trimtab.families.recurrent import listed
-from trimtab.families.state_space import of_bamba, second
+from trimtab.families.state_space import mixer, of_bamba
 
 #: `sizes` gives the neurons of an expert this name, as `intermediate_size` becomes those of the shared MLP.
 _EXPERT_SIZE = "expert_intermediate_size"
@@ -71,7 +71,7 @@ FAMILIES = (
             **_BESIDE,
             blocks=lambda config: range(config["num_hidden_layers"] if config.get("num_local_experts", 8) else 0),
         ),
-        recurrent=second("mamba", of_bamba, blocks=_mambas),
+        recurrent=mixer("mamba", of_bamba, blocks=_mambas),
         aliases=(_ROUTER,),
         attention_types=("full_attention", "linear_attention", "attention", "mamba"),
         sizes=lambda config: _sizes(config, 1024),

@@ -1,4 +1,4 @@
-"""Mamba, alone, between blocks with attention, and beside attention: Falcon, Bamba, Nemotron-H, Falcon-H1."""
+"""Mamba alone, between blocks with attention, and beside it: Falcon, Bamba, Nemotron-H, Jamba, Falcon-H1."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from typing import Any
 
 from trimtab.families.family import Family, Limit, Logits
 from trimtab.families.parts import Attention, Config, Experts, Mlp, NoAttention
-from trimtab.families.state_space import first, of_bamba, of_falcon_h1, of_mamba2, of_nemotron, second
+from trimtab.families.state_space import (
+    mixer,
+    of_bamba,
+    of_falcon_h1,
+    of_jamba,
+    of_mamba,
+    of_mamba2,
+    of_nemotron,
+)
 
 NO_SERVE = "the engine's cache holds no recurrent state"
 
@@ -33,23 +41,40 @@ def _nemotron_kinds(config: Config) -> list[str]:
     return [_KINDS[kind] for kind in config.get("layers_block_type") or config["hybrid_override_pattern"]]
 
 
+def _every(period: str, offset: str, config: Config, by_default: tuple[int, int]) -> list[int]:
+    """The blocks that Jamba's fields count off: one in each period, from an offset."""
+    step, first = config.get(period, by_default[0]), config.get(offset, by_default[1])
+    return [block for block in range(config["num_hidden_layers"]) if block % step == first]
+
+
+def _without_attention(config: Config) -> list[int]:
+    attending = _every("attn_layer_period", "attn_layer_offset", config, (8, 4))
+    return [block for block in range(config["num_hidden_layers"]) if block not in attending]
+
+
+def _with_experts(config: Config) -> list[int]:
+    there = config.get("num_experts", 16) > 1
+    return _every("expert_layer_period", "expert_layer_offset", config, (2, 1)) if there else []
+
+
 def _of_bamba(config: Config) -> list[int]:
     """All blocks but those that are listed as attention."""
     attending = config.get("attn_layer_indices") or ()
     return [block for block in range(config["num_hidden_layers"]) if block not in attending]
 
 
-#: What the recurrence forgets and adds by comes out of `x_proj` and `dt_proj`, a tenth of the weights: in 16 bits.
+#: What the recurrence forgets and adds by comes out of these, a tenth of the weights: in 16 bits.
+_CHOICES = ("x_proj", "dt_proj")
 MAMBA = Family(
     "mamba",
     attention=NoAttention(),
     mlp=None,
-    recurrent=first("mixer", norm="norm"),
+    recurrent=mixer("mixer", of_mamba, norm="norm", choices=_CHOICES),
     blocks="backbone.layers",
     embedding="backbone.embeddings",
     last_norm="backbone.norm_f",
     norms=("norm",),
-    keep=("mixer.x_proj", "mixer.dt_proj"),
+    keep=tuple(f"mixer.{name}" for name in _CHOICES),
     sizes=_alone,
     pipeline_parallel=False,
     no_serve=NO_SERVE,
@@ -66,7 +91,7 @@ NEMOTRON_H = Family(
         shared_size="moe_shared_expert_intermediate_size",
         vector="gate.e_score_correction_bias",
     ),
-    recurrent=second("mixer", of_nemotron, norm="norm"),
+    recurrent=mixer("mixer", of_nemotron, norm="norm"),
     blocks="backbone.layers",
     embedding="backbone.embeddings",
     last_norm="backbone.norm_f",
@@ -86,7 +111,7 @@ NEMOTRON_H = Family(
 BAMBA = Family(
     "bamba",
     mlp=Mlp("feed_forward", "pre_ff_layernorm"),
-    recurrent=second("mamba", of_bamba, blocks=_of_bamba),
+    recurrent=mixer("mamba", of_bamba, blocks=_of_bamba),
     last_norm="model.final_layernorm",
     norms=("input_layernorm", "pre_ff_layernorm"),
     numbered=("attn_layer_indices",),
@@ -100,7 +125,7 @@ FALCON_H1 = Family(
     "falcon_h1",
     attention=Attention(norm=None),
     mlp=Mlp("feed_forward", "pre_ff_layernorm"),
-    recurrent=second("mamba", of_falcon_h1, norm=None, beside_attention=True),
+    recurrent=mixer("mamba", of_falcon_h1, norm=None, beside_attention=True),
     last_norm="model.final_layernorm",
     norms=("input_layernorm", "pre_ff_layernorm"),
     logits=lambda config: Logits(config.get("lm_head_multiplier", 1.0)),
@@ -109,11 +134,25 @@ FALCON_H1 = Family(
     pipeline_parallel=False,
     no_serve=NO_SERVE,
 )
+JAMBA = Family(
+    "jamba",
+    mlp=Mlp("feed_forward", "pre_ff_layernorm"),
+    experts=Experts("feed_forward", plain=("router",), size="intermediate_size", blocks=_with_experts),
+    recurrent=mixer("mamba", of_jamba, choices=_CHOICES, blocks=_without_attention),
+    last_norm="model.final_layernorm",
+    norms=("input_layernorm", "pre_ff_layernorm"),
+    keep=tuple(f"mamba.{name}" for name in _CHOICES),
+    fixed_depth="counts off by periods which blocks have attention and which experts (attn_layer_period)",
+    qkv_bias=False,
+    pipeline_parallel=False,
+    no_serve=NO_SERVE,
+)
 FAMILIES = (
     MAMBA,
     replace(MAMBA, model_type="falcon_mamba"),
-    replace(MAMBA, model_type="mamba2", recurrent=second("mixer", of_mamba2, norm="norm"), keep=()),
+    replace(MAMBA, model_type="mamba2", recurrent=mixer("mixer", of_mamba2, norm="norm"), keep=()),
     NEMOTRON_H,
     BAMBA,
     FALCON_H1,
+    JAMBA,
 )

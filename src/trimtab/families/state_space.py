@@ -10,6 +10,39 @@ from trimtab.families.parts import Config, Shape
 from trimtab.families.recurrent import Recurrent, State
 
 
+class _First(NamedTuple):
+    """Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", by its sizes, its biases,
+    and whether what it chooses by passes norms."""
+
+    channels: int
+    size: int
+    kernel: int
+    rank: int
+    bias: bool
+    conv_bias: bool
+    norms: bool = False
+
+    @property
+    def state(self) -> State:
+        return State(self.channels * self.kernel, self.channels * self.size)
+
+    def shapes(self, hidden: int) -> dict[str, Shape]:
+        channels, size, rank = self.channels, self.size, self.rank
+        found: dict[str, Shape] = {
+            "in_proj.weight": (2 * channels, hidden), "conv1d.weight": (channels, 1, self.kernel),
+            "x_proj.weight": (rank + 2 * size, channels), "dt_proj.weight": (channels, rank),
+            "dt_proj.bias": (channels,), "A_log": (channels, size), "D": (channels,),
+            "out_proj.weight": (hidden, channels),
+        }  # fmt: skip
+        if self.conv_bias:
+            found["conv1d.bias"] = (channels,)
+        if self.bias:
+            found |= {"in_proj.bias": (2 * channels,), "out_proj.bias": (hidden,)}
+        if self.norms:
+            found |= {"dt_layernorm.weight": (rank,), "b_layernorm.weight": (size,), "c_layernorm.weight": (size,)}
+        return found
+
+
 class _Second(NamedTuple):
     """Dao and Gu 2024, "Transformers are SSMs" (Mamba 2), by its sizes, its biases, and whether it has a norm."""
 
@@ -91,45 +124,39 @@ def of_falcon_h1(config: Config) -> _Second:
     )
 
 
-def second(module: str, sizes: Callable[[Config], _Second], **settings: Any) -> Recurrent:
-    """Returns a Mamba 2 in a block; `settings` are those of `Recurrent`."""
+def of_mamba(config: Config) -> _First:
+    hidden = config["hidden_size"]
+    return _First(
+        int(config.get("expand", 2) * hidden),
+        config.get("state_size", 16),
+        config.get("conv_kernel", 4),
+        _rank(config.get("time_step_rank", "auto"), hidden),
+        config.get("use_bias", False),
+        config.get("use_conv_bias", True),
+    )
+
+
+def of_jamba(config: Config) -> _First:
+    hidden = config["hidden_size"]
+    return _First(
+        config.get("mamba_expand", 2) * hidden,
+        config.get("mamba_d_state", 16),
+        config.get("mamba_d_conv", 4),
+        _rank(config.get("mamba_dt_rank", "auto"), hidden),
+        config.get("mamba_proj_bias", False),
+        config.get("mamba_conv_bias", True),
+        norms=True,
+    )
+
+
+def _rank(said: int | str, hidden: int) -> int:
+    return math.ceil(hidden / 16) if said == "auto" else said
+
+
+def mixer(module: str, sizes: Callable[[Config], _First | _Second], **settings: Any) -> Recurrent:
+    """Returns a Mamba in a block, of the first kind or the second; `settings` are those of `Recurrent`."""
 
     def shapes(config: Config) -> dict[str, Shape]:
         return sizes(config).shapes(config["hidden_size"])
 
     return Recurrent(module, lambda config: sizes(config).state, shapes, **settings)
-
-
-def first(module: str, **settings: Any) -> Recurrent:
-    """Returns a Mamba in a block: Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces".
-
-    `settings` are those of `Recurrent`.
-    """
-    return Recurrent(module, _state, _shapes, choices=("x_proj", "dt_proj"), **settings)
-
-
-def _sizes(config: Config) -> tuple[int, int, int]:
-    """Channels, numbers of a channel's state, and inputs that the convolution sees."""
-    channels = int(config.get("expand", 2) * config["hidden_size"])
-    return channels, config.get("state_size", 16), config.get("conv_kernel", 4)
-
-
-def _state(config: Config) -> State:
-    channels, size, kernel = _sizes(config)
-    return State(channels * kernel, channels * size)
-
-
-def _shapes(config: Config) -> dict[str, Shape]:
-    (channels, size, kernel), hidden = _sizes(config), config["hidden_size"]
-    rank = config.get("time_step_rank", "auto")
-    rank = math.ceil(hidden / 16) if rank == "auto" else rank
-    found: dict[str, Shape] = {
-        "in_proj.weight": (2 * channels, hidden), "conv1d.weight": (channels, 1, kernel),
-        "x_proj.weight": (rank + 2 * size, channels), "dt_proj.weight": (channels, rank), "dt_proj.bias": (channels,),
-        "A_log": (channels, size), "D": (channels,), "out_proj.weight": (hidden, channels),
-    }  # fmt: skip
-    if config.get("use_conv_bias", True):
-        found["conv1d.bias"] = (channels,)
-    if config.get("use_bias", False):
-        found |= {"in_proj.bias": (2 * channels,), "out_proj.bias": (hidden,)}
-    return found

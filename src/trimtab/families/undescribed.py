@@ -19,7 +19,6 @@ _MISSING = {
     "has recurrent layers": (
         "recurrent_gemma", "rwkv", "xlstm", "olmo_hybrid", "zamba", "zamba2",
     ),
-    "says by periods which blocks have attention and which experts (attn_layer_period)": ("jamba",),
     "has blocks whose heads differ in number and size, and some that read another block's keys and values "
     "(global_head_dim, num_kv_shared_layers)": ("gemma4_text", "gemma4_unified_text"),
     "has recurrent layers and mixtures of experts": (

@@ -31,7 +31,7 @@ def outline(path: str | Path) -> ModelFacts:
     try:
         config = families.as_fetched(json.loads(path.read_bytes()))
         config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: is no config.json of a model ({error.__class__.__name__}: {error})") from None
     family = families.of(config, str(path))
     low_precision.declared(str(path), config)

@@ -24,6 +24,9 @@ def refusal(facts: ModelFacts, prune: Pruning | None) -> str | None:
     if isinstance(prune, DepthPruning) and prune.blocks >= facts.layers:
         blocks, most = f"{prune.blocks} of {facts.layers} blocks", facts.layers - 1
         return f"prune.blocks: {blocks} cannot be removed; " + (f"write at most {most}" if most else "remove it")
+    if isinstance(prune, DepthPruning) and (why := families.named(facts.model_type).fixed_depth):
+        what = f"depth cannot say in config.json what it leaves: a '{facts.model_type}' {why}"
+        return f"prune.method: {what}; write sparsegpt"
     if isinstance(prune, SparsePruning):
         return _check_pattern(prune, facts)
     if not isinstance(prune, WidthPruning):

@@ -31,7 +31,6 @@ from trimtab.families import Logits
         ({"model_type": "falcon", "alibi": True}, r"alibi is True, and biases of attention by distance \(ALiBi\)"),
         ({"model_type": "ernie4_5_moe", "use_bias": True}, "use_bias is True, and its experts are known without"),
         ({"model_type": "ernie4_5_moe", "moe_layer_interval": 2}, "moe_layer_interval is 2, and experts in every"),
-        ({"model_type": "jamba"}, r"says by periods which blocks have attention and which experts \(attn_layer_period"),
         ({"model_type": "gemma4", "text_config": {"model_type": "gemma4_text"}}, "'gemma4' wraps its text model"),
         ({"model_type": "llama", "layer_types": ["full_attention", "linear_attention"]},
          "layer_types names 'linear_attention', and full_attention and sliding_attention are what is known"),
@@ -143,6 +142,10 @@ def test_a_falcon_has_as_many_kv_heads_as_its_build_says(config, kv_heads):
          ["experts mlp recurrent", "experts mlp recurrent", "attention experts mlp", "experts mlp recurrent"]),
         ("granitemoehybrid", {"num_local_experts": 0}, ["mlp recurrent"] * 4),
         ("ernie4_5_moe", {}, ["attention mlp", *["attention experts"] * 3]),
+        ("jamba", {"attn_layer_period": 4, "attn_layer_offset": 2},
+         ["mlp recurrent", "experts recurrent", "attention mlp", "experts recurrent"]),
+        ("jamba", {"attn_layer_period": 4, "attn_layer_offset": 2, "num_experts": 1},
+         ["mlp recurrent", "mlp recurrent", "attention mlp", "mlp recurrent"]),  # Jamba Reasoning 3B
     ],
 )  # fmt: skip
 def test_what_each_block_is_made_of(model_type, config, parts):

@@ -52,6 +52,9 @@ def test_what_is_kept(size, share, multiple, left):
          "prune.hidden: channels are kept in multiples of 576, and the model has 576; remove it"),
         (NARROW, "{method: width, ffn: 0.5}",
          "prune.ffn: neurons are kept in multiples of 64, and the model has 64; remove it"),
+        (SMOLLM2.model_copy(update={"model_type": "jamba"}), "{method: depth, blocks: 1}",
+         "prune.method: depth cannot say in config.json what it leaves: a 'jamba' counts off by periods which blocks "
+         "have attention and which experts (attn_layer_period); write sparsegpt"),
         (GRANITE, "{method: width, ffn: 0.5}",
          "prune.method: width pruning does not know GraniteForCausalLM (model_type 'granite'), only llama, mistral, "
          "qwen2, qwen3; write method: depth"),
