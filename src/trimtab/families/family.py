@@ -261,6 +261,14 @@ class Family:
         block, within = self.place(name)
         return block is not None and self.experts is not None and within in self.experts.unrounded
 
+    def is_of_router(self, name: str) -> bool:
+        """Whether a tensor is one that a router chooses or weighs by: of its matrices, or a number for each expert."""
+        block, within = self.place(name)
+        if block is None or self.experts is None:
+            return False
+        vector = f"{self.experts.module}.{self.experts.vector}" if self.experts.vector else ""
+        return within == vector or within.rpartition(".")[0] in self.experts.unrounded
+
     def is_of_state(self, name: str) -> bool:
         """Whether a tensor of a recurrent mixer is none of its linear layers': decays, time steps, its convolution."""
         block, within = self.place(name)
