@@ -15,12 +15,11 @@ from trimtab.families.recurrent import Recurrent, State, listed
 
 
 class _Sizes(NamedTuple):
-    """A gated delta net by its config: channels of its keys and of its values, heads of keys and of values, the size of
-    a head of each, and the inputs that its convolution sees."""
+    """A gated delta net by its config: channels of its keys and of its values, heads of values, the size of a head of
+    keys and of one of values, and the inputs that its convolution sees."""
 
     keys: int
     values: int
-    key_heads: int
     heads: int
     key: int
     value: int
@@ -36,7 +35,7 @@ def _sizes(config: Config) -> _Sizes:
     key_heads, key = config.get("linear_num_key_heads", 16), config.get("linear_key_head_dim", 128)
     heads, value = config.get("linear_num_value_heads", 32), config.get("linear_value_head_dim", 128)
     kernel = config.get("linear_conv_kernel_dim", 4)
-    return _Sizes(key_heads * key, heads * value, key_heads, heads, key, value, kernel)
+    return _Sizes(key_heads * key, heads * value, heads, key, value, kernel)
 
 
 def _state(config: Config) -> State:
