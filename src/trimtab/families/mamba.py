@@ -103,6 +103,7 @@ NEMOTRON_H = Family(
     by_layer=("layers_block_type",),
     beside=("mtp.",),
     sizes=_nemotron_sizes,
+    head_dim=128,
     qkv_bias=False,
     mlp_bias=("mlp_bias", False),
     pipeline_parallel=False,

@@ -138,7 +138,7 @@ def _experts(config: Mapping[str, Any], family: Family, sizes: Sizes) -> Iterato
     features = {"hidden": sizes.hidden, "expert": config[part.size], "shared": shared_size}
     for shared in part.inputs:
         if "*" not in shared.layers[0].name:
-            yield from _linears(shared, features, False) if shared_size else ()
+            yield from _linears(shared, features, _says(config, family.mlp_bias)) if shared_size else ()
             continue
         for number in range(count):
             layers = tuple(layer._replace(name=layer.name.replace("*", str(number))) for layer in shared.layers)
