@@ -96,6 +96,7 @@ QWEN3_NEXT = Family(
     numbered=("mlp_only_layers",),
     beside=("mtp.",),
     attention_types=("full_attention", "linear_attention"),
+    head_dim=256,
     pipeline_parallel=False,
     no_serve="the engine's cache holds no recurrent state",
 )
