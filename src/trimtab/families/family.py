@@ -73,6 +73,7 @@ class Family:
         aliases: modules that transformers has under another name, as (checkpoint's, transformers'), `*` for a number.
         alone: of a family whose blocks are one part each: which, "attention", "recurrent", "mlp" or "experts", from a
             config with `sizes`.
+        factors: buffers that multiply what passes a module, by their own names, so they are of the model's type.
         keep: layers of a block that stay in 16 bits, as the vendor's own quantized checkpoints have it.
         fixed_depth: why no block can be removed, after the model type; "" where blocks can be.
         by_layer: fields of config.json that list something for each block.
@@ -117,6 +118,7 @@ class Family:
     limits: tuple[Limit, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     alone: Callable[[Config], Sequence[str]] | None = None
+    factors: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     fixed_depth: str = ""
     by_layer: tuple[str, ...] = ("layer_types",)

@@ -130,6 +130,7 @@ FALCON_H1 = Family(
     last_norm="model.final_layernorm",
     norms=("input_layernorm", "pre_ff_layernorm"),
     logits=lambda config: Logits(config.get("lm_head_multiplier", 1.0)),
+    factors=("mup_vector",),
     output_bias=("attention_bias", False),
     mlp_bias=("mlp_bias", False),
     pipeline_parallel=False,
