@@ -18,7 +18,7 @@ help:
 
 demo: $(VENV)/installed $(MODEL) ## a real model through the whole DAG, on two CPU cores, without GPU or cluster
 	$(VENV)/bin/trimtab run --model $(MODEL) --goal fit_larger_model --target cpu --recipe examples/demo.yaml \
-	    --store $(BUILD)/store --runs $(BUILD)/runs
+	    --evaluation examples/demo-evaluation.yaml --store $(BUILD)/store --runs $(BUILD)/runs
 
 # A process a core, each with one thread: threads of one would wait for the other's. Files keep their order, or the few
 # long tests of the whole pipeline would come last, one after the other.

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -192,6 +192,20 @@ def test_a_missing_part_is_named_at_once(tmp_path):
     paths[1].unlink()
     with pytest.raises(InputError, match="tiny-00002-of-00003.gguf is missing"):
         source.check(str(paths[0]))
+
+
+def test_transformers_parses_a_gguf_once(tmp_path, monkeypatch):
+    readers = []
+
+    class Counted(GGUFReader):
+        def __init__(self, *arguments):
+            readers.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("gguf.GGUFReader", Counted)
+    (tmp_path / "out").mkdir()
+    gguf.convert([str(path) for path in write_gguf(tmp_path / "tiny.gguf")], str(tmp_path / "out"))
+    assert len(readers) == 1
 
 
 def test_gguf_is_converted_once(tmp_path, store):
