@@ -8,7 +8,8 @@ integrity gate and is scored again; depth, sparsegpt and width prune; serve asks
 
 With --model, a Llama such as SmolLM2, the second table puts its weights into the clothes of other families
 (`benchmarks.clothes`): the perplexity of each format over that of the same clothes in 16 bits must agree with the
-Llama's. The last line is one JSON object.
+Llama's. What experts cost beside the Llama, and nothing else: --families --clothes llama mixtral qwen2_moe. The last
+line is one JSON object.
 """
 
 import argparse
@@ -196,9 +197,11 @@ def main() -> int:
     parser.add_argument("--clothes", nargs="*", choices=ROWS, default=list(ROWS), help="rows of the second table")
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} alone; of the second table two rows")
     options = parser.parse_args()
-    figures: dict[str, Any] = {"stages": stages(list(QUICK) if options.quick else options.families)}
+    names = QUICK if options.quick and options.families else options.families
+    figures: dict[str, Any] = {"stages": stages(list(names))} if names else {}
     if options.model:
-        figures["clothes"] = dressed(options.model, ROWS[:2] if options.quick else options.clothes, options.quick)
+        rows = ROWS[:2] if options.quick and options.clothes == list(ROWS) else options.clothes
+        figures["clothes"] = dressed(options.model, rows, options.quick)
     print(json.dumps(figures))
     return 0
 

@@ -30,7 +30,8 @@ def refusal(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> str | None
         return reason
     facts = shapes.pruned(facts, recipe.prune)
     return (
-        _check_kv_cache(recipe, hardware, facts)
+        _check_heads(recipe, facts)
+        or _check_kv_cache(recipe, hardware, facts)
         or _check_architecture(recipe, facts)
         or _check_exclusions(recipe, facts)
         or _check_stages(recipe, facts)
@@ -48,6 +49,16 @@ def _check_backend(recipe: Recipe, hardware: Hardware) -> str | None:
         remedy = nearest(backend, hardware.backends)
         return f"engine.backend: '{backend}' does not run on {hardware.name}; {remedy}"
     return vllm.settings_refusal(recipe.engine) if backend == "vllm" else None
+
+
+def _check_heads(recipe: Recipe, facts: ModelFacts) -> str | None:
+    """vLLM 0.24 takes the rows of GPTBigCode's `c_attn` for all queries, then all keys: so they stand with one head of
+    keys, and head by head with several."""
+    backend = recipe.engine.backend
+    if backend in families.named(facts.model_type).misread_heads and facts.kv_heads > 1:
+        what = f"reads the queries, keys and values of a '{facts.model_type}' with {facts.kv_heads} KV heads"
+        return f"engine.backend: {backend} {what} in another order; write 'torch'"
+    return None
 
 
 def _check_format(recipe: Recipe, hardware: Hardware) -> str | None:

@@ -176,7 +176,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: recipe.quantize is not None,
             parameters=_part("quantize"),
             environment=always(QUANTIZED),
-            version=7,
+            version=8,
         ),
         Stage(
             name="engine",

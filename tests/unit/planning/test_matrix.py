@@ -26,6 +26,18 @@ def test_parameters_are_those_of_the_cards():
     assert [facts.parameters for facts in MODELS.values()] == [134_515_008, 8_030_261_248, 70_553_706_496]
 
 
+def test_vllm_is_not_given_what_it_reads_in_another_order():
+    """GPTBigCode as GPT-2 has become: StarCoder has one head of keys, which both put behind the queries."""
+    gpt2 = SMOLLM2.model_copy(update={"model_type": "gpt_bigcode", "architecture": "GPTBigCodeForCausalLM"})
+    served = Recipe.parse("{engine: {backend: vllm}}")
+    assert refusal(served, on("h100"), gpt2) == (
+        "engine.backend: vllm reads the queries, keys and values of a 'gpt_bigcode' with 3 KV heads in another order; "
+        "write 'torch'"
+    )
+    assert refusal(served, on("h100"), gpt2.model_copy(update={"kv_heads": 1})) is None
+    assert refusal(Recipe.parse("{engine: {backend: torch}}"), on("h100"), gpt2) is None
+
+
 # Llama-3.1-8B: a block's linears have 2 * 4096 * 4096 (q, o) + 2 * 1024 * 4096 (k, v) + 3 * 14336 * 4096
 # (mlp) = 218,103,808 weights, 32 blocks 6,979,321,856; embeddings, lm_head and norms 1,050,939,392, at 2
 # bytes 2,101,878,784. KV: 2 * 32 * 8 * 128 * 2 bytes = 131,072 a token.

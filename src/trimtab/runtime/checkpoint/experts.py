@@ -101,7 +101,7 @@ class SeparateExperts(nn.ModuleList):
 def separate(blocks: nn.ModuleList, part: Experts) -> None:
     """Puts separate experts in the place of transformers' in every block that has some."""
     for block in blocks:
-        module = block.get_submodule(part.module) if hasattr(block, part.module) else None
+        module = getattr(block, part.module, None)
         if module is not None and hasattr(module, part.experts):
             setattr(module, part.experts, SeparateExperts(getattr(module, part.experts), part))
 

@@ -129,7 +129,7 @@ def plain_dtype(form: str) -> torch.dtype:
 def dtype_beside(family: Family, name: str, source: torch.dtype, plain: torch.dtype) -> torch.dtype:
     """Returns the type in which an export has a tensor that it does not quantize: the source's for what routers choose
     experts by and for what a recurrence decays by, where that is float32, and for whole numbers; else the format's."""
-    kept = family.stays_plain(name.rpartition(".")[0]) or family.is_of_state(name)
+    kept = family.is_of_router(name) or family.is_of_state(name)
     return source if (kept and source == torch.float32) or not source.is_floating_point else plain
 
 
