@@ -58,9 +58,9 @@ class Quantization(UserDocument):
     scale_search: Literal["max", "mse"] | None = None
     """Where scales of weights come from: `max`, the largest weight, or `mse`, a search for the least error at the
     calibrated inputs; the format's own way if absent."""
-    sequential: bool | None = None
+    sequential: bool = False
     """For formats with GPTQ: whether a layer is rounded for the inputs that it gets from the layers rounded before it,
-    or for those that it gets in the source; yes if absent."""
+    and not for those that it gets in the source; it takes some five times as long, and tens of thousands of tokens."""
     asymmetry: Annotated[float, Field(ge=0, le=1)] = ASYMMETRY
     """With `sequential`: the part of what a layer's output lacks, because its inputs have changed, that its weights are
     moved to make up for before they are rounded; 0 moves none."""
@@ -107,14 +107,17 @@ class Quantization(UserDocument):
 
     @model_validator(mode="after")
     def _gptq_has_what_is_its_own(self) -> Quantization:
-        given = {"sequential": self.sequential, "damping": self.damping}
-        own = [name for name, value in given.items() if value is not None]
-        own += ["asymmetry"] if self.asymmetry != ASYMMETRY else []
+        is_given = {
+            "sequential": self.sequential,
+            "damping": self.damping is not None,
+            "asymmetry": self.asymmetry != ASYMMETRY,
+        }
+        own = [name for name, given in is_given.items() if given]
         if own and not self.needs_grams:
             names = ", ".join(name for name, row in FORMATS.items() if any(p.rounding == "gptq" for p in row.parts))
             raise ValueError(f"has {own[0]}, and format '{self.format}' has no GPTQ; remove it (with GPTQ: {names})")
-        if self.sequential is False and self.asymmetry != ASYMMETRY:
-            raise ValueError("has asymmetry, which only a sequential quantization has; remove it, or sequential: false")
+        if is_given["asymmetry"] and not self.sequential:
+            raise ValueError("has asymmetry, which only sequential GPTQ has; remove it, or write sequential: true")
         return self
 
     @model_validator(mode="after")
@@ -147,7 +150,7 @@ class Quantization(UserDocument):
     @property
     def is_sequential(self) -> bool:
         """Whether GPTQ sees the model as it is quantized so far."""
-        return self.needs_grams and self.sequential is not False
+        return self.needs_grams and self.sequential
 
     @property
     def needs_sensitivity(self) -> bool:

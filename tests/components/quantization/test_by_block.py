@@ -35,7 +35,7 @@ def calibrated(source: Path, folder: Path) -> Path:
 
 def quantize(source: Path, calibration: Path, folder: Path, **settings) -> Path:
     (folder / "export").mkdir(parents=True)
-    parameters = {"format": "int4_gptq", "group_size": 32, **settings}
+    parameters = {"format": "int4_gptq", "group_size": 32, "sequential": True, **settings}
     trees = (str(source), str(calibration), None)
     work.quantize(*trees, str(folder / "export"), str(folder / "scratch"), parameters)
     return folder / "export"
@@ -186,7 +186,7 @@ def test_a_kill_costs_the_open_block(settings, model, calibration, harms, tmp_pa
     monkeypatch.setattr(blockwise, "PAUSE_OVER_WRITE", 0)
     monkeypatch.setattr(by_block, "_in_order", work_on)
     (tmp_path / "export").mkdir()
-    parameters = {"format": "int4_gptq", "group_size": 32, **settings}
+    parameters = {"format": "int4_gptq", "group_size": 32, "sequential": True, **settings}
     trees = (str(model), str(calibration), str(harms), str(tmp_path / "export"), str(tmp_path / "scratch"))
     with pytest.raises(KeyboardInterrupt):
         work.quantize(*trees, parameters)

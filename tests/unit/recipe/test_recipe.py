@@ -145,7 +145,7 @@ BAD = [
     ("quantize: {format: fp8, sequential: true}",
      "has sequential, and format 'fp8' has no GPTQ; remove it (with GPTQ: int4_gptq"),
     ("quantize: {format: int4_awq, damping: 0.1}", "has damping, and format 'int4_awq' has no GPTQ"),
-    ("quantize: {format: int4_gptq, sequential: false, asymmetry: 0.5}", "has asymmetry, which only a sequential"),
+    ("quantize: {format: int4_gptq, asymmetry: 0.5}", "has asymmetry, which only sequential GPTQ has; remove it, or"),
     ("quantize: {format: int4_gptq, asymmetry: 2}", "quantize.asymmetry: 2 should be less than or equal to 1"),
     ("quantize: {format: int4_gptq, damping: 0}", "quantize.damping: 0 should be greater than 0"),
     ("quantize: {format: mixed, effective_bits: 3}", "quantize.effective_bits: 3 should be greater than or equal to 4"),
