@@ -142,6 +142,12 @@ BAD = [
         "{distill: {tokens: 9, quantization_aware: true}, quantize: {format: fp8, exclude_sensitive: 1}}",
         "quantize.exclude_sensitive is decided by what is measured after training; remove one",
     ),
+    ("quantize: {format: fp8, sequential: true}",
+     "has sequential, and format 'fp8' has no GPTQ; remove it (with GPTQ: int4_gptq"),
+    ("quantize: {format: int4_awq, damping: 0.1}", "has damping, and format 'int4_awq' has no GPTQ"),
+    ("quantize: {format: int4_gptq, sequential: false, asymmetry: 0.5}", "has asymmetry, which only a sequential"),
+    ("quantize: {format: int4_gptq, asymmetry: 2}", "quantize.asymmetry: 2 should be less than or equal to 1"),
+    ("quantize: {format: int4_gptq, damping: 0}", "quantize.damping: 0 should be greater than 0"),
     ("quantize: {format: mixed, effective_bits: 3}", "quantize.effective_bits: 3 should be greater than or equal to 4"),
     ("prune: {method: width}", "has method 'width' and nothing to remove; write ffn, kv_groups or hidden"),
     # what is missing
@@ -153,7 +159,7 @@ BAD = [
     ("- quantize", "the recipe must be a mapping of fields, got list"),
     ("fp8", "the recipe must be a mapping of fields, got str"),
     ("quantize: {", "the recipe is not valid YAML or JSON: while parsing a flow"),
-    ("quantize: 8", "quantize: 8 is not a mapping; write its fields: effective_bits, exclude, exclude_sensitive,"),
+    ("quantize: 8", "quantize: 8 is not a mapping; write its fields: asymmetry, damping, effective_bits, exclude,"),
 ]  # fmt: skip
 
 
