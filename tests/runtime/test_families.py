@@ -56,12 +56,12 @@ def test_the_names_are_those_of_transformers(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", [
-    name for name, family in ALONE.items() if any(family.layer_before(f"{family.blocks}.0.{x}") for x in family.layers)
+    "llama", "qwen2", "gemma2", "granite", "cohere", "starcoder2", "opt", "olmo2", "glm4", "phi", "qwen3_next", "lfm2",
 ])  # fmt: skip
-def test_what_divides_the_rows_of_the_layer_before_multiplies_the_columns(model_type: str) -> None:
+def test_what_divides_the_rows_of_the_layer_before_multiplies_the_columns(model_type: str, tmp_path: Path) -> None:
     """Values and attention's output, up and down behind a gate: the model computes the same, whatever the factors."""
     family = families.BY_TYPE[model_type]
-    model = skeleton.as_stored(decoders.build(model_type), family).eval()
+    model, _ = model_files.load(decoders.write(tmp_path / "model", model_type), torch.float32)
     config, draw = model.config, torch.Generator().manual_seed(0)
     head_dim = getattr(config, "head_dim", None) or decoders.HIDDEN // decoders.HEADS
     with torch.no_grad():

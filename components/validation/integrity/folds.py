@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from trimtab import families
 from trimtab.base.errors import Failure
 from trimtab.components.validation.integrity.reading import Stream
 from trimtab.families.fusion import Group
@@ -43,6 +44,8 @@ class Folds:
             chosen = {layer: stored[layout.algo] for layer, layout in export.layers.items() if layout.algo in stored}
             self._makers = folding.makers(groups, chosen, settings, facts)
         self._before = {*self._makers.values()}
+        self._norms = {layer: group.norm for group in groups for layer in group.layers if group.norm}
+        self._offset = families.named(facts.model_type).norm_offset
         self._sizes = {layer.name: layer.in_features for layer in facts.linears}
         self._gains: dict[str, torch.Tensor] = {}
 
@@ -89,6 +92,10 @@ class Folds:
         if layer not in self._gains:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             weight = self._source.tensor(f"{layer}.weight").to(device).float()
+            if layer in self._norms:  # what its columns were divided by, and the norm multiplies by
+                both = (each.tensor(f"{self._norms[layer]}.weight").float() for each in (self._source, self._export))
+                before, after = (tensor.to(device) + self._offset for tensor in both)
+                weight = weight * torch.where((before == 0) | (after == 0), 0.0, before / after)
             if layer in self._export.layers:
                 stored = layer_layout.scaled_weight(self._export.layer(layer).to(device))
             else:

@@ -92,7 +92,7 @@ def _of_folder(folder: Path) -> Served:
     name = "".join(c if c.isalnum() else "-" for c in path.name.lower()).strip("-") or "model"
     kv_cache = (quantization.get("kv_cache_quant_algo") or "none").lower()
     settings, formats = Engine(backend="trtllm"), _FORMATS[algorithm]
-    if mixed := {layer.get("quant_algo") for layer in quantization.get("quantized_layers", {}).values()}:
+    if mixed := {layer.get("quant_algo") for layer in (quantization.get("quantized_layers") or {}).values()}:
         formats = tuple(form for form in formats if mixed <= {part.algorithm for part in FORMATS[form].parts})
         if not formats:
             found = ", ".join(sorted(map(str, mixed)))

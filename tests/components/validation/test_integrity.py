@@ -214,15 +214,15 @@ def test_seeded_faults(name, fault, damaged, model, calibration, tmp_path):
     damage_of(re.escape(LAYER), damaged(name, fault), model, tmp_path, name, calibration=calibration)
 
 
-def a_row_of_the_layer_before_doubled(tensors: Tensors) -> None:
-    tensors[LAYER.replace("down", "up") + ".weight"][5] *= 2
+def rows_of_the_layer_before_doubled(tensors: Tensors) -> None:
+    tensors[LAYER.replace("down", "up") + ".weight"][:32] *= 2
 
 
 def test_a_scale_that_went_into_the_layer_before_alone(damaged, model, calibration, tmp_path):
     """Where up_proj stays in 16 bits, it shows the scale itself; the layer behind has taken back another."""
     settings = SETTINGS["nvfp4_wo"]
-    moved = damaged("nvfp4_wo", a_row_of_the_layer_before_doubled, **settings)
-    sentence = f"{re.escape(LAYER)}: input channel 5 has "
+    moved = damaged("nvfp4_wo", rows_of_the_layer_before_doubled, **settings)
+    sentence = rf"{re.escape(LAYER)}: group \d of output channel \d+ has 2.\d+ times its source's weights"
     damage_of(sentence, moved, model, tmp_path, "nvfp4_wo", calibration=calibration, **settings)
 
 

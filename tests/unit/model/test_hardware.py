@@ -138,9 +138,15 @@ def test_an_unlike_target_lists_all():
         ),
         (
             "h100",
+            "{quantize: {format: nvfp4_wo}, engine: {backend: trtllm, tensorrt_llm: 1.2.1}}",
+            "quantize.format: nvfp4_wo is read by TensorRT-LLM from 1.3.0rc20 on, and 1.2.1 is asked for; write "
+            "int4_gptq, or engine.backend: vllm",
+        ),
+        (
+            "h100",
             "{quantize: {format: int8_sq}, engine: {backend: trtllm}}",
             "quantize.format: trtllm does not serve int8_sq on h100; write one of: fp32, fp16, bf16, fp8, "
-            "fp8_per_channel, int4_rtn, int4_awq, int4_gptq, w4a8_awq, or engine.backend: torch",
+            "fp8_per_channel, int4_rtn, int4_awq, int4_gptq, w4a8_awq, nvfp4_wo, mixed_gpu, or engine.backend: torch",
         ),
         (
             "cpu",
