@@ -6,7 +6,7 @@ Layers are compared as they are stored: where a channel scale went into the norm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from trimtab.base import progress
 from trimtab.base.errors import Failure
 from trimtab.components.validation.integrity import likeness
 from trimtab.components.validation.integrity.folds import Folds
-from trimtab.components.validation.integrity.likeness import Likeness, Sense
+from trimtab.components.validation.integrity.likeness import Likeness
 from trimtab.components.validation.integrity.reading import Stream, ahead
 from trimtab.families import Family
 from trimtab.families.fusion import Group
@@ -179,16 +179,17 @@ def check_likeness(name: str, layout: Layout, found: Likeness, norm: str | None)
     limits, algo = layout.storage.limits, layout.algo
     scale = f"the scale in {norm}" if norm else "its pre_quant_scale"
     suspect = f"; look at {scale}" if layout.storage.pre_quant_scale else ""
-    gains, worst = _worst(found, lambda sense: sense.gains)
-    _check_gain(f"{name}: output channel {worst}", gains[worst].item(), limits.channel_gain, algo)
+    distance, worst = _worst([sense.gains for sense in found.senses])
+    _check_gain(f"{name}: output channel {worst}", distance, limits.channel_gain, found.plain.gains[worst], algo)
     if layout.group_size:
-        gains, worst = _worst(found, lambda sense: sense.block_gains if sense is found.plain else sense.block_changes)
+        gains = found.plain.block_gains
+        distance, worst = _worst([gains, *(sense.block_changes for sense in found.senses if sense is not found.plain)])
         row, block = divmod(worst, gains.shape[1])
         what = f"{name}: group {block} of output channel {row}"
-        _check_gain(what, gains[row, block].item(), limits.block_gain, algo)
+        _check_gain(what, distance, limits.block_gain, gains[row, block], algo)
     gains, size = found.inputs, found.input_squares
-    worst = int(_distances(gains).argmax())
-    _check_gain(f"{name}: input channel {worst}", gains[worst].item(), limits.input_gain, algo, suspect)
+    distance, worst = _worst([gains])
+    _check_gain(f"{name}: input channel {worst}", distance, limits.input_gain, gains[worst], algo, suspect)
     mean = ((gains - 1).square().mul(size).sum() / size.sum().clamp_min(1e-30)).sqrt().item()
     if not mean <= limits.inputs:
         what = f"its input channels are {mean:.1%} off their source's size in the mean"
@@ -204,23 +205,21 @@ def check_likeness(name: str, layout: Layout, found: Likeness, norm: str | None)
             raise Failure("export_damaged", f"{name}: {what} differs from its source by {error:.0%}, {allowed}")
 
 
-def _worst(found: Likeness, gains: Callable[[Sense], torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """Returns the gains in the sense in which the worst place is nearest to 1, and that place's number."""
-    senses = [gains(sense) for sense in found.senses]
-    distances = torch.stack([_distances(each) for each in senses])
-    worst = int(distances.amin(0).argmax())
-    nearest = int(distances.flatten(1)[:, worst].argmin())
-    return senses[nearest], worst
+def _worst(gains: Sequence[torch.Tensor]) -> tuple[float, int]:
+    """Returns how far from 1 the worst place is, in the sense in which it is nearest, and the number of the place."""
+    distances = torch.stack([(each - 1).abs().nan_to_num(torch.inf) for each in gains]).amin(0).flatten()
+    worst = int(distances.argmax())
+    return distances[worst].item(), worst
 
 
-def _distances(gains: torch.Tensor) -> torch.Tensor:
-    return (gains - 1).abs().nan_to_num(torch.inf)
-
-
-def _check_gain(what: str, gain: float, limit: float, algo: str, suspect: str = "") -> None:
-    if not abs(gain - 1) <= limit:
+def _check_gain(
+    what: str, distance: float, limit: float, gain: torch.Tensor, algo: str, suspect: str = ""
+) -> None:
+    """Compares a gain's distance from 1 with its limit; says of it what it is where all weights count alike."""
+    if distance > limit:
         allowed = f"{algo} allows {1 - limit:.2f} to {1 + limit:.2f}"
-        raise Failure("export_damaged", f"{what} has {gain:.2f} times its source's weights, {allowed}{suspect}")
+        reason = f"{what} has {gain.item():.2f} times its source's weights, {allowed}{suspect}"
+        raise Failure("export_damaged", reason)
 
 
 def _check_scaled_back(name: str, pair: _Pair, change: torch.Tensor, norm: str, step: float) -> None:
