@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -71,7 +72,12 @@ def run(
     os.environ[child.RUN_PID] = str(os.getpid())
     error: TrimtabError | None = None
     pipeline = optimize_pipeline(unrolled=arguments["max_attempts"])
-    with _followed(told, console, events), _output_into(log), warnings.catch_warnings():
+    with (
+        _followed(told, console, events),
+        _output_into(log),
+        _fork_server(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # KFP warns of image names and of resources that only a cluster has
         local.init(
             runner=runner or local.SubprocessRunner(use_venv=False),
@@ -87,6 +93,17 @@ def run(
     if error is None and release is None:  # a container engine can lose an exit code: a failure that looks like none
         error = _error_in(log)
     return Outcome(*_summary(root), release if error is None else None, error, log)
+
+
+@contextlib.contextmanager
+def _fork_server() -> Iterator[None]:
+    """Names a place where the stages' children share their imports; what serves there ends when it is gone."""
+    with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
+        os.environ[child.FORK_SERVER] = str(Path(folder) / "socket")
+        try:
+            yield
+        finally:
+            del os.environ[child.FORK_SERVER]
 
 
 def _new_folder(folder: Path) -> Path:
