@@ -26,6 +26,8 @@ from trimtab.base import child, errors, progress
 from trimtab.base.errors import Failure, InputError, StageError, TrimtabError
 from trimtab.loop.state import State
 from trimtab.pipelines.optimize import optimize_pipeline
+from trimtab.recipe import Prices
+from trimtab.stages.profile import Profile
 
 #: A counted event is printed at most once in this many seconds.
 QUIET_SECONDS = 15
@@ -48,6 +50,7 @@ def run(
     console: Console,
     runner: Any = None,
     events: TextIO | None = None,
+    prices: Prices | None = None,
 ) -> Outcome:
     """Runs `optimize` and returns how it ended; an error of a stage is part of the outcome.
 
@@ -57,6 +60,7 @@ def run(
         console: where progress is printed.
         runner: a kfp.local runner; the default runs each task as a process of this Python.
         events: where every event is written too, as a line of JSON; not the standard output, which goes to the log.
+        prices: what an hour costs here, for the ledger.
 
     Raises:
         InputError: a parameter or path that kfp.local would silently change.
@@ -71,7 +75,7 @@ def run(
     os.environ[progress.ENVIRONMENT] = str(told)
     os.environ[child.RUN_PID] = str(os.getpid())
     error: TrimtabError | None = None
-    pipeline = optimize_pipeline(unrolled=arguments["max_attempts"])
+    pipeline = optimize_pipeline(unrolled=arguments["max_attempts"], profile=Profile(prices=prices))
     with (
         _followed(told, console, events),
         _output_into(log),

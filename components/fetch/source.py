@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,9 +169,9 @@ def _put_converted(folder: Path, model: Admitted, store: Store, licence: Mapping
     sums = {name: files.sha256(path) for name, path in model.files.items()}
 
     def put() -> Tree:
-        with tempfile.TemporaryDirectory(prefix="trimtab-fetch-") as made:
-            call("trimtab.components.fetch.conversion:convert", source=str(folder), output=made)
-            return _put_files(admit(made), store, True, model.layout.sentences, licence)
+        with store.workspace() as made:
+            call("trimtab.components.fetch.conversion:convert", source=str(folder), output=str(made))
+            return _put_files(admit(made), store, move=True, converted=model.layout.sentences, licence=licence)
 
     return _once(digest(["layout", sums, layouts.VERSION, *([dict(licence)] if licence else [])]), put, store)
 
@@ -188,9 +187,9 @@ def _once(key: str, put: Callable[[], Tree], store: Store) -> Tree:
 
 
 def _put_downloaded(download: Callable[[Path], None], store: Store) -> Tree:
-    with tempfile.TemporaryDirectory(prefix="trimtab-fetch-") as folder:
-        download(Path(folder))
-        return _put(Path(folder), store, move=True)
+    with store.workspace() as folder:
+        download(folder)
+        return _put(folder, store, move=True)
 
 
 def _put_gguf(parts: list[Path], store: Store) -> Tree:

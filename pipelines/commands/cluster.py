@@ -181,6 +181,7 @@ def _unschedule(arguments: argparse.Namespace, console: Console) -> int:
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     """Checks what can be known without the cluster: model, store and volumes are seen only from there."""
     from trimtab.components.deployment.rollout import settings
+    from trimtab.loop import decisions
 
     check_choice("pipeline", arguments.pipeline, tuple(PIPELINES))
     evaluation = read_evaluation(arguments.evaluation)
@@ -194,6 +195,7 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
         evaluation=evaluation,
     )
     reachable.check(arguments.model, arguments.store, asked.wanted, evaluation, read_profile(arguments.profile))
+    decisions.check_limits(asked.wanted, read_profile(arguments.profile).prices)
     if own := task_sizes.of_own(evaluation):  # others are counted by the run's own plan
         dealing.deal(own, evaluation, asked.wanted.accept, asked.max_attempts)
     rollout = settings.asked(read(arguments.rollout, "rollout"), arguments.store)

@@ -15,7 +15,7 @@ from trimtab.base.errors import NotReleased, StageError, TrimtabError
 from trimtab.catalog.goals import GOALS
 from trimtab.model import hardware
 from trimtab.pipelines import api
-from trimtab.pipelines.inputs import ATTEMPTS, GOAL, TARGET, read_evaluation
+from trimtab.pipelines.inputs import ATTEMPTS, GOAL, TARGET, read_evaluation, read_profile
 
 if TYPE_CHECKING:
     from trimtab.pipelines.local import Outcome
@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
     run = commands.add_parser("run", help="optimize a model on this machine")
     add_options(run)
     run.add_argument("--json", action="store_true", help="print events as JSON lines, for scripts; the last is the end")
+    run.add_argument("--profile", default="", metavar="FILE", help="a cluster's profile, for its prices, YAML")
     run.set_defaults(command=_run)
 
 
@@ -72,11 +73,13 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.json:
         return _run_for_scripts(arguments, console)
     outcome = _outcome(arguments, console)
-    from trimtab.report import console_table
+    from trimtab.report import console_lines, console_table
 
     out = Console(width=None if sys.stdout.isatty() else 120)
     if outcome.state:
         out.print(console_table(outcome.state))
+        for line in console_lines(outcome.state):
+            out.print(line, soft_wrap=True, highlight=False, markup=False)
         out.print(f"report   {outcome.page}", soft_wrap=True, highlight=False)
     if outcome.error:
         console.print(f"trimtab: {outcome.error}", style="red", markup=False, highlight=False)
@@ -97,6 +100,7 @@ def _outcome(arguments: argparse.Namespace, console: Console, events: TextIO | N
         runs=arguments.runs,
         console=console,
         events=events,
+        prices=read_profile(arguments.profile).prices,
     )
 
 

@@ -21,6 +21,7 @@ import trimtab
 from trimtab.components.deployment.rollout import approval
 from trimtab.components.deployment.rollout.settings import GROUP, PLURAL
 from trimtab.pipelines.commands import main
+from trimtab.release import watch
 from trimtab.stages.profile import Profile
 
 ROOT = Path(__file__).parents[2]
@@ -188,6 +189,26 @@ def test_the_volume_of_the_cache_is_made_writable():
     (volume,) = job["spec"]["template"]["spec"]["volumes"]
     claims = {item["metadata"]["name"] for item in rendered("base") if item["kind"] == "PersistentVolumeClaim"}
     assert volume["persistentVolumeClaim"]["claimName"] in claims
+
+
+def test_a_watch_is_scraped_and_has_rules_for_what_it_exports():
+    items = {item["kind"]: item for item in rendered("watch")}
+    assert set(items) == {"ConfigMap", "Deployment", "PodMonitor", "PrometheusRule"}
+    for item in items.values():
+        check(item)
+        assert faults(item) == []
+    labels = items["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert items["PodMonitor"]["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    (container,) = items["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert container["envFrom"] == [{"configMapRef": {"name": items["ConfigMap"]["metadata"]["name"]}}]
+    values = {f"$({name})": value for name, value in items["ConfigMap"]["data"].items()}
+    arguments = main.parser().parse_args([values.get(word, word) for word in container["command"][1:]])
+    assert arguments.port == container["ports"][0]["containerPort"] and arguments.every == 300
+    (group,) = items["PrometheusRule"]["spec"]["groups"]
+    used = set(re.findall(r"trimtab_release_\w+", yaml.safe_dump(group)))
+    seen = watch.Observation(1, 1, 1, 0, 0, 0, ())
+    told = watch.exposition(watch.Expected("a/1", {}, 1), seen, 0)
+    assert used <= set(re.findall(r"^trimtab_release_\w+", told, re.MULTILINE)) and len(used) >= 5
 
 
 def test_what_the_page_has_admins_write_is_json():

@@ -389,6 +389,16 @@ def test_without_a_profile_nothing_is_bound_to_kubernetes(path):
     assert len(list(yaml.load_all(path.read_text(), yaml.CSafeLoader))) == 1
 
 
+def test_without_a_profile_as_much_memory_is_asked_for_as_is_forecast(ir):
+    """And no more than asked for: a forecast that is wrong kills nothing."""
+    (attempt,) = attempts(ir)
+    for name in OPTIONAL:
+        executor = ir["components"][attempt[name]["componentRef"]["name"]]["executorLabel"]
+        resources = ir["deploymentSpec"]["executors"][executor]["container"]["resources"]
+        assert resources["resourceMemoryRequest"] == said(f"{name}_memory")
+        assert "resourceMemoryLimit" not in resources
+
+
 def test_the_root_shows_a_summary(ir):
     """As a page and as text, before the gate, which may fail the run."""
     artifacts = ir["components"]["comp-summarize"]["outputDefinitions"]["artifacts"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimtab.runtime.engines.torch_engine import Engine
+from trimtab.runtime.engines.protocol import Engine
 
 #: Seconds that the repeats of one engine at one batch size may take together.
 SECONDS = 6.0

@@ -38,11 +38,14 @@ DECLINED = b"declined"
 
 @dataclass(frozen=True)
 class Done:
-    """What the work returned, the seconds it took and the largest resident memory of its process in bytes."""
+    """What the work returned, the seconds it took, the largest resident memory of its process in bytes, the seconds of
+    all cores together, and the most bytes that PyTorch had of a GPU's memory."""
 
     value: Any
     seconds: float
     peak_memory_bytes: int
+    cpu_seconds: float = 0.0
+    peak_gpu_bytes: int = 0
 
 
 def call(work: str, *, time_limit: float | None = None, **arguments: Any) -> Done:
@@ -82,7 +85,8 @@ def done(answer: dict[str, Any]) -> Done:
     if "error" in answer:
         name, message = answer["error"]
         raise getattr(errors, name, StageError)(message)
-    return Done(answer["value"], answer["seconds"], answer["peak_memory_bytes"])
+    told = {name: answer.get(name, 0) for name in ("cpu_seconds", "peak_gpu_bytes")}
+    return Done(answer["value"], answer["seconds"], answer["peak_memory_bytes"], **told)
 
 
 def run_limited(
@@ -220,7 +224,7 @@ def outcome(name: str, work: Callable[[], Any]) -> dict[str, Any]:
 
     The peak memory is that of this process, or of the largest that it started and waited for.
     """
-    started = time.monotonic()
+    started, busy = time.monotonic(), _cpu_seconds()
     try:
         value = work()
     except Failure as failure:
@@ -235,7 +239,20 @@ def outcome(name: str, work: Callable[[], Any]) -> dict[str, Any]:
         kind = "Transient" if transient.passes(error) else "StageError"
         return {"error": [kind, f"{name}: {type(error).__name__}: {error}"]}
     largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return {"value": value, "seconds": time.monotonic() - started, "peak_memory_bytes": largest * 1024}
+    told = {"seconds": time.monotonic() - started, "cpu_seconds": _cpu_seconds() - busy}
+    return {"value": value, **told, "peak_memory_bytes": largest * 1024, "peak_gpu_bytes": _peak_gpu_bytes()}
+
+
+def _cpu_seconds() -> float:
+    """The seconds of all cores that this process has used, and those that it started and waited for."""
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in both)
+
+
+def _peak_gpu_bytes() -> int:
+    """The most that PyTorch has reserved of the first GPU, where the work has loaded it."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.max_memory_reserved() if torch and torch.cuda.is_initialized() else 0
 
 
 def _is_out_of_memory(error: Exception) -> bool:

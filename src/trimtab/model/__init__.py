@@ -11,4 +11,5 @@
 | `linear_layers`, `shapes` | the layers that a format applies to, and what pruning leaves of them |
 | `hardware` | the devices of a target, and what a back end runs there |
 | `memory` | the bytes that serving and training take |
+| `working_memory` | the bytes that the work of each stage holds |
 """

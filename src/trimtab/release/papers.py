@@ -25,7 +25,7 @@ from trimtab.base.errors import NotVerified
 from trimtab.loop.decisions import facts_of
 from trimtab.model.licence import LICENCE
 from trimtab.release import bom, build_provenance, model_card, model_signature
-from trimtab.release.task_scores import task_scores
+from trimtab.release.task_scores import damage, task_scores
 from trimtab.store import Store, Tree
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ def write(
     architecture, licence = facts_of(store, model).architecture, store.manifest(model).metadata.get(LICENCE, {})
     made = build_provenance.statement(name, evidence, files, issued)
     written = {
-        CARD: model_card.card(name, version, evidence, architecture, scores, licence).encode(),
+        CARD: model_card.card(
+            name, version, evidence, architecture, scores, licence, damage(store, evidence)
+        ).encode(),
         BOM: _json(bom.bom(name, version, evidence, architecture, files, scores, issued, licence)),
         PROVENANCE: _json(signing.seal(json.dumps(made, sort_keys=True).encode(), signer)),
     }

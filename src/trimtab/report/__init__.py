@@ -5,7 +5,7 @@ Pure functions of a state, but for `side_by_side`.
 | function | for |
 |---|---|
 | `rows` | the table as data: baseline, then each attempt |
-| `console_table` | the command line, 120 columns |
+| `console_table`, `console_lines` | the command line, 120 columns |
 | `serving`, `next_steps` | how to serve what was accepted; what to try where nothing was |
 | `side_by_side` | what the unchanged model and the accepted one write, out of the store |
 | `summary_html` | the run's page: one file, nothing loaded from elsewhere |
@@ -14,7 +14,7 @@ Pure functions of a state, but for `side_by_side`.
 """
 
 from trimtab.report.advice import next_steps, serving
-from trimtab.report.console import console_table
+from trimtab.report.console import console_lines, console_table
 from trimtab.report.generations import SideBySide, side_by_side
 from trimtab.report.markdown import summary_markdown
 from trimtab.report.pages import attempt_html, summary_html
@@ -24,6 +24,7 @@ __all__ = [
     "AttemptRow",
     "SideBySide",
     "attempt_html",
+    "console_lines",
     "console_table",
     "next_steps",
     "rows",

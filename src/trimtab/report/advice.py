@@ -8,6 +8,7 @@ import shlex
 from trimtab.base.errors import TrimtabError
 from trimtab.catalog.goals import GOALS
 from trimtab.judge import Measurements, Verdict, gain
+from trimtab.loop.ledger import exhausted
 from trimtab.loop.state import Brief, State
 from trimtab.report.rows import one_line
 from trimtab.report.story import accepted, gain_text
@@ -18,6 +19,8 @@ MOST_ITEMS = 50_000
 MOST_ATTEMPTS = 10
 _UNTRIED = "distill: {tokens: 10000000, quantization_aware: true} beside quantize: {format: int4_rtn}"
 _BASELINE = {
+    "accuracy": "Name more tasks in the evaluation, larger ones, or some that the model can do; or write a lower limit "
+    "(accept.min_recovery).",
     "does_not_fit": "The unchanged model itself does not fit: name a larger target, write fewer tokens or requests "
     "into the recipe's engine, or give it more devices (engine: {tensor_parallel_size: 2}).",
     "unsupported": "Name another back end in the recipe (engine: {backend: torch}), or a target that it serves.",
@@ -46,6 +49,12 @@ def next_steps(state: State) -> list[str]:
         return [why or "Mend what the baseline failed for, and run the same command again."]
     if not state.history:
         return ["Run the same command again: it goes on from the stages that were complete."]
+    if over := exhausted(state):
+        return [f"Write larger limits into the recipe, or a gentler recipe first: {over}.", *_rest(state)]
+    return _rest(state)
+
+
+def _rest(state: State) -> list[str]:
     found = [_more_items(state), *_another_goal(state), _more_attempts(state), _gentler(state), _nearest(state)]
     return [step for step in found if step]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trimtab.loop.state import State
+from trimtab.report import costs, quality
 from trimtab.report.rows import COLUMNS, INTERVALS, AttemptRow, rows
 from trimtab.report.story import headline
 
@@ -51,6 +52,12 @@ def console_table(state: State) -> Table:
         if row is not found[-1]:
             table.add_row()
     return table
+
+
+def console_lines(state: State) -> list[str]:
+    """Returns what stands below the table, a sentence a line."""
+    found = quality.shown(state)
+    return [*(quality.sentences(found[1].verdict) if found else []), *costs.sentences(state)]
 
 
 def _cell(row: AttemptRow, name: str, style: str) -> Text:

@@ -11,7 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from trimtab.judge import Interval, Verdict
 from trimtab.loop.state import Brief, State
-from trimtab.report import advice, compared, curves, figures, story
+from trimtab.planning import resources
+from trimtab.planning.resources import Resources
+from trimtab.report import advice, compared, costs, curves, figures, quality, story
 from trimtab.report.figures import Dimension, Point
 from trimtab.report.generations import SideBySide
 from trimtab.report.rows import COLUMNS, DASH, INTERVALS, AttemptRow, fraction, interval_text, number, rows, spent
@@ -48,6 +50,10 @@ def summary_html(state: State, texts: Sequence[SideBySide] = ()) -> str:
         headline=story.headline(state),
         explanation=story.explanation(state),
         accepted=found,
+        carded=quality.shown(state),
+        power=(state.baseline.verdict.power.sentence if state.baseline and state.baseline.verdict.power else ""),
+        ledger=costs.rows(state),
+        paid=costs.sentences(state),
         kept=compared.kept(found[1].verdict, found[1].recipe.accept) if found else [],
         bought=compared.bought(found[1].verdict, state.baseline and state.baseline.verdict) if found else [],
         texts=texts,
@@ -70,6 +76,7 @@ def attempt_html(
     reload: Mapping[str, Any] | None = None,
     distillation: Mapping[str, Any] | None = None,
     arithmetic: str = "",
+    forecast: Mapping[str, Resources] | None = None,
 ) -> str:
     """Returns the page of the current attempt: verdict, intervals, measurements, kernels, layers, data, trees.
 
@@ -82,6 +89,7 @@ def attempt_html(
         distillation: the metrics of the training, `curve` among them, or None.
         reload: `skipped`, why the embedded engine could not run the export, or None.
         arithmetic: in which numbers the engine computed, and on what.
+        forecast: what each stage was forecast to need.
     """
     verdict = state.verdict
     baseline = state.baseline.verdict if state.baseline and state.attempt else None
@@ -96,6 +104,7 @@ def attempt_html(
         plots=_plots(state, verdict, baseline) if verdict else [],
         measured=compared.measured(verdict, baseline) if verdict else [],
         bar=_bar(state.seconds, sum(state.seconds.values())),
+        used=_used(state.used, forecast or {}),
         kernels=_kernels(kernels or {}),
         arithmetic=arithmetic,
         layer_count=len(layers or ()),
@@ -132,6 +141,11 @@ def _templates() -> Environment:
         "confirmation": story.confirmation_text,
         "gain": story.gain_text,
         "truncated": story.truncated_text,
+        "LEDGER_COLUMNS": costs.COLUMNS,
+        "TASK_COLUMNS": quality.TASK_COLUMNS,
+        "task_rows": quality.task_rows,
+        "text_rows": quality.text_rows,
+        "quality": quality.sentences,
     }
     return environment
 
@@ -148,7 +162,7 @@ def _charts(state: State, table: Sequence[AttemptRow]) -> list[dict[str, Any]]:
         (_RECOVERY, "recovery", last.accept.min_recovery),
     )
     charts = []
-    for quality, field, limit in qualities:
+    for dimension, field, limit in qualities:
         for cost, x in ((_SIZE, "megabytes"), (_SPEED, "decode")):
             points = [
                 Point(row.label if row.number else "base", row.what, row.outcome, getattr(row, x), y)
@@ -157,9 +171,9 @@ def _charts(state: State, table: Sequence[AttemptRow]) -> list[dict[str, Any]]:
             ]
             if any(point.outcome != "baseline" for point in points):
                 against = "size" if cost is _SIZE else "decode speed"
-                note = "less is better" if quality.less_is_better else "more is better"
-                picture = figures.scatter(points, cost, quality, limit)
-                words = {"quality": quality.name.capitalize(), "note": note, "cost": against}
+                note = "less is better" if dimension.less_is_better else "more is better"
+                picture = figures.scatter(points, cost, dimension, limit)
+                words = {"quality": dimension.name.capitalize(), "note": note, "cost": against}
                 charts.append({**words, "svg": picture})
     return charts
 
@@ -186,6 +200,16 @@ def _bar(seconds: Mapping[str, float], longest: float) -> dict[str, Any]:
         ],
         "found": [stage for stage, spent in stages if spent <= 0],
     }
+
+
+def _used(used: Mapping[str, Resources], forecast: Mapping[str, Resources]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Returns for each stage its name, and of memory of a GPU, of the machine, disk and time what was used and what was
+    forecast."""
+    found = []
+    for stage in (name for name in _STAGES if name in used):
+        ours, theirs = (resources.columns(each) for each in (used[stage], forecast.get(stage, Resources())))
+        found.append((stage, list(zip(ours, theirs if stage in forecast else [DASH] * 4, strict=True))))
+    return found
 
 
 def _plots(state: State, verdict: Verdict, baseline: Verdict | None) -> list[dict[str, Any]]:

@@ -100,5 +100,10 @@ def _of_folder(folder: Path) -> Served:
     path = folder.absolute()
     name = "".join(c if c.isalnum() else "-" for c in path.name.lower()).strip("-") or "model"
     kv_cache = (quantization.get("kv_cache_quant_algo") or "none").lower()
-    settings = Engine(backend="trtllm")
-    return Served(name=name, settings=settings, formats=_FORMATS[algorithm], kv_cache=kv_cache, model_path=str(path))
+    settings, formats = Engine(backend="trtllm"), _FORMATS[algorithm]
+    if mixed := {layer.get("quant_algo") for layer in (quantization.get("quantized_layers") or {}).values()}:
+        formats = tuple(form for form in formats if mixed <= {part.algorithm for part in FORMATS[form].parts})
+        if not formats:
+            found = ", ".join(sorted(map(str, mixed)))
+            raise InputError(f"artifact: '{folder}' mixes {found}, as no format of trimtab does; quantize it again")
+    return Served(name=name, settings=settings, formats=formats, kv_cache=kv_cache, model_path=str(path))

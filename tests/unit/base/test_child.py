@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import gone, wait_for
 
 from trimtab.base import child
 from trimtab.base.errors import Failure, InputError, StageError, StoreError
@@ -177,18 +178,6 @@ def test_a_fork_server_that_is_killed_is_replaced(work, fork_server):
     os.kill(server, signal.SIGKILL)
     assert wait_for(lambda: gone(server))
     assert child.call(f"{work}:ancestry").value[1] not in (server, os.getpid())
-
-
-def gone(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/stat")
-    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
-
-
-def wait_for(condition, seconds: float = 10) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a stage must follow its run")

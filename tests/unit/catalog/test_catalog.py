@@ -46,7 +46,9 @@ def test_a_storage_can_be_stored(name):
 def test_a_mix_is_of_stored_formats_with_the_fewest_bits_first():
     for row in FORMATS.values():
         bits = [FORMATS[name].storage.bits for name in row.mixes]
-        assert bits == sorted(bits) and len(bits) in (0, 2), "memory.weight_bytes shares its weights between two"
+        assert bits == sorted(bits), "memory.weight_bytes shares its weights between the first and the last"
+        assert not bits or (bits[0], bits[-1]) == (4, 8), "effective_bits of a recipe lie between them"
+        assert len({FORMATS[name].storage for name in row.mixes}) == len(bits), "a layer's storage tells its format"
 
 
 def test_only_what_quantizes_has_a_harshness():

@@ -226,7 +226,7 @@ AFTER = Measurements(
         ("fit_larger_model", 0.6),
         ("lower_latency", 0.2),
         ("higher_throughput", -0.05),
-        ("lower_cost", -0.05),
+        ("lower_cost", 1 - 200 / 190),  # of a token: a device gives 190 in the time of 200
         ("long_context", 1.0),
     ],
 )
@@ -244,6 +244,7 @@ def test_gain(goal, value):
         # two devices that do 100 tokens/s, and one that does 90: 50 and 90 a device
         ("lower_latency", {"decode_tokens_per_second": 100}, {"decode_tokens_per_second": 90}, 0.8),
         ("higher_throughput", {"throughput_tokens_per_second": 100}, {"throughput_tokens_per_second": 45}, -0.1),
+        ("lower_cost", {"throughput_tokens_per_second": 100}, {"throughput_tokens_per_second": 90}, 1 - 50 / 90),
         ("long_context", {"max_context_tokens": 8000}, {"max_context_tokens": 8000}, 1.0),
         ("long_context", {"max_context_tokens": 0}, {"max_context_tokens": 5}, 1.0),  # any is longer than none
         ("long_context", {"max_context_tokens": 0}, {"max_context_tokens": 0}, 0.0),

@@ -155,6 +155,11 @@ def test_static_batching_is_called_v1():
     assert (found["gpt_model_type"], found["batch_scheduler_policy"]) == ("V1", "guaranteed_no_evict")
 
 
+def _mixed(*algos: str) -> str:
+    layers = {f"model.layers.{n}.mlp.up_proj": {"quant_algo": algo} for n, algo in enumerate(algos)}
+    return json.dumps({"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -166,8 +171,10 @@ def test_static_batching_is_called_v1():
         (lambda f: (f / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "W3"}}'),
          "quantized with W3"),
         (lambda f: (f / "hf_quant_config.json").write_text("{"), "cannot be read (Expecting property name"),
-        (lambda f: (f / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "MIXED_PRECISION"}}'),
+        (lambda f: (f / "hf_quant_config.json").write_text(_mixed("W8A16", "W4A16_AWQ")),
          "artifact: trtllm does not serve mixed; it serves: fp32, fp16, bf16, fp8"),
+        (lambda f: (f / "hf_quant_config.json").write_text(_mixed("W8A16", "NVFP4")),
+         "mixes NVFP4, W8A16, as no format of trimtab does; quantize it again"),
         (lambda f: (f / "hf_quant_config.json").write_text(
             '{"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "INT8"}}'),
          "artifact: trtllm serves no KV cache in int8; it serves: fp8, nvfp4"),
