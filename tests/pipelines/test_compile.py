@@ -392,8 +392,9 @@ def test_without_a_profile_nothing_is_bound_to_kubernetes(path):
 def test_without_a_profile_as_much_memory_is_asked_for_as_is_forecast(ir):
     """And no more than asked for: a forecast that is wrong kills nothing."""
     (attempt,) = attempts(ir)
+    named = {task["taskInfo"]["name"]: task for task in attempt.values()}
     for name in OPTIONAL:
-        executor = ir["components"][attempt[name]["componentRef"]["name"]]["executorLabel"]
+        executor = ir["components"][named[name]["componentRef"]["name"]]["executorLabel"]
         resources = ir["deploymentSpec"]["executors"][executor]["container"]["resources"]
         assert resources["resourceMemoryRequest"] == said(f"{name}_memory")
         assert "resourceMemoryLimit" not in resources
