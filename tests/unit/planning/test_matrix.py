@@ -387,7 +387,8 @@ def test_a_smaller_gpu_that_is_enough_is_named():
 
 def test_acceptance_is_that_of_the_run():
     accept = Acceptance(min_recovery=0.9)
-    assert {r.recipe.accept for r in ladder("lower_cost", SMOLLM2, on("cpu"), accept=accept)} == {accept}
+    rungs = ladder("lower_cost", SMOLLM2, on("cpu"), accept=accept)
+    assert rungs and all(rung.recipe.accept == accept for rung in rungs)
 
 
 def test_the_users_recipe_stands_first_and_once():
