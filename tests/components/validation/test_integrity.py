@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from trimtab.base.errors import Failure
 from trimtab.catalog.formats import FORMATS
-from trimtab.components.validation.evaluation.generation import is_degenerate
+from trimtab.components.validation.evaluation.generation import PROMPTS, is_degenerate
 from trimtab.components.validation.integrity import reload
 from trimtab.components.validation.integrity.gate import inspect
 from trimtab.recipe import Quantization
@@ -54,7 +54,7 @@ def test_clean(name, export, model, calibration, tmp_path):
     metrics = check(export(name, **SETTINGS[name]), model, tmp_path, name, calibration, **SETTINGS[name])
     layers = json.loads((tmp_path / "output" / "layers.json").read_text())
     reloaded = json.loads((tmp_path / "output" / "reload.json").read_text())
-    assert reloaded["skipped"] is None and len(reloaded["outputs"]) == 4 and metrics["reload_skipped"] == ""
+    assert reloaded["skipped"] is None and len(reloaded["outputs"]) == len(PROMPTS) and metrics["reload_skipped"] == ""
     assert metrics["tensor_bytes"] == pytest.approx(metrics["predicted_bytes"], rel=0.035)
     if FORMATS[name].is_cast:
         assert not layers and metrics["quantized_share"] == 1
