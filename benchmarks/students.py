@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trimtab.components.calibration import grams
 from trimtab.components.pruning.work import prune
 from trimtab.components.quantization.mixed import sensitivity
 from trimtab.components.quantization.work import quantize
@@ -101,14 +100,13 @@ def equal_bytes(benchmark: Any) -> Figures:
 def _mixed_of(benchmark: Any, size: float) -> tuple[str, float, float]:
     """The unpruned model in mixed precision of about so many bytes: its folder, bytes and bits."""
     model, calibration, group = benchmark.model, benchmark.calibrated, benchmark.options.group_size
-    gram, harms = str(benchmark.new("gram")), str(benchmark.new("sensitivity"))
-    grams.measure(model, calibration, gram, "", {})
+    harms = str(benchmark.new("sensitivity"))
     sensitivity.measure(model, calibration, harms, "", {"formats": list(MIXED_FORMATS), "group_size": group})
     bytes_of_a_bit = sum(layer.parameters for layer in inspect(model).linears) / 8
     bits, tried = 6.0, {}
     for _ in range(TRIES):  # bytes grow with bits, by whole groups of layers
         settings = Quantization(format="mixed", group_size=group, effective_bits=bits)
-        folder, found = _quantized(benchmark, model, settings, calibration, gram, harms)
+        folder, found = _quantized(benchmark, model, settings, calibration, harms)
         tried[abs(found / size - 1)] = folder, found, bits
         bits = min(8.0, max(4.0, bits + (size - found) / bytes_of_a_bit))
         if min(tried) < NEAR:
@@ -119,6 +117,6 @@ def _mixed_of(benchmark: Any, size: float) -> tuple[str, float, float]:
 def _quantized(benchmark: Any, checkpoint: str, settings: Quantization, *measured: str) -> tuple[str, float]:
     """An export and its bytes."""
     output = str(benchmark.new(settings.format))
-    trees = measured or (None, None, None)
+    trees = measured or (None, None)
     metrics = quantize(checkpoint, *trees, output, f"{output}-scratch", settings.model_dump(mode="json"))
     return output, metrics["bytes"]

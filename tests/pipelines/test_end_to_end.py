@@ -169,8 +169,8 @@ def test_again_in_seconds(finished):
 KILLS = [
     ("calibrate", "measuring activations", "the command"),
     ("distill", "loss", "everything"),
-    ("gram", "measuring Gram matrices", "everything"),
     ("sensitivity", "scoring every layer", "the command"),
+    ("quantize", "quantizing blocks", "everything"),
     ("quantize", "quantizing shard", "everything"),
     ("validate", "scoring", "the command"),
 ]

@@ -15,7 +15,7 @@ from trimtab.components.distillation import work
 from trimtab.components.distillation.weights.quantization_aware import QuantizationAware, Rounding
 from trimtab.components.pruning.work import prune
 from trimtab.components.quantization.work import quantize
-from trimtab.recipe import NEAREST_FORMATS, Quantization
+from trimtab.recipe import CALIBRATED_FORMATS, NEAREST_FORMATS, Quantization
 from trimtab.runtime.checkpoint import model_files
 from trimtab.runtime.checkpoint.layer_layout import dequantize
 from trimtab.runtime.checkpoint.model_files import Export
@@ -40,7 +40,8 @@ def test_rounding_by_hand():
 @pytest.mark.parametrize("form", NEAREST_FORMATS)
 def test_the_export_holds_what_training_saw(form, model, calibration, tmp_path):
     """Bit for bit, for students that training moved off bfloat16's numbers, with some of a group excluded."""
-    settings = Quantization(format=form, group_size=32, exclude=("lm_head", "*.v_proj"))
+    method = "nearest" if form in CALIBRATED_FORMATS else None
+    settings = Quantization(format=form, group_size=32, exclude=("lm_head", "*.v_proj"), method=method)
     student, _ = model_files.load(model, torch.float32)
     layers = observe.linears(student)
     generator = torch.Generator().manual_seed(0)
@@ -54,7 +55,7 @@ def test_the_export_holds_what_training_saw(form, model, calibration, tmp_path):
     model_files.save(student.bfloat16(), plain, model)
     export.mkdir()
     measured = str(rebound(calibration, plain, tmp_path)) if settings.needs_statistics else None
-    quantize(str(plain), measured, None, None, str(export), str(tmp_path / "scratch"), settings.model_dump(mode="json"))
+    quantize(str(plain), measured, None, str(export), str(tmp_path / "scratch"), settings.model_dump(mode="json"))
     stored = Export(export)
     assert set(stored.layers) == set(seen)
     for name, weight in seen.items():
