@@ -113,10 +113,11 @@ _OWN: dict[str, dict[str, Any]] = {
                          "shared_intermediate_size": NEURONS, **_MULTIPLIED},
     "jamba": {"num_experts": EXPERTS, "num_experts_per_tok": 2, "expert_layer_period": 2, "expert_layer_offset": 1,
               "attn_layer_period": 4, "attn_layer_offset": 1, "mamba_dt_rank": 8, "use_mamba_kernels": False},
+    # Its multipliers of a state become a tensor, rounded to the model's type.
     "falcon_h1": {**_MAMBA, "mamba_n_heads": 4, "mamba_d_ssm": 64, "mamba_rms_norm": True, "lm_head_multiplier": 2.0,
                   "embedding_multiplier": 3.0, "mlp_multipliers": [0.8, 0.6], "key_multiplier": 0.9,
                   "attention_in_multiplier": 0.5, "attention_out_multiplier": 0.7, "ssm_in_multiplier": 1.5,
-                  "ssm_out_multiplier": 0.4, "ssm_multipliers": [0.9, 0.8, 0.7, 1.1, 1.2]},
+                  "ssm_out_multiplier": 0.4, "ssm_multipliers": [0.875, 0.75, 0.625, 1.125, 1.25]},
 }  # fmt: skip
 
 
@@ -186,6 +187,18 @@ def _apart(name: str, tensor: Any, part: Any, model_type: str) -> dict[str, Any]
             parts = dict(zip((part.gate, part.up), one.chunk(2), strict=True))
         found |= {f"{place}.experts.{number}.{layer}.{what}": value.contiguous() for layer, value in parts.items()}
     return found
+
+
+def as_written(model_type: str, **changes: Any) -> Any:
+    """Returns transformers' model of what `write` writes, in float32, also where transformers does not read that."""
+    import torch
+
+    model = build(model_type, **changes)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.bfloat16())
+    return model
 
 
 def write(folder: Path, model_type: str, **changes: Any) -> Path:

@@ -42,7 +42,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported
             source, calibration = measured[model]
             folder, scratch = tmp_path_factory.mktemp(form), tmp_path_factory.mktemp("scratch")
             settings = {"format": form, "group_size": 32, "kv_cache": kv_cache}
-            quantize(str(source), str(calibration), None, None, str(folder), str(scratch), settings)
+            quantize(str(source), str(calibration), None, str(folder), str(scratch), settings)
             made[key] = Exported(folder, source, calibration)
         return made[key]
 
