@@ -77,6 +77,19 @@ def quantization_aware(benchmark: Any) -> Figures:
     yield _int4(benchmark, "all blocks, distilled with int4_rtn", aware, settings)
 
 
+def activations_aware(benchmark: Any) -> Figures:
+    """NVFP4 weights and activations: calibrated, and of the whole model trained with the rounding of either or both."""
+    calibrated = _quantized(benchmark, benchmark.model, Quantization(format="nvfp4"), benchmark.calibrated)[0]
+    yield "all blocks, nvfp4", benchmark.measure("all blocks, nvfp4", calibrated)
+    settings = Quantization(format="nvfp4", method="nearest")
+    rounded = {"rounded": settings.model_dump(mode="json", include={"format", "group_size", "exclude"})}
+    for what, weights in (("weights", rounded), ("weights and inputs", {**rounded, "rounded_inputs": True})):
+        name = f"all blocks, distilled with nvfp4's {what}"
+        aware = benchmark.distil(name, benchmark.model, _comparable(benchmark), weights)
+        export = _quantized(benchmark, aware, settings, benchmark.calibrate(aware))[0]
+        yield name, benchmark.measure(name, export)
+
+
 def _int4(benchmark: Any, name: str, checkpoint: str, settings: Quantization) -> tuple[str, dict[str, Any]]:
     return name, benchmark.measure(name, _quantized(benchmark, checkpoint, settings)[0])
 
@@ -117,6 +130,6 @@ def _mixed_of(benchmark: Any, size: float) -> tuple[str, float, float]:
 def _quantized(benchmark: Any, checkpoint: str, settings: Quantization, *measured: str) -> tuple[str, float]:
     """An export and its bytes."""
     output = str(benchmark.new(settings.format))
-    trees = measured or (None, None)
+    trees = (*measured, None, None)[:2]
     metrics = quantize(checkpoint, *trees, output, f"{output}-scratch", settings.model_dump(mode="json"))
     return output, metrics["bytes"]

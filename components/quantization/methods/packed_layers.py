@@ -6,17 +6,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from trimtab.catalog.formats import FORMATS
-from trimtab.catalog.numbers import NUMBERS
 from trimtab.components.quantization.methods import channels, gptq
 from trimtab.recipe import Quantization
-from trimtab.runtime.checkpoint.layer_layout import E4M3_MAX, ROUNDED, Quantized, layout_of
-from trimtab.runtime.rounding import quantizers, scales
+from trimtab.runtime.checkpoint.layer_layout import Quantized, layout_of
+from trimtab.runtime.rounding import inputs, quantizers, scales
 from trimtab.runtime.rounding.folding import Tied, free
 
 
@@ -61,7 +61,7 @@ def channel_scale(
         return numbers.round(blocks / scale).mul_(scale).flatten(1)
 
     if method == "smooth":
-        of_inputs = _rounded_in_blocks(storage.inputs.numbers)
+        of_inputs = partial(inputs.rounded, storage.inputs)
         return channels.smooth([*weights.values()], seen.second_moment, rounded, of_inputs, tied)
     return channels.awq(parts, seen.second_moment, rounded, tied)
 
@@ -105,19 +105,7 @@ def _gptq(
     return {name: quantizers.pack(format, part, found[name], settings, numbers) for name, part in parts}
 
 
-def _rounded_in_blocks(numbers: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """How inputs are rounded in blocks, at the static scale that their own largest number asks for."""
-    largest = NUMBERS[numbers].largest * E4M3_MAX
-
-    def rounded(x: torch.Tensor) -> torch.Tensor:
-        return ROUNDED[numbers](x, scales.scale_of(x.abs().max(), largest))
-
-    return rounded
-
-
 def _with_input_scale(layer: Quantized, seen: Input) -> Quantized:
     if "input_scale" not in layer.layout.scales:
         return layer
-    inputs = layer.layout.storage.inputs
-    largest = NUMBERS[inputs.numbers].largest * (E4M3_MAX if inputs.block else 1)  # a block's own scale is e4m3
-    return replace(layer, input_scale=scales.scale_of(seen.amax.max(), largest))
+    return replace(layer, input_scale=inputs.static_scale(layer.layout.storage.inputs, seen.amax.max()))

@@ -21,18 +21,17 @@ from safetensors.torch import load_file
 
 from trimtab import families
 from trimtab.base import progress
-from trimtab.catalog.numbers import NUMBERS
 from trimtab.components.quantization.methods import packed_layers
 from trimtab.components.quantization.methods.packed_layers import Input
 from trimtab.families import fusion
 from trimtab.model.facts import inspect as read_facts
 from trimtab.recipe import Quantization
-from trimtab.runtime.checkpoint.layer_layout import ROUNDED, Quantized, dequantize
+from trimtab.runtime.checkpoint.layer_layout import dequantize
 from trimtab.runtime.checkpoint.model_files import Export
-from trimtab.runtime.linear.packed import token_scales
 from trimtab.runtime.measure import gradients, measurements
 from trimtab.runtime.measure.gradients import Sample
 from trimtab.runtime.measure.measurements import Measurements
+from trimtab.runtime.rounding import inputs
 
 #: The part of nearest rounding's squared error of outputs that GPTQ leaves: of SmolLM2-135M's rise of log-perplexity,
 #: AWQ with scales by Gram matrices before and GPTQ after, 0.57 in NVFP4 weights and 0.48 in INT4.
@@ -95,21 +94,11 @@ def _harm(
     for layer, stored in packed_layers.quantize(form, scaled, seen.scaled(scale), settings).items():
         if layer not in kept:  # an expert that none of these tokens was given to
             continue
-        inputs, gradient, share = kept[layer]
-        x, gradient = inputs.to(scale.device).float(), gradient.to(scale.device).float()
-        rounded = _rounded(stored, x / scale) * scale
+        read, gradient, share = kept[layer]
+        x, gradient = read.to(scale.device).float(), gradient.to(scale.device).float()
+        rounded = inputs.rounded(stored.layout.storage.inputs, x / scale, stored.input_scale) * scale
         of_weights = rounded @ (weights[layer] - dequantize(stored) / scale).t()
         of_inputs = (x - rounded) @ weights[layer].t()
         squares = of_weights.square().mul_(left) + of_inputs.square()  # the two are not correlated
         harm += 0.5 * share * float((gradient.square() * squares).sum())
     return harm
-
-
-def _rounded(stored: Quantized, x: torch.Tensor) -> torch.Tensor:
-    """Inputs of a layer as its product sees them, float32 [n, in]."""
-    inputs = stored.layout.storage.inputs
-    if inputs is None:
-        return x
-    largest = NUMBERS[inputs.numbers].largest
-    scale = stored.input_scale if inputs.scale == "static" else token_scales(x, largest)
-    return ROUNDED[inputs.numbers](x, scale)

@@ -99,6 +99,8 @@ def _training(recipe: Recipe) -> dict[str, Any]:
     if recipe.distill.quantization_aware:  # no more of it than training sees, so that recipes share a student
         fields = {"format", "group_size", "exclude"}
         weights["rounded"] = recipe.quantize.model_dump(mode="json", include=fields)
+        if recipe.quantize.row.storage.inputs:
+            weights["rounded_inputs"] = True
     return _distillation(*Distillation.model_fields)(recipe) | ({"weights": weights} if weights else {})
 
 

@@ -17,7 +17,8 @@ from trimtab.runtime.checkpoint.layer_layout import Quantized
 from trimtab.runtime.kernels import tile, words
 from trimtab.runtime.kernels.tile import Tile
 from trimtab.runtime.linear import elementwise
-from trimtab.runtime.linear.packed import PackedLinear, token_scales
+from trimtab.runtime.linear.packed import PackedLinear
+from trimtab.runtime.rounding.inputs import token_scales
 
 
 class WeightOnly(PackedLinear):
