@@ -121,6 +121,8 @@ def test_wanted(recipe, wanted):
         ("{distill: {tokens: 99}, prune: {method: magnitude, sparsity: 0.5}}", {"keep_zeros": True}),
         ("{distill: {tokens: 99, quantization_aware: true}, quantize: {format: int4_rtn, kv_cache: fp8}}",
          {"rounded": {"format": "int4_rtn", "group_size": 64, "exclude": ["lm_head"]}}),
+        ("{distill: {tokens: 99, quantization_aware: true}, quantize: {format: nvfp4}}",
+         {"rounded": {"format": "nvfp4", "group_size": 64, "exclude": ["lm_head"]}, "rounded_inputs": True}),
     ],
 )
 def test_what_distillation_knows_of_the_weights(recipe, weights):
