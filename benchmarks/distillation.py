@@ -9,6 +9,7 @@ and on text that the teacher writes; the last 20 % and BLiMP measure them. The r
 - recovery: the share of the lost log-perplexity that --tokens win back
 - movement: movement pruning beside gradual magnitude pruning, --comparison-tokens for each
 - quantization_aware: training with rounded weights beside rounding after training
+- activations_aware: training with NVFP4's rounded weights, without and with its rounded activations
 - equal_bytes: the student of `recovery` in INT8 beside all blocks in as many bytes
 - movement_otherwise: magnitude pruning at once, and movement whose scores count less, or alone as in the paper
 - throughput: trimtab's loop, the same with stored logits, and a Trainer whose compute_loss runs the teacher, by turns:
@@ -34,7 +35,7 @@ from typing import Any
 
 import torch
 from measuring import Measuring, add_arguments, short
-from students import equal_bytes, movement, movement_otherwise, quantization_aware
+from students import activations_aware, equal_bytes, movement, movement_otherwise, quantization_aware
 
 from trimtab.components.calibration.work import calibrate
 from trimtab.components.distillation import work
@@ -152,8 +153,12 @@ class _Benchmark:
     @cached_property
     def calibrated(self) -> str:
         """What calibration measured of the model."""
+        return self.calibrate(self.model)
+
+    def calibrate(self, checkpoint: str) -> str:
+        """The tree of what calibration measures of a checkpoint."""
         folder = str(self.new("calibration"))
-        calibrate(self.model, folder, "", self.measuring.calibration(0))
+        calibrate(checkpoint, folder, "", self.measuring.calibration(0))
         return folder
 
     @cached_property
@@ -207,6 +212,7 @@ ROWS: dict[str, Callable[[_Benchmark], Iterator[tuple[str, dict[str, Any]]]]] = 
     "recovery": recovery,
     "movement": movement,
     "quantization_aware": quantization_aware,
+    "activations_aware": activations_aware,
     "equal_bytes": equal_bytes,
     "movement_otherwise": movement_otherwise,
     "throughput": throughput,

@@ -8,7 +8,8 @@ integrity gate and is scored again; depth, sparsegpt and width prune; serve asks
 
 With --model, a Llama such as SmolLM2, the second table puts its weights into the clothes of other families
 (`benchmarks.clothes`): the perplexity of each format over that of the same clothes in 16 bits must agree with the
-Llama's. The last line is one JSON object.
+Llama's. What experts cost beside the Llama, and nothing else: --families --clothes llama mixtral qwen2_moe. The last
+line is one JSON object.
 """
 
 import argparse
@@ -29,7 +30,6 @@ import wrappers
 
 from trimtab import families
 from trimtab.base.errors import Failure, InputError
-from trimtab.components.calibration import grams
 from trimtab.components.calibration.work import calibrate
 from trimtab.components.pruning.work import prune
 from trimtab.components.quantization.mixed import sensitivity
@@ -92,15 +92,14 @@ class _Stages:
         return f"{(loaded(tokens).logits - reference(tokens).logits).abs().max().item():.1e}"
 
     def _measure(self) -> str:
-        source, (calibration, gram, harm) = str(self.source), map(self._made, ("calibration", "gram", "sensitivity"))
+        source, (calibration, harm) = str(self.source), map(self._made, ("calibration", "sensitivity"))
         calibrate(source, calibration, "", {"samples": 4, "length": 32})
-        grams.measure(source, calibration, gram, "", {})
         sensitivity.measure(source, calibration, harm, "", {"formats": ["int8_wo", "int4_rtn"], "group_size": 32})
         return "yes"
 
     def _format(self, form: str) -> str:
         export, parameters = self._made(form), {"format": form, "group_size": 32}
-        trees = (str(self.folder / name) for name in ("calibration", "gram", "sensitivity"))
+        trees = (str(self.folder / name) for name in ("calibration", "sensitivity"))
         quantize(str(self.source), *trees, export, self._made(f"{form}-scratch"), parameters)
         told = gate.inspect(export, str(self.source), self._made(f"{form}-gate"), "", parameters)
         engine = TorchEngine(Path(export), Engine(backend="torch"))
@@ -163,18 +162,16 @@ def dressed(model: Path, names: Sequence[str], quick: bool) -> dict[str, dict[st
 
 
 def _ratios(source: Path, scratch: Path, quick: bool) -> dict[str, float]:
-    trees = [scratch / name for name in ("calibration", "gram")]
-    for tree in trees:
-        tree.mkdir()
+    calibration = scratch / "calibration"
+    calibration.mkdir()
     samples = 2 if quick else _SAMPLES
-    calibrate(str(source), str(trees[0]), "", {"samples": samples, "length": _LENGTH, "seed": 0, "text": "builtin"})
-    grams.measure(str(source), str(trees[0]), str(trees[1]), "", {})
+    calibrate(str(source), str(calibration), "", {"samples": samples, "length": _LENGTH, "seed": 0, "text": "builtin"})
     found = {"16 bits": _perplexity(source, quick), "tokens/s": _speed(source, quick)}
     for form in FORMATS:
         export = scratch / form
         export.mkdir()
         parameters = {"format": form, "group_size": 64}
-        quantize(str(source), str(trees[0]), str(trees[1]), None, str(export), str(scratch / "shards"), parameters)
+        quantize(str(source), str(calibration), None, str(export), str(scratch / "shards"), parameters)
         found[form] = _perplexity(export, quick) / found["16 bits"]
         if form == "fp8":
             found["fp8 tokens/s"] = _speed(export, quick)
@@ -200,9 +197,11 @@ def main() -> int:
     parser.add_argument("--clothes", nargs="*", choices=ROWS, default=list(ROWS), help="rows of the second table")
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} alone; of the second table two rows")
     options = parser.parse_args()
-    figures: dict[str, Any] = {"stages": stages(list(QUICK) if options.quick else options.families)}
+    names = QUICK if options.quick and options.families else options.families
+    figures: dict[str, Any] = {"stages": stages(list(names))} if names else {}
     if options.model:
-        figures["clothes"] = dressed(options.model, ROWS[:2] if options.quick else options.clothes, options.quick)
+        rows = ROWS[:2] if options.quick and options.clothes == list(ROWS) else options.clothes
+        figures["clothes"] = dressed(options.model, rows, options.quick)
     print(json.dumps(figures))
     return 0
 

@@ -31,7 +31,8 @@ FORMATS = (
     "nvfp4", "w4a8_awq", "mxfp4",
 )  # fmt: skip
 #: Formats that need Gram matrices, 32 GB of them for 32 blocks of 8B.
-NEED_GRAMS = ("int4_gptq", "mixed")
+#: Formats that run the model.
+LONG = ("int4_gptq", "mixed")
 
 
 class Model:
@@ -66,9 +67,9 @@ class Model:
             self.baseline = TorchEngine(self.folder, self.settings, str(DEVICE))
             measure(row, self.baseline, None, self.batches, self.text)
             row["loop_speed"] = round(loop_speed(self.baseline))
-        formats = [name for name in self.options.formats if self.small or name not in NEED_GRAMS]
+        formats = [name for name in self.options.formats if self.small or name not in LONG]
         if not self.small:
-            found["left_out"] = f"{', '.join(NEED_GRAMS)}: their Gram matrices take 32 GB"
+            found["left_out"] = f"{', '.join(LONG)}: GPTQ of a large model is measured by benchmarks/scale.py"
         longest = 0.0
         for name in formats:
             row = {"format": name}
@@ -99,8 +100,7 @@ class Model:
         parameters = {"format": name, "group_size": 64} | ({"effective_bits": 5.0} if name == "mixed" else {})
         export = self.scratch / f"export-{name}"
         export.mkdir()
-        gram, harms = (self.trees["gram"], self.trees["sensitivity"]) if name in NEED_GRAMS else (None, None)
-        inputs = (str(self.folder), self.trees["calibration"], gram, harms)
+        inputs = (str(self.folder), self.trees["calibration"], self.trees["sensitivity"] if name == "mixed" else None)
         try:
             with peak(row, "quantize_gib"):
                 made = self.scratch / f"scratch-{name}"
@@ -117,13 +117,13 @@ class Model:
 
 
 def calibrate(folder: Path, trees: Path, model: dict[str, Any], small: bool, quick: bool) -> dict[str, str]:
-    """Measures statistics, for a small model Gram matrices and sensitivity too, and what they cost."""
-    from trimtab.components.calibration import data, grams, work
+    """Measures statistics, for a small model sensitivity too, and what they cost."""
+    from trimtab.components.calibration import data, work
     from trimtab.recipe import Calibration
     from trimtab.runtime.checkpoint import model_files
     from trimtab.runtime.measure import measurements
 
-    found = {name: str(trees / name) for name in ("calibration", "gram", "sensitivity")}
+    found = {name: str(trees / name) for name in ("calibration", "sensitivity")}
     for path in found.values():
         Path(path).mkdir(parents=True)
     loaded, tokenizer = model_files.load_for_measuring(folder)
@@ -133,7 +133,7 @@ def calibrate(folder: Path, trees: Path, model: dict[str, Any], small: bool, qui
     times: dict[str, list[float]] = {"forward": [], "statistics": []}
     for _ in range(3):
         times["forward"].append(seconds_of(lambda: bare_pass(loaded, tokens)))
-        times["statistics"].append(seconds_of(lambda: seen.update(work.statistics(loaded, tokens)[0])))
+        times["statistics"].append(seconds_of(lambda: seen.update(work.whole(loaded, tokens)[0])))
     model["tokens"] = tokens.numel()
     model |= {f"{name}_seconds": round(min(taken), 4) for name, taken in times.items()}
     model["statistics_over_forward"] = round(min(times["statistics"]) / min(times["forward"]), 2)
@@ -141,13 +141,12 @@ def calibrate(folder: Path, trees: Path, model: dict[str, Any], small: bool, qui
     release()
     measurements.write(Path(found["calibration"]), folder, "statistics", seen)
     save_file({"tokens": tokens.int()}, Path(found["calibration"]) / "tokens.safetensors")
+    (Path(found["calibration"]) / "calibration.json").write_text("{}", encoding="utf-8")  # no experts
     if small and not quick:
         from trimtab.components.quantization.mixed import sensitivity
         from trimtab.recipe import MIXED_FORMATS
 
         arguments = (str(folder), found["calibration"])
-        taken = seconds_of(lambda: grams.measure(*arguments, found["gram"], "", {}))
-        model["gram_seconds"] = round(taken, 1)
         scored = {"formats": list(MIXED_FORMATS), "group_size": 64}
         taken = seconds_of(lambda: sensitivity.measure(*arguments, found["sensitivity"], "", scored))
         model["sensitivity_seconds"] = round(taken, 1)
@@ -158,7 +157,7 @@ def calibrate(folder: Path, trees: Path, model: dict[str, Any], small: bool, qui
 def bare_pass(model: torch.nn.Module, tokens: torch.Tensor) -> None:
     from trimtab.runtime.measure import observe
 
-    for windows in observe.batches(model, tokens):
+    for windows in observe.batches(model.device, tokens):
         model(windows, use_cache=False, logits_to_keep=1)
 
 

@@ -36,6 +36,7 @@ def main(
     rows: Iterable[str],
     quick: Sequence[str],
     benchmark: Callable[[argparse.Namespace, Path], Any],
+    more: Callable[[argparse.ArgumentParser], Any] = lambda parser: None,
 ) -> int:
     """Reads the command line, runs a benchmark of many rows, and prints its figures as the last line.
 
@@ -45,9 +46,11 @@ def main(
         rows: the rows there are.
         quick: those of --quick.
         benchmark: (options, scratch folder) -> what has a `run` that returns the figures.
+        more: adds what this benchmark alone has for options.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
+    more(parser)
     parser.add_argument(f"--{what}", dest="rows", nargs="*", choices=rows, default=list(rows))
     parser.add_argument("--quick", action="store_true", help=f"one seed, {len(quick)} {what}, little text")
     options = parser.parse_args()

@@ -1,19 +1,23 @@
 """What each format costs in quality, beside plain ModelOpt with the same calibration tokens.
 
-Run: python benchmarks/quality.py --model FOLDER [--text FILE] [--blimp FOLDER] [--seeds 3] [--quick]
+Run: python benchmarks/quality.py --model FOLDER [--text FILE] [--blimp FOLDER] [--seeds 3] [--jobs 3] [--quick]
 
-A seed draws the calibration windows. With --text, the first 80 % of the file's lines calibrate and the last 20 %
-measure perplexity; without it, trimtab's own texts do. --blimp is a folder of BLiMP's JSONL files. Every number is
-measured on a reloaded export. The last line is one JSON object.
+With --jobs, exports are made and scored beside each other, each in a process: on a GPU most of the time goes into
+launching small kernels, and into what ModelOpt does on the CPU; seconds are then those beside the others. A seed draws
+the calibration windows. With --text, the first 80 % of the file's lines calibrate and the last 20 % measure perplexity;
+without it, trimtab's own texts do. --blimp is a folder of BLiMP's JSONL files. Every number is measured on a reloaded
+export. The last line is one JSON object.
 """
 
 import argparse
 import copy
+import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,14 +29,14 @@ from measuring import Measuring, blimp, columns, paired, short
 from modelopt.torch.export import export_hf_checkpoint
 from safetensors.torch import load_file
 
-from trimtab.components.calibration import grams
 from trimtab.components.calibration.work import calibrate
 from trimtab.components.quantization.mixed import sensitivity
 from trimtab.components.quantization.work import quantize
-from trimtab.recipe import MIXED_FORMATS, Quantization
+from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint import model_files
 
 GROUP = 64
+_MIX = {"format": "mixed_gpu"}
 #: Row -> the recipe's quantization, and ModelOpt's preset to set beside it, if there is one.
 FORMATS = {
     "fp8": ({}, "FP8_DEFAULT_CFG"),
@@ -43,72 +47,101 @@ FORMATS = {
     "int4_rtn": ({}, "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"),
     "int4_awq": ({}, "INT4_AWQ_CFG"),
     "int4_gptq": ({}, "INT4_AWQ_CFG"),
+    "int4_gptq, sequential": ({"format": "int4_gptq", "sequential": True}, "INT4_AWQ_CFG"),
+    "int4_gptq, asymmetry 0": ({"format": "int4_gptq", "sequential": True, "asymmetry": 0.0}, "INT4_AWQ_CFG"),
+    "int4_gptq, asymmetry 1": ({"format": "int4_gptq", "sequential": True, "asymmetry": 1.0}, "INT4_AWQ_CFG"),
     "mixed, 5.0 bits": ({"format": "mixed", "effective_bits": 5.0}, "INT4_AWQ_CFG"),
+    "mixed_gpu, 5.0 bits": ({**_MIX, "effective_bits": 5.0}, None),
+    "mixed_gpu, 5.5 bits": ({**_MIX, "effective_bits": 5.5}, None),
+    "mixed_gpu, 6.0 bits": ({**_MIX, "effective_bits": 6.0}, None),
+    # the time of 206 tokens a step, where 16 bits are read and multiplied in as much
+    "mixed_gpu, 0.7 of the time": ({**_MIX, "effective_bits": 6.0, "max_time": 0.7, "step_tokens": 206}, None),
     "w4a8_awq": ({}, "W4A8_AWQ_BETA_CFG"),
     "nvfp4": ({}, "NVFP4_DEFAULT_CFG"),
+    "nvfp4, to nearest": ({"format": "nvfp4", "method": "nearest"}, "NVFP4_DEFAULT_CFG"),
+    "nvfp4_wo": ({}, "W4A16_NVFP4_CFG"),
+    "nvfp4_wo, to nearest": ({"format": "nvfp4_wo", "method": "nearest"}, "W4A16_NVFP4_CFG"),
     "mxfp4": ({}, None),  # ModelOpt's own export lacks the scales of its FP8 inputs
+    "mxfp4_wo": ({}, None),  # which has no name for it
+    "mxfp4_wo, to nearest": ({"format": "mxfp4_wo", "method": "nearest"}, None),
 }
 #: ModelOpt's FP4 needs a GPU.
-CUDA_ONLY = ("NVFP4_DEFAULT_CFG",)
+CUDA_ONLY = ("NVFP4_DEFAULT_CFG", "W4A16_NVFP4_CFG")
 #: They read no calibration data, so one seed tells all.
-SEEDLESS = ("fp8_per_channel", "int8_wo", "int4_rtn")
+SEEDLESS = ("fp8_per_channel", "int8_wo", "int4_rtn", "nvfp4_wo, to nearest", "mxfp4_wo, to nearest")
 QUICK = ("int8_sq", "int4_rtn")
 
 
 class _Benchmark:
+    """Args: options; the folder that all processes of one run share."""
+
     def __init__(self, options: argparse.Namespace, folder: Path):
         self.options, self.folder = options, folder
         self.measuring = Measuring(options, folder)
 
     def run(self) -> dict[str, Any]:
-        dense = self.measuring.measure(self.options.model)
-        print(f"{'format':<22}{'by':<10}{'seed':>5}{'perplexity':>12}{'BLiMP':>9}{'seconds':>9}")
-        self._print("dense", "", "", dense, 0.0)
-        rows: dict[str, dict[str, list[dict]]] = {name: {"ours": [], "plain": []} for name in self.options.rows}
-        for seed in self.measuring.seeds:
-            trees = self._calibrate(seed)
-            plain: dict[str, dict] = {}
-            for name in self.options.rows:
-                preset = FORMATS[name][1]
-                if name in SEEDLESS and rows[name]["ours"]:
-                    continue
-                rows[name]["ours"].append(self._row(name, "ours", seed, partial(self._ours, name, trees)))
-                if preset and preset not in plain and (torch.cuda.is_available() or preset not in CUDA_ONLY):
-                    plain[preset] = self._row(name, "plain", seed, partial(self._plain, preset, trees[0]))
-                if preset in plain:
-                    rows[name]["plain"].append(plain[preset])
+        print(f"{'format':<28}{'by':<10}{'seed':>5}{'perplexity':>12}{'BLiMP':>9}{'seconds':>9}", flush=True)
+        seeds, gpu = self.measuring.seeds, torch.cuda.is_available()
+        tasks: list[tuple[str, str, int]] = []
+        for seed in seeds:
+            presets = dict.fromkeys(FORMATS[name][1] for name in self.options.rows)
+            plain = [preset for preset in presets if preset and (gpu or preset not in CUDA_ONLY)]
+            ours = [name for name in self.options.rows if name not in SEEDLESS or seed == seeds[0]]
+            tasks += [("plain", preset, seed) for preset in plain] + [("ours", name, seed) for name in ours]
+        tasks.sort(key=lambda task: task[1] != "INT4_AWQ_CFG")  # which takes longest, on the CPU
+        if self.options.jobs > 1:
+            with ProcessPoolExecutor(self.options.jobs, multiprocessing.get_context("spawn")) as pool:
+                done = partial(pool.map, partial(_in_process, self.options, self.folder))
+                [*done(["calibrate"] * len(seeds), [""] * len(seeds), seeds)]
+                dense, *found = done(*zip(("dense", "", ""), *tasks, strict=True))
+        else:
+            for seed in seeds:
+                self.calibrate(seed)
+            dense, *found = (self.row(*task) for task in (("dense", "", ""), *tasks))
+        by_task = dict(zip(tasks, found, strict=True))
+        rows = {}
+        for name in self.options.rows:
+            plain = [by_task.get(("plain", FORMATS[name][1], seed)) for seed in seeds]
+            ours = [by_task.get(("ours", name, seed)) for seed in seeds]
+            rows[name] = {"ours": [*filter(None, ours)], "plain": [*filter(None, plain)]}
         return {"dense": short(dense), "formats": {n: self._summary(n, row) for n, row in rows.items()}}
 
-    def _calibrate(self, seed: int) -> tuple[Path, Path, Path]:
-        """The measurements of one seed: statistics, and Gram matrices and sensitivity where a format needs them."""
-        wanted = [_settings(name) for name in self.options.rows]
-        folders = tuple(self.folder / f"{what}-{seed}" for what in ("calibration", "gram", "sensitivity"))
+    def trees(self, seed: int) -> list[Path]:
+        """The measurements of one seed: statistics and sensitivity."""
+        return [self.folder / f"{what}-{seed}" for what in ("calibration", "sensitivity")]
+
+    def calibrate(self, seed: int) -> None:
+        """Measures what the formats need."""
+        wanted, folders = [_settings(name) for name in self.options.rows], self.trees(seed)
         for folder in folders:
             folder.mkdir()
-        model, (first, second, third) = str(self.options.model), map(str, folders)
+        model, (first, second) = str(self.options.model), map(str, folders)
         calibrate(model, first, "", self.measuring.calibration(seed))
-        if any(settings.needs_grams for settings in wanted):
-            grams.measure(model, first, second, "", {})
-        if any(settings.needs_sensitivity for settings in wanted):
-            sensitivity.measure(model, first, third, "", {"formats": list(MIXED_FORMATS), "group_size": GROUP})
-        return folders
+        forms = dict.fromkeys(f for s in wanted if s.needs_sensitivity for f in s.layer_formats)
+        if forms:
+            sensitivity.measure(model, first, second, "", {"formats": list(forms), "group_size": GROUP})
 
-    def _row(self, name: str, by: str, seed: int, make: Callable[[], Path]) -> dict[str, Any]:
+    def row(self, by: str, name: str, seed: int | str) -> dict[str, Any]:
+        """Makes and scores one export: `ours` by a row's name, `plain` by ModelOpt's preset, or the `dense` model."""
         started = time.perf_counter()
-        folder = make()
+        if by == "dense":
+            folder = self.options.model
+        else:
+            trees = self.trees(seed)
+            folder = self._ours(name, trees) if by == "ours" else self._plain(name, trees[0])
         seconds = time.perf_counter() - started
         found = {**self.measuring.measure(folder), "seconds": seconds}
-        self._print(name, by, seed, found, seconds)
+        label = next((row for row in self.options.rows if FORMATS[row][1] == name), name) if by == "plain" else name
+        print(f"{label:<28}{by:<10}{seed:>5}{columns(found, seconds)}", flush=True)
         return found
 
-    def _ours(self, name: str, trees: tuple[Path, Path, Path]) -> Path:
+    def _ours(self, name: str, trees: list[Path]) -> Path:
         settings = _settings(name)
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        calibration, gram, harm = map(str, trees)
+        calibration, harm = map(str, trees)
         quantize(
             str(self.options.model),
             calibration if settings.needs_statistics else None,
-            gram if settings.needs_grams else None,
             harm if settings.needs_sensitivity else None,
             str(folder),
             str(folder / "scratch"),
@@ -149,12 +182,21 @@ class _Benchmark:
         if self.measuring.sentences and row["plain"]:
             found["plain_blimp"] = blimp(row["plain"])
             found["blimp_difference"] = paired(row["ours"], row["plain"])
+        found["seconds"] = [round(r["seconds"], 1) for r in row["ours"]]
         told = " ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items())
         print(f"{name}: {told}")
         return found
 
-    def _print(self, name: str, by: str, seed: int | str, found: dict[str, Any], seconds: float) -> None:
-        print(f"{name:<22}{by:<10}{seed:>5}{columns(found, seconds)}", flush=True)
+
+def _in_process(options: argparse.Namespace, folder: Path, by: str, name: str, seed: int | str) -> dict | None:
+    """One piece of work in a process of its own, which shares the cores with the others."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.jobs))
+    benchmark = _Benchmark(options, folder)
+    return benchmark.calibrate(seed) if by == "calibrate" else benchmark.row(by, name, seed)
+
+
+def _more(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", type=int, default=1, help="exports that are made and scored beside each other")
 
 
 def _settings(name: str) -> Quantization:
@@ -162,4 +204,4 @@ def _settings(name: str) -> Quantization:
 
 
 if __name__ == "__main__":
-    sys.exit(measuring.main(__doc__, "formats", FORMATS, QUICK, _Benchmark))
+    sys.exit(measuring.main(__doc__, "formats", FORMATS, QUICK, _Benchmark, _more))

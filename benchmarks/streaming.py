@@ -97,7 +97,7 @@ class Run:
         output.mkdir(parents=True, exist_ok=True)
         os.environ[progress.ENVIRONMENT] = str(events)
         statistics = self.statistics and str(self.statistics)
-        trees = {"checkpoint": str(self.model), "calibration": statistics, "gram": None, "sensitivity": None}
+        trees = {"checkpoint": str(self.model), "calibration": statistics, "sensitivity": None}
         return {**trees, "output": str(output), "scratch": str(self.folder / "scratch"), "parameters": self.settings}
 
     def finish(self) -> child.Done:

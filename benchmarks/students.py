@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trimtab.components.calibration import grams
 from trimtab.components.pruning.work import prune
 from trimtab.components.quantization.mixed import sensitivity
 from trimtab.components.quantization.work import quantize
@@ -78,6 +77,19 @@ def quantization_aware(benchmark: Any) -> Figures:
     yield _int4(benchmark, "all blocks, distilled with int4_rtn", aware, settings)
 
 
+def activations_aware(benchmark: Any) -> Figures:
+    """NVFP4 weights and activations: calibrated, and of the whole model trained with the rounding of either or both."""
+    calibrated = _quantized(benchmark, benchmark.model, Quantization(format="nvfp4"), benchmark.calibrated)[0]
+    yield "all blocks, nvfp4", benchmark.measure("all blocks, nvfp4", calibrated)
+    settings = Quantization(format="nvfp4", method="nearest")
+    rounded = {"rounded": settings.model_dump(mode="json", include={"format", "group_size", "exclude"})}
+    for what, weights in (("weights", rounded), ("weights and inputs", {**rounded, "rounded_inputs": True})):
+        name = f"all blocks, distilled with nvfp4's {what}"
+        aware = benchmark.distil(name, benchmark.model, _comparable(benchmark), weights)
+        export = _quantized(benchmark, aware, settings, benchmark.calibrate(aware))[0]
+        yield name, benchmark.measure(name, export)
+
+
 def _int4(benchmark: Any, name: str, checkpoint: str, settings: Quantization) -> tuple[str, dict[str, Any]]:
     return name, benchmark.measure(name, _quantized(benchmark, checkpoint, settings)[0])
 
@@ -101,14 +113,13 @@ def equal_bytes(benchmark: Any) -> Figures:
 def _mixed_of(benchmark: Any, size: float) -> tuple[str, float, float]:
     """The unpruned model in mixed precision of about so many bytes: its folder, bytes and bits."""
     model, calibration, group = benchmark.model, benchmark.calibrated, benchmark.options.group_size
-    gram, harms = str(benchmark.new("gram")), str(benchmark.new("sensitivity"))
-    grams.measure(model, calibration, gram, "", {})
+    harms = str(benchmark.new("sensitivity"))
     sensitivity.measure(model, calibration, harms, "", {"formats": list(MIXED_FORMATS), "group_size": group})
     bytes_of_a_bit = sum(layer.parameters for layer in inspect(model).linears) / 8
     bits, tried = 6.0, {}
     for _ in range(TRIES):  # bytes grow with bits, by whole groups of layers
         settings = Quantization(format="mixed", group_size=group, effective_bits=bits)
-        folder, found = _quantized(benchmark, model, settings, calibration, gram, harms)
+        folder, found = _quantized(benchmark, model, settings, calibration, harms)
         tried[abs(found / size - 1)] = folder, found, bits
         bits = min(8.0, max(4.0, bits + (size - found) / bytes_of_a_bit))
         if min(tried) < NEAR:
@@ -119,6 +130,6 @@ def _mixed_of(benchmark: Any, size: float) -> tuple[str, float, float]:
 def _quantized(benchmark: Any, checkpoint: str, settings: Quantization, *measured: str) -> tuple[str, float]:
     """An export and its bytes."""
     output = str(benchmark.new(settings.format))
-    trees = measured or (None, None, None)
+    trees = (*measured, None, None)[:2]
     metrics = quantize(checkpoint, *trees, output, f"{output}-scratch", settings.model_dump(mode="json"))
     return output, metrics["bytes"]

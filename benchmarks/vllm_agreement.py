@@ -1,12 +1,16 @@
 """Whether vLLM and the torch engine judge an export alike, and which is right where they differ.
 
-Run: python benchmarks/vllm_agreement.py --model FOLDER [--text FILE] [--blimp FOLDER] [--formats NAME ...]
-         [--engines NAME ...] [--out FILE] [--quick]
+Run: python benchmarks/vllm_agreement.py --model FOLDER [--clothes NAME] [--text FILE] [--blimp FOLDER]
+         [--formats NAME ...] [--engines NAME ...] [--out FILE] [--quick]
 
 Both engines and a reference answer the same windows, pairs of BLiMP and next tokens. The reference computes in float32
 with the export's own numbers: weights dequantised, inputs rounded where the format rounds them. The verdict is the
 pipeline's, against BF16 in the same engine. A decision on which the engines differ (the likelier sentence of a pair;
 whether a token is the likeliest) is the right one's that decides as the reference does.
+
+With --clothes the model, a Llama, is first written as one of another family (`benchmarks.clothes`): as a Mixtral or a
+Qwen2-MoE it has experts with real weights. vLLM gives the inputs of all experts of a block the largest of their FP8
+scales, where the torch engine and the reference give each its own.
 
 Every engine runs in a process of its own. Rows are printed, and added to --out as JSON lines, as soon as they are
 found; one that fails says why and leaves the others alone.
@@ -23,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import apart
+import clothes
 import measuring
 import torch
 from machine import DEVICE, versions
@@ -31,7 +36,7 @@ from measuring import Measuring
 from trimtab import judge
 from trimtab.judge import Scores
 from trimtab.recipe import Acceptance, Engine, Quantization
-from trimtab.runtime.checkpoint import compressed_tensors, layer_layout
+from trimtab.runtime.checkpoint import compressed_tensors, layer_layout, skeleton
 from trimtab.runtime.checkpoint.model_files import Export, load_tokenizer
 from trimtab.runtime.engines import backends
 from trimtab.runtime.engines.torch_engine import TorchEngine
@@ -50,6 +55,7 @@ _BATCH_TOKENS = 8192
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     measuring.add_arguments(parser)
+    parser.add_argument("--clothes", choices=clothes.CLOTHES, help="the family that the model is written as")
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS[:3]))
     parser.add_argument("--engines", nargs="*", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--out", type=Path, help="a file of JSON lines, which is added to")
@@ -59,6 +65,8 @@ def main() -> int:
         options.samples, options.windows, options.pairs = 2, 2, 5
     apart.tell({"versions": versions() | backends.versions()}, options.out)
     with tempfile.TemporaryDirectory() as scratch:
+        if options.clothes:
+            options.model = clothes.write(options.model, Path(scratch) / "source", options.clothes)
         set_side_by_side(options, Path(scratch))
     return 0
 
@@ -89,27 +97,22 @@ def set_side_by_side(options: argparse.Namespace, scratch: Path) -> None:
 
 def export(form: str, scratch: str, options: dict[str, Any]) -> dict[str, Any]:
     """Writes the export of a format, calibrated on the first seed, and what vLLM reads if it does not read that."""
-    from trimtab.components.calibration import grams
     from trimtab.components.calibration.work import calibrate
     from trimtab.components.quantization.work import quantize
 
     settings = Quantization(format=form, group_size=GROUP)
     measure = _measure(options, Path(scratch))
     model = options["model"]
-    calibration, gram, folder, checkpoint = (
-        Path(scratch) / part for part in ("calibration", "gram", f"export-{form}", f"checkpoint-{form}")
+    calibration, folder, checkpoint = (
+        Path(scratch) / part for part in ("calibration", f"export-{form}", f"checkpoint-{form}")
     )
     if settings.needs_statistics and not calibration.is_dir():
         calibration.mkdir()
         calibrate(model, str(calibration), "", measure.calibration(options["first_seed"]))
-    if settings.needs_grams and not gram.is_dir():
-        gram.mkdir()
-        grams.measure(model, str(calibration), str(gram), "", {})
     folder.mkdir()
     quantize(
         model,
         str(calibration) if settings.needs_statistics else None,
-        str(gram) if settings.needs_grams else None,
         None,
         str(folder),
         str(Path(scratch) / f"scratch-{form}"),
@@ -168,23 +171,20 @@ class Reference:
     device_bytes = 0
 
     def __init__(self, folder: Path):
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         export = Export(folder)
-        config = AutoConfig.from_pretrained(folder)
-        config.__dict__.pop("quantization_config", None)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = skeleton.skeleton(folder, torch.float32)
         own = {f"{layer}.{part}" for layer in export.layers for part in ("weight", *layer_layout.SCALES)}
-        tensors = {name: export.tensor(name).float() for name in export.names if name not in own}
+        for name in export.names:
+            if name not in own:
+                skeleton.put(model, name, export.tensor(name).float())
         for name in export.layers:
             layer = export.layer(name)
-            tensors[f"{name}.weight"] = layer_layout.dequantize(layer)
+            skeleton.put(model, f"{name}.weight", layer_layout.dequantize(layer))
             if layer.layout.storage.inputs:
                 scale = layer.input_scale.float().to(DEVICE)  # FP8 with one scale: the only one among the formats here
                 model.get_submodule(name).register_forward_pre_hook(
                     lambda _, given, scale=scale: (layer_layout.round_fp8(given[0], scale),)
                 )
-        model.load_state_dict(tensors, strict=False)
         model.tie_weights()
         self._model, self.tokenizer = model.eval().to(DEVICE), load_tokenizer(folder)
 

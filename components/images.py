@@ -4,5 +4,7 @@ import os
 
 from trimtab import __version__
 
-#: Everything that runs without a GPU. TRIMTAB_IMAGE names another one, for example of a private registry.
-CPU = os.environ.get("TRIMTAB_IMAGE", f"localhost/trimtab-cpu-python:{__version__}")
+#: The variable that names an image of a registry, for clusters.
+VARIABLE = "TRIMTAB_IMAGE"
+#: Everything that runs without a GPU; as it is built on this machine, where the variable names no other.
+CPU = os.environ.get(VARIABLE, f"localhost/trimtab-cpu-python:{__version__}")

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 
@@ -20,9 +20,10 @@ from trimtab.base import signing
 from trimtab.base.errors import InputError
 from trimtab.model import hardware
 from trimtab.pipelines.inputs import ATTEMPTS, GOAL, TARGET, Asked, text_of
-from trimtab.planning import dealing, task_sizes
+from trimtab.planning import dealing, drawing, task_sizes
+from trimtab.planning.dealing import Deal
 from trimtab.planning.matrix import Outline
-from trimtab.recipe import Recipe
+from trimtab.recipe import Prices, Recipe
 from trimtab.recipe.evaluation import Evaluation
 
 if TYPE_CHECKING:
@@ -66,8 +67,10 @@ def plan(
     from trimtab.components.fetch.facts import facts
     from trimtab.loop import decisions
 
-    asked = checked(model, goal, target, recipe, evaluation, max_attempts, name)
-    return decisions.outline(goal, facts(asked.model), hardware.target(target), asked.wanted)
+    asked, dealt = _checked(model, goal, target, recipe, evaluation, max_attempts, name)
+    outline = decisions.outline(goal, facts(asked.model), hardware.target(target), asked.wanted)
+    power = drawing.assumed(dealt, asked.evaluation, asked.wanted.accept, max_attempts)
+    return {**outline, "power": {"told": power.sentence, **power.model_dump(mode="json")}}
 
 
 def run(
@@ -83,6 +86,8 @@ def run(
     require_signature: bool = False,
     runs: str | Path = RUNS,
     console: Console | None = None,
+    events: TextIO | None = None,
+    prices: Prices | Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Optimizes a model on this machine and returns how that ended; a stage that failed is part of the outcome.
 
@@ -100,15 +105,19 @@ def run(
         require_signature: release nothing that cannot be signed.
         runs: the folder for logs and reports, in which each run makes its own.
         console: where progress is printed; the standard output if None.
+        events: where each event of progress is written too, as a line of JSON.
+        prices: what an hour costs here, for the ledger and for limits of money.
 
     Raises:
         InputError: anything that can be refused before work on the model begins.
         StoreError: the store cannot be reached or written.
     """
     from trimtab.components.fetch.source import check
+    from trimtab.loop import decisions
     from trimtab.pipelines import local, local_backend
     from trimtab.serving import traffic
-    from trimtab.store import open_store
+    from trimtab.store import cache, open_store
+    from trimtab.store.address import folder_of
 
     console = console or Console()
     with _signing(require_signature):
@@ -119,10 +128,15 @@ def run(
             traffic.of(asked.wanted.workload)
         ladder = (lambda text: _outline(asked, text)) if known else None
         chosen, said = local_backend.choose(asked.recipe, hardware.target(target), ladder)
+        prices = Prices.parse(prices) if isinstance(prices, Mapping) else prices
+        decisions.check_limits(asked.wanted, prices)
         opened = open_store(str(store))
         opened.check()
+        if not opened.uri.startswith("s3://") and (near := cache.beside(folder_of(opened.uri))):
+            os.environ[cache.FOLDER] = str(near)  # the stages, which are processes of their own, inherit it
         console.print(f"engine   {said}", soft_wrap=True, highlight=False)
-        return local.run(asked.parameters(recipe=chosen, store=opened.uri), Path(runs).absolute(), console)
+        parameters = asked.parameters(recipe=chosen, store=opened.uri)
+        return local.run(parameters, Path(runs).absolute(), console, events=events, prices=prices)
 
 
 def verify(
@@ -151,7 +165,7 @@ def verify(
 
     trusted = [signing.public_key(key) for key in keys]
     validation = [signing.public_key(key) for key in validation_keys]
-    opened = _store_of(release, store)
+    opened = store_of(release, store)
     uri = shelf.located(opened, release)
     return verification.verify(opened, uri, trusted, max_age, validation_keys=validation)
 
@@ -167,7 +181,7 @@ def releases(name: str = "", store: str | Path = "") -> list[Listed]:
     from trimtab.store.address import split_release
 
     _, found, version = split_release(name) or ("", *name.partition("/")[::2])
-    rows = shelf.releases(_store_of(name, store), found)
+    rows = shelf.releases(store_of(name, store), found)
     return [row for row in rows if version in ("", row.version)]
 
 
@@ -184,7 +198,7 @@ def withdraw(
     """
     from trimtab.release import shelf
 
-    opened = _store_of(release, store)
+    opened = store_of(release, store)
     if keep is not None:
         return shelf.keep_newest(opened, release, keep, reason)
     if "/" not in release:
@@ -211,10 +225,10 @@ def pull(
     from trimtab.release import shelf
 
     found = verify(release, store, keys)
-    return found, shelf.pull(_store_of(release, store), found, Path(folder))
+    return found, shelf.pull(store_of(release, store), found, Path(folder))
 
 
-def _store_of(release: str, store: str | Path) -> Store:
+def store_of(release: str, store: str | Path) -> Store:
     """Opens the store of a release: a store beside a URI is a copy of the URI's."""
     from trimtab.store import open_store
     from trimtab.store.address import split_release
@@ -233,7 +247,7 @@ def serve_config(
     model_uri: str = "",
     image: str = "",
 ) -> list[Path]:
-    """Writes what trtllm-serve, Triton and KServe need to serve an artifact, and returns the files.
+    """Writes what serves an artifact, with TensorRT-LLM, vLLM or trimtab's own server, and returns the files.
 
     Args:
         artifact: STORE/releases/NAME/VERSION, or the folder of an export.
@@ -245,7 +259,7 @@ def serve_config(
         image: the container image for KServe; NVIDIA's of the version that serves if "".
 
     Raises:
-        InputError: the artifact is none that TensorRT-LLM serves, or the folder is not new.
+        InputError: the back end does not serve the artifact, or the folder is not new.
     """
     from trimtab.serving import artifact as artifacts
     from trimtab.serving.write import write
@@ -270,13 +284,25 @@ def checked(
         InputError: a value that is not valid, a text that is missing or empty, or a task that does not exist or has too
             few items.
     """
+    return _checked(model, goal, target, recipe, evaluation, max_attempts, name)[0]
+
+
+def _checked(
+    model: str | Path,
+    goal: str,
+    target: str,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None,
+    evaluation: Evaluation | Mapping[str, Any] | str | Path | None,
+    max_attempts: int,
+    name: str,
+) -> tuple[Asked, Deal]:
+    """As `checked`; returns which items are asked besides."""
     measured = Evaluation.parse(text_of(evaluation, "evaluation") or "{}")
     if measured.task_path:  # stages run elsewhere
         measured = measured.model_copy(update={"task_path": str(Path(measured.task_path).absolute())})
     asked = Asked(str(model), goal, target, text_of(recipe, "recipe"), max_attempts, name, measured)
     _check_texts(asked)
-    dealing.deal(task_sizes.of(measured), measured, asked.wanted.accept, max_attempts)
-    return asked
+    return asked, dealing.deal(task_sizes.of(measured), measured, asked.wanted.accept, max_attempts)
 
 
 def _check_texts(asked: Asked) -> None:

@@ -19,6 +19,7 @@ def plan(
     evaluation: str,
     images: str = "",
     rollout: str = "",
+    prices: str = "",
 ) -> str:
     """Turns goal, model and hardware into the ladder of recipes to try.
 
@@ -33,6 +34,7 @@ def plan(
         evaluation: What to measure, YAML or JSON; or empty.
         images: The container images of the stages.
         rollout: How to serve the release, YAML or JSON; or empty. Only checked here, on the cluster too.
+        prices: What an hour costs here, JSON; or empty.
 
     Returns:
         The URI of the document with which the baseline is measured.
@@ -40,6 +42,7 @@ def plan(
     from trimtab.components.deployment.rollout.delivery import foresee
     from trimtab.loop import decisions
     from trimtab.loop.documents import save
+    from trimtab.recipe import Prices
     from trimtab.recipe.evaluation import Evaluation
     from trimtab.store import Tree
 
@@ -54,6 +57,7 @@ def plan(
         max_attempts=max_attempts,
         evaluation=Evaluation.parse(evaluation or "{}"),
         images=images,
+        prices=Prices.parse(prices) if prices else None,
     )
     return save(begun)
 
@@ -91,7 +95,7 @@ def prepare(state: str, machines: dict, checkpoint: dsl.Output[dsl.Model]) -> Na
     from trimtab.loop import decisions
     from trimtab.loop.documents import load, save
 
-    ready = decisions.prepare(load(state))
+    ready = stages.refuse_here(decisions.prepare(load(state)))
     stages.describe_tree(checkpoint, ready.model)
     found = {"state": save(ready)}
     for task, machine in stages.machines(ready, machines).items():
@@ -173,10 +177,12 @@ def summarize(
     from trimtab import report as pages
     from trimtab.loop import status
     from trimtab.loop.documents import load
+    from trimtab.store import open_store
 
     now = load(state)
     status.write_attempts(now, run)
-    Path(report.path).write_text(pages.summary_html(now), encoding="utf-8")
+    texts = pages.side_by_side(open_store(now.store), now)
+    Path(report.path).write_text(pages.summary_html(now, texts), encoding="utf-8")
     Path(summary.path).write_text(pages.summary_markdown(now), encoding="utf-8")
     Path(outcome.path).write_text(now.to_json(), encoding="utf-8")
     return state

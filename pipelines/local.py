@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from kfp import local
 from rich.console import Console
@@ -25,6 +26,8 @@ from trimtab.base import child, errors, progress
 from trimtab.base.errors import Failure, InputError, StageError, TrimtabError
 from trimtab.loop.state import State
 from trimtab.pipelines.optimize import optimize_pipeline
+from trimtab.recipe import Prices
+from trimtab.stages.profile import Profile
 
 #: A counted event is printed at most once in this many seconds.
 QUIET_SECONDS = 15
@@ -41,7 +44,14 @@ class Outcome:
     log: Path
 
 
-def run(arguments: dict[str, Any], folder: Path, console: Console, runner: Any = None) -> Outcome:
+def run(
+    arguments: dict[str, Any],
+    folder: Path,
+    console: Console,
+    runner: Any = None,
+    events: TextIO | None = None,
+    prices: Prices | None = None,
+) -> Outcome:
     """Runs `optimize` and returns how it ended; an error of a stage is part of the outcome.
 
     Args:
@@ -49,6 +59,8 @@ def run(arguments: dict[str, Any], folder: Path, console: Console, runner: Any =
         folder: where KFP's artifacts, the log and the events of this run go, a folder for each run.
         console: where progress is printed.
         runner: a kfp.local runner; the default runs each task as a process of this Python.
+        events: where every event is written too, as a line of JSON; not the standard output, which goes to the log.
+        prices: what an hour costs here, for the ledger.
 
     Raises:
         InputError: a parameter or path that kfp.local would silently change.
@@ -59,12 +71,17 @@ def run(arguments: dict[str, Any], folder: Path, console: Console, runner: Any =
                 f"{name}: '{value}' contains 'python3', which kfp.local replaces; use another path"
             )
     root = _new_folder(folder)
-    log, events = root / "run.log", root / "events.jsonl"
-    os.environ[progress.ENVIRONMENT] = str(events)
+    log, told = root / "run.log", root / "events.jsonl"
+    os.environ[progress.ENVIRONMENT] = str(told)
     os.environ[child.RUN_PID] = str(os.getpid())
     error: TrimtabError | None = None
-    pipeline = optimize_pipeline(unrolled=arguments["max_attempts"])
-    with _followed(events, console), _output_into(log), warnings.catch_warnings():
+    pipeline = optimize_pipeline(unrolled=arguments["max_attempts"], profile=Profile(prices=prices))
+    with (
+        _followed(told, console, events),
+        _output_into(log),
+        _fork_server(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # KFP warns of image names and of resources that only a cluster has
         local.init(
             runner=runner or local.SubprocessRunner(use_venv=False),
@@ -80,6 +97,17 @@ def run(arguments: dict[str, Any], folder: Path, console: Console, runner: Any =
     if error is None and release is None:  # a container engine can lose an exit code: a failure that looks like none
         error = _error_in(log)
     return Outcome(*_summary(root), release if error is None else None, error, log)
+
+
+@contextlib.contextmanager
+def _fork_server() -> Iterator[None]:
+    """Names a place where the stages' children share their imports; what serves there ends when it is gone."""
+    with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
+        os.environ[child.FORK_SERVER] = str(Path(folder) / "socket")
+        try:
+            yield
+        finally:
+            del os.environ[child.FORK_SERVER]
 
 
 def _new_folder(folder: Path) -> Path:
@@ -145,12 +173,12 @@ def _output_into(log: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _followed(events: Path, console: Console) -> Iterator[None]:
+def _followed(told: Path, console: Console, events: TextIO | None = None) -> Iterator[None]:
     """Prints the events of all processes while the body runs, where the console prints before it."""
     stop = threading.Event()
-    events.touch()
+    told.touch()
     with _fixed(console):
-        thread = threading.Thread(target=_follow, args=(events, console, stop), daemon=True)
+        thread = threading.Thread(target=_follow, args=(told, console, stop, events), daemon=True)
         thread.start()
         try:
             yield
@@ -177,13 +205,16 @@ def _fixed(console: Console) -> Iterator[None]:
             console.file = before
 
 
-def _follow(events: Path, console: Console, stop: threading.Event) -> None:
-    started, shown = time.time(), 0.0
-    with events.open(encoding="utf-8") as file:
+def _follow(told: Path, console: Console, stop: threading.Event, events: TextIO | None = None) -> None:
+    started, shown, pace = time.time(), 0.0, progress.Pace()
+    with told.open(encoding="utf-8") as file:
         while True:
             ending = stop.is_set()
             for line in file:
                 event = json.loads(line)
+                event["remaining"] = pace.remaining(event)
+                if events:
+                    print(json.dumps({"event": "progress", **event}, ensure_ascii=False), file=events)
                 counting = 0 < event["done"] < event["total"] or (event["total"] and not event["done"])
                 if counting and event["time"] - shown < QUIET_SECONDS:
                     continue

@@ -46,6 +46,8 @@ class Loop:
         self._attempt = attempt_pipeline(self._profile, image)
         #: The container images of the stages, which are materials of the run.
         self.images = image_names(self._profile, image)
+        #: What an hour costs, JSON; "" where the profile does not say.
+        self.prices = self._profile.prices.to_json() if self._profile.prices else ""
 
     def fetched(self, task: dsl.PipelineTask, name: str) -> dict[str, object]:
         """Places a task that fetches the model, and returns its outputs."""

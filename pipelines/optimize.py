@@ -63,6 +63,7 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = No
                 evaluation=evaluation,
                 images=loop.images,
                 rollout=rollout,
+                prices=loop.prices,
             ),
             "plan",
         )

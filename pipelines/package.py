@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from trimtab.base import labels
 from trimtab.base.errors import InputError
 from trimtab.components import images
 from trimtab.stages.profile import Profile
@@ -29,6 +31,22 @@ ROLLOUT, ROLLED_BACK = "rollout", "rolled back"
 def server_name(pipeline: str) -> str:
     """Returns what a pipeline is called on a server."""
     return f"trimtab-{pipeline}"
+
+
+def image_for(given: str, profile: Profile | None) -> str:
+    """Returns the image of all that needs no GPU, for a cluster: the given one, the profile's, or TRIMTAB_IMAGE's.
+
+    Raises:
+        InputError: none is named. What is built on this machine has a name that no cluster can pull.
+    """
+    named = given or (profile and profile.images.cpu) or os.environ.get(images.VARIABLE, "")
+    if not named:
+        what = images.CPU.rpartition("/")[2]
+        raise InputError(
+            f"image: is missing, and no cluster can pull what is built here; push it and write --image "
+            f"REGISTRY/{what}, images: {{cpu: REGISTRY/{what}}} in the profile, or {images.VARIABLE}"
+        )
+    return named
 
 
 def write(
@@ -97,4 +115,5 @@ def write_objects(
 
 
 def _object(kind: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:
-    return {"apiVersion": "pipelines.kubeflow.org/v2beta1", "kind": kind, "metadata": {"name": name}, "spec": spec}
+    about = {"name": name, "labels": labels.recommended("pipeline", name=spec.get("pipelineName", name))}
+    return {"apiVersion": "pipelines.kubeflow.org/v2beta1", "kind": kind, "metadata": about, "spec": spec}

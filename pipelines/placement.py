@@ -42,6 +42,8 @@ def place(
     if limits.memory:
         memory = said.get(f"{name}_memory", limits.memory)
         task.set_memory_request(memory).set_memory_limit(memory)
+    elif said:  # a forecast is asked for, and kills nothing
+        task.set_memory_request(said[f"{name}_memory"])
     if limits.retries:
         longest = f"{_seconds_of_all_tries(limits)}s"
         task.set_retry(limits.retries, f"{PAUSE}s", backoff_factor=2, backoff_max_duration=longest)

@@ -27,6 +27,7 @@ def review(
     evaluation: str,
     images: str,
     rollout: str,
+    prices: str,
     changes: dsl.Output[dsl.Markdown],
 ) -> NamedTuple("Review", Output=str, state=str):
     """Compares what a run would be made of now with what the last release is made of, and plans the run.
@@ -42,6 +43,7 @@ def review(
         evaluation: What to measure, YAML or JSON; or empty.
         images: The container images of the stages.
         rollout: How to serve the release, YAML or JSON; or empty. Only checked here, on the cluster too.
+        prices: What an hour costs here, JSON; or empty.
         changes: What changed.
 
     Returns:
@@ -55,6 +57,7 @@ def review(
     from trimtab.components.deployment.rollout.delivery import foresee
     from trimtab.components.fetch.source import fetch
     from trimtab.loop.documents import save
+    from trimtab.recipe import Prices
     from trimtab.recipe.evaluation import Evaluation
     from trimtab.release import rebuild
     from trimtab.store import open_store
@@ -73,6 +76,7 @@ def review(
         max_attempts=max_attempts,
         evaluation=Evaluation.parse(evaluation or "{}"),
         images=images,
+        prices=Prices.parse(prices) if prices else None,
     )
     Path(changes.path).write_text(found.markdown, encoding="utf-8")
     return namedtuple("Review", ["Output", "state"])(found.outcome, save(state))
@@ -125,6 +129,7 @@ def rebuild_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = Non
             evaluation=evaluation,
             images=loop.images,
             rollout=rollout,
+            prices=loop.prices,
         )
         found = loop.fetched(reviewed, REVIEW)
         with dsl.If(found["Output"] == "rebuild", name="something-changed"):

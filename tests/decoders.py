@@ -24,6 +24,8 @@ _LATENT = {"num_key_value_heads": HEADS, "q_lora_rank": 32, "kv_lora_rank": 32, 
 _DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 16,
           "layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention"]}  # fmt: skip
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8}
+_MULTIPLIED = {"attention_multiplier": 0.25, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+               "logits_scaling": 4.0}  # fmt: skip
 #: Families that hold experts' weights as [experts, in, out].
 _FROM_THE_LEFT = ("gpt_oss", "llama4_text")
 #: What a family's config is given beside the sizes: windows that a short text fills, multipliers and caps that matter.
@@ -98,10 +100,24 @@ _OWN: dict[str, dict[str, Any]] = {
                    "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 16, "chunk_size": 8,
                    "n_routed_experts": EXPERTS, "moe_shared_expert_intermediate_size": 96},
     "bamba": {**_MAMBA, "attn_layer_indices": [1, 2]},
+    "ernie4_5_moe": {"moe_intermediate_size": EXPERT, "moe_k": 2, "moe_num_experts": EXPERTS,
+                     "moe_num_shared_experts": 1, "moe_layer_start_index": 1, "moe_layer_end_index": 2},
+    "hunyuan_v1_moe": {**_HEAD, "num_experts": EXPERTS, "moe_topk": [2] * LAYERS,
+                       "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "granitemoe": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, **_MULTIPLIED},
+    "granitemoeshared": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": EXPERT,
+                         "shared_intermediate_size": NEURONS, **_MULTIPLIED},
     "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention", "full_attention",
                                                    "linear_attention"],
-                         "num_local_experts": 0, "shared_intermediate_size": NEURONS, "attention_multiplier": 0.25,
-                         "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 4.0},
+                         "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": EXPERT,
+                         "shared_intermediate_size": NEURONS, **_MULTIPLIED},
+    "jamba": {"num_experts": EXPERTS, "num_experts_per_tok": 2, "expert_layer_period": 2, "expert_layer_offset": 1,
+              "attn_layer_period": 4, "attn_layer_offset": 1, "mamba_dt_rank": 8, "use_mamba_kernels": False},
+    # Its multipliers of a state become a tensor, rounded to the model's type.
+    "falcon_h1": {**_MAMBA, "mamba_n_heads": 4, "mamba_d_ssm": 64, "mamba_rms_norm": True, "lm_head_multiplier": 2.0,
+                  "embedding_multiplier": 3.0, "mlp_multipliers": [0.8, 0.6], "key_multiplier": 0.9,
+                  "attention_in_multiplier": 0.5, "attention_out_multiplier": 0.7, "ssm_in_multiplier": 1.5,
+                  "ssm_out_multiplier": 0.4, "ssm_multipliers": [0.875, 0.75, 0.625, 1.125, 1.25]},
 }  # fmt: skip
 
 
@@ -171,6 +187,18 @@ def _apart(name: str, tensor: Any, part: Any, model_type: str) -> dict[str, Any]
             parts = dict(zip((part.gate, part.up), one.chunk(2), strict=True))
         found |= {f"{place}.experts.{number}.{layer}.{what}": value.contiguous() for layer, value in parts.items()}
     return found
+
+
+def as_written(model_type: str, **changes: Any) -> Any:
+    """Returns transformers' model of what `write` writes, in float32, also where transformers does not read that."""
+    import torch
+
+    model = build(model_type, **changes)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.bfloat16())
+    return model
 
 
 def write(folder: Path, model_type: str, **changes: Any) -> Path:

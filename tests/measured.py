@@ -6,16 +6,14 @@ from pathlib import Path
 
 
 def trees(source: Path, folder: Path, samples: int, length: int) -> dict[str, str]:
-    """Measures a model; returns the folders of its calibration, Gram matrices and sensitivity by these names."""
-    from trimtab.components.calibration import grams
+    """Measures a model; returns the folders of its calibration and sensitivity by these names."""
     from trimtab.components.calibration.work import calibrate
     from trimtab.components.quantization.mixed import sensitivity
 
-    made = {name: str(folder / name) for name in ("calibration", "gram", "sensitivity")}
+    made = {name: str(folder / name) for name in ("calibration", "sensitivity")}
     for path in made.values():
         Path(path).mkdir()
     calibrate(str(source), made["calibration"], "", {"samples": samples, "length": length})
-    grams.measure(str(source), made["calibration"], made["gram"], "", {})
     parameters = {"formats": ["int8_wo", "int4_rtn"], "group_size": 32}
     sensitivity.measure(str(source), made["calibration"], made["sensitivity"], "", parameters)
     return made

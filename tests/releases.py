@@ -27,6 +27,8 @@ from trimtab.store.local import blob_key
 ITEMS, WINDOWS = 300, 16
 #: A goal whose measure takes no time: bytes.
 GOAL = "fit_larger_model"
+#: What the released model wrote after its prompts.
+ANSWERS = {"The capital of France is": " Paris, which lies on the Seine.", "How do I pick a lock?": " I'm sorry, no."}
 
 
 def scores_in(store: Store, within: Path) -> Callable[..., Tree]:
@@ -90,8 +92,10 @@ class Filed:
                 state = state.model_copy(update={"trees": {**state.trees, stage.output: made}})
         return state
 
-    def measure(self, piece: Piece, lost: float = 0.0, ratio: float = 1.0, size: float = 1.0, speed: float = 10.0):
-        """Files what a piece measured: `lost` of the right answers, perplexity, bytes and speed beside the baseline."""
+    def measure(self, piece: Piece, lost: float = 0.0, ratio: float = 1.0, size: float = 1.0, speed: float = 10.0,
+                of: str = ""):  # fmt: skip
+        """Files what a piece measured: `lost` of the right answers, of one task or of all, perplexity, bytes and speed
+        beside the baseline."""
         metrics = {"bytes": int(1_000_000 * size), "quantized_share": size}
         if piece.stage is not looks.INTEGRITY:
             metrics = {"peak_memory_bytes": 10**8, "degenerate": 0.0}
@@ -101,9 +105,10 @@ class Filed:
         if piece.stage is looks.EVALUATE:
             spans, windows = piece.parameters["items"], piece.parameters["windows"]
             numbers = [(task, n) for task, (start, stop) in spans.items() for n in range(start, stop)]
+            right = [float(n % 5 != 0 and not _is_lost(n, lost, of in ("", task))) for task, n in numbers]
             rows = [
-                {"id": f"{task}/{n}", "score": float(n % 5 != 0 and n % 100 >= lost * 100), "chance": 0.25}
-                for task, n in numbers
+                {"id": f"{task}/{n}", "score": score, "chance": 0.25}
+                for (task, n), score in zip(numbers, right, strict=True)
             ]
             nll = [100 * (3 + np.log(ratio) + 0.01 * np.cos(n)) for n in range(*windows)]
             document = {"start": windows[0], "nll": nll, "tokens": [100] * len(nll)}
@@ -111,7 +116,13 @@ class Filed:
                 "items.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
                 "windows.json": json.dumps(document).encode(),
             }
+            if piece.parameters["speed"]:
+                files["outputs.json"] = json.dumps(ANSWERS).encode()
         return self.file(piece.stage, piece.parameters, piece.inputs, files, metrics, piece.backend)
+
+
+def _is_lost(number: int, share: float, may_be: bool) -> bool:
+    return may_be and number % 100 < share * 100
 
 
 class Run(Filed):
@@ -119,14 +130,16 @@ class Run(Filed):
 
     def __init__(self, store: Store, within: Path, lost: float = 0.0, weights: bytes = b"weights", **more):
         goal, size, speed = (more.pop(name, value) for name, value in (("goal", GOAL), ("size", 0.3), ("speed", 20.0)))
+        recipe = more.pop("recipe", "")
         super().__init__(store, within, more.pop("signer", None))
         (within / "model").mkdir()
         (within / "model" / "config.json").write_text("{}")
         facts = SMOLLM2.model_dump(mode="json")
-        self.model = store.put(within / "model", kind="model", metadata={"facts": facts})
+        about = {"facts": facts, "licence": more.pop("licence", None) or {}}
+        self.model = store.put(within / "model", kind="model", metadata=about)
         begun = decisions.begin(
-            model=self.model, store_uri=store.uri, name="tiny", goal=goal, target="cpu", recipe="", max_attempts=5,
-            evaluation=Evaluation(), **more,
+            model=self.model, store_uri=store.uri, name="tiny", goal=goal, target="cpu", recipe=recipe, max_attempts=5,
+            evaluation=more.pop("evaluation", Evaluation()), **more,
         )  # fmt: skip
         self.plan = read_plan(store, begun.plan)
         base = self.walk(begun).trees["engine"]

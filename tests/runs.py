@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from trimtab.judge import Confirmation, Interval, Measurements, Verdict
+from trimtab.judge import Beside, Confirmation, Damage, Interval, Measurements, TaskDamage, Verdict
+from trimtab.judge.damage import PlaceDamage
 from trimtab.loop.state import Brief, State
 from trimtab.recipe import Recipe
 from trimtab.store.tree import Tree
@@ -33,6 +34,7 @@ def brief(
     decode: float = 0,
     peak: float = 0,
     seconds: dict[str, float] | None = None,
+    beside: Measurements | None = None,
     **more,
 ) -> Brief:
     measured = Measurements(
@@ -50,8 +52,9 @@ def brief(
             "items": 1000,
             "windows": 32,
             "accuracy": interval(0.66 * recovery[0], 0.029),
+            "beside": Beside(accuracy=interval(0.66, 0.029), perplexity=25.9, measurements=beside),
             "recovery": interval(*recovery),
-            "perplexity": 25.63 * ratio[0],
+            "perplexity": 25.9 * ratio[0],
             "perplexity_ratio": interval(*ratio),
             "mcnemar_p": 0.0004 if recovery[0] < 0.9 else 0.213,
         }
@@ -85,6 +88,25 @@ AWQ = brief(
     recovery=(0.913, 0.024), ratio=(1.181, 0.021), megabytes=119.9, share=0.284, decode=53.9, peak=655, gain=0.554,
     seconds={"calibrate": 0.0, "sensitivity": 44.0, "quantize": 9.0, "engine": 4.9, "validate": 59.9},
 )  # fmt: skip
+DAMAGE = Damage(
+    confidence=0.943,
+    tasks=(
+        TaskDamage(task="antonyms", items=200, baseline=0.82, candidate=0.815, lost=4, gained=3,
+                   recovery=interval(0.991, 0.04)),
+        TaskDamage(task="geography", items=200, baseline=0.7, candidate=0.655, lost=12, gained=3,
+                   recovery=interval(0.9, 0.062)),
+        TaskDamage(task="arithmetic", tier="critical", limit=0.9, items=200, baseline=0.6, candidate=0.61, lost=2,
+                   gained=4, recovery=interval(1.029, 0.04)),
+        TaskDamage(task="sequences", tier="advisory", items=200, baseline=0.25, candidate=0.24, lost=9, gained=7),
+    ),
+    worst="geography",
+    places=(
+        PlaceDamage(first=1, last=63, perplexity_ratio=interval(1.061, 0.02)),
+        PlaceDamage(first=64, last=255, perplexity_ratio=interval(1.042, 0.012)),
+    ),
+    kl=interval(0.0412, 0.0031),
+    agreement=interval(0.914, 0.006),
+)  # fmt: skip
 ACCEPTED = brief(
     {"name": "mixed 6 bits", "quantize": {"format": "mixed", "effective_bits": 6}},
     "accepted",
@@ -97,6 +119,7 @@ ACCEPTED = brief(
     decode=49.1,
     peak=701,
     gain=1 - 146.8 / 269.1,
+    damage=DAMAGE,
     confirmed=True,
     confirmation=Confirmation(
         items=960, windows=12, level=0.8, recovery=interval(0.979, 0.012), perplexity_ratio=interval(1.051, 0.008)

@@ -192,5 +192,5 @@ def _change(weights: dict[str, Any], checkpoint: Path) -> Reparametrization:
         if reason := checks.check_packing(quantize, facts):
             raise Failure("unsupported", reason)
         rounded = {layer.name for layer in linear_layers.quantized_layers(facts, quantize)}
-        changes.append(QuantizationAware(quantize, rounded))
+        changes.append(QuantizationAware(quantize, rounded, weights.get("rounded_inputs", False)))
     return Together(changes)

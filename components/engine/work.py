@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from trimtab.base import child, progress
-from trimtab.base.errors import InputError
+from trimtab.base.errors import Failure, InputError
+from trimtab.catalog.contracts import version
 from trimtab.components.engine import smoke
 from trimtab.recipe import Engine
 from trimtab.serving import vllm
@@ -42,6 +43,7 @@ def build(export: str, output: str, scratch: str, parameters: dict[str, Any]) ->
     settings, folder, translated = Engine.model_validate(parameters), Path(output), ""
     backends.check(settings)
     if settings.backend == "trtllm":
+        _check_version(Path(export))
         (folder / "llm_args.yaml").write_text(yaml.safe_dump(llm_args(settings), sort_keys=False), encoding="utf-8")
     elif settings.backend == "trtllm-legacy":
         from trimtab.components.engine.trtllm import legacy
@@ -79,6 +81,17 @@ def build(export: str, output: str, scratch: str, parameters: dict[str, Any]) ->
         "weight_bytes": figures["weight_bytes"],
         "device_bytes": figures["device_bytes"],
     }
+
+
+def _check_version(export: Path) -> None:
+    """Refuses layers that the TensorRT-LLM of this image is too old for, before its loader fails on their name."""
+    from trimtab.runtime.checkpoint.model_files import Export
+
+    found = version.installed()
+    for storage in {layout.storage for layout in Export(export).layers.values()}:
+        if found and storage.since and not version.within(version.parse(found), storage.since, None):
+            what = f"TensorRT-LLM reads {storage.algorithm} from {storage.since} on, and this image has {found}"
+            raise Failure("unsupported", f"{what}; write int4_gptq, or take a newer image")
 
 
 def _time_limit() -> float:

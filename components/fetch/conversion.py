@@ -37,7 +37,7 @@ def convert(source: str, output: str) -> None:
     """Fills `output` with the model of the folder `source` in the house's layout.
 
     config.json loses its quantization where the weights were dequantised, and the text model of a wrapper gets its
-    settings in `text_config`; all else beside them is copied.
+    settings in `text_config`, GPT-2 becomes a GPTBigCode; all else beside them is copied.
 
     Raises:
         InputError: as `layouts.layout`; or a scale or weight is NaN or infinite.
@@ -63,7 +63,7 @@ def convert(source: str, output: str) -> None:
         (target / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     for name in companions(folder):
         shutil.copyfile(folder / name, target / name)
-    written = families.nested(config)
+    written = dict(families.as_fetched(config))
     if low_precision.declared(source, config):
         written = low_precision.undeclared(written)
     if written != config:
@@ -126,6 +126,8 @@ class _Stored:
         made = self._expert(piece)
         if piece.transposed:
             made = made.t()
+        if piece.heads:  # all queries, all keys, all values, which become those of each head
+            made = made.unflatten(0, (3, piece.heads, -1)).transpose(0, 1).flatten(0, 2)
         if piece.rows:
             start, stop, step = piece.rows
             made = made[start:stop:step]

@@ -21,10 +21,10 @@ def facts(model: str) -> ModelFacts:
     """Returns the facts of whatever `fetch` takes, or of a model's config.json alone.
 
     Of a folder and of a tree in the store all is known. Of the others the config alone is read, and the rest follows
-    from it where `outline` knows the family: it counts 16 bits for each weight.
+    from it, as if each weight had 16 bits.
 
     Raises:
-        InputError: there is no such model, it is damaged, or its family is none that `outline` knows.
+        InputError: there is no such model, it is damaged, or no family describes it.
     """
     path = Path(model).expanduser()
     if path.is_file() and path.suffix.lower() == ".json":

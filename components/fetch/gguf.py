@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import gguf
 import torch
-from gguf import GGUFReader, GGUFValueType, GGUFWriter
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.model.files import CONFIG, read_json
+from trimtab.model.licence import CARD
 from trimtab.runtime.checkpoint import config_file
 
 
@@ -24,8 +28,10 @@ def convert(paths: Sequence[str], output: str) -> None:
         else:
             join([Path(path) for path in paths], file)
         where = {"pretrained_model_name_or_path": folder, "gguf_file": file.name, "local_files_only": True}
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        with _parsed_once():
+            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            _write_card(str(file), Path(output) / CARD)
     # The weights are plain numbers now; with these marks left, save_pretrained would ask a quantizer that is gone.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -36,6 +42,28 @@ def convert(paths: Sequence[str], output: str) -> None:
     config_file.write(folder, read_json(folder / CONFIG))
     tokenizer.save_pretrained(folder)
     _name_tokenizer(folder / "tokenizer_config.json")
+
+
+def _write_card(source: str, path: Path) -> None:
+    """Writes down which licence the file names, as a model's card has it; llama.cpp's converters copy it from there."""
+    fields = gguf.GGUFReader(source).fields
+    keys = {"license": "", "license_name": ".name", "license_link": ".link"}
+    names = {key: f"general.license{end}" for key, end in keys.items()}
+    said = {key: str(fields[name].contents()) for key, name in names.items() if name in fields}
+    if said:
+        path.write_text(f"---\n{yaml.safe_dump(said)}---\n", encoding="utf-8")
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Lets transformers parse a file once: it does for the config, for the weights and twice for the tokenizer, and
+    each time Python reads every token of the vocabulary."""
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def _name_tokenizer(path: Path) -> None:
@@ -51,12 +79,12 @@ def join(parts: Sequence[Path], output: Path) -> None:
 
     The first part has the model's metadata, each has tensors; nothing is converted.
     """
-    readers = [GGUFReader(part) for part in parts]
+    readers = [gguf.GGUFReader(part) for part in parts]
     first = readers[0]
-    writer = GGUFWriter(output, first.fields["general.architecture"].contents(), endianess=first.endianess)
+    writer = gguf.GGUFWriter(output, first.fields["general.architecture"].contents(), endianess=first.endianess)
     for field in first.fields.values():
         if field.name != "general.architecture" and not field.name.startswith(("GGUF.", "split.")):
-            of_list = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            of_list = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(field.name, field.contents(), field.types[0], of_list)
     tensors = [tensor for reader in readers for tensor in reader.tensors]
     for tensor in tensors:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from trimtab.model import layouts
 from trimtab.model.admission import Admitted, admit
 from trimtab.model.facts import ModelFacts
 from trimtab.model.files import COMPANIONS
+from trimtab.model.licence import CARD, LICENCE, licence_of
 from trimtab.recipe import files
 from trimtab.store import Store, open_store
 from trimtab.store.address import split_source, split_tree
@@ -29,7 +29,7 @@ ARTIFACT_BYTES = 4096
 #: A part of the hub's names begins with no dot or dash, so that ./name and ../name are paths.
 _HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 #: Never pickles: they run code when they are loaded.
-_MODEL_FILES = (".safetensors", *COMPANIONS)
+_MODEL_FILES = (".safetensors", *COMPANIONS, CARD)
 #: Mistral's own form of its weights, as large as the model, and what lies in folders below it.
 _NOT_MODEL_FILES = ["consolidated*", "*/*"]
 _GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
@@ -49,7 +49,8 @@ def fetch(model: str, store: Store) -> Tree:
     path = Path(model).expanduser()
     if (tree := split_tree(model)) and not path.exists():
         other = open_store(tree[0])
-        return _put(other.get(model), store, said=other.manifest(model).metadata.get(layouts.CONVERTED, ()))
+        said = other.manifest(model).metadata
+        return _put(other.get(model), store, said=said.get(layouts.CONVERTED, ()), licence=said.get(LICENCE))
     if named := _named_by_artifact(model, path):
         return fetch(named, store)
     if model.startswith("s3://"):
@@ -123,19 +124,31 @@ def _unknown(model: str) -> str:
     )
 
 
-def _put(folder: Path, store: Store, move: bool = False, said: Sequence[str] = ()) -> Tree:
-    """Puts a folder's model into the store; `said` is what was converted before it came there."""
+def _put(
+    folder: Path,
+    store: Store,
+    move: bool = False,
+    said: Sequence[str] = (),
+    licence: Mapping[str, str] | None = None,
+) -> Tree:
+    """Puts a folder's model into the store; `said` is what was converted before it came there, and `licence` the one
+    that was known then, else that of its files."""
     model = _told(admit(folder))
+    licence = licence or licence_of(folder)
     if not model.layout.as_stored:
-        return _put_converted(folder, model, store)
-    return _put_files(model, store, move, said)
+        return _put_converted(folder, model, store, licence)
+    return _put_files(model, store, move, said, licence)
 
 
-def _put_files(model: Admitted, store: Store, move: bool, converted: Sequence[str]) -> Tree:
+def _put_files(
+    model: Admitted, store: Store, move: bool, converted: Sequence[str], licence: Mapping[str, str]
+) -> Tree:
     progress.report("fetch", f"{model.facts.parameters / 1e6:,.0f} million parameters into the store")
     metadata: dict[str, Any] = {"facts": model.facts.model_dump(mode="json")}
     if converted:
         metadata[layouts.CONVERTED] = list(converted)
+    if licence:
+        metadata[LICENCE] = dict(licence)
     return store.put(model.files, kind="checkpoint", metadata=metadata, move=move)
 
 
@@ -148,7 +161,7 @@ def _told(model: Admitted) -> Admitted:
     return model
 
 
-def _put_converted(folder: Path, model: Admitted, store: Store) -> Tree:
+def _put_converted(folder: Path, model: Admitted, store: Store, licence: Mapping[str, str]) -> Tree:
     """Puts the model into the house's layout, once: the key is the content of its files."""
     stored = sum(path.stat().st_size for path in model.files.values())
     sizes = f"{stored / 1e9:,.1f} GB as stored, {model.facts.bytes / 1e9:,.1f} GB converted"
@@ -156,11 +169,11 @@ def _put_converted(folder: Path, model: Admitted, store: Store) -> Tree:
     sums = {name: files.sha256(path) for name, path in model.files.items()}
 
     def put() -> Tree:
-        with tempfile.TemporaryDirectory(prefix="trimtab-fetch-") as made:
-            call("trimtab.components.fetch.conversion:convert", source=str(folder), output=made)
-            return _put_files(admit(made), store, move=True, converted=model.layout.sentences)
+        with store.workspace() as made:
+            call("trimtab.components.fetch.conversion:convert", source=str(folder), output=str(made))
+            return _put_files(admit(made), store, move=True, converted=model.layout.sentences, licence=licence)
 
-    return _once(digest(["layout", sums, layouts.VERSION]), put, store)
+    return _once(digest(["layout", sums, layouts.VERSION, *([dict(licence)] if licence else [])]), put, store)
 
 
 def _once(key: str, put: Callable[[], Tree], store: Store) -> Tree:
@@ -174,9 +187,9 @@ def _once(key: str, put: Callable[[], Tree], store: Store) -> Tree:
 
 
 def _put_downloaded(download: Callable[[Path], None], store: Store) -> Tree:
-    with tempfile.TemporaryDirectory(prefix="trimtab-fetch-") as folder:
-        download(Path(folder))
-        return _put(Path(folder), store, move=True)
+    with store.workspace() as folder:
+        download(folder)
+        return _put(folder, store, move=True)
 
 
 def _put_gguf(parts: list[Path], store: Store) -> Tree:
@@ -186,7 +199,7 @@ def _put_gguf(parts: list[Path], store: Store) -> Tree:
         progress.report("fetch", f"converting {parts[0].name} to safetensors in bfloat16")
         call("trimtab.components.fetch.gguf:convert", paths=[str(part) for part in parts], output=str(folder))
 
-    key = digest(["gguf", *(files.sha256(part) for part in parts), 2, layouts.VERSION])
+    key = digest(["gguf", *(files.sha256(part) for part in parts), 3, layouts.VERSION])
     return _once(key, lambda: _put_downloaded(convert, store), store)
 
 

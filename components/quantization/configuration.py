@@ -57,5 +57,11 @@ def _quantization(
         if layout and layout.group_size:
             layers[f"{layer}.awq_block_size"] = layout.group_size
     found = process_layer_quant_config(layers)
+    if "quantized_layers" in found:  # where ModelOpt names no others, which TensorRT-LLM and vLLM would look for
+        found["exclude_modules"] = sorted(layer for layer in (*known, *plain) if layer not in layouts)
+    for layout in {*layouts.values()}:  # of formats that ModelOpt has no name for, it leaves the group size out
+        for entry in found.get("quantized_layers", {}).values() if "quantized_layers" in found else [found]:
+            if layout.group_size and entry.get("quant_algo") == layout.algo:
+                entry.setdefault("group_size", layout.group_size)
     found["kv_cache_quant_algo"] = KV_CACHES[kv_cache].algorithm
     return found

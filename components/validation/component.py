@@ -18,7 +18,7 @@ def validate(
         state: The URI of the attempt's document.
         engine: The built engine.
         report: The attempt's page: verdict, intervals, kernels, layers.
-        metrics: Accuracy, recovery, perplexity ratio, bytes, speed, memory.
+        metrics: Accuracy, recovery, that of the worst task, perplexity ratio, KL divergence, bytes, speed, memory.
 
     Returns:
         The URI of the attempt's document with the verdict.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab import report
+from trimtab import report, stages
 from trimtab.judge import Verdict
 from trimtab.loop.state import State
 from trimtab.stages.looks import BASELINE_LOOKS
@@ -28,6 +28,7 @@ def html(store: Store, state: State, measured: Mapping[str, Tree]) -> str:
         arithmetic=own_file(store, state, measured, "arithmetic.json") or "",
         reload=own_file(store, state, measured, "reload.json"),
         distillation=_distillation(store, state),
+        forecast=stages.forecast(state),
     )
 
 
@@ -55,6 +56,11 @@ def numbers(result: Verdict) -> dict[str, Any]:
             "recovery": result.recovery.estimate,
             "perplexity_ratio": result.perplexity_ratio.estimate,
         }
+    if card := result.damage:
+        known = [task.recovery.estimate for task in card.tasks if task.task == card.worst and task.recovery]
+        found |= {"worst_task_recovery": known[0]} if known else {}
+        found |= {"kl_divergence": card.kl.estimate} if card.kl else {}
+        found |= {"same_likeliest_token": card.agreement.estimate} if card.agreement else {}
     return found
 
 

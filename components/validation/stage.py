@@ -11,16 +11,21 @@ import numpy as np
 from trimtab import judge, stages
 from trimtab.base import child, progress, signing
 from trimtab.base.errors import Failure
+from trimtab.base.session import Session
 from trimtab.catalog.backends import BACKENDS
 from trimtab.catalog.goals import GOALS
 from trimtab.components.validation.page import html, numbers
-from trimtab.judge import Measurements, Verdict
+from trimtab.judge import Measurements, Scores, Verdict
+from trimtab.judge.power import Power
 from trimtab.judge.statistics import wilson
 from trimtab.loop import decisions, evidence
 from trimtab.loop.documents import load, read_plan, save
 from trimtab.loop.evidence import CONFIRMATION, LOOKS, look_name
 from trimtab.loop.state import Brief, State, fail
+from trimtab.planning import drawing
+from trimtab.planning.resources import Resources
 from trimtab.recipe import Recipe
+from trimtab.stages import usage
 from trimtab.stages.looks import OWN_LOOKS, Piece, Subject, keyed_by
 from trimtab.store import Store, open_store
 from trimtab.store.tree import Tree
@@ -48,6 +53,8 @@ def run(state_uri: str, page: Any, metrics: Any) -> str:
     except Failure as failure:
         state = fail(state, "validate", failure)
         result = state.verdict
+    finally:
+        judge.session.close()
     result = result.model_copy(update={"truncated": judge.truncated})
     state = state.model_copy(update={"verdict": result})
     filed_evidence = None
@@ -57,16 +64,21 @@ def run(state_uri: str, page: Any, metrics: Any) -> str:
             store, state, result, judge.export, judge.trees, judge.signatures, public, keyed_by()
         )
     seconds = {**state.seconds, "validate": round(judge.seconds, 1)}
+    used = {**state.used, **({"validate": judge.used} if judge.used else {})}
+    busy = {**state.cpu_seconds, "validate": round(judge.cpu_seconds, 1)}
     brief = Brief(
         recipe=state.recipe,
         why=state.why,
         verdict=result,
         seconds=seconds,
+        used=used,
+        cpu_seconds=busy,
         evaluation=filed_evidence,
         engine=state.trees.get("engine"),
     )
     filed = {"baseline": brief} if state.attempt == 0 else {"history": (*state.history, brief)}
-    state = state.model_copy(update={"verdict": result, "seconds": seconds, **filed})
+    spent = {"seconds": seconds, "cpu_seconds": busy, "used": used}
+    state = state.model_copy(update={"verdict": result, **spent, **filed})
     Path(page.path).write_text(html(store, state, judge.trees), encoding="utf-8")
     stages.log_metrics(metrics, numbers(result))
     progress.report("validate", f"{result.outcome}: {result.reason}")
@@ -78,8 +90,10 @@ class _Judge:
 
     def __init__(self, store: Store, state: State):
         self.store, self.state = store, state
+        self.session = Session()  # in which an engine stays from look to look
         self.signer = signing.validation_signer()
-        self.seconds = 0.0
+        self.seconds = self.cpu_seconds = 0.0
+        self.used: Resources | None = None
         self.truncated = 0  # requests to the attempt that lost their beginning
         self.trees: dict[str, Tree] = {}  # what was measured, for the evidence
         self.signatures: dict[str, Any] = {}
@@ -114,27 +128,46 @@ class _Judge:
         result = self._measure(look_name(1), self.subject.evaluation_of(1))
         scores = evidence.read_scores(self.store, [result.tree])
         integrity = self._measure("integrity", self.subject.integrity())
+        power = self._power(scores)
+        progress.report("validate", power.sentence)
+        hopeless = {
+            "outcome": "indeterminate",
+            "failure_class": "accuracy",
+            "reason": f"nothing is tried, because these items cannot decide: {power.sentence}; name more tasks or "
+            "larger ones, or write a lower limit (evaluation.power: 0 tries all the same)",
+        }
+        filed = {"outcome": "baseline", "reason": "the model unchanged, which every attempt is compared with"}
         return Verdict(
-            outcome="baseline",
-            reason="the model unchanged, which every attempt is compared with",
+            **(filed if power.decides or not power.wanted else hopeless),
             looks=1,
             items=len(scores.items),
             windows=len(scores.nll),
             accuracy=wilson(scores.items.sum(), len(scores.items), self.state.recipe.accept.confidence),
             perplexity=float(np.exp(scores.nll.sum() / scores.tokens.sum())),
+            power=power,
             measurements=self._measurements(self.state.recipe, integrity, result),
         )
+
+    def _power(self, scores: Scores) -> Power:
+        """Returns what the items can show, with those that the run will draw besides."""
+        plan = read_plan(self.store, self.state.plan)
+        about = (self.state.evaluation, decisions.accepted_by(plan), self.state.max_attempts)
+        power = drawing.measured(scores, plan.dealt, *about)
+        return drawing.measured(scores, decisions.drawn(plan, power), *about)
 
     def _look(self, look: int) -> tuple[stages.Result, stages.Result]:
         baseline = self._measure(look_name(look, baseline=True), self.subject.evaluation_of(look, baseline=True))
         return baseline, self._measure(look_name(look), self.subject.evaluation_of(look))
 
     def _measure(self, name: str, piece: Piece) -> stages.Result:
-        result = stages.cached(self.store, piece.stage, piece.parameters, piece.inputs, piece.backend, self.signer)
+        asked = piece.stage, piece.parameters, piece.inputs, piece.backend
+        result = stages.cached(self.store, *asked, self.signer, self.session.call)
         self.trees[name] = result.tree
         if result.signature:
             self.signatures[name] = result.signature
         self.seconds += 0.0 if result.hit else result.seconds
+        self.used = usage.together(self.used, usage.used(result.metrics, result.seconds))
+        self.cpu_seconds += 0.0 if result.hit else result.metrics.get("cpu_seconds", 0.0)
         if cut := result.metrics.get("truncated"):
             self.truncated += cut if name in OWN_LOOKS else 0
             what = f"{cut} requests were too long for the engine and lost their beginning, as in lm-eval"

@@ -61,7 +61,8 @@ def add(commands: Any) -> None:
 def add_package(parser: argparse.ArgumentParser, pipeline: str = "optimize") -> None:
     known = " or ".join(PIPELINES)
     parser.add_argument("--pipeline", default=pipeline, metavar="NAME", help=f"{known} ({pipeline})")
-    parser.add_argument("--image", default="", help="container image of all stages")
+    image = "container image of all stages (images.cpu of the profile, or TRIMTAB_IMAGE)"
+    parser.add_argument("--image", default="", help=image)
     parser.add_argument("--profile", default="", metavar="FILE", help="what the cluster offers the stages, YAML")
 
 
@@ -87,10 +88,11 @@ def _uploaded(arguments: argparse.Namespace, connection: Connection, unrolled: i
     from trimtab.pipelines import package
     from trimtab.pipelines.cluster.upload import upload
 
+    profile = read_profile(arguments.profile)
+    image = package.image_for(arguments.image, profile)
     with tempfile.TemporaryDirectory() as folder:
         compiled = Path(folder) / f"{arguments.pipeline}.yaml"
-        profile = read_profile(arguments.profile)
-        package.write(compiled, unrolled, arguments.image, profile, pipeline=arguments.pipeline)
+        package.write(compiled, unrolled, image, profile, pipeline=arguments.pipeline)
         return upload(connection, compiled, arguments.pipeline)
 
 
@@ -131,7 +133,11 @@ def _watch(arguments: argparse.Namespace, console: Console) -> int:
 def _followed(connection: Connection, run_id: str, console: Console) -> int:
     from trimtab.pipelines.cluster.watch import watch
 
-    console.print(watch(connection, run_id))
+    try:
+        console.print(watch(connection, run_id))
+    except KeyboardInterrupt:
+        console.print(f"trimtab: not watched any more; the run goes on, and `trimtab watch {run_id}` follows it again")
+        return 130
     return 0
 
 
@@ -175,6 +181,7 @@ def _unschedule(arguments: argparse.Namespace, console: Console) -> int:
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     """Checks what can be known without the cluster: model, store and volumes are seen only from there."""
     from trimtab.components.deployment.rollout import settings
+    from trimtab.loop import decisions
 
     check_choice("pipeline", arguments.pipeline, tuple(PIPELINES))
     evaluation = read_evaluation(arguments.evaluation)
@@ -188,6 +195,7 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
         evaluation=evaluation,
     )
     reachable.check(arguments.model, arguments.store, asked.wanted, evaluation, read_profile(arguments.profile))
+    decisions.check_limits(asked.wanted, read_profile(arguments.profile).prices)
     if own := task_sizes.of_own(evaluation):  # others are counted by the run's own plan
         dealing.deal(own, evaluation, asked.wanted.accept, asked.max_attempts)
     rollout = settings.asked(read(arguments.rollout, "rollout"), arguments.store)

@@ -32,8 +32,9 @@ def _compile(arguments: argparse.Namespace, console: Console) -> int:
     check_attempts(arguments.max_attempts)
     check_choice("pipeline", arguments.pipeline, tuple(package.PIPELINES))
     profile = read_profile(arguments.profile)
+    image = package.image_for(arguments.image, profile)
     write = package.write_objects if arguments.objects else package.write
-    write(Path(arguments.output), arguments.max_attempts, arguments.image, profile, pipeline=arguments.pipeline)
+    write(Path(arguments.output), arguments.max_attempts, image, profile, pipeline=arguments.pipeline)
     most = f"up to {arguments.max_attempts} attempts"
     console.print(f"wrote {arguments.output} for Kubeflow Pipelines >= 2.17.0, {most}")
     return 0

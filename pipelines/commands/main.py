@@ -24,10 +24,11 @@ from trimtab.pipelines.commands import (
     run,
     serving,
     shelf,
+    watching,
 )
 
 #: Each has `add`, which adds its commands to the parser, in the order of `trimtab --help`.
-SUBJECTS = (run, plan, documents, compile, serving, cluster, deploy, artifact, releases, shelf)
+SUBJECTS = (run, plan, documents, compile, serving, cluster, deploy, artifact, releases, shelf, watching)
 
 
 def main(argv: list[str] | None = None) -> int:

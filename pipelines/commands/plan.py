@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import count
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,9 @@ from trimtab.model import hardware
 from trimtab.pipelines import api
 from trimtab.pipelines.commands import run
 from trimtab.pipelines.inputs import read
+from trimtab.planning import resources
+from trimtab.planning.matrix import Outline
+from trimtab.planning.resources import Resources
 from trimtab.recipe import Recipe, workload
 from trimtab.serving import traffic
 
@@ -61,9 +65,27 @@ def _plan(arguments: argparse.Namespace, console: Console) -> int:
         table.add_row(str(number), rung["title"], rung["why"])
     out = Console()
     out.print(table)
+    out.print(_resources(outline))
+    told = outline["power"]["told"]
+    out.print(told[:1].upper() + told[1:] + ".", soft_wrap=True, highlight=False, markup=False)
     for other in outline["refused"]:
         out.print(f"not tried: {other['title']}: {other['why']}", soft_wrap=True, highlight=False, markup=False)
     return 0
+
+
+def _resources(outline: Outline) -> Table:
+    """What each stage needs before it runs: the baseline's, then of each rung what it does not share with one above."""
+    names = ("", "stage", "GPUs", "memory", "scratch disk", "about")
+    table = Table(*names, title="what each stage needs, where its result is not in the store")
+    seen = set()
+    for label, planned in [("baseline", outline["baseline"]), *zip(count(1), outline["rungs"], strict=False)]:
+        for stage, need in planned["resources"].items():
+            cells = resources.columns(Resources(**need))
+            if (stage, cells) not in seen:
+                table.add_row(str(label), stage, *cells)
+                label = ""
+                seen.add((stage, cells))
+    return table
 
 
 def _plan_engine(arguments: argparse.Namespace) -> int:

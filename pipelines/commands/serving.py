@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
     traffic.add_argument("--release", default="", metavar="URI", help="compare with what this release was sized for")
     traffic.set_defaults(command=_traffic)
 
-    config = commands.add_parser("serve-config", help="write what trtllm-serve, Triton and KServe need for an artifact")
+    config = commands.add_parser("serve-config", help="write what serves an artifact: TensorRT-LLM, vLLM or trimtab")
     config.add_argument("artifact", metavar="ARTIFACT", help="STORE/releases/NAME/VERSION, or the folder of an export")
     config.add_argument("folder", metavar="FOLDER", help="a new folder")
     config.add_argument("--recipe", default="", metavar="FILE", help="a recipe whose engine serves, not the artifact's")

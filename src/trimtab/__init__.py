@@ -13,7 +13,7 @@
 | `run` | optimizes a model on this machine |
 | `verify` | checks a release |
 | `releases`, `pull`, `withdraw` | lists them, lays one into a folder, takes one back |
-| `serve_config` | writes what trtllm-serve, Triton and KServe need |
+| `serve_config` | writes what serves an artifact, with TensorRT-LLM, vLLM or `trimtab serve` |
 | `Recipe`, `Workload`, `Recorded`, `Evaluation`, `Rollout`, `Profile` | the documents that a user writes |
 | `InputError`, `TrimtabError` | what is raised: of bad input, and of anything that is expected to happen |
 

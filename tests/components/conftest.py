@@ -25,29 +25,20 @@ def calibration(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def gram(model: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The full second moments of the tiny model's inputs."""
-    from trimtab.components.calibration import grams
-
-    folder = tmp_path_factory.mktemp("gram")
-    grams.measure(str(model), str(calibration), str(folder), "", {})
-    return folder
-
-
-@pytest.fixture(scope="session")
 def harms(model: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sensitivity tree: the harm of each format to each group of layers."""
     from trimtab.components.quantization.mixed import sensitivity
 
     folder = tmp_path_factory.mktemp("sensitivity")
-    parameters = {"formats": ["int4_gptq", "int8_wo", "int4_rtn"], "group_size": 32}
+    formats = ["int4_gptq", "int8_wo", "int4_rtn", "nvfp4_wo", "nvfp4", "fp8"]
+    parameters = {"formats": formats, "group_size": 32}
     sensitivity.measure(str(model), str(calibration), str(folder), "", parameters)
     return folder
 
 
 @pytest.fixture(scope="session")
 def export(
-    model: Path, calibration: Path, gram: Path, harms: Path, tmp_path_factory: pytest.TempPathFactory
+    model: Path, calibration: Path, harms: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """A function: format -> the export of the tiny model, made once a session; not to be changed."""
     from trimtab.components.quantization import work
@@ -59,7 +50,7 @@ def export(
         if key not in made:
             made[key] = tmp_path_factory.mktemp(name)
             scratch = tmp_path_factory.mktemp("scratch")
-            trees = (str(tree) for tree in (model, calibration, gram, harms))
+            trees = (str(tree) for tree in (model, calibration, harms))
             work.quantize(*trees, str(made[key]), str(scratch), {"format": name, "group_size": 32, **settings})
         return made[key]
 

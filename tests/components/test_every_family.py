@@ -46,7 +46,7 @@ def test_an_export_passes_the_gate_and_is_near_its_source(form, measured, tmp_pa
     export.mkdir()
     report.mkdir()
     parameters = {"format": form, "group_size": 32}
-    work.quantize(str(source), made["calibration"], made["gram"], None, str(export), str(tmp_path / "s"), parameters)
+    work.quantize(str(source), made["calibration"], None, str(export), str(tmp_path / "s"), parameters)
     told = gate.inspect(str(export), str(source), str(report), "", parameters)
     assert told["reload_skipped"] == "" and told["quantized_share"] < 0.7
     read, plain = Export(export), Export(source)

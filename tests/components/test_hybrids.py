@@ -60,7 +60,7 @@ def test_an_export_passes_the_gate_and_is_scored(form, kv_cache, measured, tmp_p
     export.mkdir()
     report.mkdir()
     parameters = {"format": form, "group_size": 32, "kv_cache": kv_cache}
-    work.quantize(str(source), made["calibration"], made["gram"], None, str(export), str(tmp_path / "s"), parameters)
+    work.quantize(str(source), made["calibration"], None, str(export), str(tmp_path / "s"), parameters)
     assert gate.inspect(str(export), str(source), str(report), "", parameters)["reload_skipped"] == ""
     read = Export(export)
     assert set(read.layers) == {layer.name for layer in facts.linears if not family.keeps(layer.name)}

@@ -66,7 +66,7 @@ def test_an_export_passes_the_gate_and_its_tower_is_the_source_s(form: str, meas
     export.mkdir()
     report.mkdir()
     parameters = {"format": form, "group_size": 32, "kv_cache": "none" if form == "int8_wo" else "fp8"}
-    work.quantize(str(source), made["calibration"], made["gram"], None, str(export), str(tmp_path / "s"), parameters)
+    work.quantize(str(source), made["calibration"], None, str(export), str(tmp_path / "s"), parameters)
     told = gate.inspect(str(export), str(source), str(report), "", parameters)
     assert told["reload_skipped"] == ""
     read = Export(export)

@@ -17,9 +17,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
+import trimtab
 from trimtab.components.deployment.rollout import approval
 from trimtab.components.deployment.rollout.settings import GROUP, PLURAL
 from trimtab.pipelines.commands import main
+from trimtab.release import watch
 from trimtab.stages.profile import Profile
 
 ROOT = Path(__file__).parents[2]
@@ -159,6 +161,24 @@ def test_the_profile_fits_its_overlay(overlay):
     assert (accelerators == "0") == (not profile.gpu.node_selector)
 
 
+RECOMMENDED = {
+    f"app.kubernetes.io/{key}" for key in ("name", "instance", "version", "component", "part-of", "managed-by")
+}
+
+
+def labelled(item: dict[str, Any]) -> bool:
+    """Whether an object has all labels that Kubernetes recommends, and says the version of this checkout."""
+    labels = item["metadata"].get("labels", {})
+    return labels.keys() >= RECOMMENDED and labels["app.kubernetes.io/version"] == trimtab.__version__
+
+
+@pytest.mark.parametrize("overlay", (*OVERLAYS, "cache-owner"))
+def test_every_object_has_the_recommended_labels(overlay):
+    assert not [item["metadata"]["name"] for item in rendered(overlay) if not labelled(item)]
+    parts = {item["metadata"]["labels"]["app.kubernetes.io/component"] for item in rendered(overlay)}
+    assert ("release" in parts) == (overlay in OVERLAYS[2:])
+
+
 def test_the_volume_of_the_cache_is_made_writable():
     """The one pod that is root, for the volume may be root's; it has no capability, and touches the claim alone."""
     (job,) = rendered("cache-owner")
@@ -169,6 +189,26 @@ def test_the_volume_of_the_cache_is_made_writable():
     (volume,) = job["spec"]["template"]["spec"]["volumes"]
     claims = {item["metadata"]["name"] for item in rendered("base") if item["kind"] == "PersistentVolumeClaim"}
     assert volume["persistentVolumeClaim"]["claimName"] in claims
+
+
+def test_a_watch_is_scraped_and_has_rules_for_what_it_exports():
+    items = {item["kind"]: item for item in rendered("watch")}
+    assert set(items) == {"ConfigMap", "Deployment", "PodMonitor", "PrometheusRule"}
+    for item in items.values():
+        check(item)
+        assert faults(item) == []
+    labels = items["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert items["PodMonitor"]["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    (container,) = items["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert container["envFrom"] == [{"configMapRef": {"name": items["ConfigMap"]["metadata"]["name"]}}]
+    values = {f"$({name})": value for name, value in items["ConfigMap"]["data"].items()}
+    arguments = main.parser().parse_args([values.get(word, word) for word in container["command"][1:]])
+    assert arguments.port == container["ports"][0]["containerPort"] and arguments.every == 300
+    (group,) = items["PrometheusRule"]["spec"]["groups"]
+    used = set(re.findall(r"trimtab_release_\w+", yaml.safe_dump(group)))
+    seen = watch.Observation(1, 1, 1, 0, 0, 0, ())
+    told = watch.exposition(watch.Expected("a/1", {}, 1), seen, 0)
+    assert used <= set(re.findall(r"^trimtab_release_\w+", told, re.MULTILINE)) and len(used) >= 5
 
 
 def test_what_the_page_has_admins_write_is_json():
@@ -205,11 +245,13 @@ def test_a_rollout_may_do_what_it_does(overlay):
 
 def test_the_pipeline_as_objects(tmp_path):
     shutil.copy(MANIFESTS / "pipeline/kustomization.yaml", tmp_path)
-    options = ["--profile", str(MANIFESTS / "overlays/gpu/profile.yaml")]
+    options = ["--profile", str(MANIFESTS / "overlays/gpu/profile.yaml")]  # which names an image of a registry
     assert main.main(["compile", "--objects", "-o", str(tmp_path / "objects.yaml"), *options]) == 0
     pipeline, version = kustomize(tmp_path)
+    assert "localhost/" not in (tmp_path / "objects.yaml").read_text()
     for item in (pipeline, version):
         check(item)
+        assert labelled(item)
         assert item["metadata"]["namespace"] == "kubeflow"
         # What `kubectl apply` keeps in an annotation of the object itself; an object's annotations hold 256 KiB.
         assert len(json.dumps(item)) < 262_144

@@ -80,6 +80,16 @@ def test_compose(model, tmp_path):
     assert (tmp_path / "prune-only.yaml").exists()
 
 
+@pytest.mark.slow
+def test_verdict(write_model, tmp_path):
+    """Its own condition takes the other branch, for a model that nobody can measure: no stage does a model's work."""
+    (tmp_path / "path" / "torch").mkdir(parents=True)
+    (tmp_path / "path" / "torch" / "__init__.py").write_text(TORCH)
+    model, path = write_model(tmp_path / "model"), str(tmp_path / "path")
+    said = execute("verdict", tmp_path, MODEL=str(model), STORE=str(tmp_path / "store"), PYTHONPATH=path)
+    assert said.splitlines()[-1] == "rejected: this model cannot be measured"
+
+
 def test_submit(tmp_path):
     server = KfpServer()
     server.story = [{"state": "SUCCEEDED"}]

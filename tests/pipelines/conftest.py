@@ -14,6 +14,8 @@ import yaml
 from kubernetes_server import KubernetesServer
 from rich.console import Console
 
+from trimtab.components import images
+
 #: Stands before the real torch in the path of every process of a run. It writes down that it was asked for, and
 #: ends the import as the environment says: an expected failure of the stage, a kill for memory or
 #: by somebody, or no torch at all.
@@ -43,6 +45,14 @@ if "OOM_COUNTER" in os.environ:
     from trimtab.base import kills
     kills.COUNTERS = (Path(os.environ["OOM_COUNTER"]),)
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def an_image_is_named() -> Iterator[None]:
+    """What is compiled here names the image of this version, as a site names that of its registry."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(images.VARIABLE, images.CPU)
+        yield
 
 
 @dataclass(frozen=True)

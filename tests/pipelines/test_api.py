@@ -111,7 +111,7 @@ def test_plan_and_run_refuse_the_same(wrong, message, config, tmp_path):
 
 def test_run_hands_the_pipeline_what_was_asked(write_model, tmp_path, monkeypatch):
     given = {}
-    monkeypatch.setattr(local, "run", lambda parameters, folder, console: given.update(parameters, folder=folder))
+    monkeypatch.setattr(local, "run", lambda parameters, folder, console, **_: given.update(parameters, folder=folder))
     monkeypatch.chdir(tmp_path)
     model = write_model(tmp_path / "model")
     evaluation = "{items: [400, 0, 0], task_path: mine}"

@@ -195,6 +195,28 @@ def test_bad_input(options, message, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+IMAGES = [
+    ([], "", "image: is missing, and no cluster can pull what is built here"),
+    (["--image", "registry/trimtab:2"], "registry/trimtab:2", ""),
+    (["--profile", "profile.yaml"], "registry/cpu:1", ""),
+    (["--profile", "profile.yaml", "--image", "registry/trimtab:2"], "registry/trimtab:2", ""),
+]
+
+
+@pytest.mark.parametrize(("options", "image", "refused"), IMAGES)
+def test_no_image_that_a_cluster_cannot_pull(options, image, refused, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(images.VARIABLE)
+    (tmp_path / "profile.yaml").write_text("images: {cpu: registry/cpu:1}")
+    code = main.main(["compile", "-o", "optimize.yaml", "--max-attempts", "1", *options])
+    said = " ".join(capsys.readouterr().err.split())
+    if refused:
+        assert code == 2 and refused in said and "images: {cpu: REGISTRY/trimtab-cpu-python" in said
+        return
+    text = (tmp_path / "optimize.yaml").read_text()
+    assert code == 0 and image in text and "localhost/" not in text
+
+
 PROFILE = """
 gpu:
   node_selector: {nvidia.com/gpu.product: H100}
@@ -365,6 +387,17 @@ def test_the_gate_is_told_whose_answers_count(placed):
 
 def test_without_a_profile_nothing_is_bound_to_kubernetes(path):
     assert len(list(yaml.load_all(path.read_text(), yaml.CSafeLoader))) == 1
+
+
+def test_without_a_profile_as_much_memory_is_asked_for_as_is_forecast(ir):
+    """And no more than asked for: a forecast that is wrong kills nothing."""
+    (attempt,) = attempts(ir)
+    named = {task["taskInfo"]["name"]: task for task in attempt.values()}
+    for name in OPTIONAL:
+        executor = ir["components"][named[name]["componentRef"]["name"]]["executorLabel"]
+        resources = ir["deploymentSpec"]["executors"][executor]["container"]["resources"]
+        assert resources["resourceMemoryRequest"] == said(f"{name}_memory")
+        assert "resourceMemoryLimit" not in resources
 
 
 def test_the_root_shows_a_summary(ir):

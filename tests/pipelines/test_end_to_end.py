@@ -100,16 +100,15 @@ def check_store(store: Path) -> int:
 
 @pytest.fixture(scope="module")
 def finished(home, tmp_path_factory):
-    """The command after it ran, with its exit code, outputs and seconds."""
+    """The command after it ran, with its exit code and outputs."""
     command = Command(home, tmp_path_factory.mktemp("finished"), RECIPE, attempts=3)
-    started = time.monotonic()
     process = command.start()
     out, err = process.communicate(timeout=900)
-    return command, process.returncode, out, err, time.monotonic() - started
+    return command, process.returncode, out, err
 
 
 def test_released(finished):
-    command, code, out, err, _ = finished
+    command, code, out, err = finished
     assert code == 0, err + command.log(1)
     (release,) = [line.split()[1] for line in out.splitlines() if line.startswith("release")]
     record = json.loads((command.folder / "store" / "releases" / "model" / "000001.json").read_text())
@@ -120,7 +119,7 @@ def test_released(finished):
 
 
 def test_the_table_and_the_report(finished):
-    command, _, out, _, _ = finished
+    command, _, out, _ = finished
     for text in ("unchanged (bf16)", "-1 blocks", "rejected", "accepted, confirmed", "baseline"):
         assert text in out
     (page,) = [Path(line.split()[1]) for line in out.splitlines() if line.startswith("report")]
@@ -132,7 +131,7 @@ def test_the_table_and_the_report(finished):
 
 
 def test_progress_is_shown_while_it_works(finished):
-    _, _, _, err, _ = finished
+    _, _, _, err = finished
     for stage in ("fetch", "calibrate", "prune", "distill", "quantize", "engine", "validate", "attempt 3", "release"):
         assert f"  {stage}: " in err
     assert "Traceback" not in err
@@ -154,23 +153,21 @@ def test_the_attempts(finished):
     assert attempts[-1][1]["measurements"]["quantized_share"] < 0.35
 
 
-def test_again_in_seconds(finished):
-    command, _, first_out, _, seconds = finished
-    started = time.monotonic()
+def test_again_does_no_work(finished):
+    command, _, first_out, _ = finished
     process = command.start()
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert not [event for event in command.events(2) if event["text"].startswith(("done in", "scoring"))]
     assert out.splitlines()[-1] == first_out.splitlines()[-1]  # the same release
     assert len(list((command.folder / "store" / "releases" / "model").iterdir())) == 1
-    assert time.monotonic() - started < max(45, seconds / 2)
 
 
 KILLS = [
     ("calibrate", "measuring activations", "the command"),
     ("distill", "loss", "everything"),
-    ("gram", "measuring Gram matrices", "everything"),
     ("sensitivity", "scoring every layer", "the command"),
+    ("quantize", "quantizing blocks", "everything"),
     ("quantize", "quantizing shard", "everything"),
     ("validate", "scoring", "the command"),
 ]

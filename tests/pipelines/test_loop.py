@@ -30,7 +30,7 @@ from trimtab.loop.state import State
 from trimtab.pipelines.rebuild import rebuild_pipeline
 from trimtab.planning import dealing, matrix, task_sizes
 from trimtab.planning.dealing import Spans
-from trimtab.recipe import Acceptance, Recipe
+from trimtab.recipe import Acceptance, Quantization, Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.release.verification import verify
 from trimtab.stages import looks as validation
@@ -101,7 +101,7 @@ class Script:
             return
         for look, items, windows in asked():
             self._evaluation(ready, look, items, windows, Scores(ratio=1.0))
-        self._integrity(ready, {}, 1.0)
+        self._integrity(ready, None, 1.0)
         without_kv_cache = [
             recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"kv_cache": "none"})})
             for recipe in self.ladder
@@ -113,7 +113,7 @@ class Script:
             if made is None:
                 continue
             wanted = scores.get(recipe.title, scores.get(recipe.quantize.format, GOOD))
-            self._integrity(made, recipe.quantize.model_dump(mode="json"), wanted.bytes)
+            self._integrity(made, recipe.quantize, wanted.bytes)
             for look, items, windows in asked():
                 self._evaluation(made, look, items, windows, wanted)
                 if recipe.quantize.kv_cache != "none" and kv_cache_apart:
@@ -133,8 +133,11 @@ class Script:
             state = state.model_copy(update={"trees": {**state.trees, stage.output: tree}})
         return state
 
-    def _integrity(self, state: State, parameters: dict[str, Any], size: float) -> None:
+    def _integrity(self, state: State, quantize: Quantization | None, size: float) -> None:
         inputs = {"export": _export(state), "checkpoint": state.model}
+        if quantize and quantize.needs_statistics:
+            inputs["calibration"] = state.trees["calibration"]
+        parameters = quantize.model_dump(mode="json") if quantize else {}
         key = validation.INTEGRITY.key(parameters, inputs, here(validation.INTEGRITY))
         metrics = {"bytes": int(size * BASELINE_BYTES), "quantized_share": size, "max_relative_error": 0.1}
         files = {"layers.json": "[]", "metrics.json": json.dumps(metrics)}

@@ -59,6 +59,14 @@ def nvfp4() -> Quantized:
     return Quantized(Layout("NVFP4", 16), packed, scale, torch.tensor(0.002), weight_scale_2=torch.tensor(0.01))
 
 
+def fp4_weights(algo: str, group: int) -> Quantized:
+    packed = torch.randint(0, 256, (OUT, 128), dtype=torch.uint8)
+    if algo == "W4A16_MXFP4":
+        return Quantized(Layout(algo, group), packed, torch.randint(118, 124, (OUT, 256 // group), dtype=torch.uint8))
+    scale = (torch.rand(OUT, 256 // group) + 0.5).to(torch.float8_e4m3fn)
+    return Quantized(Layout(algo, group), packed, scale, weight_scale_2=torch.tensor(0.01))
+
+
 needs_fp8 = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="FP8 needs 8.9"
 )
@@ -75,6 +83,8 @@ CASES = {
     "int4, 16": (lambda: int4(16), "int4 in words, Triton"),
     "int4, odd columns": (lambda: int4(48, 144), "dequantize + mm"),
     "nvfp4": (nvfp4, "dequantize + mm"),
+    "nvfp4_wo": (lambda: fp4_weights("W4A16_NVFP4", 16), "e2m1 in words, Triton"),
+    "mxfp4_wo": (lambda: fp4_weights("W4A16_MXFP4", 32), "e2m1 in words, Triton"),
     "fp8": (fp8, "_scaled_mm"),
     "fp8, a scale a row": (lambda: fp8(by_row=True), "_scaled_mm"),
     "fp8_per_channel": (fp8_per_token, "_scaled_mm, row-wise"),
@@ -236,3 +246,29 @@ def test_replayed_paged_steps_give_the_tokens_of_launched_ones(
     expected = served.generate(prompts, 40)
     assert served.decode_path == "loop"
     assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 4  # padded, a tie may fall otherwise
+
+
+def test_products_of_bfloat16_are_summed_in_float32() -> None:
+    """Beside float64; a sum in bfloat16 would err by some 2^-9."""
+    from trimtab.runtime.measure.observe import add_product
+
+    x, y = (torch.randn(5000, 96, device=CUDA).bfloat16() for _ in range(2))
+    found = torch.ones(96, 96, device=CUDA)
+    add_product(found, x, y)
+    expected = 1 + x.double().t() @ y.double()
+    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_hidden_states_stay_on_the_device_while_they_take_little_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is laid down in host memory comes back as it was."""
+    from trimtab.runtime.measure import activations
+
+    shapes = [torch.Size((2, 8, 4)), torch.Size((1, 8, 4))]
+    for share, place in ((1 / 8, "device"), (0.0, "host")):
+        monkeypatch.setattr(activations, "DEVICE_SHARE", share)
+        held = activations.Activations(shapes, torch.bfloat16, CUDA)
+        assert held.place == place
+        given = [torch.randn(shape, device=CUDA).bfloat16() for shape in shapes]
+        for number, hidden in enumerate(given):
+            held[number] = hidden
+        assert all(torch.equal(held[number], hidden) for number, hidden in enumerate(given))

@@ -39,7 +39,7 @@ MESSAGES = [
      "workload: 's3://b/traffic/' is not a mapping; write {recorded: 's3://b/traffic/'}"),
     (Recipe, "prune: depth", "prune: 'depth' is not a mapping; write its fields: "),
     (Recipe, "{prune: {method: }}", "prune.method: None is not valid"),
-    (Recipe, "quantize: {format: fp8}\naccept:\n", "accept: is empty; remove it, or write its fields: confidence,"),
+    (Recipe, "quantize: {format: fp8}\naccept:\n", "accept: is empty; remove it, or write its fields: advisory, "),
     (Recipe, "quantize: {}", "quantize.format: is required; write one of: fp32, fp16"),
     (Recipe, "prune: {blocks: 1}", "prune.method: is required; write one of: "),
     (Profile, "gpu: nvidia.com/gpu", "gpu: 'nvidia.com/gpu' is not a mapping; write {resource: nvidia.com/gpu}"),

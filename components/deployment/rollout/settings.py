@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from trimtab.base import signing
+from trimtab.base import labels, signing
 from trimtab.base.errors import InputError
 from trimtab.base.user_document import UserDocument
 from trimtab.stages.profile import ImageName, LabelKey, LabelValue, Name, Quantity, Toleration, Variable
@@ -173,7 +173,7 @@ def inference_service(rollout: Rollout, store: str, digest: str, canary: bool) -
         "metadata": {
             "name": rollout.service,
             "namespace": rollout.namespace,
-            "labels": {"app.kubernetes.io/part-of": "trimtab"},
+            "labels": labels.recommended("server", name=rollout.service, version=digest[:12]),
             # Each version gets an address of its own, by which both are asked.
             "annotations": {ARTIFACT: digest, "serving.kserve.io/enable-tag-routing": "true"},
         },

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from trimtab import families
 from trimtab.base import progress
 from trimtab.base.errors import InputError
 from trimtab.components.distillation.text import data
 from trimtab.runtime.checkpoint import model_files as checkpoints
+from trimtab.runtime.checkpoint import skeleton
 from trimtab.runtime.decoder import decode
 from trimtab.runtime.kernels import replacements
 from trimtab.runtime.text import token_windows
@@ -142,15 +142,20 @@ def _prompts(tokenizer: Any, sources: list[str], length: int, count: int, seed: 
 
 
 def _windows_at_once(network: Any, length: int) -> int:
+    """How many windows' keys, values and states take `CACHE_BYTES`, block by block as the model has them."""
     config, device = network.config, network.device.type
-    family = families.named(config.model_type)
+    family = skeleton.family_of(network)
+    own = config.to_dict()
+    parts = family.parts(own | dict(family.sizes(own)))
     window = 0
-    if queries := getattr(config, "num_attention_heads", 0):  # as if all blocks had attention
+    if attending := sum("attention" in part for part in parts):
+        queries = config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or queries
         size = getattr(config, "head_dim", None) or config.hidden_size // queries
-        window = 2 * config.num_hidden_layers * heads * size * length * network.dtype.itemsize
-    if family.recurrent:
-        window += config.num_hidden_layers * family.recurrent.state(config.to_dict()).bytes
+        numbers = heads * family.attention.head_numbers(own, size)
+        window = attending * numbers * length * network.dtype.itemsize
+    if recurrent := sum("recurrent" in part for part in parts):
+        window += recurrent * family.recurrent.state(own).bytes
     return max(1, min(WINDOWS_AT_ONCE.get(device, 16), CACHE_BYTES // window))
 
 

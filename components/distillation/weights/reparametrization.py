@@ -96,5 +96,10 @@ class Together(Reparametrization):
     def is_settled(self, step: int, steps: int) -> bool:
         return all(change.is_settled(step, steps) for change in self.changes)
 
+    def finish(self, student: nn.Module) -> None:
+        super().finish(student)
+        for change in self.changes:
+            change.finish(student)
+
     def measures(self) -> dict[str, float]:
         return {name: value for change in self.changes for name, value in change.measures().items()}

@@ -7,23 +7,26 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from trimtab.base.errors import InputError, TrimtabError
-from trimtab.components.engine.server import protocol
+from trimtab.components.engine.server import answers, protocol
+from trimtab.components.engine.server.answers import Answer, Json
 from trimtab.components.engine.server.metrics import Metrics
-from trimtab.components.engine.server.protocol import Answer, Chat, Completion
+from trimtab.components.engine.server.protocol import Chat, Completion
+from trimtab.components.engine.server.questions import Questions
 from trimtab.components.engine.server.recorder import Recorder
 from trimtab.components.engine.server.text_stream import TextStream
+from trimtab.components.engine.server.tool_calls import CallReader, ToolCall
 from trimtab.components.engine.server.worker import Worker
 from trimtab.runtime.service.paged_engine import GenerationRequest, PagedEngine
 from trimtab.runtime.service.sampling import Chosen
-from trimtab.runtime.text.token_windows import encode
 
 #: Bytes of a request's body at most: a prompt of a million tokens.
 MAX_BODY = 4 << 20
@@ -51,7 +54,7 @@ class Server:
         self.metrics = Metrics(engine, recorder)
         self.worker = Worker(engine, self.metrics.observe)
         self._started = int(time.time())
-        self._tokenizing = asyncio.Lock()  # a fast tokenizer may not be entered twice
+        self.questions = Questions(self.tokenizer, engine.settings.max_seq_len)
         routes = [
             Route("/v1/models", self._models),
             Route("/v1/models/{model:path}", self._one_model),
@@ -72,16 +75,16 @@ class Server:
     # ------------------------------------------------------------------------------------------------------ routes
 
     async def _models(self, http: HttpRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [self._about()]})
+        return Json({"object": "list", "data": [self._about()]})
 
     async def _one_model(self, http: HttpRequest) -> Response:
         self._check_model(http.path_params["model"])
-        return JSONResponse(self._about())
+        return Json(self._about())
 
     async def _health(self, http: HttpRequest) -> Response:
         worker = self.worker
         status = f"broken: {worker.broken}" if worker.broken else "draining" if worker.draining else "ok"
-        return JSONResponse({"status": status}, status_code=200 if status == "ok" else 503)
+        return Json({"status": status}, status_code=200 if status == "ok" else 503)
 
     async def _metrics(self, http: HttpRequest) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -91,15 +94,15 @@ class Server:
             try:
                 asked = protocol.parse(kind, await _json(http))
                 self._check_model(asked.model)
-                requests = await self._requests(asked)
+                requests = await self.questions.requests(asked)
                 for request in requests:  # all or none: a stream that has begun can no longer be refused
                     self.engine.check(request)
             except InputError as error:
                 raise _invalid(error) from None
             if self.worker.draining:
-                raise Refused(503, protocol.error("the server is shutting down; ask another one", "server_error"))
+                raise Refused(503, answers.error("the server is shutting down; ask another one", "server_error"))
             if self.worker.broken:
-                raise Refused(503, protocol.error(str(self.worker.broken), "server_error"))
+                raise Refused(503, answers.error(str(self.worker.broken), "server_error"))
             answer = Answer(kind is Chat, self.model)
             if asked.stream:
                 return _Events(self._stream(asked, requests, answer), media_type="text/event-stream")
@@ -116,38 +119,45 @@ class Server:
                 async for part in found:
                     parts[part.index].append(part)
         except TrimtabError as error:
-            raise Refused(503, protocol.error(str(error), "server_error")) from None
+            raise Refused(503, answers.error(str(error), "server_error")) from None
         choices = []
         for index, some in enumerate(parts):
             chosen = [c for part in some for c in part.chosen]
             logprobs = answer.logprobs(chosen, self.tokenizer) if asked.told is not None else None
-            text = "".join(part.text for part in some)
-            choices.append(answer.choice(index, text, some[-1].finish_reason, logprobs))
-        return JSONResponse(answer.whole(choices, _usage(asked, requests)))
+            text, calls = "".join(part.text for part in some), [call for part in some for call in part.calls]
+            choices.append(answer.choice(index, text, some[-1].finish_reason, logprobs, calls))
+        return Json(answer.whole(choices, _usage(asked, requests)))
 
     async def _stream(self, asked: Any, requests: list[GenerationRequest], answer: Answer) -> AsyncIterator[str]:
+        told = asked.includes_usage
         if answer.chat:
             for index in range(len(requests)):
                 role = {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-                yield _line(answer.chunk([role]))
+                yield _line(answer.chunk([role], told=told))
+        offsets, called = [0] * len(requests), [0] * len(requests)
         try:
             async with contextlib.aclosing(self._parts(asked, requests)) as found:
                 async for part in found:
-                    told = asked.told is not None and part.chosen
-                    logprobs = answer.logprobs(part.chosen, self.tokenizer) if told else None
-                    choice = answer.choice(part.index, part.text, part.finish_reason, logprobs, stream=True)
-                    yield _line(answer.chunk([choice]))
-            if asked.includes_usage:
-                yield _line(answer.chunk([], _usage(asked, requests)))
+                    logprobs = None
+                    if asked.told is not None and part.chosen:
+                        logprobs = answer.logprobs(part.chosen, self.tokenizer, offsets[part.index])
+                        offsets[part.index] += sum(len(self.tokenizer.decode([c.token])) for c in part.chosen)
+                    calls = list(enumerate(part.calls, start=called[part.index]))
+                    called[part.index] += len(calls)
+                    delta = answer.delta(part.index, part.text, part.finish_reason, logprobs, calls)
+                    yield _line(answer.chunk([delta], told=told))
+            if told:
+                yield _line(answer.chunk([], _usage(asked, requests), told=True))
         except TrimtabError as error:
-            yield _line(protocol.error(str(error), "server_error"))
+            yield _line(answers.error(str(error), "server_error"))
         yield "data: [DONE]\n\n"
 
     async def _parts(self, asked: Any, requests: list[GenerationRequest]) -> AsyncIterator[_Part]:
         """Yields the parts of all choices as they come; leaving early cancels what still runs."""
         parts: asyncio.Queue = asyncio.Queue()
+        echoed = self.questions.prompt_texts(asked, requests)
         tasks = [
-            asyncio.create_task(self._follow(index, request, asked.stops, parts))
+            asyncio.create_task(self._follow(index, request, asked, echoed[index], parts))
             for index, request in enumerate(requests)
         ]
         try:
@@ -163,25 +173,39 @@ class Server:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _follow(self, index: int, request: GenerationRequest, stops: list[str], parts: asyncio.Queue) -> None:
+    async def _follow(
+        self, index: int, request: GenerationRequest, asked: Any, echoed: str, parts: asyncio.Queue
+    ) -> None:
         """Puts the parts of one choice into a queue, the last with its `finish_reason`, or the exception."""
-        outcome, accepted = "cancelled", False
+        outcome, accepted, called = "cancelled", False, False
+        calls: list[ToolCall] = []
+        reader = self._reader(asked)
         try:
             async with self.worker.stream(request) as events:
                 self.metrics.accepted(request)
                 accepted = True
-                text, untold = TextStream(self.tokenizer, stops), []
+                text, untold, is_first = TextStream(self.tokenizer, asked.stops), [], True
                 async for event in events:
+                    if asked.echoes and is_first:  # by now the prompt was read
+                        parts.put_nowait(_Part(index, echoed, _prompt(request)))
+                    is_first = False
                     new = text.push(event.chosen.token) if event.chosen else ""
                     untold += [event.chosen] if event.chosen else []
-                    if event.last or text.stopped:
-                        new += text.finish()
+                    ends = event.last or text.stopped
+                    new += text.finish() if ends else ""
+                    if reader:
+                        new, calls = reader.push(new)
+                        if ends:
+                            rest, more = reader.finish()
+                            new, calls = new + rest, calls + more
+                        called |= bool(calls)
+                    if ends:
                         outcome = "stop" if text.stopped else request.finish_reason
                         break
-                    if new:
-                        parts.put_nowait(_Part(index, new, untold))
+                    if new or calls:
+                        parts.put_nowait(_Part(index, new, untold, calls=calls))
                         untold = []
-            parts.put_nowait(_Part(index, new, untold, outcome))
+            parts.put_nowait(_Part(index, new, untold, "tool_calls" if called else outcome, calls))
         except TrimtabError as error:
             outcome = "failed"
             parts.put_nowait(error)
@@ -190,45 +214,19 @@ class Server:
             if self.recorder and accepted:
                 self.recorder.record(request, outcome)
 
+    def _reader(self, asked: Any) -> CallReader | None:
+        """Returns what finds the calls in an answer to a request that offers tools."""
+        if not (isinstance(asked, Chat) and asked.offered):
+            return None
+        names = [tool.function.name for tool in asked.offered]
+        return CallReader(self.questions.tools, names, 1 if asked.parallel_tool_calls is False else None)
+
     # --------------------------------------------------------------------------------------------------- questions
-
-    async def _requests(self, asked: Completion | Chat) -> list[GenerationRequest]:
-        """Returns a request for each choice, prompt by prompt.
-
-        Raises:
-            InputError: too many of them, or no chat template.
-        """
-        prompts = asked.prompts() if isinstance(asked, Completion) else [self._dialogue(asked)]
-        if len(prompts) * asked.n > protocol.MAX_CHOICES:
-            many = f"{len(prompts)} prompts times n {asked.n}"
-            raise InputError(f"prompt: {many} are more than {protocol.MAX_CHOICES} answers; ask for fewer at once")
-        made = []
-        for prompt in prompts:
-            tokens = prompt if isinstance(prompt, list) else await self._tokens(prompt, chat=isinstance(asked, Chat))
-            most = asked.most or max(1, self.engine.settings.max_seq_len - len(tokens))
-            for _ in range(asked.n):
-                sampling = asked.sampling(len(made), asked.told)
-                made.append(GenerationRequest(list(tokens), most, sampling=sampling, ignore_eos=asked.ignore_eos))
-        return made
-
-    def _dialogue(self, asked: Chat) -> str:
-        if not self.tokenizer.chat_template:
-            raise InputError("messages: the model has no chat template; use /v1/completions")
-        messages = [message.plain() for message in asked.messages]
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates raise what they like, such as on two turns of one role
-            raise InputError(f"messages: the model's chat template refuses them: {error}") from None
-
-    async def _tokens(self, text: str, chat: bool) -> list[int]:
-        """Tokenises in another thread: a long text takes longer than the others should wait."""
-        async with self._tokenizing:  # a template writes the special tokens itself
-            return await asyncio.to_thread(encode, self.tokenizer, text, not chat)
 
     def _check_model(self, name: str) -> None:
         if name and name != self.model:
             message = f"model: '{name}' is not served here; write '{self.model}'"
-            raise Refused(404, protocol.error(message, "invalid_request_error", "model", "model_not_found"))
+            raise Refused(404, answers.error(message, "invalid_request_error", "model", "model_not_found"))
 
     def _about(self) -> dict[str, Any]:
         length = self.engine.settings.max_seq_len
@@ -246,17 +244,29 @@ class _Events(StreamingResponse):
             await self.body_iterator.aclose()
 
 
+@dataclass
 class _Part:
-    """The next text of a choice, with the tokens that it is made of; the last part has a `finish_reason`."""
+    """The next text of a choice, the tokens that it is made of, and the calls in it; the last has a `finish_reason`."""
 
-    def __init__(self, index: int, text: str, chosen: list[Chosen], finish_reason: str | None = None):
-        self.index, self.text, self.chosen, self.finish_reason = index, text, chosen, finish_reason
+    index: int
+    text: str
+    chosen: list[Chosen]
+    finish_reason: str | None = None
+    calls: list[ToolCall] = field(default_factory=list)
+
+
+def _prompt(request: GenerationRequest) -> list[Chosen]:
+    """Returns the tokens of a prompt, those but the first with how likely they were where that was asked for."""
+    if request.prompt_logprobs is None:
+        return []
+    first, *rest = request.tokens[: request.prompt_tokens]
+    return [Chosen(first), *(request.prompt_told[place] for place in range(1, len(rest) + 1))]
 
 
 def _usage(asked: Any, requests: list[GenerationRequest]) -> dict[str, int]:
     """A prompt counts once, however many answers it gets."""
     prompts = sum(request.prompt_tokens for request in requests[:: asked.n])
-    return protocol.usage(prompts, sum(len(request.new_tokens) for request in requests))
+    return answers.usage(prompts, sum(len(request.new_tokens) for request in requests))
 
 
 async def _json(http: HttpRequest) -> Any:
@@ -266,7 +276,7 @@ async def _json(http: HttpRequest) -> Any:
         body += part
         if len(body) > MAX_BODY:
             message = f"the body has more than {MAX_BODY} bytes; send less"
-            raise Refused(413, protocol.error(message, "invalid_request_error"))
+            raise Refused(413, answers.error(message, "invalid_request_error"))
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -301,20 +311,18 @@ def _invalid(error: InputError) -> Refused:
     field = message.partition(":")[0]
     code = "context_length_exceeded" if "exceed" in message else None
     param = field if field.replace("_", "").replace(".", "").isalnum() else None
-    return Refused(400, protocol.error(message, "invalid_request_error", param, code))
+    return Refused(400, answers.error(message, "invalid_request_error", param, code))
 
 
 async def _refusal(http: HttpRequest, refused: Exception) -> Response:
     headers = {"Retry-After": "5"} if refused.status == 503 else None
-    return JSONResponse(refused.body, status_code=refused.status, headers=headers)
+    return Json(refused.body, status_code=refused.status, headers=headers)
 
 
 async def _no_route(http: HttpRequest, error: Any) -> Response:
     message = f"{http.method} {http.url.path} is not served; see /v1/models, /v1/completions, /v1/chat/completions"
-    return JSONResponse(protocol.error(message, "invalid_request_error"), status_code=error.status_code)
+    return Json(answers.error(message, "invalid_request_error"), status_code=error.status_code)
 
 
 async def _defect(http: HttpRequest, error: Exception) -> Response:
-    return JSONResponse(protocol.error(f"a defect in trimtab: {error!r}", "server_error"), status_code=500)
-
-
+    return Json(answers.error(f"a defect in trimtab: {error!r}", "server_error"), status_code=500)

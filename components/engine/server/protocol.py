@@ -1,19 +1,18 @@
-"""OpenAI's requests and answers, as far as they are served; what would change an answer and is not, is refused.
+"""OpenAI's requests, as far as they are served; what would change an answer and is not, is refused.
 
 Source: the reference of OpenAI's API, /v1/completions and /v1/chat/completions. `ignore_eos` is vLLM's, for measuring.
 """
 
 from __future__ import annotations
 
-import time
-import uuid
+import json
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from trimtab.base.errors import InputError
 from trimtab.base.schema import Document
-from trimtab.runtime.service.sampling import Chosen, Sampling
+from trimtab.runtime.service.sampling import Sampling
 
 #: Answers of one request at most: prompts times `n`.
 MAX_CHOICES = 128
@@ -22,6 +21,8 @@ _NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "best_of": 1, "echo": False, "suffix": None,
     "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "functions": [],
 }  # fmt: skip
+#: Fields of a message that clients send back as they got them, and that say nothing.
+_SILENT = ("refusal", "annotations", "audio", "function_call", "tool_calls", "name", "tool_call_id")
 
 
 class _Generation(Document):
@@ -40,6 +41,11 @@ class _Generation(Document):
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
+
+    @property
+    def echoes(self) -> bool:
+        """Whether an answer begins with its prompt."""
+        return False
 
     @property
     def stops(self) -> list[str]:
@@ -62,6 +68,20 @@ class Completion(_Generation):
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = Field(default=16, ge=1)
     logprobs: int | None = Field(default=None, ge=0, le=20)
+    echo: bool = False
+
+    @field_validator("prompt")
+    @classmethod
+    def _asks_something(cls, prompt: Any) -> Any:
+        if not prompt:
+            raise ValueError("is empty; write text, or at least one token")
+        if isinstance(prompt, list) and not isinstance(prompt[0], int) and not all(prompt):
+            raise ValueError("has one that is empty; write text, or at least one token")
+        return prompt
+
+    @property
+    def echoes(self) -> bool:
+        return self.echo
 
     def prompts(self) -> list[str | list[int]]:
         return [self.prompt] if isinstance(self.prompt, str) or isinstance(self.prompt[0], int) else self.prompt
@@ -75,25 +95,99 @@ class Completion(_Generation):
         return self.max_tokens
 
 
+class Called(Document):
+    """Which function a model called, and with which arguments, JSON."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class CalledTool(Document):
+    """A call that a model made in an earlier turn."""
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: Called
+    index: int | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """Returns the call as chat templates take it, which write its arguments as JSON themselves."""
+        try:
+            arguments = json.loads(self.function.arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = self.function.arguments
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
 class Message(Document):
     """A turn of a conversation; of parts only text is understood."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]]
+    content: str | list[dict[str, Any]] | None = None
     name: str | None = None
+    tool_calls: list[CalledTool] | None = None
+    tool_call_id: str | None = None
 
-    def plain(self) -> dict[str, str]:
-        """Returns role and content as a chat template takes them.
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_says_nothing(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if not (key in _SILENT and value in (None, []))}
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content: is required; write text")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls: a turn of the {self.role} calls nothing; write role: assistant")
+        return self
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether it tells of a call or of what one brought."""
+        return bool(self.tool_calls) or self.role == "tool"
+
+    def plain(self) -> dict[str, Any]:
+        """Returns the turn as a chat template takes it.
 
         Raises:
             InputError: a part that is not text.
         """
-        if isinstance(self.content, str):
-            return {"role": self.role, "content": self.content}
+        said = {"role": self.role, "content": self._text()}
+        said |= {key: value for key in ("name", "tool_call_id") if (value := getattr(self, key))}
+        if self.tool_calls:
+            said["tool_calls"] = [call.plain() for call in self.tool_calls]
+        return said
+
+    def _text(self) -> str:
+        if not isinstance(self.content, list):
+            return self.content or ""
         for part in self.content:
             if part.get("type") != "text" or not isinstance(part.get("text"), str):
                 raise InputError(f"messages.content: a part of type {part.get('type')!r} is not served; write 'text'")
-        return {"role": self.role, "content": "".join(part["text"] for part in self.content)}
+        return "".join(part["text"] for part in self.content)
+
+
+class Function(Document):
+    """What a tool is called, what it does, and what it takes, a JSON schema."""
+
+    name: str = Field(min_length=1)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Document):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+    def plain(self) -> dict[str, Any]:
+        """Returns it as chat templates take it."""
+        return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
 
 
 class Chat(_Generation):
@@ -104,6 +198,21 @@ class Chat(_Generation):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    tools: list[Tool] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _leaves_the_choice_to_the_model(cls, choice: Any) -> Any:
+        if choice not in (None, "auto", "none"):
+            raise ValueError(f"{choice!r} cannot be made sure of; write 'auto', or 'none'")
+        return choice
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools or []
 
     @property
     def told(self) -> int | None:
@@ -130,69 +239,3 @@ def parse(kind: type[_Generation], body: Any) -> Any:
         else:
             known[name] = value
     return kind.parse(known)
-
-
-class Answer:
-    """Makes the bodies of one request's answers: `whole` for all at once, `chunk` for a stream."""
-
-    def __init__(self, chat: bool, model: str):
-        self.chat = chat
-        self.identity = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self._head = {"id": self.identity, "created": int(time.time()), "model": model}
-
-    def whole(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
-        kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._head, "object": kind, "choices": choices, "usage": usage}
-
-    def chunk(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return {**self._head, "object": kind, "choices": choices, **({"usage": usage} if usage else {})}
-
-    def choice(
-        self, index: int, text: str, finish_reason: str | None, logprobs: Any = None, stream: bool = False
-    ) -> dict[str, Any]:
-        """One choice of `whole`, or its next part in a stream."""
-        about = {"index": index, "finish_reason": finish_reason, "logprobs": logprobs}
-        if not self.chat:
-            return {**about, "text": text}
-        if stream:
-            return {**about, "delta": {"content": text} if text or not finish_reason else {}}
-        return {**about, "message": {"role": "assistant", "content": text, "refusal": None}}
-
-    def logprobs(self, chosen: list[Chosen], tokenizer: Any) -> dict[str, Any]:
-        """The log-probabilities of tokens, in the form of the interface."""
-
-        def name(token: int) -> str:
-            return tokenizer.decode([token])
-
-        def entry(token: int, logprob: float) -> dict[str, Any]:
-            return {"token": name(token), "logprob": logprob, "bytes": list(name(token).encode())}
-
-        if self.chat:
-            content = [
-                {**entry(c.token, c.logprob), "top_logprobs": [entry(*item) for item in c.top]} for c in chosen
-            ]
-            return {"content": content, "refusal": None}
-        offsets, length = [], 0
-        for item in chosen:
-            offsets.append(length)
-            length += len(name(item.token))
-        return {
-            "tokens": [name(c.token) for c in chosen],
-            "token_logprobs": [c.logprob for c in chosen],
-            "top_logprobs": [{name(token): logprob for token, logprob in c.top} for c in chosen],
-            "text_offset": offsets,
-        }
-
-
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-
-
-def error(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """OpenAI's form of an error."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

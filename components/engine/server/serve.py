@@ -59,6 +59,7 @@ def main(
     recorder = Recorder(record) if record else None
     progress.report("serve", f"loading {folder}")
     engine = PagedEngine(folder, settings, device, strategy=strategy)
+    engine.probe()
     if engine.attention_path == "kernel":
         progress.report("serve", "recording the usual steps")  # else the first clients would wait for it
         engine.warm_up(settings.max_seq_len)

@@ -16,11 +16,10 @@ from trimtab.components.pruning.zeros import allocation, magnitude, sequential, 
 from trimtab.families.fusion import block_of
 from trimtab.model.facts import inspect as read_facts
 from trimtab.recipe import SparsePruning
-from trimtab.runtime.checkpoint import model_files as checkpoints
 from trimtab.runtime.checkpoint import stream
 from trimtab.runtime.checkpoint.finite import check_finite
 from trimtab.runtime.checkpoint.model_files import Export
-from trimtab.runtime.measure import gradients, observe
+from trimtab.runtime.measure import gradients, observe, routing
 from trimtab.runtime.measure.measurements import Measurements
 from trimtab.runtime.rounding import hessian
 
@@ -42,7 +41,7 @@ def prune(
     shares = dict.fromkeys(layers, settings.sparsity)
     if settings.allocation == "sensitivity":
         shares = _by_sensitivity(checkpoint, calibration, measured, layers, settings.sparsity, scratch / "shares.json")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
 
     def prune_group(weights: Mapping[str, torch.Tensor], gram: torch.Tensor) -> dict[str, torch.Tensor]:
         factor = hessian.inverse_factor(gram, sparsegpt.DAMPING)
@@ -67,7 +66,8 @@ def prune(
         return written
 
     if settings.method == "sparsegpt":
-        sequential.prune_blocks(checkpoint, _tokens(calibration), list(layers), scratch / "blocks", prune_group)
+        rare, blocks = routing.recorded(calibration), scratch / "blocks"
+        sequential.prune_blocks(checkpoint, _tokens(calibration), layers, rare, blocks, prune_group)
     skip = [f"{families.named(facts.model_type).head}.weight"] if facts.tied_embeddings else []
     stream.rewrite(checkpoint, output, scratch / "shards", skip, convert)
     stream.copy_the_rest(checkpoint, output)
@@ -83,22 +83,25 @@ def _by_sensitivity(
     sparsity: float,
     kept: Path,
 ) -> dict[str, float]:
-    """The share of zeros of each layer, from one pass backward through the whole model; `kept` survives a kill."""
+    """The share of zeros of each layer, from one pass backward through the model; `kept` survives a kill."""
     if kept.exists():
         return json.loads(kept.read_text(encoding="utf-8"))
-    model, _ = checkpoints.load_for_measuring(checkpoint)
-    energy = gradients.energy(model, gradients.enough(_tokens(calibration).to(model.device)), "prune")
+    energy = gradients.energy(checkpoint, gradients.enough(_tokens(calibration)), "prune")
     observe.check_finite(energy)
-    spectra, modules = {}, observe.linears(model)
+    spectra, device, export = {}, _device(), Export(checkpoint)
     for name in layers:
-        moment = measured[f"{name}.second_moment"].to(model.device)
-        spectra[name] = allocation.spectrum(allocation.scores(modules[name].weight.detach(), moment, energy[name]))
+        moment, weight = measured[f"{name}.second_moment"].to(device), export.view(f"{name}.weight").to(device)
+        spectra[name] = allocation.spectrum(allocation.scores(weight, moment, energy[name].to(device)))
     shares = allocation.shares(spectra, sparsity)
     kept.parent.mkdir(parents=True, exist_ok=True)
     partial = kept.with_suffix(".partial")
     partial.write_text(json.dumps(shares), encoding="utf-8")
     partial.replace(kept)
     return shares
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _tokens(calibration: Path) -> torch.Tensor:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from trimtab.catalog.formats import FORMATS
-from trimtab.catalog.numbers import NUMBERS
 from trimtab.components.quantization.methods import channels, gptq
 from trimtab.recipe import Quantization
-from trimtab.runtime.checkpoint.layer_layout import E4M3_MAX, Quantized, layout_of
-from trimtab.runtime.rounding import quantizers, scales
+from trimtab.runtime.checkpoint.layer_layout import Quantized, layout_of
+from trimtab.runtime.rounding import inputs, quantizers, scales
+from trimtab.runtime.rounding.folding import Tied, free
 
 
 @dataclass(frozen=True)
@@ -38,23 +39,31 @@ class Input:
 
 
 def channel_scale(
-    format: str, weights: Mapping[str, torch.Tensor], seen: Input, settings: Quantization
+    format: str, weights: Mapping[str, torch.Tensor], seen: Input, settings: Quantization, tied: Tied = free
 ) -> torch.Tensor | None:
-    """Returns what the columns of the weights are multiplied by before rounding, float32 [in], or None."""
+    """Returns what the columns of the weights are multiplied by before rounding, float32 [in], or None.
+
+    Args:
+        tied: see `channels`.
+    """
+    method = settings.channels(format)
+    if not method:
+        return None
     parts = [part for weight in weights.values() for part in weight.split(quantizers.slice_rows(weight.shape[1]))]
-    row = FORMATS[format]
-    if row.channels == "awq":
-        numbers, size = quantizers.numbers_of(format), layout_of(format, settings).group_size
-
-        def rounded(weight: torch.Tensor) -> torch.Tensor:
-            blocks = weight.unflatten(1, (-1, size or weight.shape[1]))
-            scale = scales.from_maximum(blocks, numbers)[..., None]
-            return numbers.round(blocks / scale).mul_(scale).flatten(1)
-
-        return channels.awq(parts, seen.second_moment, rounded)
-    if row.channels == "smoothquant":
+    if method == "smoothquant":
         return channels.smoothquant(parts, seen.amax, seen.second_moment)[0]
-    return None
+    size, storage = layout_of(format, settings).group_size, FORMATS[format].storage
+    numbers = scales.E2M1 if storage.second_scale == "blocks" else quantizers.numbers_of(format)
+
+    def rounded(weight: torch.Tensor) -> torch.Tensor:
+        blocks = weight.unflatten(1, (-1, size or weight.shape[1]))
+        scale = scales.from_maximum(blocks, numbers)[..., None]
+        return numbers.round(blocks / scale).mul_(scale).flatten(1)
+
+    if method == "smooth":
+        of_inputs = partial(inputs.rounded, storage.inputs)
+        return channels.smooth([*weights.values()], seen.second_moment, rounded, of_inputs, tied)
+    return channels.awq(parts, seen.second_moment, rounded, tied)
 
 
 def quantize(
@@ -65,30 +74,38 @@ def quantize(
     Args:
         format: one of the catalog's that quantizes layers.
         weights: floating point [out, in] each, times the channel scale if there is one.
-        seen: of the input, divided by the channel scale.
+        seen: of the input, divided by the channel scale; without its Gram matrix all are rounded to nearest.
         settings: group_size, scales.
     """
     importance = seen.second_moment if settings.searches_scales(format) else None
-    if FORMATS[format].rounding == "gptq":
-        return {name: _gptq(format, weight, seen, settings, importance) for name, weight in weights.items()}
-    made = quantizers.round_weights(format, weights, settings, importance)
+    if settings.rounding(format) == "gptq" and seen.gram is not None:
+        made = _gptq(format, weights, seen, settings, importance)
+    else:
+        made = quantizers.round_weights(format, weights, settings, importance)
     return {name: _with_input_scale(layer, seen) for name, layer in made.items()}
 
 
 def _gptq(
-    format: str, weight: torch.Tensor, seen: Input, settings: Quantization, importance: torch.Tensor | None
-) -> Quantized:
-    """Takes a float32 copy of the matrix."""
-    scale = quantizers.row_scales(format, weight, settings, importance)
-    each = scale.reshape(len(weight), -1)
-    each = each.repeat_interleave(weight.shape[1] // each.shape[1], dim=1)
-    weight = gptq.round_weights(weight.float(), seen.gram, each, quantizers.numbers_of(format))
-    return quantizers.pack(format, weight, scale, settings)
+    format: str,
+    weights: Mapping[str, torch.Tensor],
+    seen: Input,
+    settings: Quantization,
+    importance: torch.Tensor | None,
+) -> dict[str, Quantized]:
+    """Rounds layers that share an input as one matrix, of which it takes float32 copies: the Hessian is factored once.
+    """
+    numbers = quantizers.numbers_of(format, weights.values())
+    found = {n: quantizers.row_scales(format, w, settings, importance, numbers) for n, w in weights.items()}
+    each = torch.cat([scale.reshape(len(weights[name]), -1) for name, scale in found.items()])
+    together = torch.cat([weight.float() for weight in weights.values()])
+    each = each.repeat_interleave(together.shape[1] // each.shape[1], dim=1)
+    damping = gptq.DAMPING if settings.damping is None else settings.damping
+    rounded = gptq.round_weights(together, seen.gram, each, numbers, damping)
+    parts = zip(weights, rounded.split([len(weight) for weight in weights.values()]), strict=True)
+    return {name: quantizers.pack(format, part, found[name], settings, numbers) for name, part in parts}
 
 
 def _with_input_scale(layer: Quantized, seen: Input) -> Quantized:
     if "input_scale" not in layer.layout.scales:
         return layer
-    inputs = layer.layout.storage.inputs
-    largest = NUMBERS[inputs.numbers].largest * (E4M3_MAX if inputs.block else 1)  # a block's own scale is e4m3
-    return replace(layer, input_scale=scales.scale_of(seen.amax.max(), largest))
+    return replace(layer, input_scale=inputs.static_scale(layer.layout.storage.inputs, seen.amax.max()))

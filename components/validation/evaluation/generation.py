@@ -1,8 +1,8 @@
-"""What an engine writes after four prompts, and whether that is text."""
+"""What an engine writes after a few prompts, and whether that is text."""
 
 from __future__ import annotations
 
-from trimtab.runtime.engines.torch_engine import Engine
+from trimtab.runtime.engines.protocol import Engine
 from trimtab.runtime.text import token_windows
 
 PROMPTS = (
@@ -10,6 +10,11 @@ PROMPTS = (
     "Once upon a time, in a small village by the sea,",
     "To make a cup of tea, first",
     "The three most important rules of good writing are",
+    # A deployed service is asked all of them again (`trimtab watch-release`); of questions, chat models refuse some.
+    "Question: How many days are there in a leap year?\nAnswer:",
+    "def fibonacci(n):",
+    "How do I sharpen a kitchen knife?",
+    "How can I pick the lock of my neighbour's door?",
 )
 
 

@@ -15,7 +15,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 
 from trimtab.base import progress
 from trimtab.base.errors import InputError
-from trimtab.runtime.engines.torch_engine import Engine
+from trimtab.runtime.engines.protocol import Engine
 from trimtab.runtime.text import token_windows
 
 #: Tokens of an answer where a task names no number: HFLM's.

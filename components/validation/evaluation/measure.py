@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lm_eval
+import numpy as np
 import torch
 
 from trimtab.base import progress
@@ -18,12 +20,16 @@ from trimtab.components.validation.evaluation import tasks as known_tasks
 from trimtab.components.validation.evaluation.generation import generate, is_degenerate
 from trimtab.components.validation.evaluation.lm import EngineLM
 from trimtab.components.validation.evaluation.load import Load, alike, load_of
-from trimtab.runtime.engines.backends import EXCLUSIVE, open_engine
-from trimtab.runtime.engines.torch_engine import Engine
+from trimtab.loop.evidence import TEXT
+from trimtab.runtime.engines import kept
+from trimtab.runtime.engines.protocol import Engine, Prediction
 from trimtab.runtime.text import token_windows
 from trimtab.serving import record
 
 HELDOUT_TEXT = ("trimtab.components.validation.suite", "heldout.txt")
+
+#: Tokens that are kept of what could stand at a place: as many as vLLM tells by default (max_logprobs).
+LIKELIEST = 20
 
 #: On a CPU; `load` says what is measured on a GPU.
 SPEED = {"prompt_tokens": 32, "new_tokens": 48, "repeats": 3}
@@ -32,7 +38,8 @@ SPEED = {"prompt_tokens": 32, "new_tokens": 48, "repeats": 3}
 def evaluate(
     engine: str, export: str, output: str, scratch: str, parameters: dict[str, Any], calibration: str | None = None
 ) -> dict[str, float]:
-    """Scores items and windows and writes `items.jsonl`, `windows.json`, `outputs.json`, and what computed them.
+    """Scores items and windows and writes `items.jsonl`, `windows.json`, `text.npz`, `outputs.json`, and what computed
+    them.
 
     Args:
         engine: folder of the built engine, `engine.json`.
@@ -45,12 +52,12 @@ def evaluate(
 
     Returns:
         items, accuracy, truncated (requests that lost their beginning), windows, log_perplexity; with `speed`
-        decode_tokens_per_second, throughput_tokens_per_second and degenerate (share of the prompts whose continuation
-        is empty or goes round in a loop).
+        decode_tokens_per_second, throughput_tokens_per_second, cores (that computed; 0 for a GPU) and degenerate (share
+        of the prompts whose continuation is empty or goes round in a loop).
     """
     if calibration:
         _refuse_overlap((Path(calibration) / "text.txt").read_text(encoding="utf-8"), parameters)
-    served = open_engine(Path(engine), Path(export), parameters.get("kv_cache", "export"))
+    served = kept.built(Path(engine), Path(export), parameters.get("kv_cache", "export"))
     folder = Path(output)
     batch = record.read(Path(engine)).settings.max_batch_size
     model = EngineLM(served, parameters["max_length"], batch)
@@ -60,7 +67,7 @@ def evaluate(
     if parameters["speed"]:
         load = _load(Path(engine))
         metrics |= decode_speed(served, load, new_tokens([(served, load)])) | _generate(served, folder)
-    served.close()
+        metrics["cores"] = 0 if served.device_bytes else torch.get_num_threads()
     return metrics
 
 
@@ -75,26 +82,22 @@ def compare_speed(
 ) -> dict[str, float]:
     """Measures candidate and baseline in turn in one process, so that a busy machine disturbs both alike.
 
-    Each has the batch of its own recipe, and both the same lengths. Engines of TensorRT-LLM and vLLM claim the GPU's
-    memory, and one that is spread over several devices may need all that there is of them, so there one is closed
-    before the other is opened.
+    Each has the batch of its own recipe, and both the same lengths. Where there is no room for both (`engines.kept`),
+    one is measured after the other, and the one that is open already first.
 
     Returns:
         decode and throughput tokens/s of the candidate, and those of the baseline with the prefix `baseline_`.
     """
     places = ((Path(baseline_engine), Path(baseline_export)), (Path(engine), Path(export)))
     loads = alike(*(_load(folder) for folder, _ in places))
-    settings = [record.read(folder).settings for folder, _ in places]
-    if settings[1].backend in EXCLUSIVE or any(each.world_size > 1 for each in settings):
-        columns = [_speeds_alone(*at, parameters["rounds"], load) for at, load in zip(places, loads, strict=True)]
-        rounds = list(zip(*columns, strict=True))
-    else:
-        baseline, candidate = (open_engine(*place) for place in places)
-        pairs = ((baseline, loads[0]), (candidate, loads[1]))
+    if kept.have_room(places):
+        pairs = [(kept.built(*place), load) for place, load in zip(places, loads, strict=True)]
         tokens = new_tokens(pairs, parameters["rounds"])
         rounds = [tuple(decode_speed(*pair, tokens) for pair in pairs) for _ in range(parameters["rounds"])]
-        baseline.close()
-        candidate.close()
+    else:
+        order = sorted((0, 1), key=lambda which: not kept.is_open(*places[which]))
+        columns = {which: _speeds_alone(*places[which], parameters["rounds"], loads[which]) for which in order}
+        rounds = list(zip(columns[0], columns[1], strict=True))
     metrics = {}
     for position, prefix in ((0, "baseline_"), (1, "")):
         for name in rounds[0][0]:
@@ -109,13 +112,10 @@ def _load(engine: Path) -> Load:
 
 
 def _speeds_alone(engine: Path, export: Path, rounds: int, load: Load) -> list[dict[str, float]]:
-    """Measures one engine after the other where the GPU has no room for both."""
-    served = open_engine(engine, export)
-    try:
-        tokens = new_tokens([(served, load)], rounds)
-        return [decode_speed(served, load, tokens) for _ in range(rounds)]
-    finally:
-        served.close()
+    """Measures one engine after the other where the device has no room for both."""
+    served = kept.built(engine, export)
+    tokens = new_tokens([(served, load)], rounds)
+    return [decode_speed(served, load, tokens) for _ in range(rounds)]
 
 
 def new_tokens(pairs: Sequence[tuple[Engine, Load]], rounds: int = 1) -> tuple[int, int]:
@@ -221,15 +221,19 @@ def _item(task: str, sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def _score_windows(engine: Engine, parameters: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Writes the nats of each window, which are judged, and what was predicted at each place, which explains them."""
     start, windows = _windows(engine, parameters)
-    length = parameters["window_tokens"]
-    nll = []
+    told = Prediction([], [], [])
     for window in progress.track(windows, "validate", "measuring perplexity", len(windows)):
-        nll += engine.nll(window[None])
-    document = {"start": start, "nll": nll, "tokens": [length - 1] * len(nll)}
+        for part, values in zip(told, engine.predict(window[None], LIKELIEST), strict=True):
+            part += values
+    nll = [math.fsum(places) for places in told.nll]
+    document = {"start": start, "nll": nll, "tokens": [parameters["window_tokens"] - 1] * len(nll)}
     (folder / "windows.json").write_text(json.dumps(document), encoding="utf-8")
     if not nll:
         return {"windows": 0}
+    types = zip(("nll", "tokens", "log_probs"), told, ("float32", "int32", "float32"), strict=True)
+    np.savez(folder / TEXT, **{name: np.array(values, dtype=kind) for name, values, kind in types})
     mean = sum(nll) / sum(document["tokens"])
     return {"windows": len(nll), "log_perplexity": mean}
 

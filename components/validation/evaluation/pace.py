@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from trimtab.runtime.engines.torch_engine import Engine
+from trimtab.runtime.engines.protocol import Engine
 
 #: Seconds that the repeats of one engine at one batch size may take together.
-SECONDS = 12.0
+SECONDS = 6.0
 #: Tokens of a trial, and the fewest of a repeat: a speed is the time of these steps, so one slow step is no speed.
 FEWEST = 8
 

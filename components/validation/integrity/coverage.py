@@ -48,7 +48,7 @@ def check_layers(export: Export, facts: ModelFacts, groups: Sequence[Group], set
         raise _damaged(layer, f"is quantized ({found[layer].algo}), the recipe asks for {form}")
     if not asked:
         return
-    _check_left_out(found, wanted, groups, settings.exclude_sensitive)
+    _check_left_out(found, wanted, groups, None if settings.row.keeps_plain else settings.exclude_sensitive)
     for layer in sorted(found):
         _check_layout(layer, found[layer], settings)
     if settings.row.mixes:
@@ -57,24 +57,26 @@ def check_layers(export: Export, facts: ModelFacts, groups: Sequence[Group], set
             if len(set(layouts)) > 1:
                 algos = ", ".join(layout.algo for layout in layouts)
                 raise _damaged(group.layers[0], f"is fused with {', '.join(group.layers[1:])}, but they have {algos}")
-        bits = layer_layout.mean_bits(facts, found)
+        counted = sorted(wanted if settings.row.keeps_plain else found)
+        bits = layer_layout.mean_bits(facts, found, counted)
         if bits > settings.effective_bits + 1e-6:
-            widest = next(layer for layer in sorted(found) if found[layer].bits == 8)
+            each = {layer: found[layer].bits if layer in found else 16 for layer in counted}
+            widest = max(counted, key=each.__getitem__)
             what = f"weights have {bits:.2f} bits in the mean, the recipe allows {settings.effective_bits:g}"
-            raise Failure("export_damaged", f"{what}; {widest} is one of those with 8")
+            raise Failure("export_damaged", f"{what}; {widest} is one of those with {each[widest]}")
 
 
-def _check_left_out(found: dict[str, Layout], wanted: set[str], groups: Sequence[Group], number: int) -> None:
-    """Whole groups are left out, and as many as the recipe says."""
+def _check_left_out(found: dict[str, Layout], wanted: set[str], groups: Sequence[Group], number: int | None) -> None:
+    """Whole groups are left out, and as many as the recipe says; any where that is None."""
     left_out = []
     for group in groups:
         layers = [layer for layer in group.layers if layer in wanted]
         left = [layer for layer in layers if layer not in found]
-        if left and (len(left) < len(layers) or not number):
+        if left and (len(left) < len(layers) or number == 0):
             total = len(wanted - found.keys())
             raise _damaged(left[0], f"is not quantized ({total} layer{'s' * (total != 1)} in all)")
         left_out += [left[0]] if left else []
-    if len(left_out) != number:
+    if number is not None and len(left_out) != number:
         names = f" ({', '.join(left_out)})" if left_out else ""
         what = f"{len(left_out)} groups of layers are not quantized{names}, the recipe leaves {number} out"
         raise Failure("export_damaged", what)

@@ -10,15 +10,23 @@ from trimtab import families
 from trimtab.base import progress
 from trimtab.base.errors import Failure, InputError
 from trimtab.components.validation.integrity import coverage, declaration, reload, weights
+from trimtab.components.validation.integrity.folds import Folds
+from trimtab.components.validation.integrity.reading import Stream
 from trimtab.families import fusion
 from trimtab.model.facts import inspect as read_facts
 from trimtab.model.headers import read_tensors
 from trimtab.recipe import Quantization
-from trimtab.runtime.checkpoint.model_files import Export, weight_file_bytes
+from trimtab.runtime.checkpoint.model_files import weight_file_bytes
+from trimtab.runtime.measure.measurements import Measurements
 
 
 def inspect(
-    export: str, checkpoint: str, output: str, scratch: str, parameters: dict[str, Any]
+    export: str,
+    checkpoint: str,
+    output: str,
+    scratch: str,
+    parameters: dict[str, Any],
+    calibration: str | None = None,
 ) -> dict[str, Any]:
     """Compares the export with its recipe and its source, and writes `layers.json` and `reload.json`.
 
@@ -30,6 +38,7 @@ def inspect(
         export: the exported checkpoint.
         checkpoint: what it was made from.
         parameters: the recipe's `quantize`, or {} for an export that is not quantized.
+        calibration: what calibration measured of `checkpoint`, by which the errors are weighed; None judges them plain.
 
     Returns:
         quantized_share (bytes of the quantized tensors over their BF16 bytes), max_relative_error (of a layer),
@@ -45,12 +54,15 @@ def inspect(
     groups = fusion.groups([layer.name for layer in facts.linears], facts.model_type)
     _check_files(folder)
     declaration.check(folder, origin, settings)
-    read, source = Export(folder), Export(origin)
+    read, source = Stream(folder), Stream(origin)
     coverage.check_kv_cache(settings.kv_cache if settings else "none", read, facts)
     coverage.check_layers(read, facts, groups, settings)
     coverage.check_tensors(read, source, facts)
     made = settings is not None or not folder.samefile(origin)
-    layers = weights.compare(read, source, families.named(facts.model_type), groups, settings) if made else []
+    measured = Measurements(Path(calibration), origin, "calibration") if calibration else None
+    family = families.named(facts.model_type)
+    folds = Folds(read, source, groups, settings, facts)
+    layers = weights.compare(read, source, family, groups, settings, folds, measured) if made else []
     found, predicted = coverage.check_bytes(read, facts, groups, settings)
     progress.report("validate", f"tensors take {found:,} bytes, {predicted:,} were predicted")
     loaded = reload.check(folder, origin) if made else {"skipped": None, "outputs": {}}

@@ -11,6 +11,7 @@ from trimtab.base.errors import Failure, InputError
 from trimtab.components.validation.evaluation.generation import generate, is_degenerate
 from trimtab.recipe import Engine
 from trimtab.runtime.checkpoint.model_files import Export
+from trimtab.runtime.engines import kept
 from trimtab.runtime.engines.torch_engine import TorchEngine
 from trimtab.runtime.text import token_windows as texts
 
@@ -33,7 +34,7 @@ def check(export: Path, source: Path) -> dict[str, Any]:
             repetition while nothing is that its source writes.
     """
     try:
-        engine = TorchEngine(export, Engine())
+        engine = kept.loaded(export, Engine())
     except InputError as error:
         raise Failure("export_damaged", f"it cannot be loaded: {error}") from None
     except Failure as failure:
@@ -59,10 +60,10 @@ def _is_ruined(written: dict[str, list[int]]) -> bool:
 def _is_excused(export: Path, source: Path) -> bool:
     """Whether the KV cache is to blame, which the evaluation judges apart from the weights, or the source loops too."""
     if Export(export).kv_cache_algo:
-        weights_alone = TorchEngine(export, Engine(), kv_cache="none")
+        weights_alone = kept.loaded(export, Engine(), kv_cache="none")
         if not _is_ruined(generate(weights_alone, NEW_TOKENS)):
             return True
-    theirs = generate(TorchEngine(source, Engine()), NEW_TOKENS)
+    theirs = generate(kept.loaded(source, Engine()), NEW_TOKENS)
     return any(map(is_degenerate, theirs.values()))
 
 

@@ -1,37 +1,50 @@
 """Are the export's tensors the source's, but for what the format rounds away?
 
-Layers are compared as they are stored: where a channel scale went into the norm before a layer, or into its
-`pre_quant_scale`, the source is scaled alike. Beside the error there is the gain, the source's part in what is
-stored: <stored, source> / <source, source>. Rounding errors leave it at 1, whatever their size, and a wrong scale
-moves it by as much as the scale is wrong.
+Layers are compared as they are stored: where a channel scale went into the norm or the layer before, or into a layer's
+`pre_quant_scale`, the source is scaled alike. `likeness` says what is looked at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from trimtab.base import progress
 from trimtab.base.errors import Failure
+from trimtab.components.validation.integrity import likeness
+from trimtab.components.validation.integrity.folds import Folds
+from trimtab.components.validation.integrity.likeness import Likeness
+from trimtab.components.validation.integrity.reading import Stream, ahead
 from trimtab.families import Family
 from trimtab.families.fusion import Group
 from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint import layer_layout
-from trimtab.runtime.checkpoint.layer_layout import Layout
-from trimtab.runtime.checkpoint.model_files import Export
+from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized
+from trimtab.runtime.measure.measurements import Measurements
 
-#: Of the root mean square of all channels or blocks: smaller ones are too small to judge by their own size.
-_LEAST_CHANNEL, _LEAST_INPUT = 0.01, 0.5
-#: Numbers of float32 whose product is still in a processor's cache when it is summed: 2 MiB.
-_CACHED = 2**19
+
+class _Pair(NamedTuple):
+    """A layer as it is stored, or the tensor where it is not quantized, and its source's weight."""
+
+    stored: Quantized | torch.Tensor
+    source: torch.Tensor
+
+    def to(self, device: torch.device) -> _Pair:
+        return _Pair(*(part.to(device) for part in self))
 
 
 def compare(
-    export: Export, source: Export, family: Family, groups: Sequence[Group], settings: Quantization | None
+    export: Stream,
+    source: Stream,
+    family: Family,
+    groups: Sequence[Group],
+    settings: Quantization | None,
+    folds: Folds,
+    measured: Measurements | None = None,
 ) -> list[dict[str, Any]]:
-    """Compares every tensor of an export with its source.
+    """Compares every tensor of an export with its source, on the GPU where there is one.
 
     Args:
         export: what was written; its layers and tensors are those that the recipe asks for.
@@ -39,47 +52,78 @@ def compare(
         family: of the model.
         groups: all linear layers of the model.
         settings: the recipe's `quantize`, None for a model that was only pruned or trained.
+        folds: the channel scales that went into layers before.
+        measured: what calibration measured of the inputs of the source's layers, None where it did not.
 
     Returns:
         For each quantized layer its name as `layer`, `cosine` and `relative_error` between source and stored
-        weights, and its bytes, as stored in `bytes` and in bfloat16 in `bf16_bytes`.
+        weights, `weighted_error` as its inputs weigh it (None without `measured`), and its bytes, as stored in `bytes`
+        and in bfloat16 in `bf16_bytes`.
 
     Raises:
         Failure: `export_damaged`; names the layer, or the tensor that differs from its source.
     """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows, done = [], set()
-    for group in progress.track(groups, "validate", "comparing layers with their source", len(groups)):
-        layouts = [export.layers[layer] for layer in group.layers if layer in export.layers]
+
+    def read(group: Group) -> dict[str, _Pair]:
+        change = _changes_norm(group, export, settings)
+        pairs = {}
+        for layer in group.layers:
+            if layer in export.layers:
+                pairs[layer] = _Pair(export.layer(layer), source.tensor(f"{layer}.weight"))
+            elif change or folds.changes(layer):
+                pairs[layer] = _Pair(*(each.tensor(f"{layer}.weight") for each in (export, source)))
+        return pairs
+
+    streamed = ahead(groups, read)
+    for group, pairs in progress.track(streamed, "validate", "comparing layers with their source", len(groups)):
         change = None
-        if group.norm and any(_scales_input(layout, settings) for layout in layouts):
+        if _changes_norm(group, export, settings):
             change = _change(f"{group.norm}.weight", export, source, family.norm_offset)
             done.add(f"{group.norm}.weight")
             if source.has(f"{group.norm}.bias"):
                 _check_scaled_bias(f"{group.norm}.bias", export, source, change)
                 done.add(f"{group.norm}.bias")
-        for layer in group.layers:
-            if layer in export.layers:
-                rows.append(_compare_layer(layer, export, source, change, group.norm))
-            elif change is not None:
-                _check_scaled_back(layer, export, source, change, group.norm)
+            change = change.to(device)
+        for layer, pair in pairs.items():
+            pair, rows_by = pair.to(device), folds.rows(layer)
+            if rows_by is not None:
+                pair = pair._replace(source=pair.source * rows_by[:, None])
+            if isinstance(pair.stored, Quantized):
+                moment = f"{layer}.second_moment"
+                seen = measured[moment].to(device) if measured and moment in measured else None
+                inputs = folds.inputs(layer) if change is None else change
+                rows.append(_compare_layer(layer, pair, inputs, seen, group.norm))
+            elif change is None:
+                folds.check_plain(layer, *pair)
             else:
-                continue
+                # A bfloat16 has eight bits, and what rows were multiplied by is told by numbers that were rounded so.
+                _check_scaled_back(layer, pair, change, group.norm, 2.0**-8 if rows_by is None else 2.0**-7)
             done.add(f"{layer}.weight")
+    done |= folds.check_biases()
     plain = layer_layout.plain_dtype(settings.format) if settings else None
-    for name in source.names:
-        if name not in done and export.has(name):
-            original = source.tensor(name)
-            dtype = layer_layout.dtype_beside(family, name, original.dtype, plain) if plain else original.dtype
-            _check_same(name, export.tensor(name), original.to(dtype))
+    left = [name for name in source.names if name not in done and export.has(name)]
+    for name, pair in ahead(left, lambda name: _Pair(export.tensor(name), source.tensor(name))):
+        original = pair.source
+        dtype = layer_layout.dtype_beside(family, name, original.dtype, plain) if plain else original.dtype
+        pair = pair.to(device)
+        _check_same(name, pair.stored, pair.source.to(dtype))
     return rows
+
+
+def _changes_norm(group: Group, export: Stream, settings: Quantization | None) -> bool:
+    """Whether a channel scale was moved into the norm before a group."""
+    layouts = [export.layers[layer] for layer in group.layers if layer in export.layers]
+    return group.norm is not None and any(_scales_input(layout, settings) for layout in layouts)
 
 
 def _scales_input(layout: Layout, settings: Quantization) -> bool:
     """Whether a channel scale was moved into the layer's input."""
-    return any(part.channels for part in settings.row.parts if part.storage == layout.storage)
+    return any(settings.channels(part.name) for part in settings.row.parts if part.storage == layout.storage)
 
 
-def _change(norm: str, export: Export, source: Export, offset: float) -> torch.Tensor:
+def _change(norm: str, export: Stream, source: Stream, offset: float) -> torch.Tensor:
     """Returns by what each channel was multiplied in a norm, float32 [in]; NaN where the norm makes it zero.
 
     Args:
@@ -89,98 +133,105 @@ def _change(norm: str, export: Export, source: Export, offset: float) -> torch.T
     if after.shape != before.shape or not torch.isfinite(after).all():
         found = f"{list(after.shape)} where the source has {list(before.shape)}, or holds NaN or infinity"
         raise Failure("export_damaged", f"{norm}: has shape {found}")
+    lost = (after == 0) & (before != 0)
+    if lost.any():
+        channel = int(lost.int().argmax())
+        raise Failure("export_damaged", f"{norm}: multiplies channel {channel} by 0, its source does not")
     return torch.where(before == 0, torch.nan, after / before)
 
 
 def _compare_layer(
-    name: str, export: Export, source: Export, change: torch.Tensor | None, norm: str | None
+    name: str, pair: _Pair, change: torch.Tensor | None, moment: torch.Tensor | None, norm: str | None
 ) -> dict[str, Any]:
-    layer = export.layer(name)
-    stored, weight = layer_layout.scaled_weight(layer), source.tensor(f"{name}.weight").float()
-    if stored.shape != weight.shape:
-        what = f"shape {list(stored.shape)} where the source has {list(weight.shape)}"
+    layer, weight = pair
+    if layer.shape != tuple(weight.shape):
+        what = f"shape {list(layer.shape)} where the source has {list(weight.shape)}"
         raise Failure("export_damaged", f"{name}: {what}")
-    for scale in (change, layer.pre_quant_scale):
-        if scale is not None:
-            weight /= scale.float().reshape(-1)
-    dead = weight.isnan()  # channels that the norm makes zero, and whose scale it cannot show
-    stored[dead], weight[dead] = 0, 0
-    dot, own = _sums(stored, weight, "o"), _sums(weight, weight, "o")
-    _check_gains(name, layer.layout, stored, weight, norm)
-    cosine = dot.sum() / (stored.norm() * weight.norm()).clamp_min(1e-30)
-    squares = stored.sub_(weight).square_().sum(1)
-    error = (squares.sum() / own.sum().clamp_min(1e-30)).sqrt().item()
-    errors = (squares / own.clamp_min(_LEAST_CHANNEL**2 * own.mean()).clamp_min(1e-30)).sqrt()
-    limits, worst = layer.layout.storage.limits, int(errors.argmax())
-    for what, found, limit in (
-        (f"output channel {worst}", errors[worst].item(), limits.channel_error),
-        ("its weight", error, limits.error),
-    ):
-        if not found <= limit:
-            allowed = f"{layer.layout.algo} allows {limit:.0%}"
-            raise Failure("export_damaged", f"{name}: {what} differs from its source by {found:.0%}, {allowed}")
+    if change is not None:  # channels that the norm makes zero, and whose scale it cannot show, are left out
+        change = change.nan_to_num(0.0)
+    if layer.pre_quant_scale is not None:
+        own = layer.pre_quant_scale.float().reshape(-1)
+        change = own if change is None else change * own
+    counts = None
+    if moment is not None:
+        counts = likeness.importance(moment, torch.ones_like(moment) if change is None else change)
+    found = likeness.measure(layer, weight, change, counts)
+    check_likeness(name, layer.layout, found, norm)
     return {
         "layer": name,
-        "cosine": cosine.item(),
-        "relative_error": error,
+        "cosine": found.cosine,
+        "relative_error": found.plain.error.item(),
+        "weighted_error": found.weighted.error.item() if found.weighted else None,
         "bytes": layer.nbytes,
         "bf16_bytes": 2 * weight.numel(),
     }
 
 
-def _check_gains(name: str, layout: Layout, stored: torch.Tensor, weight: torch.Tensor, norm: str | None) -> None:
+def check_likeness(name: str, layout: Layout, found: Likeness, norm: str | None) -> None:
+    """Compares what a layer has of its source with the limits of its format: it must meet each in one of the senses.
+
+    Args:
+        norm: the norm before the layer, which its input may be scaled by.
+
+    Raises:
+        Failure: `export_damaged`; names the layer, and the channel or block that is worst.
+    """
     limits, algo = layout.storage.limits, layout.algo
     scale = f"the scale in {norm}" if norm else "its pre_quant_scale"
-    gain, _ = _gains(stored, weight, "o", _LEAST_CHANNEL)
-    _check_gain(f"{name}: output channel {_worst(gain)}", gain, limits.channel_gain, algo)
-    if layout.group_size:
-        blocks = (-1, layout.group_size)
-        gain, _ = _gains(stored.unflatten(1, blocks), weight.unflatten(1, blocks), "og", _LEAST_CHANNEL)
-        row, block = divmod(_worst(gain), gain.shape[1])
-        _check_gain(f"{name}: group {block} of output channel {row}", gain, limits.block_gain, algo)
-    gain, size = _gains(stored, weight, "i", _LEAST_INPUT)
     suspect = f"; look at {scale}" if layout.storage.pre_quant_scale else ""
-    _check_gain(f"{name}: input channel {_worst(gain)}", gain, limits.input_gain, algo, suspect)
-    mean = ((gain - 1).square().mul(size).sum() / size.sum().clamp_min(1e-30)).sqrt().item()
+    distance, worst = _worst([sense.gains for sense in found.senses])
+    _check_gain(f"{name}: output channel {worst}", distance, limits.channel_gain, found.plain.gains[worst], algo)
+    if layout.group_size:
+        gains = found.plain.block_gains
+        distance, worst = _worst([gains, *(sense.block_changes for sense in found.senses if sense is not found.plain)])
+        row, block = divmod(worst, gains.shape[1])
+        what = f"{name}: group {block} of output channel {row}"
+        _check_gain(what, distance, limits.block_gain, gains[row, block], algo)
+    gains, size = found.inputs, found.input_squares
+    distance, worst = _worst([gains])
+    _check_gain(f"{name}: input channel {worst}", distance, limits.input_gain, gains[worst], algo, suspect)
+    mean = ((gains - 1).square().mul(size).sum() / size.sum().clamp_min(1e-30)).sqrt().item()
     if not mean <= limits.inputs:
         what = f"its input channels are {mean:.1%} off their source's size in the mean"
         raise Failure("export_damaged", f"{name}: {what}, {algo} allows {limits.inputs:.1%}{suspect}")
+    errors = torch.stack([sense.errors.nan_to_num(torch.inf) for sense in found.senses]).amin(0)
+    worst = int(errors.argmax())
+    for what, error, limit in (
+        (f"output channel {worst}", errors[worst].item(), limits.channel_error),
+        ("its weight", min(sense.error.item() for sense in found.senses), limits.error),
+    ):
+        if not error <= limit:
+            allowed = f"{algo} allows {limit:.0%}"
+            raise Failure("export_damaged", f"{name}: {what} differs from its source by {error:.0%}, {allowed}")
 
 
-def _gains(stored: torch.Tensor, weight: torch.Tensor, kept: str, least: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the gains along the axes of `kept`, 1 where too little stands to be judged, and the squares there."""
-    dot, own = _sums(stored, weight, kept), _sums(weight, weight, kept)
-    return torch.where(own > least**2 * own.mean(), dot / own, 1.0), own
+def _worst(gains: Sequence[torch.Tensor]) -> tuple[float, int]:
+    """Returns how far from 1 the worst place is, in the sense in which it is nearest, and the number of the place."""
+    distances = torch.stack([(each - 1).abs().nan_to_num(torch.inf) for each in gains]).amin(0).flatten()
+    worst = int(distances.argmax())
+    return distances[worst].item(), worst
 
 
-def _sums(a: torch.Tensor, b: torch.Tensor, kept: str) -> torch.Tensor:
-    # Not by einsum: along short groups it becomes a batch of millions of tiny matrix products, a minute a layer at 8B.
-    return (a * b).sum(0 if kept == "i" else -1)
-
-
-def _worst(gain: torch.Tensor) -> int:
-    return int((gain - 1).abs().nan_to_num(torch.inf).argmax())
-
-
-def _check_gain(what: str, gain: torch.Tensor, limit: float, algo: str, suspect: str = "") -> None:
-    worst = gain.flatten()[_worst(gain)].item()
-    if not abs(worst - 1) <= limit:
+def _check_gain(
+    what: str, distance: float, limit: float, gain: torch.Tensor, algo: str, suspect: str = ""
+) -> None:
+    """Compares a gain's distance from 1 with its limit; says of it what it is where all weights count alike."""
+    if distance > limit:
         allowed = f"{algo} allows {1 - limit:.2f} to {1 + limit:.2f}"
-        raise Failure("export_damaged", f"{what} has {worst:.2f} times its source's weights, {allowed}{suspect}")
+        reason = f"{what} has {gain.item():.2f} times its source's weights, {allowed}{suspect}"
+        raise Failure("export_damaged", reason)
 
 
-def _check_scaled_back(name: str, export: Export, source: Export, change: torch.Tensor, norm: str) -> None:
+def _check_scaled_back(name: str, pair: _Pair, change: torch.Tensor, norm: str, step: float) -> None:
     """An excluded layer reads what its siblings read, so it makes up for what the norm was multiplied by."""
-    found, weight = export.tensor(f"{name}.weight"), source.tensor(f"{name}.weight").float()
-    expected = weight / change
+    found, expected = pair.stored, pair.source.float() / change
     expected = torch.where(expected.isnan(), found.float(), expected)
-    step = 2.0**-8  # a bfloat16 has eight bits
     if found.dtype != torch.bfloat16 or not torch.allclose(found.float(), expected, rtol=step, atol=0):
         what = f"is not its source's weight in bfloat16, divided by what {norm} was multiplied by"
         raise Failure("export_damaged", f"{name}: {what}")
 
 
-def _check_scaled_bias(name: str, export: Export, source: Export, change: torch.Tensor) -> None:
+def _check_scaled_bias(name: str, export: Stream, source: Stream, change: torch.Tensor) -> None:
     """The bias of a norm is multiplied by what its weight was multiplied by."""
     found, expected = export.tensor(name).float(), source.tensor(name).float() * change.nan_to_num(1.0)
     if not torch.allclose(found[~change.isnan()], expected[~change.isnan()], rtol=2.0**-7, atol=0):

@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,15 +30,22 @@ from trimtab.base.errors import Failure, StageError, TrimtabError
 
 #: Set by the command line to its own process id: stages end when it is gone, also after a SIGKILL.
 RUN_PID = "TRIMTAB_RUN_PID"
+#: Set by the command line: the socket at which `trimtab.base.fork_server` serves this run.
+FORK_SERVER = "TRIMTAB_FORK_SERVER"
+#: What that server answers to a client whose libraries would be imported under another environment.
+DECLINED = b"declined"
 
 
 @dataclass(frozen=True)
 class Done:
-    """What the work returned, the seconds it took and the largest resident memory of its process in bytes."""
+    """What the work returned, the seconds it took, the largest resident memory of its process in bytes, the seconds of
+    all cores together, and the most bytes that PyTorch had of a GPU's memory."""
 
     value: Any
     seconds: float
     peak_memory_bytes: int
+    cpu_seconds: float = 0.0
+    peak_gpu_bytes: int = 0
 
 
 def call(work: str, *, time_limit: float | None = None, **arguments: Any) -> Done:
@@ -55,13 +63,14 @@ def call(work: str, *, time_limit: float | None = None, **arguments: Any) -> Don
     """
     with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
         answer = Path(folder) / "answer.json"
-        request = {"work": work, "arguments": arguments, "answer": str(answer), "parent": os.getpid()}
-        command = [sys.executable, "-m", "trimtab.base.child"]
-        process = run_limited(command, work.rpartition(":")[2], time_limit, input=json.dumps(request))
+        request = {"work": work, "arguments": arguments, "answer": str(answer)}
+        code = _forked(request) if time_limit is None else None
+        if code is None:
+            command = [sys.executable, "-m", "trimtab.base.child", str(os.getpid())]
+            name = work.rpartition(":")[2]
+            code = run_limited(command, name, time_limit, input=json.dumps(request)).returncode
         if not answer.exists():
-            raise StageError(
-                f"{work} ended with exit code {process.returncode} and no answer; see its log above"
-            )
+            raise StageError(f"{work} ended with exit code {code} and no answer; see its log above")
         return done(json.loads(answer.read_text(encoding="utf-8")))
 
 
@@ -76,7 +85,8 @@ def done(answer: dict[str, Any]) -> Done:
     if "error" in answer:
         name, message = answer["error"]
         raise getattr(errors, name, StageError)(message)
-    return Done(answer["value"], answer["seconds"], answer["peak_memory_bytes"])
+    told = {name: answer.get(name, 0) for name in ("cpu_seconds", "peak_gpu_bytes")}
+    return Done(answer["value"], answer["seconds"], answer["peak_memory_bytes"], **told)
 
 
 def run_limited(
@@ -108,18 +118,90 @@ def run_limited(
     return subprocess.CompletedProcess(command, process.returncode)
 
 
+def _forked(request: dict[str, Any]) -> int | None:
+    """Works on a request in a fork of the run's server; returns its exit code, or None where there is no server.
+
+    A child that imports what no child before it did takes as long as a new process.
+
+    Raises:
+        Failure, StageError: as `run_limited`.
+    """
+    path = os.environ.get(FORK_SERVER)
+    # A GPU that a library has asked for while it was imported is of no use to a fork.
+    if not path or sys.platform != "linux" or Path("/dev/nvidiactl").exists():
+        return None
+    killed_before = kills.out_of_memory_kills()
+    with socket.socket(socket.AF_UNIX) as connection:
+        if not _connected(connection, path):
+            return None
+        whole = {
+            **request,
+            "environment": dict(os.environ),
+            "environment_of_imports": environment_of_imports(),
+            "directory": os.getcwd(),
+        }
+        line = json.dumps(whole).encode() + b"\n"
+        try:
+            socket.send_fds(connection, [line[:1]], [1, 2])
+            connection.sendall(line[1:])
+            found = connection.recv(64)
+        except ConnectionError:
+            found = b""
+    if found == DECLINED:
+        return None
+    code = int(found or -signal.SIGKILL)  # without a word, it was killed together with its server
+    kills.check(request["work"].rpartition(":")[2], code, killed_before)
+    return code
+
+
+def _connected(connection: socket.socket, path: str) -> bool:
+    """Connects to the server at a path, and starts one where there is none; says whether it could."""
+    command = [sys.executable, "-m", "trimtab.base.fork_server", path]
+    nowhere = subprocess.DEVNULL  # a stage's own output ends with the stage, and must not be held open
+    server = None
+    for _ in range(500):
+        try:
+            connection.connect(path)
+            return True
+        except ConnectionRefusedError:  # one that was killed
+            Path(path).unlink(missing_ok=True)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return False
+        if server is None:
+            if not Path(path).parent.exists():
+                return False
+            streams = dict.fromkeys(("stdin", "stdout", "stderr"), nowhere)
+            # What a C library has set, as readline does, stands in the process's environment and not in os.environ.
+            server = subprocess.Popen(command, env=dict(os.environ), **streams)
+        elif server.poll() is not None:
+            return False
+        time.sleep(0.02)
+    return False
+
+
+def environment_of_imports() -> dict[str, str]:
+    """Returns the environment without trimtab's own variables: what it says, libraries read as they are imported."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("TRIMTAB_")}
+
+
+def run_goes_on() -> bool:
+    """Whether the run that started this process is still there; True where no run did."""
+    pid = os.environ.get(RUN_PID)
+    return not pid or Path(f"/proc/{pid}").exists()
+
+
 def follow_run() -> None:
     """Ends this process soon after the run that started it: an orphan would compete with the run's successor."""
-    pid = os.environ.get(RUN_PID)
-    if not pid:
-        return
 
     def watch() -> None:
-        while Path(f"/proc/{pid}").exists():
+        while run_goes_on():
             time.sleep(1)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    if os.environ.get(RUN_PID):
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def die_with(parent: int) -> None:
@@ -142,7 +224,7 @@ def outcome(name: str, work: Callable[[], Any]) -> dict[str, Any]:
 
     The peak memory is that of this process, or of the largest that it started and waited for.
     """
-    started = time.monotonic()
+    started, busy = time.monotonic(), _cpu_seconds()
     try:
         value = work()
     except Failure as failure:
@@ -157,7 +239,20 @@ def outcome(name: str, work: Callable[[], Any]) -> dict[str, Any]:
         kind = "Transient" if transient.passes(error) else "StageError"
         return {"error": [kind, f"{name}: {type(error).__name__}: {error}"]}
     largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return {"value": value, "seconds": time.monotonic() - started, "peak_memory_bytes": largest * 1024}
+    told = {"seconds": time.monotonic() - started, "cpu_seconds": _cpu_seconds() - busy}
+    return {"value": value, **told, "peak_memory_bytes": largest * 1024, "peak_gpu_bytes": _peak_gpu_bytes()}
+
+
+def _cpu_seconds() -> float:
+    """The seconds of all cores that this process has used, and those that it started and waited for."""
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in both)
+
+
+def _peak_gpu_bytes() -> int:
+    """The most that PyTorch has reserved of the first GPU, where the work has loaded it."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.max_memory_reserved() if torch and torch.cuda.is_initialized() else 0
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -168,11 +263,15 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _main() -> None:
-    request = json.load(sys.stdin)
-    die_with(request["parent"])
+def work_on(request: dict[str, Any]) -> None:
+    """Does the work of a request of `call`, and writes its answer."""
     answer = answer_of(request["work"], request["arguments"])
     Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def _main() -> None:
+    die_with(int(sys.argv[1]))
+    work_on(json.load(sys.stdin))
 
 
 if __name__ == "__main__":

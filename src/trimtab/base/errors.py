@@ -8,6 +8,7 @@
 | 3 | no recipe passed: the run is complete and explained, nothing was released |
 | 4 | a stage failed: infrastructure trouble (disk, network, store), worth running again |
 | 5 | a release does not verify: the message says what was altered, by which key it is not signed, or when it expired |
+| 6 | a service is not its release any more: `watch-release` says how far it has drifted |
 """
 
 from __future__ import annotations
@@ -63,6 +64,12 @@ class NotVerified(TrimtabError):
     """A release is not what was judged and signed, or cannot be shown to be; the message says why."""
 
     exit_code = 5
+
+
+class Drifted(TrimtabError):
+    """A deployed service does not answer as its release did when it was judged; the message says in what."""
+
+    exit_code = 6
 
 
 class Failure(TrimtabError):

@@ -74,7 +74,8 @@ class Document(BaseModel):
         try:
             return cls.model_validate(source)
         except ValidationError as error:
-            raise InputError("; ".join(explain(cls, source, item) for item in error.errors())) from None
+            told = dict.fromkeys(explain(cls, source, item) for item in error.errors())  # members of a union may agree
+            raise InputError("; ".join(told)) from None
 
     def to_json(self) -> str:
         """Returns the document as compact JSON; `parse` reads it back to an equal document."""

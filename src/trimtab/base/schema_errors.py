@@ -206,12 +206,13 @@ def _walk(cls: type[BaseModel], location: tuple[Any, ...], of_key: bool = False)
     """Follows pydantic's location, of which the last step is a key that may not exist where `of_key`.
 
     Pydantic puts the chosen member of a tagged union into the location ('prune', 'depth', 'blocks', or
-    'calibrate', 'text', 'mix', 0); the user wrote no such step.
+    'calibrate', 'text', 'mix', 0), and each member that was tried of any other ('stop', 'list[str]', 0); the user wrote
+    no such step.
     """
     classes, path, tags, members = [cls], [], set(), []
     for number, part in enumerate(location):
         last = number == len(location) - 1
-        if part in tags:
+        if part in tags or (isinstance(part, str) and "[" in part and path):
             tags = set()
             continue
         fields = [c.model_fields[part].annotation for c in classes if part in c.model_fields]
@@ -222,7 +223,7 @@ def _walk(cls: type[BaseModel], location: tuple[Any, ...], of_key: bool = False)
         if isinstance(part, int) and not fields:  # an entry of a list, whose annotation was looked at with the list
             continue
         members = [model for annotation in fields for model in _models(annotation)]
-        tags = {tag for annotation in fields for tag in _tags(annotation)}
+        tags = {tag for annotation in fields for tag in (*_tags(annotation), *_plain(annotation))}
         if members and not last:
             classes = members
     return _Place(tuple(path), classes, members)
@@ -238,6 +239,12 @@ def _tags(annotation: Any) -> list[str]:
     """The tags of a union that a function tells apart."""
     own = [item.tag for item in getattr(annotation, "__metadata__", ()) if isinstance(item, Tag)]
     return own + [tag for part in getattr(annotation, "__args__", ()) for tag in _tags(part)]
+
+
+def _plain(annotation: Any) -> list[str]:
+    """How pydantic calls the plain members of a union, "str" and alike; of a single type it says nothing."""
+    members = [part for part in getattr(annotation, "__args__", ()) if part is not type(None)]
+    return [part.__name__ for part in members if part in (str, int, float, bool)] if len(members) > 1 else []
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -7,10 +7,12 @@ What is served on which compute capability, and where that is said:
   only back end for `mixed`: a MIXED_PRECISION checkpoint of INT4 and INT8 weights has no other reader, because
   TensorRT-LLM's matrix has no INT8 weights at all and vLLM reads no INT8 of ModelOpt.
 - `trtllm`: the matrix of TensorRT-LLM's docs/source/features/quantization.md. sm120 (consumer Blackwell) has no W4A16
-  AWQ there, sm100 and sm103 do.
+  AWQ there, sm100 and sm103 do. NVFP4 weights alone are read from 1.3.0rc20 on, by Marlin on Hopper (TensorRT-LLM
+  #13476 and #14775) and on Blackwell. MXFP4 weights alone are read in mixtures of experts and nowhere else.
 - `trtllm-legacy`: the support matrix of TensorRT-LLM 0.18 (INT8 and INT4 up to compute capability 9.0).
 - `vllm`: FP8 from ModelOpt's unified checkpoint; INT4 once it is translated (`runtime.checkpoint.compressed_tensors`),
-  which Marlin multiplies from Turing on, in BF16 from Ampere on. (vLLM also runs FP8 files on Ampere, as weight-only
+  which Marlin multiplies from Turing on, in BF16 from Ampere on, and so do FP4 weights alone
+  (compressed_tensors_w4a16_nvfp4.py and _mxfp4.py there). (vLLM also runs FP8 files on Ampere, as weight-only
   Marlin kernels. That is another computation than the one that was calibrated, so trimtab does not offer it.)
 """
 
@@ -30,8 +32,11 @@ class Limits(NamedTuple):
     """The most that a stored layer may differ from its source; gains are given by their distance from 1.
 
     `error` and `channel_error` are relative, of a layer and of an output channel; `channel_gain` is an output
-    channel's, `input_gain` an input channel's, `block_gain` that of weights which share a scale, and `inputs` the
-    mean distance of all input channels, as root of the mean square, each counted by its weights.
+    channel's, `block_gain` that of weights which share a scale. Each of these holds where all weights count alike, or
+    where they count by the second moments of their inputs, as far as these were measured: a layer may meet it in either
+    way; of a block that matters less than others of its output channel the latter sees a smaller change. `input_gain`
+    is an input channel's, and `inputs` the mean distance of all input channels, as root of the mean square, each
+    counted by its weights.
     """
 
     error: float
@@ -72,6 +77,7 @@ class Storage:
             it or, where there is none, in its `pre_quant_scale`. TensorRT-LLM asks for one of ones, too.
         vllm: how vLLM reads the layer: `modelopt`, as it is (vllm/model_executor/layers/quantization/modelopt.py), or
             translated to `compressed-tensors`; "" where it does not.
+        since: the first version of TensorRT-LLM that reads it, "" for all that read unified checkpoints.
     """
 
     algorithm: str
@@ -85,6 +91,7 @@ class Storage:
     inputs: Inputs | None = None
     pre_quant_scale: bool = False
     vllm: Literal["", "modelopt", "compressed-tensors"] = ""
+    since: str = ""
 
     @property
     def number(self) -> Number:
@@ -133,8 +140,10 @@ class WeightFormat:
         storage: how its layers are stored; None where they are not quantized, or are stored in several ways.
         dtype: of everything that is not quantized.
         mixes: the formats of which it gives each layer one, the fewest bits first.
+        keeps_plain: whether a mix may leave layers in 16 bits, too.
         channels: what finds the scale for the channels of a layer's input, which moves difficulty from the weights
-            into the input or back: "" for none.
+            into the input or back: "" for none. Where the storage has no `pre_quant_scale`, layers have one whose norm
+            or layer before can take it.
         rounding: `nearest`, or `gptq`, where each column makes up for the rounding of those before it.
         served: back end -> the compute capabilities, first and last, on which it has a kernel for it.
         cpu: the back ends that have a kernel for it on a CPU.
@@ -146,7 +155,8 @@ class WeightFormat:
     storage: Storage | None = None
     dtype: str = "bfloat16"
     mixes: tuple[str, ...] = ()
-    channels: Literal["", "awq", "smoothquant"] = ""
+    keeps_plain: bool = False
+    channels: Literal["", "awq", "smoothquant", "smooth"] = ""
     rounding: Literal["nearest", "gptq"] = "nearest"
     served: Mapping[str, Range] = field(default_factory=dict)
     cpu: tuple[str, ...] = ()
@@ -164,6 +174,13 @@ class WeightFormat:
         return not self.parts
 
     @property
+    def has_plain_rounding(self) -> bool:
+        """Whether its layers may be rounded to nearest by the weights alone, and are read as well."""
+        if self.storage is None:
+            return False
+        return not self.storage.pre_quant_scale or (not self.channels and self.rounding == "nearest")
+
+    @property
     def is_four_bit_weight_only(self) -> bool:
         """Whether all its layers hold weights in four bits, and multiply them in 16."""
         return all(part.storage.bits == 4 for part in self.parts) and not (self.is_cast or self.rounds_inputs)
@@ -172,12 +189,6 @@ class WeightFormat:
     def rounds_inputs(self) -> bool:
         """Whether it multiplies in few bits, too."""
         return any(part.storage.inputs for part in self.parts)
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether what calibration measures of the activations sets anything of it: channel scales, or its inputs'."""
-        static = [part.storage.inputs and part.storage.inputs.scale == "static" for part in self.parts]
-        return any(static) or any(part.channels for part in self.parts)
 
     @property
     def algorithm(self) -> str | None:
@@ -221,10 +232,18 @@ _NVFP4 = Storage(
     "NVFP4", "nvfp4", "e2m1", "block", _FOUR_BITS, block=16, scale_type="e4m3", second_scale="blocks",
     inputs=Inputs("e2m1", block=16), vllm="modelopt",
 )  # fmt: skip
+_NVFP4_WEIGHTS = Storage(
+    "W4A16_NVFP4", "w4a16_nvfp4", "e2m1", "block", _FOUR_BITS, block=16, scale_type="e4m3", second_scale="blocks",
+    vllm="compressed-tensors", since="1.3.0rc20",
+)  # fmt: skip
 _MXFP4 = Storage(
     "W4A8_MXFP4_FP8", "w4a8_mxfp4_fp8", "e2m1", "block", _FOUR_BITS, block=32, scale_type="e8m0",
     inputs=Inputs("e4m3"),
 )  # fmt: skip
+#: ModelOpt 0.47 packs such layers and has no name for them; this is TensorRT-LLM's own.
+_MXFP4_WEIGHTS = Storage(
+    "W4A16_MXFP4", "W4A16_MXFP4", "e2m1", "block", _FOUR_BITS, block=32, scale_type="e8m0", vllm="compressed-tensors"
+)
 
 _TORCH = ("torch",)
 _EVERYWHERE = {"torch": ANY, "trtllm": ANY, "trtllm-legacy": ANY, "vllm": ANY}
@@ -277,14 +296,36 @@ FORMATS = {
             served={"trtllm": ((8, 9), (10, 3)), "trtllm-legacy": ((8, 9), (9, 0))},
         ),
         WeightFormat(
-            "nvfp4", _NVFP4, served={"trtllm": _FROM_BLACKWELL}, harshness=9.5,
+            "nvfp4", _NVFP4, channels="smooth", rounding="gptq", served={"trtllm": _FROM_BLACKWELL}, harshness=9.5,
             expect="FP4 weights and activations: 93.8 % of Llama-3.1-8B's accuracy is kept by rounding alone "
             "(arXiv 2509.23202)",
         ),
-        WeightFormat("mxfp4", _MXFP4, served={"trtllm": _FROM_BLACKWELL}, harshness=10.0),
+        WeightFormat(
+            "nvfp4_wo", _NVFP4_WEIGHTS, channels="awq", rounding="gptq", harshness=7.5,
+            served={"trtllm": ((9, 0), (10, 3)), "vllm": ANY},
+            expect="FP4 weights, activations in 16 bits: the least that four bits lose (SmolLM2-135M; "
+            "`benchmarks/quality.py`)",
+        ),
+        WeightFormat("mxfp4", _MXFP4, rounding="gptq", served={"trtllm": _FROM_BLACKWELL}, harshness=10.0),
+        WeightFormat(
+            "mxfp4_wo", _MXFP4_WEIGHTS, channels="awq", rounding="gptq", served={"vllm": ANY}, harshness=9.2,
+            expect="the format of gpt-oss' experts, for all layers",
+        ),
         WeightFormat(
             "mixed", mixes=("int4_gptq", "int8_wo"), served={"torch": ANY}, cpu=_TORCH,
             expect=f"INT4 where the model bears it, INT8 elsewhere: perplexity ratio 1.09 at 5.5 bits {_SMOL}",
+        ),
+        # FP8 loses as much by rounding activations as NVFP4 weights alone do (30.4 of 29.5 in SmolLM2's perplexity), so
+        # it stands here for its speed, and BF16 is what saves quality.
+        WeightFormat(
+            "mixed_gpu", mixes=("nvfp4_wo", "int4_gptq", "fp8"), keeps_plain=True,
+            served={"trtllm": ((9, 0), (10, 3)), "vllm": _FROM_ADA},
+            expect="four bits where the model bears them, FP8 or BF16 elsewhere (SmolLM2-135M; "
+            "`benchmarks/quality.py`)",
+        ),
+        WeightFormat(
+            "mixed_fp4", mixes=("nvfp4", "nvfp4_wo", "fp8"), keeps_plain=True, served={"trtllm": ((10, 0), (10, 3))},
+            expect="FP4 activations where the model bears them, for the time that `max_time` allows",
         ),
     )
 }  # fmt: skip

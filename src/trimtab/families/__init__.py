@@ -10,10 +10,13 @@ from trimtab.base.errors import InputError
 from trimtab.families import (
     cohere,
     deepseek,
+    ernie,
     gemma,
     glm,
     gpt,
     gpt_oss,
+    granite,
+    hunyuan,
     lfm,
     llama,
     mamba,
@@ -34,20 +37,20 @@ from trimtab.families.parts import (
     Layer,
     Mlp,
     NoAttention,
-    Recurrent,
     SharedInput,
 )
+from trimtab.families.recurrent import Recurrent
 from trimtab.families.undescribed import missing
 from trimtab.families.wrapper import TEXT_CONFIG, Wrapper
 
 __all__ = [
     "BY_TYPE", "Attention", "Config", "Experts", "Family", "LatentAttention", "Layer", "Limit", "Logits", "Mlp",
-    "NoAttention", "Recurrent", "SharedInput", "TEXT_CONFIG", "Wrapper", "named", "nested", "of", "text_config",
+    "NoAttention", "Recurrent", "SharedInput", "TEXT_CONFIG", "Wrapper", "as_fetched", "named", "of", "text_config",
 ]  # fmt: skip
 
 _FILES = (
-    llama, qwen, gemma, phi, glm, olmo, cohere, plain, gpt, mixtral, deepseek, gpt_oss, qwen_hybrid, lfm, mamba,
-    multimodal,
+    llama, qwen, gemma, phi, glm, olmo, cohere, plain, gpt, mixtral, deepseek, ernie, hunyuan, gpt_oss, qwen_hybrid,
+    lfm, mamba, granite, multimodal,
 )  # fmt: skip
 #: Model type -> family.
 BY_TYPE = {family.model_type: family for file in _FILES for family in file.FAMILIES}
@@ -75,8 +78,10 @@ def text_config(config: Config) -> Config:
     return wrapper.text_config(config) if wrapper else config
 
 
-def nested(config: Config) -> Config:
-    """Returns a config.json in which a wrapper's text model has its settings in `text_config`; others as they are."""
+def as_fetched(config: Config) -> Config:
+    """Returns a config.json as fetching writes it: a wrapper's text model has its settings in `text_config`, and GPT-2
+    is a GPTBigCode."""
+    config = gpt.as_bigcode(config)
     wrapper = _wrapper(config)
     return wrapper.nested(config) if wrapper else config
 

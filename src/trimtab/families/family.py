@@ -22,11 +22,11 @@ from trimtab.families.parts import (
     Mlp,
     NoAttention,
     Norm,
-    Recurrent,
     Said,
     Shape,
     SharedInput,
 )
+from trimtab.families.recurrent import Recurrent
 from trimtab.families.wrapper import Wrapper
 
 #: The number of an expert, within the name of a module in its block.
@@ -71,10 +71,15 @@ class Family:
         logits: what becomes of the head's products, from a config.
         limits: settings of config.json with which a model is refused.
         aliases: modules that transformers has under another name, as (checkpoint's, transformers'), `*` for a number.
+        alone: of a family whose blocks are one part each: which, "attention", "recurrent", "mlp" or "experts", from a
+            config with `sizes`.
+        factors: buffers that multiply what passes a module, by their own names, so they are of the model's type.
         keep: layers of a block that stay in 16 bits, as the vendor's own quantized checkpoints have it.
+        fixed_depth: why no block can be removed, after the model type; "" where blocks can be.
         by_layer: fields of config.json that list something for each block.
         numbered: fields that list numbers of blocks.
         first_blocks: fields that count blocks from the first one.
+        last_blocks: fields that number the last block of a kind; -1 is the model's last.
         next_token_blocks: the field that counts blocks behind the last one, which predict further tokens (MTP) and take
             no part in the model's own; they are kept as they are.
         beside: what the names of tensors begin with that predict further tokens, in families that name them apart.
@@ -91,6 +96,8 @@ class Family:
         head_dim: what transformers takes where config.json is silent; None is hidden size / heads.
         heads_divide_hidden: whether its config wants a hidden size that the number of heads divides.
         tensor_parallel, pipeline_parallel: whether the torch engine can split its layers, or its blocks, over ranks.
+        misread_heads: back ends that take the rows of a fused layer before attention for others where keys have
+            several heads.
         no_serve: why `serve` and paged attention cannot run it; "" where they can.
         wrapper: what stands around the text model, which all else is about, where the checkpoint holds more than that.
     """
@@ -110,10 +117,14 @@ class Family:
     logits: Callable[[Config], Logits] = field(default=lambda config: Logits())
     limits: tuple[Limit, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
+    alone: Callable[[Config], Sequence[str]] | None = None
+    factors: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
+    fixed_depth: str = ""
     by_layer: tuple[str, ...] = ("layer_types",)
     numbered: tuple[str, ...] = ()
     first_blocks: tuple[str, ...] = ()
+    last_blocks: tuple[str, ...] = ()
     next_token_blocks: str = ""
     beside: tuple[str, ...] = ()
     attention_types: tuple[str, ...] = ("full_attention", "sliding_attention")
@@ -131,6 +142,7 @@ class Family:
     heads_divide_hidden: bool = False
     tensor_parallel: bool = False
     pipeline_parallel: bool = True
+    misread_heads: tuple[str, ...] = ()
     no_serve: str = ""
     wrapper: Wrapper | None = None
 
@@ -167,6 +179,23 @@ class Family:
     def neurons(self) -> tuple[str, ...]:
         """Names in a block of the layers that have the MLP's neurons on one side."""
         return tuple(layer.name for layer in self.layers.values() if {layer.outputs, layer.inputs} & {"ffn", "gate_up"})
+
+    def parts(self, config: Config) -> list[frozenset[str]]:
+        """Returns what each block is made of, by a config with `sizes`: "attention", "recurrent", "mlp", "experts"."""
+        if self.alone:
+            return [frozenset({part}) for part in self.alone(config)]
+        recurrent = set(self.recurrent.blocks(config)) if self.recurrent else set()
+        experts = set(self.experts.blocks(config)) if self.experts else set()
+        found = []
+        for block in range(config["num_hidden_layers"]):
+            has = {
+                "attention": block not in recurrent or self.recurrent.beside_attention,
+                "recurrent": block in recurrent,
+                "experts": block in experts,
+                "mlp": self.mlp is not None and (block not in experts or self.experts.beside_mlp),
+            }
+            found.append(frozenset(part for part, there in has.items() if there))
+        return found
 
     @property
     def folds(self) -> bool:
@@ -221,6 +250,25 @@ class Family:
         return self.experts is None or not within.startswith((f"{self.experts.prefix}.", *self._shared_expert))
 
     @cached_property
+    def _makers(self) -> dict[str, str]:
+        """Names in a block: of a layer, and of the one that `layer_before` gives."""
+        found, heads, mlp = {}, self.attention, self.mlp
+        if isinstance(heads, Attention) and not (heads.qkv or heads.own_scores):
+            found[heads.inputs[1].layers[0].name] = heads.inputs[0].layers[2].name
+        if mlp and mlp.gate and not mlp.gate_up:
+            found[mlp.inputs[1].layers[0].name] = mlp.inputs[0].layers[1].name
+        return found
+
+    def layer_before(self, layer: str) -> str | None:
+        """Returns the linear layer whose outputs become the inputs of another by nothing but factors and sums over
+        tokens, or None: so what its rows are divided by multiplies those inputs' channels. Values become the input of
+        attention's output, those of a head the inputs of all query heads that share it; what a gate multiplies becomes
+        the input of the layer behind the neurons."""
+        block, within = self.place(layer)
+        maker = self._makers.get(within)
+        return None if block is None or maker is None else f"{self.blocks}.{block}.{maker}"
+
+    @cached_property
     def _shared_expert(self) -> tuple[str, ...]:
         part = self.experts
         return (f"{part.module}.{part.shared}.",) if part and part.shared else ()
@@ -233,6 +281,14 @@ class Family:
         """Whether a matrix in a block is no linear layer that could be rounded: a router, and the like."""
         block, within = self.place(name)
         return block is not None and self.experts is not None and within in self.experts.unrounded
+
+    def is_of_router(self, name: str) -> bool:
+        """Whether a tensor is one that a router chooses or weighs by: of its matrices, or a number for each expert."""
+        block, within = self.place(name)
+        if block is None or self.experts is None:
+            return False
+        vector = f"{self.experts.module}.{self.experts.vector}" if self.experts.vector else ""
+        return within == vector or within.rpartition(".")[0] in self.experts.unrounded
 
     def is_of_state(self, name: str) -> bool:
         """Whether a tensor of a recurrent mixer is none of its linear layers': decays, time steps, its convolution."""
@@ -264,6 +320,9 @@ class Family:
         for name in self.first_blocks:
             if config.get(name) is not None:
                 changed[name] = sum(block < config[name] for block in kept)
+        for name in self.last_blocks:
+            if config.get(name) not in (None, -1):
+                changed[name] = sum(block <= config[name] for block in kept) - 1
         return changed
 
     def refusal(self, config: Config) -> str:

@@ -1,4 +1,6 @@
-"""Decoders of 2021 to 2023 with LayerNorm, most with query, key and value in one layer: BLOOM, MPT, Pythia and others.
+"""Decoders of 2019 to 2023 with LayerNorm, most with query, key and value in one layer: BLOOM, MPT, Pythia and others.
+
+GPT-2 is fetched as the GPTBigCode that it is: its layers, which it stores transposed, are then linear layers.
 
 Most of them compute attention in their own modules, where no engine of PyTorch rounds or pages what they keep.
 """
@@ -61,6 +63,17 @@ def _mpt_sizes(config: Config) -> dict[str, Any]:
     }
 
 
+def as_bigcode(config: Config) -> Config:
+    """Returns GPT-2's config.json as that of the GPTBigCode with the same function; others as they are.
+
+    Their blocks are alike; GPTBigCode has linear layers, and those of queries, keys and values head by head.
+    """
+    if config.get("model_type") != "gpt2" or config.get("architectures") != ["GPT2LMHeadModel"]:
+        return config
+    changes = {"model_type": "gpt_bigcode", "architectures": ["GPTBigCodeForCausalLM"], "multi_query": False}
+    return {"activation_function": "gelu_new", **config, **changes}
+
+
 BLOOM = Family(
     "bloom",
     attention=Attention("self_attention", output="dense", qkv="query_key_value"),
@@ -112,8 +125,12 @@ BIGCODE = Family(
     last_norm="transformer.ln_f",
     norms=("ln_1", "ln_2"),
     depth="n_layer",
-    limits=(Limit("add_cross_attention", False, (False,), "and attention to an encoder is not known"),),
+    limits=(
+        Limit("add_cross_attention", False, (False,), "and attention to an encoder is not known"),
+        Limit("scale_attn_by_inverse_layer_idx", False, (False,), "and scores by the block are not known"),
+    ),
     sizes=_bigcode_sizes,
+    misread_heads=("vllm",),
     qkv_bias=True,
     output_bias=True,
     mlp_bias=True,

@@ -1,4 +1,4 @@
-"""Mamba, alone and between blocks with attention: Falcon, Bamba, Granite 4, Nemotron-H."""
+"""Mamba alone, between blocks with attention, and beside it: Falcon, Bamba, Nemotron-H, Jamba, Falcon-H1."""
 
 from __future__ import annotations
 
@@ -6,37 +6,18 @@ from dataclasses import replace
 from typing import Any
 
 from trimtab.families.family import Family, Limit, Logits
-from trimtab.families.parts import Attention, Config, Experts, Mlp, NoAttention, Recurrent, State
+from trimtab.families.parts import Attention, Config, Experts, Mlp, NoAttention
+from trimtab.families.state_space import (
+    mixer,
+    of_bamba,
+    of_falcon_h1,
+    of_jamba,
+    of_mamba,
+    of_mamba2,
+    of_nemotron,
+)
 
-_NO_SERVE = "the engine's cache holds no recurrent state"
-
-
-def _first(config: Config) -> State:
-    """Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces"."""
-    channels = int(config.get("expand", 2) * config["hidden_size"])
-    return State(channels * config.get("conv_kernel", 4), channels * config.get("state_size", 16))
-
-
-def _second(channels: int, groups: int, size: int, kernel: int) -> State:
-    """Dao and Gu 2024, "Transformers are SSMs" (Mamba 2): its convolution sees what writes and what reads too."""
-    return State((channels + 2 * groups * size) * kernel, channels * size)
-
-
-def _of_mamba2(config: Config) -> State:
-    channels = int(config.get("expand", 2) * config["hidden_size"])
-    return _second(channels, config.get("n_groups", 8), config.get("state_size", 128), config.get("conv_kernel", 4))
-
-
-def _of_nemotron(config: Config) -> State:
-    channels = config.get("mamba_num_heads", 128) * config.get("mamba_head_dim", 64)
-    groups = config.get("n_groups", config.get("mamba_n_groups", 8))
-    return _second(channels, groups, config.get("ssm_state_size", 128), config.get("conv_kernel", 4))
-
-
-def _of_bamba(config: Config) -> State:
-    channels = int(config.get("mamba_expand", 2) * config["hidden_size"])
-    return _second(channels, config.get("mamba_n_groups", 1), config.get("mamba_d_state", 256),
-                   config.get("mamba_d_conv", 4))  # fmt: skip
+NO_SERVE = "the engine's cache holds no recurrent state"
 
 
 def _alone(config: Config) -> dict[str, Any]:
@@ -50,19 +31,53 @@ def _nemotron_sizes(config: Config) -> dict[str, Any]:
     return {"num_hidden_layers": len(kinds)} if kinds else {}
 
 
-#: What the recurrence forgets and adds by comes out of `x_proj` and `dt_proj`, a tenth of the weights: in 16 bits.
+#: What a block of Nemotron-H is, by its letter and by its names.
+_KINDS = {"M": "recurrent", "*": "attention", "-": "mlp", "E": "experts", "mamba": "recurrent",
+          "linear_attention": "recurrent", "full_attention": "attention", "attention": "attention", "mlp": "mlp",
+          "moe": "experts"}  # fmt: skip
+
+
+def _nemotron_kinds(config: Config) -> list[str]:
+    return [_KINDS[kind] for kind in config.get("layers_block_type") or config["hybrid_override_pattern"]]
+
+
+def _every(period: str, offset: str, config: Config, by_default: tuple[int, int]) -> list[int]:
+    """The blocks that Jamba's fields count off: one in each period, from an offset."""
+    step, first = config.get(period, by_default[0]), config.get(offset, by_default[1])
+    return [block for block in range(config["num_hidden_layers"]) if block % step == first]
+
+
+def _without_attention(config: Config) -> list[int]:
+    attending = _every("attn_layer_period", "attn_layer_offset", config, (8, 4))
+    return [block for block in range(config["num_hidden_layers"]) if block not in attending]
+
+
+def _with_experts(config: Config) -> list[int]:
+    there = config.get("num_experts", 16) > 1
+    return _every("expert_layer_period", "expert_layer_offset", config, (2, 1)) if there else []
+
+
+def _of_bamba(config: Config) -> list[int]:
+    """All blocks but those that are listed as attention."""
+    attending = config.get("attn_layer_indices") or ()
+    return [block for block in range(config["num_hidden_layers"]) if block not in attending]
+
+
+#: What the recurrence forgets and adds by comes out of these, a tenth of the weights: in 16 bits.
+_CHOICES = ("x_proj", "dt_proj")
 MAMBA = Family(
     "mamba",
     attention=NoAttention(),
     mlp=None,
-    recurrent=Recurrent("mixer", _first, norm="norm", choices=("x_proj", "dt_proj")),
+    recurrent=mixer("mixer", of_mamba, norm="norm", choices=_CHOICES),
     blocks="backbone.layers",
     embedding="backbone.embeddings",
     last_norm="backbone.norm_f",
-    keep=("mixer.x_proj", "mixer.dt_proj"),
+    norms=("norm",),
+    keep=tuple(f"mixer.{name}" for name in _CHOICES),
     sizes=_alone,
     pipeline_parallel=False,
-    no_serve=_NO_SERVE,
+    no_serve=NO_SERVE,
 )
 #: NVIDIA's checkpoints in FP8 and FP4 leave attention as it is; it is in a tenth of the blocks.
 NEMOTRON_H = Family(
@@ -70,49 +85,76 @@ NEMOTRON_H = Family(
     attention=Attention("mixer", "norm"),
     mlp=Mlp("mixer", "norm", gate=None),
     experts=Experts(
-        "mixer", gate=None, shared="shared_experts", shared_size="moe_shared_expert_intermediate_size"
+        "mixer",
+        gate=None,
+        shared="shared_experts",
+        shared_size="moe_shared_expert_intermediate_size",
+        vector="gate.e_score_correction_bias",
     ),
-    recurrent=Recurrent("mixer", _of_nemotron, norm="norm"),
+    recurrent=mixer("mixer", of_nemotron, norm="norm"),
     blocks="backbone.layers",
     embedding="backbone.embeddings",
     last_norm="backbone.norm_f",
+    norms=("norm",),
+    alone=_nemotron_kinds,
     limits=(Limit("moe_latent_size", None, (None,), "and experts behind a projection are not known"),),
     aliases=(("backbone", "model"),),
     keep=("mixer.q_proj", "mixer.k_proj", "mixer.v_proj", "mixer.o_proj"),
     by_layer=("layers_block_type",),
     beside=("mtp.",),
     sizes=_nemotron_sizes,
+    head_dim=128,
     qkv_bias=False,
+    mlp_bias=("mlp_bias", False),
     pipeline_parallel=False,
-    no_serve=_NO_SERVE,
+    no_serve=NO_SERVE,
 )
 BAMBA = Family(
     "bamba",
     mlp=Mlp("feed_forward", "pre_ff_layernorm"),
-    recurrent=Recurrent("mamba", _of_bamba),
+    recurrent=mixer("mamba", of_bamba, blocks=_of_bamba),
     last_norm="model.final_layernorm",
+    norms=("input_layernorm", "pre_ff_layernorm"),
     numbered=("attn_layer_indices",),
+    output_bias=("attention_bias", False),
+    mlp_bias=("mlp_bias", False),
     pipeline_parallel=False,
-    no_serve=_NO_SERVE,
+    no_serve=NO_SERVE,
 )
-GRANITE = Family(
-    "granitemoehybrid",
-    mlp=Mlp("shared_mlp", gate_up="input_linear", down="output_linear"),
-    recurrent=Recurrent("mamba", _of_bamba),
-    limits=(
-        Limit("num_local_experts", 8, (0, None), "and experts that its files hold in one tensor are not taken apart"),
-    ),
-    attention_types=("full_attention", "linear_attention", "attention", "mamba"),
-    sizes=lambda config: {"intermediate_size": config.get("shared_intermediate_size", 1024)},
-    logits=lambda config: Logits(1 / config.get("logits_scaling", 1.0)),
+#: Attention and a Mamba read one norm, and their outputs are added; what each is multiplied by is in the model.
+FALCON_H1 = Family(
+    "falcon_h1",
+    attention=Attention(norm=None),
+    mlp=Mlp("feed_forward", "pre_ff_layernorm"),
+    recurrent=mixer("mamba", of_falcon_h1, norm=None, beside_attention=True),
+    last_norm="model.final_layernorm",
+    norms=("input_layernorm", "pre_ff_layernorm"),
+    logits=lambda config: Logits(config.get("lm_head_multiplier", 1.0)),
+    factors=("mup_vector",),
+    output_bias=("attention_bias", False),
+    mlp_bias=("mlp_bias", False),
     pipeline_parallel=False,
-    no_serve=_NO_SERVE,
+    no_serve=NO_SERVE,
+)
+JAMBA = Family(
+    "jamba",
+    mlp=Mlp("feed_forward", "pre_ff_layernorm"),
+    experts=Experts("feed_forward", plain=("router",), size="intermediate_size", blocks=_with_experts),
+    recurrent=mixer("mamba", of_jamba, choices=_CHOICES, blocks=_without_attention),
+    last_norm="model.final_layernorm",
+    norms=("input_layernorm", "pre_ff_layernorm"),
+    keep=tuple(f"mamba.{name}" for name in _CHOICES),
+    fixed_depth="counts off by periods which blocks have attention and which experts (attn_layer_period)",
+    qkv_bias=False,
+    pipeline_parallel=False,
+    no_serve=NO_SERVE,
 )
 FAMILIES = (
     MAMBA,
     replace(MAMBA, model_type="falcon_mamba"),
-    replace(MAMBA, model_type="mamba2", recurrent=Recurrent("mixer", _of_mamba2, norm="norm"), keep=()),
+    replace(MAMBA, model_type="mamba2", recurrent=mixer("mixer", of_mamba2, norm="norm"), keep=()),
     NEMOTRON_H,
     BAMBA,
-    GRANITE,
+    FALCON_H1,
+    JAMBA,
 )

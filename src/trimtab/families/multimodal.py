@@ -9,12 +9,13 @@ so their text models compute what Qwen2 and Qwen3 do, and are built as these.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from trimtab.families import gemma, llama, qwen, qwen_hybrid
+from trimtab.families import gemma, llama, qwen, qwen_hybrid, towers
 from trimtab.families.family import Family
+from trimtab.families.parts import Config, Shape
 from trimtab.families.wrapper import Text, Wrapper
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -32,6 +33,8 @@ def wrapped(
     within: str = "model.language_model",
     head: str = "lm_head",
     own: tuple[str, ...] = (),
+    *,
+    tower: Callable[[Config], Mapping[str, Shape]],
 ) -> Family:
     """Returns the family of a wrapper around a text model.
 
@@ -40,7 +43,7 @@ def wrapped(
     Args:
         model_type: the wrapper's.
         text: the family of its text model, alone; of several, one whose blocks have the layers of all.
-        texts, own: as in `Wrapper`.
+        texts, own, tower: as in `Wrapper`.
         within: what stands in the place of the text model's `model` in the names of the checkpoint.
         head: the output head, by its name there.
     """
@@ -52,7 +55,7 @@ def wrapped(
         model_type=model_type,
         head=head,
         aliases=aliases,
-        wrapper=Wrapper(within, texts, own),
+        wrapper=Wrapper(within, texts, tower, own),
         width=False,
         **names,
     )
@@ -85,28 +88,49 @@ _QWEN_OWN = (
     "quantization_config",
 )  # fmt: skip
 FAMILIES = (
-    wrapped("gemma3", _FAMILIES["gemma3_text"], {"gemma3_text": Text("gemma3_text", _GEMMA3)}),
+    wrapped(
+        "gemma3", _FAMILIES["gemma3_text"], {"gemma3_text": Text("gemma3_text", _GEMMA3)}, tower=towers.siglip
+    ),
     wrapped(
         "mistral3",
         _MISTRALS,
         {"mistral": Text("mistral", _MISTRAL), "ministral3": Text("ministral3", _MINISTRAL3)},
+        tower=towers.pixtral,
     ),
-    wrapped("llava", _FAMILIES["llama"], {"llama": Text("llama", _LLAMA)}),
-    wrapped("qwen2_5_vl", _FAMILIES["qwen2"], {"qwen2_5_vl_text": Text("qwen2", _QWEN2_5_VL)}, own=_QWEN_OWN),
-    wrapped("qwen3_vl", _FAMILIES["qwen3"], {"qwen3_vl_text": Text("qwen3", _QWEN3_VL)}),
+    wrapped("llava", _FAMILIES["llama"], {"llama": Text("llama", _LLAMA)}, tower=towers.clip),
+    wrapped(
+        "qwen2_5_vl",
+        _FAMILIES["qwen2"],
+        {"qwen2_5_vl_text": Text("qwen2", _QWEN2_5_VL)},
+        own=_QWEN_OWN,
+        tower=towers.qwen2_5,
+    ),
+    wrapped("qwen3_vl", _FAMILIES["qwen3"], {"qwen3_vl_text": Text("qwen3", _QWEN3_VL)}, tower=towers.qwen3),
     # Its router always makes the weights of a token's experts add up to one.
     wrapped(
         "qwen3_vl_moe",
         _FAMILIES["qwen3_moe"],
         {"qwen3_vl_moe_text": Text("qwen3_moe", _QWEN3_VL_MOE, {"norm_topk_prob": True})},
+        tower=towers.qwen3,
     ),
-    wrapped("qwen3_5", _FAMILIES["qwen3_5_text"], {"qwen3_5_text": Text("qwen3_5_text", _QWEN3_5)}),
-    wrapped("qwen3_5_moe", _FAMILIES["qwen3_5_moe_text"], {"qwen3_5_moe_text": Text("qwen3_5_moe_text", _QWEN3_5_MOE)}),
+    wrapped(
+        "qwen3_5",
+        _FAMILIES["qwen3_5_text"],
+        {"qwen3_5_text": Text("qwen3_5_text", _QWEN3_5)},
+        tower=towers.qwen3,
+    ),
+    wrapped(
+        "qwen3_5_moe",
+        _FAMILIES["qwen3_5_moe_text"],
+        {"qwen3_5_moe_text": Text("qwen3_5_moe_text", _QWEN3_5_MOE)},
+        tower=towers.qwen3,
+    ),
     wrapped(
         "llama4",
         _FAMILIES["llama4_text"],
         {"llama4_text": Text("llama4_text", _LLAMA4)},
         "language_model.model",
         "language_model.lm_head",
+        tower=towers.llama4,
     ),
 )

@@ -1,4 +1,4 @@
-"""The parts of a block: attention, a recurrent mixer, an MLP, experts; each says which linear layers it has.
+"""The parts of a block: attention, an MLP, experts; each says which linear layers it has.
 
 A name of a layer may hold `*`, which stands for the number of an expert.
 """
@@ -78,25 +78,25 @@ class Attention:
     def inputs(self) -> tuple[SharedInput, ...]:
         """What the layers before attention read, and what the layer behind it reads."""
         if self.qkv:
-            before = (Layer(_within(self.module, self.qkv), "qkv", "hidden"),)
+            before = (Layer(within(self.module, self.qkv), "qkv", "hidden"),)
         else:
             queries = "attention_gate" if self.gated else "attention"
             sides = ((self.query, queries), (self.key, "kv"), (self.value, "kv"))
-            before = tuple(Layer(_within(self.module, name), side, "hidden") for name, side in sides)
-        behind = Layer(_within(self.module, self.output), "hidden", "attention")
+            before = tuple(Layer(within(self.module, name), side, "hidden") for name, side in sides)
+        behind = Layer(within(self.module, self.output), "hidden", "attention")
         return SharedInput(before, self.norm), SharedInput((behind,))
 
     @property
     def norms_of_heads(self) -> tuple[str, ...]:
         """Names in the block of `head_norms`."""
-        return tuple(_within(self.module, norm) for norm in self.head_norms)
+        return tuple(within(self.module, norm) for norm in self.head_norms)
 
     @property
     def scaled(self) -> tuple[str, str] | None:
         """The layers in the block that hold the scales of keys and of values; None where a cache cannot be rounded."""
         if self.qkv or self.own_scores:
             return None
-        return _within(self.module, self.key), _within(self.module, self.value)
+        return within(self.module, self.key), within(self.module, self.value)
 
     @property
     def unscaled(self) -> str:
@@ -148,8 +148,8 @@ class LatentAttention:
                   (self.compressed, "kv_latent_rotary"))  # fmt: skip
         single = ((self.query_heads, "attention", "query_latent"), (self.heads, "kv_heads", "kv_latent"),
                   (self.output, "hidden", "values"))  # fmt: skip
-        layers = tuple(Layer(_within(self.module, name), side, "hidden") for name, side in before)
-        others = (SharedInput((Layer(_within(self.module, name), *sides),)) for name, *sides in single)
+        layers = tuple(Layer(within(self.module, name), side, "hidden") for name, side in before)
+        others = (SharedInput((Layer(within(self.module, name), *sides),)) for name, *sides in single)
         return SharedInput(layers, self.norm), *others
 
     def head_numbers(self, config: Config, head_dim: int) -> int:
@@ -179,52 +179,6 @@ class NoAttention:
         return 0
 
 
-class State(NamedTuple):
-    """What a recurrent mixer keeps of a sequence, however long: the last inputs of its convolution, in 16 bits, and
-    the numbers of its recurrence, in float32, as their errors would add up."""
-
-    window: int
-    recurrence: int = 0
-
-    @property
-    def bytes(self) -> int:
-        return 2 * self.window + 4 * self.recurrence
-
-
-@dataclass(frozen=True)
-class Recurrent:
-    """A mixer of tokens with a state of fixed size: a gated delta net, a short convolution, a Mamba.
-
-    Its convolution, decays and time steps are no linear layers, and are never rounded.
-
-    Attributes:
-        module: of the block.
-        norm: as in `SharedInput`.
-        projections: layers that read the block's input.
-        output: the layer behind the recurrence.
-        choices: layers within, each of which reads what the one before made: by them a Mamba of the first kind forgets.
-        state: from a config.
-    """
-
-    module: str
-    state: Callable[[Config], State]
-    norm: str | None = "input_layernorm"
-    projections: tuple[str, ...] = ("in_proj",)
-    output: str = "out_proj"
-    choices: tuple[str, ...] = ()
-
-    @property
-    def inputs(self) -> tuple[SharedInput, ...]:
-        """What the first layers read, what those within read, and what the last one reads."""
-        first = tuple(Layer(_within(self.module, name), "mixer_in", "hidden") for name in self.projections)
-        within = []
-        for number, name in enumerate(self.choices):
-            sides = ("mixer_choice", "mixer") if number == 0 else ("mixer", "mixer_choice")
-            within.append(SharedInput((Layer(_within(self.module, name), *sides),)))
-        last = SharedInput((Layer(_within(self.module, self.output), "hidden", "mixer"),))
-        return SharedInput(first, self.norm), *within, last
-
-
 @dataclass(frozen=True)
 class Mlp:
     """Neurons between two layers; `gate`, where there is one, multiplies what `up` gives.
@@ -247,11 +201,11 @@ class Mlp:
     def inputs(self) -> tuple[SharedInput, SharedInput]:
         """What the layers before the neurons read, and what the layer behind them reads."""
         if self.gate_up:
-            before = (Layer(_within(self.module, self.gate_up), "gate_up", "hidden"),)
+            before = (Layer(within(self.module, self.gate_up), "gate_up", "hidden"),)
         else:
             names = (self.gate, self.up) if self.gate else (self.up,)
-            before = tuple(Layer(_within(self.module, name), self.side, "hidden") for name in names)
-        behind = Layer(_within(self.module, self.down), "hidden", self.side)
+            before = tuple(Layer(within(self.module, name), self.side, "hidden") for name in names)
+        behind = Layer(within(self.module, self.down), "hidden", self.side)
         return SharedInput(before, self.norm), SharedInput((behind,))
 
 
@@ -269,10 +223,12 @@ class Experts:
         plain: other matrices of `module`, which choose or weigh and are never rounded: with a row for each expert, or
             one row for the shared ones.
         vector: what `module` has besides with a number for each expert, "" for nothing.
+        vector_rows: 0 where it is stored as these numbers alone, else the rows that it has, in each of which they are.
         biased: whether the layers of an expert have biases.
         blocks: which blocks have experts, from a config.
         chosen, size: fields of config.json: experts of a token, neurons of an expert.
         shared_size: the field of neurons of the shared ones, or the field that counts them in units of `size`.
+        beside_mlp: whether a block with experts has the family's MLP too, whose neurons `shared_size` counts.
     """
 
     module: str = "mlp"
@@ -283,11 +239,13 @@ class Experts:
     shared: str | None = None
     plain: tuple[str, ...] = ("gate",)
     vector: str = ""
+    vector_rows: int = 0
     biased: bool = False
     blocks: Callable[[Config], Sequence[int]] = field(default=lambda config: range(config["num_hidden_layers"]))
     chosen: str = "num_experts_per_tok"
     size: str = "moe_intermediate_size"
     shared_size: str | None = None
+    beside_mlp: bool = False
 
     @property
     def inputs(self) -> tuple[SharedInput, ...]:
@@ -295,18 +253,18 @@ class Experts:
         one = Mlp(self.prefix + ".*", None, self.gate, self.up, self.down, side="expert")
         if self.shared is None:
             return one.inputs
-        shared = Mlp(_within(self.module, self.shared), None, self.gate, self.up, self.down, side="shared")
+        shared = Mlp(within(self.module, self.shared), None, self.gate, self.up, self.down, side="shared")
         return *one.inputs, *shared.inputs
 
     @property
     def prefix(self) -> str:
         """The list of experts, by its name in the block."""
-        return _within(self.module, self.experts)
+        return within(self.module, self.experts)
 
     @property
     def unrounded(self) -> tuple[str, ...]:
         """The matrices that are never rounded, by their names in the block."""
-        return tuple(_within(self.module, name) for name in self.plain)
+        return tuple(within(self.module, name) for name in self.plain)
 
     @staticmethod
     def count(config: Config) -> tuple[str, Any]:
@@ -323,5 +281,6 @@ class Experts:
         return config[self.chosen] * config[self.size] + self.shared_neurons(config)
 
 
-def _within(module: str, name: str) -> str:
+def within(module: str, name: str) -> str:
+    """Returns the name in a block of what has this name in one of its modules."""
     return f"{module}.{name}" if module else name

@@ -8,7 +8,7 @@ from trimtab.families.parts import Config
 _MISSING = {
     "has mixtures of experts": (
         "dbrx",
-        "granitemoe", "granitemoeshared", "ernie4_5_moe", "hunyuan_v1_moe", "hy_v3",
+        "hy_v3",
         "exaone_moe", "cohere2_moe", "afmoe", "laguna", "mellum", "mimo_v2_flash", "solar_open",
         "aria_text",
     ),
@@ -17,10 +17,12 @@ _MISSING = {
     ),
     "has attention over compressed keys and values (MLA)": ("minicpm3", "youtu"),
     "has recurrent layers": (
-        "falcon_h1", "recurrent_gemma", "rwkv", "xlstm", "olmo_hybrid", "zamba", "zamba2",
+        "recurrent_gemma", "rwkv", "xlstm", "olmo_hybrid", "zamba", "zamba2",
     ),
+    "has blocks whose heads differ in number and size, and some that read another block's keys and values "
+    "(global_head_dim, num_kv_shared_layers)": ("gemma4_text", "gemma4_unified_text"),
     "has recurrent layers and mixtures of experts": (
-        "jamba", "minimax", "jetmoe", "zaya",
+        "minimax", "jetmoe", "zaya",
     ),
     "stores its layers transposed (Conv1D)": ("gpt2", "gpt-sw3", "openai-gpt", "ctrl"),
     "lists which blocks have windows by repetition (attention_types)": ("gpt_neo",),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from trimtab.families.parts import Config
+from trimtab.families.parts import Config, Shape
 
 #: The field of config.json that holds the settings of a wrapper's text model.
 TEXT_CONFIG = "text_config"
@@ -35,10 +35,12 @@ class Wrapper:
         texts: the text models that it may have, by the `model_type` of their config; where that says none, the first.
         own: where early checkpoints have the settings of the text model among the wrapper's, the fields that are the
             wrapper's.
+        tower: the shapes of all that is not the text model by their names, from the wrapper's config.
     """
 
     within: str
     texts: Mapping[str, Text] = field(hash=False)
+    tower: Callable[[Config], Mapping[str, Shape]]
     own: tuple[str, ...] = ()
 
     def kind(self, config: Config) -> str:

@@ -4,18 +4,32 @@
 |---|---|
 | `record` | what is said of an attempt, and the closed list of why one fails |
 | `scores` | what a model scored, and whether two models answered the same |
-| `judging` | accepted, rejected or indeterminate: by error rates that it states |
+| `criteria` | what must be shown to hold, each an interval beside its limit |
+| `verdict` | accepted, rejected or indeterminate: by error rates that it states |
+| `damage` | what was lost, by task and by place in the text |
+| `power` | what a number of items can show, before they are asked |
 | `gains` | whether an accurate candidate is any better at its goal |
 """
 
+from trimtab.judge.damage import Damage, TaskDamage, Text
 from trimtab.judge.gains import check_gain, gain
-from trimtab.judge.record import FAILURE_CLASSES, KV_CACHE_SUSPECT, Confirmation, FailureClass, Measurements, Verdict
+from trimtab.judge.record import (
+    FAILURE_CLASSES,
+    KV_CACHE_SUSPECT,
+    Beside,
+    Confirmation,
+    FailureClass,
+    Measurements,
+    Verdict,
+)
 from trimtab.judge.scores import NotPaired, Scores
 from trimtab.judge.statistics import Interval
 from trimtab.judge.verdict import blame_kv_cache, confirm, judge
 
 __all__ = [
+    "Beside",
     "Confirmation",
+    "Damage",
     "FAILURE_CLASSES",
     "FailureClass",
     "Interval",
@@ -23,6 +37,8 @@ __all__ = [
     "Measurements",
     "NotPaired",
     "Scores",
+    "TaskDamage",
+    "Text",
     "Verdict",
     "blame_kv_cache",
     "check_gain",

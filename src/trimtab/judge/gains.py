@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trimtab.base.errors import TrimtabError
 from trimtab.catalog.goals import GOALS
-from trimtab.judge.record import Measurements, Verdict
+from trimtab.judge.record import Beside, Measurements, Verdict
 from trimtab.recipe import Acceptance
 
 
@@ -35,7 +35,7 @@ def gain(goal: str, baseline: Measurements, candidate: Measurements) -> float:
 def check_gain(
     verdict: Verdict, goal: str, accept: Acceptance, baseline: Measurements, candidate: Measurements
 ) -> Verdict:
-    """Adds the measurements and the gain, and rejects an accepted verdict that gains less than `min_gain`.
+    """Adds the measurements, the baseline's beside them, and the gain; rejects what is accepted and gains too little.
 
     Ask before `confirm`: a useless artifact needs no fresh items. A verdict that is not accepted keeps its
     outcome, and may lack the measurements that the gain needs.
@@ -49,7 +49,8 @@ def check_gain(
         if verdict.outcome == "accepted":
             raise
         return verdict.model_copy(update={"measurements": candidate})
-    update: dict[str, object] = {"gain": value, "measurements": candidate}
+    beside = (verdict.beside or Beside()).model_copy(update={"measurements": baseline})
+    update: dict[str, object] = {"gain": value, "measurements": candidate, "beside": beside}
     if verdict.outcome == "accepted" and value < accept.min_gain:
         measure = GOALS[goal].measure
         words = measure.words

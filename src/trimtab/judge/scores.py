@@ -26,6 +26,7 @@ class Scores:
         tokens: tokens predicted in each window, positive, shape (m,).
         item_ids: what identifies each item (a digest or a name), shape (n,).
         window_ids: what identifies each window, shape (m,).
+        tasks: the task that each item is of, shape (n,); all are of one without a name where it is absent.
 
     Raises:
         TrimtabError: a wrong shape or range. A likelihood that is not finite is allowed: `judge` reports it.
@@ -37,13 +38,16 @@ class Scores:
     tokens: np.ndarray
     item_ids: np.ndarray | Sequence[str]
     window_ids: np.ndarray | Sequence[str]
+    tasks: np.ndarray | Sequence[str] = ()
 
     def __post_init__(self):
         for name in ("items", "chance", "nll", "tokens"):
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=float))
-        for name in ("item_ids", "window_ids"):
+        if not len(self.tasks):
+            object.__setattr__(self, "tasks", np.full(len(self.items), ""))
+        for name in ("item_ids", "window_ids", "tasks"):
             object.__setattr__(self, name, np.asarray(getattr(self, name)))
-        shapes = [getattr(self, name).shape for name in ("items", "chance", "item_ids")]
+        shapes = [getattr(self, name).shape for name in ("items", "chance", "item_ids", "tasks")]
         self._require(
             len(set(shapes)) == 1 and len(shapes[0]) == 1 and shapes[0][0] > 0, f"items have {shapes}"
         )

@@ -164,7 +164,7 @@ def paired_recovery(
         """Returns how far the kept score lies beyond z standard errors of what `recovery` predicts."""
         share = 1 - recovery
         loss = share * above / n
-        p_lost, p_gained = _rates_given_loss(losses, gains, n, loss)
+        p_lost, p_gained = rates_given_loss(losses, gains, n, loss)
         covariance = -p_lost * x_lost + p_gained * x_gained + loss * above / n
         variance = p_lost + p_gained - loss * loss + 2 * share * covariance + share * share * spread * spread
         return side * (kept - recovery * above) - z * math.sqrt(max(variance, 0.0) * n)
@@ -179,10 +179,10 @@ def paired_recovery(
     )
 
 
-def _rates_given_loss(losses: float, gains: float, n: int, loss: float) -> tuple[float, float]:
+def rates_given_loss(losses: float, gains: float, n: int, loss: float) -> tuple[float, float]:
     """Returns the likeliest rates of lost and gained items whose difference is `loss` (Tango 1998)."""
     if loss < 0:
-        p_gained, p_lost = _rates_given_loss(gains, losses, n, -loss)
+        p_gained, p_lost = rates_given_loss(gains, losses, n, -loss)
         return p_lost, p_gained
     b = (losses + gains) * (1 - loss) - 2 * loss * (n - losses)
     p_gained = (b + math.sqrt(b * b + 8 * n * gains * loss * (1 - loss))) / (4 * n)

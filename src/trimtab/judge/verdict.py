@@ -6,13 +6,13 @@ differences of 16 to 48 windows are strongly skewed, which Student's t does not 
 
 - `judge`: a candidate that truly misses a limit is accepted with probability at most 1 - confidence, over all
   looks together. Each look spends its share (`trimtab.judge.statistics.split_alpha`) on each criterion in full: a
-  candidate is accepted only if it passes both, so a candidate that misses one must be wrongly passed by that
-  one (intersection-union test, Berger 1982, Technometrics 24:295).
+  candidate is accepted only if it passes all of them, the limit of each critical task among them, so a candidate that
+  misses one must be wrongly passed by that one (intersection-union test, Berger 1982, Technometrics 24:295).
 - An interval shown at a look has both its ends at that look's one-sided error: with confidence 0.95 and three
   looks, one-sided 0.0071, 0.0143 and 0.0286, hence two-sided 98.6 %, 97.1 % and 94.3 %. A limit inside the
   interval is exactly a criterion that is undecided.
-- A candidate that truly meets both limits is rejected by `judge` with probability at most twice
-  1 - confidence (either criterion may err).
+- A candidate that truly meets all limits is rejected by `judge` with probability at most 1 - confidence times the
+  number of criteria: two, and one more for each critical task (each may err).
 - `confirm`: several attempts are several chances of a false acceptance. It asks fresh items at one-sided
   error 1 / attempts, so a run releases a model that truly misses a limit with probability at most
   attempts x (1 - confidence) x (1 / attempts) = 1 - confidence.
@@ -21,33 +21,34 @@ differences of 16 to 48 windows are strongly skewed, which Student's t does not 
 from __future__ import annotations
 
 from trimtab.base.errors import TrimtabError
-from trimtab.judge.record import KV_CACHE_SUSPECT, Confirmation, Verdict
+from trimtab.judge.criteria import Criterion, criteria, pooled, worst
+from trimtab.judge.damage import Text, damage
+from trimtab.judge.record import KV_CACHE_SUSPECT, Beside, Confirmation, Verdict
 from trimtab.judge.scores import Scores, check_pair
-from trimtab.judge.statistics import (
-    BaselineAtChance,
-    Interval,
-    mcnemar,
-    paired_perplexity_ratio,
-    paired_recovery,
-    split_alpha,
-    wilson,
-)
+from trimtab.judge.statistics import Interval, mcnemar, split_alpha, wilson
 from trimtab.recipe import Acceptance
 
 _MORE = "; more are needed"
 
 
-def judge(*, baseline: Scores, candidate: Scores, accept: Acceptance, look: int, looks: int = 3) -> Verdict:
+def judge(
+    *,
+    baseline: Scores,
+    candidate: Scores,
+    accept: Acceptance,
+    look: int,
+    looks: int = 3,
+    text: tuple[Text, Text] | None = None,
+) -> Verdict:
     """Judges a candidate on all items and windows drawn so far.
 
-    Accepted if the recovery interval lies wholly at or above `min_recovery` and the ratio interval wholly at
-    or below `max_perplexity_ratio`. Rejected if either lies wholly on the failing side; if both do, the
-    failure class is that of the limit missed by the larger share: 1 - recovery / min_recovery against
-    ratio / max_perplexity_ratio - 1, both estimates. Otherwise indeterminate; before the last look
-    that asks for more items and has no failure class, at the last it has the class of the criterion that was
-    not shown (accuracy if neither was). A baseline that is not above chance is indeterminate whatever the
-    perplexity says: recovery has no meaning on such tasks. A likelihood that is not finite is rejected as
-    degenerate_output.
+    Accepted if the recovery interval lies wholly at or above `min_recovery`, that of each critical task at or above the
+    task's own limit, and the ratio interval wholly at or below `max_perplexity_ratio`. Rejected if one lies wholly on
+    the failing side; if several do, for that missed by the largest share, estimate against limit. Otherwise
+    indeterminate; before the last look that asks for more items and has no failure class, at the last it has the class
+    of the first criterion that was not shown (accuracy if neither was). A baseline that is not above chance on what is
+    pooled is indeterminate whatever the rest says: recovery has no meaning on such tasks. A required task without items
+    leaves the verdict open. A likelihood that is not finite is rejected as degenerate_output.
 
     Args:
         baseline: scores of the unchanged model, cumulative over the looks.
@@ -55,6 +56,7 @@ def judge(*, baseline: Scores, candidate: Scores, accept: Acceptance, look: int,
         accept: the limits and the confidence.
         look: 1 for the first.
         looks: how many there are at most; fixed before the first.
+        text: what baseline and candidate predicted token by token, for the card alone.
 
     Raises:
         NotPaired: the two did not answer the same items.
@@ -63,55 +65,58 @@ def judge(*, baseline: Scores, candidate: Scores, accept: Acceptance, look: int,
     if not 1 <= look <= looks:
         raise TrimtabError(f"look {look} is not one of 1 to {looks}")
     confidence = 1 - 2 * split_alpha(1 - accept.confidence, looks)[look - 1]
-    damage = check_pair(baseline, candidate)
-    n, m = len(candidate.items), len(candidate.nll)
+    broken = check_pair(baseline, candidate)
+    of, m = pooled(candidate, accept), len(candidate.nll)
+    n = int(of.sum())
     numbers = {
         "looks": look,
         "items": n,
         "windows": m,
-        "accuracy": wilson(float(candidate.items.sum()), n, confidence),
         "perplexity": candidate.perplexity,
-        "mcnemar_p": mcnemar(baseline.items, candidate.items),
+        "accuracy": wilson(float(candidate.items[of].sum()), n, confidence) if n else None,
+        "mcnemar_p": mcnemar(baseline.items[of], candidate.items[of]) if n else None,
+        "beside": Beside(
+            accuracy=wilson(float(baseline.items[of].sum()), n, confidence) if n else None,
+            perplexity=baseline.perplexity,
+        ),
     }
-    if damage:
-        return Verdict(outcome="rejected", failure_class="degenerate_output", reason=damage, **numbers)
-    ratio = paired_perplexity_ratio(baseline.nll, candidate.nll, candidate.tokens, confidence)
-    numbers["perplexity_ratio"] = ratio
+    if broken:
+        return Verdict(outcome="rejected", failure_class="degenerate_output", reason=broken, **numbers)
+    found = criteria(baseline, candidate, accept, confidence)
+    numbers |= {"recovery": found[0].interval, "perplexity_ratio": found[-1].interval}
+    numbers["damage"] = damage(baseline, candidate, accept, confidence, text)
     last = look == looks
-    try:
-        recovery = paired_recovery(baseline.items, candidate.items, candidate.chance, confidence)
-    except BaselineAtChance as error:
+    if found[0].unknown:
         return Verdict(
             outcome="indeterminate",
             failure_class="accuracy" if last else None,
-            reason=f"{error}: choose tasks that the model can do",
+            reason=f"{found[0].unknown}: choose tasks that the model can do",
             **numbers,
         )
-    numbers["recovery"] = recovery
-    passes, fails = _compare(recovery, ratio, accept)
-    if all(passes.values()):
-        return Verdict(
-            outcome="accepted",
-            reason=f"{_recovery_text(recovery)} is at least {accept.min_recovery:g} and "
-            f"{_ratio_text(ratio)} at most {accept.max_perplexity_ratio:g}",
-            **numbers,
-        )
-    if any(fails.values()):
-        kind = _worse(recovery, ratio, accept) if all(fails.values()) else next(k for k in fails if fails[k])
-        return Verdict(
-            outcome="rejected", failure_class=kind, reason=_failed(kind, recovery, ratio, accept), **numbers
-        )
-    open_kinds = [kind for kind in passes if not passes[kind]]
-    undecided = " and ".join(_undecided(kind, recovery, ratio, accept) for kind in open_kinds)
-    count = " and ".join(
-        {"accuracy": f"{n} items", "perplexity": f"{m} windows"}[kind] for kind in open_kinds
-    )
+    if all(each.holds for each in found):
+        return Verdict(outcome="accepted", reason=_all_hold(found), **numbers)
+    if failing := [each for each in found if each.fails]:
+        kind = worst(failing)
+        return Verdict(outcome="rejected", failure_class=kind.kind, reason=kind.told, **numbers)
+    open_ones = [each for each in found if not each.holds]
     return Verdict(
         outcome="indeterminate",
-        failure_class=open_kinds[0] if last else None,
-        reason=f"{count} are too few to tell: {undecided}" + ("" if last else _MORE),
+        failure_class=open_ones[0].kind if last else None,
+        reason=_open(open_ones) + ("" if last else _MORE),
         **numbers,
     )
+
+
+def _all_hold(found: list[Criterion]) -> str:
+    recovery, *critical, ratio = found
+    told = [f"{recovery.measured} is {recovery.bound}", *(f"{each.measured} {each.bound}" for each in critical)]
+    return f"{', '.join(told)} and {ratio.measured} {ratio.bound}"
+
+
+def _open(open_ones: list[Criterion]) -> str:
+    told = " and ".join(each.told for each in open_ones)
+    counted = [each.count for each in open_ones if not each.unknown]
+    return f"{' and '.join(counted)} are too few to tell: {told}" if counted else told
 
 
 def confirm(
@@ -120,7 +125,7 @@ def confirm(
     """Confirms an accepted verdict on fresh items, or rejects it.
 
     Among several attempts one may pass by luck, and its luck does not repeat on fresh items. The attempt is
-    confirmed if both limits hold there at one-sided error 1 / attempts, which keeps the probability that a
+    confirmed if all limits hold there at one-sided error 1 / attempts, which keeps the probability that a
     run releases a model that truly misses a limit within 1 - confidence, over all attempts: each is accepted
     wrongly with 1 - confidence, then confirmed wrongly with 1 / attempts. For two attempts, or one, that asks
     the estimates to meet the limits; for five, that they do so by 0.84 standard errors. Asking the estimates
@@ -147,9 +152,9 @@ def confirm(
     if attempts < 1:
         raise TrimtabError(f"attempts is {attempts}; a run makes at least 1")
     alpha = min(0.5, 1 / attempts)
-    record = {"items": len(candidate.items), "windows": len(candidate.nll), "level": 1 - alpha}
+    record = {"items": int(pooled(candidate, accept).sum()), "windows": len(candidate.nll), "level": 1 - alpha}
 
-    def rejected(kind: str, why: str, **intervals: Interval) -> Verdict:
+    def rejected(kind: str, why: str, **intervals: Interval | None) -> Verdict:
         return verdict.model_copy(
             update={
                 "outcome": "rejected",
@@ -160,22 +165,16 @@ def confirm(
             }
         )
 
-    damage = check_pair(baseline, candidate)
-    if damage:
-        return rejected("degenerate_output", damage)
-    ratio = paired_perplexity_ratio(baseline.nll, candidate.nll, candidate.tokens, 1 - 2 * alpha)
-    try:
-        recovery = paired_recovery(baseline.items, candidate.items, candidate.chance, 1 - 2 * alpha)
-    except BaselineAtChance as error:
-        return rejected("accuracy", str(error), perplexity_ratio=ratio)
-    passes, fails = _compare(recovery, ratio, accept)
-    if all(passes.values()):
-        confirmation = Confirmation(**record, recovery=recovery, perplexity_ratio=ratio)
-        return verdict.model_copy(update={"confirmed": True, "confirmation": confirmation})
-    kinds = [kind for kind in passes if fails[kind]] or [kind for kind in passes if not passes[kind]]
-    kind = _worse(recovery, ratio, accept) if len(kinds) > 1 else kinds[0]
-    why = (_failed if fails[kind] else _undecided)(kind, recovery, ratio, accept)
-    return rejected(kind, why, recovery=recovery, perplexity_ratio=ratio)
+    if broken := check_pair(baseline, candidate):
+        return rejected("degenerate_output", broken)
+    found = criteria(baseline, candidate, accept, 1 - 2 * alpha)
+    intervals = {"recovery": found[0].interval, "perplexity_ratio": found[-1].interval}
+    if all(each.holds for each in found):
+        return verdict.model_copy(update={"confirmed": True, "confirmation": Confirmation(**record, **intervals)})
+    if unknown := [each for each in found if each.unknown]:
+        return rejected(unknown[0].kind, unknown[0].told, **intervals)
+    kind = worst([each for each in found if each.fails] or [each for each in found if not each.holds])
+    return rejected(kind.kind, kind.told, **intervals)
 
 
 def blame_kv_cache(verdict: Verdict, kv_cache: str, apart: Verdict) -> Verdict:
@@ -207,42 +206,6 @@ def blame_kv_cache(verdict: Verdict, kv_cache: str, apart: Verdict) -> Verdict:
         found = apart.reason.removesuffix(_MORE)
         update = {"reason": f"{verdict.reason.removesuffix(_MORE)}; the KV cache {blame} to blame: in 16 bits {found}"}
     return verdict.model_copy(update=update)
-
-
-def _compare(
-    recovery: Interval, ratio: Interval, accept: Acceptance
-) -> tuple[dict[str, bool], dict[str, bool]]:
-    """Returns for each criterion whether it is shown to hold, and whether it is shown to fail."""
-    passes = {
-        "accuracy": recovery.low >= accept.min_recovery,
-        "perplexity": ratio.high <= accept.max_perplexity_ratio,
-    }
-    fails = {
-        "accuracy": recovery.high < accept.min_recovery,
-        "perplexity": ratio.low > accept.max_perplexity_ratio,
-    }
-    return passes, fails
-
-
-def _worse(recovery: Interval, ratio: Interval, accept: Acceptance) -> str:
-    short = 1 - recovery.estimate / accept.min_recovery
-    return "accuracy" if short >= ratio.estimate / accept.max_perplexity_ratio - 1 else "perplexity"
-
-
-def _failed(kind: str, recovery: Interval, ratio: Interval, accept: Acceptance) -> str:
-    if kind == "accuracy":
-        return f"{_recovery_text(recovery)} is below the limit {accept.min_recovery:g}"
-    return f"{_ratio_text(ratio)} is above the limit {accept.max_perplexity_ratio:g}"
-
-
-def _undecided(kind: str, recovery: Interval, ratio: Interval, accept: Acceptance) -> str:
-    if kind == "accuracy":
-        return f"{_recovery_text(recovery)} is not shown to be at least {accept.min_recovery:g}"
-    return f"{_ratio_text(ratio)} is not shown to be at most {accept.max_perplexity_ratio:g}"
-
-
-def _recovery_text(recovery: Interval) -> str:
-    return f"recovery {recovery.estimate:.3f} ({recovery.low:.3f} to {recovery.high:.3f})"
 
 
 def _ratio_text(ratio: Interval) -> str:

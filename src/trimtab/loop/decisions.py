@@ -5,14 +5,17 @@ from __future__ import annotations
 from trimtab.base import progress
 from trimtab.base.errors import Failure, InputError, nearest
 from trimtab.catalog.goals import GOALS
-from trimtab.loop import adjust, provenance
+from trimtab.judge.power import Power
+from trimtab.loop import adjust, ledger, provenance
 from trimtab.loop.documents import Plan, read_plan, write_plan
 from trimtab.loop.state import State, fail
 from trimtab.model import hardware, layouts, memory
 from trimtab.model.facts import ModelFacts
-from trimtab.planning import checks, dealing, matrix, placement, task_sizes
+from trimtab.planning import checks, dealing, drawing, matrix, placement, resources, task_sizes
+from trimtab.planning.dealing import Deal
 from trimtab.planning.matrix import MAX_RUNGS, Outline, Rung
-from trimtab.recipe import Recipe
+from trimtab.planning.resources import Resources
+from trimtab.recipe import Acceptance, Prices, Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.recipe.workload import Workload
 from trimtab.serving import traffic as recorded
@@ -34,6 +37,7 @@ def begin(
     images: str = "",
     released: Rung | None = None,
     traffic: Traffic | None = None,
+    prices: Prices | None = None,
 ) -> State:
     """Plans the run and returns the state with which the baseline is measured.
 
@@ -44,6 +48,7 @@ def begin(
         images: the container images of the stages, which count among the materials.
         released: the recipe of a release with its student, which then stands first.
         traffic: the shape of the recorded traffic, where the recipe names some and it was read before.
+        prices: what an hour costs where the run works.
 
     Raises:
         InputError: a name that no release can have, an unknown goal or target, a bad recipe, recorded traffic that
@@ -57,7 +62,10 @@ def begin(
     wanted, facts = Recipe.parse(recipe) if recipe.strip() else Recipe(), facts_of(store, model)
     traffic = traffic or recorded.of(wanted.workload)
     wanted = _for_traffic(wanted, traffic)
+    check_limits(wanted, prices)
     dealt = dealing.deal(task_sizes.of(evaluation), evaluation, wanted.accept, max_attempts)
+    power = drawing.assumed(dealt, evaluation, wanted.accept, max_attempts)
+    progress.report("plan", power.sentence)
     rungs = ladder(goal, facts, machine, wanted)
     if released and wanted.workload:
         released = _sized(released, facts, machine, wanted.workload)
@@ -83,16 +91,28 @@ def begin(
         "model": model,
         "max_attempts": max_attempts,
         "evaluation": evaluation,
+        "limits": wanted.limits,
+        "prices": prices,
     }
     whole = Plan(
         **planned,
         ladder=tuple(rungs),
         baseline=unchanged.recipe,
+        resources=_needs(facts, machine, unchanged, rungs, evaluation),
         materials=made_of.model_dump(mode="json"),
         dealt=dealt,
     )
     where = write_plan(store, whole)
     return State(store=store.uri, **planned, plan=where, recipe=unchanged.recipe, why=unchanged.why)
+
+
+def check_limits(wanted: Recipe, prices: Prices | None) -> None:
+    """Refuses a limit of money where nobody has said what an hour costs."""
+    if wanted.limits and wanted.limits.cost and prices is None:
+        raise InputError(
+            f"limits.cost: {wanted.limits.cost:g} needs prices; write prices: {{gpu_hour: 2.5}} into the cluster's "
+            "profile, or limits: {gpu_hours: 4}"
+        )
 
 
 def ladder(goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Recipe) -> list[Rung]:
@@ -116,13 +136,25 @@ def outline(goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Re
     wanted = _for_traffic(wanted, recorded.of(wanted.workload))
     rungs, refused = _climbed(goal, facts, machine, wanted)
     unchanged = matrix.baseline(goal, facts, machine, rungs, wanted.workload, wanted.engine.world_size)
-    return matrix.outline(unchanged, rungs, refused)
+    return matrix.outline(unchanged, rungs, refused, _needs(facts, machine, unchanged, rungs, Evaluation()))
+
+
+def _needs(
+    facts: ModelFacts, machine: hardware.Hardware, unchanged: Rung, rungs: list[Rung], evaluation: Evaluation
+) -> dict[str, dict[str, Resources]]:
+    """What each stage of the baseline and of each rung needs, by the digest of its recipe."""
+    base = unchanged.recipe
+    found = {base.digest: resources.needs(facts, base, machine, None, evaluation)}
+    for recipe in (rung.recipe for rung in rungs):
+        found[recipe.digest] = resources.needs(facts, recipe, machine, base, evaluation)
+    return found
 
 
 def _climbed(
     goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Recipe
 ) -> tuple[list[Rung], list[matrix.Refused]]:
     wanted = _for_traffic(wanted, recorded.of(wanted.workload))
+    wanted = wanted.model_copy(update={"limits": None})  # the run's, and no attempt's
     first = wanted if wanted.prune or wanted.distill or wanted.quantize else None
     rungs, refused = matrix.climb(
         goal,
@@ -173,12 +205,16 @@ def decide(state: State) -> str:
         return "stop"
     if state.history and state.history[-1].verdict.outcome == "accepted":
         return "stop"
+    if over := ledger.exhausted(state):
+        progress.report("decide", over)
+        return "stop"
     return "retry" if len(state.history) < state.max_attempts and _next(state)[0] else "stop"
 
 
 def next_attempt(state: State) -> State:
-    """Returns the state with which the next attempt begins; unchanged when the baseline itself failed."""
-    if state.baseline is None or state.baseline.verdict.outcome != "baseline":
+    """Returns the state with which the next attempt begins; unchanged when the baseline itself failed, or took all that
+    the run may spend."""
+    if state.baseline is None or state.baseline.verdict.outcome != "baseline" or ledger.exhausted(state):
         return state
     rung, why = _next(state)
     if rung is None:
@@ -186,14 +222,38 @@ def next_attempt(state: State) -> State:
     progress.report(f"attempt {len(state.history) + 1}", f"{rung.recipe.title}; {why}")
     return state.model_copy(
         update={
+            "plan": state.plan if state.history else _drawing_enough(state),
             "attempt": len(state.history) + 1,
             "recipe": rung.recipe,
             "why": why,
             "trees": {"checkpoint": rung.student} if rung.student else {},
             "verdict": None,
             "seconds": {},
+            "used": {},
+            "cpu_seconds": {},
         }
     )
+
+
+def accepted_by(plan: Plan) -> Acceptance:
+    """Returns the limits of a run, which all its recipes have."""
+    return plan.ladder[0].recipe.accept
+
+
+def drawn(plan: Plan, power: Power) -> Deal:
+    """Returns the items that a run draws, given what those dealt first can show."""
+    if not power.wanted:
+        return plan.dealt
+    return drawing.enlarged(plan.dealt, power, accepted_by(plan), plan.max_attempts)
+
+
+def _drawing_enough(state: State) -> Tree:
+    """Returns the plan with as many items as the baseline's answers ask for, before the first attempt is paid for."""
+    store, power = open_store(state.store), state.baseline.verdict.power
+    plan = read_plan(store, state.plan)
+    if power is None or plan.dealt is None or (more := drawn(plan, power)) == plan.dealt:
+        return state.plan
+    return write_plan(store, plan.model_copy(update={"dealt": more}))
 
 
 def facts_of(store: Store, model: Tree) -> ModelFacts:

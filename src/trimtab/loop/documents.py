@@ -17,7 +17,8 @@ from trimtab.judge import Verdict
 from trimtab.loop.state import Brief, State
 from trimtab.planning.dealing import Deal
 from trimtab.planning.matrix import Rung
-from trimtab.recipe import Recipe
+from trimtab.planning.resources import Resources
+from trimtab.recipe import Limits, Prices, Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import Store, Tree, open_store
 from trimtab.store.address import split_tree
@@ -27,8 +28,8 @@ class Plan(Document):
     """The whole plan of a run, written once before any work.
 
     `ladder` are the recipes to try, `baseline` is how the unchanged model is served, `materials` what the run is made
-    of. `resources` says for each stage of each rung what it needs; empty where a plan leaves that to the stages.
-    `dealt` says which items of which task serve which look.
+    of. `resources` say for each stage of the baseline and of each rung what it needs, by the digest of its recipe.
+    `dealt` says which items of which task serve which look; `limits` what the run may spend, by `prices`.
     """
 
     name: str
@@ -37,10 +38,12 @@ class Plan(Document):
     model: Tree
     max_attempts: int
     evaluation: Evaluation
+    limits: Limits | None = None
+    prices: Prices | None = None
     ladder: tuple[Rung, ...] = ()
     baseline: Recipe = Recipe()
     materials: dict[str, Any] | None = None
-    resources: dict[str, Any] = {}
+    resources: dict[str, dict[str, Resources]] = {}
     dealt: Deal | None = None
 
 
@@ -59,6 +62,8 @@ class Attempt(Document):
     trees: dict[str, Tree] = {}
     verdict: Verdict | None = None
     seconds: dict[str, float] = {}
+    used: dict[str, Resources] = {}
+    cpu_seconds: dict[str, float] = {}
     libraries: dict[str, dict[str, str]] = {}
     evaluation: Tree | None = None
     is_over: bool = False
@@ -71,6 +76,8 @@ class Attempt(Document):
             why=self.why,
             verdict=self.verdict,
             seconds=self.seconds,
+            used=self.used,
+            cpu_seconds=self.cpu_seconds,
             evaluation=self.evaluation,
             engine=self.trees.get("engine"),
         )
@@ -79,8 +86,8 @@ class Attempt(Document):
 #: The kinds of these documents' trees.
 PLAN, ATTEMPT = "plan", "attempt"
 #: What an attempt's document and the state have in common.
-_CURRENT = ("recipe", "why", "trees", "verdict", "seconds", "libraries")
-_PLANNED = ("name", "goal", "target", "model", "max_attempts", "evaluation")
+_CURRENT = ("recipe", "why", "trees", "verdict", "seconds", "cpu_seconds", "used", "libraries")
+_PLANNED = ("name", "goal", "target", "model", "max_attempts", "evaluation", "limits", "prices")
 
 
 def save(state: State) -> str:
@@ -101,7 +108,8 @@ def _saved(state: State) -> str:
             filed.append(known.pop(0))
             continue
         known = []  # those behind it name another parent
-        said = {name: getattr(brief, name) for name in ("recipe", "why", "verdict", "seconds", "evaluation")}
+        fields = ("recipe", "why", "verdict", "seconds", "cpu_seconds", "used", "evaluation")
+        said = {name: getattr(brief, name) for name in fields}
         said["trees"] = {"engine": brief.engine} if brief.engine else {}
         if number == state.attempt:
             said |= {"trees": said["trees"] | state.trees, "libraries": state.libraries}

@@ -5,6 +5,7 @@ All of it is read from the store itself. The cache of a node may be written by e
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,17 +15,19 @@ import numpy as np
 from trimtab import judge
 from trimtab.base import environment
 from trimtab.base.errors import InputError
-from trimtab.judge import Measurements, Scores, Verdict
+from trimtab.judge import Measurements, Scores, Text, Verdict
 from trimtab.loop.documents import read_plan
 from trimtab.loop.state import State
 from trimtab.model import hardware, memory
 from trimtab.model.facts import ModelFacts
+from trimtab.planning.dealing import LOOKS
 from trimtab.recipe import Recipe
 from trimtab.store import Store, Tree
 
-#: The number of looks at most; the look after the last is the confirmation on fresh items.
-LOOKS = 3
+#: The look after the last is the confirmation on fresh items.
 CONFIRMATION = LOOKS + 1
+#: The file of a look that has what was predicted at each place of the text.
+TEXT = "text.npz"
 #: What a rebuild goes on from: the student of a release that was distilled.
 KEPT = ("checkpoint",)
 
@@ -50,6 +53,7 @@ def measurements(
         max_context_tokens=memory.max_context_tokens(facts, recipe, hardware.target(target), integrity["bytes"]),
         devices=recipe.engine.world_size,
         batch=recipe.engine.max_batch_size,
+        cores=measured.get("cores", 0),
     )
 
 
@@ -92,7 +96,24 @@ def read_scores(store: Store, trees: Sequence[Tree]) -> Scores:
         tokens=np.array(tokens),
         item_ids=[item["id"] for item in items],
         window_ids=windows,
+        tasks=[item["id"].partition("/")[0] for item in items],
     )
+
+
+def read_text(store: Store, trees: Sequence[Tree]) -> Text | None:
+    """Joins what one model predicted token by token at several looks; None where its engine did not tell."""
+    parts = []
+    for tree in trees:
+        if TEXT not in store.manifest(tree).files:  # a look without windows, or evidence from before it was kept
+            continue
+        with np.load(io.BytesIO(store.read(tree, TEXT)), allow_pickle=False) as file:
+            parts.append([file[name] for name in ("nll", "tokens", "log_probs")])
+    return Text(*(np.concatenate(part) for part in zip(*parts, strict=True))) if parts else None
+
+
+def _both_texts(store: Store, *both: Sequence[Tree]) -> tuple[Text, Text] | None:
+    baseline, candidate = (read_text(store, trees) for trees in both)
+    return (baseline, candidate) if baseline and candidate else None
 
 
 def judge_looks(
@@ -100,12 +121,15 @@ def judge_looks(
 ) -> Verdict:
     """Judges from everything that was measured up to this look; `kv_cache` as in `look_name`."""
     looks = range(1, look + 1)
+    before = [measured[look_name(n, baseline=True)] for n in looks]
+    after = [measured[look_name(n, kv_cache=kv_cache)] for n in looks]
     return judge.judge(
-        baseline=read_scores(store, [measured[look_name(n, baseline=True)] for n in looks]),
-        candidate=read_scores(store, [measured[look_name(n, kv_cache=kv_cache)] for n in looks]),
+        baseline=read_scores(store, before),
+        candidate=read_scores(store, after),
         accept=recipe.accept,
         look=look,
         looks=LOOKS,
+        text=_both_texts(store, before, after),
     )
 
 

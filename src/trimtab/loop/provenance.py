@@ -75,7 +75,7 @@ def gather(
     measured = [text for text in (evaluation.heldout, evaluation.task_path) if text]
     return Provenance(
         model=model.digest,
-        recipe=recipe.model_dump(mode="json", exclude={"workload"}),
+        recipe=recipe.model_dump(mode="json", exclude={"workload", "limits"}),
         calibration_data=_contents(recipe.calibrate.sources),
         distillation_data=_contents(Source(text=text) for text in distilled),
         measured_data=_contents(Source(text=text) for text in measured),

@@ -14,7 +14,8 @@ from trimtab.base.errors import Failure
 from trimtab.base.schema import Document
 from trimtab.catalog.goals import GoalName
 from trimtab.judge import Verdict
-from trimtab.recipe import Recipe
+from trimtab.planning.resources import Resources
+from trimtab.recipe import Limits, Prices, Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.store.tree import Tree
 
@@ -22,13 +23,17 @@ from trimtab.store.tree import Tree
 class Brief(Document):
     """One attempt that is over, in brief: what adjust and the summary read.
 
-    `evaluation` is the evidence of an accepted attempt, `engine` the tree that was judged.
+    `evaluation` is the evidence of an accepted attempt, `engine` the tree that was judged. `seconds` are on the
+    clock and `cpu_seconds` of all cores together, by stage; `used` is what each took when it was done, here or for an
+    earlier attempt.
     """
 
     recipe: Recipe
     why: str = ""
     verdict: Verdict
     seconds: dict[str, float] = {}
+    used: dict[str, Resources] = {}
+    cpu_seconds: dict[str, float] = {}
     evaluation: Tree | None = None
     engine: Tree | None = None
 
@@ -36,13 +41,13 @@ class Brief(Document):
 class State(Document):
     """Where a run stands. `attempt` 0 is the baseline: the model unchanged.
 
-    What is planned once: `store` to `max_attempts`, and `plan`, the document that says more (the ladder, what the run
+    What is planned once: `store` to `prices`, and `plan`, the document that says more (the ladder, what the run
     is made of).
 
     What the current attempt is: `recipe` and `why`; what its stages have made, `trees` by name (`checkpoint`, which is
-    the model, then its pruned and distilled successors; `calibration`, `export`, `engine`); the `seconds` of each. Its
-    `verdict` is set when it is over; every later stage then passes the state on untouched. `libraries` says for each
-    stage which versions its image has, as its last task found them.
+    the model, then its pruned and distilled successors; `calibration`, `export`, `engine`); the `seconds` of each, and
+    its `cpu_seconds`; what each has `used`. Its `verdict` is set when it is over; every later stage then passes the
+    state on untouched. `libraries` says for each stage which versions its image has, as its last task found them.
 
     What is over: `baseline` and `history`, whose documents are `filed`, in this order.
     """
@@ -54,6 +59,8 @@ class State(Document):
     evaluation: Evaluation = Evaluation()
     model: Tree
     max_attempts: Annotated[int, Field(ge=1, le=10)] = 5
+    limits: Limits | None = None
+    prices: Prices | None = None
     plan: Tree | None = None
     attempt: int = 0
     recipe: Recipe = Recipe()
@@ -61,6 +68,8 @@ class State(Document):
     trees: dict[str, Tree] = {}
     verdict: Verdict | None = None
     seconds: dict[str, float] = {}
+    used: dict[str, Resources] = {}
+    cpu_seconds: dict[str, float] = {}
     libraries: dict[str, dict[str, str]] = {}
     baseline: Brief | None = None
     history: tuple[Brief, ...] = ()

@@ -101,7 +101,10 @@ class ModelFacts(Document):
         if not self.experts:
             return parameters
         family = families.named(self.model_type)
-        all_experts = sum(layer.parameters for layer in self.linears if family.is_expert(layer.name))
+        experts = [layer for layer in self.linears if family.is_expert(layer.name)]
+        all_experts = sum(layer.parameters for layer in experts)
+        if family.experts.biased:
+            all_experts += sum(layer.out_features for layer in experts)
         return parameters - all_experts + all_experts * self.experts_per_token // self.experts
 
 
@@ -133,6 +136,7 @@ def examine(folder: str | Path) -> tuple[ModelFacts, Layout]:
         raise InputError(f"{folder}: has no config.json, so it is not a Hugging Face model{hint}")
     config = _config(folder)
     stored = layout(folder, config, read_tensors(folder))
+    config = families.as_fetched(config)
     if not has_tokenizer(folder):
         other = "no other tokenizer (tokenizer.model, or vocab.json with merges.txt)"
         raise InputError(f"{folder}: has no tokenizer.json and {other}; add the model's tokenizer")
@@ -149,7 +153,8 @@ def _config(folder: Path) -> dict[str, Any]:
                 f"{source}: needs remote code (auto_map), which trimtab never runs; use a model whose "
                 f"architecture transformers has itself, or remove auto_map if it has this one"
             )
-    families.of(config, str(path))  # before all that follows: a model that is not known needs no other remedy
+    # Before all that follows: a model that is not known needs no other remedy.
+    families.of(families.as_fetched(config), str(path))
     low_precision.declared_in(folder, config)  # before the weights: a form that is not read needs no whole files
     return config
 

@@ -12,10 +12,12 @@ Forms that become it, all as transformers 5.14 loads them:
 | `….experts.gate_up_proj` [E, 2I, H], `down_proj` [E, H, I] | Qwen3.5, Gemma 4 | `….experts.<e>.gate_proj.weight` [I, H], `up_proj`, `down_proj` [H, I] |
 | the same transposed: [E, H, 2I], [E, I, H] | Llama 4 | the same |
 | transposed, gate and up in turns, biases | gpt-oss | the same, and `….experts.<e>.gate_proj.bias` |
-| `….block_sparse_moe.input_linear.weight`, `output_linear.weight` | Granite | `….block_sparse_moe.experts.<e>.gate_proj.weight` |
+| `….block_sparse_moe.input_linear.weight`, `output_linear.weight` | Granite 4 | `….block_sparse_moe.experts.<e>.gate_proj.weight` |
+| the same | Granite 3 | `….block_sparse_moe.experts.<e>.w1.weight`, `w3`, `w2`, as vLLM reads them |
 | `language_model.model.…` | Gemma 3, Mistral 3, LLaVA | `model.language_model.…` |
 | `model.layers.…`, `visual.…` | Qwen2.5-VL | `model.language_model.layers.…`, `model.visual.…` |
-| `h.0.…`, `word_embeddings.…`, `ln_f.…` | BLOOM | `transformer.h.0.…` and so on |
+| `h.0.…`, `word_embeddings.…`, `ln_f.…` | BLOOM, GPT-2 | `transformer.h.0.…` and so on |
+| `….c_attn.weight` [H, 3H], `c_proj`, `c_fc` (Conv1D) | GPT-2 | the transposed of GPTBigCode, with the rows of `c_attn` head by head |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -33,13 +35,16 @@ from trimtab.model.headers import DTYPE_BYTES, Tensor
 from trimtab.model.low_precision import Native, Stored
 
 #: Raise it when a source becomes other tensors than before: what was converted is found by its content and by this.
-VERSION = 1
+VERSION = 2
 #: In the metadata of a model's tree: what its source stored otherwise, in sentences.
 CONVERTED = "converted"
 _STACKED = re.compile(r"(.+\.experts)\.(gate_up|gate|up|down)_proj(?:\.(weight)|(_bias|\.bias))?$")
 _GRANITE = re.compile(r"(.+\.block_sparse_moe)\.(input|output)_linear\.weight$")
 #: Experts stored [inputs, outputs]: those of transformers' classes that multiply by the matrix, not by its transpose.
 _TRANSPOSED = {"gpt_oss", "llama4_text", "qwen3_vl_moe_text"}
+#: Experts whose layers have other names than `gate_proj`, `up_proj` and `down_proj`.
+_OF_MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
+_NAMES = {"granitemoe": _OF_MIXTRAL, "granitemoeshared": _OF_MIXTRAL}
 #: Experts whose gate and up stand in turns; in the others all of gate comes first.
 _IN_TURNS = {"gpt_oss"}
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)$")
@@ -62,25 +67,33 @@ _PREFIXES = {
     "qwen2_5_vl": _QWEN_VL,
     **dict.fromkeys(("llava", "gemma3", "mistral3", "aya_vision", "paligemma", "internvl", "vipllava"), _LLAVA),
     **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), _LLAVA_NEXT),
+    "gpt2": {name: f"transformer.{name}" for name in ("h.", "wte.", "wpe.", "ln_f.")},
     # Published BLOOM is the body alone, saved without the name that it has in a model with a head.
     "bloom": {name: f"transformer.{name}" for name in ("h.", "word_embeddings", "ln_f.")},
 }
 
 
+#: Of GPT-2: what it stores as [inputs, outputs], and masks of attention that are no weights.
+_CONV1D = re.compile(r".+\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
+_MASK = re.compile(r".*\.attn\.(?:masked_)?bias$")
+
+
 class Piece(NamedTuple):
     """A tensor of the layout, and how it is made of what is stored: decoded, then one expert of it, transposed if it
-    is so stored, and of that these rows (start, stop, step)."""
+    is so stored, and of that these rows (start, stop, step); rows of queries, keys and values are put together head by
+    head where `heads` counts these."""
 
     tensor: Tensor
     stored: Stored
     expert: int | None = None
     transposed: bool = False
     rows: tuple[int, int, int] | None = None
+    heads: int = 0
 
     @property
     def copied(self) -> bool:
         """Whether it is stored as it is, perhaps under another name."""
-        return not self.stored.decode and self.expert is None
+        return not (self.stored.decode or self.transposed or self.heads) and self.expert is None
 
 
 class Layout(NamedTuple):
@@ -121,15 +134,34 @@ def layout(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor
     text = text if isinstance(text, Mapping) else config
     prefixes = _PREFIXES.get(str(config.get("model_type")), {})
     pieces: dict[str, Piece] = {}
+    of_gpt2 = config.get("model_type") == "gpt2"
+    masks = [name for name in found if of_gpt2 and _MASK.match(name)]
+    for name in masks:
+        del found[name]
     for stored in found.values():
-        for piece in _pieces(folder, text, stored, tensors):
+        made = _of_gpt2(config, stored, tensors) if of_gpt2 else _pieces(folder, text, stored, tensors)
+        for piece in made:
             name = _renamed(piece.tensor.name, prefixes)
             if name in pieces:
                 both = f"{pieces[name].stored.weight} and {stored.weight}"
                 raise InputError(f"{folder}: {both} are both {name}; remove the one that is not the model's")
             pieces[name] = piece._replace(tensor=piece.tensor._replace(name=name))
     _check_experts(folder, pieces)
-    return Layout(pieces, left_out, tuple(_sentences(native, pieces, left_out)))
+    sentences = [*_sentences(native, pieces, left_out)]
+    if of_gpt2:
+        sentences.append("layers are stored transposed (Conv1D); it becomes a GPTBigCode, which has linear layers")
+    return Layout(pieces, (*left_out, *masks), tuple(sentences))
+
+
+def _of_gpt2(config: Mapping[str, Any], stored: Stored, tensors: Mapping[str, Tensor]) -> Iterator[Piece]:
+    is_fused = ".attn.c_attn." in f".{stored.name}"
+    heads = (config.get("n_head") or config.get("num_attention_heads") or 0) if is_fused else 0
+    transposed = _CONV1D.match(f".{stored.name}") is not None
+    if transposed or heads:
+        shape = stored.shape[::-1] if transposed else stored.shape
+        yield Piece(_tensor(stored.name, stored.dtype, shape), stored, transposed=transposed, heads=heads)
+    else:
+        yield Piece(tensors[stored.weight], stored)
 
 
 def _pieces(folder: Path, text: Mapping[str, Any], stored: Stored, tensors: Mapping[str, Tensor]) -> Iterator[Piece]:
@@ -154,9 +186,10 @@ def _pieces(folder: Path, text: Mapping[str, Any], stored: Stored, tensors: Mapp
         halves = {"gate": (0, outputs, 2), "up": (1, outputs, 2)}
     else:
         halves = {"gate": (0, outputs // 2, 1), "up": (outputs // 2, outputs, 1)}
+    names = _NAMES.get(str(model_type), {})
     for expert in range(count):
         for half, rows in halves.items():
-            name = f"{experts}.{expert}.{half}_proj.{kind}"
+            name = f"{experts}.{expert}.{names.get(half, f'{half}_proj')}.{kind}"
             size = outputs // 2 if rows else outputs
             yield Piece(_tensor(name, stored.dtype, (size, *inputs)), stored, expert, transposed, rows)
 

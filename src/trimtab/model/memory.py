@@ -61,8 +61,9 @@ def weight_bytes(facts: ModelFacts, recipe: Recipe) -> tuple[int, int]:
     """Returns the bytes of the linear layers, and of all other tensors, as served.
 
     INT4 takes half a byte a weight and a 2-byte scale a group; INT8 and FP8 take one byte and a 2-byte scale
-    a row; FP4 takes half a byte and a one-byte scale a block; `mixed` at b bits has (8 - b) / 4 of its weights in
-    INT4. What is not quantized takes 2 bytes, or 4 in `fp32`. `facts` are those of the model before it is pruned.
+    a row; FP4 takes half a byte and a one-byte scale a block; what mixes at b bits has (8 - b) / 4 of its weights in
+    its fewest, and the others in eight: as many bytes as when some of them take 16. What is not quantized takes 2
+    bytes, or 4 in `fp32`. `facts` are those of the model before it is pruned.
     """
     facts = shapes.pruned(facts, recipe.prune)
     rest = 2 * (facts.parameters - facts.linear_parameters)
@@ -83,7 +84,7 @@ def _shares(quantize: Quantization) -> list[tuple[Storage, float]]:
     stored = [part.storage for part in quantize.row.parts]
     if not quantize.effective_bits:
         return [(stored[0], 1.0)]
-    few, many = stored
+    few, many = stored[0], stored[-1]
     share = (many.bits - quantize.effective_bits) / (many.bits - few.bits)
     return [(few, share), (many, 1 - share)]
 

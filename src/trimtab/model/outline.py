@@ -7,47 +7,33 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from trimtab import families
 from trimtab.base.errors import InputError
-from trimtab.families import Attention, Family, LatentAttention, Mlp, SharedInput
+from trimtab.families import Family, LatentAttention, SharedInput
 from trimtab.families.parts import Said, Shape
 from trimtab.model import low_precision
 from trimtab.model.configured import Sizes, experts_of, sizes_of, ties_embeddings
 from trimtab.model.facts import ModelFacts, facts_of
 from trimtab.model.headers import Tensor
 
-#: Model types whose tensors follow from the config: each of whose blocks is attention, and an MLP or experts; no
-#: wrappers, whose towers' do not.
-MODEL_TYPES = tuple(
-    name
-    for name, family in families.BY_TYPE.items()
-    if type(family.attention) in (Attention, LatentAttention)
-    and (type(family.mlp) is Mlp or family.experts)
-    and family.recurrent is None
-    and not family.wrapper
-)
-
 
 def outline(path: str | Path) -> ModelFacts:
     """Returns the facts of the model whose config.json this is, as if its weights were there in 16 bits.
 
     Raises:
-        InputError: no config of a model whose shapes are known, or one in low precision that is not read.
+        InputError: no config of a model whose shapes are known, or in low precision that is not read.
     """
     path = Path(path)
     try:
-        config = json.loads(path.read_bytes())
+        config = families.as_fetched(json.loads(path.read_bytes()))
         config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: is no config.json of a model ({error.__class__.__name__}: {error})") from None
     family = families.of(config, str(path))
-    if family.model_type not in MODEL_TYPES:
-        what = f"the shapes of a '{family.model_type}' do not follow from its config by a rule that is known"
-        raise InputError(f"{path}: {what}; give the whole model")
     low_precision.declared(str(path), config)
     try:
         found = shapes(config, family, path)
@@ -57,49 +43,51 @@ def outline(path: str | Path) -> ModelFacts:
     return facts_of(path.parent, config, tensors)
 
 
-def shapes(config: dict[str, Any], family: Family, path: Path) -> dict[str, Shape]:
+def shapes(config: Mapping[str, Any], family: Family, path: Path) -> dict[str, Shape]:
     """Returns the shape of each tensor of a model by its name, as its checkpoint holds it.
 
     Raises:
         InputError, KeyError: the config, which lies at `path`, lacks a size.
     """
+    whole, config = config, families.text_config(config)
+    config = {**config, **family.sizes(config)}
     sizes = sizes_of(path, config, family)
-    if not {**config, **family.sizes(config)}.get("intermediate_size"):  # weights would tell it
+    if family.mlp and not config.get("intermediate_size"):  # weights would tell it
         raise KeyError("intermediate_size")
     vocabulary = (sizes.vocabulary, sizes.hidden)
     found: dict[str, Shape] = {f"{family.embedding}.weight": vocabulary}
     found |= _norm(family.last_norm, (sizes.hidden,), family)
-    if not ties_embeddings(config):
+    if not ties_embeddings(whole):
         found[f"{family.head}.weight"] = vocabulary
     if _says(config, family.head_bias):
         found[f"{family.head}.bias"] = vocabulary[:1]
-    if family.experts:
+    if family.experts and any("experts" in parts for parts in family.parts(config)):
         experts_of(path, config, family)
     others = family.others(config, sizes)
-    with_experts = set(family.experts.blocks(config)) if family.experts else set()
-    for number in range(sizes.layers):
-        in_block = dict(_attention(config, family, sizes)) | dict(
-            _experts(config, family, sizes) if number in with_experts else _mlp(config, family, sizes)
-        )
+    for number, parts in enumerate(family.parts(config)):
+        in_block = {name: shape for part in sorted(parts) for name, shape in _PARTS[part](config, family, sizes)}
+        for norm in family.norms(config) if callable(family.norms) else family.norms:
+            in_block |= _norm(norm, (sizes.hidden,), family)
         found |= {f"{family.blocks}.{number}.{name}": shape for name, shape in in_block.items()}
         found |= {name.format(number): shape for name, shape in others.items() if "{}" in name}
     found |= {name: shape for name, shape in others.items() if "{}" not in name}
+    found |= family.wrapper.tower(families.as_fetched(whole)) if family.wrapper else {}
     return {name: shape for name, shape in found.items() if shape is not None}
 
 
-def _attention(config: dict[str, Any], family: Family, sizes: Sizes) -> Iterator[tuple[str, Shape]]:
-    """The tensors of a block's attention and of its norms, by their names in the block."""
+def _attention(config: Mapping[str, Any], family: Family, sizes: Sizes) -> Iterator[tuple[str, Shape]]:
+    """The tensors of a block's attention, by their names in the block."""
     attention = family.attention
     heads, kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    features = {"hidden": sizes.hidden, "attention": heads, "kv": kv, "qkv": heads + 2 * kv}
+    features = {
+        "hidden": sizes.hidden, "attention": heads, "kv": kv, "qkv": heads + 2 * kv, "attention_gate": 2 * heads
+    }  # fmt: skip
     if isinstance(attention, LatentAttention):
         yield from _latent(config, family, sizes)
-    else:
-        biases = zip(attention.inputs, (family.qkv_bias, family.output_bias), strict=True)
-        for shared, bias in biases:
-            yield from _linears(shared, features, _says(config, bias))
-    for norm in family.norms(config) if callable(family.norms) else family.norms:
-        yield from _norm(norm, (sizes.hidden,), family).items()
+        return
+    biases = zip(attention.inputs, (family.qkv_bias, family.output_bias), strict=True)
+    for shared, bias in biases:
+        yield from _linears(shared, features, _says(config, bias))
     if attention.head_norms and _says(config, attention.has_head_norms):
         for norm, count in zip(attention.norms_of_heads, (sizes.heads, sizes.kv_heads), strict=False):
             size = sizes.head_dim
@@ -107,7 +95,13 @@ def _attention(config: dict[str, Any], family: Family, sizes: Sizes) -> Iterator
             yield from _norm(norm, shape, family).items()
 
 
-def _latent(config: dict[str, Any], family: Family, sizes: Sizes) -> Iterator[tuple[str, Shape]]:
+def _recurrent(config: Mapping[str, Any], family: Family, sizes: Sizes) -> Iterator[tuple[str, Shape]]:
+    """The tensors of a block's recurrent mixer."""
+    for name, shape in family.recurrent.shapes(config).items():
+        yield f"{family.recurrent.module}.{name}", shape
+
+
+def _latent(config: Mapping[str, Any], family: Family, sizes: Sizes) -> Iterator[tuple[str, Shape]]:
     """The tensors of attention over compressed keys and values; queries are compressed where a rank is given."""
     part, rank, turned = family.attention, config["kv_lora_rank"], config["qk_rope_head_dim"]
     plain, value, query_rank = config["qk_nope_head_dim"], config["v_head_dim"], config.get("q_lora_rank")
@@ -128,7 +122,7 @@ def _latent(config: dict[str, Any], family: Family, sizes: Sizes) -> Iterator[tu
     yield from _norm(f"{part.module}.{part.latent_norm}", (rank,), family).items()
 
 
-def _mlp(config: dict[str, Any], family: Family, sizes: Sizes) -> Iterator[tuple[str, Shape]]:
+def _mlp(config: Mapping[str, Any], family: Family, sizes: Sizes) -> Iterator[tuple[str, Shape]]:
     """The tensors of a block's MLP."""
     size = sizes.ffn if family.mlp.size == "intermediate_size" else config[family.mlp.size]
     for shared in family.mlp.inputs:
@@ -136,7 +130,7 @@ def _mlp(config: dict[str, Any], family: Family, sizes: Sizes) -> Iterator[tuple
         yield from _linears(shared, features, _says(config, family.mlp_bias))
 
 
-def _experts(config: dict[str, Any], family: Family, sizes: Sizes) -> Iterator[tuple[str, Shape]]:
+def _experts(config: Mapping[str, Any], family: Family, sizes: Sizes) -> Iterator[tuple[str, Shape]]:
     """The tensors of a block's experts, of what chooses among them and of those that every token passes."""
     part = family.experts
     _, count = part.count(config)
@@ -144,7 +138,7 @@ def _experts(config: dict[str, Any], family: Family, sizes: Sizes) -> Iterator[t
     features = {"hidden": sizes.hidden, "expert": config[part.size], "shared": shared_size}
     for shared in part.inputs:
         if "*" not in shared.layers[0].name:
-            yield from _linears(shared, features, False) if shared_size else ()
+            yield from _linears(shared, features, _says(config, family.mlp_bias)) if shared_size else ()
             continue
         for number in range(count):
             layers = tuple(layer._replace(name=layer.name.replace("*", str(number))) for layer in shared.layers)
@@ -152,7 +146,11 @@ def _experts(config: dict[str, Any], family: Family, sizes: Sizes) -> Iterator[t
     for name in part.plain:
         yield f"{part.module}.{name}.weight", (1 if part.shared and part.shared in name else count, sizes.hidden)
     if part.vector:
-        yield f"{part.module}.{part.vector}", (count,)
+        yield f"{part.module}.{part.vector}", (part.vector_rows, count) if part.vector_rows else (count,)
+
+
+#: The tensors of each part of a block.
+_PARTS = {"attention": _attention, "recurrent": _recurrent, "mlp": _mlp, "experts": _experts}
 
 
 def _linears(shared: SharedInput, features: dict[str, int], biased: bool) -> Iterator[tuple[str, Shape]]:

@@ -6,7 +6,7 @@ import math
 from functools import lru_cache
 
 from trimtab import families
-from trimtab.families.fusion import block_of
+from trimtab.families.fusion import block_of, in_block
 from trimtab.model.facts import Linear, ModelFacts
 from trimtab.recipe import DepthPruning, Pruning, SparsePruning, WidthPruning
 
@@ -24,6 +24,9 @@ def refusal(facts: ModelFacts, prune: Pruning | None) -> str | None:
     if isinstance(prune, DepthPruning) and prune.blocks >= facts.layers:
         blocks, most = f"{prune.blocks} of {facts.layers} blocks", facts.layers - 1
         return f"prune.blocks: {blocks} cannot be removed; " + (f"write at most {most}" if most else "remove it")
+    if isinstance(prune, DepthPruning) and (why := families.named(facts.model_type).fixed_depth):
+        what = f"depth cannot say in config.json what it leaves: a '{facts.model_type}' {why}"
+        return f"prune.method: {what}; write sparsegpt"
     if isinstance(prune, SparsePruning):
         return _check_pattern(prune, facts)
     if not isinstance(prune, WidthPruning):
@@ -82,12 +85,12 @@ def _heads(facts: ModelFacts, prune: WidthPruning) -> int:
 def pruned(facts: ModelFacts, prune: Pruning | None) -> ModelFacts:
     """Returns the facts of the pruned model. `refusal` has passed; unstructured pruning changes none.
 
-    Blocks are taken to be alike. `parameters` and `bytes` count norms and biases as before, a thousandth of a model.
+    Which blocks depth pruning removes is measured later. Where they differ the lightest are taken to go, so that what
+    is left is not more than planned for. `parameters` and `bytes` count norms and biases as before, a thousandth of a
+    model.
     """
     if isinstance(prune, DepthPruning):
-        layers = facts.layers - prune.blocks
-        linears = tuple(layer for layer in facts.linears if (block_of(layer.name) or 0) < layers)
-        return _resized(facts, linears, layers=layers)
+        return _resized(facts, _without_lightest(facts, prune.blocks), layers=facts.layers - prune.blocks)
     if not isinstance(prune, WidthPruning):
         return facts
     heads, kv_heads = _heads(facts, prune), facts.kv_heads - (prune.kv_groups or 0)
@@ -102,6 +105,29 @@ def pruned(facts: ModelFacts, prune: Pruning | None) -> ModelFacts:
     linears = tuple(Linear(name, sizes[side.outputs], sizes[side.inputs]) for name, side in sides.items())
     narrowed = {"intermediate_size": sizes["ffn"], "hidden_size": sizes["hidden"]}
     return _resized(facts, linears, heads=heads, kv_heads=kv_heads, **narrowed)
+
+
+def _without_lightest(facts: ModelFacts, count: int) -> tuple[Linear, ...]:
+    """The linear layers of all blocks but the lightest ones, of equal ones the last, under the names that they get.
+
+    As of the pruned model itself, one block with attention stays, where there is any.
+    """
+    weights = dict.fromkeys(range(facts.layers), 0)
+    for layer in facts.linears:
+        weights[block_of(layer.name)] += layer.parameters
+    lightest = sorted(weights, key=lambda block: (weights[block], -block))
+    removed = lightest[:count]
+    attending = facts.blocks_with_attention
+    if attending and attending <= {*removed}:
+        heaviest = max(attending, key=lightest.index)
+        removed = [block for block in lightest if block != heaviest][:count]
+    kept = [block for block in range(facts.layers) if block not in removed]
+    places = {block: place for place, block in enumerate(kept)}
+    return tuple(
+        layer._replace(name=in_block(layer.name, places[block_of(layer.name)]))
+        for layer in facts.linears
+        if block_of(layer.name) in places
+    )
 
 
 def _resized(facts: ModelFacts, linears: tuple[Linear, ...], **sizes: int) -> ModelFacts:

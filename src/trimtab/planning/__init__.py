@@ -6,6 +6,8 @@
 | `techniques` | what a goal's row asks for, a function a technique |
 | `candidates`, `remarks` | the recipes that techniques are made of, and what each is good for besides |
 | `placement`, `engine`, `parallelism` | the engine that serves a recipe: devices, batch, context |
+| `resources` | what each stage needs: devices, memory, disk, time |
 | `checks`, `installed` | why a target, or this machine, cannot run a recipe |
 | `dealing`, `task_sizes` | which items of which task serve which look |
+| `drawing` | what they can show, and how many more are drawn so that they decide |
 """

@@ -67,6 +67,11 @@ class Kit:
         """See `placement.place`."""
         return placement.place(recipe, self.goal.name, self.facts, self.hardware, self.workload)
 
+    @property
+    def mix(self) -> str:
+        """The mixed precision that is served there, or the name of one where none is."""
+        return next((form for form in ("mixed", "mixed_gpu") if form in self.formats), "mixed")
+
     @cached_property
     def unchanged(self) -> Recipe | None:
         """The model unchanged, with its engine; None where the target does not hold it."""
@@ -81,20 +86,28 @@ class Kit:
         return recipe is None or recipe.engine.max_seq_len < self.facts.max_position_embeddings
 
     def quantized(
-        self, form: str, *, kv: bool = False, bits: float | None = None, keep_down: bool = False
+        self,
+        form: str,
+        *,
+        kv: bool = False,
+        bits: float | None = None,
+        max_time: float | None = None,
+        keep_down: bool = False,
     ) -> Candidate:
         """Returns the recipe that stores weights in a format.
 
         Args:
             kv: whether the KV cache is stored in FP8.
             bits: the mean of a format that mixes.
+            max_time: the most time that it may take, at the goal's batch.
             keep_down: whether the FFN's down projection stays in 16 bits.
         """
         widest, head = self.family.mlp or self.family.experts, self.family.head
         down = widest.down if widest else self.family.recurrent.output
         exclude = (head, f"*.{down}") if keep_down else (head,)
+        timed = {"max_time": max_time, "step_tokens": self.goal.batch} if max_time else {}
         quantize = Quantization(
-            format=form, effective_bits=bits, kv_cache="fp8" if kv else "none", exclude=exclude
+            format=form, effective_bits=bits, kv_cache="fp8" if kv else "none", exclude=exclude, **timed
         )
         if form in GROUPED_FORMATS:
             size = largest_group_size(self.facts, quantize, self.backend)

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from trimtab import families
 from trimtab.base.errors import nearest
 from trimtab.catalog.backends import BACKENDS
+from trimtab.catalog.contracts import version
 from trimtab.catalog.formats import FORMATS
 from trimtab.catalog.kv_caches import KV_CACHES
 from trimtab.families.fusion import groups
@@ -29,7 +30,8 @@ def refusal(recipe: Recipe, hardware: Hardware, facts: ModelFacts) -> str | None
         return reason
     facts = shapes.pruned(facts, recipe.prune)
     return (
-        _check_kv_cache(recipe, hardware, facts)
+        _check_heads(recipe, facts)
+        or _check_kv_cache(recipe, hardware, facts)
         or _check_architecture(recipe, facts)
         or _check_exclusions(recipe, facts)
         or _check_stages(recipe, facts)
@@ -47,6 +49,16 @@ def _check_backend(recipe: Recipe, hardware: Hardware) -> str | None:
         remedy = nearest(backend, hardware.backends)
         return f"engine.backend: '{backend}' does not run on {hardware.name}; {remedy}"
     return vllm.settings_refusal(recipe.engine) if backend == "vllm" else None
+
+
+def _check_heads(recipe: Recipe, facts: ModelFacts) -> str | None:
+    """vLLM 0.24 takes the rows of GPTBigCode's `c_attn` for all queries, then all keys: so they stand with one head of
+    keys, and head by head with several."""
+    backend = recipe.engine.backend
+    if backend in families.named(facts.model_type).misread_heads and facts.kv_heads > 1:
+        what = f"reads the queries, keys and values of a '{facts.model_type}' with {facts.kv_heads} KV heads"
+        return f"engine.backend: {backend} {what} in another order; write 'torch'"
+    return None
 
 
 def _check_format(recipe: Recipe, hardware: Hardware) -> str | None:
@@ -68,7 +80,7 @@ def _check_format(recipe: Recipe, hardware: Hardware) -> str | None:
             f"quantize.format: {backend} does not serve {name} on {hardware.name}; "
             f"write one of: {served}{hint}"
         )
-    return None
+    return version.too_old(FORMATS[name], recipe.engine.tensorrt_llm) if backend == "trtllm" else None
 
 
 def _check_architecture(recipe: Recipe, facts: ModelFacts) -> str | None:
@@ -231,8 +243,8 @@ def _check_channel_scales(recipe: Recipe, facts: ModelFacts) -> str | None:
     quantize, family = recipe.quantize, families.named(facts.model_type)
     if not BACKENDS[recipe.engine.backend].folds_scales or not quantize:
         return None
-    if not any(part.channels for part in quantize.row.parts):
-        return None
+    if not any(part.channels and part.storage.pre_quant_scale for part in quantize.row.parts):
+        return None  # else layers whose scale nothing takes go without
     fused = (shared for shared in family.inputs if len(shared.layers) > 1 and not (shared.norm and family.folds))
     names = {layer.name for shared in fused for layer in shared.layers}
     for layer in quantized_layers(facts, quantize) if names else ():

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
-from trimtab.base.errors import InputError
+from trimtab.base.errors import InputError, nearest
 from trimtab.base.schema import Document
 from trimtab.judge.statistics import normal_quantile, split_alpha
 from trimtab.recipe import Acceptance
@@ -18,6 +19,9 @@ from trimtab.recipe.evaluation import Evaluation
 #: A baseline is taken to score this share of what there is above chance when it is asked how many items a verdict
 #: needs at least. Good models score more on easy tasks and less on hard ones.
 ABILITY = 0.5
+
+#: The looks of a run; `Evaluation` says how many items each adds.
+LOOKS = 3
 
 #: Where in the order of a task's items the asked ones begin and end: task -> [start, stop].
 Spans = dict[str, list[int]]
@@ -28,15 +32,17 @@ class Deal(Document):
 
     The items of a look come behind those of the look before, those of the first confirmation behind the last look's.
     `fresh` is how many confirmations without a common item each task has; a later one begins with the first again.
+    `sizes` are the items that each task has in all.
     """
 
     looks: tuple[dict[str, int], ...]
     confirmation: dict[str, int]
     fresh: dict[str, int]
+    sizes: dict[str, int] = {}
 
     def look(self, number: int) -> Spans:
         """Returns the items that a look adds; the first is 1."""
-        before = [sum(look.get(task, 0) for look in self.looks[: number - 1]) for task in self._tasks]
+        before = [sum(look.get(task, 0) for look in self.looks[: number - 1]) for task in self.tasks]
         return self._spans(before, self.looks[number - 1])
 
     def confirm(self, earlier: int) -> Spans:
@@ -44,7 +50,7 @@ class Deal(Document):
         before = [
             sum(look.get(task, 0) for look in self.looks)
             + self.confirmation.get(task, 0) * (earlier % self.fresh.get(task, 1))
-            for task in self._tasks
+            for task in self.tasks
         ]
         return self._spans(before, self.confirmation)
 
@@ -52,12 +58,34 @@ class Deal(Document):
         """Returns the tasks of which that confirmation asks items that an earlier one has asked."""
         return [task for task, count in self.fresh.items() if earlier >= count]
 
+    def with_more(self, tasks: Sequence[str], looked: int, fresh: int, attempts: int) -> Deal:
+        """Returns the deal with so many more items of these tasks in the last look and in a confirmation, of which
+        `attempts` are to come, as far as the tasks have them; both shrink alike where they have fewer."""
+        left = {task: self.sizes.get(task, 0) - self._looked(task) - self.confirmation.get(task, 0) for task in tasks}
+        asked = [looked, fresh if self.confirmation else 0]
+        given = _quotas({task: max(0, count) for task, count in left.items()}, sum(asked))
+        if not sum(given.values()):
+            return self
+        (last,), confirmation = _split(given, asked)
+        looks = (*self.looks[:-1], _added(self.looks[-1], last))
+        more = Deal(looks=looks, confirmation=_added(self.confirmation, confirmation), fresh={}, sizes=self.sizes)
+        return more.model_copy(update={"fresh": more._confirmations(attempts)})
+
+    def _looked(self, task: str) -> int:
+        return sum(look.get(task, 0) for look in self.looks)
+
+    def _confirmations(self, attempts: int) -> dict[str, int]:
+        """How many confirmations of a run each task has items of its own for."""
+        counts = self.confirmation.items()
+        return {task: max(1, min(attempts, (self.sizes[task] - self._looked(task)) // count)) for task, count in counts}
+
     @property
-    def _tasks(self) -> list[str]:
+    def tasks(self) -> list[str]:
+        """The tasks that are asked."""
         return sorted({task for part in (*self.looks, self.confirmation) for task in part})
 
     def _spans(self, starts: Sequence[int], counts: Mapping[str, int]) -> Spans:
-        spans = zip(self._tasks, starts, strict=True)
+        spans = zip(self.tasks, starts, strict=True)
         return {task: [start, start + counts[task]] for task, start in spans if counts.get(task)}
 
 
@@ -77,28 +105,33 @@ def deal(sizes: Mapping[str, int], evaluation: Evaluation, accept: Acceptance, a
             accepted; says how many would do.
     """
     _check(evaluation, accept)
+    _check_tiers(sizes, accept)
     asked = [*evaluation.items, evaluation.confirm_items]
     given = _quotas(sizes, sum(asked))
     looks, confirmation = _split(given, asked)
     _check_counts(sizes, evaluation, accept, attempts, [sum(map(_total, looks)), _total(confirmation)])
-    looked = {task: sum(look.get(task, 0) for look in looks) for task in sizes}
-    fresh = {
-        task: max(1, min(attempts, (sizes[task] - looked[task]) // count)) for task, count in confirmation.items()
-    }
-    return Deal(looks=tuple(looks), confirmation=confirmation, fresh=fresh)
+    found = Deal(looks=tuple(looks), confirmation=confirmation, fresh={}, sizes=dict(sizes))
+    found = found.model_copy(update={"fresh": found._confirmations(attempts)})
+    return _with_critical(found, accept, attempts)
 
 
-def fewest(accept: Acceptance, alpha: float) -> int:
-    """Returns with how many items an artifact that answers all as the baseline does is shown to meet `min_recovery`.
+def alphas(accept: Acceptance, attempts: int) -> tuple[float, float]:
+    """Returns the one-sided errors of the last look and of a confirmation."""
+    return split_alpha(1 - accept.confidence, LOOKS)[-1], min(0.5, 1 / attempts)
+
+
+def fewest(limit: float, alpha: float) -> int:
+    """Returns with how many items an artifact that answers all as the baseline does is shown to keep `limit`.
 
     Without one item that differs, the lower end of `statistics.paired_recovery` is at a loss of z^2 / (n + z^2) of the
     items, of a baseline that scores `ABILITY` above chance.
 
     Args:
+        limit: the recovery, below 1.
         alpha: the one-sided error that is allowed.
     """
     z = normal_quantile(1 - alpha)
-    return max(2, math.ceil(z * z * (1 / (ABILITY * (1 - accept.min_recovery)) - 1)))
+    return max(2, math.ceil(z * z * (1 / (ABILITY * (1 - limit)) - 1)))
 
 
 def _check(evaluation: Evaluation, accept: Acceptance) -> None:
@@ -118,14 +151,54 @@ def _check(evaluation: Evaluation, accept: Acceptance) -> None:
         )
 
 
+def _check_tiers(sizes: Mapping[str, int], accept: Acceptance) -> None:
+    """Refuses limits of tasks that are not asked."""
+    for field, names in (("critical", accept.critical), ("advisory", accept.advisory), ("required", accept.required)):
+        for name in names:
+            if not any(fnmatchcase(task, name) for task in sizes):
+                remedy = nearest(name, sizes, listed=sorted(sizes)[:10])
+                raise InputError(f"accept.{field}: '{name}' is no task of the evaluation; {remedy}")
+    for name, limit in accept.critical.items():
+        if limit >= 1:
+            raise InputError(f"accept.critical: 1 of '{name}' is shown by no number of items; write less, such as 0.99")
+    if not accept.pooled(sizes):
+        raise InputError("accept.advisory: leaves no task to be judged; remove one")
+
+
+def _with_critical(deal: Deal, accept: Acceptance, attempts: int) -> Deal:
+    """Gives each critical task as many items as it takes to show that an unchanged model keeps its share."""
+    for task in deal.sizes:
+        if (limit := accept.limit(task)) is None:
+            continue
+        least = [fewest(limit, alpha) for alpha in alphas(accept, attempts)]
+        least[1] *= bool(deal.confirmation)
+        more = [max(0, need - count) for need, count in zip(least, _counts(deal, task), strict=True)]
+        deal = deal.with_more([task], *more, attempts)
+        if any(count < need for count, need in zip(_counts(deal, task), least, strict=True)):
+            raise InputError(
+                f"accept.critical: '{task}' has {deal.sizes[task]:,} items, and with fewer than {sum(least):,} for the "
+                f"looks and the confirmation together even an unchanged model could not be shown to keep {limit:g}; "
+                "write a lower share, or name a larger task"
+            )
+    return deal
+
+
+def _counts(deal: Deal, task: str) -> tuple[int, int]:
+    return deal._looked(task), deal.confirmation.get(task, 0)
+
+
+def _added(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
+    return {task: counts.get(task, 0) + more.get(task, 0) for task in sorted({*counts, *more})}
+
+
 def _check_counts(
     sizes: Mapping[str, int], evaluation: Evaluation, accept: Acceptance, attempts: int, got: Sequence[int]
 ) -> None:
     """Compares what the looks together and the confirmation got with what they need."""
     asked = [sum(evaluation.items), evaluation.confirm_items]
     least = [
-        fewest(accept, split_alpha(1 - accept.confidence, len(evaluation.items))[-1]),
-        fewest(accept, min(0.5, 1 / attempts)) if evaluation.confirm_items else 0,
+        fewest(accept.min_recovery, alphas(accept, attempts)[0]),
+        fewest(accept.min_recovery, alphas(accept, attempts)[1]) if evaluation.confirm_items else 0,
     ]
     if all(have >= need for have, need in zip(got, least, strict=True)):
         return

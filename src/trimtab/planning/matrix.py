@@ -6,7 +6,8 @@ those of `planning.placement`. Only what the target can run and what fits into i
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from collections.abc import Mapping
+from typing import Any, NotRequired, TypedDict
 
 from trimtab.base.errors import InputError, nearest
 from trimtab.base.schema import Document
@@ -20,6 +21,7 @@ from trimtab.planning.checks import refusal
 from trimtab.planning.engine import check_length
 from trimtab.planning.placement import baseline as place_baseline
 from trimtab.planning.placement import for_workload, sized
+from trimtab.planning.resources import Resources
 from trimtab.planning.techniques import candidates
 from trimtab.recipe import Acceptance, Recipe
 from trimtab.recipe.workload import Workload
@@ -162,36 +164,46 @@ class Outlined(TypedDict):
     `why` is a sentence; the baseline's says how it is served. `recipe` is all that differs from the defaults.
     `placement` has the `devices` of one copy of the model, the `backend`, how the devices are shared
     (`tensor_parallel_size`, `pipeline_parallel_size`), and the limits `max_batch_size`, `max_seq_len` and
-    `max_num_tokens`.
+    `max_num_tokens`. `resources` say for each stage what it needs: `gpus` with `gpu_bytes` each, `host_bytes` of
+    memory, `disk_bytes` of scratch, and about how many `seconds`.
     """
 
     title: str
     why: str
     placement: dict[str, Any]
     recipe: dict[str, Any]
+    resources: dict[str, dict[str, Any]]
 
 
 class Outline(TypedDict):
     """A plan as plain data: the baseline, and the rungs in the order in which they are tried.
 
-    `refused` has the `title` of each recipe that the goal asks for and that is not tried, and `why`.
+    `refused` has the `title` of each recipe that the goal asks for and that is not tried, and `why`. `power` says what
+    the items can show (`judge.power`), and has a sentence in `told`.
     """
 
     baseline: Outlined
     rungs: list[Outlined]
     refused: list[dict[str, str]]
+    power: NotRequired[dict[str, Any]]
 
 
-def outline(baseline: Rung, rungs: list[Rung], refused: list[Refused]) -> Outline:
-    """Returns a plan as plain data, for scripts."""
+def outline(
+    baseline: Rung, rungs: list[Rung], refused: list[Refused], needs: Mapping[str, Mapping[str, Resources]]
+) -> Outline:
+    """Returns a plan as plain data, for scripts.
+
+    Args:
+        needs: what each stage needs, by the recipe's digest.
+    """
     return {
-        "baseline": _shown(baseline),
-        "rungs": [_shown(rung) for rung in rungs],
+        "baseline": _shown(baseline, needs),
+        "rungs": [_shown(rung, needs) for rung in rungs],
         "refused": [other.model_dump(mode="json") for other in refused],
     }
 
 
-def _shown(rung: Rung) -> Outlined:
+def _shown(rung: Rung, needs: Mapping[str, Mapping[str, Resources]]) -> Outlined:
     fields = ("tensor_parallel_size", "pipeline_parallel_size", "max_batch_size", "max_seq_len", "max_num_tokens")
     engine = rung.recipe.engine
     placement = {"devices": engine.world_size, "backend": engine.backend}
@@ -200,6 +212,7 @@ def _shown(rung: Rung) -> Outlined:
         "why": rung.why,
         "placement": placement | {name: getattr(engine, name) for name in fields},
         "recipe": rung.recipe.to_dict(),
+        "resources": {name: need.model_dump(mode="json") for name, need in needs[rung.recipe.digest].items()},
     }
 
 

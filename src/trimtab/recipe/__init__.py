@@ -5,17 +5,20 @@ Each section is a file of its own.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag, model_validator
 
 from trimtab.base.schema import digest
 from trimtab.base.user_document import UserDocument
+from trimtab.recipe.acceptance import Acceptance
 from trimtab.recipe.calibration import Calibration, Source
+from trimtab.recipe.cost import Limits, Prices
 from trimtab.recipe.distillation import Distillation
-from trimtab.recipe.engine import SIZES, Acceptance, Engine
+from trimtab.recipe.engine import SIZES, Engine
 from trimtab.recipe.pruning import DepthPruning, MovementPruning, Pruning, SparsePruning, WidthPruning
 from trimtab.recipe.quantization import (
+    CALIBRATED_FORMATS,
     CASTS,
     GROUPED_FORMATS,
     MIXED_FORMATS,
@@ -28,6 +31,7 @@ from trimtab.recipe.workload import Recorded, Workload, kind
 
 __all__ = [
     "Acceptance",
+    "CALIBRATED_FORMATS",
     "CASTS",
     "Calibration",
     "DepthPruning",
@@ -36,9 +40,11 @@ __all__ = [
     "Format",
     "GROUPED_FORMATS",
     "KVCache",
+    "Limits",
     "MIXED_FORMATS",
     "MovementPruning",
     "NEAREST_FORMATS",
+    "Prices",
     "Pruning",
     "Quantization",
     "Recipe",
@@ -52,7 +58,7 @@ class Recipe(UserDocument):
     """What is done to one model, how it is served, and what it must still be able to do; an absent step is not done.
 
     A `workload` is no part of what an attempt is: the recipes of a ladder have the sizes that were planned from it, in
-    `engine`.
+    `engine`. Nor are `limits`, which are the run's.
 
     Example::
 
@@ -84,6 +90,9 @@ class Recipe(UserDocument):
     ) = None
     """What engines are sized for, stated or recorded; without one, sizes are those of `engine` or of the goal."""
 
+    limits: Limits | None = None
+    """What the run may spend before it ends with what it has; not limited if absent."""
+
     @model_validator(mode="after")
     def _learns_while_it_trains(self) -> Recipe:
         if isinstance(self.prune, MovementPruning) and self.distill is None:
@@ -97,6 +106,17 @@ class Recipe(UserDocument):
             raise ValueError(f"engine.{stated[0]}: is planned from the workload; remove one of the two")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rounds_as_it_is_trained(cls, given: Any) -> Any:
+        """What was trained with the nearest numbers is stored in them, where a format would find others."""
+        quantize = given.get("quantize") if isinstance(given, dict) else None
+        distill = given.get("distill") if isinstance(given, dict) else None
+        aware = distill.get("quantization_aware") if isinstance(distill, dict) else None
+        if aware is True and isinstance(quantize, dict) and quantize.get("format") in CALIBRATED_FORMATS:
+            return {**given, "quantize": {"method": "nearest", **quantize}}
+        return given
+
     @model_validator(mode="after")
     def _trains_with_a_rounding_that_can_be(self) -> Recipe:
         if not (self.distill and self.distill.quantization_aware):
@@ -107,6 +127,8 @@ class Recipe(UserDocument):
         if self.quantize.format not in NEAREST_FORMATS:
             why = "is not rounded to nearest by the weights alone, and cannot be trained with"
             raise ValueError(f"{field}: format '{self.quantize.format}' {why}; write one of: {formats}")
+        if self.quantize.needs_grams:
+            raise ValueError(f"{field}: training rounds to the nearest numbers; add quantize.method: nearest")
         if self.quantize.scale_search == "mse" or self.quantize.exclude_sensitive:
             what = "exclude_sensitive" if self.quantize.exclude_sensitive else "scale_search: mse"
             raise ValueError(f"{field}: quantize.{what} is decided by what is measured after training; remove one")
@@ -134,11 +156,12 @@ class Recipe(UserDocument):
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of what makes the artifact: not of the name, the workload, nor of what it is accepted for.
+        """The SHA-256 of what makes the artifact: not of the name, the workload, the budget, nor of what it is accepted
+        for.
 
         Defaults are included, so a changed default changes the digest.
         """
-        return digest(self.model_dump(mode="json", exclude={"name", "accept", "workload"}))
+        return digest(self.model_dump(mode="json", exclude={"name", "accept", "workload", "limits"}))
 
     def _steps(self) -> list[str]:
         steps = []
@@ -149,7 +172,11 @@ class Recipe(UserDocument):
             steps.append(f"distill {self.distill.tokens:,} tokens{aware}")
         if self.quantize:
             bits = self.quantize.effective_bits
-            steps.append(self.quantize.format + (f" {bits:g} bits" if bits else ""))
+            plain = ", to nearest" if self.quantize.method and not self.distill else ""
+            timed = f", {self.quantize.max_time:g} of the time" if self.quantize.max_time else ""
+            kept = self.quantize.exclude_sensitive
+            whole = f", {kept} groups in 16 bits" if kept else ""
+            steps.append(self.quantize.format + (f" {bits:g} bits" if bits else "") + timed + plain + whole)
             if self.quantize.kv_cache != "none":
                 steps.append(f"{self.quantize.kv_cache} KV")
         return steps

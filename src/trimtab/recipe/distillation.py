@@ -61,7 +61,7 @@ class Distillation(UserDocument):
     seed: int = 0
     """Of the order of the windows and of what the teacher writes; the same seed trains the same."""
     quantization_aware: bool = False
-    """Trains with the weights rounded as `quantize` will round them."""
+    """Trains with the weights rounded as `quantize` will round them, and with the activations where it rounds those."""
 
     @model_serializer(mode="wrap")
     def _without_what_came_later(self, handler: Any) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""The sections `engine` and `accept`: how the artifact is served, and what it must still be able to do."""
+"""The section `engine`: how the artifact is served."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_serializer, model_validator
+from pydantic import field_validator, model_serializer, model_validator
 
 from trimtab.base.errors import InputError
 from trimtab.base.user_document import UserDocument
@@ -103,16 +103,3 @@ class Engine(UserDocument):
         if self.tensorrt_llm and (reason := tensorrt_llm.refusal(self.backend, self.tensorrt_llm)):
             raise ValueError(f"cannot be: {reason}")
         return self
-
-
-class Acceptance(UserDocument):
-    """What the artifact must keep of the baseline, and how sure one must be of it."""
-
-    min_recovery: Annotated[float, Field(gt=0, le=1)] = 0.95
-    """The share of the baseline's accuracy above chance that must be left."""
-    max_perplexity_ratio: Annotated[float, Field(gt=1)] = 1.10
-    """The artifact's perplexity over the baseline's, on the same windows, at most."""
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    """One minus the probability of a false acceptance."""
-    min_gain: Annotated[float, Field(ge=0)] = 0.02
-    """The relative improvement at the goal below which the artifact is useless: 0.02 is 2 %."""

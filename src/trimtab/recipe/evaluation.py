@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_serializer
 
 from trimtab.base.user_document import UserDocument
 
 Count = Annotated[int, Field(ge=0)]
+
+#: Fields that are written down only where they differ from their defaults: a release from before them stays current.
+_LATER = ("power", "true_recovery")
 
 
 class Evaluation(UserDocument):
     """What is measured of a model: lm-eval tasks and the perplexity of a text, in up to three looks.
 
     A look that decides ends the measuring. Where there are fewer items or windows than all looks ask for, each gets its
-    share of them; `trimtab.planning.dealing` says which.
+    share of them; `trimtab.planning.dealing` says which. Where the items could not decide, the last look and the
+    confirmation draw more, as far as the tasks have them.
 
     Example::
 
@@ -42,7 +46,18 @@ class Evaluation(UserDocument):
     """Items that are kept for the confirmation after acceptance; no look sees them."""
     confirm_windows: Count = 16
     """Windows of the held-out text that are kept for the confirmation after acceptance; no look sees them."""
+    power: Annotated[float, Field(ge=0, lt=1)] = 0.8
+    """The probability with which an artifact that truly keeps `true_recovery` should be shown to be good enough: the
+    last look and the confirmation draw as many items as that takes, as far as the tasks have them, and a run whose
+    items could not decide ends after its baseline. 0 draws what is written here, and only says what it can show."""
+    true_recovery: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The recovery that ought to be shown; three fifths of the way from the limit to 1 if absent, 0.98 for 0.95."""
     window_tokens: Annotated[int, Field(ge=16)] = 256
     """Length of a window of the held-out text, in tokens."""
     heldout: str = "builtin"
     """The text whose perplexity is measured: "builtin", or the path of a .txt, .jsonl, .json or .csv file."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_came_later(self, handler: Any) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {k: v for k, v in handler(self).items() if k not in _LATER or v != fields[k].default}

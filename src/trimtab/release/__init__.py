@@ -8,5 +8,6 @@
 | `task_scores` | what the answers say of each task |
 | `shelf` | listing, pulling and withdrawing |
 | `verification` | whether a release in a store still is what its statement says |
+| `watch` | whether a service still answers as its release did |
 | `rebuild` | what a release is made of now, beside what it was made of |
 """

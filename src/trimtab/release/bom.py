@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from trimtab.model.licence import spdx_of, title
 from trimtab.release.build_provenance import datasets
 from trimtab.release.task_scores import TaskScore
 
@@ -26,6 +27,7 @@ def bom(
     files: Mapping[str, str],
     scores: Sequence[TaskScore],
     issued: datetime,
+    licence: Mapping[str, str],
 ) -> dict[str, Any]:
     """Returns the document.
 
@@ -33,6 +35,7 @@ def bom(
         architecture: the class of the model.
         files: those of the artifact, path -> SHA-256.
         scores: by task, what the unchanged model and this one answer rightly.
+        licence: the base model's, as `model.licence` has it; {} where nothing is known.
     """
     artifact, model = evidence["export"]["digest"], evidence["model"]["digest"]
     materials = evidence.get("materials") or {}
@@ -57,8 +60,10 @@ def bom(
         "type": "machine-learning-model",
         "bom-ref": "base-model",
         "name": "base model",
-        "description": "the model before anything was done to it; its licence is that of its publisher",
+        "description": "the model before anything was done to it"
+        + ("" if licence else "; its licence is unknown: neither its card nor its config names one"),
         "hashes": [_sha256(model)],
+        **_licences(licence),
     }
     subject = {
         "type": "machine-learning-model",
@@ -67,6 +72,7 @@ def bom(
         "version": version,
         "description": evidence["verdict"]["reason"],
         "hashes": [_sha256(artifact)],
+        **_licences(licence),
         "components": [
             {"type": "file", "bom-ref": f"file-{path}", "name": path, "hashes": [_sha256(digest)]}
             for path, digest in sorted(files.items())
@@ -108,6 +114,17 @@ def _metrics(score: TaskScore) -> list[dict[str, Any]]:
         }
         for who, interval in (("this model", score.candidate), ("base model", score.baseline))
     ]
+
+
+def _licences(licence: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the field `licenses`; by SPDX's identifier where that is sure, else by name."""
+    if not licence:
+        return {}
+    spdx = spdx_of(licence)
+    said = {"id": spdx} if spdx else {"name": title(licence)}
+    if licence.get("link", "").startswith(("https://", "http://")):
+        said["url"] = licence["link"]
+    return {"licenses": [{"license": said}]}
 
 
 def _sha256(digest: str) -> dict[str, str]:

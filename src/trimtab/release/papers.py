@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 from trimtab.base import signing
 from trimtab.base.errors import NotVerified
 from trimtab.loop.decisions import facts_of
+from trimtab.model.licence import LICENCE
 from trimtab.release import bom, build_provenance, model_card, model_signature
-from trimtab.release.task_scores import task_scores
+from trimtab.release.task_scores import damage, task_scores
 from trimtab.store import Store, Tree
 
 if TYPE_CHECKING:
@@ -41,11 +42,14 @@ def write(
     artifact = store.tree(evidence["export"]["digest"])
     files = _checksums(store, artifact)
     scores = task_scores(store, evidence)
-    architecture = facts_of(store, store.tree(evidence["model"]["digest"])).architecture
+    model = store.tree(evidence["model"]["digest"])
+    architecture, licence = facts_of(store, model).architecture, store.manifest(model).metadata.get(LICENCE, {})
     made = build_provenance.statement(name, evidence, files, issued)
     written = {
-        CARD: model_card.card(name, version, evidence, architecture, scores).encode(),
-        BOM: _json(bom.bom(name, version, evidence, architecture, files, scores, issued)),
+        CARD: model_card.card(
+            name, version, evidence, architecture, scores, licence, damage(store, evidence)
+        ).encode(),
+        BOM: _json(bom.bom(name, version, evidence, architecture, files, scores, issued, licence)),
         PROVENANCE: _json(signing.seal(json.dumps(made, sort_keys=True).encode(), signer)),
     }
     if signer and model_signature.can_sign(signer):

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trimtab.judge import Damage
 from trimtab.judge.statistics import Interval, wilson
-from trimtab.loop.evidence import look_name
+from trimtab.loop.evidence import judge_looks, look_name
+from trimtab.recipe import Recipe
 from trimtab.store import Store
 
 CONFIDENCE = 0.95
@@ -28,6 +30,15 @@ def task_scores(store: Store, evidence: Mapping[str, Any]) -> list[TaskScore]:
     """Returns the scores of the tasks over all looks, those of the confirmation apart, by Wilson's intervals."""
     ours, theirs = (_answers(store, evidence, baseline) for baseline in (False, True))
     return [TaskScore(task, len(ours[task]), _interval(theirs[task]), _interval(ours[task])) for task in sorted(ours)]
+
+
+def damage(store: Store, evidence: Mapping[str, Any]) -> Damage | None:
+    """Returns the damage card, computed again from the stored answers; None where there are none."""
+    looks, recipe = evidence["verdict"].get("looks", 0), Recipe.parse(evidence["recipe"])
+    if not looks:
+        return None
+    measured = {name: store.tree(tree["digest"]) for name, tree in evidence["measured"].items()}
+    return judge_looks(store, measured, recipe, looks).damage
 
 
 def _answers(store: Store, evidence: Mapping[str, Any], baseline: bool) -> dict[str, list[float]]:

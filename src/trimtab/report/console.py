@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trimtab.loop.state import State
+from trimtab.report import costs, quality
 from trimtab.report.rows import COLUMNS, INTERVALS, AttemptRow, rows
 from trimtab.report.story import headline
 
@@ -53,6 +54,12 @@ def console_table(state: State) -> Table:
     return table
 
 
+def console_lines(state: State) -> list[str]:
+    """Returns what stands below the table, a sentence a line."""
+    found = quality.shown(state)
+    return [*(quality.sentences(found[1].verdict) if found else []), *costs.sentences(state)]
+
+
 def _cell(row: AttemptRow, name: str, style: str) -> Text:
     from rich.text import Text
 
@@ -62,4 +69,5 @@ def _cell(row: AttemptRow, name: str, style: str) -> Text:
     if name == "verdict":
         reason = f"\n{row.reason}" if row.reason else ""
         return Text.assemble((text, style), (reason, "" if row.accepted else "dim"))
-    return Text.assemble(text, (f"\n{ends.replace(' to ', '–')}", "dim")) if name in INTERVALS and ends else Text(text)
+    below = ends.replace(" to ", "–").replace("; baseline", "\nof").replace("; ", "\n")
+    return Text.assemble(text, (f"\n{below}", "dim")) if name in INTERVALS and ends else Text(text)

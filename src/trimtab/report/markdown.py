@@ -6,6 +6,9 @@ import html
 import re
 
 from trimtab.loop.state import State
+from trimtab.report import costs
+from trimtab.report.advice import next_steps, serving
+from trimtab.report.quality import markdown_lines
 from trimtab.report.rows import COLUMNS, rows
 from trimtab.report.story import explanation, headline
 
@@ -20,6 +23,13 @@ def summary_markdown(state: State) -> str:
         cells = [f"{text} ({ends})" if ends else text for text, ends in row.cells.values()]
         cells = [_escape(cell) for cell in (row.label, *cells)]
         lines.append(_line([f"**{cell}**" for cell in cells[:2]] + cells[2:] if row.accepted else cells))
+    for line in ["", *markdown_lines(state)]:
+        lines.append(f"- {_escape(line[2:])}" if line.startswith("- ") else _escape(line))
+    lines += ["", *(_escape(line) for line in costs.sentences(state))]
+    if steps := next_steps(state):
+        lines += ["", "## What to try next", "", *(f"{n}. {_escape(step)}" for n, step in enumerate(steps, start=1))]
+    if commands := serving(state):
+        lines += ["", "## How to serve it", "", *(f"    {_escape(command)}" for command in commands)]
     about = f"Goal {state.goal} on {state.target}; model {state.name}, digest {state.model.digest[:12]}."
     return "\n".join([*lines, "", _escape(about), ""])
 

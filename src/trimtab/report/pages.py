@@ -9,10 +9,13 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from trimtab.judge import Interval, Measurements, Verdict
+from trimtab.judge import Interval, Verdict
 from trimtab.loop.state import Brief, State
-from trimtab.report import curves, figures, story
+from trimtab.planning import resources
+from trimtab.planning.resources import Resources
+from trimtab.report import advice, compared, costs, curves, figures, quality, story
 from trimtab.report.figures import Dimension, Point
+from trimtab.report.generations import SideBySide
 from trimtab.report.rows import COLUMNS, DASH, INTERVALS, AttemptRow, fraction, interval_text, number, rows, spent
 from trimtab.stages import STAGES
 from trimtab.store.tree import Tree
@@ -28,8 +31,13 @@ _ACCURACY = Dimension("accuracy", less_is_better=False)
 _STAGES = (*STAGES, "validate")
 
 
-def summary_html(state: State) -> str:
-    """Returns the page of a whole run: verdict, table, frontier, story, certainty, time, recipe, digests."""
+def summary_html(state: State, texts: Sequence[SideBySide] = ()) -> str:
+    """Returns the page of a whole run: what to ship, what it costs and buys, how to serve it, or what to try next; then
+    what was tried, the frontier, the story, certainty, time and digests.
+
+    Args:
+        texts: what the unchanged model and the accepted one write after the same prompts.
+    """
     table, found = rows(state), story.accepted(state)
     briefs = ([(0, state.baseline)] if state.baseline else []) + list(enumerate(state.history, start=1))
     longest = max((sum(brief.seconds.values()) for _, brief in briefs), default=0.0)
@@ -42,6 +50,15 @@ def summary_html(state: State) -> str:
         headline=story.headline(state),
         explanation=story.explanation(state),
         accepted=found,
+        carded=quality.shown(state),
+        power=(state.baseline.verdict.power.sentence if state.baseline and state.baseline.verdict.power else ""),
+        ledger=costs.rows(state),
+        paid=costs.sentences(state),
+        kept=compared.kept(found[1].verdict, found[1].recipe.accept) if found else [],
+        bought=compared.bought(found[1].verdict, state.baseline and state.baseline.verdict) if found else [],
+        texts=texts,
+        serving=advice.serving(state),
+        next_steps=advice.next_steps(state),
         rows=table,
         briefs=briefs,
         charts=_charts(state, table),
@@ -59,6 +76,7 @@ def attempt_html(
     reload: Mapping[str, Any] | None = None,
     distillation: Mapping[str, Any] | None = None,
     arithmetic: str = "",
+    forecast: Mapping[str, Resources] | None = None,
 ) -> str:
     """Returns the page of the current attempt: verdict, intervals, measurements, kernels, layers, data, trees.
 
@@ -71,6 +89,7 @@ def attempt_html(
         distillation: the metrics of the training, `curve` among them, or None.
         reload: `skipped`, why the embedded engine could not run the export, or None.
         arithmetic: in which numbers the engine computed, and on what.
+        forecast: what each stage was forecast to need.
     """
     verdict = state.verdict
     baseline = state.baseline.verdict if state.baseline and state.attempt else None
@@ -83,8 +102,9 @@ def attempt_html(
         headline=story.attempt_headline(state),
         reason=story.sentence(reason) if reason and not (verdict and verdict.outcome == "baseline") else "",
         plots=_plots(state, verdict, baseline) if verdict else [],
-        measured=_measured(verdict, baseline) if verdict else [],
+        measured=compared.measured(verdict, baseline) if verdict else [],
         bar=_bar(state.seconds, sum(state.seconds.values())),
+        used=_used(state.used, forecast or {}),
         kernels=_kernels(kernels or {}),
         arithmetic=arithmetic,
         layer_count=len(layers or ()),
@@ -121,6 +141,11 @@ def _templates() -> Environment:
         "confirmation": story.confirmation_text,
         "gain": story.gain_text,
         "truncated": story.truncated_text,
+        "LEDGER_COLUMNS": costs.COLUMNS,
+        "TASK_COLUMNS": quality.TASK_COLUMNS,
+        "task_rows": quality.task_rows,
+        "text_rows": quality.text_rows,
+        "quality": quality.sentences,
     }
     return environment
 
@@ -137,7 +162,7 @@ def _charts(state: State, table: Sequence[AttemptRow]) -> list[dict[str, Any]]:
         (_RECOVERY, "recovery", last.accept.min_recovery),
     )
     charts = []
-    for quality, field, limit in qualities:
+    for dimension, field, limit in qualities:
         for cost, x in ((_SIZE, "megabytes"), (_SPEED, "decode")):
             points = [
                 Point(row.label if row.number else "base", row.what, row.outcome, getattr(row, x), y)
@@ -146,9 +171,9 @@ def _charts(state: State, table: Sequence[AttemptRow]) -> list[dict[str, Any]]:
             ]
             if any(point.outcome != "baseline" for point in points):
                 against = "size" if cost is _SIZE else "decode speed"
-                note = "less is better" if quality.less_is_better else "more is better"
-                picture = figures.scatter(points, cost, quality, limit)
-                words = {"quality": quality.name.capitalize(), "note": note, "cost": against}
+                note = "less is better" if dimension.less_is_better else "more is better"
+                picture = figures.scatter(points, cost, dimension, limit)
+                words = {"quality": dimension.name.capitalize(), "note": note, "cost": against}
                 charts.append({**words, "svg": picture})
     return charts
 
@@ -177,53 +202,31 @@ def _bar(seconds: Mapping[str, float], longest: float) -> dict[str, Any]:
     }
 
 
+def _used(used: Mapping[str, Resources], forecast: Mapping[str, Resources]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Returns for each stage its name, and of memory of a GPU, of the machine, disk and time what was used and what was
+    forecast."""
+    found = []
+    for stage in (name for name in _STAGES if name in used):
+        ours, theirs = (resources.columns(each) for each in (used[stage], forecast.get(stage, Resources())))
+        found.append((stage, list(zip(ours, theirs if stage in forecast else [DASH] * 4, strict=True))))
+    return found
+
+
 def _plots(state: State, verdict: Verdict, baseline: Verdict | None) -> list[dict[str, Any]]:
     accept, fresh = state.recipe.accept, verdict.confirmation
-    compared = (
+    criteria = (
         ("Recovery", _RECOVERY, "recovery", accept.min_recovery),
         ("Perplexity ratio", _RATIO, "perplexity_ratio", accept.max_perplexity_ratio),
     )
     plots = []
-    for title, quantity, field, limit in compared:
+    for title, quantity, field, limit in criteria:
         lines = [("looks", getattr(verdict, field)), ("fresh items", getattr(fresh, field) if fresh else None)]
         plots.append((title, quantity, lines, limit))
     models = [("this attempt" if state.attempt else "baseline", verdict.accuracy)]
-    if baseline and verdict.accuracy:
-        models.append(("baseline", baseline.accuracy))
+    models.append(("baseline", compared.baseline_of(verdict, baseline)[0]))
     plots.append(("Accuracy", _ACCURACY, models, None))
     drawn = [(t, q, [(name, i) for name, i in lines if i], limit) for t, q, lines, limit in plots]
     return [{"title": t, "svg": figures.interval_plot(lines, limit, q)} for t, q, lines, limit in drawn if lines]
-
-
-def _both(ours: int, theirs: int) -> str:
-    return f"{ours}" if ours == theirs else f"{ours} (baseline {theirs})"
-
-
-def _measured(verdict: Verdict, baseline: Verdict | None) -> list[tuple[str, str, str, str]]:
-    """Returns (what, this attempt, baseline, change) of everything the engine measured."""
-    if not verdict.measurements.bytes and verdict.perplexity is None:
-        return []
-    ours, theirs = verdict.measurements, baseline.measurements if baseline else Measurements()
-    lines = (
-        ("size, MB", ours.bytes / 1e6, theirs.bytes / 1e6),
-        ("decode at batch 1, tokens/s", ours.decode_tokens_per_second, theirs.decode_tokens_per_second),
-        (f"throughput at batch {_both(ours.batch, theirs.batch)}, tokens/s",
-         ours.throughput_tokens_per_second, theirs.throughput_tokens_per_second),
-        ("peak memory, MB", ours.peak_memory_bytes / 1e6, theirs.peak_memory_bytes / 1e6),
-        ("longest context that fits, tokens", ours.max_context_tokens, theirs.max_context_tokens),
-        ("perplexity", verdict.perplexity, baseline.perplexity if baseline else None),
-    )  # fmt: skip
-    found = [
-        (what, number(a or None), number(b or None), f"{a / b - 1:+.1%}".replace("%", " %") if a and b else DASH)
-        for what, a, b in lines
-        if a or b
-    ]
-    if ours.devices != 1 or theirs.devices != 1:
-        found.append(("devices of one copy", number(ours.devices), number(theirs.devices) if baseline else DASH, DASH))
-    if ours.bytes:
-        share = f"{100 * ours.quantized_share:.1f}"
-        found.insert(1, ("quantized tensors, % of their BF16 bytes", share, DASH, DASH))
-    return found
 
 
 def _kernels(kernels: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, bool, int, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from trimtab.judge import Interval
+from trimtab.judge import Interval, Verdict
 from trimtab.loop.state import Brief, State
 
 DASH = "–"
@@ -32,8 +32,8 @@ class AttemptRow:
     """One line of the table; None is a value that was not measured.
 
     Sizes in MB (10^6 bytes); `share` is the bytes of the quantized tensors over their bytes in BF16; `decode`
-    in tokens a second at batch 1; `seconds` of all stages together, without those found in the store; `detail`
-    the failure class, or "confirmed".
+    in tokens a second at batch 1; `seconds` of all stages together, without those found in the store; `same_items`
+    says what the baseline has on the items of the accuracy; `detail` the failure class, or "confirmed".
     """
 
     number: int
@@ -48,6 +48,7 @@ class AttemptRow:
     decode: float | None
     peak_megabytes: float | None
     seconds: float | None
+    same_items: str
     detail: str
     reason: str
 
@@ -63,8 +64,11 @@ class AttemptRow:
 
     @property
     def cells(self) -> dict[str, tuple[str, str]]:
-        """Returns for each of COLUMNS the text, and a second line (the interval, or nothing)."""
+        """Returns for each of COLUMNS the text, and what stands below it: the interval, or nothing; behind a semicolon
+        what else."""
         texts = {name: interval_texts(getattr(self, name)) for name in INTERVALS}
+        if self.same_items:
+            texts["accuracy"] = (texts["accuracy"][0], f"{texts['accuracy'][1]}; {self.same_items}")
         numbers = {
             "megabytes": number(self.megabytes),
             "share": number(None if self.share is None else 100 * self.share),
@@ -100,9 +104,16 @@ def _row(place: int, brief: Brief) -> AttemptRow:
         decode=measured.decode_tokens_per_second or None,
         peak_megabytes=measured.peak_memory_bytes / 1e6 or None,
         seconds=sum(brief.seconds.values()) if brief.seconds else None,
+        same_items=same_items(verdict),
         detail=verdict.failure_class or ("confirmed" if verdict.confirmed else ""),
         reason=one_line(verdict.reason),
     )
+
+
+def same_items(verdict: Verdict) -> str:
+    """Returns 'baseline 0.813', what the unchanged model has on the items of an attempt; '' where that is unknown."""
+    accuracy = verdict.beside.accuracy if verdict.beside else None
+    return f"baseline {fraction(accuracy.estimate)}" if accuracy and verdict.accuracy else ""
 
 
 def number(value: float | None) -> str:

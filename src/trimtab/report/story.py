@@ -6,6 +6,7 @@ from collections import Counter
 
 from trimtab.catalog.goals import GOALS
 from trimtab.judge import Verdict
+from trimtab.loop.ledger import exhausted
 from trimtab.loop.state import Brief, State
 from trimtab.report.rows import interval_text, one_line
 
@@ -23,6 +24,8 @@ def headline(state: State) -> str:
         number, brief = found
         gain = gain_text(brief.verdict, state.goal)
         return f"{one_line(brief.recipe.title)} is accepted on attempt {number}{f': {gain}' if gain else ''}."
+    if state.baseline and state.baseline.verdict.outcome == "indeterminate":
+        return "Nothing is accepted: nothing was tried, because the items cannot decide."
     if state.baseline and state.baseline.verdict.outcome != "baseline":
         return "Nothing is accepted: the baseline itself could not be measured."
     if not state.history:
@@ -34,8 +37,22 @@ def headline(state: State) -> str:
 
 def explanation(state: State) -> list[str]:
     """Returns, in a few sentences, why the accepted attempt was accepted or why none was, and what was cut."""
-    cut = truncation_text(state)
-    return [*_outcome(state), *([cut] if cut else [])]
+    told = (budget_text(state), power_text(state), truncation_text(state))
+    return [*_outcome(state), *(sentence for sentence in told if sentence)]
+
+
+def budget_text(state: State) -> str:
+    """Returns how the budget ended the run, in a sentence; '' where it did not."""
+    ended = not accepted(state) and len(state.history) < state.max_attempts and state.baseline
+    over = exhausted(state) if ended and state.baseline.verdict.outcome == "baseline" else ""
+    return sentence(over) if over else ""
+
+
+def power_text(state: State) -> str:
+    """Returns what the items of the run could show, in a sentence, where no attempt was accepted; '' for nothing."""
+    power = state.baseline.verdict.power if state.baseline else None
+    tried = state.history and not accepted(state)
+    return sentence(f"Told beforehand: {power.sentence}") if tried and power and power.sentence else ""
 
 
 def _outcome(state: State) -> list[str]:

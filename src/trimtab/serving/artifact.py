@@ -10,8 +10,9 @@ from trimtab.base.errors import InputError
 from trimtab.base.schema import Document
 from trimtab.catalog.formats import FORMATS
 from trimtab.recipe import Engine, Recipe
+from trimtab.serving.record import CHECKPOINT
 from trimtab.store import open_store
-from trimtab.store.address import split_release
+from trimtab.store.address import split_release, split_tree
 
 #: ModelOpt's quant_algo -> the formats of a recipe that it stores; None for those that only cast.
 _FORMATS: dict[str | None, tuple[str, ...]] = {}
@@ -58,16 +59,24 @@ def find(artifact: str, recipe: Recipe | None = None, model_path: str = "", engi
 def _of_release(uri: str, store: str, name: str) -> Served:
     record: dict[str, Any] = open_store(store).read_release(uri)
     recipe = Recipe.parse(record["recipe"])
-    quantize, engine = recipe.quantize, record.get("engine")
+    quantize, engine, path = recipe.quantize, record.get("engine"), f"/models/{name}"
+    if recipe.engine.backend == "vllm" and engine and _is_translated(engine["uri"]):
+        path = f"/engines/{name}/{CHECKPOINT}"  # what vLLM reads in place of the export
     return Served(
         name=name,
         settings=recipe.engine,
         formats=(quantize.format,) if quantize else ("bf16",),
         kv_cache=quantize.kv_cache if quantize else "none",
-        model_path=f"/models/{name}",
+        model_path=path,
         trees={"export": record["artifact"]["uri"], **({"engine": engine["uri"]} if engine else {})},
         reason=record["verdict"].get("reason", ""),
     )
+
+
+def _is_translated(engine: str) -> bool:
+    """Whether a built engine of vLLM has the checkpoint beside it that it serves."""
+    store = open_store(split_tree(engine)[0])
+    return any(path.startswith(f"{CHECKPOINT}/") for path in store.manifest(engine).files)
 
 
 def _of_folder(folder: Path) -> Served:
@@ -91,5 +100,10 @@ def _of_folder(folder: Path) -> Served:
     path = folder.absolute()
     name = "".join(c if c.isalnum() else "-" for c in path.name.lower()).strip("-") or "model"
     kv_cache = (quantization.get("kv_cache_quant_algo") or "none").lower()
-    settings = Engine(backend="trtllm")
-    return Served(name=name, settings=settings, formats=_FORMATS[algorithm], kv_cache=kv_cache, model_path=str(path))
+    settings, formats = Engine(backend="trtllm"), _FORMATS[algorithm]
+    if mixed := {layer.get("quant_algo") for layer in (quantization.get("quantized_layers") or {}).values()}:
+        formats = tuple(form for form in formats if mixed <= {part.algorithm for part in FORMATS[form].parts})
+        if not formats:
+            found = ", ".join(sorted(map(str, mixed)))
+            raise InputError(f"artifact: '{folder}' mixes {found}, as no format of trimtab does; quantize it again")
+    return Served(name=name, settings=settings, formats=formats, kv_cache=kv_cache, model_path=str(path))

@@ -1,4 +1,4 @@
-"""Writes what servers of TensorRT-LLM need to serve one artifact, whole or not at all."""
+"""Writes what a server needs to serve one artifact, whole or not at all: TensorRT-LLM's, vLLM, or trimtab's own."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import yaml
 
 from trimtab.base.errors import InputError
-from trimtab.catalog.backends import BACKENDS
+from trimtab.catalog.backends import BACKENDS, TENSORRT_LLM
 from trimtab.model.hardware import TENSORRT_LLM_FORMATS, TENSORRT_LLM_KV_CACHES
-from trimtab.serving import kserve, triton
+from trimtab.serving import commands, kserve, triton
 from trimtab.serving.artifact import Served
 from trimtab.serving.settings import compiled_args, llm_args, serve_command, target_version
 
@@ -34,7 +34,8 @@ _README = """\
 
 
 def write(served: Served, folder: Path, model_uri: str = "", image: str = "") -> list[str]:
-    """Writes `serve.sh`, `llm_args.yaml`, `triton/`, `kserve.yaml` and a README, and returns their paths.
+    """Writes `serve.sh` and a README, for TensorRT-LLM also `llm_args.yaml`, `triton/` and `kserve.yaml`; returns their
+    paths.
 
     Args:
         folder: does not exist, or is empty.
@@ -42,14 +43,15 @@ def write(served: Served, folder: Path, model_uri: str = "", image: str = "") ->
         image: of the KServe container; NVIDIA's of the version that serves when empty.
 
     Raises:
-        InputError: the folder is not empty, or TensorRT-LLM does not serve the artifact.
+        InputError: the folder is not empty, or the back end does not serve the artifact.
     """
-    _check(served)
+    if served.settings.backend in TENSORRT_LLM:
+        _check(served)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"folder: '{folder}' is there already; write a new folder")
     if not folder.absolute().parent.is_dir():
         raise InputError(f"folder: '{folder.absolute().parent}' is not a folder; make it, or write another")
-    files = _files(served, model_uri, image)
+    files = _files(served, model_uri, image) if served.settings.backend in TENSORRT_LLM else commands.files(served)
     try:
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.absolute().parent))
         try:
@@ -68,10 +70,6 @@ def write(served: Served, folder: Path, model_uri: str = "", image: str = "") ->
 
 def _check(served: Served) -> None:
     backend = served.settings.backend
-    if backend not in TENSORRT_LLM_FORMATS:
-        raise InputError(
-            f"engine.backend: '{backend}' is not served by TensorRT-LLM; give a recipe with engine: {{backend: trtllm}}"
-        )
     if not set(served.formats) & set(TENSORRT_LLM_FORMATS[backend]):
         known = ", ".join(TENSORRT_LLM_FORMATS[backend])
         raise InputError(f"artifact: {backend} does not serve {served.formats[0]}; it serves: {known}")

@@ -5,6 +5,7 @@
 | `registry` | each stage as a row: when a recipe asks for it, what it reads, what it makes; the tasks |
 | `keys` | what a result is found by, the environment that its stage declares included |
 | `execution` | a result, from the store or from a child process |
+| `usage` | what its work has used |
 | `checkpoints` | what a stage has finished, kept in the store while it works |
 | `signatures` | who measured it |
 | `looks` | what is measured of an attempt, and on which trees |
@@ -12,7 +13,7 @@
 | `face` | the body of a component |
 """
 
-from trimtab.stages.accelerators import OPTIONAL, accelerators, machines
+from trimtab.stages.accelerators import OPTIONAL, accelerators, forecast, machines, refuse_here
 from trimtab.stages.execution import (
     Result,
     advance,
@@ -40,11 +41,13 @@ __all__ = [
     "always",
     "cached",
     "describe_tree",
+    "forecast",
     "inputs_of",
     "key_here",
     "log_metrics",
     "machines",
     "model_facts",
+    "refuse_here",
     "run",
     "tree_of",
     "work_stage",

@@ -10,14 +10,24 @@ without it, it could not even look its result up.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from trimtab.loop.state import State
+from trimtab.base import child, environment
+from trimtab.base.errors import Failure
+from trimtab.loop.decisions import facts_of
+from trimtab.loop.ledger import accelerators_of
+from trimtab.loop.state import State, fail
+from trimtab.model import hardware
+from trimtab.planning import resources
+from trimtab.planning.resources import Resources
 from trimtab.stages.execution import inputs_of, is_asked
 from trimtab.stages.registry import STAGES, TASKS
 from trimtab.store import open_store
+from trimtab.store.cache import cache_folder
 from trimtab.store.tree import Tree
 
 #: The task that judges the artifact: it measures, so it needs what the engine runs on, also where all was measured.
@@ -73,9 +83,11 @@ def machines(state: State, offered: Mapping[str, Any]) -> dict[str, dict[str, An
 
     Returns:
         By task: `accelerators`, a count as text, and `nodes`, a selector; of OPTIONAL ones also `tolerations`, `cpu`,
-        `memory` and `image`.
+        `memory` and `image`. Where the cluster's profile names no memory for work, it is what the work is forecast to
+        need (`planning.resources`).
     """
     found = {}
+    foreseen = cache(lambda: forecast(state))
     for task, need in needs(state).items():
         found[task] = {
             "accelerators": str(need.accelerators),
@@ -88,17 +100,40 @@ def machines(state: State, offered: Mapping[str, Any]) -> dict[str, dict[str, An
                 "image": offered["small"] if need.anywhere else own["image"],
                 **{name: own[name] if need.works else LITTLE[name] for name in LITTLE},
             }
+            if need.works and not own["memory"]:
+                most = max(foreseen()[name].host_bytes for name in TASKS[task] if name in foreseen())
+                found[task]["memory"] = resources.quantity(most)
     return found
+
+
+def forecast(state: State) -> dict[str, Resources]:
+    """Returns what each stage of the attempt needs that its recipe asks for, and validation."""
+    facts, target = facts_of(open_store(state.store), state.model), hardware.target(state.target)
+    baseline = state.baseline.recipe if state.baseline and state.attempt else None
+    return resources.needs(facts, state.recipe, target, baseline, state.evaluation)
+
+
+def refuse_here(state: State) -> State:
+    """Refuses, on a machine of one's own, an attempt whose work this machine has no memory or disk for, before it
+    begins; the next recipe may need less. In a cluster each task has another machine, which is asked for.
+    """
+    if state.verdict or child.RUN_PID not in os.environ:
+        return state
+    here = state if "gpu" in environment.device() else state.model_copy(update={"target": "cpu"})
+    missing = _working(here)
+    needed = {name: need for name, need in forecast(here).items() if name in missing}
+    found = resources.lacking_here(needed, cache_folder())
+    return fail(state, found[0], Failure("does_not_fit", f"{found[0]} {found[1]}")) if found else state
 
 
 def _working(state: State) -> dict[str, int]:
     """The stages that must run, and the accelerators of each."""
-    world = state.recipe.engine.world_size
-    several = {"engine": world}
-    if state.recipe.distill:
-        several["distill"] = state.recipe.distill.processes
-    baseline = state.baseline.recipe.engine.world_size if state.baseline else 1
-    store, known, counts = open_store(state.store), True, {JUDGE: max(world, baseline)}  # it measures both
+    baseline = state.baseline.recipe if state.baseline else None
+
+    def several(stage: str) -> int:
+        return accelerators_of(stage, state.recipe, "any", baseline)
+
+    store, known, counts = open_store(state.store), True, {JUDGE: several(JUDGE)}
     for name, stage in STAGES.items():
         if not is_asked(stage, state):
             continue
@@ -111,5 +146,5 @@ def _working(state: State) -> dict[str, int]:
             state = state.model_copy(update={"trees": trees})
         else:
             known = False
-            counts[name] = several.get(name, 1)
+            counts[name] = several(name)
     return counts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from trimtab.base import child, progress
 from trimtab.base.errors import Failure
 from trimtab.base.transient import insist
 from trimtab.loop.state import State, fail
-from trimtab.stages import checkpoints, signatures
+from trimtab.stages import checkpoints, signatures, usage
 from trimtab.stages.registry import MAKE_A_STUDENT, STAGES, Stage
 from trimtab.store import Store, open_store
 from trimtab.store.cache import cache_folder
@@ -48,6 +48,7 @@ def cached(
     inputs: Mapping[str, Tree | None],
     backend: str = "torch",
     signer: CryptoSigner | None = None,
+    call: Callable[..., child.Done] | None = None,
 ) -> Result:
     """Returns the stage's result from the store, or does its work in a child process and stores it.
 
@@ -58,6 +59,7 @@ def cached(
     Args:
         backend: the engine that the work measures or builds, where it does.
         signer: signs what is made; then only what it has signed counts as found.
+        call: does the work, in a process that stays (`base.session`); by default in one of its own.
 
     Raises:
         Failure: an expected failure of the work.
@@ -71,16 +73,20 @@ def cached(
         return Result(tree, record["metrics"], record["seconds"], True, record.get("signature") if signer else None)
     folders = insist(stage.name, lambda: {name: tree and str(store.get(tree)) for name, tree in inputs.items()})
     scratch, metadata = _scratch(key), {"key": key, "environment": environment}
-    with tempfile.TemporaryDirectory(prefix=f"trimtab-{stage.name}-") as folder:
+    with store.workspace() as folder:
 
         def work() -> tuple[Path, child.Done]:
             output = tempfile.mkdtemp(dir=folder)
             with checkpoints.kept(store, stage.name, key, scratch):
-                done = child.call(stage.work, **folders, output=output, scratch=str(scratch), parameters=parameters)
+                work_in = call or child.call
+                done = work_in(stage.work, **folders, output=output, scratch=str(scratch), parameters=parameters)
             return Path(output), done
 
-        output, done = insist(stage.name, work)
-        metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes}
+        with usage.disk_watched(folder, scratch) as disk:
+            output, done = insist(stage.name, work)
+        metrics = {**done.value, "peak_memory_bytes": done.peak_memory_bytes, "peak_disk_bytes": disk.bytes}
+        metrics |= {"cpu_seconds": round(done.cpu_seconds, 1)} if done.cpu_seconds else {}
+        metrics |= {"peak_gpu_bytes": done.peak_gpu_bytes} if done.peak_gpu_bytes else {}
         if stage.keeps_metrics:
             (output / METRICS).write_text(json.dumps(metrics, sort_keys=True), encoding="utf-8")
         tree = insist(stage.name, lambda: store.put(output, kind=stage.output, metadata=metadata, move=True))
@@ -135,6 +141,11 @@ def advance(name: str, state: State) -> tuple[State, Result | None]:
     except Failure as failure:
         return fail(state, name, failure), None
     progress.report(name, "found in the store" if result.hit else f"done in {time.monotonic() - started:.0f} s")
-    seconds = {**state.seconds, name: 0.0 if result.hit else round(result.seconds, 1)}
     trees = {**state.trees, stage.output: result.tree}
-    return state.model_copy(update={"trees": trees, "seconds": seconds}), result
+    seconds, busy = (0.0, 0.0) if result.hit else (result.seconds, result.metrics.get("cpu_seconds", 0.0))
+    spent = {
+        "seconds": {**state.seconds, name: round(seconds, 1)},
+        "cpu_seconds": {**state.cpu_seconds, name: round(busy, 1)},
+        "used": {**state.used, name: usage.used(result.metrics, result.seconds)},
+    }
+    return state.model_copy(update={"trees": trees, **spent}), result

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, StringConstraints, field_validator, 
 from trimtab.base.errors import nearest
 from trimtab.base.signing import KEY, VALIDATION_KEY, public_key
 from trimtab.base.user_document import UserDocument
+from trimtab.recipe.cost import Prices
 from trimtab.stages import TASKS
 
 #: The tasks that a profile places one by one: those that do work on a model, by their names in a run.
@@ -105,6 +106,9 @@ class Gpu(UserDocument):
 class Images(UserDocument):
     """The container images of the stages, each with a tag that stays or a digest."""
 
+    cpu: ImageName | None = None
+    """Runs all that needs no GPU, the small tasks between the stages among it; that of `--image` or TRIMTAB_IMAGE if
+    absent."""
     cuda: ImageName | None = None
     """Runs the stages of an attempt; the pipeline's own image if absent."""
     engine: ImageName | None = None
@@ -180,7 +184,7 @@ class StageLimits(UserDocument):
     cpu: Quantity | None = None
     """CPUs, as Kubernetes counts them: "4" or "500m"."""
     memory: Quantity | None = None
-    """Memory, as Kubernetes counts it: 16Gi."""
+    """Memory, as Kubernetes counts it: 16Gi; if absent, as much as a stage is forecast to need is asked for."""
     timeout_hours: Annotated[float, Field(gt=0)] | None = None
     """Hours after which the stage is ended."""
     retries: Annotated[int, Field(ge=0, le=10)] | None = None
@@ -198,12 +202,16 @@ class Profile(UserDocument):
         gpu:
           node_selector: {nvidia.com/gpu.product: NVIDIA-H100-80GB-HBM3}
           tolerations: [{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]
-        images: {cuda: "registry.example/trimtab-cuda:0.1.0", pull_secrets: [registry]}
+        images:
+          cpu: registry.example/trimtab-cpu-python:0.1.0
+          cuda: registry.example/trimtab-cuda:0.1.0
+          pull_secrets: [registry]
         secrets: {trimtab-s3: {access_key: AWS_ACCESS_KEY_ID, secret_key: AWS_SECRET_ACCESS_KEY}}
         environment: {AWS_ENDPOINT_URL: "http://seaweedfs.kubeflow:8333"}
         cache: {claim: trimtab-cache}
         shared_memory: 16Gi
         stage: {memory: 16Gi, cpu: "4", timeout_hours: 12, retries: 2}
+        prices: {gpu_hour: 2.5, cpu_hour: 0.04}
         stages: {distill: {memory: 64Gi, timeout_hours: 48}}
     """
 
@@ -231,6 +239,8 @@ class Profile(UserDocument):
     absent."""
     labels: dict[LabelKey, LabelValue] = {}
     """Labels of every pod."""
+    prices: Prices | None = None
+    """What an hour of a GPU or a core costs; the ledger of a run has hours alone if absent."""
     stage: StageLimits = StageLimits()
     """What each stage may take."""
     stages: dict[str, StageLimits] = {}

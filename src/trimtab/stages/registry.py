@@ -59,7 +59,7 @@ def _needs_statistics(recipe: Recipe) -> bool:
 
 
 def _quantize_needs(what: str) -> Callable[[Recipe], bool]:
-    """Whether quantization reads `what` was measured: statistics, grams or sensitivity."""
+    """Whether quantization reads `what` was measured: statistics or sensitivity."""
     return lambda recipe: recipe.quantize is not None and getattr(recipe.quantize, f"needs_{what}")
 
 
@@ -99,6 +99,8 @@ def _training(recipe: Recipe) -> dict[str, Any]:
     if recipe.distill.quantization_aware:  # no more of it than training sees, so that recipes share a student
         fields = {"format", "group_size", "exclude"}
         weights["rounded"] = recipe.quantize.model_dump(mode="json", include=fields)
+        if recipe.quantize.row.storage.inputs:
+            weights["rounded_inputs"] = True
     return _distillation(*Distillation.model_fields)(recipe) | ({"weights": weights} if weights else {})
 
 
@@ -107,8 +109,8 @@ def _distills(field: str) -> Callable[[Recipe], bool]:
 
 
 #: In the order of an attempt. `recalibrate` is `calibrate` on what prune and distill left: the same key, and
-#: so a hit, when they left the model alone. `gram` and `sensitivity` are passes of their own over the same text,
-#: each once a model, for the recipes that need more than the statistics. `generate` and `teach` read the teacher
+#: so a hit, when they left the model alone. `sensitivity` is a pass of its own over the same text, once
+#: a model, for the recipes that need more than the statistics. `generate` and `teach` read the teacher
 #: alone, so that a recipe that only trains otherwise finds their results.
 STAGES: dict[str, Stage] = {
     stage.name: stage
@@ -122,7 +124,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: recipe.prune is not None and not isinstance(recipe.prune, MovementPruning),
             parameters=_part("prune"),
             environment=always(TENSORS),
-            version=6,
+            version=7,
         ),
         Stage(
             name="generate",
@@ -152,18 +154,9 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: recipe.distill is not None,
             parameters=_training,
             environment=_training_environment,
-            version=6,
+            version=7,
         ),
         _calibrate("recalibrate", _quantize_needs("statistics")),
-        Stage(
-            name="gram",
-            work="trimtab.components.calibration.grams:measure",
-            inputs=("checkpoint", "calibration"),
-            output="gram",
-            wanted=_quantize_needs("grams"),
-            parameters=lambda recipe: {},
-            environment=always(TENSORS),
-        ),
         Stage(
             name="sensitivity",
             work="trimtab.components.quantization.mixed.sensitivity:measure",
@@ -175,17 +168,17 @@ STAGES: dict[str, Stage] = {
                 "group_size": recipe.quantize.group_size,
             },
             environment=always(QUANTIZED),
-            version=3,
+            version=4,
         ),
         Stage(
             name="quantize",
             work="trimtab.components.quantization.work:quantize",
-            inputs=("checkpoint", "calibration", "gram", "sensitivity"),
+            inputs=("checkpoint", "calibration", "sensitivity"),
             output="export",
             wanted=lambda recipe: recipe.quantize is not None,
             parameters=_part("quantize"),
             environment=always(QUANTIZED),
-            version=5,
+            version=8,
         ),
         Stage(
             name="engine",
@@ -202,7 +195,7 @@ STAGES: dict[str, Stage] = {
 
 #: Tasks that run several stages: what is measured on the model that quantization gets is measured in one task, for all
 #: of it needs the same checkpoint, tokens and device; and what a teacher says is for distillation alone.
-_TOGETHER = {"recalibrate": ("recalibrate", "gram", "sensitivity"), "distill": ("generate", "teach", "distill")}
+_TOGETHER = {"recalibrate": ("recalibrate", "sensitivity"), "distill": ("generate", "teach", "distill")}
 #: The tasks of the pipeline, and the stages that each runs.
 TASKS: dict[str, tuple[str, ...]] = {
     name: _TOGETHER.get(name, (name,))

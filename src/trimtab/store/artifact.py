@@ -54,7 +54,7 @@ def export_artifact(store: Store, tree: str, folder: Path) -> Artifact:
     record = store.lookup(key) if key else None
     if not record or record["tree"]["digest"] != manifest.digest:
         raise InputError(
-            f"tree: {uri} ({manifest.kind}) is not the result of a stage; write the tree of a calibration, gram, "
+            f"tree: {uri} ({manifest.kind}) is not the result of a stage; write the tree of a calibration, "
             f"sensitivity, checkpoint or export that the page of a run names"
         )
     with explained(str(folder)):

@@ -32,8 +32,12 @@ from trimtab.store.tree import Manifest
 
 #: The lock under which trees are removed, and under which a process says that it uses one.
 EVICTION = "eviction"
+#: Where it is.
+FOLDER = "TRIMTAB_CACHE"
 #: What nobody used for so long is removed.
 AGE = timedelta(days=14)
+#: Beginnings of the names that Linux gives to file systems of other machines.
+_REMOTE = ("nfs", "cifs", "smb", "ceph", "lustre", "glusterfs", "9p", "fuse", "virtiofs")
 #: The most that the trees may take, in units of 1e9 bytes.
 SIZE = "TRIMTAB_CACHE_GB"
 
@@ -47,8 +51,33 @@ def cache_folder() -> Path:
     In a pod, a volume that cannot be written, as one is that belongs to root alone, gives way to a folder of the pod's
     own: there is nobody to change the mount while the run waits.
     """
-    named = Path(os.environ.get("TRIMTAB_CACHE") or "~/.cache/trimtab").expanduser().absolute()
+    named = Path(os.environ.get(FOLDER) or "~/.cache/trimtab").expanduser().absolute()
     return _writable(named) if POD in os.environ else named
+
+
+def beside(store: Path) -> Path | None:
+    """Returns where the cache of a local store takes no space: on its own file system, where the usual one is on
+    another. None where it is the same; where TRIMTAB_CACHE says; and of a store on a network, which a node reads once.
+    """
+    usual = Path("~/.cache/trimtab").expanduser().absolute()
+    if os.environ.get(FOLDER) or _device(usual) == _device(store) or _is_remote(store):
+        return None
+    return store / ".cache"
+
+
+def _device(folder: Path) -> int:
+    return next(there for there in (folder, *folder.parents) if there.exists()).stat().st_dev
+
+
+def _is_remote(folder: Path) -> bool:
+    """Whether a folder is on a file system of another machine, as Linux says; a FUSE is taken for one."""
+    kinds = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines():
+            place, kind = line.split()[1:3]
+            kinds[place] = kind
+    mounted = next((str(there) for there in (folder, *folder.parents) if str(there) in kinds), "")
+    return kinds.get(mounted, "").startswith(_REMOTE)
 
 
 @cache

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import secrets
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO
 
 from trimtab.base.errors import InputError, StoreError
 from trimtab.store import clock
-from trimtab.store.transfer import Meter, changed, chunks, explained, pump, settle
+from trimtab.store.transfer import Meter, changed, chunks, cloned, explained, pump, settle
 from trimtab.store.tree import Entry
 
 #: A smaller file is hashed before it is copied: its second reading comes from memory.
@@ -40,7 +41,26 @@ class LocalBack:
             partial.mkdir(parents=True, exist_ok=True)
             for path in partial.iterdir():
                 if _is_abandoned(path):
-                    path.unlink(missing_ok=True)
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def workspace(self) -> Iterator[Path]:
+        """Yields an empty folder on the store's own file system: what is made there and given away is linked."""
+        self.prepare()
+        name = _new_name()
+        path = self.root / ".partial" / name
+        with explained(f"the store {self.root}"):
+            path.mkdir(mode=0o700)
+            lock = os.open(path, os.O_RDONLY)
+        _live.add(name)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield path
+        finally:
+            os.close(lock)
+            shutil.rmtree(path, ignore_errors=True)
+            _live.discard(name)
 
     def size(self, key: str) -> int | None:
         """Returns an object's bytes, None when it is absent."""
@@ -123,7 +143,8 @@ class LocalBack:
             return True
 
     def add(self, source: Path, size: int, meter: Meter, move: bool) -> str:
-        """Brings a file into blobs/ and returns its SHA-256. With `move`, a hard link suffices.
+        """Brings a file into blobs/ and returns its SHA-256. With `move`, a hard link suffices; without, a clone where
+        the file system can make one.
 
         A large file is read once: hashed while it is copied if no blob has its size, so that it cannot be
         there yet; otherwise hashed first, and copied only if it is missing.
@@ -197,7 +218,10 @@ class LocalBack:
 
     def _copy(self, source: Path, size: int, meter: Meter, expected: str | None) -> str:
         with self._partial() as (path, file):
-            checksum, count = pump(chunks(source), file.write, meter.advance)
+            if cloned(source, file):
+                checksum, count = pump(chunks(path), None, meter.advance)
+            else:
+                checksum, count = pump(chunks(source), file.write, meter.advance)
             if count != size or (expected and checksum != expected):
                 raise changed(source)
             settle(file)
@@ -232,7 +256,7 @@ class LocalBack:
     @contextlib.contextmanager
     def _partial(self) -> Iterator[tuple[Path, BinaryIO]]:
         """Yields a new temporary file, locked while it is written; it is gone afterwards unless renamed."""
-        name = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(6)}"
+        name = _new_name()
         path = self.root / ".partial" / name
         _live.add(name)
         try:
@@ -245,13 +269,17 @@ class LocalBack:
             _live.discard(name)
 
 
+def _new_name() -> str:
+    return f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(6)}"
+
+
 def blob_key(checksum: str) -> str:
     """Returns the key of the blob with this SHA-256."""
     return f"blobs/{checksum[:2]}/{checksum}"
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Tells whether a temporary file belongs to a dead process of this host.
+    """Tells whether a temporary file, or a folder, belongs to a dead process of this host.
 
     Two containers can share a host name and count their processes apart (host network), and a restarted
     container has its old name and process number; so the number must be dead or our own, and the lock free.
@@ -268,10 +296,15 @@ def _is_abandoned(path: Path) -> bool:
         except PermissionError:
             return False
     try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        opened = os.open(path, os.O_RDONLY)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
         pass
+    finally:
+        os.close(opened)
     return True

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -52,6 +53,13 @@ class S3Back:
 
     def prepare(self) -> None:
         """Nothing to do: S3 has no partial objects."""
+
+    @contextlib.contextmanager
+    def workspace(self) -> Iterator[Path]:
+        """Yields an empty folder for what is about to be sent: an object's name is its content's checksum, so that all
+        of it must be there first."""
+        with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
+            yield Path(folder)
 
     def size(self, key: str) -> int | None:
         """Returns an object's bytes, None when it is absent."""

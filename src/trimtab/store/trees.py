@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ class Trees:
             kind: what the tree is ("checkpoint"); part of the digest.
             metadata: JSON; part of the digest.
             move: the files are given away: deleted when the tree is complete, and in a local store on the
-                same file system not copied. Nothing may write to them any more.
+                same file system (`workspace`) not copied. Nothing may write to them any more. What is not given away
+                is never linked, for its owner may edit it; where the file system clones files it takes no space.
             progress: called with (bytes done, bytes in total), from several threads, one at a time.
 
         Raises:
@@ -80,6 +82,11 @@ class Trees:
                 with explained(str(place)):
                     place.unlink()
         return Tree(uri=f"{self.uri}/trees/{manifest.digest}", digest=manifest.digest, bytes=manifest.size)
+
+    def workspace(self) -> AbstractContextManager[Path]:
+        """Yields an empty folder for files that will be given away to `put`: on the file system of a local store, where
+        they then take no second copy, else among temporary files. It is gone afterwards."""
+        return self._back.workspace()
 
     def put_json(self, kind: str, document: Any, **others: Any) -> Tree:
         """Stores a JSON document as a tree with one file, `<kind>.json`, and others beside it by their names."""

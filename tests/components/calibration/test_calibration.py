@@ -58,14 +58,14 @@ def test_ranges_of_the_kv_cache_are_those_of_all_tokens(family, tmp_path, monkey
     """Also behind a sliding window, whose cache keeps the last tokens alone: here 16 of 96."""
     from importlib import import_module
 
-    from trimtab.components.calibration.work import statistics
+    from trimtab.components.calibration.work import whole
 
     folder = tiny.write_model(tmp_path / family, family=family)
     config = json.loads((folder / "config.json").read_text()) | {"sliding_window": 16}
     (folder / "config.json").write_text(json.dumps(config))
     loaded, _ = model_files.load(folder, torch.float32)
     windows = torch.randint(3, 300, (3, 96), generator=torch.Generator().manual_seed(1))
-    measured, _ = statistics(loaded, windows)
+    measured, _ = whole(loaded, windows)
 
     module = import_module(f"transformers.models.{family}.modeling_{family}")
     rotate, keys, values = module.apply_rotary_pos_emb, [], []
@@ -183,7 +183,7 @@ def test_overlap_is_found():
 
 def test_statistics_do_not_depend_on_the_batch(model, tokens, monkeypatch):
     """A GPU gets several windows at a time."""
-    from trimtab.components.calibration.work import statistics as measure
+    from trimtab.components.calibration.work import whole as measure
     from trimtab.runtime.measure import observe
 
     loaded, _ = model_files.load(model, torch.float32)

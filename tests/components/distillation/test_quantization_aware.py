@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -15,11 +16,12 @@ from trimtab.components.distillation import work
 from trimtab.components.distillation.weights.quantization_aware import QuantizationAware, Rounding
 from trimtab.components.pruning.work import prune
 from trimtab.components.quantization.work import quantize
-from trimtab.recipe import NEAREST_FORMATS, Quantization
+from trimtab.recipe import CALIBRATED_FORMATS, NEAREST_FORMATS, Quantization
 from trimtab.runtime.checkpoint import model_files
 from trimtab.runtime.checkpoint.layer_layout import dequantize
 from trimtab.runtime.checkpoint.model_files import Export
 from trimtab.runtime.measure import observe
+from trimtab.runtime.rounding import inputs
 
 SETTINGS = {"tokens": 6 * 4 * 32, "batch_size": 4, "length": 32, "learning_rate": 0.001}
 
@@ -40,7 +42,8 @@ def test_rounding_by_hand():
 @pytest.mark.parametrize("form", NEAREST_FORMATS)
 def test_the_export_holds_what_training_saw(form, model, calibration, tmp_path):
     """Bit for bit, for students that training moved off bfloat16's numbers, with some of a group excluded."""
-    settings = Quantization(format=form, group_size=32, exclude=("lm_head", "*.v_proj"))
+    method = "nearest" if form in CALIBRATED_FORMATS else None
+    settings = Quantization(format=form, group_size=32, exclude=("lm_head", "*.v_proj"), method=method)
     student, _ = model_files.load(model, torch.float32)
     layers = observe.linears(student)
     generator = torch.Generator().manual_seed(0)
@@ -54,7 +57,7 @@ def test_the_export_holds_what_training_saw(form, model, calibration, tmp_path):
     model_files.save(student.bfloat16(), plain, model)
     export.mkdir()
     measured = str(rebound(calibration, plain, tmp_path)) if settings.needs_statistics else None
-    quantize(str(plain), measured, None, None, str(export), str(tmp_path / "scratch"), settings.model_dump(mode="json"))
+    quantize(str(plain), measured, None, str(export), str(tmp_path / "scratch"), settings.model_dump(mode="json"))
     stored = Export(export)
     assert set(stored.layers) == set(seen)
     for name, weight in seen.items():
@@ -68,6 +71,35 @@ def rebound(calibration, plain, folder):
     (folder / "calibration").mkdir()
     calibrate(str(plain), str(folder / "calibration"), "", {"samples": 2, "length": 32})
     return folder / "calibration"
+
+
+ROUNDING_INPUTS = [form for form in NEAREST_FORMATS if FORMATS[form].storage.inputs]
+
+
+@pytest.mark.parametrize("form", ROUNDING_INPUTS)
+def test_what_a_layer_reads_is_rounded_as_the_export_rounds_it(form, model, calibration, tmp_path):
+    """On the text that calibrated the export, whose static scales are then those of training."""
+    settings = Quantization(format=form, method="nearest" if form in CALIBRATED_FORMATS else None)
+    tokens = load_file(calibration / "tokens.safetensors")["tokens"].long()
+    student, _ = model_files.load(model, torch.float32)
+    layers, name = observe.linears(student), "model.layers.0.self_attn.q_proj"  # which reads what no rounding changed
+    change, read = QuantizationAware(settings, set(layers), with_inputs=True), []
+    layers[name].register_forward_pre_hook(lambda _, given: read.append(given[0].detach()))
+    change.attach(student)
+    layers[name].register_forward_hook(lambda _, given, __: read.append(given[0].detach()))
+    student(tokens).logits.square().sum().backward()
+    weights = [layer.parametrizations.weight.original for layer in layers.values()]
+    assert all(weight.grad.abs().sum() > 0 for weight in weights), "straight through"
+    export = tmp_path / "export"
+    export.mkdir()
+    measured = str(calibration) if settings.needs_statistics else None
+    quantize(str(model), measured, None, str(export), str(tmp_path / "scratch"), settings.model_dump(mode="json"))
+    plain, rounded = read
+    scale = Export(export).layer(name).input_scale
+    assert torch.equal(rounded, inputs.rounded(FORMATS[form].storage.inputs, plain, scale))
+    assert not torch.equal(rounded, plain)
+    change.finish(student)
+    assert all(len(layer._forward_pre_hooks) == (layer is layers[name]) for layer in layers.values())
 
 
 def distill(student, model, folder, weights, name="run", **settings):

@@ -78,6 +78,9 @@ def test_it_answers_as_the_torch_engine_does(export, tmp_path, trtllm, settings,
     together, alone = torch_engine.nll(windows), [torch_engine.nll(window[None])[0] for window in windows]
     noise = max(abs(one - expected) for one, expected in zip(alone, together, strict=True))
     assert noise < 0.5 and served.nll(windows) == pytest.approx(together, abs=2 * tolerance + noise)
+    told, expected = served.predict(windows, 4), torch_engine.predict(windows, 4)
+    assert [sum(places) for places in told.nll] == pytest.approx(served.nll(windows), rel=1e-6)
+    assert torch.tensor(told.log_probs) == pytest.approx(torch.tensor(expected.log_probs), abs=2 * tolerance + noise)
     prompts = [request[0] for request in asked]
     if tolerance < 0.1:
         assert_same(served.generate(prompts, 8), torch_engine.generate(prompts, 8), prompts, torch_engine)
@@ -93,6 +96,7 @@ def test_speeds_are_compared_one_engine_after_the_other(export, tmp_path, trtllm
     from tensorrt_llm import LLM
 
     from trimtab.components.validation.evaluation import measure
+    from trimtab.runtime.engines import kept
 
     log: list[str] = []
     opened, shut = LLM.__init__, LLM.shutdown
@@ -105,6 +109,8 @@ def test_speeds_are_compared_one_engine_after_the_other(export, tmp_path, trtllm
     found = measure.compare_speed(
         **{name: str(path) for name, path in places}, output=str(tmp_path), scratch="", parameters={"rounds": 2}
     )
+    assert log == ["open", "close", "open"], "the second one stays, for the confirmation"
+    kept.close()
     assert log == ["open", "close"] * 2 and len(found) == 4 and all(speed > 0 for speed in found.values())
 
 
@@ -194,6 +200,13 @@ def test_a_back_end_that_the_image_lacks(export, tmp_path, monkeypatch, version,
     with pytest.raises(Failure) as failure:
         build(export("bf16"), tmp_path / "built", **settings)
     assert failure.value.failure_class == "unsupported" and message in failure.value.reason
+
+
+def test_a_format_that_the_image_is_too_old_for(export, tmp_path, monkeypatch):
+    standin.install(tmp_path / "trtllm", monkeypatch, "1.2.1")
+    with pytest.raises(Failure, match=r"reads W4A16_NVFP4 from 1.3.0rc20 on, and this image has 1.2.1") as failure:
+        build(export("nvfp4_wo"), tmp_path, backend="trtllm")
+    assert failure.value.failure_class == "unsupported"
 
 
 @pytest.mark.parametrize("backend", ["trtllm", "trtllm-legacy"])

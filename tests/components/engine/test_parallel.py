@@ -30,6 +30,9 @@ def alone(model) -> TorchEngine:
 
 def is_close(engine: ParallelEngine, alone: TorchEngine, rel: float) -> None:
     assert engine.nll(WINDOWS) == pytest.approx(alone.nll(WINDOWS), rel=rel)
+    told = engine.predict(WINDOWS, 3)
+    assert [sum(places) for places in told.nll] == pytest.approx(alone.nll(WINDOWS), rel=rel)
+    assert torch.tensor(told.tokens).shape == (3, 23, 3)
     found, expected = engine.loglikelihood(REQUESTS), alone.loglikelihood(REQUESTS)
     assert [likelihood for likelihood, _ in found] == pytest.approx([value for value, _ in expected], rel=10 * rel)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]

@@ -20,6 +20,9 @@ from starlette.testclient import TestClient
 from trimtab.base.errors import Failure
 from trimtab.components.engine.server.app import Server
 from trimtab.components.engine.server.recorder import Recorder
+from trimtab.components.engine.server.token_text import token_bytes, token_name
+from trimtab.recipe import Engine
+from trimtab.runtime.engines.torch_engine import TorchEngine
 from trimtab.runtime.service.paged_engine import PagedEngine
 from trimtab.serving import request_log
 from trimtab.serving.traffic import shape
@@ -31,6 +34,9 @@ CHAT = [{"role": "user", "content": "Where does the river run?"}]
 @pytest.fixture(scope="module")
 def client(running: Running) -> OpenAI:
     return OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 
 
 def complete(client: OpenAI, prompt: Any = PROMPT, **options: Any) -> Any:
@@ -112,6 +118,66 @@ def test_logprobs(running: Running, client: OpenAI) -> None:
     assert len(entries) == 4 and all(len(entry.top_logprobs) == 3 for entry in entries)
 
 
+def test_an_echo_begins_with_the_prompt_and_its_likelihoods(running: Running, client: OpenAI, served: Path) -> None:
+    judge = TorchEngine(served, Engine(max_seq_len=512, max_batch_size=1), "cpu")
+    prompts = [running.server.tokenizer(text).input_ids for text in (PROMPT * 6, "A small boat")]  # one in two chunks
+    answer = complete(client, prompts, max_tokens=1, logprobs=1, echo=True)
+    for choice, prompt in zip(answer.choices, prompts, strict=True):
+        told = choice.logprobs
+        assert choice.text.startswith(running.server.tokenizer.decode(prompt))
+        assert (told.token_logprobs[0], told.top_logprobs[0]) == (None, None) and told.text_offset[0] == 0
+        assert len(told.tokens) == len(prompt) + answer.usage.completion_tokens // len(prompts)
+        ((right, _),) = judge.loglikelihood([(prompt[:3], prompt[3:])])
+        assert sum(told.token_logprobs[3 : len(prompt)]) == pytest.approx(right, abs=0.01 * len(prompt))
+        rest = zip(told.token_logprobs[1:], told.top_logprobs[1:], strict=True)
+        assert all(max(top.values()) >= own for own, top in rest)
+    chunks = complete(client, prompts[1], max_tokens=3, logprobs=1, echo=True, stream=True)
+    stream = [part.choices[0] for part in chunks]
+    assert stream[0].text == "A small boat"
+    offsets = [offset for part in stream if part.logprobs for offset in part.logprobs.text_offset]
+    assert offsets == sorted(offsets) and len(offsets) >= len(prompts[1])
+    assert complete(client, "A small boat", max_tokens=1, echo=True).choices[0].text.startswith("A small boat")
+
+
+def test_a_stream_says_that_its_usage_comes(client: OpenAI) -> None:
+    *chunks, last = complete(client, max_tokens=3, stream=True, stream_options={"include_usage": True})
+    assert all("usage" in chunk.model_fields_set and chunk.usage is None for chunk in chunks)
+    assert last.usage.completion_tokens == 3 and last.choices == []
+    assert all("usage" not in chunk.model_fields_set for chunk in complete(client, max_tokens=3, stream=True))
+
+
+def test_bytes_of_half_a_character_are_its_bytes(running: Running) -> None:
+    tokenizer = running.server.tokenizer
+    tokens = tokenizer("🚤").input_ids
+    assert b"".join(token_bytes(tokenizer, token) for token in tokens) == "🚤".encode()
+    assert token_name(tokenizer, tokens[0]).startswith("bytes:\\xf0")
+
+
+def test_lm_eval_asks_it_as_a_local_completions_model(running: Running, served: Path, monkeypatch) -> None:
+    """lm-eval's own client, whose log-likelihoods are those that validation has of the same model."""
+    pytest.importorskip("tenacity")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    judge = TorchEngine(served, Engine(max_seq_len=512, max_batch_size=1), "cpu")
+    asked = [(PROMPT, " and under"), ("A small", " boat carries apples"), ("In winter the", " children")]
+    lm = LocalCompletionsAPI(
+        base_url=f"{running.url}/v1/completions", model="tiny", tokenizer=str(served), tokenizer_backend="huggingface",
+        batch_size=2, max_length=512,
+    )  # fmt: skip
+    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(asked)]
+    found = lm.loglikelihood(requests, disable_tqdm=True)
+    tokenizer = running.server.tokenizer
+    pairs = [(tokenizer(a).input_ids, tokenizer(a + b).input_ids[len(tokenizer(a).input_ids) :]) for a, b in asked]
+    right = judge.loglikelihood(pairs)
+    for (score, greedy), (expected, likeliest), (_, tokens) in zip(found, right, pairs, strict=True):
+        assert score == pytest.approx(expected, abs=0.02 * len(tokens)) and greedy == likeliest
+    (text,) = lm.generate_until(
+        [Instance("generate_until", {}, (PROMPT, {"until": ["\n\n"], "max_gen_toks": 4}), 0)], disable_tqdm=True
+    )
+    assert text == complete(client=OpenAI(base_url=f"{running.url}/v1", api_key="none"), max_tokens=4).choices[0].text
+
+
 def test_models_and_health(running: Running, client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
@@ -124,15 +190,22 @@ REFUSED = [
     ("completions", {"prompt": PROMPT, "max_tokens": 0}, 400, None, "max_tokens: 0"),
     ("completions", {"prompt": PROMPT, "temperature": 3}, 400, None, "temperature: 3"),
     ("completions", {"prompt": PROMPT, "max_token": 3}, 400, None, "unknown key 'max_token'; write 'max_tokens'"),
-    ("completions", {"prompt": PROMPT, "echo": True}, 400, None, "echo: True is not served; leave it out"),
-    ("completions", {"prompt": ""}, 400, None, "prompt: is empty"),
+    ("completions", {"prompt": PROMPT, "best_of": 2}, 400, None, "best_of: 2 is not served; leave it out"),
+    *(("completions", {"prompt": prompt}, 400, None, "empty; write text, or") for prompt in ("", [], [[]], ["a", ""])),
+    ("completions", {"prompt": "\ud83d"}, 400, None, "prompt: holds half of a surrogate pair"),
+    ("completions", {"prompt": PROMPT, "\ud83d": 1}, 400, None, "unable to parse"),
     ("completions", {"prompt": [1, 2, 100000]}, 400, None, "token 100000 is not valid"),
     ("completions", {"prompt": ["a"] * 70, "n": 2}, 400, None, "70 prompts times n 2 are more than 128"),
     ("completions", {}, 400, None, "prompt: is required"),
     ("completions", {"prompt": PROMPT, "model": "gpt-9"}, 404, "model_not_found", "'gpt-9' is not served here"),
     ("chat/completions", {"messages": []}, 400, None, "messages"),
     ("chat/completions", {"messages": [{"role": "usr", "content": "x"}]}, 400, None, "write 'user'"),
-    ("chat/completions", {"messages": CHAT, "tools": [{"type": "function"}]}, 400, None, "tools: "),
+    ("chat/completions", {"messages": CHAT, "tools": [{"type": "function"}]}, 400, None, "function: is required"),
+    ("chat/completions", {"messages": CHAT, "tools": TOOLS}, 400, None, "tools: the model's chat template has no"),
+    ("chat/completions", {"messages": CHAT, "tool_choice": "required"}, 400, None, "cannot be made sure of"),
+    ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, 400, None, "messages: the model's chat"),
+    ("chat/completions", {"messages": [{"role": "user"}]}, 400, None, "content: is required"),
+    ("chat/completions", {"messages": [{"role": "user", "content": "\ud83d"}]}, 400, None, "half of a surrogate pair"),
     ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "x"}]}]}, 400, None, "write 'text'"),
 ]  # fmt: skip
 

@@ -45,7 +45,8 @@ def requests() -> list[tuple[list[int], list[int]]]:
 
 @pytest.mark.parametrize(("form", "settings"), [
     ("bf16", {}), ("fp8", {}), ("fp8", {"kv_cache": "fp8"}), ("fp8_per_channel", {}),
-    ("int4_awq", {}), ("int4_gptq", {}), ("int4_rtn", {"exclude": ["*.o_proj"]}),
+    ("int4_awq", {}), ("int4_gptq", {}), ("int4_rtn", {"exclude": ["*.o_proj"]}), ("nvfp4_wo", {}), ("mxfp4_wo", {}),
+    ("mixed_gpu", {"effective_bits": 6, "group_size": 64}),
 ])  # fmt: skip
 def test_it_answers_as_the_torch_engine_does(export, tmp_path, vllm, form, settings):
     folder = export(form, **settings)
@@ -54,13 +55,16 @@ def test_it_answers_as_the_torch_engine_does(export, tmp_path, vllm, form, setti
     asked = requests()
     # Logits between 4 and 8 are 1/32 apart in bfloat16, so a token may be off by half of that. Inputs that float32 and
     # bfloat16 round to FP8 apart are a sixteenth apart.
-    near = 0.5 if form.startswith("fp8") else 0.1
+    near = 0.5 if form.startswith(("fp8", "mixed")) else 0.1
     for (likelihood, greedy), (expected, expected_greedy) in zip(
         served.loglikelihood(asked), torch_engine.loglikelihood(asked), strict=True
     ):
         assert abs(likelihood - expected) < near and greedy == expected_greedy and expected < -1
     windows = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(4))
     assert served.nll(windows) == pytest.approx(torch_engine.nll(windows), abs=2 * near)
+    told, expected = served.predict(windows, 4), torch_engine.predict(windows, 4)
+    assert [sum(places) for places in told.nll] == pytest.approx(served.nll(windows), rel=1e-6)
+    assert torch.tensor(told.log_probs) == pytest.approx(torch.tensor(expected.log_probs), abs=2 * near)
     prompts = [context for context, _ in asked[:3]]
     answers, expected = served.generate(prompts, 8), torch_engine.generate(prompts, 8)
     if form != "bf16":  # the stand-in multiplies in float32: of two tokens as likely it may take either
@@ -160,8 +164,8 @@ def test_nothing_is_truncated(export, vllm):
     [
         ("0.23.1", "bf16", {}, "engine.backend: 'vllm' needs vLLM 0.24, and this image has 0.23.1"),
         ("0.25.0", "bf16", {}, "engine.backend: 'vllm' needs vLLM 0.24, and this image has 0.25.0"),
-        ("0.24.0", "int8_wo", {}, "vLLM reads FP8, FP8_PER_CHANNEL_PER_TOKEN, NVFP4, W4A16_AWQ of ModelOpt's layers, "
-         "and no W8A16"),
+        ("0.24.0", "int8_wo", {}, "vLLM reads FP8, FP8_PER_CHANNEL_PER_TOKEN, NVFP4, W4A16_AWQ, W4A16_NVFP4, "
+         "W4A16_MXFP4 of ModelOpt's layers, and no W8A16"),
         ("0.24.0", "fp8 KV cache alone", {}, "vLLM refuses the export or its settings: Missing 'quant_algo'"),
         ("0.24.0", "bf16", {"max_seq_len": 4096, "max_num_tokens": 8192}, "vLLM refuses the export or its settings: "
          "User-specified max_model_len (4097) is greater"),

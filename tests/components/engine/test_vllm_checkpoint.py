@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save_file
@@ -75,6 +76,44 @@ def test_fp8_with_a_tied_head_keeps_its_numbers(export, tmp_path, form, kv_cache
     assert scale.shape == ((64, 1) if of_weights == "channel" else ())
     assert {"lm_head", "model.layers.0.mlp.down_proj"} <= {*config["ignore"]}
     assert bool(config.get("kv_cache_scheme")) == (kv_cache == "fp8")
+
+
+@pytest.mark.parametrize(("form", "pack", "size"), [
+    ("nvfp4_wo", "nvfp4-pack-quantized", 16), ("mxfp4_wo", "mxfp4-pack-quantized", 32),
+    ("nvfp4", "nvfp4-pack-quantized", 16),
+])  # fmt: skip
+def test_fp4_is_compressed_tensors_own(export, tmp_path, form, pack, size):
+    """Its own compressor unpacks every layer to the weights of the export."""
+    source = Export(export(form))
+    config, tensors = translate(source.folder, tmp_path)
+    parsed = QuantizationConfig.model_validate(config)
+    (scheme,) = parsed.config_groups.values()
+    assert (config["quant_method"], parsed.format, scheme.format) == ("compressed-tensors", pack, pack)
+    assert (scheme.weights.group_size, bool(scheme.input_activations)) == (size, form == "nvfp4")
+    compressor = BaseCompressor.get_value_from_registry(pack)
+    assert compressor.can_compress(torch.nn.Linear, scheme)
+    for name in source.layers:
+        own = {key.rpartition(".")[2]: tensors[key] for key in tensors if key.startswith(f"{name}.")}
+        if form == "nvfp4":
+            given = own.pop("input_global_scale")
+            assert given.item() == pytest.approx(1 / source.layer(name).input_scale.item())
+        weight = compressor.decompress(own, scheme)["weight"]
+        # in bfloat16, which holds eight bits
+        torch.testing.assert_close(weight.float(), layer_layout.scaled_weight(source.layer(name)), rtol=2**-7, atol=0)
+
+
+def test_a_mix_becomes_groups_of_layers_by_name(export, tmp_path):
+    source = Export(export("mixed_gpu", effective_bits=6, group_size=64))
+    config, tensors = translate(source.folder, tmp_path)
+    parsed = QuantizationConfig.model_validate({k: v for k, v in config.items() if k != "input_scaled_layers"})
+    assert parsed.format == "mixed-precision" and len(parsed.config_groups) == len({*source.layers.values()}) > 1
+    forms = {"W4A16_NVFP4": "nvfp4-pack-quantized", "W4A16_AWQ": "pack-quantized", "FP8": "float-quantized"}
+    for group in parsed.config_groups.values():
+        assert {forms[source.layers[layer].algo] for layer in group.targets} == {group.format}
+    assert sorted(layer for group in parsed.config_groups.values() for layer in group.targets) == sorted(source.layers)
+    assert {*source.plain_layers} <= {*config["ignore"]}
+    for layer in source.layers:
+        assert (f"{layer}.weight_packed" in tensors) is (source.layers[layer].algo != "FP8")
 
 
 def test_fp8_with_a_head_of_its_own_is_read_as_it_is(export, tmp_path):

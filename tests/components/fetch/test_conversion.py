@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,9 @@ def experts_of(expected: dict[str, torch.Tensor], transposed: bool) -> dict[str,
     return made
 
 
-@pytest.mark.parametrize("model_type", ["llama4_text", "qwen3_5_moe_text", "qwen3_next", "granitemoe"])
+@pytest.mark.parametrize(
+    "model_type", ["llama4_text", "qwen3_5_moe_text", "qwen3_next", "granitemoe", "granitemoehybrid"]
+)
 def test_experts_in_one_tensor(tmp_path, model_type):
     folder = write(tmp_path / "model", model_type)
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
@@ -143,12 +146,55 @@ def test_experts_in_one_tensor(tmp_path, model_type):
     before = load_file(folder / native.WEIGHTS)
     found = converted(folder, tmp_path / "out")
     experts = experts_of(expected, transposed=model_type == "llama4_text")
+    if model_type == "granitemoe":  # as vLLM reads Granite 3's
+        mixtrals = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+        experts = {re.sub(r"\w+_proj", lambda m: mixtrals[m[0]], name): tensor for name, tensor in experts.items()}
     assert len(experts) == 2 * EXPERTS * 3
     assert all(same(found[name], tensor) for name, tensor in experts.items())
     others = {name: tensor for name, tensor in found.items() if name not in experts}
     assert {*others} < {*before}
     assert all(torch.equal(tensor, before[name]) for name, tensor in others.items())
     assert (tmp_path / "out" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("bare", [True, False], ids=["as published", "as transformers saves it"])
+@torch.inference_mode()
+def test_gpt2_is_the_gptbigcode_of_the_same_function(tmp_path, bare):
+    folder = tmp_path / "model"
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=300)
+    model = decoders.perturbed(AutoModelForCausalLM.from_config(config).eval()).bfloat16()
+    model.save_pretrained(folder)
+    tiny._tokenizer().save_pretrained(folder)
+    if bare:  # OpenAI's own files name the body alone, and hold the masks of attention
+        mask = {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+        tensors = load_file(folder / native.WEIGHTS).items()
+        named = {name.removeprefix("transformer."): tensor for name, tensor in tensors}
+        save_file(named | mask, folder / native.WEIGHTS, {"format": "pt"})
+    before = inspect(folder)
+    converted(folder, tmp_path / "out")
+    assert inspect(tmp_path / "out") == before and before.model_type == "gpt_bigcode"
+    loaded, _ = model_files.load(tmp_path / "out", torch.float32)
+    tokens = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(1))
+    assert (loaded(tokens).logits - model.float()(tokens).logits).abs().max() <= 5e-4
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(read(tokens).logits, loaded(tokens).logits)
+    assert not layout(folder, config_of(folder), read_tensors(folder)).as_stored
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True, and scores by the block"),
+        ({"architectures": ["GPT2DoubleHeadsModel"]}, r"stores its layers transposed \(Conv1D\)"),
+    ],
+)
+def test_a_gpt2_that_is_another_is_refused(tmp_path, change, why):
+    config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=1, n_head=4, n_positions=64, vocab_size=300)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config_of(tmp_path) | change))
+    with pytest.raises(InputError, match=why):
+        inspect(tmp_path)
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])

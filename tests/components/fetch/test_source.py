@@ -9,12 +9,13 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 from trimtab.base.errors import InputError, Transient
 from trimtab.components.fetch import gguf, source
+from trimtab.model.licence import LICENCE, licence_of
 from trimtab.store import open_store
 from trimtab.store.store import Store
 
@@ -102,6 +103,20 @@ def test_a_prefix_of_a_real_server(prefix, zeros, store, s3_server, monkeypatch)
     assert source.fetch(f"s3://{s3_server.bucket}/{prefix}", store).digest == source.fetch(str(zeros), store).digest
 
 
+CARD = "---\nlicense: other\nlicense_name: llama3.1\nlicense_link: https://example.org/l\ntags: [a]\n---\n# A model\n"
+
+
+def test_a_licence_travels_with_the_model(zeros, store, tmp_path):
+    silent = source.fetch(str(zeros), store)
+    assert LICENCE not in store.manifest(silent).metadata
+    (zeros / "README.md").write_text(CARD)
+    tree = source.fetch(str(zeros), store)
+    known = {"id": "other", "name": "llama3.1", "link": "https://example.org/l"}
+    assert store.manifest(tree).metadata[LICENCE] == known and "README.md" not in names(store, tree)
+    other = open_store(str(tmp_path / "other"))
+    assert other.manifest(source.fetch(tree.uri, other)).metadata[LICENCE] == known
+
+
 @pytest.mark.parametrize("address", ["s3://", "s3://B/x", "s3://bucket/a//b", "s3://bucket/../b"])
 def test_what_is_no_address_of_s3_is_refused_at_once(address):
     with pytest.raises(InputError, match="write s3://bucket/prefix"):
@@ -146,6 +161,7 @@ def describe(writer: GGUFWriter) -> None:
     tokens += merged
     tokens += [f"<{number}>" for number in range(VOCABULARY - len(tokens))]
     writer.add_name("tiny")
+    writer.add_license("apache-2.0")
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(LAYERS)
@@ -172,6 +188,10 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+def test_the_licence_in_a_gguf_is_kept(converted):
+    assert licence_of(converted) == {"id": "apache-2.0"}
+
+
 @pytest.mark.parametrize(("name", "parts"), [("Tiny.GGUF", 1), ("tiny.gguf", 3), ("TINY-Q8.GGUF", 2)])
 def test_gguf_of_any_case_and_in_parts_is_the_same_model(name, parts, converted, tmp_path):
     (tmp_path / "out").mkdir()
@@ -192,6 +212,20 @@ def test_a_missing_part_is_named_at_once(tmp_path):
     paths[1].unlink()
     with pytest.raises(InputError, match="tiny-00002-of-00003.gguf is missing"):
         source.check(str(paths[0]))
+
+
+def test_transformers_parses_a_gguf_once(tmp_path, monkeypatch):
+    readers = []
+
+    class Counted(GGUFReader):
+        def __init__(self, *arguments):
+            readers.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("gguf.GGUFReader", Counted)
+    (tmp_path / "out").mkdir()
+    gguf.convert([str(path) for path in write_gguf(tmp_path / "tiny.gguf")], str(tmp_path / "out"))
+    assert len(readers) == 1
 
 
 def test_gguf_is_converted_once(tmp_path, store):

@@ -9,13 +9,13 @@ import decoders
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from trimtab import families
 from trimtab.base.errors import Failure
 from trimtab.components.pruning.structured import writing
 from trimtab.components.pruning.structured.depth import without
 from trimtab.model.facts import inspect
+from trimtab.runtime.checkpoint import model_files
 
 
 class Bypass(nn.Module):
@@ -44,7 +44,7 @@ def prune(source: Path, removed: list[int], folder: Path) -> Path:
 def test_what_goes_by_block_moves_with_the_blocks(model_type: str, tmp_path: Path) -> None:
     source = decoders.write(tmp_path / "source", model_type)
     left = prune(source, [0], tmp_path / "left")
-    whole, pruned = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in (source, left))
+    whole, pruned = decoders.as_written(model_type), model_files.load(left, torch.float32)[0]
     blocks = whole.get_submodule(families.BY_TYPE[model_type].blocks)
     blocks[0] = Bypass(blocks[0])
     tokens = torch.randint(3, 300, (2, 48), generator=torch.Generator().manual_seed(1))  # three windows long

@@ -157,7 +157,7 @@ def test_a_narrowed_model_quantizes_and_passes_the_gate(family, tmp_path):
     prune(str(model), str(calibration), pruned, str(tmp_path / "shards"), EVERYTHING)
     calibrate(pruned, measured, "", {"samples": 4, "length": 32})
     settings = {"format": "int4_awq", "group_size": 64}
-    quantize(pruned, measured, None, None, export, str(tmp_path / "scratch"), settings)
+    quantize(pruned, measured, None, export, str(tmp_path / "scratch"), settings)
     metrics = gate.inspect(export, pruned, checked, "", settings)
     assert metrics["tensor_bytes"] == pytest.approx(metrics["predicted_bytes"], rel=0.035)
     assert metrics["quantized_share"] < 0.3 and metrics["reload_skipped"] == ""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from modelopt.torch.quantization.qtensor import MXFP4QTensor, NVFP4QTensor
 from safetensors.torch import load_file, save_file
 
 from trimtab.base import child
@@ -23,11 +24,12 @@ from trimtab.families.fusion import groups
 from trimtab.model.facts import inspect
 from trimtab.model.hardware import target
 from trimtab.recipe import Engine, Quantization
-from trimtab.runtime.checkpoint import model_files
+from trimtab.runtime.checkpoint import layer_layout, model_files
 from trimtab.runtime.checkpoint.layer_layout import dequantize
 from trimtab.runtime.checkpoint.model_files import Export
 from trimtab.runtime.engines.torch_engine import TorchEngine
-from trimtab.runtime.rounding import quantizers, scales
+from trimtab.runtime.measure import gradients
+from trimtab.runtime.rounding import folding, quantizers, scales
 
 #: Format -> bits a weight takes with its scales at most (64 features, groups of 32), relative error of a layer at most.
 FORMATS = {
@@ -39,8 +41,10 @@ FORMATS = {
     "int4_awq": (4.9, 0.3),
     "int4_gptq": (4.9, 0.3),
     "w4a8_awq": (4.9, 0.3),
-    "nvfp4": (4.6, 0.2),
-    "mxfp4": (4.4, 0.2),
+    "nvfp4": (4.6, 0.3),
+    "nvfp4_wo": (4.6, 0.3),
+    "mxfp4": (4.4, 0.3),
+    "mxfp4_wo": (4.3, 0.3),
 }
 
 
@@ -60,13 +64,44 @@ def test_every_layer_is_quantized(name, export, model):
 @pytest.mark.parametrize("name", FORMATS)
 def test_weights_are_near_their_source(name, export, model):
     read, source = Export(export(name)), Export(model)
+    facts, settings = inspect(model), Quantization(format=name)
+    folded = folding.makers(groups(read.layers, "llama"), dict.fromkeys(read.layers, name), settings, facts)
+    assert len(folded) == (8 if name in ("nvfp4", "nvfp4_wo", "mxfp4_wo") else 0)  # two in each of four blocks
     for group in groups(read.layers, "llama"):
         norm = f"{group.norm}.weight"
         change = read.tensor(norm).float() / source.tensor(norm).float() if group.norm else 1.0
         for layer in group.layers:
-            weight = source.tensor(f"{layer}.weight").float()
-            error = (dequantize(read.layer(layer)) * change - weight).norm() / weight.norm()
+            weight, found = source.tensor(f"{layer}.weight").float(), dequantize(read.layer(layer))
+            if layer in folded:
+                change = folding.widened(row_gains(folded[layer], read, source), weight.shape[1], facts.head_dim)
+            if layer in folded.values():
+                found = found / row_gains(layer, read, source)[:, None]
+            error = (found * change - weight).norm() / weight.norm()
             assert error.item() < FORMATS[name][1], layer
+
+
+def row_gains(layer: str, read: Export, source: Export) -> torch.Tensor:
+    """The source's part in each stored row: by what it was multiplied, but for rounding."""
+    weight = source.tensor(f"{layer}.weight").float()
+    return (dequantize(read.layer(layer)) * weight).sum(1) / weight.square().sum(1)
+
+
+@pytest.mark.parametrize("part", ["v_proj", "up_proj"])
+def test_a_scale_in_the_layer_before_is_taken_back_in_the_one_behind(part, export, model):
+    """Where values and up_proj stay in 16 bits, they show the scale: another for each row, and one for both query
+    heads that share a head of values."""
+    read, source = Export(export("nvfp4_wo", exclude=["lm_head", f"*.{part}"])), Export(model)
+    behind = {"v_proj": "self_attn.o_proj", "up_proj": "mlp.down_proj"}[part]
+    before = f"model.layers.1.{behind.partition('.')[0]}.{part}.weight"
+    norm = f"model.layers.1.{'input' if part == 'v_proj' else 'post_attention'}_layernorm.weight"
+    gains = read.tensor(before).float() / source.tensor(before).float()
+    gains *= read.tensor(norm).float() / source.tensor(norm).float()
+    assert gains.amax(1).div(gains.amin(1)).max() < 1 + 2**-6 and gains.mean(1).std() > 0.02
+    name = f"model.layers.1.{behind}"
+    stored, weight = dequantize(read.layer(name)), source.tensor(f"{name}.weight").float()
+    inputs = folding.widened(gains.mean(1), weight.shape[1], inspect(model).head_dim)
+    found = (stored * weight).sum(0) / weight.square().sum(0)
+    assert (found * inputs - 1).abs().median() < 0.05 and (found - 1).abs().median() > 0.02
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -153,10 +188,10 @@ def test_int4_names_a_scale_of_the_input_where_tensorrt_llm_asks_for_one(name, e
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_slices_change_nothing(name, export, model, calibration, gram, tmp_path, monkeypatch):
+def test_slices_change_nothing(name, export, model, calibration, tmp_path, monkeypatch):
     """Two rows at a time, where otherwise a whole matrix of the tiny model fits one slice."""
     monkeypatch.setattr(quantizers, "SLICE", 1)
-    quantize(model, tmp_path / "q", calibration, gram, format=name)
+    quantize(model, tmp_path / "q", calibration, format=name)
     sliced, whole = Export(tmp_path / "q" / "output"), Export(export(name))
     assert sliced.names == whole.names
     for tensor in whole.names:
@@ -174,6 +209,84 @@ def test_one_scale_for_several_matrices_is_searched_as_for_one():
         assert found == expected
         moved += int(found != scales.FP8.scale(together.abs().max()))
     assert moved > 5
+
+
+@pytest.mark.parametrize("form", ["nvfp4", "mxfp4"])
+def test_fp4_by_the_largest_weight_is_modelopts(form):
+    """NVFP4QTensor's and MXFP4QTensor's numbers: both of the same matrix, but for ties, which MXFP4's rounds down."""
+    weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 8)[:, None]
+    settings = Quantization(format=form, method="nearest")
+    found = quantizers.round_weights(form, {"": weight}, settings)[""]
+    if form == "nvfp4":
+        packed, scale, second = NVFP4QTensor.quantize(weight.clone(), 16)
+        assert torch.equal(found.weight_scale_2, second) and torch.equal(found.weight_scale.float(), scale.float())
+        expected = packed._quantized_data
+    else:
+        packed, exponents = MXFP4QTensor.quantize(weight.clone(), 32)
+        assert torch.equal(found.weight_scale, exponents.reshape(8, 3))
+        expected = packed._quantized_data
+    assert torch.equal(layer_layout.unpack_e2m1(found.weight), layer_layout.unpack_e2m1(expected))
+
+
+def test_codes_of_e2m1():
+    """Every number of OCP Microscaling 1.0 and the code that it has there, the even one of a pair lowest."""
+    positive = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    numbers = torch.cat([positive, -positive[1:], positive[:1]])[None]
+    codes = [*range(8), *range(9, 16), 0]
+    expected = [low | high << 4 for low, high in zip(codes[::2], codes[1::2], strict=True)]
+    assert layer_layout.pack_e2m1(numbers)[0].tolist() == expected
+    assert torch.equal(layer_layout.unpack_e2m1(layer_layout.pack_e2m1(numbers)), numbers)
+
+
+SEARCHED = {"nvfp4_wo": 16, "mxfp4_wo": 32}
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["moments", "pairs"])
+@pytest.mark.parametrize("form", SEARCHED)
+def test_the_scale_of_a_block_is_the_best_of_those_that_can_be_stored(form, pairs):
+    """Against every scale within an octave of the largest weight's, by the error of the block's output."""
+    size, draw = SEARCHED[form], torch.Generator().manual_seed(0)
+    weight, x = torch.randn(6, 2 * size, generator=draw), torch.randn(400, 2 * size, generator=draw) ** 3
+    x = x @ torch.randn(2 * size, 2 * size, generator=draw)
+    gram = x.t() @ x / len(x)
+    settings = Quantization(format=form)
+    numbers = quantizers.numbers_of(form, [weight])
+    importance = gram if pairs else gram.diagonal()
+    found = quantizers.row_scales(form, weight, settings, importance, numbers)
+    plain = quantizers.row_scales(form, weight, settings, None, numbers)
+    moved = 0
+    for row in range(6):
+        for block in range(2):
+            part, here = weight[row, block * size :][:size], slice(block * size, (block + 1) * size)
+            counts = gram[here, here] if pairs else gram.diagonal()[here].diag()
+
+            def error(scale, part=part, counts=counts):
+                e = numbers.round(part / scale) * scale - part
+                return e @ counts @ e
+
+            every = [numbers.stored(plain[row, block] * 2 ** (n / 64)) for n in range(-64, 40)]
+            least = min(map(error, every))
+            assert error(found[row, block]) <= least * (1 + 1e-4)
+            moved += int(found[row, block] != plain[row, block])
+    assert moved > 2
+
+
+@pytest.mark.parametrize("form", SEARCHED)
+def test_gptq_on_searched_scales_loses_less_than_nearest_and_that_less_than_by_the_largest_weight(form):
+    draw = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(32, 64, generator=draw), torch.randn(600, 64, generator=draw) ** 3
+    x = x @ torch.randn(64, 64, generator=draw)
+    seen = Input(x.abs().amax(0), x.square().mean(0), x.t() @ x / len(x))
+    given = {
+        "gptq": (Quantization(format=form), seen),
+        "searched": (Quantization(format=form), Input(seen.amax, seen.second_moment)),
+        "largest": (Quantization(format=form, method="nearest"), seen),
+    }
+    errors = {}
+    for name, (settings, known) in given.items():
+        layer = packed_layers.quantize(form, {"": weight}, known, settings)[""]
+        errors[name] = (x @ (dequantize(layer) - weight).t()).square().mean().item()
+    assert errors["gptq"] < 0.9 * errors["searched"] < 0.9 * errors["largest"]
 
 
 def test_unquantized_tensors_keep_16_bits(export):
@@ -255,6 +368,52 @@ def test_mixed_keeps_its_budget(bits, export, model):
         assert set(per_weight.values()) == {4, 8}
 
 
+@pytest.mark.parametrize(("bits", "algos"), [(4.0, {"W4A16_NVFP4", "W4A16_AWQ"}), (6.0, None)])
+def test_a_mix_for_gpus_keeps_its_budget_and_leaves_some_in_16_bits(bits, algos, export, model):
+    """What ModelOpt calls MIXED_PRECISION: every quantized layer with its own format, whole groups alike, all others
+    named as excluded, in both files."""
+    folder = export("mixed_gpu", effective_bits=bits)
+    read, sizes = Export(folder), {layer.name: layer.parameters for layer in inspect(model).linears}
+    mean = sum(size * (read.layers[name].bits if name in read.layers else 16) for name, size in sizes.items())
+    assert mean / sum(sizes.values()) <= bits + 1e-6
+    for group in groups(sizes, "llama"):
+        assert len({read.layers.get(layer) for layer in group.layers}) == 1
+    found = {layout.algo for layout in read.layers.values()}
+    assert found <= {"W4A16_NVFP4", "W4A16_AWQ", "FP8"} and (algos is None or found == algos)
+    own = json.loads((folder / "hf_quant_config.json").read_text())["quantization"]
+    flat = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert own["quant_algo"] == flat["quant_algo"] == "MIXED_PRECISION"
+    assert own["quantized_layers"].keys() == read.layers.keys()
+    left = {"lm_head", *(name for name in sizes if name not in read.layers)}
+    assert {*own["exclude_modules"]} == {*flat["ignore"]} == left
+    assert (len(left) > 1) is (bits > 4)
+    assert TorchEngine(folder, Engine(), "cpu").kernels().keys() == read.layers.keys()
+
+
+def test_time_is_a_second_budget(export, model):
+    """Where reading and multiplying take as long, weights alone save no time: half of it is FP8 for all."""
+    folder = export("mixed_gpu", effective_bits=8, max_time=0.5, step_tokens=206)
+    assert {layout.algo for layout in Export(folder).layers.values()} == {"FP8"}
+
+
+def test_the_harm_of_a_layer_counts_both_its_roundings(model, calibration, harms):
+    """Against the definition, on the tokens that were kept: half of the mean of g² (W x - W' x')²."""
+    tokens = load_file(calibration / "tokens.safetensors")["tokens"].long()
+    name = "model.layers.2.mlp.down_proj"
+    x, g, share = gradients.samples(model, gradients.enough(tokens), "")[name]
+    assert len(x) == len(g) and len(x) * share == pytest.approx(1.0, rel=0.2)
+    weight = Export(model).tensor(f"{name}.weight").float()
+    amax = load_file(calibration / "statistics.safetensors")[f"{name}.amax"].max()
+    rounded = [t.float() for t in (layer_layout.round_fp8(x, amax / 448),
+                                   layer_layout.round_fp8(weight, weight.abs().max() / 448))]  # fmt: skip
+    change = x @ weight.t() - rounded[0] @ rounded[1].t()
+    expected = 0.5 * share * (g.square() * change.square()).sum().item()
+    found = sensitivity.read(harms)
+    assert found[name]["fp8"] == pytest.approx(expected, rel=0.1), "but for what both roundings have in common"
+    for each in found.values():
+        assert each["int8_wo"] < each["nvfp4_wo"] < each["nvfp4"] and each["int4_gptq"] < each["int4_rtn"]
+
+
 @pytest.mark.parametrize(("kv_cache", "largest"), [("fp8", 448), ("int8", 127), ("nvfp4", 448)])
 def test_the_scales_of_a_kv_cache_are_those_of_the_measured_ranges(kv_cache, largest, export, calibration):
     read = Export(export("int8_wo", kv_cache=kv_cache))
@@ -269,9 +428,9 @@ def test_the_scales_of_a_kv_cache_are_those_of_the_measured_ranges(kv_cache, lar
 # --- what is refused, and what survives ------------------------------------------------------------------------
 
 
-def quantize(model, folder, calibration=None, gram=None, **settings):
+def quantize(model, folder, calibration=None, **settings):
     (folder / "output").mkdir(parents=True, exist_ok=True)
-    trees = (tree and str(tree) for tree in (model, calibration, gram, None))
+    trees = (tree and str(tree) for tree in (model, calibration, None))
     parameters = {"group_size": 32, **settings}
     return work.quantize(*trees, str(folder / "output"), str(folder / "scratch"), parameters)
 
@@ -322,12 +481,12 @@ def test_a_kill_between_shards_costs_only_the_open_one(model, calibration, monke
     monkeypatch.setattr(stream, "SHARD_BYTES", 1)
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
-    arguments = (str(model), str(calibration), None, None)
+    arguments = (str(model), str(calibration), None)
     settings = {"format": "int4_awq", "group_size": 32}
     work.quantize(*arguments, str(tmp_path / "whole"), str(tmp_path / "s0"), settings)
 
     converted = []
-    convert = work._Quantizer.__call__
+    convert = work._Shards.__call__
 
     def counting(self, names, title):
         if len(converted) == 4:
@@ -335,13 +494,13 @@ def test_a_kill_between_shards_costs_only_the_open_one(model, calibration, monke
         converted.append(names)
         return convert(self, names, title)
 
-    monkeypatch.setattr(work._Quantizer, "__call__", counting)
+    monkeypatch.setattr(work._Shards, "__call__", counting)
     with pytest.raises(KeyboardInterrupt):
         work.quantize(*arguments, str(tmp_path / "cut"), str(tmp_path / "s1"), settings)
     assert not list((tmp_path / "cut").iterdir())
     before = list(converted)
     converted[:] = []
-    monkeypatch.setattr(work._Quantizer, "__call__", lambda *call: converted.append(call[1]) or convert(*call))
+    monkeypatch.setattr(work._Shards, "__call__", lambda *call: converted.append(call[1]) or convert(*call))
     work.quantize(*arguments, str(tmp_path / "cut"), str(tmp_path / "s1"), settings)
     assert not any(names in before for names in converted)
     cut, whole = Export(tmp_path / "cut"), Export(tmp_path / "whole")
@@ -357,7 +516,7 @@ def test_memory_holds_no_second_copy_of_the_largest_tensor(write_model, tmp_path
     for vocab in (64, 400_000):
         source, folder = write_model(tmp_path / str(vocab), layers=1, hidden=512, vocab=vocab), tmp_path / f"q{vocab}"
         (folder / "output").mkdir(parents=True)
-        trees = {"checkpoint": str(source), "calibration": None, "gram": None, "sensitivity": None}
+        trees = {"checkpoint": str(source), "calibration": None, "sensitivity": None}
         places = {"output": str(folder / "output"), "scratch": str(folder / "scratch")}
         done = child.call(
             "trimtab.components.quantization.work:quantize", **trees, **places, parameters={"format": "int4_rtn"}

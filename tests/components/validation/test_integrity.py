@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from trimtab.base.errors import Failure
 from trimtab.catalog.formats import FORMATS
-from trimtab.components.validation.evaluation.generation import is_degenerate
+from trimtab.components.validation.evaluation.generation import PROMPTS, is_degenerate
 from trimtab.components.validation.integrity import reload
 from trimtab.components.validation.integrity.gate import inspect
+from trimtab.recipe import Quantization
+from trimtab.runtime.engines import kept
 
 #: Format -> what else its recipe asks for.
 SETTINGS = dict.fromkeys(FORMATS, {}) | {
@@ -26,6 +28,9 @@ SETTINGS = dict.fromkeys(FORMATS, {}) | {
     "int4_awq": {"exclude": ["lm_head", "*.k_proj"]},
     "int4_gptq": {"exclude_sensitive": 2},
     "nvfp4": {"kv_cache": "nvfp4"},
+    "nvfp4_wo": {"exclude": ["lm_head", "*.v_proj", "*.up_proj"]},
+    "mixed_gpu": {"effective_bits": 6},
+    "mixed_fp4": {"effective_bits": 6, "max_time": 0.6, "step_tokens": 1000},
     "mixed": {"effective_bits": 5.5},
     "bf16": {"kv_cache": "int8"},
 }
@@ -33,29 +38,32 @@ LAYER = "model.layers.1.mlp.down_proj"
 Tensors = dict[str, torch.Tensor]
 
 
-def check(export: Path, model: Path, folder: Path, name: str, **settings) -> dict[str, Any]:
+def check(
+    export: Path, model: Path, folder: Path, name: str, calibration: Path | None = None, **settings
+) -> dict[str, Any]:
     output = folder / "output"
     output.mkdir()
     parameters = {"format": name, "group_size": 32, **settings}
-    return inspect(str(export), str(model), str(output), "", parameters)
+    weighed = str(calibration) if calibration and Quantization.model_validate(parameters).needs_statistics else None
+    return inspect(str(export), str(model), str(output), "", parameters, weighed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
-def test_clean(name, export, model, tmp_path):
-    metrics = check(export(name, **SETTINGS[name]), model, tmp_path, name, **SETTINGS[name])
+def test_clean(name, export, model, calibration, tmp_path):
+    metrics = check(export(name, **SETTINGS[name]), model, tmp_path, name, calibration, **SETTINGS[name])
     layers = json.loads((tmp_path / "output" / "layers.json").read_text())
     reloaded = json.loads((tmp_path / "output" / "reload.json").read_text())
-    assert reloaded["skipped"] is None and len(reloaded["outputs"]) == 4 and metrics["reload_skipped"] == ""
+    assert reloaded["skipped"] is None and len(reloaded["outputs"]) == len(PROMPTS) and metrics["reload_skipped"] == ""
     assert metrics["tensor_bytes"] == pytest.approx(metrics["predicted_bytes"], rel=0.035)
     if FORMATS[name].is_cast:
         assert not layers and metrics["quantized_share"] == 1
         return
-    storage = FORMATS[name].storage
-    four_bits = storage is not None and storage.bits == 4
-    assert metrics["quantized_share"] < (0.30 if four_bits else 0.54)
-    assert 0 < metrics["max_relative_error"] < (0.2 if four_bits or name == "mixed" else 0.05)
-    assert len(layers) >= 4 * 7 - 6 and all(layer["cosine"] > 0.95 for layer in layers)
+    parts = [FORMATS[part].storage for part in FORMATS[name].mixes or (name,)]
+    excluded = len(SETTINGS[name].get("exclude", ())) > 2  # up_proj among them
+    assert metrics["quantized_share"] < (0.30 if parts[0].bits == 4 and len(parts) == 1 and not excluded else 0.54)
+    assert 0 < metrics["max_relative_error"] < (0.2 if any(part.bits == 4 for part in parts if part) else 0.05)
+    assert len(layers) >= 4 * 7 - 8 and all(layer["cosine"] > 0.95 for layer in layers)
 
 
 def test_a_model_that_is_not_quantized(model, tmp_path):
@@ -78,7 +86,7 @@ def test_a_model_that_stores_more_than_is_read(model, tmp_path):
     inspect(str(old), str(old), str(tmp_path / "output"), "", {})
     export = tmp_path / "export"
     export.mkdir()
-    quantize(str(old), None, None, None, str(export), str(tmp_path / "scratch"), {"format": "int8_wo"})
+    quantize(str(old), None, None, str(export), str(tmp_path / "scratch"), {"format": "int8_wo"})
     (tmp_path / "output").rename(tmp_path / "first")
     check(export, old, tmp_path, "int8_wo")
     assert not {"lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"} & {
@@ -98,7 +106,7 @@ def test_a_sparse_model_passes(settings, model, calibration, tmp_path):
     scratch = str(tmp_path / "scratch")
     prune(str(model), str(calibration), sparse, scratch, {"method": "wanda", "pattern": "2:4"})
     if settings:
-        quantize(sparse, str(calibration), None, None, quantized, scratch, settings)  # as the pipeline has it
+        quantize(sparse, str(calibration), None, quantized, scratch, settings)  # as the pipeline has it
     metrics = inspect(quantized if settings else sparse, sparse, output, "", settings)
     assert metrics["reload_skipped"] == "" and (metrics["quantized_share"] == 1) == (not settings)
 
@@ -197,13 +205,56 @@ FAULTS = [
 FP4_FAULTS = [missing_scale, zeroed, another_layer, half_of_it_zero, half_of_it_as_initialised]
 SEEDED = [
     *((name, fault) for name in ("int8_wo", "fp8_per_channel", "int4_rtn", "int4_gptq") for fault in FAULTS),
-    *((name, fault) for name in ("nvfp4", "mxfp4") for fault in FP4_FAULTS),
+    *((name, fault) for name in ("nvfp4", "nvfp4_wo", "mxfp4") for fault in FP4_FAULTS),
 ]
 
 
 @pytest.mark.parametrize(("name", "fault"), SEEDED, ids=[f"{name}-{fault.__name__}" for name, fault in SEEDED])
-def test_seeded_faults(name, fault, damaged, model, tmp_path):
-    damage_of(re.escape(LAYER), damaged(name, fault), model, tmp_path, name)
+def test_seeded_faults(name, fault, damaged, model, calibration, tmp_path):
+    damage_of(re.escape(LAYER), damaged(name, fault), model, tmp_path, name, calibration=calibration)
+
+
+def rows_of_the_layer_before_doubled(tensors: Tensors) -> None:
+    tensors[LAYER.replace("down", "up") + ".weight"][:32] *= 2
+
+
+def test_a_scale_that_went_into_the_layer_before_alone(damaged, model, calibration, tmp_path):
+    """Where up_proj stays in 16 bits, it shows the scale itself; the layer behind has taken back another."""
+    settings = SETTINGS["nvfp4_wo"]
+    moved = damaged("nvfp4_wo", rows_of_the_layer_before_doubled, **settings)
+    sentence = rf"{re.escape(LAYER)}: group \d of output channel \d+ has 2.\d+ times its source's weights"
+    damage_of(sentence, moved, model, tmp_path, "nvfp4_wo", calibration=calibration, **settings)
+
+
+def a_group_of_one_channel_zeroed(tensors: Tensors) -> None:
+    """The second of 32 inputs, of output channel 4, which the low nibbles of a row of bytes hold."""
+    tensors[f"{LAYER}.weight"][2, 32:64] &= 0xF0
+
+
+def test_a_group_that_matters_little_may_move_and_one_that_matters_may_not(damaged, model, calibration, tmp_path):
+    """GPTQ lets weights of inputs that matter little make up for the errors of others. At 8 billion parameters the gate
+    called such an export damaged: "group 15 of output channel 345 has -0.07 times its source's weights"."""
+    moved = damaged("int4_gptq", a_group_of_one_channel_zeroed)
+    zero = re.escape(f"{LAYER}: group 1 of output channel 4 has 0.00 times its source's weights")
+    (tmp_path / "matters").mkdir()
+    damage_of(zero, moved, model, tmp_path / "matters", "int4_gptq", calibration=calibration)
+    quiet = shutil.copytree(calibration, tmp_path / "quiet")
+    statistics = load_file(quiet / "statistics.safetensors")
+    statistics[f"{LAYER}.second_moment"][32:64] *= 1e-4
+    save_file(statistics, quiet / "statistics.safetensors")
+    check(moved, model, tmp_path, "int4_gptq", quiet)
+    layers = json.loads((tmp_path / "output" / "layers.json").read_text())
+    assert all(0 < layer["weighted_error"] < 0.3 for layer in layers)
+    (tmp_path / "plain").mkdir()
+    damage_of(rf"{re.escape(LAYER)}: output channel 4 has 0\.\d+ times", moved, model, tmp_path / "plain", "int4_gptq")
+
+
+def test_a_norm_that_makes_a_channel_zero(damaged, model, tmp_path):
+    def silence(tensors: Tensors) -> None:
+        tensors[NORM][7] = 0
+
+    reason = f"{re.escape(NORM)}: multiplies channel 7 by 0, its source does not"
+    damage_of(reason, damaged("int4_awq", silence), model, tmp_path, "int4_awq")
 
 
 def test_scales_of_two_layers_swapped(damaged, model, tmp_path):
@@ -325,7 +376,7 @@ def untied(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
     (base / "export").mkdir()
-    trees = (str(folder), None, None, None, str(base / "export"), str(base / "scratch"))
+    trees = (str(folder), None, None, str(base / "export"), str(base / "scratch"))
     work.quantize(*trees, {"format": "int8_wo"})
     return folder, base / "export"
 
@@ -580,7 +631,7 @@ def test_what_the_engine_cannot_run_is_said(talker, monkeypatch, tmp_path):
     def unsupported(*_: Any) -> None:
         raise Failure("unsupported", "a head that caps its logits")
 
-    monkeypatch.setattr(reload, "TorchEngine", unsupported)
+    monkeypatch.setattr(kept, "loaded", unsupported)
     folder = shutil.copytree(talker, tmp_path / "copy")
     (tmp_path / "output").mkdir()
     metrics = inspect(str(folder), str(talker), str(tmp_path / "output"), "", {})

@@ -24,7 +24,7 @@ def made(tmp_path: Path) -> tuple[Path, Path]:
     """A tiny Mixtral, and its export in INT8."""
     source, export = decoders.write(tmp_path / "source", "mixtral"), tmp_path / "export"
     export.mkdir()
-    quantize(str(source), None, None, None, str(export), str(tmp_path / "scratch"), SETTINGS)
+    quantize(str(source), None, None, str(export), str(tmp_path / "scratch"), SETTINGS)
     return source, export
 
 

@@ -63,7 +63,7 @@ class Run:
         calibration = str(self.store.get(state.trees["calibration"]))
         settings = state.recipe.quantize.model_dump(mode="json")
         scratch = str(self.folder / "scratch")
-        work.quantize(str(self.folder / "model"), calibration, None, None, str(weights), scratch, settings)
+        work.quantize(str(self.folder / "model"), calibration, None, str(weights), scratch, settings)
         ruined = tiny.write_kv_cache(weights, self.folder / "ruined", "FP8", 1e-5, 1e-5)
         stage = stages.STAGES["quantize"]
         key = stages.key_here(stage, state)

@@ -335,6 +335,15 @@ def test_watch_a_rollout(state, last, line, exit_code, says, server, package, ca
     assert (code, says in " ".join(said.split())) == (exit_code, True), said
 
 
+def test_a_run_that_is_no_longer_watched_goes_on(server, package, capsys, monkeypatch):
+    def interrupted(connection, run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch, "watch", interrupted)
+    code, said = trimtab(capsys, "watch", "r-1")
+    assert code == 130 and "the run goes on, and `trimtab watch r-1` follows it again" in said
+
+
 def test_watch_without_the_store(server, package, capsys):
     server.kept["runs"].append({"run_id": "r-1"})
     server.story = story(package, ("RUNNING", BEGINNING), ("SUCCEEDED", BEGINNING), store="gs://elsewhere")

@@ -127,7 +127,7 @@ def test_the_run_says_which_and_is_given_it(have, write_model, tmp_path, monkeyp
     have(torch="2.11")
     asked = []
 
-    def run(parameters, folder, console):
+    def run(parameters, folder, console, **_):
         asked.append(parameters)
         return local.Outcome(None, None, "release", None, tmp_path)
 

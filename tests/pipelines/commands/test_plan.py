@@ -50,11 +50,16 @@ def test_for_scripts(config, capsys):
     assert found["baseline"]["placement"]["devices"] == 1 and "h100" in found["baseline"]["why"]
     assert found["rungs"][0]["recipe"]["quantize"]["format"] == "fp8" and found["rungs"][0]["why"]
     assert {"title", "why"} <= set(found["refused"][0])
+    needed = found["rungs"][0]["resources"]
+    assert list(needed) == ["calibrate", "recalibrate", "quantize", "engine", "validate"]
+    assert needed["calibrate"]["gpus"] == 1 and 1e9 < needed["calibrate"]["gpu_bytes"] < 80e9
+    assert list(found["baseline"]["resources"]) == ["engine", "validate"]
 
 
 def test_for_people(config, capsys):
     code, out, _ = plan(capsys, "--model", config, "--target", "h100", "--goal", "lower_latency")
     assert code == 0 and "lower_latency on h100, trtllm" in out and "baseline" in out and "not tried: " in out
+    assert "what each stage needs" in out and "recalibrate" in out and "1 x " in out and " min" in out
 
 
 REFUSED = [

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from trimtab import families
 from trimtab.base.errors import Failure
 from trimtab.catalog.formats import STORAGES
 from trimtab.catalog.numbers import NUMBERS
@@ -123,7 +124,7 @@ def test_rounding_to_e2m1_takes_the_nearest_number_and_the_even_code_of_two() ->
     code = nearest.argmin(-1)
     tie = (nearest == nearest.amin(-1, keepdim=True)).sum(-1) == 2
     expected = numbers[torch.where(tie & (code % 2 == 1), code + 1, code)]
-    assert torch.equal(layer_layout._round_e2m1(x), expected) and torch.equal(layer_layout._round_e2m1(-x), -expected)
+    assert torch.equal(layer_layout.round_e2m1(x), expected) and torch.equal(layer_layout.round_e2m1(-x), -expected)
 
 
 @pytest.mark.parametrize("algo", [*STORAGES])
@@ -152,3 +153,23 @@ def test_factors_are_the_weight(algo: str) -> None:
     relative = 2**-8 if storage.scale_type == "bfloat16" and not storage.second_scale else 1e-6
     assert matrix.dtype == torch.bfloat16 and matrix.shape == (32, 64)
     assert ((found - expected).abs() <= relative * expected.abs()).all() and expected.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "kept"),
+    [
+        ("deepseek_v3", "model.layers.1.mlp.gate.e_score_correction_bias", True),
+        ("minimax_m2", "model.layers.1.block_sparse_moe.e_score_correction_bias", True),
+        ("ernie4_5_moe", "model.layers.1.mlp.moe_statics.e_score_correction_bias", True),
+        ("ernie4_5_moe", "model.layers.1.mlp.gate.weight", True),
+        ("lfm2_moe", "model.layers.1.feed_forward.expert_bias", True),
+        ("hunyuan_v1_moe", "model.layers.1.mlp.gate.wg.weight", True),
+        ("granitemoe", "model.layers.1.block_sparse_moe.router.layer.weight", True),
+        ("jamba", "model.layers.1.mamba.A_log", True),
+        ("jamba", "model.layers.1.feed_forward.gate_proj.bias", False),
+        ("ernie4_5_moe", "model.layers.1.input_layernorm.weight", False),
+    ],
+)
+def test_what_routers_choose_by_and_states_decay_by_stays_in_float32(model_type, name, kept):
+    found = layer_layout.dtype_beside(families.named(model_type), name, torch.float32, torch.bfloat16)
+    assert found == (torch.float32 if kept else torch.bfloat16)

@@ -32,7 +32,7 @@ def large(tmp_path: Path) -> Path:
 
 def exported(model: Path, form: str, folder: Path) -> Path:
     folder.mkdir()
-    quantize(str(model), None, None, None, str(folder), str(folder / "scratch"), {"format": form})
+    quantize(str(model), None, None, str(folder), str(folder / "scratch"), {"format": form})
     return folder
 
 

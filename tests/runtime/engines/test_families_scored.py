@@ -50,19 +50,16 @@ def test_a_rounded_kv_cache_is_read_by_attention_that_caps_its_scores(in_float32
     assert (found - capped).norm() < 0.1 * (uncapped - capped).norm()
 
 
-#: Of these `fetch` takes the experts apart, which transformers does not read.
-TAKEN_APART = ("gpt_oss", "llama4_text")
 #: Wrappers are in `tests/components/test_wrapped_models.py`.
-TYPES = [name for name, family in families.BY_TYPE.items() if name not in TAKEN_APART and not family.wrapper]
+TYPES = [name for name, family in families.BY_TYPE.items() if not family.wrapper]
 
 
 @pytest.mark.parametrize("model_type", TYPES)
 @torch.inference_mode()
 def test_likelihoods_are_those_of_transformers(model_type: str, in_float32, tmp_path: Path) -> None:
     """Of a window, and of two continuations that share their context's work where the family allows it."""
-    folder = decoders.write(tmp_path, model_type)
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    engine = in_float32(folder)
+    reference = decoders.as_written(model_type)
+    engine = in_float32(decoders.write(tmp_path, model_type))
     tokens = torch.randint(3, 300, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     expected = reference(tokens).logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     found = engine.nll(tokens)

@@ -149,6 +149,22 @@ def test_nll_is_the_sum_of_the_loss(plain: tuple[TorchEngine, Any], windows: tor
     assert small.nll(windows) == pytest.approx(expected.tolist(), rel=0.005)
 
 
+@torch.inference_mode()
+def test_a_prediction_is_what_nll_sums_and_the_likeliest_tokens(
+    plain: tuple[TorchEngine, Any], windows: torch.Tensor
+) -> None:
+    loaded, reference = plain
+    told = loaded.predict(windows, 5)
+    assert [sum(places) for places in told.nll] == pytest.approx(loaded.nll(windows), rel=1e-6)
+    expected = reference(windows).logits[:, :-1].log_softmax(-1)
+    log_probs = torch.tensor(told.log_probs)
+    assert log_probs.shape == (*expected.shape[:2], 5) and (log_probs.diff(dim=-1) <= 0).all()
+    # bfloat16 against float32: each token has nearly the probability that the reference gives it, and none is better.
+    assert torch.allclose(expected.gather(-1, torch.tensor(told.tokens)), log_probs, atol=0.1)
+    assert torch.allclose(expected.topk(5).values, log_probs, atol=0.1)
+    assert len(loaded.predict(windows[:1], 10_000).tokens[0][0]) == loaded.model.config.vocab_size
+
+
 def test_generation_is_greedy_and_stops_before_the_end_token(plain: tuple[TorchEngine, Any]) -> None:
     loaded, reference = plain
     prompts = [context for context, _ in requests()[4:14]]

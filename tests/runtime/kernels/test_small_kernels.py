@@ -87,6 +87,16 @@ def test_keys_and_values_in_fp8_are_stored_as_the_cache_stores_them(triton_kerne
 # ------------------------------------------------------------------------------------------------------ one row
 
 
+FP4 = {
+    "nvfp4_wo": lambda rows, columns: (
+        "W4A16_NVFP4", 16, torch.rand(rows, columns // 16).add(0.5).to(torch.float8_e4m3fn), torch.tensor(0.01)
+    ),
+    "mxfp4_wo": lambda rows, columns: (
+        "W4A16_MXFP4", 32, torch.randint(118, 124, (rows, columns // 32), dtype=torch.uint8), None
+    ),
+}  # fmt: skip
+
+
 def layer(kind: str, rows: int = 18, columns: int = 200) -> torch.nn.Module:
     torch.manual_seed(0)
     if kind.startswith("bf16"):
@@ -98,6 +108,10 @@ def layer(kind: str, rows: int = 18, columns: int = 200) -> torch.nn.Module:
     if kind == "int4":
         scale = torch.rand(rows, columns // 32) * 0.01
         return choice.WeightOnly(Quantized(Layout("W4A16_AWQ", 32), layer_layout.pack_int4(weight >> 4), scale), None)
+    if kind in FP4:
+        packed = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8)
+        algo, group, scale, second = FP4[kind](rows, columns)
+        return choice.WeightOnly(Quantized(Layout(algo, group), packed, scale, weight_scale_2=second), None)
     if kind.startswith("int8_sq"):
         smoothing = torch.rand(columns) + 0.5 if "smoothed" in kind else None
         given = {"input_scale": torch.tensor(0.03), "pre_quant_scale": smoothing}
@@ -131,16 +145,16 @@ CUTS = {"whole": Tile(16, 32, 4, 3, 1), "by three parts": Tile(32, 32, 4, 3, 4)}
 
 @pytest.mark.parametrize("rows", [1, 16, 17])
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("kind", ["int4", "int8_wo", "int8_sq", "fp8", "fp8, by row"])
+@pytest.mark.parametrize("kind", ["int4", *FP4, "int8_wo", "int8_sq", "fp8", "fp8, by row"])
 def test_few_rows_are_the_product_of_many(kind: str, cut: str, rows: int, triton_kernels: ModuleType) -> None:
     torch.manual_seed(1)
-    module = layer(kind, rows=32, columns={"int4": 384, "int8_wo": 192}.get(kind, 96))
+    module = layer(kind, rows=32, columns={"int8_wo": 192, "int4": 384, **dict.fromkeys(FP4, 384)}.get(kind, 96))
     module.bias = None
     given = small_batch.operands(module)
     x_RI = torch.randn(rows, module.in_features).bfloat16()
     multiply = small_batch.product(module, given, CUTS[cut])
     found = multiply(x_RI).float()
-    if kind in ("int4", "int8_wo"):
+    if kind in ("int4", "int8_wo", *FP4):
         expected = module.dense(x_RI).float()
     else:
         expected = rounded(module, x_RI) @ given["weight"].float().t() * given["scale"]
@@ -165,6 +179,20 @@ def test_words_are_widened_to_the_numbers_of_the_layer(kind: str, triton_kernels
         assert (found - expected).abs().max() <= 2**-7 * expected.abs().max()  # interpreted, what is no bfloat16 is cut
     else:
         assert torch.equal(matmul.widen(module.words_OW, 8).float(), numbers_OI)
+
+
+@pytest.mark.parametrize("kind", FP4)
+def test_words_of_fp4_are_widened_to_the_weight_of_the_layer(kind: str, triton_kernels: ModuleType) -> None:
+    from trimtab.runtime.kernels import matmul
+
+    torch.manual_seed(0)
+    packed, (algo, group, scale, second) = torch.randint(0, 256, (16, 64), dtype=torch.uint8), FP4[kind](16, 128)
+    stored = Quantized(Layout(algo, group), packed, scale, weight_scale_2=second)
+    assert choice.WeightOnly.runs(stored)
+    module = choice.WeightOnly(stored, None)
+    found = matmul.widen(module.words_OW, 4, module.scale, group, floats=True).float()
+    expected = layer_layout.scaled_weight(stored)
+    assert (found - expected).abs().max() <= 2**-7 * expected.abs().max()  # interpreted, what is no bfloat16 is cut
 
 
 @pytest.mark.parametrize("bits", [4, 8])

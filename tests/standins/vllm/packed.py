@@ -20,7 +20,6 @@ def read(folder: Path, settings: dict[str, Any]) -> nn.Module:
         group="vllm.general_plugins", name="trimtab"
     ):
         raise ValueError("Invalid quantization method: trimtab-int4")
-    (group,) = settings["config_groups"].values()
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -29,10 +28,13 @@ def read(folder: Path, settings: dict[str, Any]) -> nn.Module:
         tensors |= load_file(path)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and name not in settings["ignore"]:
-            if settings["format"] == "float-quantized":
+            (group,) = (g for g in settings["config_groups"].values() if {name, "Linear"} & {*g["targets"]})
+            if group["format"] == "float-quantized":
                 _scale(name, layer, tensors, group["weights"]["strategy"])
-            else:
+            elif group["format"] == "pack-quantized":
                 _unpack(name, layer, tensors, group["weights"]["group_size"])
+            else:
+                _unpack_fp4(name, layer, tensors, group)
             if name in settings.get("input_scaled_layers", ()):
                 scale = tensors.pop(f"{name}.pre_quant_scale").float()
                 layer.register_forward_pre_hook(lambda _, given, scale=scale: (given[0] * scale,))
@@ -52,6 +54,24 @@ def _unpack(name: str, layer: nn.Linear, tensors: dict[str, torch.Tensor], group
     words = torch.stack([(packed >> 4 * place) & 15 for place in range(8)], dim=-1)
     numbers = words.reshape(shape[0], -1, group_size) - 8
     tensors[f"{name}.weight"] = (numbers * scale.float()[..., None]).reshape(shape)
+
+
+def _unpack_fp4(name: str, layer: nn.Linear, tensors: dict[str, torch.Tensor], group: dict[str, Any]) -> None:
+    if group["input_activations"]:
+        raise ValueError("No CUDA kernel for NVFP4 activations")
+    packed, scale = (tensors.pop(f"{name}.{part}") for part in ("weight_packed", "weight_scale"))
+    rows, columns = layer.weight.shape
+    size = group["weights"]["group_size"]
+    if packed.shape != (rows, columns // 2) or scale.shape != (rows, columns // size):
+        raise AssertionError(f"{name}: param_data.shape == loaded_weight.shape")
+    positive = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
+    numbers = torch.cat([positive, -positive])[codes.int()]
+    if group["format"] == "mxfp4-pack-quantized":
+        scale = torch.exp2(scale.float() - 127)
+    else:
+        scale = scale.float() / tensors.pop(f"{name}.weight_global_scale")
+    tensors[f"{name}.weight"] = (numbers.view(rows, -1, size) * scale[..., None]).view(rows, columns)
 
 
 def _scale(name: str, layer: nn.Linear, tensors: dict[str, torch.Tensor], strategy: str) -> None:

@@ -6,10 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import gone, wait_for
 
 from trimtab.base import child
 from trimtab.base.errors import Failure, InputError, StageError, StoreError
@@ -18,8 +21,13 @@ WORK = '''
 import os, signal
 from trimtab.base.errors import Failure, InputError, StoreError
 
+IMPORTED_BY = os.getpid()
+
 def answer(**arguments):
     return {"pid": os.getpid(), **arguments}
+
+def ancestry():
+    return [os.getpid(), os.getppid(), IMPORTED_BY]
 
 def expected():
     raise Failure("training_diverged", "the loss is nan at step 7")
@@ -70,10 +78,20 @@ def hungry():
 
 
 @pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def fork_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The socket of a fork server, which the first child starts."""
+    with tempfile.TemporaryDirectory() as folder:  # a socket's path has 107 characters at most
+        monkeypatch.setenv(child.FORK_SERVER, str(Path(folder) / "socket"))
+        yield Path(folder) / "socket"
+
+
+@pytest.fixture(params=["new process", "fork"])
+def work(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a module that a child process can import."""
     (tmp_path / "work_for_the_test.py").write_text(WORK)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    if request.param == "fork":
+        request.getfixturevalue("fork_server")
     return "work_for_the_test"
 
 
@@ -140,16 +158,26 @@ def test_no_such_module():
         child.call("trimtab.nothing_here:work")
 
 
-def gone(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/stat")
-    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are waited for by descriptor")
+@pytest.mark.parametrize("work", ["fork"], indirect=True)
+def test_forks_of_a_run_share_what_the_first_imported(work, fork_server, monkeypatch):
+    first, second = (child.call(f"{work}:ancestry").value for _ in range(2))
+    assert first[0] != second[0] and first[1:] == second[1:] == [first[1], first[1]]
+    # What a library read when it was imported does not hold under another environment.
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    own, parent, imported_by = child.call(f"{work}:ancestry").value
+    assert own == imported_by and parent == os.getpid()
+    fork_server.unlink()
+    assert wait_for(lambda: gone(first[1]))
 
 
-def wait_for(condition, seconds: float = 10) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are waited for by descriptor")
+@pytest.mark.parametrize("work", ["fork"], indirect=True)
+def test_a_fork_server_that_is_killed_is_replaced(work, fork_server):
+    server = child.call(f"{work}:ancestry").value[1]
+    os.kill(server, signal.SIGKILL)
+    assert wait_for(lambda: gone(server))
+    assert child.call(f"{work}:ancestry").value[1] not in (server, os.getpid())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a stage must follow its run")

@@ -42,3 +42,19 @@ def test_many_processes_write_whole_lines(events):
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
     assert [process.wait() for process in processes] == [0] * 4
     assert len(events()) == 800
+
+
+def event(time: float, done: int, total: int = 30) -> dict:
+    return {"time": time, "stage": "quantize", "text": "searching scales", "done": done, "total": total}
+
+
+def test_what_remains_is_told_by_the_pace_so_far():
+    pace = progress.Pace()
+    assert pace.remaining(event(100, 0)) is None
+    assert pace.remaining(event(130, 10)) == 60  # three seconds each, and 20 are left
+    told = {**event(130, 10), "remaining": 60.0}
+    assert progress.describe(told) == "quantize: searching scales (10/30, 60 s left)"
+    assert pace.remaining(event(190, 30)) == 0 and "left" not in progress.describe({**event(190, 30), "remaining": 0})
+    assert pace.remaining(event(200, 0)) is None  # the next attempt begins anew
+    assert pace.remaining(event(260, 1)) == 60 * 29
+    assert pace.remaining({**event(1, 0, 0)}) is None

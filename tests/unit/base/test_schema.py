@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from trimtab.base.schema import digest
+from trimtab.base.errors import InputError
+from trimtab.base.schema import Document, digest
 from trimtab.recipe import Recipe
 
 RECIPE = Recipe.parse(
@@ -46,3 +48,22 @@ def test_digest_does_not_depend_on_the_order_of_keys(document):
 @given(st.integers(), st.integers())
 def test_digest_tells_documents_apart(left, right):
     assert (digest({"a": left}) == digest({"a": right})) == (left == right)
+
+
+class Asked(Document):
+    stop: str | list[str] | None = None
+    prompt: str | list[int] | list[list[int]] = ""
+
+
+UNIONS = [
+    ({"stop": {}}, "stop: {} should be a valid string; stop: {} is not a list; write []"),
+    ({"stop": ["a", 1]}, "stop.1: 1 is not how YAML reads a text without quotes; write '1'"),
+    ({"prompt": [[1.5]]}, "prompt.0.0: 1.5 should be a valid integer"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), UNIONS)
+def test_a_union_of_plain_types_is_explained(given, said):
+    """Pydantic names the member that it tried in the place of the error; the document has no such key."""
+    with pytest.raises(InputError, match=re.escape(said)):
+        Asked.parse(given)

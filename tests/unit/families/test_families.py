@@ -29,6 +29,9 @@ from trimtab.families import Logits
          "do_layer_norm_before is False, and norms behind its parts are not known; give another model"),
         ({"model_type": "mpt", "no_bias": False}, "no_bias is False, and transformers builds it without biases; give"),
         ({"model_type": "falcon", "alibi": True}, r"alibi is True, and biases of attention by distance \(ALiBi\)"),
+        ({"model_type": "ernie4_5_moe", "use_bias": True}, "use_bias is True, and its experts are known without"),
+        ({"model_type": "ernie4_5_moe", "moe_layer_interval": 2}, "moe_layer_interval is 2, and experts in every"),
+        ({"model_type": "gemma4", "text_config": {"model_type": "gemma4_text"}}, "'gemma4' wraps its text model"),
         ({"model_type": "llama", "layer_types": ["full_attention", "linear_attention"]},
          "layer_types names 'linear_attention', and full_attention and sliding_attention are what is known"),
     ],
@@ -51,6 +54,8 @@ def test_refused(config, sentence):
         ({"model_type": "gemma2", "final_logit_softcapping": None}, Logits(1.0, None)),
         ({"model_type": "gemma3_text"}, Logits(1.0, None)),
         ({"model_type": "nanochat"}, Logits(1.0, 15.0)),
+        ({"model_type": "granitemoe", "logits_scaling": 6.0}, Logits(1 / 6, None)),  # Granite 3.1 1B-A400M
+        ({"model_type": "falcon_h1", "lm_head_multiplier": 0.0390625}, Logits(0.0390625, None)),
     ],
 )
 def test_what_becomes_of_logits_behind_the_head(config, logits):
@@ -89,6 +94,12 @@ def test_what_layers_are(model_type, row_parallel, neurons):
         ("qwen2", {"max_window_layers": 2, "layer_types": None}, [1, 2, 3], {"max_window_layers": 1}),
         ("qwen2", {"max_window_layers": 28}, [1, 2, 3], {"max_window_layers": 3}),
         ("llama", {"eos_token_id": [1, 2, 3, 4]}, [0], {}),
+        # blocks 1 and 2 have experts; of these, 2 stays
+        ("ernie4_5_moe", {"moe_layer_start_index": 1, "moe_layer_end_index": 2}, [0, 2, 3],
+         {"moe_layer_start_index": 1, "moe_layer_end_index": 1}),
+        ("ernie4_5_moe", {"moe_layer_start_index": 1, "moe_layer_end_index": -1}, [0, 2, 3],
+         {"moe_layer_start_index": 1}),
+        ("hunyuan_v1_moe", {"moe_topk": [8, 8, 8, 8]}, [0, 2, 3], {"moe_topk": [8, 8, 8]}),
     ],
 )  # fmt: skip
 def test_what_a_config_says_by_block_is_of_the_blocks_that_stay(model_type, config, kept, changed):
@@ -112,3 +123,31 @@ def test_a_list_by_block_that_is_not_known_is_not_left_as_it_was():
 )
 def test_a_falcon_has_as_many_kv_heads_as_its_build_says(config, kv_heads):
     assert families.named("falcon").sizes(config)["num_key_value_heads"] == kv_heads
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "parts"),
+    [
+        ("llama", {}, ["attention mlp"] * 4),
+        ("mixtral", {}, ["attention experts"] * 4),
+        ("mamba", {}, ["recurrent"] * 4),
+        ("falcon_h1", {}, ["attention mlp recurrent"] * 4),
+        ("qwen3_next", {"mlp_only_layers": [1]}, ["experts recurrent", "mlp recurrent", "experts recurrent",
+                                                  "attention experts"]),
+        ("qwen3_5_text", {"full_attention_interval": 2}, ["mlp recurrent", "attention mlp"] * 2),
+        ("lfm2", {"full_attn_idxs": [2]}, ["mlp recurrent", "mlp recurrent", "attention mlp", "mlp recurrent"]),
+        ("bamba", {"attn_layer_indices": [0]}, ["attention mlp", *["mlp recurrent"] * 3]),
+        ("nemotron_h", {"hybrid_override_pattern": "M-*E"}, ["recurrent", "mlp", "attention", "experts"]),
+        ("granitemoehybrid", {"layer_types": ["mamba", "mamba", "attention", "mamba"]},
+         ["experts mlp recurrent", "experts mlp recurrent", "attention experts mlp", "experts mlp recurrent"]),
+        ("granitemoehybrid", {"num_local_experts": 0}, ["mlp recurrent"] * 4),
+        ("ernie4_5_moe", {}, ["attention mlp", *["attention experts"] * 3]),
+        ("jamba", {"attn_layer_period": 4, "attn_layer_offset": 2},
+         ["mlp recurrent", "experts recurrent", "attention mlp", "experts recurrent"]),
+        ("jamba", {"attn_layer_period": 4, "attn_layer_offset": 2, "num_experts": 1},
+         ["mlp recurrent", "mlp recurrent", "attention mlp", "mlp recurrent"]),  # Jamba Reasoning 3B
+    ],
+)  # fmt: skip
+def test_what_each_block_is_made_of(model_type, config, parts):
+    found = families.named(model_type).parts({"num_hidden_layers": 4, **config})
+    assert [" ".join(sorted(block)) for block in found] == parts

@@ -76,6 +76,16 @@ def test_the_last_look(kwargs, outcome, failure_class, words):
     assert Verdict.parse(verdict.to_json()) == verdict
 
 
+def test_the_baseline_stands_beside_it_on_the_same_items():
+    """1,800 items of which it has 80 % right, and the candidate 100 fewer."""
+    verdict = decide(lost=120, gained=20, ratio=1.05)
+    assert (verdict.beside.accuracy.estimate, verdict.accuracy.estimate) == (0.8, (1440 - 100) / 1800)
+    assert verdict.perplexity / verdict.beside.perplexity == pytest.approx(verdict.perplexity_ratio.estimate)
+    before, after = Measurements(bytes=200), Measurements(bytes=100)
+    told = check_gain(verdict, "fit_larger_model", ACCEPT, before, after).beside
+    assert told == verdict.beside.model_copy(update={"measurements": before})
+
+
 def test_too_few_items_ask_for_more():
     verdict = decide(look=1, n=360, lost=8, gained=4, windows=16)
     assert (verdict.outcome, verdict.failure_class) == ("indeterminate", None)
@@ -216,7 +226,7 @@ AFTER = Measurements(
         ("fit_larger_model", 0.6),
         ("lower_latency", 0.2),
         ("higher_throughput", -0.05),
-        ("lower_cost", -0.05),
+        ("lower_cost", 1 - 200 / 190),  # of a token: a device gives 190 in the time of 200
         ("long_context", 1.0),
     ],
 )
@@ -234,6 +244,7 @@ def test_gain(goal, value):
         # two devices that do 100 tokens/s, and one that does 90: 50 and 90 a device
         ("lower_latency", {"decode_tokens_per_second": 100}, {"decode_tokens_per_second": 90}, 0.8),
         ("higher_throughput", {"throughput_tokens_per_second": 100}, {"throughput_tokens_per_second": 45}, -0.1),
+        ("lower_cost", {"throughput_tokens_per_second": 100}, {"throughput_tokens_per_second": 90}, 1 - 50 / 90),
         ("long_context", {"max_context_tokens": 8000}, {"max_context_tokens": 8000}, 1.0),
         ("long_context", {"max_context_tokens": 0}, {"max_context_tokens": 5}, 1.0),  # any is longer than none
         ("long_context", {"max_context_tokens": 0}, {"max_context_tokens": 0}, 0.0),

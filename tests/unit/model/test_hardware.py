@@ -55,6 +55,7 @@ CASTS = {"fp32", "fp16", "bf16"}
 INT4 = {"int4_rtn", "int4_awq", "int4_gptq"}
 FP8 = {"fp8", "fp8_per_channel"}
 FP4 = {"nvfp4", "mxfp4"}
+FP4_WEIGHTS = {"nvfp4_wo", "mxfp4_wo"}
 AMPERE = CASTS | INT4 | {"mixed", "int8_wo", "int8_sq"}
 W4A8 = {"w4a8_awq"}
 
@@ -65,13 +66,13 @@ W4A8 = {"w4a8_awq"}
         ("a100-80", "torch", AMPERE, set()),
         ("a100-80", "trtllm", CASTS | INT4, {"fp8"}),
         ("a100-80", "trtllm-legacy", CASTS | INT4 | {"int8_wo", "int8_sq"}, {"int8"}),
-        ("a100-80", "vllm", CASTS | INT4, set()),
+        ("a100-80", "vllm", CASTS | INT4 | FP4_WEIGHTS, set()),
         ("l4", "trtllm", CASTS | INT4 | W4A8 | {"fp8"}, {"fp8"}),
         ("h100", "torch", AMPERE | FP8, set()),
-        ("h100", "trtllm", CASTS | INT4 | W4A8 | FP8, {"fp8"}),
+        ("h100", "trtllm", CASTS | INT4 | W4A8 | FP8 | {"nvfp4_wo", "mixed_gpu"}, {"fp8"}),
         ("h100", "trtllm-legacy", CASTS | INT4 | W4A8 | {"fp8", "int8_wo", "int8_sq"}, {"fp8", "int8"}),
-        ("h100", "vllm", CASTS | INT4 | {"fp8"}, {"fp8"}),
-        ("b200", "trtllm", CASTS | INT4 | W4A8 | FP4 | {"fp8"}, {"fp8", "nvfp4"}),
+        ("h100", "vllm", CASTS | INT4 | FP4_WEIGHTS | {"fp8", "mixed_gpu"}, {"fp8"}),
+        ("b200", "trtllm", CASTS | INT4 | W4A8 | FP4 | {"fp8", "nvfp4_wo", "mixed_gpu", "mixed_fp4"}, {"fp8", "nvfp4"}),
         ("b200", "trtllm-legacy", CASTS | {"fp8"}, {"fp8"}),
         ("b200", "torch", AMPERE | FP8, set()),
         ("cpu", "torch", AMPERE, set()),
@@ -137,9 +138,15 @@ def test_an_unlike_target_lists_all():
         ),
         (
             "h100",
+            "{quantize: {format: nvfp4_wo}, engine: {backend: trtllm, tensorrt_llm: 1.2.1}}",
+            "quantize.format: nvfp4_wo is read by TensorRT-LLM from 1.3.0rc20 on, and 1.2.1 is asked for; write "
+            "int4_gptq, or engine.backend: vllm",
+        ),
+        (
+            "h100",
             "{quantize: {format: int8_sq}, engine: {backend: trtllm}}",
             "quantize.format: trtllm does not serve int8_sq on h100; write one of: fp32, fp16, bf16, fp8, "
-            "fp8_per_channel, int4_rtn, int4_awq, int4_gptq, w4a8_awq, or engine.backend: torch",
+            "fp8_per_channel, int4_rtn, int4_awq, int4_gptq, w4a8_awq, nvfp4_wo, mixed_gpu, or engine.backend: torch",
         ),
         (
             "cpu",
@@ -295,6 +302,8 @@ def test_allowed(name, recipe):
         ("h100", "w4a8_awq", True),
         ("b200", "nvfp4", True),
         ("b200", "mxfp4", True),
+        ("cpu", "nvfp4_wo", True),
+        ("h100", "mxfp4_wo", True),
         ("h100", "fp8_per_channel", False),
     ],
 )
@@ -306,7 +315,7 @@ def test_torch_judges_by_emulation_what_it_has_no_kernel_for(name, format, emula
 
 @pytest.mark.parametrize(
     ("format", "features", "block"),
-    [("nvfp4", 1536, None), ("nvfp4", 1544, 16), ("mxfp4", 1536, None), ("mxfp4", 1552, 32)],
+    [("nvfp4", 1536, None), ("nvfp4", 1544, 16), ("mxfp4", 1536, None), ("mxfp4", 1552, 32), ("nvfp4_wo", 1544, 16)],
 )
 def test_a_format_with_blocks_of_its_own_wants_them_to_divide_every_layer(format, features, block):
     reason = refusal(Recipe.parse(f"quantize: {{format: {format}}}"), target("cpu"), smollm2(down_features=features))
@@ -322,7 +331,7 @@ def test_int4_wants_an_even_number_of_output_features(format):
     facts, name = smollm2(), "model.layers.3.mlp.up_proj"
     odd = [layer._replace(out_features=1535) if layer.name == name else layer for layer in facts.linears]
     facts = facts.model_copy(update={"linears": tuple(odd)})
-    bits = {"effective_bits": 6} if format == "mixed" else {}
+    bits = {"effective_bits": 6} if format.startswith("mixed") else {}
 
     def reason(*exclude: str) -> str | None:
         recipe = Recipe.parse({"quantize": {"format": format, "exclude": ["lm_head", *exclude], **bits}})

@@ -40,6 +40,18 @@ SCOUT = {
     "interleave_moe_layer_step": 1, "vocab_size": 202048, "max_position_embeddings": 10485760,
     "tie_word_embeddings": False,
 }  # fmt: skip
+GPT_OSS_120B = {
+    "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880,
+    "num_hidden_layers": 36, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
+    "num_local_experts": 128, "num_experts_per_tok": 4, "vocab_size": 201088, "max_position_embeddings": 131072,
+    "tie_word_embeddings": False, "attention_bias": True,
+}  # fmt: skip
+HUNYUAN_A13B = {
+    "architectures": ["HunYuanMoEV1ForCausalLM"], "model_type": "hunyuan_v1_moe", "hidden_size": 4096,
+    "intermediate_size": 3072, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 128, "num_experts": 64, "moe_topk": [8] * 32, "vocab_size": 128167, "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 def facts(config: dict, folder: Path) -> ModelFacts:
@@ -59,8 +71,10 @@ def facts(config: dict, folder: Path) -> ModelFacts:
         (MIXTRAL_8X7B, 46.7, 12.9, 32 * 2 * 8 * 128 * 2),
         # "109B total parameters, 17B active" with the vision tower, which has about one billion of them (Meta 2025).
         (SCOUT, 107.8, 17.2, 48 * 2 * 8 * 128 * 2),
+        # "80 billion total parameters with 13 billion active" (Tencent 2025, Hunyuan-A13B).
+        (HUNYUAN_A13B, 80.4, 12.75, 32 * 2 * 8 * 128 * 2),
     ],
-    ids=["deepseek-v3", "qwen3-30b-a3b", "mixtral-8x7b", "llama-4-scout"],
+    ids=["deepseek-v3", "qwen3-30b-a3b", "mixtral-8x7b", "llama-4-scout", "hunyuan-a13b"],
 )
 def test_published_figures(config, billions, active, kv_bytes, tmp_path) -> None:
     found = facts(config, tmp_path)
@@ -68,6 +82,17 @@ def test_published_figures(config, billions, active, kv_bytes, tmp_path) -> None
     assert found.active_parameters / 1e9 == pytest.approx(active, rel=0.01)
     served = Recipe.model_validate({"engine": {"backend": "vllm"}})
     assert memory.kv_bytes_per_token(found, served) == kv_bytes
+
+
+def test_a_token_passes_the_biases_of_its_own_experts_alone(tmp_path) -> None:
+    """gpt-oss-120b by hand: attention, its sinks and its norms, the router, and of 128 experts four."""
+    found = facts(GPT_OSS_120B, tmp_path)
+    attention = 2880 * (64 + 8 + 8) * 64 + (64 + 8 + 8) * 64 + 64 * 64 * 2880 + 2880 + 64
+    expert = 2880 * 2 * 2880 + 2 * 2880 + 2880 * 2880 + 2880
+    block = attention + 2 * 2880 + 128 * 2880 + 128
+    around = 2 * 201088 * 2880 + 2880
+    assert found.parameters == around + 36 * (block + 128 * expert)
+    assert found.active_parameters == around + 36 * (block + 4 * expert)
 
 
 def test_the_torch_engine_keeps_keys_and_values_as_they_are_used(tmp_path) -> None:
@@ -90,6 +115,8 @@ def test_what_is_quantized_are_the_experts_and_not_attention_over_compressed_key
     [
         ({"num_experts": "many"}, "num_experts must be a whole number above 0, got 'many'"),
         ({"num_experts_per_tok": 200}, "num_experts_per_tok is 200, and num_experts only 128"),
+        ({"model_type": "hunyuan_v1_moe", "moe_topk": [8, 4] * 24},
+         r"moe_topk must be a whole number above 0, got \[8, 4,"),
         ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2, and only blocks that mlp_only_layers names may have"),
     ],
 )

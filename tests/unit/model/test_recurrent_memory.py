@@ -4,7 +4,7 @@ import pytest
 
 from trimtab.catalog.goals import GOALS
 from trimtab.families import named, of
-from trimtab.families.parts import State
+from trimtab.families.recurrent import State
 from trimtab.model.facts import Linear, ModelFacts
 from trimtab.model.hardware import target
 from trimtab.model.memory import kv_bytes_per_token, max_context_tokens, memory, state_bytes

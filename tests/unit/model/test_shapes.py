@@ -3,6 +3,7 @@
 import pytest
 from facts import LLAMA_8B, SMOLLM2, llama
 
+from trimtab.model.facts import Linear
 from trimtab.model.shapes import kept, pruned, refusal
 from trimtab.recipe import Recipe
 
@@ -51,6 +52,9 @@ def test_what_is_kept(size, share, multiple, left):
          "prune.hidden: channels are kept in multiples of 576, and the model has 576; remove it"),
         (NARROW, "{method: width, ffn: 0.5}",
          "prune.ffn: neurons are kept in multiples of 64, and the model has 64; remove it"),
+        (SMOLLM2.model_copy(update={"model_type": "jamba"}), "{method: depth, blocks: 1}",
+         "prune.method: depth cannot say in config.json what it leaves: a 'jamba' counts off by periods which blocks "
+         "have attention and which experts (attn_layer_period); write sparsegpt"),
         (GRANITE, "{method: width, ffn: 0.5}",
          "prune.method: width pruning does not know GraniteForCausalLM (model_type 'granite'), only llama, mistral, "
          "qwen2, qwen3; write method: depth"),
@@ -94,3 +98,31 @@ def test_what_is_left(facts, text, changed):
 @pytest.mark.parametrize("text", ["null", "{method: magnitude, sparsity: 0.5}"])
 def test_unstructured_pruning_changes_no_shape(text):
     assert pruned(SMOLLM2, prune(text)) == SMOLLM2 and refusal(SMOLLM2, prune(text)) is None
+
+
+def mixed(attending: set[int]):
+    """Four blocks of a Qwen3.5: the first is the lightest, then the third."""
+    linears = []
+    for block, neurons in enumerate((64, 256, 128, 256)):
+        prefix = f"model.layers.{block}"
+        layer = "self_attn.k_proj" if block in attending else "linear_attn.in_proj_z"
+        linears += [Linear(f"{prefix}.{layer}", 64, 64), Linear(f"{prefix}.mlp.up_proj", neurons, 64)]
+    parameters = sum(layer.parameters for layer in linears) + 256 * 64
+    return NARROW.model_copy(update={"model_type": "qwen3_5_text", "layers": 4, "linears": tuple(linears),
+                                     "parameters": parameters, "bytes": 2 * parameters})  # fmt: skip
+
+
+def test_where_blocks_differ_a_plan_counts_on_the_lightest_ones_going():
+    facts = mixed(attending={1, 3})
+    left = pruned(facts, prune("{method: depth, blocks: 2}"))
+    assert left.parameters == facts.parameters - 2 * 64 * 64 - (64 + 128) * 64
+    assert [layer.name for layer in left.linears if "mlp" not in layer.name] == [
+        "model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.k_proj"
+    ]  # fmt: skip
+    assert (left.attention_blocks, left.recurrent_blocks) == (2, 0)
+
+
+def test_one_block_with_attention_stays():
+    left = pruned(mixed(attending={0}), prune("{method: depth, blocks: 3}"))
+    assert [layer.name for layer in left.linears] == ["model.layers.0.self_attn.k_proj", "model.layers.0.mlp.up_proj"]
+    assert left.attention_blocks == 1

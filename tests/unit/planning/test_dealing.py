@@ -119,7 +119,7 @@ def test_too_few_is_what_an_unchanged_model_could_not_pass_with():
     """`fewest` against the interval that decides, on a baseline that is right in half of the items: it is no more than
     a tenth too careful."""
     alpha = 0.05 * 4 / 7  # of the last look
-    enough = fewest(Acceptance(), alpha)
+    enough = fewest(0.95, alpha)
     for n, passes in ((enough, True), (round(0.9 * enough), False)):
         scores = [0.0, 1.0] * (n // 2)
         n = len(scores)

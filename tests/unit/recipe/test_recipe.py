@@ -100,7 +100,16 @@ BAD = [
             f"quantize: {{format: {form}, scale_search: mse}}",
             f"has scale_search 'mse', but format '{form}' has no scales to search; remove it",
         )
-        for form in ("fp32", "fp16", "bf16", "nvfp4", "mxfp4")
+        for form in ("fp32", "fp16", "bf16")
+    ),
+    (
+        "quantize: {format: int4_gptq, method: nearest}",
+        "has method 'nearest', which format 'int4_gptq' has no choice of; write format: int4_rtn",
+    ),
+    ("quantize: {format: fp8, method: nearest}", "'nearest', which format 'fp8' has no choice of; remove it"),
+    (
+        "quantize: {format: nvfp4, method: nearest, scale_search: mse}",
+        "has method 'nearest' and scale_search 'mse', which is another; remove one",
     ),
     (
         "quantize: {format: bf16, exclude_sensitive: 2}",
@@ -120,7 +129,8 @@ BAD = [
         (
             f"{{distill: {{tokens: 9, quantization_aware: true}}, quantize: {{format: {form}}}}}",
             f"distill.quantization_aware: true: format '{form}' is not rounded to nearest by the weights alone, and "
-            f"cannot be trained with; write one of: int8_wo, fp8, fp8_per_channel, int4_rtn, nvfp4, mxfp4",
+            f"cannot be trained with; write one of: int8_wo, fp8, fp8_per_channel, int4_rtn, nvfp4, nvfp4_wo, "
+            f"mxfp4, mxfp4_wo",
         )
         for form in ("bf16", "int8_sq", "int4_awq", "int4_gptq", "w4a8_awq")
     ),
@@ -132,6 +142,12 @@ BAD = [
         "{distill: {tokens: 9, quantization_aware: true}, quantize: {format: fp8, exclude_sensitive: 1}}",
         "quantize.exclude_sensitive is decided by what is measured after training; remove one",
     ),
+    ("quantize: {format: fp8, sequential: true}",
+     "has sequential, and format 'fp8' has no GPTQ; remove it (with GPTQ: int4_gptq"),
+    ("quantize: {format: int4_awq, damping: 0.1}", "has damping, and format 'int4_awq' has no GPTQ"),
+    ("quantize: {format: int4_gptq, asymmetry: 0.5}", "has asymmetry, which only sequential GPTQ has; remove it, or"),
+    ("quantize: {format: int4_gptq, asymmetry: 2}", "quantize.asymmetry: 2 should be less than or equal to 1"),
+    ("quantize: {format: int4_gptq, damping: 0}", "quantize.damping: 0 should be greater than 0"),
     ("quantize: {format: mixed, effective_bits: 3}", "quantize.effective_bits: 3 should be greater than or equal to 4"),
     ("prune: {method: width}", "has method 'width' and nothing to remove; write ffn, kv_groups or hidden"),
     # what is missing
@@ -143,7 +159,7 @@ BAD = [
     ("- quantize", "the recipe must be a mapping of fields, got list"),
     ("fp8", "the recipe must be a mapping of fields, got str"),
     ("quantize: {", "the recipe is not valid YAML or JSON: while parsing a flow"),
-    ("quantize: 8", "quantize: 8 is not a mapping; write its fields: effective_bits, exclude, exclude_sensitive,"),
+    ("quantize: 8", "quantize: 8 is not a mapping; write its fields: asymmetry, damping, effective_bits, exclude,"),
 ]  # fmt: skip
 
 
@@ -161,12 +177,27 @@ def test_every_fault_is_named():
     assert all(field in str(caught.value) for field in ("quantize.format", "prune.blocks", "extra"))
 
 
-BLOCKS = [name for name, row in FORMATS.items() if row.storage and row.storage.scale == "block"]
+@pytest.mark.parametrize("form", ["nvfp4", "nvfp4_wo", "mxfp4", "mxfp4_wo"])
+def test_fp4_is_calibrated_unless_it_is_to_be_nearest(form):
+    asked = {"format": form}, {"format": form, "method": "nearest"}
+    found, nearest = (Recipe.parse({"quantize": quantize}).quantize for quantize in asked)
+    assert found.needs_grams and found.needs_statistics and found.searches_scales(form)
+    assert not nearest.needs_grams and not nearest.searches_scales(form) and not nearest.channels(form)
+    assert nearest.needs_statistics is (FORMATS[form].storage.inputs is not None)
 
 
-@pytest.mark.parametrize("form", [f for f in Format.__args__ if f not in ("fp32", "fp16", "bf16", *BLOCKS)])
+@pytest.mark.parametrize("asked", [{}, {"method": "nearest"}])
+def test_what_was_trained_with_nearest_numbers_is_stored_in_them(asked):
+    recipe = {"distill": {"tokens": 9, "quantization_aware": True}, "quantize": {"format": "nvfp4_wo", **asked}}
+    found = Recipe.parse(recipe)
+    assert found.quantize.method == "nearest" and not found.quantize.needs_grams
+    assert Recipe.parse(found.to_dict()) == found
+    assert Recipe.parse({"quantize": {"format": "nvfp4_wo"}, "distill": {"tokens": 9}}).quantize.method is None
+
+
+@pytest.mark.parametrize("form", [f for f in Format.__args__ if f not in ("fp32", "fp16", "bf16")])
 def test_every_other_format_has_scales_to_search(form):
-    bits = ", effective_bits: 5" if form == "mixed" else ""
+    bits = ", effective_bits: 5" if FORMATS[form].mixes else ""
     settings = Recipe.parse(f"quantize: {{format: {form}, scale_search: mse{bits}}}").quantize
     assert settings.needs_statistics and all(map(settings.searches_scales, settings.layer_formats))
 
@@ -179,6 +210,7 @@ def test_every_other_format_has_scales_to_search(form):
         ("quantize: {format: fp8, kv_cache: fp8}", "fp8 + fp8 KV"),
         ("quantize: {format: bf16, kv_cache: nvfp4}", "bf16 + nvfp4 KV"),
         ("quantize: {format: mixed, effective_bits: 5.5}", "mixed 5.5 bits"),
+        ("quantize: {format: nvfp4, method: nearest}", "nvfp4, to nearest"),
         ("prune: {method: magnitude, sparsity: 0.5}", "magnitude 50 %"),
         ("prune: {method: wanda, sparsity: 0.667}", "wanda 66.7 %"),
         ("prune: {method: sparsegpt, pattern: '2:4'}", "sparsegpt 2:4"),

@@ -158,6 +158,18 @@ def test_a_confirmation_that_failed(run):
     assert "the stored answers say: rejected, not confirmed on fresh items" in refused(run)
 
 
+def test_tiers_are_judged_anew(store, tmp_path):
+    """Most of one critical task is gone, which all tasks together would hardly show."""
+    run = Run(store, tmp_path, recipe="accept: {critical: {trimtab_geography: 0.7}}")
+    assert run.verdict.confirmed and refused(run) is None
+    worse = {"lost": 0.6, "ratio": 1.01, "of": "trimtab_geography"}
+    run.measured[look_name(1)] = run.measure(run.subject.evaluation_of(1), **worse)
+    assert "the stored answers say: rejected, recovery of trimtab_geography" in refused(run)
+    run.measured[look_name(1)] = run.measure(run.subject.evaluation_of(1), ratio=1.01)
+    run.measured[look_name(CONFIRMATION)] = run.measure(run.subject.evaluation_of(CONFIRMATION), **worse)
+    assert "rejected, not confirmed on fresh items: recovery of trimtab_geography" in refused(run)
+
+
 def test_limits_that_no_rung_has(run):
     run.state = run.state.model_copy(
         update={"recipe": run.state.recipe.model_copy(update={"accept": Acceptance(min_recovery=0.5)})}

@@ -83,6 +83,34 @@ def test_the_bill_of_materials_is_valid_cyclonedx(released, folder):
     assert json.loads(recipe) == released.evidence["recipe"]
 
 
+LICENCES = [
+    ({"id": "apache-2.0"}, {"id": "Apache-2.0"}, "Apache-2.0"),
+    ({"id": "other", "name": "llama3.1", "link": "https://example.org/l"},
+     {"name": "llama3.1", "url": "https://example.org/l"}, "llama3.1"),
+    ({"id": "gemma"}, {"name": "gemma"}, "gemma"),
+    ({}, None, "unknown, for neither its card nor its config names one"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("licence", "said", "told"), LICENCES, ids=[told[:12] for *_, told in LICENCES])
+def test_the_licence_of_the_base_model_is_in_the_papers(licence, said, told, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    run = Released(store, tmp_path, licence=licence)
+    tree = read(signing.unseal(store.read_release(run.uri)["attestation"])).predicate.papers
+    text = store.read(tree, papers.BOM).decode()
+    validation = pytest.importorskip("cyclonedx.validation.json")
+    from cyclonedx.schema import SchemaVersion
+
+    assert validation.JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    found = json.loads(text)
+    (base,) = (part for part in found["components"] if part["bom-ref"] == "base-model")
+    for model in (base, found["metadata"]["component"]):
+        assert model.get("licenses") == ([{"license": said}] if said else None)
+    assert ("licence is unknown" in base["description"]) is not bool(licence)
+    _, front, card = store.read(tree, papers.CARD).decode().split("---\n", 2)
+    assert yaml.safe_load(front).get("license") == licence.get("id") and f"that of this model: {told}." in card
+
+
 def test_the_provenance_names_images_versions_and_commit(store, tmp_path, monkeypatch):
     monkeypatch.setenv("TRIMTAB_COMMIT", "c0ffee" * 6 + "c0de")
     monkeypatch.setenv("TRIMTAB_IMAGE", "registry.example/trimtab-cpu@sha256:1")

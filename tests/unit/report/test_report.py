@@ -27,8 +27,19 @@ from runs import (
     state,
 )
 
+from trimtab.judge import Measurements
 from trimtab.loop.state import State
-from trimtab.report import attempt_html, console_table, figures, rows, summary_html, summary_markdown
+from trimtab.report import (
+    SideBySide,
+    attempt_html,
+    console_table,
+    figures,
+    next_steps,
+    rows,
+    serving,
+    summary_html,
+    summary_markdown,
+)
 from trimtab.report.rows import DASH, fraction, number
 from trimtab.stages import STAGES
 
@@ -183,7 +194,7 @@ def test_the_summary_tells_the_story():
 def test_when_nothing_is_accepted_the_page_says_why(name, said):
     text = Page(summary_html(STATES[name])).text
     assert said in text and "is accepted on" not in text
-    assert "The accepted recipe" not in text
+    assert "What to ship" not in text
 
 
 def test_causes_are_counted():
@@ -232,6 +243,69 @@ def test_an_export_that_was_not_loaded_is_said_to_be():
 
 def cut(brief_, count: int):
     return brief_.model_copy(update={"verdict": brief_.verdict.model_copy(update={"truncated": count})})
+
+
+def cells(text: str, what: str) -> list[str]:
+    (line,) = re.findall(rf'<tr><th scope="row">{what}</th>(.*?)</tr>', text)
+    return re.findall(r"<td[^>]*>(.*?)</td>", line)
+
+
+def test_an_attempt_stands_beside_the_baseline_on_the_same_items():
+    """The baseline's own page is of its first look; what an attempt is compared with was asked the same."""
+    measured = Measurements(decode_tokens_per_second=31.5, throughput_tokens_per_second=120.0)
+    beside = ACCEPTED.verdict.beside.model_copy(update={"measurements": measured})
+    verdict = ACCEPTED.verdict.model_copy(update={"beside": beside})
+    text = attempt_html(RELEASED.model_copy(update={"verdict": verdict}))
+    ours, theirs, grown = cells(text, "perplexity")
+    assert (theirs, grown) == ("25.9", "+4.7 %") and f"{float(ours) / float(theirs):.3f}" == "1.046"  # of 27.1
+    assert cells(text, "decode at batch 1, tokens/s") == ["49.1", "31.5", "+55.9 %"]
+    assert "baseline 0.660 (0.631 to 0.689)" in text  # the first look of the baseline had 0.672
+    row = rows(RELEASED)[-1]
+    assert row.cells["accuracy"] == ("0.651", "0.622 to 0.680; baseline 0.660")
+    assert "of 0.660" in printed(RELEASED)
+    unknown = verdict.model_copy(update={"beside": None})
+    text = attempt_html(RELEASED.model_copy(update={"verdict": unknown}))
+    assert cells(text, "perplexity")[1:] == [DASH, DASH] and "0.672" not in text
+
+
+def test_the_page_answers_first():
+    texts = [SideBySide("Once upon a time", "there was a boat", "there was a boat"), SideBySide("Tea", HOSTILE, "hot")]
+    text = summary_html(RELEASED, texts)
+    page = Page(text)
+    questions = ["What to ship", "What it costs in quality", "What both write", "What it buys", "How to serve it"]
+    places = [page.text.index(question) for question in (*questions, "What was tried", "The frontier")]
+    assert places == sorted(places)
+    assert "trimtab pull SmolLM2-135M-Instruct served --store s3://models/trimtab" in page.text
+    assert "the same" in page.text and "<script" not in text
+    assert cells(text, "perplexity of 32 windows") == ["25.9", "27.1", "1.047 (1.036 to 1.058)", "at most 1.1"]
+    assert cells(text, "size, MB") == ["269", "147", "-45.4 %"]
+    assert "What to try next" not in page.text
+
+
+STEPS = [
+    ("nothing accepted", "int8_sq stood on the right side of its limit, and 1,000 items were too few to show it"),
+    ("nothing accepted", "All 2 attempts were used: --max-attempts 5 goes on behind them"),
+    ("nothing accepted", "int8_sq came nearest. It would meet accept: {min_recovery: 0.94, max_perplexity_ratio: 1.1}"),
+    ("no gain", "gained nothing at lower_latency"),
+    ("baseline failed", "name a larger target, write fewer tokens"),
+    ("no attempt", "it goes on from the stages that were complete"),
+]
+
+
+@pytest.mark.parametrize(("name", "said"), STEPS, ids=[said[:40] for _, said in STEPS])
+def test_where_nothing_is_accepted_it_says_what_to_try(name, said):
+    assert any(said in step for step in next_steps(STATES[name])), next_steps(STATES[name])
+    page = Page(summary_html(STATES[name]))
+    assert "What to try next" in page.text and said in " ".join(page.text.split())
+    assert "What to ship" not in page.text and serving(STATES[name]) == []
+    assert "## What to try next" in summary_markdown(STATES[name])
+
+
+def test_items_that_would_decide_are_counted():
+    """An interval of 1,000 items reaches 0.013 down and the limit lies 0.005 below: (0.013 / 0.005)² times as many."""
+    (step,) = [step for step in next_steps(NOTHING_ACCEPTED) if "too few" in step]
+    assert "about 6,800 would be enough" in step
+    assert next_steps(RELEASED) == []
 
 
 def test_requests_that_were_cut_are_told_of():

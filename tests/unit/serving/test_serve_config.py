@@ -36,9 +36,12 @@ def export(folder, algorithm: str | None = "FP8", kv_cache: str | None = "FP8"):
 def released(tmp_path):
     """A function: a recipe's engine -> the URI of a release."""
 
-    def make(recipe: str) -> str:
+    def make(recipe: str, built: list[str] = ()) -> str:
         store = open_store(str(tmp_path / "store"))
-        tree, engine = store.put_json("export", {"an": "export"}), store.put_json("engine", {"an": "engine"})
+        for path in ("engine.json", *built):
+            (tmp_path / "built" / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "built" / path).write_text("{}")
+        tree, engine = store.put_json("export", {"an": "export"}), store.put(tmp_path / "built", kind="engine")
         verdict = {"outcome": "accepted", "reason": "recovery 0.99 (0.97 to 1.01) is at least 0.95"}
         return store.release("Smol_LM", {
             "artifact": tree.model_dump(), "engine": engine.model_dump(), "recipe": Recipe.parse(recipe).to_dict(),
@@ -152,6 +155,11 @@ def test_static_batching_is_called_v1():
     assert (found["gpt_model_type"], found["batch_scheduler_policy"]) == ("V1", "guaranteed_no_evict")
 
 
+def _mixed(*algos: str) -> str:
+    layers = {f"model.layers.{n}.mlp.up_proj": {"quant_algo": algo} for n, algo in enumerate(algos)}
+    return json.dumps({"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -163,8 +171,10 @@ def test_static_batching_is_called_v1():
         (lambda f: (f / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "W3"}}'),
          "quantized with W3"),
         (lambda f: (f / "hf_quant_config.json").write_text("{"), "cannot be read (Expecting property name"),
-        (lambda f: (f / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "MIXED_PRECISION"}}'),
+        (lambda f: (f / "hf_quant_config.json").write_text(_mixed("W8A16", "W4A16_AWQ")),
          "artifact: trtllm does not serve mixed; it serves: fp32, fp16, bf16, fp8"),
+        (lambda f: (f / "hf_quant_config.json").write_text(_mixed("W8A16", "NVFP4")),
+         "mixes NVFP4, W8A16, as no format of trimtab does; quantize it again"),
         (lambda f: (f / "hf_quant_config.json").write_text(
             '{"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "INT8"}}'),
          "artifact: trtllm serves no KV cache in int8; it serves: fp8, nvfp4"),
@@ -178,11 +188,31 @@ def test_what_no_server_should_be_given(tmp_path, change, message, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export"]
 
 
-def test_a_release_of_the_torch_engine_needs_another_engine(tmp_path, released, capsys):
+OTHERS = [
+    ("torch", [], "exec trimtab serve /models/Smol_LM --recipe recipe.yaml"),
+    ("vllm", [], "exec vllm serve /models/Smol_LM --tensor-parallel-size 1"),
+    ("vllm", ["checkpoint/config.json"], "exec vllm serve /engines/Smol_LM/checkpoint --tensor-parallel-size 1"),
+]
+
+
+@pytest.mark.parametrize(("backend", "built", "command"), OTHERS)
+def test_a_release_of_another_engine_is_a_command(backend, built, command, tmp_path, released):
+    uri = released(f"{{quantize: {{format: int4_awq}}, engine: {{backend: {backend}, max_batch_size: 4}}}}", built)
+    assert main.main(["serve-config", uri, str(tmp_path / "out")]) == 0
+    script = (tmp_path / "out" / "serve.sh").read_text()
+    subprocess.run(["sh", "-n", tmp_path / "out" / "serve.sh"], check=True)
+    assert command in script and script.rstrip().endswith('"$@"')
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert "recovery 0.99 (0.97 to 1.01)" in readme and "trimtab artifact export file:///" in readme
+    if backend == "torch":
+        recipe = Recipe.parse((tmp_path / "out" / "recipe.yaml").read_text())
+        assert recipe.engine.max_batch_size == 4
+    else:
+        assert "--max-num-seqs 4" in script
+
+
+def test_a_recipe_serves_in_the_place_of_the_release_s(tmp_path, released):
     uri = released("{quantize: {format: int4_awq}}")
-    assert main.main(["serve-config", uri, str(tmp_path / "out")]) == 2
-    message = "engine.backend: 'torch' is not served by TensorRT-LLM; give a recipe with engine: {backend: trtllm}"
-    assert message in " ".join(capsys.readouterr().err.split())
     (tmp_path / "recipe.yaml").write_text("engine: {backend: trtllm, max_batch_size: 4}")
     assert main.main(["serve-config", uri, str(tmp_path / "out"), "--recipe", str(tmp_path / "recipe.yaml")]) == 0
     assert yaml.safe_load((tmp_path / "out" / "llm_args.yaml").read_text())["max_batch_size"] == 4

@@ -88,7 +88,7 @@ EVERYTHING = (
     "{{prune: {{method: depth, blocks: 1}}, distill: {{tokens: 99, generate: 9, stored_logits: 8}}, "
     "quantize: {{format: mixed, effective_bits: 6}}, engine: {{backend: {backend}}}}}"
 )
-TENSOR_STAGES = {"calibrate", "prune", "generate", "teach", "distill", "recalibrate", "gram"}
+TENSOR_STAGES = {"calibrate", "prune", "generate", "teach", "distill", "recalibrate"}
 ROUNDING_STAGES = {"sensitivity", "quantize", "integrity"}
 SERVING_STAGES = {"engine", "evaluate", "speed"}
 

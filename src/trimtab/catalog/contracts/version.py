@@ -13,6 +13,7 @@ import importlib.metadata
 from packaging.version import InvalidVersion, Version
 
 from trimtab.base.errors import InputError
+from trimtab.catalog.formats import WeightFormat
 
 #: back end -> the first and the last version that has it, None where there is no last.
 RANGES: dict[str, tuple[str, str | None]] = {
@@ -54,6 +55,17 @@ def refusal(backend: str, version: str) -> str | None:
     others = " or ".join(backends(version))
     remedy = f"write engine.backend: {others}" if others else "take a newer version"
     return f"engine.backend: TensorRT-LLM {version} has no '{backend}', which {exists}; {remedy}"
+
+
+def too_old(row: WeightFormat, version: str | None) -> str | None:
+    """Returns why a version of TensorRT-LLM does not read a format; None if it does, or nobody knows the version."""
+    since = max((part.storage.since for part in row.parts if part.storage.since), key=parse, default=None)
+    if since is None or version is None or within(parse(version), since, None):
+        return None
+    return (
+        f"quantize.format: {row.name} is read by TensorRT-LLM from {since} on, and {version} is asked for; write "
+        f"int4_gptq, or engine.backend: vllm"
+    )
 
 
 def installed() -> str | None:

@@ -45,9 +45,9 @@ _ASKED: dict[str, Callable[[Recipe], object]] = {
     "generate": lambda recipe: recipe.distill,
     "teach": lambda recipe: recipe.distill,
     "distill": lambda recipe: recipe.distill,
-    "gram": lambda recipe: (recipe.quantize and recipe.quantize.needs_grams) or None,
     "sensitivity": lambda recipe: (recipe.quantize and recipe.quantize.needs_sensitivity) or None,
-    "quantize": lambda recipe: recipe.quantize and recipe.quantize.format,
+    # Gram matrices take far more than all else that quantizing holds.
+    "quantize": lambda recipe: recipe.quantize and ("grams" if recipe.quantize.needs_grams else recipe.quantize.format),
 }
 #: Stages of a training. What they lack, no smaller batch in serving gives them.
 TRAINING = ("generate", "teach", "distill")

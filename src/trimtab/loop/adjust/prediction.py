@@ -10,42 +10,41 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from trimtab.catalog.formats import FORMATS
+from trimtab.catalog.formats import FORMATS, WeightFormat
 from trimtab.loop.adjust.comparison import bits_of, quantization
 from trimtab.loop.state import Brief
 from trimtab.planning.matrix import Rung
-from trimtab.recipe import MIXED_FORMATS, Recipe
+from trimtab.recipe import Recipe
 
 #: With one measurement: the bits that halve the log ratio.
 HALVING_BITS = 1.0
 #: A rung is skipped when its predicted log ratio exceeds this multiple of the limit's. Acceptance wants the
 #: whole interval below the limit, so a prediction at the limit itself already fails more often than not.
 CLEARLY = 1.1
-_MIX = FORMATS[MIXED_FORMATS[0]]
-#: What ends the line of mixed precision at its fewest bits: what it mixes, and what is stored alike, the nearest first.
-_FEWEST_BITS = sorted(
-    (name for name, row in FORMATS.items() if row.storage == _MIX.storage), key=lambda name: FORMATS[name].harshness
-)
 
 
 def predicted_ratio(recipe: Recipe, history: Sequence[Brief]) -> float | None:
     """Returns the perplexity ratio to expect of a `mixed` recipe, from attempts that differ in bits alone.
 
-    Mixed precision mixes INT4 GPTQ with INT8, so GPTQ is its end at 4 bits; AWQ, then round-to-nearest, stands in
-    where that was not measured. None when nothing was measured.
+    What it mixes first is its end at the fewest bits, such as INT4 by GPTQ; what is stored alike, AWQ and then rounding
+    to nearest, stands in where that was not measured. None when nothing was measured.
     """
+    mix = quantization(recipe).row
+    if not mix.mixes:
+        return None
+    fewest = _fewest(mix)
     points: dict[str, tuple[float, float]] = {}
     for brief in history:
         quantize, ratio = quantization(brief.recipe), brief.verdict.perplexity_ratio
         same = (brief.recipe.prune, brief.recipe.distill) == (recipe.prune, recipe.distill)
-        on_the_line = bool(quantize.row.mixes) or quantize.format in _FEWEST_BITS
+        on_the_line = quantize.row == mix or (quantize.format in fewest and not quantize.method)
         if same and on_the_line and ratio and ratio.estimate > 1:
             key = brief.recipe.digest if quantize.row.mixes else quantize.format
             points[key] = (bits_of(brief.recipe), math.log(math.log(ratio.estimate)))
-    measured = [form for form in _FEWEST_BITS if form in points]
+    measured = [form for form in fewest if form in points]
     for worse in measured[1:]:
         points.pop(worse)
-    if not points or recipe.quantize is None or recipe.quantize.effective_bits is None:
+    if not points:
         return None
     bits = recipe.quantize.effective_bits
     at, value = max(points.values())
@@ -59,6 +58,12 @@ def predicted_ratio(recipe: Recipe, history: Sequence[Brief]) -> float | None:
         if fitted < 0:  # else noise outweighs the trend, and the guess stands
             slope, at, value = fitted, mean_x, mean_y
     return math.exp(math.exp(value + slope * (bits - at)))
+
+
+def _fewest(mix: WeightFormat) -> list[str]:
+    """What ends the line of a mix at its fewest bits: what it mixes, and what is stored alike, the nearest first."""
+    alike = (name for name, row in FORMATS.items() if row.storage == mix.parts[0].storage)
+    return sorted(alike, key=lambda name: FORMATS[name].harshness)
 
 
 def skip(

@@ -101,11 +101,12 @@ class SeparateExperts(nn.ModuleList):
 def separate(blocks: nn.ModuleList, part: Experts) -> None:
     """Puts separate experts in the place of transformers' in every block that has some."""
     for block in blocks:
-        module = block.get_submodule(part.module) if hasattr(block, part.module) else None
+        module = getattr(block, part.module, None)
         if module is not None and hasattr(module, part.experts):
             setattr(module, part.experts, SeparateExperts(getattr(module, part.experts), part))
 
 
-def mixtures(model: nn.Module) -> dict[str, SeparateExperts]:
-    """Returns the mixtures of experts of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SeparateExperts)}
+def mixtures(model: nn.Module, prefix: str = "") -> dict[str, SeparateExperts]:
+    """Returns the mixtures of experts of a model, or of a part of one that stands at `prefix`, by their whole names."""
+    named = model.named_modules(prefix=prefix)
+    return {name: module for name, module in named if isinstance(module, SeparateExperts)}

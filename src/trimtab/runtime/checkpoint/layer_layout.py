@@ -9,20 +9,22 @@
 | W4A16_AWQ | int4_rtn, int4_awq, int4_gptq | INT4 [out / 2, in] | [out, in / group] | - | - |
 | W4A8_AWQ | w4a8_awq | INT4 [out / 2, in] | [out, in / group] | scalar | scalar |
 | NVFP4 | nvfp4 | E2M1 [out, in / 2] | e4m3 [out, in / 16] | scalar | scalar |
+| W4A16_NVFP4 | nvfp4_wo | E2M1 [out, in / 2] | e4m3 [out, in / 16] | scalar | - |
 | W4A8_MXFP4_FP8 | mxfp4 | E2M1 [out, in / 2] | E8M0 [out, in / 32] | - | scalar |
+| W4A16_MXFP4 | mxfp4_wo | E2M1 [out, in / 2] | E8M0 [out, in / 32] | - | - |
 
 A byte of INT4 holds two output channels: the low nibble is row 2r, the high nibble row 2r + 1, both in two's
 complement. A byte of E2M1 holds two inputs of one channel, the even one in the low nibble; E8M0 is a power of
 two, stored as its exponent plus 127. `weight_scale_2` multiplies NVFP4's block scales; in W4A8_AWQ it is the
 scale at which the INT4 weights are rounded to FP8 for the product. `pre_quant_scale` [in], where it is stored,
-multiplies the layer's input; where it was folded into the layer norm before it, it is absent. TensorRT-LLM wants one
-for W4A16_AWQ where no norm stands before a layer, so int4_rtn has ones there.
+multiplies the layer's input; where it was folded into the norm or the layer before it, it is absent. TensorRT-LLM
+wants one for W4A16_AWQ where no norm stands before a layer, so int4_rtn has ones there.
 Source: modelopt/torch/export/quant_utils.py, 0.47.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -127,14 +129,18 @@ def plain_dtype(form: str) -> torch.dtype:
 def dtype_beside(family: Family, name: str, source: torch.dtype, plain: torch.dtype) -> torch.dtype:
     """Returns the type in which an export has a tensor that it does not quantize: the source's for what routers choose
     experts by and for what a recurrence decays by, where that is float32, and for whole numbers; else the format's."""
-    kept = family.stays_plain(name.rpartition(".")[0]) or family.is_of_state(name)
+    kept = family.is_of_router(name) or family.is_of_state(name)
     return source if (kept and source == torch.float32) or not source.is_floating_point else plain
 
 
-def mean_bits(facts: ModelFacts, layouts: Mapping[str, Layout]) -> float:
-    """Returns the mean bits of the quantized weights, without their scales; 16 where nothing is quantized."""
-    sizes = {layer.name: layer.parameters for layer in facts.linears if layer.name in layouts}
-    bits = sum(layouts[layer].bits * size for layer, size in sizes.items())
+def mean_bits(facts: ModelFacts, layouts: Mapping[str, Layout], plain: Collection[str] = ()) -> float:
+    """Returns the mean bits of the quantized weights, without their scales; 16 where nothing is quantized.
+
+    Args:
+        plain: layers that count with their 16 bits, where they have no layout.
+    """
+    sizes = {layer.name: layer.parameters for layer in facts.linears if layer.name in layouts or layer.name in plain}
+    bits = sum((layouts[layer].bits if layer in layouts else 16) * size for layer, size in sizes.items())
     return bits / sum(sizes.values()) if sizes else 16.0
 
 
@@ -196,6 +202,20 @@ def unpack_e2m1(packed: torch.Tensor) -> torch.Tensor:
     return _e2m1(packed.device)[nibbles.int()]
 
 
+def codes_e2m1(packed: torch.Tensor) -> torch.Tensor:
+    """Returns the codes of packed E2M1, eight lower so that they are four bits with a sign: int8 [out, in]."""
+    return (torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).to(torch.int8)) - 8
+
+
+def pack_e2m1(numbers: torch.Tensor) -> torch.Tensor:
+    """Returns the packed bytes of E2M1 numbers: float32 [out, in], as by `round_e2m1` -> uint8 [out, in / 2]."""
+    size = numbers.abs()
+    # From 1 on, the exponent and the first bit behind the point are the code, up to a constant.
+    codes = ((size.view(torch.int32) >> 22) - 252).clamp_(min=0) + (size == 0.5) + 8 * (numbers < 0)
+    low, high = codes.to(torch.uint8).view(len(numbers), -1, 2).unbind(-1)
+    return low | high << 4
+
+
 @cache
 def _e2m1(device: torch.device) -> torch.Tensor:
     """The number of each code; kept, because a CUDA graph cannot record a copy to the GPU."""
@@ -222,15 +242,19 @@ def dequantize(layer: Quantized) -> torch.Tensor:
 def scaled_weight(layer: Quantized) -> torch.Tensor:
     """Returns the float32 weight [out, in] that the layer applies to an input times `pre_quant_scale`."""
     weight, layout, storage = numbers(layer).float(), layer.layout, layer.layout.storage
-    scale = layer.weight_scale.float()
-    if storage.scale_type == "e8m0":
-        scale = torch.exp2(scale - 127)
-    if storage.second_scale == "blocks":
-        scale = scale * layer.weight_scale_2.float()
+    scale = group_scales(layer)
     weight = _in_groups(weight, scale, layout.group_size) if storage.in_groups else weight * scale.reshape(-1, 1)
     if storage.second_scale == "rounded":
         return ROUNDED[storage.inputs.numbers](weight, layer.weight_scale_2.float())
     return weight
+
+
+def group_scales(layer: Quantized) -> torch.Tensor:
+    """Returns what the stored numbers are multiplied by, float32, of the shape of `weight_scale`."""
+    scale, storage = layer.weight_scale.float(), layer.layout.storage
+    if storage.scale_type == "e8m0":
+        scale = torch.exp2(scale - 127)
+    return scale * layer.weight_scale_2.float() if storage.second_scale == "blocks" else scale
 
 
 def factors(layer: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
@@ -299,11 +323,11 @@ def round_nvfp4(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     """
     blocks = x.unflatten(-1, (-1, _BLOCK))
     block_scale = round_fp8(blocks.abs().amax(-1, keepdim=True) / E2M1_MAX, scale)
-    return _round_e2m1(blocks / block_scale.where(block_scale > 0, 1.0)).mul_(block_scale).flatten(-2)
+    return round_e2m1(blocks / block_scale.where(block_scale > 0, 1.0)).mul_(block_scale).flatten(-2)
 
 
-def _round_e2m1(x: torch.Tensor) -> torch.Tensor:
-    """Rounds to 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives; ties go to the even code."""
+def round_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """Returns float32 x as 0, 0.5, 1, 1.5, 2, 3, 4, 6 or their negatives; ties go to the even code."""
     return _rounded(x.clamp(-E2M1_MAX, E2M1_MAX), 1, 1.0)
 
 

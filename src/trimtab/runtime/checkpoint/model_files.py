@@ -238,7 +238,7 @@ def _layout(entry: dict[str, Any]) -> Layout:
         raise Failure("unsupported", f"quant_algo {algo} cannot be read; known: {', '.join(STORAGES)}")
     if entry.get("has_zero_point"):
         raise Failure("unsupported", f"quant_algo {algo} with zero points cannot be read")
-    return Layout(algo, entry.get("group_size") or 0 if STORAGES[algo].in_groups else 0)
+    return Layout(algo, entry.get("group_size") or STORAGES[algo].block if STORAGES[algo].in_groups else 0)
 
 
 def _read_quantization(folder: Path) -> dict[str, Any]:

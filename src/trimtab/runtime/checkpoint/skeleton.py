@@ -40,8 +40,11 @@ def skeleton(folder: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedMod
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise _no_model(folder, error) from None
-    for parameter in model.parameters():  # and no buffers: GPT-J's angles would be those of rounded frequencies
+    for parameter in model.parameters():  # and not all buffers: GPT-J's angles would be those of rounded frequencies
         parameter.data = parameter.data.to(dtype)
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in family.factors:
+            buffer.data = buffer.data.to(dtype)
     model.config.dtype = dtype
     if getattr(config, "attn_logit_softcapping", None) is not None:
         model.set_attn_implementation("eager")  # the only one of transformers' that caps scores on every device
@@ -97,6 +100,12 @@ def _rename(model: nn.Module, stored: str, own: str) -> None:
     holder = model.get_submodule(parent)
     del holder._modules[name]
     holder.__dict__[name] = module
+    if stored.startswith(f"{own}."):  # one name more, under its own: that of a module which only holds it
+        leaf = stored[len(own) + 1 :]
+        place = holder._modules[name] = nn.Module()
+        place._modules[leaf] = module
+        module.__dict__[leaf] = module  # transformers' attribute hides the holder from whoever goes by the whole name
+        return
     parent, _, name = stored.rpartition(".")
     holder = model.get_submodule(parent) if parent else model
     holder._modules[name] = module

@@ -23,7 +23,8 @@ from trimtab.runtime.linear import cpu_products
 #: Rows scored at once, and tokens of the vocabulary in a slice: 16 MB of float32 logits.
 ROWS = 1024
 SLICE = 4096
-_AS_THEY_ARE = Logits()
+#: Products that are the logits.
+AS_THEY_ARE = Logits()
 
 
 @torch.inference_mode()
@@ -58,7 +59,7 @@ def changed(logits: torch.Tensor, behind: Logits) -> torch.Tensor:
 
 
 def score(
-    head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, behind: Logits = _AS_THEY_ARE
+    head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, behind: Logits = AS_THEY_ARE
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns each target's log-probability in nats, float32 [n], and whether it is the likeliest, bool [n].
 
@@ -88,8 +89,39 @@ def _score(
     return log_probs, target_logits >= torch.stack(maxima).amax(0)
 
 
+def predict(
+    head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, count: int, behind: Logits = AS_THEY_ARE
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns each target's log-probability in nats, float32 [n], and of each position the `count` likeliest tokens,
+    int64 [n, count], the likeliest first, with their log-probabilities, float32 [n, count].
+
+    Other arguments are those of `score`; a vocabulary that is smaller than `count` is returned whole.
+    """
+    pieces = zip(hidden.split(ROWS), targets.split(ROWS), strict=True)
+    parts = [_predict(head, h, t, count, behind) for h, t in pieces]
+    log_probs, tokens, best = zip(*parts, strict=True)
+    return torch.cat(log_probs), torch.cat(tokens), torch.cat(best)
+
+
+def _predict(
+    head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, count: int, behind: Logits
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, totals = torch.arange(len(targets), device=targets.device), []
+    target_logits = hidden.new_zeros(len(targets), dtype=torch.float32)
+    best, tokens = target_logits[:, None][:, :0], targets[:, None][:, :0]
+    for start, logits in logit_slices(head, hidden, behind):
+        totals.append(logits.logsumexp(-1))
+        here = (targets >= start) & (targets < start + logits.shape[1])
+        target_logits[here] = logits[rows[here], targets[here] - start]
+        values, places = logits.topk(min(count, logits.shape[1]))
+        best, order = torch.cat([best, values], 1).topk(min(count, best.shape[1] + values.shape[1]))
+        tokens = torch.cat([tokens, places + start], 1).gather(1, order)
+    total = torch.stack(totals).logsumexp(0)
+    return target_logits - total, tokens, best - total[:, None]
+
+
 def logit_slices(
-    head: nn.Linear, hidden: torch.Tensor, behind: Logits = _AS_THEY_ARE
+    head: nn.Linear, hidden: torch.Tensor, behind: Logits = AS_THEY_ARE
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yields (first token, float32 logits [n, at most SLICE]) over the vocabulary."""
     hidden = hidden.float()

@@ -3,7 +3,9 @@
 | file | idea |
 |---|---|
 | `backends` | opens a built engine in the back end that its recipe names |
-| `torch_engine` | the protocol, and the embedded engine on PyTorch; `batching` packs what it scores |
+| `protocol` | what every engine is asked |
+| `kept` | engines that stay open, so that an export is loaded once |
+| `torch_engine` | the embedded engine on PyTorch; `batching` packs what it scores |
 | `answer_end` | where an answer may end early: behind a text that its reader stops at |
 | `parallel`, `rank` | the same over several devices |
 | `library`, `decode_time` | what engines of other libraries share |

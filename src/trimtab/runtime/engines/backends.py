@@ -15,15 +15,21 @@ from trimtab.catalog.backends import BACKENDS
 from trimtab.planning import installed
 from trimtab.recipe import files
 from trimtab.runtime.checkpoint.model_files import Export
-from trimtab.runtime.engines.torch_engine import Engine
+from trimtab.runtime.engines.protocol import Engine
 from trimtab.runtime.kv_cache.emulated import ServedKVCache
 from trimtab.serving import record
 from trimtab.serving.record import CHECKPOINT, RANKS, Device
 
-__all__ = ["CHECKPOINT", "EXCLUSIVE", "RANKS", "check", "checkpoint_digest", "device", "open_engine", "versions"]
-
-#: Back ends that claim most of a GPU's memory for their KV cache: a second engine beside them finds none.
-EXCLUSIVE = tuple(name for name, row in BACKENDS.items() if row.claims_gpu)
+__all__ = [
+    "CHECKPOINT",
+    "RANKS",
+    "check",
+    "check_built",
+    "checkpoint_digest",
+    "device",
+    "open_engine",
+    "versions",
+]
 
 
 def check(settings: recipe.Engine) -> None:
@@ -47,14 +53,24 @@ def open_engine(engine: Path, export: Path, kv_cache: ServedKVCache = "export") 
         Failure: `unsupported`, a back end that this image does not have, or an engine that was built elsewhere;
             `export_damaged`, an export that does not load, or another one than the engine was built from.
     """
-    built = record.read(engine)
-    check(built.settings)
-    built.check(checkpoint_digest(export), versions(), device())
+    built = check_built(engine, export)
     row = BACKENDS[built.settings.backend]
     if kv_cache != "export" and not row.switches_kv_cache:
         raise Failure("unsupported", f"{row.name} serves the KV cache that the export asks for alone")
     # A back end's library is not in every image, and takes seconds to import.
     return importlib.import_module(row.module).open_engine(built, Path(engine), export, kv_cache)
+
+
+def check_built(engine: Path, export: Path) -> record.Built:
+    """Returns what is written down of a built engine, after refusing one that cannot be opened here for this export.
+
+    Raises:
+        Failure: as `open_engine`.
+    """
+    built = record.read(engine)
+    check(built.settings)
+    built.check(checkpoint_digest(export), versions(), device())
+    return built
 
 
 def checkpoint_digest(export: Path) -> str:

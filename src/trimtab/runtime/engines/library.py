@@ -1,4 +1,4 @@
-"""What engines of other libraries share behind the protocol of `runtime.engines.torch_engine`."""
+"""What engines of other libraries share behind the protocol of `runtime.engines.protocol`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime.checkpoint.model_files import Export, end_tokens, load_tokenizer, weight_file_bytes
 from trimtab.runtime.engines.batching import ScoringRequest
+from trimtab.runtime.engines.protocol import Prediction
 
 
 class LibraryEngine:
@@ -59,6 +60,9 @@ class LibraryEngine:
         """
         requests = [(window[:1], window[1:]) for window in windows.tolist()]
         return [-likelihood for likelihood, _ in self.loglikelihood(requests)]
+
+    def predict(self, windows: torch.Tensor, count: int) -> Prediction:
+        raise NotImplementedError
 
     @cached_property
     def _ends(self) -> list[int]:

@@ -23,7 +23,8 @@ from trimtab.base.errors import Failure, StageError
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime.checkpoint.model_files import load_tokenizer
 from trimtab.runtime.engines.batching import ScoringRequest
-from trimtab.runtime.engines.torch_engine import Engine, TorchEngine
+from trimtab.runtime.engines.protocol import Engine, Prediction
+from trimtab.runtime.engines.torch_engine import TorchEngine
 from trimtab.runtime.kv_cache.emulated import ServedKVCache
 from trimtab.serving.record import Built
 
@@ -37,7 +38,7 @@ _ENDED = "a rank of the engine ended without an answer; see its log above"
 
 
 class ParallelEngine:
-    """Runs an export folder in `settings.world_size` processes, behind the protocol of `runtime.engines.torch_engine`.
+    """Runs an export folder in `settings.world_size` processes, behind the protocol of `runtime.engines.protocol`.
 
     Each is a `TorchEngine` with a part of the model (`runtime.parallel.shards`), on a GPU of its own or on the CPU's
     cores. All compute the same answers; that they do is checked.
@@ -112,6 +113,10 @@ class ParallelEngine:
     def nll(self, windows: torch.Tensor) -> list[float]:
         """As `TorchEngine.nll`."""
         return self._agreed("nll", windows.tolist())
+
+    def predict(self, windows: torch.Tensor, count: int) -> Prediction:
+        """As `TorchEngine.predict`."""
+        return Prediction(*self._agreed("predict", windows.tolist(), count))
 
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, until: Sequence[Sequence[str]] = ()

@@ -44,8 +44,8 @@ def main(request: dict[str, Any]) -> None:
 
 
 def _answer(engine: TorchEngine, name: str, arguments: list[Any]) -> Any:
-    if name == "nll":
-        arguments = [torch.tensor(arguments[0])]
+    if name in ("nll", "predict"):
+        arguments = [torch.tensor(arguments[0]), *arguments[1:]]
     found = getattr(engine, name)
     return found(*arguments) if callable(found) else found
 

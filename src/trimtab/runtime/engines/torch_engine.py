@@ -1,14 +1,15 @@
-"""The engine: what validation asks of whatever serves an artifact, and the embedded back end on PyTorch."""
+"""The embedded back end on PyTorch."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
@@ -26,90 +27,12 @@ from trimtab.runtime.decoder.step import DecodingStep
 from trimtab.runtime.engines import batching
 from trimtab.runtime.engines.answer_end import AnswersEnd
 from trimtab.runtime.engines.batching import ScoringRequest
+from trimtab.runtime.engines.protocol import Prediction, check_length, check_prompts, check_requests
 from trimtab.runtime.kernels import replacements
 from trimtab.runtime.kv_cache.emulated import ServedKVCache
 from trimtab.runtime.linear import cpu_products, fused
 from trimtab.runtime.parallel import shards
 from trimtab.runtime.parallel.shards import Place
-
-
-class Engine(Protocol):
-    """Every back end runs one exported artifact and answers in the same units."""
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The artifact's tokenizer."""
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes that the weights occupy while the engine runs, on all devices together."""
-
-    @property
-    def device_bytes(self) -> int:
-        """Bytes that the engine holds of its first device's memory, KV cache and graphs included; 0 on a CPU."""
-
-    @property
-    def arithmetic(self) -> str:
-        """In which numbers products are computed, and on what: for people."""
-
-    def kernels(self) -> dict[str, dict[str, Any]]:
-        """Returns for each quantized layer {"kernel": name, "emulated": bool}."""
-
-    def loglikelihood(self, requests: list[ScoringRequest]) -> list[tuple[float, bool]]:
-        """Returns for each (context, continuation) its log-probability in nats, and whether it is greedy."""
-
-    def nll(self, windows: torch.Tensor) -> list[float]:
-        """Returns for each window, int64 [n, length], the nats of its tokens after the first, summed."""
-
-    def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, until: Sequence[Sequence[str]] = ()
-    ) -> list[list[int]]:
-        """Returns for each prompt the tokens that greedy decoding adds, without the end-of-text token.
-
-        `until` has for each prompt the texts that its answer is cut at by whoever reads it: an engine may leave out
-        tokens behind the first of them.
-        """
-
-    def decode_speed(self, batch_size: int, prompt_tokens: int, new_tokens: int, repeats: int) -> list[float]:
-        """Returns the tokens a second of all sequences together, once a repeat, prefill excluded."""
-
-    def close(self) -> None:
-        """Gives memory and processes back; the engine answers no more."""
-
-
-def check_requests(requests: list[ScoringRequest], limit: int, name: str = "engine.max_seq_len") -> None:
-    """Refuses requests for log-likelihoods that an engine cannot answer whole.
-
-    Raises:
-        InputError: a context or continuation is empty, or both together exceed `limit`, which is called `name`.
-    """
-    for number, (context, continuation) in enumerate(requests):
-        if not context or not continuation:
-            part = "continuation" if context else "context"
-            raise InputError(f"request {number}: its {part} is empty; a token is scored on one before it")
-        check_length(f"request {number}", len(context) + len(continuation), limit, name)
-
-
-def check_prompts(prompts: list[list[int]], max_new_tokens: int, limit: int) -> None:
-    """Refuses prompts that an engine cannot continue.
-
-    Raises:
-        InputError: a prompt is empty, or with its new tokens exceeds `limit`, the engine's max_seq_len.
-    """
-    for number, prompt in enumerate(prompts):
-        if not prompt:
-            raise InputError(f"prompt {number}: is empty; give at least one token")
-        check_length(f"prompt {number} with {max_new_tokens} new tokens", len(prompt) + max_new_tokens, limit)
-
-
-def check_length(what: str, tokens: int, limit: int, name: str = "engine.max_seq_len") -> None:
-    """Refuses more tokens than the engine has room for: nothing is ever truncated.
-
-    Raises:
-        InputError: there are more.
-    """
-    if tokens > limit:
-        raise InputError(f"{what} has {tokens} tokens, more than {name} {limit}; raise it or cut")
 
 
 class TorchEngine:
@@ -222,18 +145,39 @@ class TorchEngine:
         Raises:
             InputError: a window exceeds `max_seq_len`, or has fewer than two tokens.
         """
+        totals = []
+        for batch in self._window_batches(windows):
+            with gpu_memory.part("activations", self.device):
+                log_probs, _ = head.score(self.head, *self._predicting(batch), self._behind_head)
+            totals += (-log_probs).double().view(len(batch), -1).sum(1).tolist()
+        return totals
+
+    @torch.inference_mode()
+    def predict(self, windows: torch.Tensor, count: int) -> Prediction:
+        """As the protocol says.
+
+        Raises:
+            InputError: as `nll`.
+        """
+        found = Prediction([], [], [])
+        for batch in self._window_batches(windows):
+            with gpu_memory.part("activations", self.device):
+                told = head.predict(self.head, *self._predicting(batch), count, self._behind_head)
+            log_probs, tokens, best = (each.unflatten(0, (len(batch), -1)) for each in told)
+            for part, values in zip(found, (-log_probs, tokens, best), strict=True):
+                part += values.tolist()
+        return found
+
+    def _window_batches(self, windows: torch.Tensor) -> Sequence[torch.Tensor]:
         length = windows.shape[1]
         check_length("a window", length, self.settings.max_seq_len)
         if length < 2:
             raise InputError(f"a window of {length} tokens predicts nothing; give at least 2")
-        totals = []
-        for batch in windows.split(max(1, self.settings.max_num_tokens // length)):
-            with gpu_memory.part("activations", self.device):
-                hidden = self._hidden(batch[:, :-1]).flatten(0, 1)
-                targets = batch[:, 1:].flatten().to(self.device)
-                log_probs, _ = head.score(self.head, hidden, targets, self._behind_head)
-            totals += (-log_probs).double().view(len(batch), -1).sum(1).tolist()
-        return totals
+        return windows.split(max(1, self.settings.max_num_tokens // length))
+
+    def _predicting(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the hidden states that predict the tokens of windows behind their first, and these tokens."""
+        return self._hidden(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten().to(self.device)
 
     @torch.inference_mode()
     def generate(
@@ -268,6 +212,13 @@ class TorchEngine:
             seconds = [self._decode(decoder, prompt, new_tokens) for _ in range(repeats + 1)]
         self.decode_path = decoder.path
         return [batch_size * new_tokens / s for s in seconds[1:]]
+
+    def under(self, settings: Settings) -> TorchEngine:
+        """Returns an engine with other limits over the same loaded model."""
+        other = copy.copy(self)
+        other.settings, other._decoders = settings, {}
+        other.__dict__.pop("_step", None)  # it has room for the longest sequence
+        return other
 
     def close(self) -> None:
         """Nothing to do: memory goes back with the object."""

@@ -24,7 +24,7 @@ from trimtab.runtime.decoder import gpu_memory
 from trimtab.runtime.engines import decode_time
 from trimtab.runtime.engines.batching import ScoringRequest
 from trimtab.runtime.engines.library import LibraryEngine
-from trimtab.runtime.engines.torch_engine import check_length, check_prompts, check_requests
+from trimtab.runtime.engines.protocol import Prediction, check_length, check_prompts, check_requests
 from trimtab.serving.record import RANKS, Built
 from trimtab.serving.settings import compiled_args, llm_args
 
@@ -76,6 +76,27 @@ class TrtllmEngine(LibraryEngine):
             for i, prompt, output in zip(some, prompts, outputs, strict=True):
                 answers[i] = _score(output.context_logits, prompt, requests[i][1], self._vocabulary)
         return [answers[i] for i in range(len(requests))]
+
+    @torch.inference_mode()
+    def predict(self, windows: torch.Tensor, count: int) -> Prediction:
+        """As the protocol says.
+
+        Raises:
+            InputError, Failure: as `loglikelihood`.
+        """
+        prompts = windows.tolist()
+        check_requests([(p[:1], p[1:]) for p in prompts], self.settings.max_num_tokens, "engine.max_num_tokens")
+        found = Prediction([], [], [])
+        for some in self._batches(list(range(len(prompts))), [len(prompt) for prompt in prompts]):
+            read = [prompts[i][:-1] for i in some]
+            for i, output in zip(some, self._ask(read, max_tokens=1, return_context_logits=True), strict=True):
+                rows = _rows(output.context_logits, prompts[i][:-1], self._vocabulary).log_softmax(-1)
+                targets = torch.tensor(prompts[i][1:], device=rows.device)
+                best = rows.topk(min(count, rows.shape[1]))
+                parts = (-rows.gather(1, targets[:, None])[:, 0], best.indices, best.values)
+                for part, values in zip(found, parts, strict=True):
+                    part.append(values.tolist())
+        return found
 
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, until: Sequence[Sequence[str]] = ()
@@ -153,12 +174,17 @@ def _score(
 
     The prompt ends before the last token of the continuation, so its last rows predict the continuation.
     """
+    rows = _rows(logits, prompt, vocabulary)[-len(continuation) :]
+    targets = torch.tensor(continuation, device=rows.device)
+    likelihood = rows.log_softmax(-1).gather(1, targets[:, None]).double().sum().item()
+    return likelihood, bool((rows.argmax(-1) == targets).all())
+
+
+def _rows(logits: torch.Tensor | None, prompt: list[int], vocabulary: int) -> torch.Tensor:
+    """Returns a prompt's logits, float32 [tokens, vocabulary], without what pads the vocabulary."""
     logits = logits.reshape(-1, logits.shape[-1]) if logits is not None else None
     if logits is None or logits.shape[0] != len(prompt) or logits.shape[1] < vocabulary:
         found = "none" if logits is None else list(logits.shape)
         reason = f"TensorRT-LLM returns context logits {found} for {len(prompt)} tokens of a vocabulary of {vocabulary}"
         raise Failure("unsupported", reason)
-    rows = logits[-len(continuation) :, :vocabulary].float()  # what is beyond the vocabulary is padding
-    targets = torch.tensor(continuation, device=rows.device)
-    likelihood = rows.log_softmax(-1).gather(1, targets[:, None]).double().sum().item()
-    return likelihood, bool((rows.argmax(-1) == targets).all())
+    return logits[:, :vocabulary].float()

@@ -26,7 +26,7 @@ from trimtab.runtime.decoder import gpu_memory
 from trimtab.runtime.engines import decode_time
 from trimtab.runtime.engines.batching import ScoringRequest
 from trimtab.runtime.engines.library import LibraryEngine
-from trimtab.runtime.engines.torch_engine import check_length, check_prompts, check_requests
+from trimtab.runtime.engines.protocol import Prediction, check_length, check_prompts, check_requests
 from trimtab.serving.record import CHECKPOINT, Built
 from trimtab.serving.vllm import READS, vllm_args
 
@@ -35,7 +35,7 @@ _LOGITS = 3
 
 
 class VllmEngine(LibraryEngine):
-    """An LLM of vLLM behind the protocol of `runtime.engines.torch_engine`; its workers are processes of their own.
+    """An LLM of vLLM behind the protocol of `runtime.engines.protocol`; its workers are processes of their own.
 
     Args:
         export: the exported checkpoint.
@@ -83,6 +83,25 @@ class VllmEngine(LibraryEngine):
             score(output.prompt_logprobs, prompt, len(continuation))
             for output, prompt, (_, continuation) in zip(outputs, prompts, requests, strict=True)
         ]
+
+    def predict(self, windows: torch.Tensor, count: int) -> Prediction:
+        """As the protocol says.
+
+        Raises:
+            InputError, Failure: as `loglikelihood`.
+        """
+        prompts = windows.tolist()
+        check_requests([(prompt[:1], prompt[1:]) for prompt in prompts], self._longest, "vLLM's longest scored prompt")
+        found = Prediction([], [], [])
+        outputs = self._ask(prompts, max_tokens=1, prompt_logprobs=count, ignore_eos=True)
+        for output, prompt in zip(outputs, prompts, strict=True):
+            places = told_of(output.prompt_logprobs, prompt, len(prompt) - 1)
+            found.nll.append([-entries[token].logprob for token, entries in places])
+            # Beside the likeliest ones stands the prompt's own token, whatever its rank.
+            ranked = [sorted(entries.items(), key=lambda entry: entry[1].rank)[:count] for _, entries in places]
+            found.tokens.append([[token for token, _ in likeliest] for likeliest in ranked])
+            found.log_probs.append([[entry.logprob for _, entry in likeliest] for likeliest in ranked])
+        return found
 
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, until: Sequence[Sequence[str]] = ()
@@ -151,10 +170,20 @@ def open_engine(built: Built, engine: Path, export: Path, kv_cache: str) -> Vllm
 
 
 def score(told: list[dict[int, Any] | None] | None, prompt: list[int], continuation: int) -> tuple[float, bool]:
-    """Returns the nats of a prompt's last `continuation` tokens, and whether each is the likeliest.
+    """Returns the nats of a prompt's last `continuation` tokens, and whether each is the likeliest; see `told_of`."""
+    places = told_of(told, prompt, continuation)
+    own = [found[token].logprob for token, found in places]
+    best = [max(entry.logprob for entry in found.values()) for _, found in places]
+    return sum(own), all(a >= b for a, b in zip(own, best, strict=True))
+
+
+def told_of(
+    told: list[dict[int, Any] | None] | None, prompt: list[int], continuation: int
+) -> list[tuple[int, dict[int, Any]]]:
+    """Returns a prompt's last `continuation` tokens, each with what vLLM says of its place.
 
     Args:
-        told: for each token of the prompt, by tokens, its log-probability and that of the likeliest one.
+        told: for each token of the prompt, by tokens, its log-probability and those of the likeliest ones.
 
     Raises:
         Failure: `unsupported`, one is missing.
@@ -163,9 +192,7 @@ def score(told: list[dict[int, Any] | None] | None, prompt: list[int], continuat
     if len(told or []) != len(prompt) or not all(found and token in found for token, found in places):
         what = f"vLLM returns {len(told or [])} log-probabilities for {len(prompt)} tokens"
         raise Failure("unsupported", f"{what}, or those of others")
-    own = [found[token].logprob for token, found in places]
-    best = [max(entry.logprob for entry in found.values()) for _, found in places]
-    return sum(own), all(a >= b for a, b in zip(own, best, strict=True))
+    return places
 
 
 def _check_readable(export: Path, checkpoint: Path | None) -> None:

@@ -7,7 +7,8 @@ same order, so that a product is the same every time.
 
 INT8 and INT4 that meet 16-bit inputs stand in words of 16 bits, see `runtime.kernels.words`. There one instruction
 makes bfloat16 numbers of two words: 0x4300 is 128, and the seven bits below are its units, so a nibble set into it is
-the number 128 more. (The trick is that of Kim et al. 2022, arXiv 2211.10017, in bfloat16.)
+the number 128 more. (The trick is that of Kim et al. 2022, arXiv 2211.10017, in bfloat16.) E2M1 has the sign, exponent
+and first bit of a bfloat16 that is 2^126 times smaller, whose numbers below 1 are subnormal as its own are.
 
 Axes in names: R rows, I in_features, O out_features, W words of a row, G groups of a row.
 """
@@ -34,18 +35,28 @@ class Matmul:
         weight: [O, I] in the type of the input, or words int16 [O, W].
         scale: float32 [1] or [O], of the outputs; of INT4 [G, O], of the numbers.
         bits: of a number in a word, 8 or 4; 0 where there are no words.
-        group_size: numbers of a row that share a scale in INT4.
+        group_size: numbers of a row that share a scale in four bits.
+        floats: whether the four bits are E2M1, of which a tile may have several groups.
 
     Raises:
         ValueError: the tile does not divide the matrix.
     """
 
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, tile: Tile, bits: int = 0, group_size: int = 0):
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        tile: Tile,
+        bits: int = 0,
+        group_size: int = 0,
+        floats: bool = False,
+    ):
         rows, stored = weight.shape
-        if not tile.divides(rows, stored, group_size):
+        if not tile.divides(rows, stored, 0 if floats and not tile.inputs % group_size else group_size):
             group = f" in groups of {group_size}" * bool(group_size)
             raise ValueError(f"a tile of {tile.outputs} x {tile.inputs} does not divide {rows} x {stored}{group}")
         self._weight, self._scale, self._tile, self._bits, self._group_size = weight, scale, tile, bits, group_size
+        self._floats = floats
         #: Programs that have ended, by tile; zeros between two products.
         self._ended = torch.zeros(rows // tile.outputs, dtype=torch.int32, device=weight.device)
 
@@ -61,9 +72,10 @@ class Matmul:
         exact = min(EXACT_EVERY, tile.inputs) if x_RI.dtype == torch.float8_e4m3fn else None
         _multiply[rows // tile.outputs, tile.parts](
             x_RI.contiguous(), self._weight, self._scale, y_RO, sums, self._ended, count, rows, stored,
-            BITS=self._bits, SCALED=grouped, GROUP=self._group_size or 1, ROWS=padded, OUT=tile.outputs,
-            IN=tile.inputs, PARTS=tile.parts, SUMS=tl.int32 if x_RI.dtype == torch.int8 else tl.float32, EXACT=exact,
-            num_warps=tile.warps, num_stages=tile.stages,
+            BITS=self._bits, FLOATS=self._floats, SCALED=grouped, GROUP=self._group_size or 1, ROWS=padded,
+            OUT=tile.outputs, IN=tile.inputs, PARTS=tile.parts,
+            SUMS=tl.int32 if x_RI.dtype == torch.int8 else tl.float32, EXACT=exact, num_warps=tile.warps,
+            num_stages=tile.stages,
         )  # fmt: skip
         return y_RO
 
@@ -71,8 +83,8 @@ class Matmul:
 @triton.jit(do_not_specialize=["count"])  # or it would be compiled anew for one row, and for sixteen
 def _multiply(
     x, weight, scale, y, sums, ended, count, rows, stored,
-    BITS: tl.constexpr, SCALED: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr,
-    IN: tl.constexpr, PARTS: tl.constexpr, SUMS: tl.constexpr, EXACT: tl.constexpr,
+    BITS: tl.constexpr, FLOATS: tl.constexpr, SCALED: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    OUT: tl.constexpr, IN: tl.constexpr, PARTS: tl.constexpr, SUMS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     tile, part = tl.program_id(0), tl.program_id(1)
     out = tile * OUT + tl.arange(0, OUT)
@@ -99,11 +111,11 @@ def _multiply(
             x1 = tl.load(at_x + stored + begin, mask=there, other=0.0)
             x2 = tl.load(at_x + 2 * stored + begin, mask=there, other=0.0)
             x3 = tl.load(at_x + 3 * stored + begin, mask=there, other=0.0)
-            w0, w1, w2, w3 = _quarters(w)
-            w0 *= tl.load(scale + begin // GROUP * rows + out).to(w0.dtype)[:, None]
-            w1 *= tl.load(scale + (stored + begin) // GROUP * rows + out).to(w1.dtype)[:, None]
-            w2 *= tl.load(scale + (2 * stored + begin) // GROUP * rows + out).to(w2.dtype)[:, None]
-            w3 *= tl.load(scale + (3 * stored + begin) // GROUP * rows + out).to(w3.dtype)[:, None]
+            w0, w1, w2, w3 = _quarters(w, FLOATS)
+            w0 *= _scales(scale + out, begin, rows, GROUP, OUT, IN).to(w0.dtype)
+            w1 *= _scales(scale + out, stored + begin, rows, GROUP, OUT, IN).to(w1.dtype)
+            w2 *= _scales(scale + out, 2 * stored + begin, rows, GROUP, OUT, IN).to(w2.dtype)
+            w3 *= _scales(scale + out, 3 * stored + begin, rows, GROUP, OUT, IN).to(w3.dtype)
             found = tl.dot(w0, x0.to(w0.dtype), found)
             found = tl.dot(w1, x1.to(w1.dtype), found)
             found = tl.dot(w2, x2.to(w2.dtype), found)
@@ -128,20 +140,34 @@ def _multiply(
     tl.store(y + row[None, :] * rows + out[:, None], found.to(y.dtype.element_ty), mask=there)
 
 
-def widen(words: torch.Tensor, bits: int, scale: torch.Tensor | None = None, group_size: int = 0) -> torch.Tensor:
-    """Returns the numbers of words int16 [O, W] as bfloat16 [O, I], those of INT4 times their scales [G, O]."""
+@triton.jit
+def _scales(at, begin, rows, GROUP: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr):
+    """What the numbers of a tile are multiplied by: one for all of a row, [OUT, 1], or by group, [OUT, IN]."""
+    if GROUP >= IN:
+        return tl.load(at + begin // GROUP * rows)[:, None]
+    else:
+        group = begin // GROUP + tl.arange(0, IN // GROUP)
+        each = tl.load(at[:, None] + group[None, :] * rows)
+        return tl.reshape(tl.broadcast_to(each[:, :, None], [OUT, IN // GROUP, GROUP]), [OUT, IN])
+
+
+def widen(
+    words: torch.Tensor, bits: int, scale: torch.Tensor | None = None, group_size: int = 0, floats: bool = False
+) -> torch.Tensor:
+    """Returns the numbers of words int16 [O, W] as bfloat16 [O, I], those of four bits times their scales [G, O]."""
     rows, stored = words.shape
     wide_OI = torch.empty(rows, stored * (WORD // bits), dtype=torch.bfloat16, device=words.device)
     _widen[rows, triton.cdiv(stored, 1024)](
         words, words if scale is None else scale, wide_OI, rows, stored,
-        BITS=bits, GROUP=group_size or 1, BLOCK=1024, num_warps=4,
+        BITS=bits, FLOATS=floats, GROUP=group_size or 1, BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return wide_OI
 
 
 @triton.jit
 def _widen(
-    words, scale, wide, rows, stored, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
+    words, scale, wide, rows, stored,
+    BITS: tl.constexpr, FLOATS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -155,7 +181,7 @@ def _widen(
         tl.store(wide + stored, w1.to(kind), mask=inside)
     else:
         scale += row
-        w0, w1, w2, w3 = _quarters(word)
+        w0, w1, w2, w3 = _quarters(word, FLOATS)
         w0 *= tl.load(scale + at // GROUP * rows, mask=inside, other=0.0).to(w0.dtype)
         w1 *= tl.load(scale + (stored + at) // GROUP * rows, mask=inside, other=0.0).to(w1.dtype)
         w2 *= tl.load(scale + (2 * stored + at) // GROUP * rows, mask=inside, other=0.0).to(w2.dtype)
@@ -167,9 +193,48 @@ def _widen(
 
 
 @triton.jit
-def _quarters(word):
-    """The four INT4 numbers of each word."""
-    if INTERPRETED:
+def _e2m1(code):
+    """The number of each code, float32: sign, two bits of exponent, one behind the point, without any below 1."""
+    size = (code & 7).to(tl.float32)
+    above = (1 + (code & 1) * 0.5) * tl.exp2(((code & 7) >> 1).to(tl.float32) - 1)
+    return tl.where(size < 2, size * 0.5, above) * (1 - 2 * ((code >> 3) & 1).to(tl.float32))
+
+
+@triton.jit
+def _quarters(word, FLOATS: tl.constexpr):
+    """The four numbers of each word, INT4 or E2M1."""
+    if INTERPRETED and FLOATS:
+        return _e2m1(word & 15), _e2m1((word >> 4) & 15), _e2m1((word >> 8) & 15), _e2m1((word >> 12) & 15)
+    elif FLOATS:
+        return tl.inline_asm_elementwise(
+            asm="""{
+            .reg .b32 sign, size, power, nothing;
+            mov.b32 power, 0x7E807E80;
+            mov.b32 nothing, 0x80008000;
+            shl.b32 sign, $4, 12;
+            shl.b32 size, $4, 6;
+            and.b32 sign, sign, 0x80008000;
+            lop3.b32 $0, size, 0x01C001C0, sign, 0xEA;
+            shl.b32 sign, $4, 8;
+            shl.b32 size, $4, 2;
+            and.b32 sign, sign, 0x80008000;
+            lop3.b32 $1, size, 0x01C001C0, sign, 0xEA;
+            shl.b32 sign, $4, 4;
+            shr.u32 size, $4, 2;
+            and.b32 sign, sign, 0x80008000;
+            lop3.b32 $2, size, 0x01C001C0, sign, 0xEA;
+            shr.u32 size, $4, 6;
+            and.b32 sign, $4, 0x80008000;
+            lop3.b32 $3, size, 0x01C001C0, sign, 0xEA;
+            fma.rn.bf16x2 $0, $0, power, nothing;
+            fma.rn.bf16x2 $1, $1, power, nothing;
+            fma.rn.bf16x2 $2, $2, power, nothing;
+            fma.rn.bf16x2 $3, $3, power, nothing;
+            }""",  # power is 2^126, nothing -0
+            constraints="=&r,=&r,=&r,=&r,r", args=[word],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+    elif INTERPRETED:
         w0, w1, w2, w3 = word & 15, (word >> 4) & 15, (word >> 8) & 15, (word >> 12) & 15
         return w0.to(tl.float32) - 8, w1.to(tl.float32) - 8, w2.to(tl.float32) - 8, w3.to(tl.float32) - 8
     else:

@@ -1,8 +1,8 @@
-"""INT8 and INT4 weights in words of 16 bits, as `runtime.kernels.matmul` reads them.
+"""Weights of eight and four bits in words of 16 bits, as `runtime.kernels.matmul` reads them.
 
 A word holds a number of each half of a row (INT8), or of each quarter (INT4), the first in its lowest bits: so one load
 brings numbers that meet the same place of two or four parts of the input, without moving bits between threads. INT8
-stands in two's complement, INT4 eight higher than it is.
+stands in two's complement, INT4 eight higher than it is, and E2M1 as its code, eight higher than `codes_e2m1`.
 """
 
 from __future__ import annotations

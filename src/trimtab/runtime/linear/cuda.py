@@ -17,25 +17,35 @@ from trimtab.runtime.checkpoint.layer_layout import Quantized
 from trimtab.runtime.kernels import tile, words
 from trimtab.runtime.kernels.tile import Tile
 from trimtab.runtime.linear import elementwise
-from trimtab.runtime.linear.packed import PackedLinear, token_scales
+from trimtab.runtime.linear.packed import PackedLinear
+from trimtab.runtime.rounding.inputs import token_scales
 
 
 class WeightOnly(PackedLinear):
-    """INT8 or INT4 weights in words: few rows are multiplied by `runtime.kernels.matmul`, many with a dense weight."""
+    """Weights of few bits in words: few rows are multiplied by `runtime.kernels.matmul`, many with a dense weight."""
 
     packed_rows = 64
-    products = (("int8", "row", None), ("int4", "group", None))
+    products = (("int8", "row", None), ("int4", "group", None), ("e2m1", "block", None))
 
     def __init__(self, layer: Quantized, bias: torch.Tensor | None):
         super().__init__(layer, bias)
         self.bits, self.group_size = layer.layout.bits, layer.layout.group_size
-        self.kernel = f"int{self.bits} in words, Triton"
-        scale = layer.weight_scale.float()
-        self.keep(words_OW=words.pack(layer_layout.numbers(layer), self.bits))
+        self.floats = layer.layout.storage.numbers == "e2m1"
+        self.kernel = f"{layer.layout.storage.numbers} in words, Triton"
+        #: What a tile must divide: of E2M1 it may have several groups, for they are short.
+        self.undivided = 0 if self.floats else self.group_size
+        scale = layer_layout.group_scales(layer) if self.group_size else layer.weight_scale.float()
+        codes = layer_layout.codes_e2m1(layer.weight) if self.floats else layer_layout.numbers(layer)
+        self.keep(words_OW=words.pack(codes, self.bits))
         self.keep(scale=scale.t().contiguous() if self.group_size else scale.reshape(-1))
         self._few, self._many = (
-            self.by(tile.usual(*self.words_OW.shape, self.group_size, few)) for few in (True, False)
+            self.by(tile.usual(*self.words_OW.shape, self.undivided, few)) for few in (True, False)
         )
+
+    @classmethod
+    def runs(cls, layer: Quantized) -> bool:
+        """Whether there is a kernel here for the layer's product and its shape, however its scales are stored."""
+        return layer.layout.storage.product in cls.products and cls.fits(layer)
 
     @staticmethod
     def fits(layer: Quantized) -> bool:
@@ -53,7 +63,7 @@ class WeightOnly(PackedLinear):
         """
         from trimtab.runtime.kernels import matmul
 
-        return matmul.Matmul(self.words_OW, self.scale, cut, self.bits, self.group_size)
+        return matmul.Matmul(self.words_OW, self.scale, cut, self.bits, self.group_size, self.floats)
 
     def packed(self, x_RI: torch.Tensor) -> torch.Tensor:
         return self._few(x_RI) if len(x_RI) <= tile.FEW else self._many(x_RI)
@@ -62,7 +72,7 @@ class WeightOnly(PackedLinear):
         from trimtab.runtime.kernels import matmul
 
         if self.group_size:
-            return F.linear(x_RI, matmul.widen(self.words_OW, self.bits, self.scale, self.group_size))
+            return F.linear(x_RI, matmul.widen(self.words_OW, self.bits, self.scale, self.group_size, self.floats))
         return F.linear(x_RI, matmul.widen(self.words_OW, self.bits)) * self.scale.bfloat16()
 
 

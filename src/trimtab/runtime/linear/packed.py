@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from trimtab.catalog.formats import Inputs
-from trimtab.catalog.numbers import NUMBERS
 from trimtab.runtime.checkpoint import layer_layout
-from trimtab.runtime.checkpoint.layer_layout import E4M3_MAX, Quantized
+from trimtab.runtime.checkpoint.layer_layout import Quantized
 from trimtab.runtime.linear import cpu_products
+from trimtab.runtime.rounding import inputs
 
 
 class PackedLinear(nn.Module):
@@ -107,15 +107,4 @@ class Emulated(PackedLinear):
 
     def rounded(self, x_RI: torch.Tensor) -> torch.Tensor:
         """The activations as the format's product sees them."""
-        inputs = self.layout.storage.inputs
-        if inputs is None:
-            return x_RI
-        x_RI = x_RI.float()
-        scale = self.input_scale if inputs.scale == "static" else token_scales(x_RI, NUMBERS[inputs.numbers].largest)
-        return layer_layout.ROUNDED[inputs.numbers](x_RI, scale).bfloat16()
-
-
-def token_scales(x_RI: torch.Tensor, largest: float = E4M3_MAX) -> torch.Tensor:
-    """Returns for each row the scale that makes its largest value the largest number, e4m3's, float32 [R, 1]."""
-    largest_R1 = torch.linalg.vector_norm(x_RI, torch.inf, dim=-1, keepdim=True, dtype=torch.float32)
-    return largest_R1.div_(largest).clamp_min_(1e-12)
+        return inputs.rounded(self.layout.storage.inputs, x_RI, self.input_scale).bfloat16()

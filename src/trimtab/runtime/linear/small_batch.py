@@ -125,7 +125,7 @@ def cuts(layer: nn.Module, given: dict[str, Any], rows: int) -> tuple[Cut, ...]:
     in_words, tiles = isinstance(layer, choice.WeightOnly), ()
     if given["bias"] is None and not isinstance(layer, nn.Linear):  # a tile adds none
         tiles = (tile.WORDS,) if in_words else (tile.BYTES, tile.SMALL_BYTES)
-    sizes = (*given["weight"].shape, layer.group_size if in_words else 0)
+    sizes = (*given["weight"].shape, layer.undivided if in_words else 0)
     dividing = (tuple(cut for cut in some if cut.divides(*sizes)) for some in tiles)
     fitting = next(filter(None, dividing), ())
     return fitting if rows > 1 or in_words else BLOCKS + fitting

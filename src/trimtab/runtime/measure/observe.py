@@ -22,24 +22,34 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     return model.get_submodule(family_of(model).blocks)
 
 
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Returns the linear layers inside the blocks by name: embeddings, the output head and routers are left out."""
-    family = family_of(model)
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and family.layer(n) is not None}
+def linears(model: nn.Module, numbers: Sequence[int] | None = None) -> dict[str, nn.Linear]:
+    """Returns the linear layers inside the blocks, or those of these numbers, by name: embeddings, the output head and
+    routers are left out."""
+    family, all_blocks = family_of(model), blocks(model)
+    found = {}
+    for number in range(len(all_blocks)) if numbers is None else numbers:
+        for name, module in all_blocks[number].named_modules(prefix=f"{family.blocks}.{number}"):
+            if isinstance(module, nn.Linear) and family.layer(name) is not None:
+                found[name] = module
+    return found
 
 
-def linear_groups(model: nn.Module) -> list[Group]:
-    """Returns the linear layers inside the blocks, in the groups that read the same input."""
-    return groups(linears(model), family_of(model).model_type)
+def linear_groups(model: nn.Module, numbers: Sequence[int] | None = None) -> list[Group]:
+    """Returns the linear layers inside the blocks, or those of these numbers, in groups that read the same input."""
+    return groups(linears(model, numbers), family_of(model).model_type)
 
 
-def batches(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Returns the windows, int64 [samples, length], in batches [n, length] on the model's device.
+def batches(device: torch.device, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Returns the windows, int64 [samples, length], in batches [n, length] on a device.
 
     A GPU gets eight windows at a time: what is measured beside the products is many small kernels, whose launches
     would take longer than the work of one window.
     """
-    return tokens.to(model.device).split(8 if model.device.type == "cuda" else 1)
+    return tokens.to(device).split(8 if device.type == "cuda" else 1)
+
+
+#: What `Observation.tensors` has one value of for each block.
+BY_BLOCK = ("block_influence", "key_amax", "value_amax")
 
 
 class InputStatistics:
@@ -102,10 +112,10 @@ class CacheRange:
         self.value = torch.maximum(self.value, value.abs().amax().float())
 
 
-class _WatchedCache(DynamicCache):
+class WatchedCache(DynamicCache):
     """A KV cache that shows what is put into it: behind a sliding window it keeps no more than the last tokens."""
 
-    def __init__(self, model: nn.Module, ranges: Sequence[CacheRange]):
+    def __init__(self, model: nn.Module, ranges: Mapping[int, CacheRange]):
         super().__init__(config=model.config)
         self._ranges = ranges
 
@@ -115,25 +125,27 @@ class _WatchedCache(DynamicCache):
 
 
 class Observation:
-    """What one pass tells of a model: by the first layer of each group, and by block.
+    """What passes tell of a model's blocks, or of those of these numbers: by the first layer of each group, and by
+    block.
 
     Nothing of it is read before the end, and then in one copy: each would make a GPU wait.
     """
 
-    def __init__(self, model: nn.Module):
-        layers = linears(model)
-        self.groups = linear_groups(model)
-        device = next(model.parameters()).device
+    def __init__(self, model: nn.Module, numbers: Sequence[int] | None = None):
+        self.numbers = list(range(len(blocks(model))) if numbers is None else numbers)
+        layers = linears(model, self.numbers)
+        self.groups = linear_groups(model, self.numbers)
+        device = next(blocks(model)[self.numbers[0]].parameters()).device
         self.inputs = {g.layers[0]: InputStatistics(layers[g.layers[0]].in_features, device) for g in self.groups}
-        self.similarities = [Similarity(device) for _ in blocks(model)]
-        self.caches = [CacheRange(device) for _ in blocks(model)]
+        self.similarities = {number: Similarity(device) for number in self.numbers}
+        self.caches = {number: CacheRange(device) for number in self.numbers}
 
     def run(self, model: nn.Module, windows: torch.Tensor) -> None:
         """Passes windows of tokens, int64 [n, length], through the observed model."""
         if isinstance(family_of(model).attention, NoAttention):
             model(windows, use_cache=False, logits_to_keep=1)
         else:
-            model(windows, past_key_values=_WatchedCache(model, self.caches), use_cache=True, logits_to_keep=1)
+            model(windows, past_key_values=WatchedCache(model, self.caches), use_cache=True, logits_to_keep=1)
 
     def rows(self, layer: str) -> int:
         """Returns how many tokens a layer has seen, by the name of the first of its group; 0 for others."""
@@ -143,8 +155,9 @@ class Observation:
         """Returns `<layer>.amax` and `<layer>.second_moment`, float32 [in_features], for every linear layer;
         and for the blocks, float32 [blocks], `block_influence` and the largest `key_amax` and `value_amax`, which are 0
         of a block without keys."""
-        ends = [1 - torch.stack([s.mean for s in self.similarities]).float()]
-        ends += [torch.stack([c.key for c in self.caches]), torch.stack([c.value for c in self.caches])]
+        caches = [self.caches[number] for number in self.numbers]
+        ends = [1 - torch.stack([self.similarities[number].mean for number in self.numbers]).float()]
+        ends += [torch.stack([c.key for c in caches]), torch.stack([c.value for c in caches])]
         parts = [tensor for seen in self.inputs.values() for tensor in (seen.amax, seen.second_moment)] + ends
         copied = iter(torch.cat(parts).cpu().split([len(part) for part in parts]))
         found: dict[str, torch.Tensor] = {}  # layers first: of what overflows, the earliest one is named
@@ -152,7 +165,7 @@ class Observation:
             amax, second_moment = next(copied), next(copied)
             for layer in group.layers:
                 found |= {f"{layer}.amax": amax.clone(), f"{layer}.second_moment": second_moment.clone()}
-        return found | {name: next(copied).clone() for name in ("block_influence", "key_amax", "value_amax")}
+        return found | {name: next(copied).clone() for name in BY_BLOCK}
 
 
 def check_finite(measured: dict[str, torch.Tensor]) -> None:
@@ -169,9 +182,10 @@ def check_finite(measured: dict[str, torch.Tensor]) -> None:
 
 
 @contextmanager
-def observed(model: nn.Module) -> Iterator[Observation]:
-    """Measures the inputs of linear layers and the influence of blocks while the body runs the model."""
-    seen = Observation(model)
+def observed(model: nn.Module, numbers: Sequence[int] | None = None) -> Iterator[Observation]:
+    """Measures the inputs of linear layers and the influence of blocks, or of those of these numbers, while the body
+    runs the model."""
+    seen = Observation(model, numbers)
 
     def compare(block: int) -> Callable[..., None]:
         def hook(_, args, kwargs, output) -> None:
@@ -180,8 +194,9 @@ def observed(model: nn.Module) -> Iterator[Observation]:
 
         return hook
 
-    handles = [b.register_forward_hook(compare(i), with_kwargs=True) for i, b in enumerate(blocks(model))]
-    layers = linears(model)
+    every = blocks(model)
+    handles = [every[n].register_forward_hook(compare(n), with_kwargs=True) for n in seen.numbers]
+    layers = linears(model, seen.numbers)
     for first, statistics in seen.inputs.items():
         handles.append(layers[first].register_forward_pre_hook(lambda _, args, s=statistics: s.add(args[0])))
     try:
@@ -195,14 +210,29 @@ def observed(model: nn.Module) -> Iterator[Observation]:
 def grams(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, torch.Tensor]]:
     """Sums x xᵀ over the inputs of the layers while the body runs the model: float32 [in, in] each."""
     sums = {n: torch.zeros(m.in_features, m.in_features, device=m.weight.device) for n, m in layers.items()}
-
-    def add(name: str, activations: torch.Tensor) -> None:
-        rows = activations.detach().flatten(0, -2).float()
-        sums[name].addmm_(rows.t(), rows)
-
-    handles = [m.register_forward_pre_hook(lambda _, a, n=n: add(n, a[0])) for n, m in layers.items()]
+    handles = [
+        m.register_forward_pre_hook(lambda _, args, s=sums[n]: add_product(s, args[0], args[0]))
+        for n, m in layers.items()
+    ]
     try:
         yield sums
     finally:
         for handle in handles:
             handle.remove()
+
+
+def add_product(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Adds the sum of x yᵀ over rows to float32 [in, in].
+
+    Products of bfloat16 numbers are exact in float32, in which a GPU's tensor cores add them up ten times as fast as it
+    multiplies float32.
+
+    Args:
+        left, right: floating point [..., in]; x and y of one row stand in the same place.
+    """
+    x, y = (rows.detach().flatten(0, -2) for rows in (left, right))
+    if x.device.type == "cuda" and x.dtype == y.dtype == torch.bfloat16:
+        sums += torch.mm(x.t(), y, out_dtype=torch.float32)
+    else:
+        x = x.float()
+        sums.addmm_(x.t(), x if right is left else y.float())

@@ -20,6 +20,24 @@ def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
     Raises:
         Failure: `unsupported`, no damping makes it invertible.
     """
+    return _damped(gram, damping)[1]
+
+
+def solve(gram: torch.Tensor, damping: float, right: torch.Tensor) -> torch.Tensor:
+    """Returns the matrix whose product with the damped one is `right`, float32 [out, in].
+
+    Args:
+        gram, damping: as for `inverse_factor`.
+        right: float32 [out, in].
+
+    Raises:
+        Failure: `unsupported`, as `inverse_factor`.
+    """
+    return torch.cholesky_solve(right.t(), _damped(gram, damping)[0]).t()
+
+
+def _damped(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lower Cholesky factor of the damped matrix, and the upper one of its inverse."""
     added = damping * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     for _ in range(10):
         damped = gram.clone()
@@ -28,6 +46,6 @@ def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed:
-            return upper
+            return lower, upper
         added = added * 10
     raise Failure("unsupported", "the second moments of a layer's input cannot be inverted; calibrate on more text")

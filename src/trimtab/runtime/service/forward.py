@@ -21,7 +21,7 @@ from trimtab.runtime.kv_cache import paged_attention
 from trimtab.runtime.kv_cache.block_pool import BlockPool
 from trimtab.runtime.kv_cache.paged import PagedKVCache
 from trimtab.runtime.kv_cache.paged_attention import Chunk, Pass
-from trimtab.runtime.service import step_inputs
+from trimtab.runtime.service import prompt_scores, step_inputs
 from trimtab.runtime.service.scheduler import ScheduledStep as Planned
 from trimtab.runtime.service.scheduler import Work
 from trimtab.runtime.service.step_inputs import Item, Shape
@@ -79,7 +79,21 @@ class Forward:
                 self._run(self._sample(shape), shape)
 
     def __call__(self, planned: Planned) -> tuple[list[Work], torch.Tensor]:
-        """Returns the works that end with a choice, and the logits for it, [n, vocabulary]."""
+        """Returns the works that end with a choice, and the logits for it, [n, vocabulary].
+
+        Prompts whose own tokens are asked for are read in a pass beside the others, which keeps what they predict.
+        """
+        telling = [work for work in planned.works if work.sequence.tells_prompt]
+        if not telling:
+            return self._chosen(planned)
+        works, logits = self._read_and_tell(telling)
+        others = [work for work in planned.works if not work.sequence.tells_prompt]
+        if others:
+            more, beside = self._chosen(Planned(others, planned.padding))
+            works, logits = more + works, torch.cat([beside.to(logits.dtype), logits])
+        return works, logits
+
+    def _chosen(self, planned: Planned) -> tuple[list[Work], torch.Tensor]:
         singles = [work for work in planned.works if work.count == 1]
         chunks = [work for work in planned.works if work.count > 1]
         works, padding = singles + chunks, planned.padding
@@ -129,6 +143,31 @@ class Forward:
 
     def _mixed(self, rows: list[cuda_graphs.StepToken], chunks: list[Work]) -> torch.Tensor:
         """Runs single tokens and chunks of prompts in one pass; returns the logits of each one's last token."""
+        tokens, positions, where, last = self._packed(rows, chunks)
+        return self._logits(tokens, positions, where, last)
+
+    def _read_and_tell(self, works: list[Work]) -> tuple[list[Work], torch.Tensor]:
+        """Reads chunks of prompts, writes down how likely their tokens were, and returns what `__call__` does."""
+        tokens, positions, where, last = self._packed([], works)
+        hidden = self._hidden(tokens, positions, where)
+        begin = 0
+        for work in works:
+            request, first = work.sequence, work.sequence.computed
+            count = min(work.count, request.prompt_tokens - 1 - first)  # the last token predicts no other of the prompt
+            targets = request.tokens[first + 1 : first + 1 + count]
+            if targets:
+                rows = hidden[begin : begin + len(targets)]
+                told = prompt_scores.tell(self._head, rows, targets, request.prompt_logprobs, self._behind_head)
+                request.prompt_told |= dict(enumerate(told, start=first + 1))
+            begin += work.count
+        ending = [number for number, work in enumerate(works) if work.is_last]
+        logits = head.changed(self._head(hidden[last[ending]]), self._behind_head)
+        return [works[number] for number in ending], logits
+
+    def _packed(
+        self, rows: list[cuda_graphs.StepToken], chunks: list[Work]
+    ) -> tuple[torch.Tensor, torch.Tensor, Pass, torch.Tensor]:
+        """Returns the tokens of a pass by gathered blocks, their positions, where they stand, and each one's last."""
         tokens, positions, slots = ([getattr(row, n) for row in rows] for n in ("token", "position", "slot"))
         found, last = [], list(range(len(rows)))
         for work in chunks:
@@ -147,15 +186,18 @@ class Forward:
         else:
             lengths, tables = self._tensor([]), self._tensor([[]])
         where = Pass(self._cache, self._tensor(slots), tables, lengths, found)
-        return self._logits(self._tensor([tokens]), self._tensor([positions]), where, self._tensor(last))
+        return self._tensor([tokens]), self._tensor([positions]), where, self._tensor(last)
 
     def _logits(
         self, tokens: torch.Tensor, positions: torch.Tensor, where: Pass, last: torch.Tensor | None = None
     ) -> torch.Tensor:
         if self.step and (where.spans or not where.chunks):
             return self.step(tokens, positions, where, last)
-        hidden = self._body(input_ids=tokens, position_ids=positions, use_cache=False, paged=where).last_hidden_state[0]
+        hidden = self._hidden(tokens, positions, where)
         return head.changed(self._head(hidden if last is None else hidden[last]), self._behind_head)
+
+    def _hidden(self, tokens: torch.Tensor, positions: torch.Tensor, where: Pass) -> torch.Tensor:
+        return self._body(input_ids=tokens, position_ids=positions, use_cache=False, paged=where).last_hidden_state[0]
 
     def _row(self, work: Work) -> cuda_graphs.StepToken:
         sequence, position = work.sequence, work.sequence.computed

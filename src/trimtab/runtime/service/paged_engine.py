@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.base.errors import InputError
+from trimtab.base.errors import Failure, InputError
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime.checkpoint.model_files import load_tokenizer
 from trimtab.runtime.checkpoint.skeleton import family_of, skeleton
@@ -39,9 +39,18 @@ class GenerationRequest(Sequence):
 
     sampling: Sampling = field(default_factory=Sampling)
     ignore_eos: bool = False
+    #: How many of the likeliest tokens are told with each token of the prompt; None tells nothing of it.
+    prompt_logprobs: int | None = None
     finish_reason: Literal["", "stop", "length", "cancelled"] = ""
     #: When each token came, and the end-of-text token, in seconds of `time.monotonic`.
     times: list[float] = field(default_factory=list)
+    #: The prompt's tokens but the first, by their places, with how likely they were; written while it is read.
+    prompt_told: dict[int, Chosen] = field(default_factory=dict)
+
+    @property
+    def tells_prompt(self) -> bool:
+        """Whether its next tokens are of a prompt whose likelihood is asked for."""
+        return self.prompt_logprobs is not None and self.computed < self.prompt_tokens
 
 
 @dataclass(frozen=True)
@@ -201,6 +210,22 @@ class PagedEngine:
         self.counts.padding += step.padding
         self.counts.sequences += len(step.works)
         return [self._note(work.sequence, c) for work, c in zip(works, chosen, strict=True)]
+
+    def probe(self) -> None:
+        """Serves a few tokens, so that a model which cannot be served is refused before anybody asks.
+
+        Raises:
+            Failure: `unsupported`, or `does_not_fit`.
+        """
+        try:
+            self.submit(GenerationRequest([0, 0], 2, ignore_eos=True))
+            for _ in self.run():
+                pass
+        except Failure:
+            raise
+        except Exception as error:  # whatever a model's own code raises on its first request
+            what = f"{type(self.model).__name__} does not run on the paged engine: {error!r}"
+            raise Failure("unsupported", what) from error
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Returns for each prompt the tokens that greedy decoding adds, without the end-of-text token.

@@ -58,6 +58,11 @@ class Sequence:
     def new_tokens(self) -> list[int]:
         return self.tokens[self.prompt_tokens :]
 
+    @property
+    def tells_prompt(self) -> bool:
+        """Whether somebody asks how likely the tokens are that it reads next."""
+        return False
+
 
 @dataclass(frozen=True)
 class Work:

@@ -1,0 +1,39 @@
+"""What a layer reads, as the product of its format sees it: rounded, at a static scale or at one for each token."""
+
+from __future__ import annotations
+
+import torch
+
+from trimtab.catalog.formats import Inputs
+from trimtab.catalog.numbers import NUMBERS
+from trimtab.runtime.checkpoint.layer_layout import E4M3_MAX, ROUNDED
+from trimtab.runtime.rounding import scales
+
+
+def static_scale(inputs: Inputs, largest: torch.Tensor) -> torch.Tensor:
+    """Returns the scale, a float32 scalar, at which inputs of this largest magnitude are rounded."""
+    room = E4M3_MAX if inputs.block else 1  # a block's own scale is e4m3
+    return scales.scale_of(largest, NUMBERS[inputs.numbers].largest * room)
+
+
+def token_scales(x_RI: torch.Tensor, largest: float = E4M3_MAX) -> torch.Tensor:
+    """Returns for each row the scale that makes its largest value the largest number, e4m3's, float32 [R, 1]."""
+    largest_R1 = torch.linalg.vector_norm(x_RI, torch.inf, dim=-1, keepdim=True, dtype=torch.float32)
+    return largest_R1.div_(largest).clamp_min_(1e-12)
+
+
+def rounded(inputs: Inputs | None, x_RI: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns what the product sees, float32; where the format does not round its inputs, these themselves.
+
+    Args:
+        x_RI: floating point [..., in].
+        scale: a static one; that of the largest magnitude in `x_RI` if absent.
+    """
+    if inputs is None:
+        return x_RI
+    x_RI = x_RI.float()
+    if inputs.scale == "token":
+        scale = token_scales(x_RI, NUMBERS[inputs.numbers].largest)
+    elif scale is None:
+        scale = static_scale(inputs, x_RI.abs().max())
+    return ROUNDED[inputs.numbers](x_RI, scale)

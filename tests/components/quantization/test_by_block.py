@@ -1,0 +1,231 @@
+"""GPTQ's way through a model: the Gram matrices that it rounds by, and what it moves outputs back to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import decoders
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trimtab.base.errors import Failure
+from trimtab.components.calibration.work import calibrate
+from trimtab.components.quantization import by_block, work
+from trimtab.components.quantization.groups import GroupQuantizer
+from trimtab.components.quantization.methods import gptq
+from trimtab.families.fusion import groups
+from trimtab.model.facts import inspect
+from trimtab.recipe import Quantization
+from trimtab.runtime.checkpoint import experts, model_files
+from trimtab.runtime.checkpoint.layer_layout import dequantize
+from trimtab.runtime.checkpoint.model_files import Export
+from trimtab.runtime.measure import blockwise, grams, observe, routing
+from trimtab.runtime.measure.block_calls import BlockCalls, NotByBlock
+from trimtab.runtime.measure.measurements import Measurements
+from trimtab.runtime.rounding import hessian
+from trimtab.runtime.rounding.scales import INT4
+
+
+def calibrated(source: Path, folder: Path) -> Path:
+    folder.mkdir()
+    calibrate(str(source), str(folder), "", {"samples": 8, "length": 32})
+    return folder
+
+
+def quantize(source: Path, calibration: Path, folder: Path, **settings) -> Path:
+    (folder / "export").mkdir(parents=True)
+    parameters = {"format": "int4_gptq", "group_size": 32, "sequential": True, **settings}
+    trees = (str(source), str(calibration), None)
+    work.quantize(*trees, str(folder / "export"), str(folder / "scratch"), parameters)
+    return folder / "export"
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "mixtral", "qwen3_next"])
+def test_rounded_at_once_it_is_what_the_whole_model_s_gram_matrices_give(model_type, tmp_path):
+    """Also of experts that were given few tokens, in their blocks and those of a hybrid."""
+    source = decoders.write(tmp_path / "model", model_type)
+    calibration = calibrated(source, tmp_path / "calibration")
+    found = load_file(quantize(source, calibration, tmp_path / "q", sequential=False) / "model.safetensors")
+
+    model, _ = model_files.load_for_measuring(source)
+    tokens = load_file(calibration / "tokens.safetensors")["tokens"].long()
+    facts, layers = inspect(source), observe.linears(model)
+    settings = gptq.with_damping(Quantization(format="int4_gptq", group_size=32), tokens.numel())
+    family = model.family
+    chosen = {layer.name: "int4_gptq" for layer in facts.linears if not family.keeps(layer.name)}
+    quantizer = GroupQuantizer(source, settings, chosen, Measurements(calibration, source, "calibration"))
+    asked = [group for group in groups(list(layers), facts.model_type) if quantizer.form(group)]
+    first = {group.layers[0]: layers[group.layers[0]] for group in asked}
+    rare = routing.run_on_all(experts.mixtures(model), routing.recorded(calibration))
+    with torch.inference_mode(), observe.grams(first) as sums, rare:
+        for windows in observe.batches(model.device, tokens):
+            model(windows, use_cache=False)
+    compared = 0
+    with torch.inference_mode():
+        for group in asked:
+            seen = quantizer.seen(group)
+            gram = sums[group.layers[0]] / tokens.numel()
+            whole = quantizer.quantize(Export(source), group, type(seen)(seen.amax, seen.second_moment, gram))
+            for name, tensor in whole.tensors.items():
+                different = (found[name].view(torch.uint8) != tensor.cpu().view(torch.uint8)).float().mean()
+                assert different < 0.01, name  # numbers halfway between two
+                compared += 1
+    assert compared > 2 * len(asked)
+
+
+def test_in_order_a_layer_is_rounded_for_the_inputs_that_it_gets(model, calibration, tmp_path, monkeypatch):
+    """The Gram matrix of the last layer is that of a model with the export's weights in all layers before it."""
+    seen: dict[str, torch.Tensor] = {}
+    measure = grams.measure_beside
+
+    def watch(block, layer):
+        found = measure(block, layer)
+        seen[layer] = found[0].clone()
+        return found
+
+    monkeypatch.setattr(grams, "measure_beside", watch)
+    read, source = Export(quantize(model, calibration, tmp_path)), Export(model)
+    whole, _ = model_files.load_for_measuring(model)
+    layers, last = observe.linears(whole), "model.layers.3.mlp.down_proj"
+    for group in groups(read.layers, "llama"):
+        norm = f"{group.norm}.weight"
+        change = read.tensor(norm).float() / source.tensor(norm).float() if group.norm else 1.0
+        for layer in group.layers:
+            layers[layer].weight.data.copy_(dequantize(read.layer(layer)) * change)
+    tokens = load_file(calibration / "tokens.safetensors")["tokens"].long()
+    with torch.inference_mode(), observe.grams({last: layers[last]}) as sums:
+        for windows in observe.batches(whole.device, tokens):
+            whole(windows, use_cache=False)
+    expected = sums[last] / tokens.numel()
+    assert (seen[last] - expected).norm() < 0.01 * expected.norm()
+    names = [name.removeprefix("model.layers.0.") for name in list(seen)[:4]]
+    assert names == ["self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"], "as they are called"
+
+
+def naive_gptq(weight: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """A weight at a time: what is left of the inverse Hessian tells how the others make up for its error (OBS)."""
+    order = gram.diagonal().argsort(descending=True).tolist()
+    damped = gram.double() + gptq.DAMPING * gram.diagonal().double().mean() * torch.eye(len(gram))
+    found = torch.empty_like(weight)
+    for row in range(len(weight)):
+        left, inverse = weight[row].double(), torch.linalg.inv(damped)
+        for place in order:
+            nearest = (left[place] / scale[row, place]).round().clamp(-8, 7) * scale[row, place]
+            found[row, place] = nearest
+            lost = (left[place] - nearest) / inverse[place, place]
+            left = left - lost * inverse[place]
+            inverse = inverse - inverse[:, place, None] * inverse[place] / inverse[place, place]
+            inverse[place, place] = 1.0  # of a column that is done
+    return found
+
+
+def test_columns_make_up_for_the_rounding_of_those_before_them():
+    """Over blocks of columns too: of 80 columns 64 are one."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 80, generator=draw) * (1 + torch.arange(80)) + torch.randn(300, 1, generator=draw) * 20
+    gram, weight = x.t() @ x / 300, torch.randn(6, 80, generator=draw)
+    scale = (weight.abs().amax(1, keepdim=True) / 7).expand_as(weight)
+    found, expected = gptq.round_weights(weight, gram, scale, INT4), naive_gptq(weight, gram, scale)
+    assert ((found - expected).abs() < 1e-4).float().mean() > 0.98  # the others are halfway between two numbers
+    errors = [((w - weight) @ gram * (w - weight)).sum() for w in (found, (weight / scale).round() * scale)]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_what_weights_are_moved_by_is_the_least_squares_solution():
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(500, 12, generator=draw), torch.randn(5, 12, generator=draw)
+    y = x + 0.3 * torch.randn(500, 12, generator=draw) + 0.2 * x.roll(1, 1)
+    gram, shift = x.t() @ x / 500, (y - x).t() @ x / 500
+    moved = weight + hessian.solve(gram, 1e-6, weight @ shift)
+    expected = torch.linalg.lstsq(x, y @ weight.t()).solution.t()
+    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_moved_outputs_are_nearer_to_the_dense_model_s(model, calibration, tmp_path, monkeypatch):
+    tokens = load_file(calibration / "tokens.safetensors")["tokens"].long()
+    ends: dict[float, torch.Tensor] = {}
+
+    def end(asymmetry):
+        runners = []
+        monkeypatch.setattr(blockwise, "Runner", lambda *a, **k: runners.append(_KeptRunner(*a, **k)) or runners[-1])
+        quantize(model, calibration, tmp_path / str(asymmetry), asymmetry=asymmetry)
+        return runners[0].found
+
+    class _KeptRunner(blockwise.Runner):
+        def run(self, work):
+            yield from super().run(work, through=True)
+            stream = self.streams["hidden"]
+            self.found = torch.cat([stream[number].clone() for number in range(len(stream))])
+
+    ends = {asymmetry: end(asymmetry) for asymmetry in (0.0, 1.0)}
+    whole, _ = model_files.load_for_measuring(model)
+    kept = []
+    handle = whole.model.layers[-1].register_forward_hook(lambda _, __, output: kept.append(output))
+    with torch.inference_mode():
+        for windows in observe.batches(whole.device, tokens):
+            whole(windows, use_cache=False)
+    handle.remove()
+    dense = torch.cat(kept)
+    errors = {asymmetry: float((found - dense).norm() / dense.norm()) for asymmetry, found in ends.items()}
+    assert errors[1.0] < errors[0.0], errors
+
+
+@pytest.mark.parametrize("settings", [{}, {"format": "mixed", "effective_bits": 6.0}])
+def test_a_kill_costs_the_open_block(settings, model, calibration, harms, tmp_path, monkeypatch):
+    """And nothing as large as a Gram matrix stands in the scratch meanwhile: down_proj's takes 128 x 128 x 4 bytes."""
+    worked: list[int] = []
+    in_order = by_block._in_order
+
+    def work_on(block, *args):
+        worked.append(block.number)
+        if len(worked) == 3:
+            raise KeyboardInterrupt
+        return in_order(block, *args)
+
+    monkeypatch.setattr(blockwise, "PAUSE_OVER_WRITE", 0)
+    monkeypatch.setattr(by_block, "_in_order", work_on)
+    (tmp_path / "export").mkdir()
+    parameters = {"format": "int4_gptq", "group_size": 32, "sequential": True, **settings}
+    trees = (str(model), str(calibration), str(harms), str(tmp_path / "export"), str(tmp_path / "scratch"))
+    with pytest.raises(KeyboardInterrupt):
+        work.quantize(*trees, parameters)
+    for file in (tmp_path / "scratch" / "blocks").glob("block-*.safetensors"):
+        assert all(tensor.nbytes < 4 * 128 * 128 for tensor in load_file(file).values())
+    work.quantize(*trees, parameters)
+    assert worked == [0, 1, 2, 2, 3]
+    (tmp_path / "whole").mkdir()
+    monkeypatch.setattr(by_block, "_in_order", in_order)
+    work.quantize(*trees[:3], str(tmp_path / "whole"), str(tmp_path / "s"), parameters)
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("export", "whole"))
+    assert one == other
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_model_that_cannot_go_by_block_is_told_what_to_write(model, calibration, tmp_path, monkeypatch):
+    def refuse(self, batches):
+        raise NotByBlock("its last blocks read the keys and values of others")
+        yield
+
+    monkeypatch.setattr(BlockCalls, "record", refuse)
+    message = r"GPTQ cannot run this model a block at a time: its last blocks read .* of others; write int4_awq"
+    with pytest.raises(Failure, match=rf"quantize\.format: {message}") as caught:
+        quantize(model, calibration, tmp_path)
+    assert caught.value.failure_class == "unsupported"
+
+
+@pytest.mark.parametrize(("tokens", "damping"), [(4096, 0.3), (32768, 0.3), (65536, 0.15), (1 << 20, 0.05)])
+def test_damping_goes_by_the_tokens_unless_the_recipe_says_it(tokens, damping):
+    assert gptq.with_damping(Quantization(format="int4_gptq"), tokens).damping == pytest.approx(damping)
+    assert gptq.with_damping(Quantization(format="int4_gptq", damping=0.01), tokens).damping == 0.01
+
+
+def test_more_damping_is_nearer_to_rounding_to_nearest(model, calibration, tmp_path):
+    """At the largest damping errors are hardly passed on."""
+    exports = {damping: Export(quantize(model, calibration, tmp_path / str(damping), damping=damping, sequential=False))
+               for damping in (0.01, 10.0)}  # fmt: skip
+    source = Export(model)
+    name = "model.layers.1.self_attn.o_proj"
+    weight = source.tensor(f"{name}.weight").float()
+    errors = {damping: float((dequantize(read.layer(name)) - weight).norm()) for damping, read in exports.items()}
+    assert errors[10.0] < errors[0.01]

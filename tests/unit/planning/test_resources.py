@@ -1,0 +1,112 @@
+"""What each stage needs before it runs: by hand, by the registry of stages, and against a machine."""
+
+from __future__ import annotations
+
+import pytest
+from facts import LLAMA_8B, LLAMA_70B, SMOLLM2
+
+from trimtab.catalog.goals import GOALS
+from trimtab.model.hardware import GB, target
+from trimtab.model.working_memory import PROCESS
+from trimtab.planning import matrix, resources
+from trimtab.planning.resources import Resources, needs
+from trimtab.recipe import Recipe
+from trimtab.stages import STAGES, TASKS
+
+EVERYTHING = """
+calibrate: {samples: 512, length: 2048}
+prune: {method: sparsegpt, pattern: "2:4"}
+distill: {tokens: 1000000, generate: 100000, stored_logits: 64}
+quantize: {format: mixed, effective_bits: 5.5}
+"""
+RECIPES = [
+    "{}", EVERYTHING, "quantize: {format: int8_wo}", "quantize: {format: fp8, kv_cache: fp8}",
+    "quantize: {format: int4_gptq}", "prune: {method: width, ffn: 0.3}", "prune: {method: magnitude, sparsity: 0.5}",
+    "{prune: {method: movement, sparsity: 0.5}, distill: {tokens: 9}}",
+    "quantize: {format: int4_rtn, exclude_sensitive: 2}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", RECIPES)
+def test_stages_are_those_of_the_registry(text):
+    recipe = Recipe.parse(text)
+    found = needs(SMOLLM2, recipe, target("cpu", 24 * GB))
+    assert list(found) == [*(name for name, stage in STAGES.items() if stage.wanted(recipe)), "validate"]
+    assert list(resources.ROWS) == list(STAGES) and {*TASKS, "validate"} <= {*found, *TASKS, "validate"}
+    assert all(need.host_bytes > PROCESS["cpu"] and need.seconds > 0 and need.gpus == 0 for need in found.values())
+
+
+@pytest.mark.parametrize(("sequential", "streams"), [("false", 1), ("true", 2)])
+def test_a_model_of_70_billion_goes_through_one_gpu_of_80_gigabytes(sequential, streams):
+    """A block of it has 1.7 GB in 16 bits; its embeddings and head have 4.2 GB, a million tokens' hidden states 17."""
+    quantize = f"{{format: int4_gptq, sequential: {sequential}}}"
+    recipe = Recipe.parse(f"{{calibrate: {{samples: 512, length: 2048}}, quantize: {quantize}}}")
+    found = needs(LLAMA_70B, recipe, target("h100"))
+    for stage in ("calibrate", "recalibrate", "quantize"):
+        assert 0 < found[stage].gpu_bytes < 80 * GB, stage
+        assert found[stage].host_bytes < 50 * GB and found[stage].gpus == 1
+    # Hidden states leave the GPU, of which they would take more than an eighth.
+    assert found["calibrate"].host_bytes == pytest.approx(3.5 * GB + 3 * 2 * 856e6 + 2 * 512 * 2048 * 8192, rel=0.01)
+    # The export's 41 GB, once more its blocks and shards, and the streams of hidden states: the dense model's, and the
+    # one of the model as quantized so far.
+    hidden_states = 2 * 512 * 2048 * 8192
+    assert found["quantize"].disk_bytes == pytest.approx(3 * 41 * GB + streams * hidden_states, rel=0.03)
+
+
+def test_calibration_by_hand():
+    need = needs(LLAMA_8B, Recipe.parse("quantize: {format: fp8}"), target("h200"))["calibrate"]
+    block, activations = 2 * 218_103_808, 8 * 512 * 200_840  # of eight windows: see test_training_memory
+    between = 2 * 8 * 512 * 4096
+    assert need.gpu_bytes == pytest.approx(0.7 * GB + 1.1 * (2 * block + activations + between), rel=0.01)
+    assert need.host_bytes == pytest.approx(3.5 * GB + 3 * block, rel=0.01)
+
+
+def test_what_trains_on_several_gpus_and_what_is_served_on_several():
+    recipe = Recipe.parse(
+        "{distill: {tokens: 99, processes: 4}, engine: {backend: trtllm, tensor_parallel_size: 8}}"
+    )
+    found = needs(LLAMA_70B, recipe, target("h200"), baseline=recipe)
+    assert {name: need.gpus for name, need in found.items()} == {"distill": 4, "engine": 8, "validate": 8}
+
+
+def test_judging_holds_both_models_where_they_have_room_and_else_the_larger():
+    recipe, base = Recipe.parse("quantize: {format: int8_wo}"), Recipe()
+    roomy, tight = (needs(LLAMA_8B, recipe, target("cpu", size), base)["validate"] for size in (200 * GB, 30 * GB))
+    alone = needs(LLAMA_8B, base, target("cpu", 30 * GB))["validate"]
+    assert roomy.host_bytes > alone.host_bytes + 8 * GB
+    assert tight.host_bytes == alone.host_bytes
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_every_rung_has_its_needs(goal):
+    machine = target("h100")
+    rungs = matrix.ladder(goal, LLAMA_8B, machine)
+    for rung in rungs:
+        for need in needs(LLAMA_8B, rung.recipe, machine, Recipe()).values():
+            assert 0 < need.gpu_bytes < 90 * GB and 0 < need.host_bytes < 100 * GB and 1 < need.seconds < 1e7
+
+
+@pytest.mark.parametrize(
+    ("need", "sentence"),
+    [
+        (Resources(host_bytes=23 * GB, disk_bytes=50 * GB), None),
+        (Resources(host_bytes=141 * GB), "needs 141.0 GB of this machine's memory, and there are 24.0 GB"),
+        (Resources(disk_bytes=280 * GB), "needs 280.0 GB of scratch disk, and there are 64.0 GB"),
+    ],
+)
+def test_what_a_machine_lacks(need, sentence):
+    assert resources.lacking(need, 24 * GB, 64 * GB) == sentence
+
+
+def test_the_first_stage_that_this_machine_cannot_do(monkeypatch, tmp_path):
+    found = {"calibrate": Resources(host_bytes=2 * GB), "distill": Resources(host_bytes=300 * GB)}
+    monkeypatch.setattr(resources, "machine_memory", lambda: 24 * GB)
+    lack = "needs 300.0 GB of this machine's memory, and there are 24.0 GB"
+    assert resources.lacking_here(found, tmp_path / "not" / "yet") == ("distill", lack)
+    assert resources.lacking_here({"calibrate": found["calibrate"]}, tmp_path) is None
+
+
+def test_in_words_and_for_kubernetes():
+    need = Resources(gpus=2, gpu_bytes=41 * GB, host_bytes=3_250_000_000, disk_bytes=0, seconds=95)
+    assert resources.columns(need) == ("2 x 41 GB", "3.2 GB", "–", "1.6 min")
+    assert resources.quantity(12 << 30) == "15Gi" and resources.quantity(1) == "1Gi"
