@@ -351,6 +351,7 @@ def test_every_task_reaches_the_store(placed):
         assert secret["keyToEnv"] == [{"secretKey": "access_key", "envVar": "AWS_ACCESS_KEY_ID"}]
         assert task["pvcMount"][0]["mountPath"] == "/cache"
         assert task["podMetadata"]["labels"].items() >= {"team": "compression"}.items()
+        assert [secret["secretName"] for secret in task["imagePullSecret"]] == ["registry"]
 
 
 def test_a_site_that_signs_for_itself_and_queues_its_pods(placed):
