@@ -110,8 +110,8 @@ def offered_target(profile: Profile | None) -> str:
 
 def offer_choices(pipeline: BaseComponent, unrolled: int, profile: Profile | None = None) -> BaseComponent:
     """Makes the run form show lists to choose from, begin with the profile's GPU, and name them and the most attempts:
-    KFP's SDK has no way to say a list, and takes descriptions from docstrings alone. Nor has a parameter of KFP a group:
-    they stand in the order in which people decide on them."""
+    KFP's SDK has no way to say a list, and takes descriptions from docstrings alone. Nor has a parameter of KFP a
+    group: they stand in the order in which people decide on them."""
     parameters = pipeline.pipeline_spec.root.input_definitions.parameters
     attempts = parameters["max_attempts"]
     attempts.description = attempts.description.replace(f"1 to {MAX_ATTEMPTS}", f"1 to {unrolled}")

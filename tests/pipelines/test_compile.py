@@ -83,6 +83,9 @@ def test_the_loader_reads_it(path):
 def test_every_parameter_of_the_pipeline_is_described(ir):
     parameters = ir["root"]["inputDefinitions"]["parameters"]
     assert not [name for name, parameter in parameters.items() if not parameter.get("description")]
+    costly = {"max_attempts": "built and measured", "target": "cpu takes no GPU", "evaluation": "cost their time"}
+    for name, costs in costly.items():
+        assert costs in parameters[name]["description"]
 
 
 def test_every_parameter_and_artifact_of_a_stage_is_described():
