@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import shutil
 import subprocess
+import tarfile
 import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
@@ -98,6 +100,7 @@ def wheel(folder: Path, name: str, version: str, *requires: str) -> None:
 def debian(folder: Path, name: str, *fields: str) -> None:
     """Writes what dpkg-deb makes a package of: a file of the package's name in /usr/bin."""
     (folder / name / "DEBIAN").mkdir(parents=True)
+    (folder / name / "DEBIAN").chmod(0o755)  # the tests beside these give everyone's rights to what they make
     (folder / name / "usr/bin").mkdir(parents=True)
     (folder / name / "usr/bin" / name).write_text("#!/bin/sh\n")
     (folder / name / "usr/bin" / name).chmod(0o755)
@@ -119,8 +122,11 @@ def context(podman: Any, image: str, tmp_path_factory: pytest.TempPathFactory) -
     shutil.copy(ROOT / "pyproject.toml", folder)
     name = f"trimtab-{trimtab.__version__}-py3-none-any.whl"
     (folder / "dist").mkdir()
-    data = podman.containers.run(image, ["cat", f"/opt/trimtab/share/{name}"], remove=True, network_mode="none")
-    (folder / "dist" / name).write_bytes(data)
+    container = podman.containers.create(image, ["true"])
+    packed, _ = container.get_archive(f"/opt/trimtab/share/{name}")
+    with tarfile.open(fileobj=io.BytesIO(b"".join(packed))) as archive:
+        archive.extract(name, folder / "dist", filter="data")
+    container.remove()
 
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for requirement in map(Requirement, extras["torch"]):
