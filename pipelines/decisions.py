@@ -78,11 +78,12 @@ def prepare(state: str, machines: dict, checkpoint: dsl.Output[dsl.Model]) -> Na
     quantize_cpu=str, quantize_memory=str, quantize_image=str,
     engine=str, engine_nodes=dict, validate=str, validate_nodes=dict,
 ):  # fmt: skip
-    """Refuses what the target cannot run, and says which machine each task needs.
+    """Refuses what the target cannot run or the namespace never starts, and says which machine each task needs.
 
     Args:
         state: The URI of the document with which the attempt begins.
-        machines: What the cluster has for tasks: nodes, tolerations, and by task CPUs, memory and image.
+        machines: What the cluster has for tasks: nodes, tolerations, the name of accelerators, and by task CPUs, memory
+            and image.
         checkpoint: Names the model.
 
     Returns:
@@ -94,8 +95,9 @@ def prepare(state: str, machines: dict, checkpoint: dsl.Output[dsl.Model]) -> Na
     from trimtab import stages
     from trimtab.loop import decisions
     from trimtab.loop.documents import load, save
+    from trimtab.pipelines.cluster.capacity import refuse_there
 
-    ready = stages.refuse_here(decisions.prepare(load(state)))
+    ready = refuse_there(stages.refuse_here(decisions.prepare(load(state))), machines)
     stages.describe_tree(checkpoint, ready.model)
     found = {"state": save(ready)}
     for task, machine in stages.machines(ready, machines).items():

@@ -498,6 +498,13 @@ def test_a_store_that_pods_do_not_reach(profile, here, message, server, capsys, 
     assert (code, message in said, bool(server.kept["runs"])) == (2 if message else 0, True, not message), said
 
 
+def test_the_artifact_of_an_earlier_run_goes_along(server, capsys):
+    """By the address that its page shows."""
+    model = "minio://mlpipeline/v2/artifacts/optimize/1/quantize/2/export"
+    assert trimtab(capsys, "submit", "--model", model, "--store", "s3://bucket/store")[0] == 0
+    assert server.kept["runs"][0]["runtime_config"]["parameters"]["model"] == model
+
+
 def test_what_pods_can_see_goes_along(server, capsys, tmp_path):
     """What the refusals say to write; below a volume that is mounted on this machine too."""
     (tmp_path / "profile.yaml").write_text(f"cache: {{claim: shared, path: {tmp_path}}}")
