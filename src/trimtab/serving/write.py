@@ -114,7 +114,10 @@ def _readme(served: Served, uri: str) -> str:
             "Triton's model is NVIDIA's: copy `1/*.py` of `all_models/llmapi/tensorrt_llm` into "
             "`triton/tensorrt_llm/1/`, from the Triton image or from TensorRT-LLM's `triton_backend`."
         )
-    places += [f"`trimtab artifact export {tree} FOLDER` writes the {name}." for name, tree in served.trees.items()]
+    places += [
+        f"`trimtab artifact export {tree} FOLDER` writes the {name} into `FOLDER/files`."
+        for name, tree in served.trees.items()
+    ]
     kv_cache = f", KV cache in {served.kv_cache}" if served.kv_cache != "none" else ""
     return _README.format(
         name=served.name,
