@@ -20,6 +20,7 @@ def plan(
     images: str = "",
     rollout: str = "",
     prices: str = "",
+    registry: str = "",
 ) -> str:
     """Turns goal, model and hardware into the ladder of recipes to try.
 
@@ -35,6 +36,7 @@ def plan(
         images: The container images of the stages.
         rollout: How to serve the release, YAML or JSON; or empty. Only checked here, on the cluster too.
         prices: What an hour costs here, JSON; or empty.
+        registry: The Model Registry to enter the release in; or empty. Only checked here.
 
     Returns:
         The URI of the document with which the baseline is measured.
@@ -46,7 +48,7 @@ def plan(
     from trimtab.recipe.evaluation import Evaluation
     from trimtab.store import Tree
 
-    foresee(rollout, store)
+    foresee(rollout, store, registry)
     begun = decisions.begin(
         model=Tree.parse(model),
         store_uri=store,

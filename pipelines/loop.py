@@ -63,12 +63,13 @@ class Loop:
         reach(uncached(task, name), self._profile, is_gate=name == GATE)
         return sign(task, self._profile) if name == GATE else task
 
-    def run(self, planned: object, rollout: object) -> object:
+    def run(self, planned: object, rollout: object, registry: object = "") -> object:
         """Adds the baseline, the attempts, the summary, the gate and the rollout.
 
         Args:
             planned: the state with which the baseline is measured, an output of a task.
             rollout: how to serve the release, a parameter of the pipeline.
+            registry: the Model Registry to enter it in, another one.
 
         Returns:
             The URI of the release, an output of the gate.
@@ -86,12 +87,13 @@ class Loop:
             state = dsl.OneOf(again.output, kept.output)
         told = self.small(summarize(state=state, run=RUN_ID), "summary").outputs["Output"]
         released = self.small(gate(state=told), GATE).outputs["Output"]
-        self.deliver(released, rollout)
+        self.deliver(released, rollout, registry)
         return released
 
-    def deliver(self, released: object, rollout: object) -> None:
+    def deliver(self, released: object, rollout: object, registry: object = "") -> None:
         """Adds the rollout of a release, and what fails the run when it was rolled back."""
-        rolled = self.small(roll_out(release=released, rollout=rollout, run=RUN_ID), ROLLOUT).outputs
+        task = roll_out(release=released, rollout=rollout, run=RUN_ID, registry=registry)
+        rolled = self.small(task, ROLLOUT).outputs
         with dsl.If(rolled["Output"] == "rolled_back", name="rolled-back"):
             self.small(fail_rollout(told=rolled["told"]), ROLLED_BACK)
 

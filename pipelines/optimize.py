@@ -32,6 +32,7 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = No
         name: str = "model",
         evaluation: str = "",
         rollout: str = "",
+        registry: str = "",
     ) -> str:
         """Compresses a language model and releases it when it is still good.
 
@@ -47,6 +48,7 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = No
             evaluation: Tasks, items and windows to measure, YAML or JSON; more of them decide finer and cost their time
                 in each attempt. Empty for trimtab's own suite.
             rollout: How to serve the release on KServe, YAML or JSON; empty to serve it nowhere.
+            registry: The Kubeflow Model Registry to enter the release in, http(s)://host[:port]; empty for none.
 
         Returns:
             The URI of the release.
@@ -64,10 +66,11 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = No
                 evaluation=evaluation,
                 images=loop.images,
                 rollout=rollout,
+                registry=registry,
                 prices=loop.prices,
             ),
             "plan",
         )
-        return loop.run(planned.output, rollout)
+        return loop.run(planned.output, rollout, registry)
 
     return offer_choices(optimize, unrolled, profile)

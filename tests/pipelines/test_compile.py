@@ -76,7 +76,7 @@ def test_the_loader_reads_it(path):
     loaded = components.load_component_from_file(str(path))
     assert loaded.name == "optimize"
     assert set(loaded.component_spec.inputs) == {
-        "model", "store", "goal", "target", "recipe", "max_attempts", "name", "evaluation", "rollout",
+        "model", "store", "goal", "target", "recipe", "registry", "max_attempts", "name", "evaluation", "rollout",
     }  # fmt: skip
 
 

@@ -124,6 +124,15 @@ def test_a_rollout_goes_along(command, server, capsys, tmp_path):
     assert (settings.service, settings.approval_minutes) == ("assistant", 60)
 
 
+@pytest.mark.parametrize("command", [["submit"], ["schedule", "--cron", "0 3 * * 1"]])
+def test_a_registry_goes_along(command, server, capsys):
+    code, said = trimtab(capsys, *command, *RUN, "--registry", "registry:8080")
+    assert code == 2 and "registry: 'registry:8080' is not valid; write https://host[:port]" in said
+    assert trimtab(capsys, *command, *RUN, "--registry", "http://registry:8080")[0] == 0
+    (started,) = server.kept["runs" if command == ["submit"] else "recurringruns"]
+    assert started["runtime_config"]["parameters"]["registry"] == "http://registry:8080"
+
+
 @pytest.mark.parametrize(
     ("store", "more", "message"),
     [
