@@ -47,7 +47,7 @@ QUICK = ("llama", "gemma3_text", "phi3", "mixtral", "deepseek_v3", "gemma3")
 #: Rows of the second table: the Llama itself first.
 ROWS = ("llama", "mixtral", *(name for name in clothes.CLOTHES if name != "mixtral"))
 #: Windows and tokens that the second table calibrates on, and perplexity windows.
-_SAMPLES, _LENGTH, _WINDOWS = 12, 512, 48
+_SAMPLES, _LENGTH, _WINDOWS = 12, 512, 32
 _HELDOUT = ("trimtab.components.validation.suite", "heldout.txt")
 
 

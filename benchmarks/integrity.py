@@ -22,6 +22,7 @@ from streaming import QUARTER
 from trimtab import families
 from trimtab.base import child
 from trimtab.components.validation.integrity import weights
+from trimtab.components.validation.integrity.folds import Folds
 from trimtab.components.validation.integrity.reading import AHEAD, Stream
 from trimtab.families import fusion
 from trimtab.model.facts import inspect
@@ -56,7 +57,8 @@ def measure(folder: Path, shape: dict[str, Any], form: str) -> dict[str, Any]:
     family, quantize = families.named(facts.model_type), Quantization.model_validate(settings)
 
     def compare() -> None:
-        weights.compare(Stream(export), Stream(model), family, groups, quantize)
+        read, source = Stream(export), Stream(model)
+        weights.compare(read, source, family, groups, quantize, Folds(read, source, groups, quantize, facts))
 
     seconds = {"reading": _best(lambda: [_read(Stream(path)) for path in (model, export)]), "comparing": _best(compare)}
     size = weight_file_bytes(model) + weight_file_bytes(export)

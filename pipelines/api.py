@@ -255,7 +255,7 @@ def serve_config(
         recipe: one whose `engine` serves, instead of the artifact's.
         model_path: the checkpoint on the server; the folder itself, of a release /models/<name>, if "".
         engine_path: the built engines on the server, for trtllm-legacy; /engines/<name> if "".
-        model_uri: the checkpoint for KServe, s3://… or pvc://…; pvc://<name>/ if "".
+        model_uri: the checkpoint for KServe: s3://…, pvc://… or oci://…; pvc://<name>/ if "".
         image: the container image for KServe; NVIDIA's of the version that serves if "".
 
     Raises:

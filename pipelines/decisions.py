@@ -20,6 +20,7 @@ def plan(
     images: str = "",
     rollout: str = "",
     prices: str = "",
+    registry: str = "",
 ) -> str:
     """Turns goal, model and hardware into the ladder of recipes to try.
 
@@ -35,6 +36,7 @@ def plan(
         images: The container images of the stages.
         rollout: How to serve the release, YAML or JSON; or empty. Only checked here, on the cluster too.
         prices: What an hour costs here, JSON; or empty.
+        registry: The Model Registry to enter the release in; or empty. Only checked here.
 
     Returns:
         The URI of the document with which the baseline is measured.
@@ -46,7 +48,7 @@ def plan(
     from trimtab.recipe.evaluation import Evaluation
     from trimtab.store import Tree
 
-    foresee(rollout, store)
+    foresee(rollout, store, registry)
     begun = decisions.begin(
         model=Tree.parse(model),
         store_uri=store,
@@ -78,11 +80,12 @@ def prepare(state: str, machines: dict, checkpoint: dsl.Output[dsl.Model]) -> Na
     quantize_cpu=str, quantize_memory=str, quantize_image=str,
     engine=str, engine_nodes=dict, validate=str, validate_nodes=dict,
 ):  # fmt: skip
-    """Refuses what the target cannot run, and says which machine each task needs.
+    """Refuses what the target cannot run or the namespace never starts, and says which machine each task needs.
 
     Args:
         state: The URI of the document with which the attempt begins.
-        machines: What the cluster has for tasks: nodes, tolerations, and by task CPUs, memory and image.
+        machines: What the cluster has for tasks: nodes, tolerations, the name of accelerators, and by task CPUs, memory
+            and image.
         checkpoint: Names the model.
 
     Returns:
@@ -94,8 +97,9 @@ def prepare(state: str, machines: dict, checkpoint: dsl.Output[dsl.Model]) -> Na
     from trimtab import stages
     from trimtab.loop import decisions
     from trimtab.loop.documents import load, save
+    from trimtab.pipelines.cluster.capacity import refuse_there
 
-    ready = stages.refuse_here(decisions.prepare(load(state)))
+    ready = refuse_there(stages.refuse_here(decisions.prepare(load(state))), machines)
     stages.describe_tree(checkpoint, ready.model)
     found = {"state": save(ready)}
     for task, machine in stages.machines(ready, machines).items():

@@ -1,11 +1,16 @@
 """The loop that adjusts the recipe and tries again, from the baseline to the rollout: the tail of both pipelines.
 
-It is unrolled when it is compiled, for KFP has none. What keeps it correct (each a silent failure
-elsewhere): only strings pass through `dsl.OneOf`; conditions read the one output of `decide`, whose vocabulary
-is closed; there are no conditions inside `attempt`; the chain ends in a gate; KFP's caching is off, because a
-branch of cache hits alone never completes on the backend (the store's index is the cache). Behind the gate stands the
-rollout, which does nothing unless a run asks for it; the condition on it has no Else, so it reads `Output`, the one
-name that `kfp.local` resolves there (elsewhere it is silently false).
+It is unrolled when it is compiled. `dsl.ParallelFor` with a parallelism of 1 would be of constant size, but KFP 2.17
+ignores `set_retry` in it (kubeflow/pipelines #12389, #13897), so that a pod that is lost ends the run; its rounds have
+no names by which a page or `trimtab watch` tells attempts apart; and rounds that are not needed have their pods all the
+same.
+
+What keeps it correct (each a silent failure elsewhere): only strings pass through `dsl.OneOf`, for `kfp.local` takes no
+artifacts there; conditions read the one output of `decide`, whose vocabulary is closed; there are no conditions inside
+`attempt`; the chain ends in a gate; KFP's caching is off, because a branch of cache hits alone never completes on the
+backend (the store's index is the cache). Behind the gate stands the rollout, which does nothing unless a run asks for
+it; the condition on it has no Else, so it reads `Output`, the one name that `kfp.local` resolves there (elsewhere it is
+silently false).
 """
 
 from kfp import dsl
@@ -58,12 +63,13 @@ class Loop:
         reach(uncached(task, name), self._profile, is_gate=name == GATE)
         return sign(task, self._profile) if name == GATE else task
 
-    def run(self, planned: object, rollout: object) -> object:
+    def run(self, planned: object, rollout: object, registry: object = "") -> object:
         """Adds the baseline, the attempts, the summary, the gate and the rollout.
 
         Args:
             planned: the state with which the baseline is measured, an output of a task.
             rollout: how to serve the release, a parameter of the pipeline.
+            registry: the Model Registry to enter it in, another one.
 
         Returns:
             The URI of the release, an output of the gate.
@@ -81,12 +87,13 @@ class Loop:
             state = dsl.OneOf(again.output, kept.output)
         told = self.small(summarize(state=state, run=RUN_ID), "summary").outputs["Output"]
         released = self.small(gate(state=told), GATE).outputs["Output"]
-        self.deliver(released, rollout)
+        self.deliver(released, rollout, registry)
         return released
 
-    def deliver(self, released: object, rollout: object) -> None:
+    def deliver(self, released: object, rollout: object, registry: object = "") -> None:
         """Adds the rollout of a release, and what fails the run when it was rolled back."""
-        rolled = self.small(roll_out(release=released, rollout=rollout, run=RUN_ID), ROLLOUT).outputs
+        task = roll_out(release=released, rollout=rollout, run=RUN_ID, registry=registry)
+        rolled = self.small(task, ROLLOUT).outputs
         with dsl.If(rolled["Output"] == "rolled_back", name="rolled-back"):
             self.small(fail_rollout(told=rolled["told"]), ROLLED_BACK)
 
@@ -105,7 +112,8 @@ def offered_target(profile: Profile | None) -> str:
 
 def offer_choices(pipeline: BaseComponent, unrolled: int, profile: Profile | None = None) -> BaseComponent:
     """Makes the run form show lists to choose from, begin with the profile's GPU, and name them and the most attempts:
-    KFP's SDK has no way to say a list, and takes descriptions from docstrings alone."""
+    KFP's SDK has no way to say a list, and takes descriptions from docstrings alone. Nor has a parameter of KFP a
+    group: they stand in the order in which people decide on them."""
     parameters = pipeline.pipeline_spec.root.input_definitions.parameters
     attempts = parameters["max_attempts"]
     attempts.description = attempts.description.replace(f"1 to {MAX_ATTEMPTS}", f"1 to {unrolled}")

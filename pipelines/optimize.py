@@ -32,6 +32,7 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = No
         name: str = "model",
         evaluation: str = "",
         rollout: str = "",
+        registry: str = "",
     ) -> str:
         """Compresses a language model and releases it when it is still good.
 
@@ -39,13 +40,15 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = No
             model: s3://bucket/prefix, a tree of the store, the address of a Model artifact of a run, a hub id such
                 as org/name, a folder, or a .gguf file.
             store: Where trees, results and releases are kept: s3://bucket/prefix or a folder.
-            goal: What is to become better.
-            target: The hardware that will serve it.
+            goal: What is to become better; it decides which recipes are tried, and in which order.
+            target: The hardware that will serve it, on which each attempt is built and measured; cpu takes no GPU.
             recipe: A recipe to try first, YAML or JSON; empty for the planned ladder.
             max_attempts: The most attempts, 1 to 10. Each is worked, built and measured; a good one ends the run.
             name: The name of the release.
-            evaluation: Tasks, items and windows to measure, YAML or JSON; empty for trimtab's own suite.
+            evaluation: Tasks, items and windows to measure, YAML or JSON; more of them decide finer and cost their time
+                in each attempt. Empty for trimtab's own suite.
             rollout: How to serve the release on KServe, YAML or JSON; empty to serve it nowhere.
+            registry: The Kubeflow Model Registry to enter the release in, http(s)://host[:port]; empty for none.
 
         Returns:
             The URI of the release.
@@ -63,10 +66,11 @@ def optimize_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = No
                 evaluation=evaluation,
                 images=loop.images,
                 rollout=rollout,
+                registry=registry,
                 prices=loop.prices,
             ),
             "plan",
         )
-        return loop.run(planned.output, rollout)
+        return loop.run(planned.output, rollout, registry)
 
     return offer_choices(optimize, unrolled, profile)

@@ -10,7 +10,7 @@ from kfp import dsl, kubernetes
 from trimtab.base import signing
 from trimtab.components import images
 from trimtab.stages import OPTIONAL
-from trimtab.stages.profile import Profile, StageLimits
+from trimtab.stages.profile import ENGINE_TASKS, Profile, StageLimits
 
 #: The label by which Kueue holds a pod back until its queue has room: kueue.sigs.k8s.io, "Run Plain Pods".
 QUEUE = "kueue.x-k8s.io/queue-name"
@@ -63,7 +63,8 @@ def place(
 
 
 def machines(profile: Profile, image: str = "") -> dict[str, object]:
-    """Returns what the cluster has for the tasks of an attempt, as `trimtab.stages.machines` wants it.
+    """Returns what the cluster has for the tasks of an attempt, as `trimtab.stages.machines` wants it; and what the
+    others of them ask for, by which `cluster.capacity` compares with what the namespace allows.
 
     Args:
         image: the container image of tasks for which the profile names none; "" for that of this version.
@@ -77,8 +78,12 @@ def machines(profile: Profile, image: str = "") -> dict[str, object]:
             "memory": limits.memory or "",
             "image": profile.images.of(name) or small,
         }
+    always = {}
+    for name in ENGINE_TASKS:
+        limits = profile.limits(name)
+        always[name] = {"cpu": limits.cpu or "", "memory": limits.memory or ""}
     offered = {"nodes": profile.gpu.node_selector, "tolerations": _tolerations(profile)}
-    return {**offered, "small": small, "tasks": tasks}
+    return {**offered, "small": small, "tasks": tasks, "always": always, "resource": profile.gpu.resource}
 
 
 def _tolerations(profile: Profile) -> list[dict[str, str]]:

@@ -28,6 +28,7 @@ def review(
     images: str,
     rollout: str,
     prices: str,
+    registry: str,
     changes: dsl.Output[dsl.Markdown],
 ) -> NamedTuple("Review", Output=str, state=str):
     """Compares what a run would be made of now with what the last release is made of, and plans the run.
@@ -44,6 +45,7 @@ def review(
         images: The container images of the stages.
         rollout: How to serve the release, YAML or JSON; or empty. Only checked here, on the cluster too.
         prices: What an hour costs here, JSON; or empty.
+        registry: The Model Registry to enter the release in; or empty. Only checked here.
         changes: What changed.
 
     Returns:
@@ -65,7 +67,7 @@ def review(
 
     child.follow_run()
     check_name(name, "release")
-    foresee(rollout, store)
+    foresee(rollout, store, registry)
     found, state = rebuild.plan(
         model=fetch(model, open_store(store)),
         store_uri=store,
@@ -103,6 +105,7 @@ def rebuild_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = Non
         name: str = "model",
         evaluation: str = "",
         rollout: str = "",
+        registry: str = "",
     ):
         """Releases a model anew when what it is made of has changed.
 
@@ -110,13 +113,15 @@ def rebuild_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = Non
             model: s3://bucket/prefix, a tree of the store, the address of a Model artifact of a run, a hub id such
                 as org/name, a folder, or a .gguf file.
             store: Where trees, results and releases are kept: s3://bucket/prefix or a folder.
-            goal: What is to become better.
-            target: The hardware that will serve it.
+            goal: What is to become better; it decides which recipes are tried, and in which order.
+            target: The hardware that will serve it, on which each attempt is built and measured; cpu takes no GPU.
             recipe: A recipe to try first, YAML or JSON; empty for the planned ladder.
             max_attempts: The most attempts, 1 to 10. Each is worked, built and measured; a good one ends the run.
             name: The name of the release, whose newest version is compared.
-            evaluation: Tasks, items and windows to measure, YAML or JSON; empty for trimtab's own suite.
+            evaluation: Tasks, items and windows to measure, YAML or JSON; more of them decide finer and cost their time
+                in each attempt. Empty for trimtab's own suite.
             rollout: How to serve the release on KServe, YAML or JSON; empty to serve it nowhere.
+            registry: The Kubeflow Model Registry to enter the release in, http(s)://host[:port]; empty for none.
         """
         reviewed = review(
             model=model,
@@ -130,9 +135,10 @@ def rebuild_pipeline(unrolled: int = MAX_ATTEMPTS, profile: Profile | None = Non
             images=loop.images,
             rollout=rollout,
             prices=loop.prices,
+            registry=registry,
         )
         found = loop.fetched(reviewed, REVIEW)
         with dsl.If(found["Output"] == "rebuild", name="something-changed"):
-            loop.run(found["state"], rollout)
+            loop.run(found["state"], rollout, registry)
 
     return offer_choices(rebuild, unrolled, profile)

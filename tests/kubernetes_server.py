@@ -21,6 +21,7 @@ class KubernetesServer(JsonServer):
     `slow`: reads of the service until a new revision is ready; None for never. `answers`: text by artifact digest, or
     None for an error, and `delays` its seconds. `faults`: answered first, each for one method. `approvals`: the entries
     of the ConfigMap in which people approve, None where there is none; `people` act once, each at a read of it.
+    `limits`: the namespace's ResourceQuotas and LimitRanges, by their plural; None where they may not be read.
     """
 
     def __init__(self) -> None:
@@ -32,6 +33,7 @@ class KubernetesServer(JsonServer):
         self.faults: list[tuple[str, int, Any]] = []
         self.owned_by_others = False
         self.approvals: dict[str, str] | None = {}
+        self.limits: dict[str, list[dict[str, Any]]] | None = {}
         self.people: list[Callable[[dict[str, str]], None]] = []
         self.written: list[dict[str, str]] = []
         self.applied: list[dict[str, Any]] = []
@@ -49,6 +51,11 @@ class KubernetesServer(JsonServer):
             return self._complete(path.split("/")[1])
         if self.faults and self.faults[0][0] == method:
             return self.faults.pop(0)[1:]
+        kind = path.rpartition("/")[2]
+        if kind in ("resourcequotas", "limitranges"):
+            if self.limits is None:
+                return status(403, "Forbidden", f"{kind} is forbidden")
+            return 200, {"items": self.limits.get(kind, [])}
         if "/configmaps/" in path:
             return self._config(method, path, query, body, headers)
         if method == "PATCH":

@@ -27,11 +27,17 @@ def gate(state: str, released: dsl.Output[dsl.Model]) -> str:
 
 @dsl.component(base_image=images.CPU, install_kfp_package=False)
 def roll_out(
-    release: str, rollout: str, run: str, story: dsl.Output[dsl.Markdown], compared: dsl.Output[dsl.Metrics]
+    release: str,
+    rollout: str,
+    run: str,
+    story: dsl.Output[dsl.Markdown],
+    compared: dsl.Output[dsl.Metrics],
+    registry: str = "",
 ) -> NamedTuple("RolledOut", Output=str, told=str):
     """Serves the release on KServe where that is asked for: a canary, a comparison, promotion or rollback.
 
-    Between the comparison and the promotion it waits for a person's approval where the rollout says so.
+    Between the comparison and the promotion it waits for a person's approval where the rollout says so. What was not
+    rolled back is entered in the Model Registry, where one is named.
 
     Args:
         release: The URI of the release.
@@ -39,6 +45,7 @@ def roll_out(
         run: The id of the run, under which those who watch it are told.
         story: What happened, with the commands that approved or refused.
         compared: Prompts, the share answered otherwise than before, and seconds.
+        registry: The Kubeflow Model Registry to enter the release in, http(s)://host[:port]; empty for none.
 
     Returns:
         Output: 'serves', 'rolled_back' or 'not_asked'.
@@ -48,7 +55,9 @@ def roll_out(
 
     from trimtab.components.deployment.rollout.delivery import run as deliver
 
-    return namedtuple("RolledOut", ["Output", "told"])(*deliver(release, rollout, run, story, compared))
+    return namedtuple("RolledOut", ["Output", "told"])(
+        *deliver(release, rollout, run, story, compared, registry)
+    )
 
 
 @dsl.component(base_image=images.CPU, install_kfp_package=False)

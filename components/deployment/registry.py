@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import re
 import warnings
@@ -13,6 +14,29 @@ from trimtab.base.errors import InputError, StageError
 #: Where the token for the registry is read from; never a flag, which `ps` would show.
 TOKEN = "TRIMTAB_REGISTRY_TOKEN"
 AUTHOR = "trimtab"
+
+
+def check_address(address: str) -> None:
+    """Refuses what is no address of a registry.
+
+    Raises:
+        InputError: says what to write.
+    """
+    if not re.fullmatch(r"https?://[^\s/]+/?", address):
+        raise InputError(f"registry: '{address}' is not valid; write https://host[:port]")
+
+
+def check(address: str) -> None:
+    """Refuses a registry that could not be entered from here, without asking it.
+
+    Raises:
+        InputError: a bad address, no token for it, or the client is not installed.
+    """
+    check_address(address)
+    if address.startswith("https:") and not os.environ.get(TOKEN):
+        raise InputError(f"registry: {address} wants a token; set {TOKEN}")
+    if not importlib.util.find_spec("model_registry"):
+        raise InputError("registry: its client is not installed; write pip install 'trimtab[registry]'")
 
 
 def register(address: str, name: str, version: str, uri: str, record: dict[str, Any]) -> bool:
@@ -29,17 +53,12 @@ def register(address: str, name: str, version: str, uri: str, record: dict[str, 
         InputError: a bad address or token, or the client is not installed, or that version is of something else there.
         StageError: the registry does not answer.
     """
-    if not re.fullmatch(r"https?://[^\s/]+/?", address):
-        raise InputError(f"registry: '{address}' is not valid; write https://host[:port]")
+    check(address)
+    from model_registry import ModelRegistry
+    from model_registry.exceptions import StoreError
+    from mr_openapi.exceptions import ApiException
+
     token = os.environ.get(TOKEN, "")
-    if address.startswith("https:") and not token:
-        raise InputError(f"registry: {address} wants a token; set {TOKEN}")
-    try:
-        from model_registry import ModelRegistry
-        from model_registry.exceptions import StoreError
-        from mr_openapi.exceptions import ApiException
-    except ImportError:
-        raise InputError("registry: its client is not installed; write pip install 'trimtab[registry]'") from None
     loop = asyncio.new_event_loop()  # else the client patches asyncio for the whole process
     try:
         with warnings.catch_warnings():

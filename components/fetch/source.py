@@ -40,12 +40,14 @@ def fetch(model: str, store: Store) -> Tree:
 
     Args:
         model: a folder or .gguf file, `s3://bucket/prefix`, `<store>/trees/<digest>`, a hub id `org/name`, or the
-            address of a Model artifact of an earlier run, which names such a tree.
+            address of a Model artifact of an earlier run, which names such a tree; `minio://…`, as KFP calls its own
+            store, is read as `s3://…`.
 
     Raises:
         InputError: it does not exist, is damaged, holds pickles only, or needs code of its own.
         StoreError: the store cannot be read or written.
     """
+    model = _of_s3(model)
     path = Path(model).expanduser()
     if (tree := split_tree(model)) and not path.exists():
         other = open_store(tree[0])
@@ -74,11 +76,11 @@ def check(model: str) -> str:
     if path.exists():
         if _is_gguf(path):
             gguf_parts(path)
-        else:
+        elif not _named_by_artifact(model, path):
             _told(admit(path))
         return str(path.absolute())
-    if model.startswith("s3://"):
-        split_source(model)
+    if _of_s3(model).startswith("s3://"):
+        split_source(_of_s3(model))
         return model
     if split_tree(model) or re.fullmatch(_HUB_ID, model):
         return model
@@ -201,6 +203,11 @@ def _put_gguf(parts: list[Path], store: Store) -> Tree:
 
     key = digest(["gguf", *(files.sha256(part) for part in parts), 3, layouts.VERSION])
     return _once(key, lambda: _put_downloaded(convert, store), store)
+
+
+def _of_s3(model: str) -> str:
+    """Returns the address of S3 for one that KFP's page shows: its own store speaks S3 and is called minio."""
+    return re.sub("^minio://", "s3://", model)
 
 
 def _named_by_artifact(model: str, path: Path) -> str | None:

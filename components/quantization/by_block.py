@@ -1,6 +1,6 @@
 """GPTQ's way through a model: a block's Gram matrices are measured, used and dropped, and so to the next block.
 
-In a `sequential` recipe they are those of the model as quantized so far: a layer is rounded for the inputs that it will
+Where it is `sequential` they are those of the model as quantized so far: a layer is rounded for the inputs that it will
 get. Its weights are then first moved by a part, `asymmetry`, of the way to those that give the dense model's outputs at
 these inputs: with x what the layer reads and y what it reads in the dense model, W (y - x) is what its output lacks,
 and W E[(y - x) xᵀ] E[x xᵀ]⁻¹ the linear function of x that is nearest to that. Li et al. 2025, "GPTAQ: Efficient
@@ -46,7 +46,8 @@ def quantize(
     """
     tokens = load_file(calibration / "tokens.safetensors")["tokens"].long()
     quantizer.settings = settings = gptq.with_damping(quantizer.settings, tokens.numel())
-    with_dense = settings.is_sequential and settings.asymmetry > 0
+    is_sequential = settings.is_sequential(tokens.numel())
+    with_dense = is_sequential and settings.asymmetry > 0
     try:
         runner = blockwise.Runner(
             source, tokens, "quantize", "quantizing blocks", scratch, with_dense=with_dense
@@ -61,7 +62,7 @@ def quantize(
     rare = routing.recorded(calibration)
 
     def work(block: Block) -> dict[str, torch.Tensor]:
-        way = _in_order if settings.is_sequential else _at_once
+        way = _in_order if is_sequential else _at_once
         found = way(block, by_number.get(block.number, []), quantizer, Export(source), rare)
         # Layers of a group share scalars, and safetensors wants memory of its own for each tensor.
         return {name: tensor.clone() if tensor.numel() == 1 else tensor for name, tensor in found.items()}

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from trimtab.base.errors import InputError
 from trimtab.pipelines.api import STORE
 
 
@@ -22,15 +23,20 @@ def add(commands: Any) -> None:
     import_ = actions.add_parser("import", help="put such a folder into a store, where the next run finds it")
     import_.add_argument("folder", metavar="FOLDER", help="what `trimtab artifact export` wrote")
     import_.set_defaults(command=_import)
-    for action in (export, import_):
-        action.add_argument("--store", default=STORE, help=f"s3://bucket/prefix or a folder (./{STORE})")
+    export.add_argument("--store", default="", help=f"s3://bucket/prefix or a folder (the URI's, or ./{STORE})")
+    import_.add_argument("--store", default=STORE, help=f"s3://bucket/prefix or a folder (./{STORE})")
 
 
 def _export(arguments: argparse.Namespace, console: Console) -> int:
     from trimtab.store import open_store
+    from trimtab.store.address import split_release, split_tree
     from trimtab.store.artifact import export_artifact
 
-    about = export_artifact(open_store(arguments.store), arguments.tree, Path(arguments.folder))
+    if split_release(arguments.tree):
+        raise InputError(f"tree: {arguments.tree} is a release; write trimtab pull {arguments.tree} {arguments.folder}")
+    of = split_tree(arguments.tree)
+    store = open_store(arguments.store or (of[0] if of else STORE))
+    about = export_artifact(store, arguments.tree, Path(arguments.folder))
     size = f"{len(about.manifest.files)} files, {about.manifest.size / 1e6:,.1f} MB"
     console.print(f"wrote {arguments.folder}: {about.manifest.kind}, {size}", soft_wrap=True, highlight=False)
     return 0

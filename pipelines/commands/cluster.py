@@ -71,6 +71,7 @@ def _add_run(parser: argparse.ArgumentParser, pipeline: str = "optimize") -> Non
     parser.add_argument("--store", required=True, help="s3://bucket/prefix, or a folder of a shared volume")
     run.add_aim(parser)
     parser.add_argument("--rollout", default="", metavar="FILE", help="serve the release as `deploy` does, YAML")
+    parser.add_argument("--registry", default="", metavar="URL", help="Kubeflow Model Registry to enter the release in")
     parser.add_argument("--name", default="", help="name of the release, the run and the schedule (the model's)")
     parser.add_argument("--experiment", default=EXPERIMENT, help=f"experiment that the runs belong to ({EXPERIMENT})")
     parser.add_argument("--service-account", default="", metavar="NAME", help="Kubernetes service account of the run")
@@ -180,6 +181,7 @@ def _unschedule(arguments: argparse.Namespace, console: Console) -> int:
 
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     """Checks what can be known without the cluster: model, store and volumes are seen only from there."""
+    from trimtab.components.deployment import registry
     from trimtab.components.deployment.rollout import settings
     from trimtab.loop import decisions
 
@@ -199,6 +201,9 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     if own := task_sizes.of_own(evaluation):  # others are counted by the run's own plan
         dealing.deal(own, evaluation, asked.wanted.accept, asked.max_attempts)
     rollout = settings.asked(read(arguments.rollout, "rollout"), arguments.store)
-    parameters = asked.parameters(store=arguments.store, rollout=rollout.to_json() if rollout else "")
+    if arguments.registry:
+        registry.check_address(arguments.registry)
+    served = {"rollout": rollout.to_json() if rollout else "", "registry": arguments.registry}
+    parameters = asked.parameters(store=arguments.store, **served)
     refuse_tags(parameters)
     return parameters

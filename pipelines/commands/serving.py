@@ -44,7 +44,7 @@ def add(commands: Any) -> None:
     config.add_argument("--recipe", default="", metavar="FILE", help="a recipe whose engine serves, not the artifact's")
     config.add_argument("--model-path", default="", metavar="DIR", help="the checkpoint on the server")
     config.add_argument("--engine-path", default="", metavar="DIR", help="built engines on the server (trtllm-legacy)")
-    config.add_argument("--model-uri", default="", metavar="URI", help="the checkpoint for KServe, s3://… or pvc://…")
+    config.add_argument("--model-uri", default="", metavar="URI", help="the checkpoint for KServe: s3://…, pvc://… or oci://…")
     config.add_argument("--image", default="", help="container image for KServe (NVIDIA's)")
     config.set_defaults(command=_serve_config)
 

@@ -1,4 +1,5 @@
-"""The commands `releases` and `pull`: which releases there are, taking one back, and taking one with its papers."""
+"""The commands `releases`, `pull` and `push`: which releases there are, taking one back, and taking one with its papers
+into a folder or to a registry of containers."""
 
 from __future__ import annotations
 
@@ -31,6 +32,19 @@ def add(commands: Any) -> None:
         "--key", action="append", default=[], metavar="PUB", help="a public key to trust, PEM; may be repeated"
     )
     pull.set_defaults(command=_pull)
+
+    push = commands.add_parser("push", help="pack a release with its papers as an OCI image or artifact, and push it")
+    push.add_argument("release", metavar="RELEASE", help="URI of a release, name/version, or a name for its newest")
+    push.add_argument("image", metavar="IMAGE", help="REGISTRY/REPOSITORY:TAG, or oci:FOLDER for a new layout on disk")
+    push.add_argument("--store", default="", help=f"s3://bucket/prefix or a folder (the URI's, or ./{STORE})")
+    push.add_argument(
+        "--key", action="append", default=[], metavar="PUB", help="a public key to trust, PEM; may be repeated"
+    )
+    push.add_argument(
+        "--form", default="modelcar", metavar="FORM", help="modelcar for KServe, or artifact for `oras pull` (modelcar)"
+    )
+    push.add_argument("--plain-http", action="store_true", help="the registry speaks no TLS")
+    push.set_defaults(command=_push)
 
 
 def _releases(arguments: argparse.Namespace, console: Console) -> int:
@@ -71,4 +85,26 @@ def _pull(arguments: argparse.Namespace, console: Console) -> int:
         signature = f"{arguments.folder}/{model_signature.FILE}"
         out.print(f"check     model_signing verify key {arguments.folder} --signature {signature} --public_key PUB")
     out.print(f"serve     trimtab serve {arguments.folder}")
+    return 0
+
+
+def _push(arguments: argparse.Namespace, console: Console) -> int:
+    from trimtab.pipelines.pushing import LAYOUT, push
+
+    pushed = push(
+        arguments.release, arguments.image, arguments.store, arguments.key,
+        form=arguments.form, plain_http=arguments.plain_http,
+    )  # fmt: skip
+    # Not an emoji: `:car:` may well stand in the name of an image.
+    out, found = Console(soft_wrap=True, highlight=False, markup=False, emoji=False), pushed.found
+    out.print(f"pushed    {found.uri} to {pushed.where}")
+    out.print(f"digest    {pushed.digest}")
+    signed = f"with {found.signed_by[:12]}" if found.signed_by else "not checked, for no --key was given"
+    out.print(f"signed    {signed}")
+    if pushed.where.startswith(LAYOUT):
+        out.print(f"copy      skopeo copy --all --preserve-digests {pushed.where}:latest docker://REGISTRY/REPOSITORY:TAG")
+    elif arguments.form == "artifact":
+        out.print(f"take      oras pull {pushed.where}")
+    else:
+        out.print(f"serve     trimtab serve-config {found.uri} FOLDER --model-uri oci://{pushed.where}")
     return 0

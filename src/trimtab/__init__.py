@@ -12,7 +12,7 @@
 | `plan` | what a run would do: baseline, recipes in the order tried, what is left out |
 | `run` | optimizes a model on this machine |
 | `verify` | checks a release |
-| `releases`, `pull`, `withdraw` | lists them, lays one into a folder, takes one back |
+| `releases`, `pull`, `push`, `withdraw` | lists them, lays one into a folder, sends one to a registry, takes one back |
 | `serve_config` | writes what serves an artifact, with TensorRT-LLM, vLLM or `trimtab serve` |
 | `Recipe`, `Workload`, `Recorded`, `Evaluation`, `Rollout`, `Profile` | the documents that a user writes |
 | `InputError`, `TrimtabError` | what is raised: of bad input, and of anything that is expected to happen |
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from trimtab.base.errors import InputError, TrimtabError
     from trimtab.components.deployment.rollout.settings import Rollout
     from trimtab.pipelines.api import plan, pull, releases, run, serve_config, verify, withdraw
+    from trimtab.pipelines.pushing import push
     from trimtab.recipe import Recipe
     from trimtab.recipe.evaluation import Evaluation
     from trimtab.recipe.workload import Recorded, Workload
@@ -46,6 +47,7 @@ __all__ = [
     "Workload",
     "plan",
     "pull",
+    "push",
     "releases",
     "run",
     "serve_config",
@@ -65,6 +67,7 @@ _FROM = {
     "Workload": "trimtab.recipe.workload",
     "plan": "trimtab.pipelines.api",
     "pull": "trimtab.pipelines.api",
+    "push": "trimtab.pipelines.pushing",
     "releases": "trimtab.pipelines.api",
     "run": "trimtab.pipelines.api",
     "serve_config": "trimtab.pipelines.api",

@@ -126,6 +126,10 @@ def test_the_gate_releases_what_was_accepted(tmp_path: Path) -> None:
     run = Released(store, tmp_path)
     task = component("deployment", "gate")(state=save(run.run.finished))
     assert task.outputs["Output"].startswith(f"{store.uri}/releases/tiny/")
+    told, base = task.outputs["released"].metadata, run.run.finished.model
+    assert (told["base_model_uri"], told["base_model_digest"]) == (base.uri, base.digest), "where it comes from"
+    assert told["release"] == task.outputs["Output"] and told["tree_digest"] != base.digest
+    assert told.keys() >= {"framework", "model_format_name", "model_format_version", "quantization", "bits"}
 
 
 def test_a_rollout_that_nobody_asked_for_serves_nowhere() -> None:

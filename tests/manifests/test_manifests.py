@@ -179,6 +179,11 @@ def test_every_object_has_the_recommended_labels(overlay):
     assert ("release" in parts) == (overlay in OVERLAYS[2:])
 
 
+def test_a_run_may_read_what_its_namespace_allows():
+    (role,) = (item for item in rendered("base") if item["kind"] == "Role")
+    assert {"apiGroups": [""], "resources": ["resourcequotas", "limitranges"], "verbs": ["list"]} in role["rules"]
+
+
 def test_the_volume_of_the_cache_is_made_writable():
     """The one pod that is root, for the volume may be root's; it has no capability, and touches the claim alone."""
     (job,) = rendered("cache-owner")

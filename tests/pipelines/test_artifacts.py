@@ -101,6 +101,19 @@ def test_a_digest_names_the_tree_too(artifact, tmp_path, capsys):
     assert (tmp_path / "again" / "artifact.json").read_bytes() == (artifact / "artifact.json").read_bytes()
 
 
+def test_a_uri_names_the_store_and_a_release_is_pulled(artifact, tmp_path, monkeypatch, capsys):
+    """From any folder, as the README beside a server's files tells it."""
+    uri = json.loads((tmp_path / "artifact" / "artifact.json").read_text())["digest"]
+    uri = f"{open_store(str(tmp_path / 'a')).uri}/trees/{uri}"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main.main(["artifact", "export", uri, "again"]) == 0
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["again"]
+    release = f"{open_store(str(tmp_path / 'a')).uri}/releases/tiny/000001"
+    assert main.main(["artifact", "export", release, "out"]) == 2
+    assert f"is a release; write trimtab pull {release} out" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("change", ["model", "settings"])
 def test_another_model_or_other_settings_do_not_find_it(change, artifact, begin, worked, model, other, capsys):
     assert command(capsys, "import", "--store", "b", str(artifact))[0] == 0

@@ -76,13 +76,16 @@ def test_the_loader_reads_it(path):
     loaded = components.load_component_from_file(str(path))
     assert loaded.name == "optimize"
     assert set(loaded.component_spec.inputs) == {
-        "model", "store", "goal", "target", "recipe", "max_attempts", "name", "evaluation", "rollout",
+        "model", "store", "goal", "target", "recipe", "registry", "max_attempts", "name", "evaluation", "rollout",
     }  # fmt: skip
 
 
 def test_every_parameter_of_the_pipeline_is_described(ir):
     parameters = ir["root"]["inputDefinitions"]["parameters"]
     assert not [name for name, parameter in parameters.items() if not parameter.get("description")]
+    costly = {"max_attempts": "built and measured", "target": "cpu takes no GPU", "evaluation": "cost their time"}
+    for name, costs in costly.items():
+        assert costs in parameters[name]["description"]
 
 
 def test_every_parameter_and_artifact_of_a_stage_is_described():
@@ -351,6 +354,7 @@ def test_every_task_reaches_the_store(placed):
         assert secret["keyToEnv"] == [{"secretKey": "access_key", "envVar": "AWS_ACCESS_KEY_ID"}]
         assert task["pvcMount"][0]["mountPath"] == "/cache"
         assert task["podMetadata"]["labels"].items() >= {"team": "compression"}.items()
+        assert [secret["secretName"] for secret in task["imagePullSecret"]] == ["registry"]
 
 
 def test_a_site_that_signs_for_itself_and_queues_its_pods(placed):

@@ -76,7 +76,7 @@ def test_the_form(ir):
     """The same parameters as `optimize`, described, with lists to choose from."""
     parameters = ir["root"]["inputDefinitions"]["parameters"]
     assert parameters.keys() == {
-        "model", "store", "goal", "target", "recipe", "max_attempts", "name", "evaluation", "rollout",
+        "model", "store", "goal", "target", "recipe", "max_attempts", "name", "evaluation", "rollout", "registry",
     }  # fmt: skip
     assert all(parameter["description"] for parameter in parameters.values())
     assert parameters["goal"]["literals"] == list(GOALS) and parameters["target"]["literals"] == list(TARGETS)

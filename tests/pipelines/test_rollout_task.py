@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from kfp import dsl, local
+from registry_server import RegistryServer
 from releases import Released
 
 from trimtab.base import progress, signing
@@ -43,8 +44,8 @@ LOOP = Loop(1)
 
 
 @dsl.pipeline(name="behind-the-gate")
-def behind_the_gate(release: str, rollout: str = ""):
-    LOOP.deliver(release, rollout)
+def behind_the_gate(release: str, rollout: str = "", registry: str = ""):
+    LOOP.deliver(release, rollout, registry)
 
 
 def run(folder: Path, **arguments: str) -> tuple[dict[str, Path], dict[str, str]]:
@@ -60,6 +61,34 @@ def test_a_run_that_asks_for_no_rollout(tmp_path):
     tasks, said = run(tmp_path, release="/store/releases/tiny/000001")
     assert list(tasks) == ["roll-out"] and said["Output"] == "not_asked"
     assert "served nowhere: the run has no `rollout`" in (tasks["roll-out"] / "story").read_text()
+
+
+def test_a_run_enters_its_release_in_a_registry_without_serving_it(tmp_path, monkeypatch):
+    pytest.importorskip("model_registry")
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    made, server = Released(open_store(str(tmp_path / "store")), tmp_path), RegistryServer()
+    try:
+        for folder, told in (("first", "is entered"), ("again", "stands already")):
+            tasks, said = run(tmp_path / folder, release=made.uri, registry=server.host)
+            assert list(tasks) == ["roll-out"] and said["Output"] == "not_asked"
+            page = (tasks["roll-out"] / "story").read_text()
+            assert f"tiny 000001 {told} in the Model Registry at {server.host}" in page
+        assert [model["name"] for model in server.kept["registered_models"]] == ["tiny"]
+        assert server.kept["artifacts"][0]["uri"] == made.uri
+        server.refuse = 403
+        tasks, said = run(tmp_path / "refused", release=made.uri, registry=server.host)
+        assert list(tasks) == ["roll-out"] and not said, "the task fails, and doing it again is safe"
+    finally:
+        server.close()
+
+
+def test_a_registry_is_checked_before_a_run_begins(monkeypatch):
+    pytest.importorskip("model_registry")
+    delivery.foresee("", "/store", "http://registry:8080")
+    monkeypatch.delenv("TRIMTAB_REGISTRY_TOKEN", raising=False)
+    for address, message in (("registry:8080", "is not valid"), ("https://registry", "wants a token; set TRIMTAB_REG")):
+        with pytest.raises(InputError, match=message):
+            delivery.foresee("", "/store", address)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import Any
 from trimtab import stages
 from trimtab.base import progress, signing
 from trimtab.base.errors import InputError, NotReleased, TrimtabError
+from trimtab.components.deployment import registry as entry
 from trimtab.components.deployment.rollout import approval
 from trimtab.components.deployment.rollout.canary import Account, roll_out
 from trimtab.components.deployment.rollout.cluster import Cluster
@@ -26,15 +27,19 @@ from trimtab.store.address import split_release
 SERVES, ROLLED_BACK, NOT_ASKED = "serves", "rolled_back", "not_asked"
 
 
-def foresee(text: str, store: str) -> None:
-    """Refuses a rollout that the cluster could not take, before there is anything to roll out.
+def foresee(text: str, store: str, registry: str = "") -> None:
+    """Refuses a rollout that the cluster could not take, before there is anything to roll out, and a Model Registry.
 
     Args:
         text, store: as `asked` has them.
+        registry: the address of a Model Registry, or "".
 
     Raises:
-        InputError: it is not valid, or its namespace has no InferenceServices, or nobody could approve there.
+        InputError: it is not valid, or its namespace has no InferenceServices, or nobody could approve there; or the
+            registry could not be entered from here.
     """
+    if registry:
+        entry.check(registry)
     rollout = asked(text, store)
     if rollout is None:
         return
@@ -89,8 +94,12 @@ def unwinding() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def run(release: str, rollout: str, run_id: str, page: Any, metrics: Any) -> tuple[str, str]:
+def run(
+    release: str, rollout: str, run_id: str, page: Any, metrics: Any, registry: str = ""
+) -> tuple[str, str]:
     """Rolls a release out where that is asked for, and returns how it ended: one of the three, and a sentence.
+
+    It is entered in the Model Registry, where one is named, unless it was rolled back.
 
     Args:
         release: its URI.
@@ -98,15 +107,18 @@ def run(release: str, rollout: str, run_id: str, page: Any, metrics: Any) -> tup
         run_id: under which those who watch the run are told.
         page: Markdown artifact: what happened.
         metrics: Metrics artifact: the comparison's figures.
+        registry: the address of a Model Registry; or "".
 
     Raises:
         NotVerified: the release is not what was judged and signed.
-        InputError, StageError: the rollout could not be done.
+        InputError, StageError: the rollout or the entry could not be done; doing it again is safe.
     """
     parts = split_release(release)
     wanted = asked(rollout, parts[0] if parts else release)
     if wanted is None:
-        return _told(page, NOT_ASKED, f"{release} is served nowhere: the run has no `rollout`", Account())
+        account = Account()
+        _enter(registry, release, account)
+        return _told(page, NOT_ASKED, f"{release} is served nowhere: the run has no `rollout`", account)
     store = locate(release)
     account = Account(lambda lines: status.write_rollout(store, run_id, lines))
     digest = proven(store, release, wanted.keys)
@@ -115,11 +127,20 @@ def run(release: str, rollout: str, run_id: str, page: Any, metrics: Any) -> tup
         with unwinding():
             end, sentence = SERVES, roll_out(cluster, wanted, store.uri, digest, account=account)
         remember(store, wanted, digest)
+        _enter(registry, release, account)
     except NotReleased as error:
         end = ROLLED_BACK
         sentence = f"{release} does not serve: {error} (the release stays: `trimtab deploy` rolls it out again)"
     stages.log_metrics(metrics, account.figures)
     return _told(page, end, sentence, account)
+
+
+def _enter(registry: str, release: str, account: Account) -> None:
+    """Enters a release in a Model Registry, "" for none; that one has it already is as good."""
+    if registry:
+        store, name, version = split_release(release)
+        new = entry.register(registry, name, version, release, open_store(store).read_release(release))
+        account.say(f"{name} {version} {'is entered' if new else 'stands already'} in the Model Registry at {registry}")
 
 
 def _told(page: Any, end: str, sentence: str, account: Account) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from trimtab.recipe import Quantization
+from trimtab.recipe import MANY_TOKENS, Quantization
 from trimtab.runtime.rounding import hessian
 from trimtab.runtime.rounding.scales import Numbers
 
@@ -18,9 +18,9 @@ from trimtab.runtime.rounding.scales import Numbers
 #: perplexity ratio, calibrated on them and measured on WikiText-2: 1.179 with 0.01, 1.153 with 0.1, 1.118 with 0.3,
 #: 1.128 with 1. Calibrated on 32 windows of WikiText-2 itself the choice matters less: 1.063, 1.065 and 1.060.
 DAMPING = 0.3
-#: The tokens up to which that holds. With more, damping goes as one over their number, as chance does in the square of
+#: Up to `MANY_TOKENS` that holds. With more, damping goes as one over their number, as chance does in the square of
 #: what they correlate, down to what is best published with half a million (llm-compressor 2922: 0.05).
-FEW_TOKENS, LEAST_DAMPING = 1 << 15, 0.05
+LEAST_DAMPING = 0.05
 #: Columns whose errors are passed on within before the rest is updated at once.
 BLOCK = 64
 
@@ -29,7 +29,7 @@ def with_damping(settings: Quantization, tokens: int) -> Quantization:
     """Returns the settings with the damping that they name, or else the default for that many calibration tokens."""
     if settings.damping is not None:
         return settings
-    return settings.model_copy(update={"damping": max(LEAST_DAMPING, DAMPING * min(1.0, FEW_TOKENS / tokens))})
+    return settings.model_copy(update={"damping": max(LEAST_DAMPING, DAMPING * min(1.0, MANY_TOKENS / tokens))})
 
 
 def round_weights(

@@ -7,6 +7,7 @@
 | `numbers` | a type of number that is stored or multiplied |
 | `backends` | an engine that serves |
 | `targets` | a GPU |
+| `decode_speeds` | how fast formats decoded on a device, as measured |
 | `goals` | what a run is for: its measure, the sizes of its engines, and what is tried, in order |
 
 To add one, write its row. What a row cannot say, how numbers of a new type are rounded or what a new kernel multiplies,

@@ -199,7 +199,8 @@ def rounding_by_gptq(work: Work, tokens: int, length: int) -> Held:
     layer = max((layer.parameters for layer in facts.linears), default=0)
     between = work.width * tokens * facts.hidden_size
     summed = 6 * 4 * inputs**2 + 6 * 4 * layer
-    streams = 2 if work.recipe.quantize.is_sequential and work.recipe.quantize.asymmetry else 1
+    quantize = work.recipe.quantize
+    streams = 2 if quantize.is_sequential(tokens) and quantize.asymmetry else 1
     return work.measuring(facts, tokens, length, summed, streams, 3 * work.export_bytes + streams * between)
 
 

@@ -16,6 +16,7 @@ from trimtab.catalog.goals import GOALS
 from trimtab.model.facts import ModelFacts
 from trimtab.model.hardware import Hardware
 from trimtab.model.memory import least_training, max_context_tokens, memory, trainable, training, weight_bytes
+from trimtab.planning import search
 from trimtab.planning.candidates import Kit
 from trimtab.planning.checks import refusal
 from trimtab.planning.engine import check_length
@@ -109,6 +110,14 @@ def climb(
         why = f"{last.title}: {last.why}" if last else "the goal asks for none"
         raise InputError(f"target: {hardware.name} runs no recipe for {goal} of this model: {why}")
     found = list(rungs.values())
+    if workload and GOALS[goal].measure.timed:
+        others = found[1:] if own else found
+        order = search.faster_first([rung.recipe for rung in others], facts, hardware)
+        told = [
+            others[place].model_copy(update={"why": "; ".join(filter(None, (others[place].why, said)))})
+            for place, said in order
+        ]
+        found = [*([own] if own else []), *told]
     refused += [
         Refused(title=rung.recipe.title, why=f"a run tries {MAX_RUNGS} recipes at most") for rung in found[MAX_RUNGS:]
     ]

@@ -7,6 +7,7 @@
 | `papers` | what travels with a model for other tools: `model_card`, `bom`, `build_provenance`, `model_signature` |
 | `task_scores` | what the answers say of each task |
 | `shelf` | listing, pulling and withdrawing |
+| `packing` | as an OCI image or artifact, on disk or in a registry |
 | `verification` | whether a release in a store still is what its statement says |
 | `watch` | whether a service still answers as its release did |
 | `rebuild` | what a release is made of now, beside what it was made of |

@@ -39,7 +39,10 @@ def files(served: Served) -> dict[str, str]:
         more = {"recipe.yaml": yaml.safe_dump({"engine": served.settings.to_dict()}, sort_keys=False)}
         server = "trimtab's own engine"
     kv_cache = f", KV cache in {served.kv_cache}" if served.kv_cache != "none" else ""
-    places = [f"`trimtab artifact export {tree} FOLDER` writes the {name}." for name, tree in served.trees.items()]
+    places = [
+        f"`trimtab artifact export {tree} FOLDER` writes the {name} into `FOLDER/files`."
+        for name, tree in served.trees.items()
+    ]
     readme = _README.format(
         name=served.name,
         what=f"{served.formats[0]}{kv_cache}",

@@ -10,6 +10,8 @@ from trimtab.serving.settings import longest_prompt, serve_command, target_versi
 
 #: Where KServe's storage initializer puts what the URI names.
 MOUNT = "/mnt/models"
+#: How a URI begins that names an image with the model below /models (`release.packing`).
+MODELCAR = "oci://"
 _PORT = 8080
 
 
@@ -22,8 +24,8 @@ def inference_service(served: Served, model_uri: str, image_: str, arguments: st
     """Returns the InferenceService.
 
     Args:
-        model_uri: where the cluster finds the checkpoint, `s3://…` or `pvc://claim/path`; for `trtllm-legacy` a folder
-            that holds `export` and `engine`.
+        model_uri: where the cluster finds the checkpoint, `s3://…`, `pvc://claim/path` or `oci://image`, a modelcar;
+            for `trtllm-legacy` a folder that holds `export` and `engine`, which no modelcar of trimtab does.
         image_: of the container.
         arguments: the content of the YAML that trtllm-serve reads; it is written into the container before it starts.
     """
@@ -33,10 +35,12 @@ def inference_service(served: Served, model_uri: str, image_: str, arguments: st
     command = serve_command(served.settings, model, engine, config)
     command += ["--host", "0.0.0.0", "--port", str(_PORT)]
     gpus = str(served.settings.world_size)
+    # A modelcar is a container beside this one, which links its /models there once it runs.
+    wait = f"until [ -e {MOUNT}/config.json ]; do sleep 1; done; " if model_uri.startswith(MODELCAR) else ""
     container = {
         "name": "kserve-container",
         "image": image_,
-        "command": ["/bin/sh", "-c", f'printf "%s" "$LLM_ARGS" > {config} && exec "$0" "$@"'],
+        "command": ["/bin/sh", "-c", f'{wait}printf "%s" "$LLM_ARGS" > {config} && exec "$0" "$@"'],
         "args": command,
         "env": [{"name": "STORAGE_URI", "value": model_uri}, {"name": "LLM_ARGS", "value": arguments}],
         "ports": [{"containerPort": _PORT, "protocol": "TCP"}],

@@ -39,14 +39,20 @@ def write(served: Served, folder: Path, model_uri: str = "", image: str = "") ->
 
     Args:
         folder: does not exist, or is empty.
-        model_uri: where a cluster finds the artifact; `pvc://<name>/` when empty.
+        model_uri: where a cluster finds the artifact, see `kserve`; `pvc://<name>/` when empty.
         image: of the KServe container; NVIDIA's of the version that serves when empty.
 
     Raises:
-        InputError: the folder is not empty, or the back end does not serve the artifact.
+        InputError: the folder is not empty, the back end does not serve the artifact, or needs more than `model_uri`
+            holds.
     """
     if served.settings.backend in TENSORRT_LLM:
         _check(served)
+        if model_uri.startswith(kserve.MODELCAR) and BACKENDS[served.settings.backend].compiled:
+            raise InputError(
+                f"model_uri: '{model_uri}' holds the checkpoint alone, and {served.settings.backend} reads engines "
+                "beside it; write s3://… or pvc://… of a folder with `export` and `engine`"
+            )
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"folder: '{folder}' is there already; write a new folder")
     if not folder.absolute().parent.is_dir():
@@ -108,7 +114,10 @@ def _readme(served: Served, uri: str) -> str:
             "Triton's model is NVIDIA's: copy `1/*.py` of `all_models/llmapi/tensorrt_llm` into "
             "`triton/tensorrt_llm/1/`, from the Triton image or from TensorRT-LLM's `triton_backend`."
         )
-    places += [f"`trimtab artifact export {tree} FOLDER` writes the {name}." for name, tree in served.trees.items()]
+    places += [
+        f"`trimtab artifact export {tree} FOLDER` writes the {name} into `FOLDER/files`."
+        for name, tree in served.trees.items()
+    ]
     kv_cache = f", KV cache in {served.kv_cache}" if served.kv_cache != "none" else ""
     return _README.format(
         name=served.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -13,6 +14,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 
+from trimtab import stages
 from trimtab.base.errors import InputError, Transient
 from trimtab.components.fetch import gguf, source
 from trimtab.model.licence import LICENCE, licence_of
@@ -65,6 +67,24 @@ def test_a_tree_of_another_store_is_fetched(zeros, store, tmp_path):
     other = source.fetch(str(zeros), open_store(str(tmp_path / "other")))
     assert source.check(other.uri) == other.uri
     assert source.fetch(other.uri, store).digest == other.digest
+
+
+@pytest.mark.parametrize("scheme", ["", "s3://", "minio://"])
+def test_a_model_artifact_of_an_earlier_run_names_its_tree(scheme, zeros, store, tmp_path, s3_server, monkeypatch):
+    """As the page of the run shows its address; of KFP's own store too, which is called minio there."""
+    from trimtab.store.s3 import S3Back
+
+    made = source.fetch(str(zeros), open_store(str(tmp_path / "other")))
+    artifact = SimpleNamespace(path=str(tmp_path / "export"), metadata={})
+    stages.describe_tree(artifact, made)
+    address = artifact.path
+    if scheme:
+        for name, value in s3_server.environment.items():
+            monkeypatch.setenv(name, value)
+        S3Back(s3_server.bucket, "").write("v2/artifacts/export", Path(artifact.path).read_bytes())
+        address = f"{scheme}{s3_server.bucket}/v2/artifacts/export"
+    assert source.check(address) == address
+    assert source.fetch(address, store).digest == made.digest
 
 
 PREFIXES = ["my models/llama 3", "team+a/c++", "modèles/été", "模型"]

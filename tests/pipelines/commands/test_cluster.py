@@ -124,6 +124,15 @@ def test_a_rollout_goes_along(command, server, capsys, tmp_path):
     assert (settings.service, settings.approval_minutes) == ("assistant", 60)
 
 
+@pytest.mark.parametrize("command", [["submit"], ["schedule", "--cron", "0 3 * * 1"]])
+def test_a_registry_goes_along(command, server, capsys):
+    code, said = trimtab(capsys, *command, *RUN, "--registry", "registry:8080")
+    assert code == 2 and "registry: 'registry:8080' is not valid; write https://host[:port]" in said
+    assert trimtab(capsys, *command, *RUN, "--registry", "http://registry:8080")[0] == 0
+    (started,) = server.kept["runs" if command == ["submit"] else "recurringruns"]
+    assert started["runtime_config"]["parameters"]["registry"] == "http://registry:8080"
+
+
 @pytest.mark.parametrize(
     ("store", "more", "message"),
     [
@@ -496,6 +505,13 @@ def test_a_store_that_pods_do_not_reach(profile, here, message, server, capsys, 
     (tmp_path / "profile.yaml").write_text(profile)
     code, said = trimtab(capsys, "submit", *RUN, "--profile", str(tmp_path / "profile.yaml"))
     assert (code, message in said, bool(server.kept["runs"])) == (2 if message else 0, True, not message), said
+
+
+def test_the_artifact_of_an_earlier_run_goes_along(server, capsys):
+    """By the address that its page shows."""
+    model = "minio://mlpipeline/v2/artifacts/optimize/1/quantize/2/export"
+    assert trimtab(capsys, "submit", "--model", model, "--store", "s3://bucket/store")[0] == 0
+    assert server.kept["runs"][0]["runtime_config"]["parameters"]["model"] == model
 
 
 def test_what_pods_can_see_goes_along(server, capsys, tmp_path):

@@ -107,6 +107,26 @@ def test_the_container_hands_its_arguments_on(tmp_path):
     assert settings.read_text() == environment["LLM_ARGS"]
 
 
+def test_the_container_waits_for_a_modelcar(tmp_path, released):
+    """KServe starts it beside the server, whose model is not there before the image runs."""
+    uri = "oci://registry.example/models/tiny@sha256:" + 64 * "0"
+    write(artifact.find(str(export(tmp_path / "export"))), tmp_path / "out", model_uri=uri)
+    container = yaml.safe_load((tmp_path / "out/kserve.yaml").read_text())["spec"]["predictor"]["containers"][0]
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert environment["STORAGE_URI"] == uri and container["args"][:2] == ["trtllm-serve", "/mnt/models"]
+    for old, new in (("/mnt/models", str(tmp_path / "models")), ("/tmp/llm_args.yaml", str(tmp_path / "args"))):
+        container["command"] = [part.replace(old, new) for part in container["command"]]
+    server = subprocess.Popen([*container["command"], "echo", "serves"], env=environment, stdout=subprocess.PIPE)
+    with pytest.raises(subprocess.TimeoutExpired):
+        server.wait(0.2)
+    (tmp_path / "models").symlink_to(tmp_path / "export")
+    assert server.communicate(timeout=60)[0] == b"serves\n"
+
+    legacy = artifact.find(released(f"{{quantize: {{format: int8_sq}}, {LEGACY}}}"))
+    with pytest.raises(InputError, match="holds the checkpoint alone, and trtllm-legacy reads engines"):
+        write(legacy, tmp_path / "legacy", model_uri=uri)
+
+
 def test_engines(tmp_path, released):
     uri = released(f"{{quantize: {{format: int8_sq, kv_cache: int8}}, {LEGACY}}}")
     folder = tmp_path / "out"

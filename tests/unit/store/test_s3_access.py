@@ -1,16 +1,23 @@
-"""Ways to an S3 endpoint from a pod: a role in place of keys, and a proxy."""
+"""Ways to an S3 endpoint from a pod: passing keys, a role in place of keys, a proxy, a site's own authority."""
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
+import ssl
 import urllib.parse
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from json_server import JsonServer
 
-from trimtab.base.errors import InputError
+from trimtab.base.errors import InputError, StoreError
 from trimtab.store import open_store
+from trimtab.store.s3 import S3Back
 
 #: The answer of AWS STS to AssumeRoleWithWebIdentity, of its API reference.
 ASSUMED = """<AssumeRoleWithWebIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">
@@ -44,6 +51,60 @@ class Proxy(JsonServer):
     def answer(self, method: str, path: str, query: Any, body: Any, headers: Any) -> tuple[int, Any]:
         self.asked.append(headers["Host"])
         return 503, "<Error><Code>ServiceUnavailable</Code></Error>"
+
+
+class Bucket(JsonServer):
+    """Answers every read with the token that the request was signed with; over TLS where it has a certificate."""
+
+    def __init__(self, certificate: Path | None = None) -> None:
+        super().__init__()
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._http.socket = context.wrap_socket(self._http.socket, server_side=True)
+            self.host = self.host.replace("http://", "https://")
+
+    def answer(self, method: str, path: str, query: Any, body: Any, headers: Any) -> tuple[int, Any]:
+        return 200, headers.get("X-Amz-Security-Token", "no token")
+
+
+@pytest.fixture
+def keys(monkeypatch):
+    """The environment of a pod with keys, and no word of where."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "a-key")
+    for name in ("AWS_SESSION_TOKEN", "AWS_CA_BUNDLE", "SSL_CERT_FILE", "HTTPS_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("token", ["", "of-an-hour"])
+def test_keys_that_pass_go_with_their_token(token, keys, monkeypatch):
+    server = Bucket()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.host)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", token)
+    assert S3Back("bucket", "").read("key").decode() == (token or "no token")
+    server.close()
+
+
+@pytest.mark.parametrize("variable", ["AWS_CA_BUNDLE", "SSL_CERT_FILE"])
+def test_a_sites_own_authority(variable, keys, monkeypatch, tmp_path):
+    """As `authority` of a profile mounts it."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "the site")])
+    here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    certificate = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(1))
+    signed = certificate.add_extension(here, critical=False).sign(key, hashes.SHA256())
+    encoding = serialization.Encoding.PEM
+    own = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (tmp_path / "ca.crt").write_bytes(signed.public_bytes(encoding))
+    (tmp_path / "server.pem").write_bytes(own + signed.public_bytes(encoding))
+    server = Bucket(tmp_path / "server.pem")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.host)
+    with pytest.raises(StoreError, match="its TLS certificate is not trusted: set SSL_CERT_FILE"):
+        S3Back("bucket", "").read("key")
+    monkeypatch.setenv(variable, str(tmp_path / "ca.crt"))
+    assert S3Back("bucket", "").read("key") == b"no token"
+    server.close()
 
 
 @pytest.fixture

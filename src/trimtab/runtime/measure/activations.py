@@ -71,6 +71,6 @@ def place_of(size: int, device: torch.device) -> str:
     """Returns where so many bytes of hidden states go: `device`, `host` or `disk`."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        if size <= total * torch.cuda.get_per_process_memory_fraction(device) * DEVICE_SHARE:
+        if size <= total * torch.cuda.get_per_process_memory_fraction(device.index) * DEVICE_SHARE:
             return "device"
     return "host" if size <= hardware.machine_memory() * HOST_SHARE else "disk"
