@@ -80,8 +80,8 @@ GOALS = {
         Goal(
             "lower_latency", DECODING, batch=8, length=4096, at_batch_1=True,
             techniques=(
-                "eight_bits", "four_bit_floats", "int4_awq", "int4_gptq", "four_bit_float_weights", "trained_int4",
-                "mixed_5_bits", "students", "safest_eight_bits", "safest_four_bits",
+                "eight_bits", "four_bit_floats", "int4_awq", "int4_gptq", "four_bit_float_weights", "trained_nvfp4",
+                "trained_int4", "mixed_5_bits", "students", "safest_eight_bits", "safest_four_bits",
             ),
         ),
         Goal(
@@ -89,7 +89,8 @@ GOALS = {
             "higher_throughput", THROUGHPUT, batch=256, length=4096, step_tokens=16384, least_batch=16,
             chunked_prefill=True, busy=True, remark="saved_devices",
             techniques=(
-                "eight_bits_or_kv_cache", "four_bit_floats", "mixed_in_less_time", "students", "safest_eight_bits",
+                "eight_bits_or_kv_cache", "four_bit_floats", "trained_nvfp4", "mixed_in_less_time", "students",
+                "safest_eight_bits",
             ),
         ),
         Goal(
@@ -100,8 +101,9 @@ GOALS = {
             # offered them.
             "fit_larger_model", BYTES, batch=8, length=2048, kv_cache=False,
             techniques=(
-                "nvfp4", "cheapest_int4", "int4_gptq", "four_bit_float_weights", "trained_int4", "mixed_5_bits",
-                "mixed_6_bits", "mixed_7_bits", "safest_four_bits", "students_unless_mixed", "fp8", "int8_wo",
+                "nvfp4", "cheapest_int4", "int4_gptq", "four_bit_float_weights", "trained_nvfp4", "trained_int4",
+                "mixed_5_bits", "mixed_6_bits", "mixed_7_bits", "safest_four_bits", "students_unless_mixed", "fp8",
+                "int8_wo",
             ),
         ),
         Goal(
@@ -114,8 +116,8 @@ GOALS = {
             "lower_cost", COST, batch=128, length=4096, least_batch=16, chunked_prefill=True, busy=True,
             remark="smaller_gpu",
             techniques=(
-                "eight_bits", "four_bit_floats", "mixed_in_less_time", "int4_for_smaller_gpu", "students",
-                "safest_eight_bits", "safest_four_bits",
+                "eight_bits", "four_bit_floats", "trained_nvfp4", "mixed_in_less_time", "int4_for_smaller_gpu",
+                "students", "safest_eight_bits", "safest_four_bits",
             ),
         ),
     )

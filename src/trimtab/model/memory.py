@@ -234,8 +234,9 @@ def training(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> TrainingM
         states += width * student.linear_parameters
     teacher = facts.parameters - facts.beside  # what takes no part in a text's next token is not loaded
     tokens = distill.windows_at_once * distill.length
-    block = activation_bytes(student, width)
-    hidden = width * student.hidden_size
+    block, hidden = activation_bytes(student, width), width * student.hidden_size
+    if distill.quantization_aware and recipe.quantize.row.storage.inputs:
+        block += 3 * hidden  # queries, keys and values have rounded inputs of their own each, and so have gate and up
     kept = (student.layers * hidden + block) if distill.activation_checkpointing else student.layers * block
     if distill.hidden_weight:
         kept += 2 * student.layers * hidden

@@ -82,9 +82,14 @@ def int4_for_smaller_gpu(kit: Kit) -> Iterator[Candidate]:
         yield recipe, why
 
 
+def trained_nvfp4(kit: Kit) -> Iterator[Candidate]:
+    """NVFP4 of the whole model trained with the rounding of weights and activations."""
+    yield from kit.trained("nvfp4")
+
+
 def trained_int4(kit: Kit) -> Iterator[Candidate]:
-    """INT4 by rounding to nearest, of the whole model trained with the rounding."""
-    yield from kit.trained_int4()
+    """INT4 of the whole model trained with the rounding."""
+    yield from kit.trained("int4_rtn")
 
 
 def mixed_5_bits(kit: Kit) -> Iterator[Candidate]:
@@ -137,7 +142,8 @@ TECHNIQUES: dict[str, Callable[[Kit], Iterator[Candidate]]] = {
     technique.__name__: technique
     for technique in (
         eight_bits, eight_bits_or_kv_cache, kv_cache_alone, four_bit_floats, four_bit_float_weights,
-        cheapest_int4, int4_if_short, int4_unless_short, int4_for_smaller_gpu, trained_int4, mixed_5_bits, mixed_6_bits,
-        mixed_7_bits, mixed_in_less_time, students, students_unless_mixed, safest_eight_bits, safest_four_bits,
+        cheapest_int4, int4_if_short, int4_unless_short, int4_for_smaller_gpu, trained_nvfp4, trained_int4,
+        mixed_5_bits, mixed_6_bits, mixed_7_bits, mixed_in_less_time, students, students_unless_mixed,
+        safest_eight_bits, safest_four_bits,
     )
 }  # fmt: skip

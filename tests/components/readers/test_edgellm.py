@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from trimtab.catalog.formats import FORMATS
 from trimtab.model.facts import inspect
 from trimtab.runtime.checkpoint.model_files import Export
 
@@ -20,8 +21,9 @@ loader = pytest.importorskip(
     "tensorrt_edgellm.checkpoint.loader", reason="tensorrt-edgellm has wheels for Linux, and for Python up to 3.12"
 )
 
-#: What it calls our formats.
-TYPES = {"fp8": "fp8", "nvfp4": "nvfp4", "int4_rtn": "int4_awq_modelopt", "int8_sq": "int8_sq"}
+#: What it calls ModelOpt's names of formats.
+TYPES = {"FP8": "fp8", "NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4_a16", "W4A16_AWQ": "int4_awq_modelopt",
+         "W8A8_SQ_PER_CHANNEL": "int8_sq"}  # fmt: skip
 #: Its kernels of INT4 take 64 inputs and outputs at a time.
 WIDE = {"hidden_size": 128, "head_dim": 32}
 
@@ -65,6 +67,9 @@ def as_published(export: Path, folder: Path) -> Path:
         ("qwen3_5_text", "nvfp4", "none", {}),
         ("nemotron_h", "fp8", "none", {}),
         ("nemotron_h", "nvfp4", "none", {}),
+        # FP4 weights that meet 16 bits it knows as parts of a mix, in this family.
+        ("nemotron_h", "mixed_gpu", "none", {}),
+        ("nemotron_h", "mixed_fp4", "none", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -96,5 +101,7 @@ def test_each_tensor_is_taken(
     # How it would multiply each layer: what is quantized, and what is left out, routers among it.
     layers = {*(layer.name for layer in inspect(source).linears), *export.plain_layers}
     said = {name: module_quant_type(_normalize_module_name(name), config) for name in layers}
-    assert said == {name: TYPES[form] if name in export.layers else "fp16" for name in layers}
+    algos = {name: export.layer(name).layout.algo for name in export.layers}
+    assert said == {name: TYPES[algos[name]] if name in algos else "fp16" for name in layers}
+    assert (len({*algos.values()}) > 1) == bool(FORMATS[form].mixes)
     assert config.quant.kv_cache_quant == (None if kv_cache == "none" else kv_cache)
