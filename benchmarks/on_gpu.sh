@@ -12,15 +12,8 @@ part() {
     case $1 in
     four_bits)
         "$PYTHON" quality.py --model "$MODEL" "${TEXT[@]}" --samples 64 --seeds 3 --jobs "${JOBS:-8}" --formats \
-            int4_gptq "int4_gptq, sequential" "int4_gptq, asymmetry 1" nvfp4 nvfp4_wo mxfp4_wo int8_sq int4_awq
-        ;;
-    in_order)
-        "$PYTHON" quality.py --model "$MODEL" "${TEXT[@]}" --samples 64 --seeds 3 --jobs "${JOBS:-8}" --formats \
-            "nvfp4, sequential" "nvfp4_wo, sequential" "mxfp4_wo, sequential"
-        ;;
-    mixed_in_order)
-        "$PYTHON" quality.py --model "$MODEL" "${TEXT[@]}" --samples 64 --seeds 1 --jobs "${JOBS:-6}" --formats \
-            "mixed_gpu, 5.0 bits" "mixed_gpu, 5.0 bits, sequential" "mixed_gpu, 5.5 bits" "mixed_gpu, 6.0 bits"
+            int4_gptq "int4_gptq, at once" "int4_gptq, asymmetry 1" nvfp4 "nvfp4, at once" nvfp4_wo "nvfp4_wo, at once" \
+            mxfp4_wo "mxfp4_wo, at once" int8_sq int4_awq
         ;;
     mixed)
         "$PYTHON" quality.py --model "$MODEL" "${TEXT[@]}" --samples 64 --seeds 3 --jobs "${JOBS:-6}" --formats \

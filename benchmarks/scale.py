@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 
 #: In order: what reads what another made comes behind it. `whole` loads the model at once, for comparison.
 STAGES = (
-    "whole", "calibrate", "sensitivity", "fp8", "int4_awq", "int4_gptq", "int4_gptq, sequential", "sparsegpt",
+    "whole", "calibrate", "sensitivity", "fp8", "int4_awq", "int4_gptq", "int4_gptq, at once", "sparsegpt",
     "integrity of fp8", "integrity of int4_gptq", "score of int4_gptq",
 )  # fmt: skip
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -159,8 +159,8 @@ def _work(stage: str, model: str, folder: Path, calibrate: dict[str, Any]) -> An
     output = folder / stage
     output.mkdir(parents=True, exist_ok=True)
     parameters = {"format": stage.partition(",")[0], "group_size": 64}
-    if "sequential" in stage:
-        parameters["sequential"] = True
+    if "at once" in stage:
+        parameters["sequential"] = False
 
     def whole() -> dict[str, float]:
         started = time.perf_counter()
