@@ -46,8 +46,7 @@ def quantize(
     """
     tokens = load_file(calibration / "tokens.safetensors")["tokens"].long()
     quantizer.settings = settings = gptq.with_damping(quantizer.settings, tokens.numel())
-    is_sequential = settings.is_sequential(tokens.numel())
-    with_dense = is_sequential and settings.asymmetry > 0
+    with_dense = settings.follows_dense(tokens.numel())
     try:
         runner = blockwise.Runner(
             source, tokens, "quantize", "quantizing blocks", scratch, with_dense=with_dense
@@ -62,7 +61,7 @@ def quantize(
     rare = routing.recorded(calibration)
 
     def work(block: Block) -> dict[str, torch.Tensor]:
-        way = _in_order if is_sequential else _at_once
+        way = _in_order if settings.is_sequential(tokens.numel()) else _at_once
         found = way(block, by_number.get(block.number, []), quantizer, Export(source), rare)
         # Layers of a group share scalars, and safetensors wants memory of its own for each tensor.
         return {name: tensor.clone() if tensor.numel() == 1 else tensor for name, tensor in found.items()}

@@ -199,8 +199,7 @@ def rounding_by_gptq(work: Work, tokens: int, length: int) -> Held:
     layer = max((layer.parameters for layer in facts.linears), default=0)
     between = work.width * tokens * facts.hidden_size
     summed = 6 * 4 * inputs**2 + 6 * 4 * layer
-    quantize = work.recipe.quantize
-    streams = 2 if quantize.is_sequential(tokens) and quantize.asymmetry else 1
+    streams = 1 + work.recipe.quantize.follows_dense(tokens)
     return work.measuring(facts, tokens, length, summed, streams, 3 * work.export_bytes + streams * between)
 
 

@@ -95,7 +95,9 @@ def _quantizing(work: Work) -> Held:
 
 
 def _quantizing_products(work: Work) -> float:
-    """Of GPTQ a factorization and as many updates; of a search of scales some sixty roundings of each weight."""
+    """Of GPTQ a factorization and as many updates, and passes over the text: two at once; in order three, since a block
+    runs up to each group of its layers, and as many of the dense model. Of a search of scales some sixty roundings of
+    each weight."""
     row, facts = work.recipe.quantize.row, work.left
     if not row.parts:
         return 0.0
@@ -103,8 +105,10 @@ def _quantizing_products(work: Work) -> float:
     if any(part.channels == "awq" for part in row.parts):
         found += 60 * 10 * facts.linear_parameters
     if _quantize(work.recipe, "needs_grams"):
-        tokens = _text(work)[0]
-        found += 2 * _forward(facts, tokens) + tokens * working_memory.gram_bytes(facts)
+        tokens, quantize = _text(work)[0], work.recipe.quantize
+        streams = 1 + quantize.follows_dense(tokens)
+        passes = 3 * streams if quantize.is_sequential(tokens) else 2
+        found += passes * _forward(facts, tokens) + streams * tokens * working_memory.gram_bytes(facts)
         found += sum(2 * layer.in_features**3 + 2 * layer.parameters * layer.in_features for layer in facts.linears)
     return found
 

@@ -156,6 +156,10 @@ class Quantization(UserDocument):
         """Whether GPTQ sees the model as it is quantized so far, with so many calibration tokens."""
         return self.needs_grams and (tokens >= MANY_TOKENS if self.sequential is None else self.sequential)
 
+    def follows_dense(self, tokens: int) -> bool:
+        """Whether the dense model runs beside that one, for the part of the outputs that is made up for."""
+        return self.is_sequential(tokens) and self.asymmetry > 0
+
     @property
     def needs_sensitivity(self) -> bool:
         """Whether layers are treated by how much the format harms them."""

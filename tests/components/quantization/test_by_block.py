@@ -220,6 +220,16 @@ def test_damping_goes_by_the_tokens_unless_the_recipe_says_it(tokens, damping):
     assert gptq.with_damping(Quantization(format="int4_gptq", damping=0.01), tokens).damping == 0.01
 
 
+@pytest.mark.parametrize(("tokens", "many"), [(32767, False), (32768, True)])
+def test_the_order_goes_by_the_tokens_unless_the_recipe_says_it(tokens, many):
+    assert Quantization(format="int4_gptq").is_sequential(tokens) == many
+    for wanted in (True, False):
+        assert Quantization(format="int4_gptq", sequential=wanted).is_sequential(tokens) == wanted
+    assert not Quantization(format="int4_awq").is_sequential(tokens)
+    assert Quantization(format="int4_gptq").follows_dense(tokens) == many
+    assert not Quantization(format="int4_gptq", sequential=True, asymmetry=0).follows_dense(tokens)
+
+
 def test_more_damping_is_nearer_to_rounding_to_nearest(model, calibration, tmp_path):
     """At the largest damping errors are hardly passed on."""
     exports = {damping: Export(quantize(model, calibration, tmp_path / str(damping), damping=damping, sequential=False))

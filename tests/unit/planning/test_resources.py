@@ -36,7 +36,7 @@ def test_stages_are_those_of_the_registry(text):
     assert all(need.host_bytes > PROCESS["cpu"] and need.seconds > 0 and need.gpus == 0 for need in found.values())
 
 
-@pytest.mark.parametrize(("sequential", "streams"), [("false", 1), ("true", 2)])
+@pytest.mark.parametrize(("sequential", "streams"), [("false", 1), ("true", 2), ("null", 2)])
 def test_a_model_of_70_billion_goes_through_one_gpu_of_80_gigabytes(sequential, streams):
     """A block of it has 1.7 GB in 16 bits; its embeddings and head have 4.2 GB, a million tokens' hidden states 17."""
     quantize = f"{{format: int4_gptq, sequential: {sequential}}}"
