@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 from facts import LLAMA_8B
 
@@ -13,8 +10,6 @@ from trimtab.model.hardware import target
 from trimtab.planning.matrix import ladder
 from trimtab.recipe import Recipe
 from trimtab.recipe.workload import Workload
-
-RESULTS = Path(__file__).parents[3] / "benchmarks/results"
 
 
 def planned(concurrency: int, goal: str = "lower_latency", backend: str = "torch", machine: str = "h200", **more):
@@ -25,15 +20,6 @@ def planned(concurrency: int, goal: str = "lower_latency", backend: str = "torch
 
 def formats(rungs):
     return [rung.recipe.quantize.format for rung in rungs if "as measured of" in rung.why]
-
-
-def test_the_tables_are_the_benchmark_s():
-    page = (RESULTS / "h200.md").read_text()
-    found = re.findall(r"^\| (torch|vLLM), `(\w+)` \| (.*) \|$", page, re.MULTILINE)
-    assert len(found) == sum(len(table.speeds) for table in TABLES.values()) == 8
-    for engine, form, cells in found:
-        numbers = [int(cell.split()[0].replace(",", "")) for cell in cells.split("|")]
-        assert TABLES["h200", engine.lower()].speeds[form] == dict(zip((1, 8, 64), numbers, strict=True))
 
 
 @pytest.mark.parametrize(
