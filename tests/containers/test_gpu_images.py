@@ -129,7 +129,7 @@ def context(podman: Any, image: str, tmp_path_factory: pytest.TempPathFactory) -
     container.remove()
 
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for requirement in map(Requirement, extras["torch"]):
+    for requirement in map(Requirement, extras["torch"] + extras["registry"]):
         if requirement.name not in ("torch", "lm-eval"):
             wheel(folder / "dist", requirement.name, lowest(requirement))
     for version in ("2.12.0", "2.13.0"):  # PyPI's torch for Linux brings CUDA's libraries

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized, dequantize
-from trimtab.runtime.linear import choice
+from trimtab.runtime.linear import choice, cpu_products
 
 CPU = torch.device("cpu")
 # relative to the largest output; bfloat16 has 8 bits (2^-8 = 0.4 %), rounded at most twice
@@ -67,6 +67,16 @@ def test_product(
     assert y.dtype == torch.bfloat16
     expected = rounded(x.float(), layer) @ dequantize(layer).t() + bias
     assert (y.float() - expected).abs().max() < TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 200])
+@pytest.mark.parametrize("case", CASES)
+def test_rows_lie_together_as_behind_a_model_s_own_layer(case: tuple, rows: int, monkeypatch) -> None:
+    """Also where float32 is multiplied, outputs first: Llama 4 reads queries as complex numbers."""
+    monkeypatch.setattr(cpu_products, "dtype", lambda: torch.float32)
+    module = choice.build(quantized(*case[:5]), None, CPU)
+    module.packed_rows = 0  # as where the packed kernel is slow
+    assert module(torch.randn(rows, module.in_features).bfloat16()).is_contiguous()
 
 
 def rounded(x: torch.Tensor, layer: Quantized) -> torch.Tensor:

@@ -96,7 +96,7 @@ def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None
 def scaled(x_RI: torch.Tensor, weight_OI: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Returns x @ w.T of tensors in bfloat16 times a float32 scale, one or one an output; bfloat16 [R, O]."""
     fast = dtype() == torch.bfloat16 or len(x_RI) <= 1
-    return ((F.linear if fast else exact)(x_RI, weight_OI) * scale).bfloat16().contiguous()
+    return ((F.linear if fast else exact)(x_RI, weight_OI) * scale).bfloat16()
 
 
 def exact(x_RI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:

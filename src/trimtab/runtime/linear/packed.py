@@ -63,7 +63,8 @@ class PackedLinear(nn.Module):
         y_RO = self.packed(x_RI) if len(x_RI) <= self.packed_rows else self.dense(x_RI)
         if self.bias is not None:
             y_RO = y_RO + self.bias
-        return y_RO.reshape(*x.shape[:-1], self.out_features)
+        # Rows that lie in memory as they do behind a model's own layer, whose features some read as complex numbers.
+        return y_RO.contiguous().reshape(*x.shape[:-1], self.out_features)
 
     def packed(self, x_RI: torch.Tensor) -> torch.Tensor:
         """The product on the packed weight."""
