@@ -36,7 +36,7 @@ def test_tasks_stand_by_tier_and_the_worst_of_each_first():
     ]
     assert rows[3][-1] == "baseline at chance" and rows[1][5:7] == ("12", "3")
     page = attempt_html(RELEASED)
-    assert page.index("arithmetic") < page.index("geography<small>the worst</small>") < page.index("sequences")
+    assert page.index("arithmetic") < page.index("geography <small>the worst</small>") < page.index("sequences")
 
 
 def test_a_run_without_cards_shows_none():
