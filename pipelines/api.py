@@ -67,7 +67,7 @@ def plan(
     from trimtab.components.fetch.facts import facts
     from trimtab.loop import decisions
 
-    asked, dealt = _checked(model, goal, target, recipe, evaluation, max_attempts, name)
+    asked, dealt = checked(model, goal, target, recipe, evaluation, max_attempts, name)
     outline = decisions.outline(goal, facts(asked.model), hardware.target(target), asked.wanted)
     power = drawing.assumed(dealt, asked.evaluation, asked.wanted.accept, max_attempts)
     return {**outline, "power": {"told": power.sentence, **power.model_dump(mode="json")}}
@@ -121,7 +121,7 @@ def run(
 
     console = console or Console()
     with _signing(require_signature):
-        asked = checked(model, goal, target, recipe, evaluation, max_attempts, name)
+        asked, _ = checked(model, goal, target, recipe, evaluation, max_attempts, name)
         asked = replace(asked, model=check(asked.model))
         known = Path(asked.model).is_dir()  # of any other model nothing is known before it is fetched
         if not known:
@@ -277,26 +277,14 @@ def checked(
     evaluation: Evaluation | Mapping[str, Any] | str | Path | None,
     max_attempts: int,
     name: str,
-) -> Asked:
-    """Checks all that can be checked in a second without the model, as `run` and `plan` do before anything long begins.
+) -> tuple[Asked, Deal]:
+    """Checks all that can be checked in a second without the model, as `run` and `plan` do before anything long begins;
+    returns what is asked, and which items besides.
 
     Raises:
         InputError: a value that is not valid, a text that is missing or empty, or a task that does not exist or has too
             few items.
     """
-    return _checked(model, goal, target, recipe, evaluation, max_attempts, name)[0]
-
-
-def _checked(
-    model: str | Path,
-    goal: str,
-    target: str,
-    recipe: Recipe | Mapping[str, Any] | str | Path | None,
-    evaluation: Evaluation | Mapping[str, Any] | str | Path | None,
-    max_attempts: int,
-    name: str,
-) -> tuple[Asked, Deal]:
-    """As `checked`; returns which items are asked besides."""
     measured = Evaluation.parse(text_of(evaluation, "evaluation") or "{}")
     if measured.task_path:  # stages run elsewhere
         measured = measured.model_copy(update={"task_path": str(Path(measured.task_path).absolute())})

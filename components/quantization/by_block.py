@@ -12,7 +12,7 @@ dense model may give them other tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,14 +88,8 @@ def _at_once(
     """Quantizes the groups of a block by Gram matrices of the unchanged model. Other formats than GPTQ's wait for the
     pass over the shards."""
     found: dict[str, torch.Tensor] = {}
-    by_first = _with_gptq(groups, quantizer)
-    chunks = list(grams.chunks(block, list(by_first)))
-    for chunk in chunks:
-        measured = grams.measure(block, chunk, rare, advance=chunk is chunks[-1])
-        for first in chunk:
-            group = by_first[first]
-            seen = replace(quantizer.seen(group), gram=measured.pop(first))
-            found |= quantizer.quantize(shard, group, seen).tensors
+    for quantized in _by_grams(block, _with_gptq(groups, quantizer), quantizer, shard, rare, advance=True):
+        found |= quantized.tensors
     return found
 
 
@@ -116,16 +110,34 @@ def _in_order(
                 made.append(quantizer.quantize(shard, group, quantizer.seen(group)))
             elif not block.family.is_expert(group.layers[0]):
                 made.append(_moved(block, by_gram.pop(group.layers[0]), quantizer, shard))
-        for chunk in grams.chunks(block, list(by_gram)):  # experts
-            measured = grams.measure(block, chunk, rare)
-            for first in chunk:
-                seen = replace(quantizer.seen(by_gram[first]), gram=measured.pop(first))
-                made.append(quantizer.quantize(shard, by_gram[first], seen))
+        made += _by_grams(block, by_gram, quantizer, shard, rare)  # experts
         for quantized in made:
             found |= quantized.tensors
             for name, weight in quantized.weights.items():
                 block.layers[name].weight.copy_(weight)
     return found
+
+
+def _by_grams(
+    block: Block,
+    by_first: Mapping[str, Group],
+    quantizer: GroupQuantizer,
+    shard: Export,
+    rare: Mapping[str, Sequence[int]],
+    advance: bool = False,
+) -> Iterator[Quantized]:
+    """Yields groups, given by their first layer, quantized by Gram matrices that are held while they are used.
+
+    Args:
+        advance: what comes out of the block after the last of them, the next one reads.
+    """
+    chunks = list(grams.chunks(block, list(by_first)))
+    for chunk in chunks:
+        measured = grams.measure(block, chunk, rare, advance=advance and chunk is chunks[-1])
+        for first in chunk:
+            group = by_first[first]
+            seen = replace(quantizer.seen(group), gram=measured.pop(first))
+            yield quantizer.quantize(shard, group, seen)
 
 
 def _with_gptq(groups: Sequence[Group], quantizer: GroupQuantizer) -> dict[str, Group]:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from trimtab.base.errors import InputError
 from trimtab.pipelines.api import STORE
+from trimtab.pipelines.commands.arguments import add_store_of_uri
 
 
 def add(commands: Any) -> None:
@@ -23,7 +24,7 @@ def add(commands: Any) -> None:
     import_ = actions.add_parser("import", help="put such a folder into a store, where the next run finds it")
     import_.add_argument("folder", metavar="FOLDER", help="what `trimtab artifact export` wrote")
     import_.set_defaults(command=_import)
-    export.add_argument("--store", default="", help=f"s3://bucket/prefix or a folder (the URI's, or ./{STORE})")
+    add_store_of_uri(export)
     import_.add_argument("--store", default=STORE, help=f"s3://bucket/prefix or a folder (./{STORE})")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from trimtab.base.errors import InputError
+from trimtab.pipelines.commands.arguments import add_keys
 from trimtab.pipelines.inputs import read
 from trimtab.store.address import split_release
 
@@ -17,9 +18,7 @@ def add(commands: Any) -> None:
     deploy = commands.add_parser("deploy", help="serve a release on KServe: canary, comparison, promotion or rollback")
     deploy.add_argument("release", metavar="RELEASE", help="its URI: s3://bucket/prefix/releases/NAME/VERSION")
     deploy.add_argument("--rollout", required=True, metavar="FILE", help="service, image, limits and prompts, YAML")
-    deploy.add_argument(
-        "--key", action="append", default=[], metavar="PUB", help="a public key to trust, PEM; may be repeated"
-    )
+    add_keys(deploy)
     deploy.add_argument("--context", default="", help="context of the kubeconfig (the current one)")
     instead = deploy.add_mutually_exclusive_group()
     instead.add_argument("--dry-run", action="store_true", help="print what would change, and change nothing")

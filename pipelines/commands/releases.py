@@ -14,17 +14,16 @@ from trimtab.base import signing
 from trimtab.base.errors import InputError
 from trimtab.pipelines import api
 from trimtab.pipelines.api import STORE
+from trimtab.pipelines.commands.arguments import add_keys, add_release, add_store_of_uri
 from trimtab.store import open_store
 
 
 def add(commands: Any) -> None:
     """Adds the commands to the parser of `trimtab`."""
     verify = commands.add_parser("verify", help="check a release: signed, whole, and accepted when judged anew")
-    verify.add_argument("release", metavar="RELEASE", help="URI of a release, name/version, or a name for its newest")
-    verify.add_argument("--store", default="", help=f"s3://bucket/prefix or a folder (the URI's, or ./{STORE})")
-    verify.add_argument(
-        "--key", action="append", default=[], metavar="PUB", help="a public key to trust, PEM; may be repeated"
-    )
+    add_release(verify)
+    add_store_of_uri(verify)
+    add_keys(verify)
     verify.add_argument(
         "--validation-key", action="append", default=[], metavar="PUB", help="one that validation must have signed with"
     )

@@ -11,35 +11,31 @@ from rich.console import Console
 
 from trimtab.base.errors import InputError
 from trimtab.pipelines import api
-from trimtab.pipelines.api import STORE
+from trimtab.pipelines.commands.arguments import add_keys, add_release, add_store_of_uri
 
 
 def add(commands: Any) -> None:
     """Adds the commands to the parser of `trimtab`."""
     listed = commands.add_parser("releases", help="list the releases of a store, or withdraw some")
     listed.add_argument("name", nargs="?", default="", metavar="NAME", help="a name, a version of it, or a URI (all)")
-    listed.add_argument("--store", default="", help=f"s3://bucket/prefix or a folder (the URI's, or ./{STORE})")
+    add_store_of_uri(listed)
     listed.add_argument("--withdraw", action="store_true", help="take it back: gc may remove it then")
     listed.add_argument("--keep", type=int, metavar="N", help="with --withdraw NAME: all but the newest N")
     listed.add_argument("--reason", default="withdrawn by hand", help="why, kept with it")
     listed.set_defaults(command=_releases)
 
     pull = commands.add_parser("pull", help="lay a release's files and papers into a folder, after checking it")
-    pull.add_argument("release", metavar="RELEASE", help="URI of a release, name/version, or a name for its newest")
+    add_release(pull)
     pull.add_argument("folder", metavar="FOLDER", help="a new folder")
-    pull.add_argument("--store", default="", help=f"s3://bucket/prefix or a folder (the URI's, or ./{STORE})")
-    pull.add_argument(
-        "--key", action="append", default=[], metavar="PUB", help="a public key to trust, PEM; may be repeated"
-    )
+    add_store_of_uri(pull)
+    add_keys(pull)
     pull.set_defaults(command=_pull)
 
     push = commands.add_parser("push", help="pack a release with its papers as an OCI image or artifact, and push it")
-    push.add_argument("release", metavar="RELEASE", help="URI of a release, name/version, or a name for its newest")
+    add_release(push)
     push.add_argument("image", metavar="IMAGE", help="REGISTRY/REPOSITORY:TAG, or oci:FOLDER for a new layout on disk")
-    push.add_argument("--store", default="", help=f"s3://bucket/prefix or a folder (the URI's, or ./{STORE})")
-    push.add_argument(
-        "--key", action="append", default=[], metavar="PUB", help="a public key to trust, PEM; may be repeated"
-    )
+    add_store_of_uri(push)
+    add_keys(push)
     push.add_argument(
         "--form", default="modelcar", metavar="FORM", help="modelcar for KServe, or artifact for `oras pull` (modelcar)"
     )

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from trimtab.base.errors import Drifted, InputError, StageError
-from trimtab.pipelines.api import STORE
+from trimtab.pipelines.commands.arguments import add_keys, add_release, add_store_of_uri
 from trimtab.release import watch
 from trimtab.release.watch import Tolerance
 
@@ -24,13 +24,11 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "watch-release", help="ask a deployed service the prompts of its release again, and compare"
     )
-    parser.add_argument("release", metavar="RELEASE", help="URI of a release, name/version, or a name for its newest")
+    add_release(parser)
     parser.add_argument("--url", required=True, help="the service: OpenAI's completions API, http://host:port")
     parser.add_argument("--model", default="", help="as the service calls it (its first one)")
-    parser.add_argument("--store", default="", help=f"s3://bucket/prefix or a folder (the URI's, or ./{STORE})")
-    parser.add_argument(
-        "--key", action="append", default=[], metavar="PUB", help="a public key to trust, PEM; may be repeated"
-    )
+    add_store_of_uri(parser)
+    add_keys(parser)
     for name, text in (
         ("agreement", "the least share of the texts that begins alike"),
         ("slowdown", "how many times as slow it may answer"),

@@ -77,7 +77,7 @@ def test_forecasts_are_what_work_holds(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     forecast = needs(inspect(tmp_path / "model"), RECIPE, target("cpu", 24 * GB))
-    pairs = {name: (held, forecast[name].host_bytes - PROCESS["cpu"]) for name, held in found.items()}
+    pairs = {name: (size, forecast[name].host_bytes - PROCESS["cpu"]) for name, size in found.items()}
     wrong = {name: pair for name, pair in pairs.items() if not abs(pair[0] - pair[1]) <= TOLERANCE * pair[1] + BESIDE}
     assert not wrong, "stage: (held, forecast)"
 

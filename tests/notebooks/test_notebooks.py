@@ -62,13 +62,19 @@ raise Failure("export_damaged", "this model cannot be measured")
 """
 
 
-@pytest.mark.slow
-def test_optimize(write_model, tmp_path):
-    """All of it, on a model that nobody can measure: the plan, the run, its page and why nothing is released."""
+@pytest.fixture
+def unmeasurable(write_model, tmp_path) -> dict[str, str]:
+    """The environment of a notebook with a model that nobody can measure."""
     (tmp_path / "path" / "torch").mkdir(parents=True)
     (tmp_path / "path" / "torch" / "__init__.py").write_text(TORCH)
-    model, path = write_model(tmp_path / "model"), str(tmp_path / "path")
-    said = execute("optimize", tmp_path, MODEL=str(model), STORE=str(tmp_path / "store"), PYTHONPATH=path)
+    model = write_model(tmp_path / "model")
+    return {"MODEL": str(model), "STORE": str(tmp_path / "store"), "PYTHONPATH": str(tmp_path / "path")}
+
+
+@pytest.mark.slow
+def test_optimize(unmeasurable, tmp_path):
+    """All of it, on a model that nobody can measure: the plan, the run, its page and why nothing is released."""
+    said = execute("optimize", tmp_path, **unmeasurable)
     assert "int4_rtn" in said and "nothing is released: this model cannot be measured" in " ".join(said.split())
     (page,) = tmp_path.glob("trimtab-runs/*/*/summarize/report.html")
     assert str(page) in said and "this model cannot be measured" in page.read_text()
@@ -81,12 +87,9 @@ def test_compose(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_verdict(write_model, tmp_path):
+def test_verdict(unmeasurable, tmp_path):
     """Its own condition takes the other branch, for a model that nobody can measure: no stage does a model's work."""
-    (tmp_path / "path" / "torch").mkdir(parents=True)
-    (tmp_path / "path" / "torch" / "__init__.py").write_text(TORCH)
-    model, path = write_model(tmp_path / "model"), str(tmp_path / "path")
-    said = execute("verdict", tmp_path, MODEL=str(model), STORE=str(tmp_path / "store"), PYTHONPATH=path)
+    said = execute("verdict", tmp_path, **unmeasurable)
     assert said.splitlines()[-1] == "rejected: this model cannot be measured"
 
 

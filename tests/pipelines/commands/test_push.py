@@ -15,7 +15,6 @@ import pytest
 from releases import Released
 
 from trimtab.base import signing
-from trimtab.pipelines.commands import main
 from trimtab.release import packing
 from trimtab.store import open_store
 
@@ -24,18 +23,6 @@ pytest.importorskip("modelcar_base_image")
 
 PAPERS = {"README.md", "bom.cdx.json", "provenance.intoto.json", "model.sig"}
 FILES = {"config.json", "model.safetensors", *PAPERS}
-
-
-@pytest.fixture
-def trimtab(capsys):
-    """A function: runs the command and returns its exit code and what it prints, on one line."""
-
-    def run(*options: object) -> tuple[int, str]:
-        code = main.main([str(option) for option in options])
-        said = capsys.readouterr()
-        return code, " ".join((said.out + said.err).split())
-
-    return run
 
 
 @pytest.fixture

@@ -8,21 +8,7 @@ import pytest
 from releases import Released
 
 from trimtab.base import signing
-from trimtab.pipelines.commands import main
 from trimtab.store import open_store
-
-
-@pytest.fixture
-def trimtab(capsys):
-    """A function: runs the command and returns its exit code and what it prints, on one line."""
-
-    def run(*options: object) -> tuple[int, str]:
-        code = main.main([str(option) for option in options])
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return code, " ".join((said.out + said.err).split())
-
-    return run
 
 
 @pytest.fixture

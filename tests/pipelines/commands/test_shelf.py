@@ -10,21 +10,8 @@ from releases import Released
 
 from trimtab.components.deployment.rollout import delivery
 from trimtab.components.deployment.rollout.settings import Rollout
-from trimtab.pipelines.commands import main
 from trimtab.store import open_store
 from trimtab.store.garbage import collect
-
-
-@pytest.fixture
-def trimtab(capsys):
-    """A function: runs the command and returns its exit code and what it prints, on one line."""
-
-    def run(*options: object) -> tuple[int, str]:
-        code = main.main([str(option) for option in options])
-        said = capsys.readouterr()
-        return code, " ".join((said.out + said.err).split())
-
-    return run
 
 
 @pytest.fixture

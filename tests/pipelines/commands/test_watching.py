@@ -54,17 +54,13 @@ def released(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def trimtab(capsys, released):
-    def run(*options: object) -> tuple[int, str]:
-        code = main.main(["watch-release", "tiny", *map(str, options)])
-        said = capsys.readouterr()
-        return code, " ".join((said.out + said.err).split())
-
-    return run
+def watch(trimtab, released):
+    """A function: asks a service about the release."""
+    return lambda *options: trimtab("watch-release", "tiny", *options)
 
 
-def test_a_service_that_answers_as_its_release_did(trimtab, service, tmp_path):
-    code, said = trimtab("--url", service.host, "--key", "gate.pub", "--metrics", tmp_path / "m.prom")
+def test_a_service_that_answers_as_its_release_did(watch, service, tmp_path):
+    code, said = watch("--url", service.host, "--key", "gate.pub", "--metrics", tmp_path / "m.prom")
     assert code == 0, said
     assert said.startswith("watched tiny/000001: 100% begins alike, 100% the same;") and "refuses 50%, then 50%" in said
     assert [body["prompt"] for body in service.asked] == list(ANSWERS)
@@ -72,20 +68,20 @@ def test_a_service_that_answers_as_its_release_did(trimtab, service, tmp_path):
     assert 'trimtab_release_drift{release="tiny",version="000001"} 0\n' in (tmp_path / "m.prom").read_text()
 
 
-def test_a_drift_has_an_exit_code_of_its_own(trimtab, service, tmp_path):
+def test_a_drift_has_an_exit_code_of_its_own(watch, service, tmp_path):
     service.texts = dict.fromkeys(ANSWERS, " Lyon")
-    code, said = trimtab("--url", f"{service.host}/v1", "--metrics", tmp_path / "m.prom")
+    code, said = watch("--url", f"{service.host}/v1", "--metrics", tmp_path / "m.prom")
     assert code == 6 and "is not tiny/000001 as it was judged: 0% of the texts begins alike, less than 50%" in said
     assert "trimtab_release_drift" in (tmp_path / "m.prom").read_text()
-    assert trimtab("--url", service.host, "--agreement", "0")[0] == 0
+    assert watch("--url", service.host, "--agreement", "0")[0] == 0
 
 
-def test_one_prompt_without_an_answer_is_a_drift_and_none_at_all_is_trouble(trimtab, service):
+def test_one_prompt_without_an_answer_is_a_drift_and_none_at_all_is_trouble(watch, service):
     service.texts.pop(next(iter(ANSWERS)))
-    code, said = trimtab("--url", service.host)
+    code, said = watch("--url", service.host)
     assert code == 6 and "1 of 2 prompts got no answer" in said
     service.texts.clear()
-    code, said = trimtab("--url", service.host)
+    code, said = watch("--url", service.host)
     assert code == 4 and "answers none of 2 prompts" in said and "is the service up?" in said
 
 
@@ -102,18 +98,18 @@ def test_one_prompt_without_an_answer_is_a_drift_and_none_at_all_is_trouble(trim
         (["--key", "other.pub"], 5, ""),
     ],
 )
-def test_bad_input(trimtab, service, tmp_path, options, code, message):
+def test_bad_input(watch, service, tmp_path, options, code, message):
     signing.generate(tmp_path / "other")
-    found, said = trimtab(*(options if "--url" in options else ["--url", service.host, *options]))
+    found, said = watch(*(options if "--url" in options else ["--url", service.host, *options]))
     assert found == code and message in said
 
 
-def test_a_service_that_wants_a_key(trimtab, service, monkeypatch):
+def test_a_service_that_wants_a_key(watch, service, monkeypatch):
     service.key = "mine"
-    code, said = trimtab("--url", service.host)
+    code, said = watch("--url", service.host)
     assert code == 2 and "set OPENAI_API_KEY to a key of the service" in said
     monkeypatch.setenv("OPENAI_API_KEY", "mine")
-    assert trimtab("--url", service.host)[0] == 0
+    assert watch("--url", service.host)[0] == 0
 
 
 def test_going_on_it_is_scraped(released, service, monkeypatch):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import gone, wait_for
+from processes import dies_with_its_stage, gone, wait_for
 
 from trimtab.base import child
 from trimtab.base.errors import Failure, InputError, StageError, StoreError
@@ -184,11 +184,7 @@ def test_a_fork_server_that_is_killed_is_replaced(work, fork_server):
 def test_a_child_dies_with_its_stage(work, tmp_path):
     started = tmp_path / "started"
     code = f"from trimtab.base import child; child.call('{work}:slow', started='{started}')"
-    stage = subprocess.Popen([sys.executable, "-c", code])
-    assert wait_for(lambda: started.exists() and started.read_text())
-    stage.send_signal(signal.SIGKILL)
-    stage.wait()
-    assert wait_for(lambda: gone(int(started.read_text())))
+    assert dies_with_its_stage(code, started)
 
 
 def test_the_time_limit_ends_the_child_and_what_it_started(work, tmp_path):

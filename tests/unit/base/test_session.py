@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from processes import gone, wait_for
+from processes import dies_with_its_stage, gone
 
 from trimtab.base.errors import Failure, StageError
 from trimtab.base.session import Session
@@ -79,8 +77,4 @@ def test_a_session_without_calls_starts_nothing():
 def test_it_dies_with_its_stage(work, tmp_path):
     started = tmp_path / "started"
     code = f"from trimtab.base.session import Session; Session().call('{work}:slow', started='{started}')"
-    stage = subprocess.Popen([sys.executable, "-c", code])
-    assert wait_for(lambda: started.exists() and started.read_text())
-    stage.send_signal(signal.SIGKILL)
-    stage.wait()
-    assert wait_for(lambda: gone(int(started.read_text())))
+    assert dies_with_its_stage(code, started)
