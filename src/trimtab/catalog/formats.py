@@ -123,12 +123,15 @@ class Storage:
         """What a kernel must multiply: numbers, which of them share a scale, and how inputs are rounded."""
         return self.numbers, self.scale, self.inputs
 
+    def bits_with_scales(self, group_size: int, in_features: float = math.inf) -> float:
+        """Returns the bits of a weight and of its part of a scale, as planning counts them: a scale of a block has one
+        byte, every other two; that of a row counts for nothing unless its inputs are given."""
+        scale_bits = 8 if self.scale_type in ("e4m3", "e8m0") else 16
+        return self.bits + scale_bits / {"group": group_size, "block": self.block}.get(self.scale, in_features)
+
     def bytes(self, out_features: int, in_features: int, group_size: int) -> float:
-        """Returns the bytes of a layer as planning counts them: a scale of a block has one byte, every other two."""
-        weights = out_features * in_features
-        scale_bytes = 1 if self.scale_type in ("e4m3", "e8m0") else 2
-        size = {"group": group_size, "block": self.block}.get(self.scale, in_features)
-        return weights * self.bits / 8 + scale_bytes * weights / size
+        """Returns the bytes of a layer, as `bits_with_scales` has them."""
+        return out_features * in_features * self.bits_with_scales(group_size, in_features) / 8
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from trimtab.catalog.formats import FORMATS
 ROWS = 206
 #: How much faster than in BF16 products are, by the numbers that both sides have; 1 for all others.
 RATES = {"e4m3": 2.0, "int8": 2.0, "e2m1": 4.0}
+#: Weights that share a scale, where a recipe says how many.
+GROUP = 128
 
 
 def relative(formats: Iterable[str], step_tokens: int) -> dict[str, float]:
@@ -24,10 +26,7 @@ def relative(formats: Iterable[str], step_tokens: int) -> dict[str, float]:
     found = {}
     for name in formats:
         storage = FORMATS[name].storage
-        bits = 16.0
-        if storage:
-            bits = storage.bits + ((8 if storage.scale_type in ("e4m3", "e8m0") else 16) / (storage.block or 128)
-                                   if storage.in_groups else 0)  # fmt: skip
+        bits = storage.bits_with_scales(GROUP) if storage else 16
         inputs = storage.inputs if storage else None
         rate = RATES.get(inputs.numbers, 1.0) if inputs and inputs.numbers == storage.numbers else 1.0
         found[name] = max(bits / 16, rows / rate) / max(1.0, rows)
