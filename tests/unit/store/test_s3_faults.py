@@ -133,6 +133,7 @@ def test_a_slow_network(network, store, folder, tmp_path):
 
 def test_a_server_that_stays_away(in_parts, server, network, store, folder, monkeypatch):
     monkeypatch.setattr("trimtab.store.s3_requests.PATIENCE", 1.0)
+    monkeypatch.setattr("trimtab.store.transfer.WORKERS", 2)  # with a worker a file, none needs to be complete yet
 
     def away() -> None:
         network.target = seaweed.free_ports(1)[0]
