@@ -31,7 +31,7 @@ def test_a_file_a_day_and_server(tmp_path: Path) -> None:
     assert {path.name[:10] for path in recorder.folder.iterdir()} == days
     assert all(str(os.getpid()) in path.name for path in recorder.folder.iterdir())
     found = request_log.read(str(recorder.folder))
-    assert found.time[-1] == pytest.approx(time.time() - 2, abs=1) and found.seconds[-1] == pytest.approx(2, abs=1)
+    assert 0 <= time.time() - 2 - found.time[-1] < 60 and 0 <= found.seconds[-1] - 2 < 60
 
 
 def test_a_full_disk_costs_lines_and_no_answer(tmp_path: Path, monkeypatch, capsys) -> None:

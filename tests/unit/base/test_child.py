@@ -99,7 +99,7 @@ def test_answer(work):
     done = child.call(f"{work}:answer", text="ä", number=0.1, nothing=None, many=[1, 2])
     assert done.value.pop("pid") != os.getpid()
     assert done.value == {"text": "ä", "number": 0.1, "nothing": None, "many": [1, 2]}
-    assert 0 <= done.seconds < 10
+    assert 0 <= done.seconds < 60
 
 
 def test_peak_memory_is_the_childs(work):
@@ -203,4 +203,4 @@ def test_a_stage_ends_when_its_run_is_gone(tmp_path):
     assert stage.poll() is None
     run.kill()
     run.wait()
-    assert stage.wait(timeout=10) == 1
+    assert stage.wait(timeout=60) == 1

@@ -49,7 +49,7 @@ def test_what_one_call_has_loaded_is_there_for_the_next(work):
         first = session.call(f"{work}:load", name="a")
         second = session.call(f"{work}:load", name="ä")
     assert second.value == {"loaded": ["a", "ä"], "pid": first.value["pid"]}
-    assert gone(first.value["pid"]) and 0 <= second.seconds < 10 and second.peak_memory_bytes > 1 << 20
+    assert gone(first.value["pid"]) and 0 <= second.seconds < 60 and second.peak_memory_bytes > 1 << 20
 
 
 def test_after_a_failure_another_process_begins(work, oom_counter):

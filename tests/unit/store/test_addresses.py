@@ -59,11 +59,11 @@ def test_trees_of_another_store(store, tmp_path):
 
 
 def refused(action, match: str) -> str:
-    """Runs an action that must raise InputError in 10 seconds; returns the message, which is one line."""
+    """Runs an action that must raise InputError, without trying for a minute; returns the message, one line."""
     start = time.monotonic()
     with pytest.raises(InputError, match=match) as caught:
         action()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     text = str(caught.value)
     assert "\n" not in text and caught.value.__cause__ is None
     # A traceback would print what the client raised, with signed addresses.
@@ -152,7 +152,7 @@ def test_transfers_refuse_quickly_too(s3_server, tmp_path, monkeypatch):
     start = time.monotonic()
     with pytest.raises(StoreError, match="refuses the connection"):
         open_store("s3://bucket/x").put(folder, kind="x")
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
 
 
 def test_a_broken_download_goes_on(s3_server, tmp_path, monkeypatch):
