@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized, dequantize
 from trimtab.runtime.linear import choice, cpu_products
+from trimtab.runtime.rounding import inputs, quantizers
 
 CPU = torch.device("cpu")
 #: A processor that has AVX2, and neither AVX-512 nor instructions for bfloat16, as PyTorch and its libraries see one.
@@ -22,19 +25,21 @@ AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE
 ROUNDING = 2**-8
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+@pytest.fixture(params=["float32", "float32, outputs first", "bfloat16"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """Each type, as if this processor multiplied it the faster; and tiles that layers of tests have several of."""
-    monkeypatch.setattr(cpu_products, "dtype", lambda: request.param)
+    """Each type and order, as if this processor were the faster with it; tiles that layers of tests have several of."""
+    name, _, turned = request.param.partition(", ")
+    monkeypatch.setattr(cpu_products, "dtype", lambda: getattr(torch, name))
+    monkeypatch.setattr(cpu_products, "outputs_first", lambda: bool(turned))
     monkeypatch.setattr(cpu_products, "TILE", 64 * 64)
-    return request.param
+    return getattr(torch, name)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 64, 65, 300])
+@pytest.mark.parametrize("rows", [1, 2, 3, 64, 65, 300])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (63, 40), (64, 64), (333, 96)])
 def test_a_layer_computes_its_float32_product(kind: torch.dtype, outputs: int, inputs: int, rows: int) -> None:
     x, weight, bias = normal(2, rows, inputs), normal(outputs, inputs, seed=1), normal(outputs, seed=2)
@@ -64,6 +69,19 @@ def test_layers_of_a_model_are_replaced_with_their_weights(kind: torch.dtype) ->
         assert [layer.weight for layer in model] == weights and all(isinstance(layer, nn.Linear) for layer in model)
         assert (model[0](x).float() - expected).abs().max() <= 2 * ROUNDING * expected.abs().max()
         assert torch.equal(model[1](expected), F.linear(expected, weights[1], model[1].bias)), "float32 stays float32"
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp8_per_channel", "nvfp4"])
+@pytest.mark.parametrize("measured", [True, False])
+def test_inputs_are_rounded_some_rows_at_a_time(kind: torch.dtype, form: str, measured: bool) -> None:
+    """At a scale that is no part's own: the largest number stands in the last row."""
+    layer = quantizers.round_weights(form, {"": normal(32, 64)}, Quantization(format=form))[""]
+    scale = torch.tensor(0.01) if measured and "input_scale" in layer.layout.scales else None
+    module = choice.build(replace(layer, input_scale=scale), None, CPU)
+    x_RI = normal(200, 64)
+    x_RI[-1, 3] = 50.0
+    expected_RI = inputs.rounded(layer.layout.storage.inputs, x_RI, scale).bfloat16()
+    assert torch.equal(module.rounded(x_RI), expected_RI) and not torch.equal(expected_RI, x_RI)
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "group"), [(64, 64, 64), (208, 128, 32), (400, 256, 128), (48, 64, 32)])

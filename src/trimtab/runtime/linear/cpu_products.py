@@ -28,10 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-#: Weights that are widened at once for each thread: 512 KiB of float32, which the second-level cache of a core holds.
-TILE = 128 << 10
+#: Weights that are widened at once for each thread: 1 MiB of float32, which the second-level cache of a core holds.
+TILE = 256 << 10
 #: With more rows than this a product is long enough that larger tiles pay: BLAS packs what it multiplies.
 FEW = 64
+#: Rows that PyTorch's own loop takes one by one in less time than it takes to widen a weight, of so many numbers at
+#: most, which the caches hold meanwhile.
+ONE_BY_ONE, SMALL = 4, 1 << 20
 #: Tiles are whole multiples of this many outputs, which is a block of the packed INT4 layout too.
 BLOCK = 64
 
@@ -63,6 +66,18 @@ def integers_are_exact() -> bool:
     return all(torch.equal(torch._int_mm(a_RI[:rows], b_IO), expected[:rows]) for rows in (1, 2, 32))
 
 
+@functools.cache
+def outputs_first() -> bool:
+    """Returns whether BLAS is quicker here with few rows when the long side, the outputs, comes first: that is timed.
+
+    MKL is so on Intel's processors, and on AMD's takes three times as long as it does the other way round.
+    """
+    x_RI, w_OI = torch.ones(8, 1024), torch.ones(256, 1024)
+    x_IR = x_RI.t().contiguous()
+    seconds = fastest({True: lambda: torch.mm(w_OI, x_IR), False: lambda: torch.mm(x_RI, w_OI.t())})
+    return seconds[True] < seconds[False]
+
+
 def describe() -> str:
     """Returns in a few words how this processor computes."""
     how = "bfloat16 products" if dtype() == torch.bfloat16 else "float32 products of bfloat16 numbers"
@@ -86,7 +101,7 @@ def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None
     x_RI = x.reshape(-1, x.shape[-1])
     if dtype() == torch.bfloat16 or len(x_RI) <= 1:  # of a single row PyTorch's loop is as fast
         return F.linear(x, weight_OI, bias_O)
-    y_RO = exact(x_RI, weight_OI)
+    y_RO = _product(x_RI, weight_OI)
     if bias_O is not None:
         y_RO += bias_O
     # Rows that lie in memory as they do behind a model's own layer, whose features some read as complex numbers.
@@ -96,7 +111,14 @@ def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None
 def scaled(x_RI: torch.Tensor, weight_OI: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Returns x @ w.T of tensors in bfloat16 times a float32 scale, one or one an output; bfloat16 [R, O]."""
     fast = dtype() == torch.bfloat16 or len(x_RI) <= 1
-    return ((F.linear if fast else exact)(x_RI, weight_OI) * scale).bfloat16()
+    return ((F.linear if fast else _product)(x_RI, weight_OI) * scale).bfloat16()
+
+
+def _product(x_RI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """Returns x @ w.T of tensors in bfloat16 where the processor has no instructions for it, [R, O]."""
+    if len(x_RI) <= ONE_BY_ONE and weight_OI.numel() <= SMALL:
+        return torch.cat([F.linear(x_1I, weight_OI) for x_1I in x_RI.split(1)])
+    return exact(x_RI, weight_OI)
 
 
 def exact(x_RI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
@@ -142,17 +164,18 @@ def product(x_RI: torch.Tensor, tiles: Tiles, out_features: int, kind: torch.dty
     """
     count, in_features = x_RI.shape
     few = count <= FEW and kind == torch.float32
-    step = max(BLOCK, TILE * torch.get_num_threads() * (1 if few else 8) // in_features // BLOCK * BLOCK)
+    step = max(BLOCK, TILE * torch.get_num_threads() * (1 if few else 4) // in_features // BLOCK * BLOCK)
     x_RI = x_RI.to(kind)
-    if few:  # BLAS is quicker then when the long side, the outputs, comes first
+    turned = few and outputs_first()
+    if turned:
         x_IR, y_OR = x_RI.t().contiguous(), torch.empty(out_features, count, dtype=kind)
     else:
         y_OR = torch.empty(count, out_features, dtype=kind).t()
     for w_OI, place in tiles(step):
         y = place(y_OR)
         if y.dim() > 2:
-            y.copy_((torch.mm(w_OI, x_IR) if few else torch.mm(x_RI, w_OI.t()).t()).view_as(y))
-        elif few:
+            y.copy_((torch.mm(w_OI, x_IR) if turned else torch.mm(x_RI, w_OI.t()).t()).view_as(y))
+        elif turned:
             torch.mm(w_OI, x_IR, out=y)
         else:
             torch.mm(x_RI, w_OI.t(), out=y.t())
