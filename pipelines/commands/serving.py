@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from trimtab.base import child
 from trimtab.base.errors import InputError
 from trimtab.pipelines import api
 from trimtab.pipelines.inputs import check_choice, read, release_name
@@ -53,6 +55,7 @@ def _serve(arguments: argparse.Namespace, console: Console) -> int:
     check_choice("device", arguments.device, ("auto", "cpu", "cuda"))
     if not 0 <= arguments.port <= 65535:
         raise InputError(f"port: {arguments.port} is not valid; write 0 to 65535")
+    os.environ.update(child.environment())  # the engine computes in this process, and PyTorch is not imported yet
     try:
         from trimtab.components.engine.server import serve
     except ModuleNotFoundError as error:

@@ -32,6 +32,10 @@ from trimtab.base.errors import Failure, StageError, TrimtabError
 RUN_PID = "TRIMTAB_RUN_PID"
 #: Set by the command line: the socket at which `trimtab.base.fork_server` serves this run.
 FORK_SERVER = "TRIMTAB_FORK_SERVER"
+#: How often a thread of OpenMP asks whether the others are done, before it sleeps. Beside a busy process threads wait
+#: long for one that has no processor, and by asking keep it from that one: with libgomp's own number products of few
+#: rows took 3.8 times as long beside one busy process on two processors, with this one 2.1 times; alone, no longer.
+_SPINS = {"GOMP_SPINCOUNT": "1000"}
 #: What that server answers to a client whose libraries would be imported under another environment.
 DECLINED = b"declined"
 
@@ -105,7 +109,8 @@ def run_limited(
     with contextlib.ExitStack() as files:
         output = files.enter_context(log.open("wb")) if log else None
         pipes = {"stdin": subprocess.PIPE, "stdout": output, "stderr": subprocess.STDOUT if log else None}
-        process = subprocess.Popen(command, text=True, start_new_session=time_limit is not None, **pipes)
+        apart = {"start_new_session": time_limit is not None, "env": environment()}
+        process = subprocess.Popen(command, text=True, **apart, **pipes)
     try:
         process.communicate(input, timeout=time_limit)
     except subprocess.TimeoutExpired:
@@ -136,7 +141,7 @@ def _forked(request: dict[str, Any]) -> int | None:
             return None
         whole = {
             **request,
-            "environment": dict(os.environ),
+            "environment": environment(),
             "environment_of_imports": environment_of_imports(),
             "directory": os.getcwd(),
         }
@@ -173,17 +178,24 @@ def _connected(connection: socket.socket, path: str) -> bool:
             if not Path(path).parent.exists():
                 return False
             streams = dict.fromkeys(("stdin", "stdout", "stderr"), nowhere)
-            # What a C library has set, as readline does, stands in the process's environment and not in os.environ.
-            server = subprocess.Popen(command, env=dict(os.environ), **streams)
+            server = subprocess.Popen(command, env=environment(), **streams)
         elif server.poll() is not None:
             return False
         time.sleep(0.02)
     return False
 
 
+def environment() -> dict[str, str]:
+    """Returns the environment of a process that computes: this one's, and how its threads wait where nothing says so.
+
+    Without what a C library has set, as readline does, which stands in the process's environment and not in os.environ.
+    """
+    return {**_SPINS, **os.environ}
+
+
 def environment_of_imports() -> dict[str, str]:
-    """Returns the environment without trimtab's own variables: what it says, libraries read as they are imported."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("TRIMTAB_")}
+    """Returns that environment without trimtab's own variables: what it says, libraries read as they are imported."""
+    return {name: value for name, value in environment().items() if not name.startswith("TRIMTAB_")}
 
 
 def run_goes_on() -> bool:

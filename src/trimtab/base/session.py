@@ -87,7 +87,8 @@ class Session:
     def _start(self) -> subprocess.Popen:
         self._done, writes = os.pipe()
         command = [sys.executable, "-m", "trimtab.base.session", str(writes)]
-        self._process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, pass_fds=[writes])
+        streams = {"stdin": subprocess.PIPE, "pass_fds": [writes]}
+        self._process = subprocess.Popen(command, text=True, env=child.environment(), **streams)
         os.close(writes)
         return self._process
 

@@ -29,6 +29,9 @@ def answer(**arguments):
 def ancestry():
     return [os.getpid(), os.getppid(), IMPORTED_BY]
 
+def threads_wait():
+    return os.environ["GOMP_SPINCOUNT"]
+
 def expected():
     raise Failure("training_diverged", "the loss is nan at step 7")
 
@@ -100,6 +103,13 @@ def test_answer(work):
     assert done.value.pop("pid") != os.getpid()
     assert done.value == {"text": "ä", "number": 0.1, "nothing": None, "many": [1, 2]}
     assert 0 <= done.seconds < 60
+
+
+def test_threads_that_wait_leave_the_processor_to_others_unless_told_otherwise(work, monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert int(child.call(f"{work}:threads_wait").value) <= 1000
+    monkeypatch.setenv("GOMP_SPINCOUNT", "30000")
+    assert child.call(f"{work}:threads_wait").value == "30000"
 
 
 def test_peak_memory_is_the_childs(work):
