@@ -99,7 +99,11 @@ class Measuring:
 
     def windows(self, engine: Any) -> torch.Tensor:
         """Returns the test text as the engine's tokenizer has it, int64 [windows, LENGTH]."""
-        return token_windows.windows(engine.tokenizer, self._test, LENGTH, self.options.windows)
+        return self.windows_of(engine.tokenizer)
+
+    def windows_of(self, tokenizer: Any) -> torch.Tensor:
+        """Returns the test text as a tokenizer has it, int64 [windows, LENGTH]."""
+        return token_windows.windows(tokenizer, self._test, LENGTH, self.options.windows)
 
     def likelihoods(self, engine: Any) -> list[float]:
         """Returns the nats of each sentence of BLiMP's pairs."""

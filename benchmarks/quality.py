@@ -1,19 +1,24 @@
 """What each format costs in quality, beside plain ModelOpt with the same calibration tokens.
 
 Run: python benchmarks/quality.py --model FOLDER [--text FILE] [--blimp FOLDER] [--seeds 3] [--jobs 3] [--quick]
+    [--others PYTHON]
 
 With --jobs, exports are made and scored beside each other, each in a process: on a GPU most of the time goes into
 launching small kernels, and into what ModelOpt does on the CPU; seconds are then those beside the others. A seed draws
 the calibration windows. With --text, the first 80 % of the file's lines calibrate and the last 20 % measure perplexity;
 without it, trimtab's own texts do. --blimp is a folder of BLiMP's JSONL files. Every number is measured on a reloaded
-export. From --samples 64 on, GPTQ rounds in order; the rows "at once" do not. The last line is one JSON object.
+export. From --samples 64 on, GPTQ rounds in order; the rows "at once" do not. --others adds what llm-compressor and
+AutoRound make of the same tokens, by the Python of an environment of theirs (see others.py), in their own emulation.
+The last line is one JSON object.
 """
 
 import argparse
 import copy
+import json
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +32,8 @@ import modelopt.torch.quantization as mtq
 import torch
 from measuring import Measuring, blimp, columns, paired, short
 from modelopt.torch.export import export_hf_checkpoint
-from safetensors.torch import load_file
+from others import TOOLS
+from safetensors.torch import load_file, save_file
 
 from trimtab.components.calibration.work import calibrate
 from trimtab.components.quantization.mixed import sensitivity
@@ -68,6 +74,8 @@ FORMATS = {
     "mxfp4_wo, at once": ({"format": "mxfp4_wo", "sequential": False}, None),
     "mxfp4_wo, to nearest": ({"format": "mxfp4_wo", "method": "nearest"}, None),
 }
+#: Row -> what others.py calls its format.
+OTHERS = {"int4_gptq": "int4", "nvfp4": "nvfp4", "nvfp4_wo": "nvfp4_wo"}
 #: ModelOpt's FP4 needs a GPU.
 CUDA_ONLY = ("NVFP4_DEFAULT_CFG", "W4A16_NVFP4_CFG")
 #: They read no calibration data, so one seed tells all.
@@ -83,7 +91,7 @@ class _Benchmark:
         self.measuring = Measuring(options, folder)
 
     def run(self) -> dict[str, Any]:
-        print(f"{'format':<28}{'by':<10}{'seed':>5}{'perplexity':>12}{'BLiMP':>9}{'seconds':>9}", flush=True)
+        print(f"{'format':<28}{'by':<16}{'seed':>5}{'perplexity':>12}{'BLiMP':>9}{'seconds':>9}", flush=True)
         seeds, gpu = self.measuring.seeds, torch.cuda.is_available()
         tasks: list[tuple[str, str, int]] = []
         for seed in seeds:
@@ -91,6 +99,8 @@ class _Benchmark:
             plain = [preset for preset in presets if preset and (gpu or preset not in CUDA_ONLY)]
             ours = [name for name in self.options.rows if name not in SEEDLESS or seed == seeds[0]]
             tasks += [("plain", preset, seed) for preset in plain] + [("ours", name, seed) for name in ours]
+            tools = TOOLS if self.options.others else ()
+            tasks += [(tool, name, seed) for tool in tools for name in self.options.rows if name in OTHERS]
         tasks.sort(key=lambda task: task[1] != "INT4_AWQ_CFG")  # which takes longest, on the CPU
         if self.options.jobs > 1:
             with ProcessPoolExecutor(self.options.jobs, multiprocessing.get_context("spawn")) as pool:
@@ -107,6 +117,8 @@ class _Benchmark:
             plain = [by_task.get(("plain", FORMATS[name][1], seed)) for seed in seeds]
             ours = [by_task.get(("ours", name, seed)) for seed in seeds]
             rows[name] = {"ours": [*filter(None, ours)], "plain": [*filter(None, plain)]}
+            rows[name] |= {tool: [by_task[task] for seed in seeds if (task := (tool, name, seed)) in by_task]
+                           for tool in TOOLS}  # fmt: skip
         return {"dense": short(dense), "formats": {n: self._summary(n, row) for n, row in rows.items()}}
 
     def trees(self, seed: int) -> list[Path]:
@@ -125,8 +137,11 @@ class _Benchmark:
             sensitivity.measure(model, first, second, "", {"formats": list(forms), "group_size": GROUP})
 
     def row(self, by: str, name: str, seed: int | str) -> dict[str, Any]:
-        """Makes and scores one export: `ours` by a row's name, `plain` by ModelOpt's preset, or the `dense` model."""
+        """Makes and scores one export: `ours` by a row's name, `plain` by ModelOpt's preset, the `dense` model, or what
+        one of `TOOLS` makes for a row, without BLiMP."""
         started = time.perf_counter()
+        if by in TOOLS:
+            return self._other(by, name, int(seed))
         if by == "dense":
             folder = self.options.model
         else:
@@ -135,7 +150,7 @@ class _Benchmark:
         seconds = time.perf_counter() - started
         found = {**self.measuring.measure(folder), "seconds": seconds}
         label = next((row for row in self.options.rows if FORMATS[row][1] == name), name) if by == "plain" else name
-        print(f"{label:<28}{by:<10}{seed:>5}{columns(found, seconds)}", flush=True)
+        print(f"{label:<28}{by:<16}{seed:>5}{columns(found, seconds)}", flush=True)
         return found
 
     def _ours(self, name: str, trees: list[Path]) -> Path:
@@ -174,9 +189,24 @@ class _Benchmark:
         tokenizer.save_pretrained(folder)
         return folder
 
+    def _other(self, tool: str, name: str, seed: int) -> dict[str, Any]:
+        """What another tool makes of the same tokens, and the seconds it took."""
+        tokens = Path(tempfile.mkdtemp(dir=self.folder)) / "tokens.safetensors"
+        calibration = load_file(self.trees(seed)[0] / "tokens.safetensors")["tokens"].long()
+        heldout = self.measuring.windows_of(model_files.load_tokenizer(self.options.model))
+        save_file({"calibration": calibration, "heldout": heldout.contiguous()}, tokens)
+        script, work = Path(__file__).with_name("others.py"), [self.options.model, tokens, tool, OTHERS[name]]
+        command = [self.options.others, str(script), *map(str, work)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        print(f"{name:<28}{tool:<16}{seed:>5}{columns(found, found['seconds'])}", flush=True)
+        return found
+
     def _summary(self, name: str, row: dict[str, list[dict]]) -> dict[str, Any]:
-        ours, plain = (statistics.fmean(r["perplexity"] for r in row[by]) if row[by] else None for by in row)
+        means = {by: statistics.fmean(r["perplexity"] for r in row[by]) if row[by] else None for by in row}
+        ours, plain = means["ours"], means["plain"]
         found: dict[str, Any] = {"perplexity": ours, "plain_perplexity": plain}
+        found |= {f"{tool}_perplexity": means[tool] for tool in TOOLS if means[tool]}
         found["seeds"] = [round(r["perplexity"], 3) for r in row["ours"]]
         if plain:
             found["perplexity_over_plain"] = ours / plain
@@ -200,6 +230,7 @@ def _in_process(options: argparse.Namespace, folder: Path, by: str, name: str, s
 
 def _more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="exports that are made and scored beside each other")
+    parser.add_argument("--others", metavar="PYTHON", help="of an environment with llm-compressor and AutoRound")
 
 
 def _settings(name: str) -> Quantization:
