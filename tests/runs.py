@@ -236,8 +236,8 @@ UNHELD = BASELINE.model_copy(
         "recipe": Recipe.parse({"engine": {"by_block": True}}),
         "verdict": BASELINE.verdict.model_copy(
             update={
-                "reason": f"{BASELINE.verdict.reason}; speed and memory not measured: scored block by block, for nothing "
-                "there holds it",
+                "reason": f"{BASELINE.verdict.reason}; speed and memory not measured: scored block by block, for "
+                "nothing there holds it",
                 "measurements": Measurements(bytes=141_107_412_992, by_block=True),
             }
         ),

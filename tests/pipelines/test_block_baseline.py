@@ -1,4 +1,4 @@
-"""A run on a machine that does not hold the unchanged model: it is scored block by block, and a smaller one is released."""
+"""A run on a machine that does not hold the unchanged model: that is scored block by block, a smaller one released."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 #: What the target is told to have. In 16 bits the model needs 29 MB, in four bits 23, and two blocks of it 14.
 MEMORY = 26_000_000
-#: Python runs it first in every process of the run. Whether this machine can do the work is asked of the machine itself.
+#: Python runs it first in every process of the run. Whether the machine can do the work is asked of what it has itself.
 FEIGNED = f"""
 from trimtab.model import hardware
 from trimtab.planning import resources

@@ -24,8 +24,8 @@ def check(export: Path, source: Path) -> dict[str, Any]:
 
     A model whose own text goes round in a loop cannot be blamed for it, and a loop is a matter of chance: small
     models fall into one after a change of 1 %. So only when all continuations of the export are degenerate does its
-    source continue the same prompts, and one loop of its own acquits, as does a source that the device does not hold; the
-    evaluation, which writes more, judges then.
+    source continue the same prompts, and one loop of its own acquits, as does a source that the device does not hold.
+    The evaluation, which writes more, judges then.
 
     Returns:
         `skipped`, why the embedded engine cannot run this export, or None; `outputs`, prompt -> continuation.

@@ -36,8 +36,8 @@ class Hardware(Document):
     `memory_bytes` is what the device has; `bandwidth` in bytes/s, None where it is not known (cpu);
     `compute_capability` None means that it is no CUDA device. `formats` and `kv_caches` say for each back end
     what runs natively there; `emulated` says what runs only by dequantising: slow, but it judges accuracy.
-    `emulated_kv_caches` says the same of KV caches, which then take 16 bits. `devices` is how many there are; None where
-    that is not known: as many as a server has.
+    `emulated_kv_caches` says the same of KV caches, which then take 16 bits. `devices` is how many there are; None
+    where that is not known: as many as a server has.
     """
 
     name: str

@@ -7,7 +7,7 @@
 | measuring | a block and the next one on its way, what goes from block to block, and what it sums up |
 | rewriting | a shard of the source and what becomes of it |
 | writing text | the model, and a KV cache |
-| judging | the engines of baseline and candidate, and what they compute at once; of one that goes block by block two blocks |
+| judging | the engines of baseline and candidate, of one that goes by block two blocks; what is computed at once |
 
 On a CPU the device's memory is the machine's. tests/components/test_resources.py compares it with what stages use.
 """

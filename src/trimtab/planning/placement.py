@@ -79,8 +79,8 @@ def baseline(
     workload: Workload | None = None,
     devices: int = 1,
 ) -> tuple[Recipe, str]:
-    """Returns the unchanged model with an engine of its own: the smallest world of the target that serves it; where none
-    does, and the goal needs no speed of it, one that scores it a block at a time.
+    """Returns the unchanged model with an engine of its own: the smallest world of the target that serves it; where
+    none does, and the goal needs no speed of it, one that scores it a block at a time.
 
     It is served as an attempt is, as far as there is memory: on as many devices as 16 bits take (tensor before
     pipeline parallelism), there with the longest context, then the largest batch that fits. Where the goal is made of
@@ -175,10 +175,10 @@ def _those(hardware: Hardware) -> str:
     """All devices that one copy of a model may take, as the beginning of a sentence on what they do not."""
     if hardware.compute_capability is None:
         return f"this machine's {hardware.memory_bytes / GB:,.0f} GB of memory do"
-    count = _most_devices(hardware)
+    count, name = _most_devices(hardware), hardware.name
     if hardware.devices is None:
-        return f"{count} {hardware.name} do"
-    return f"the {count} {hardware.name} of this machine do" if count > 1 else f"this machine's one {hardware.name} does"
+        return f"{count} {name} do"
+    return f"the {count} {name} of this machine do" if count > 1 else f"this machine's one {name} does"
 
 
 def _served(recipe: Recipe, hardware: Hardware) -> str:

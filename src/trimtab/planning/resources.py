@@ -28,8 +28,8 @@ _DISK, _START = 1.5e9, {"cpu": 8.0, "cuda": 15.0}
 _PER_BYTE, _PER_CORE = 100, 15e9
 #: Bytes a second that a core of a CPU moves.
 _CORE_BANDWIDTH = 4e9
-#: Tokens that an item of a task has with its answers; how many answers, whose context an engine that goes block by block
-#: reads for each.
+#: Tokens that an item of a task has with its answers; and how many answers, for each of which an engine that goes block
+#: by block reads the context.
 _ITEM_TOKENS, _ANSWERS = 150, 4
 
 

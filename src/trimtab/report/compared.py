@@ -12,7 +12,6 @@ from trimtab.judge import Beside, Interval, Measurements, Verdict
 from trimtab.recipe import Acceptance
 from trimtab.report.rows import DASH, interval_text, number
 
-
 #: Of a model that was scored block by block.
 UNMEASURED = "not measured: block by block"
 

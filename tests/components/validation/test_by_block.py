@@ -56,12 +56,12 @@ def test_it_is_asked_twice_and_answers_as_the_whole_model(measured, monkeypatch)
     assert {"items", "windows", "accuracy"} < found.keys() and not {"degenerate", "decode_tokens_per_second"} & {*found}
     assert {"degenerate", "decode_tokens_per_second"} < whole.keys()
     assert found["log_perplexity"] == pytest.approx(whole["log_perplexity"], rel=2e-3)
-    for name in ("items.jsonl",):
-        ours, theirs = ([json.loads(line) for line in (each / name).read_text().splitlines()] for each in (folder, other))
-        assert [item["id"] for item in ours] == [item["id"] for item in theirs] and len(ours) == 12
-        for mine, yours in zip(ours, theirs, strict=True):
-            likelihoods = ([answer[0] for answer in item["answers"]] for item in (mine, yours))
-            assert next(likelihoods) == pytest.approx(next(likelihoods), rel=2e-2)
+    lines = ((each / "items.jsonl").read_text().splitlines() for each in (folder, other))
+    ours, theirs = ([json.loads(line) for line in each] for each in lines)
+    assert [item["id"] for item in ours] == [item["id"] for item in theirs] and len(ours) == 12
+    for mine, yours in zip(ours, theirs, strict=True):
+        likelihoods = ([answer[0] for answer in item["answers"]] for item in (mine, yours))
+        assert next(likelihoods) == pytest.approx(next(likelihoods), rel=2e-2)
     with np.load(folder / evidence.TEXT) as text, np.load(other / evidence.TEXT) as expected:
         assert text["tokens"].shape == expected["tokens"].shape == (3, 31, 20)
         np.testing.assert_allclose(text["nll"].sum(), expected["nll"].sum(), rtol=2e-3)
@@ -81,7 +81,9 @@ def test_neither_speed_nor_memory_of_it_are_a_figure(model):
     assert not {"decode_tokens_per_second", "throughput_tokens_per_second", "peak_memory_bytes", "by_block"} & {*told}
 
 
-@pytest.mark.parametrize(("baseline", "blamed"), [({"degenerate": 0.2}, True), ({"degenerate": 0.9}, False), ({}, False)])
+@pytest.mark.parametrize(
+    ("baseline", "blamed"), [({"degenerate": 0.2}, True), ({"degenerate": 0.9}, False), ({}, False)]
+)
 def test_an_attempt_is_blamed_for_a_loop_where_the_baseline_is_known_to_write_none(baseline, blamed):
     assert (evidence.began_to_repeat(baseline, {"degenerate": 0.8}) is not None) == blamed
 

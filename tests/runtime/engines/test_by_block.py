@@ -23,8 +23,8 @@ from trimtab.runtime.measure.block_weights import BlockWeights
 
 #: So many tokens that requests and windows need several batches, of unlike lengths.
 SETTINGS = Engine(by_block=True, max_seq_len=64, max_num_tokens=96)
-#: Blocks that return tuples and get ALiBi's biases, windows, caps of scores and logits, experts, sinks, chunks, a latent
-#: cache, delta nets with experts, convolutions, Mamba with MLPs and experts, Mamba alone.
+#: Blocks that return tuples and get ALiBi's biases, windows, caps of scores and logits, experts, sinks, chunks, a
+#: latent cache, delta nets with experts, convolutions, Mamba with MLPs and experts, Mamba alone.
 FAMILIES = (
     "llama", "bloom", "mistral", "gemma2", "gemma3_text", "granite", "mixtral", "qwen3_moe", "gpt_oss", "llama4_text",
     "deepseek_v3", "qwen3_next", "lfm2", "nemotron_h", "mamba",
@@ -128,7 +128,7 @@ def test_what_it_does_not_do_is_refused_with_what_to_write(llama: Path) -> None:
     engine = BlockwiseEngine(llama, SETTINGS)
     with pytest.raises(Failure, match="block by block writes no text; name tasks of multiple choice, or a target that"):
         engine.generate([[3, 4]], 2)
-    with pytest.raises(Failure, match="block by block has no speed; write goal: fit_larger_model, which needs none, or"):
+    with pytest.raises(Failure, match="block by block has no speed; write goal: fit_larger_model, which needs none,"):
         engine.decode_speed(1, 4, 4, 1)
     with pytest.raises(InputError, match="request 0 has 65 tokens, more than engine.max_seq_len 64"):
         engine.loglikelihood([([3] * 60, [4] * 5)])

@@ -58,9 +58,8 @@ class BlockwiseEngine(Scoring):
         self.folder, self.settings = Path(folder), settings
         export = Export(self.folder)
         if export.layers or export.kv_cache_algo:
-            raise Failure(
-                "unsupported", f"{folder}: is quantized, and block by block runs a plain checkpoint alone; open it whole"
-            )
+            what = "is quantized, and block by block runs a plain checkpoint alone; open it whole"
+            raise Failure("unsupported", f"{folder}: {what}")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = skeleton.skeleton(self.folder)
         replacements.cap_scores(self.model)

@@ -1,8 +1,9 @@
 """Engines that stay open in this process: an export is loaded once, whatever is asked of it and in which order.
 
 Two stay beside each other while their weights take at most half of what the device has: the rest is for what they
-compute, and speed is measured as it was alone. One that goes block by block holds nothing between two questions. Else, and where a library claims the GPU for itself or an engine has
-several devices, the one that was used last is closed before another is opened.
+compute, and speed is measured as it was alone. One that goes block by block holds nothing between two questions. Else,
+and where a library claims the GPU for itself or an engine has several devices, the one that was used last is closed
+before another is opened.
 """
 
 from __future__ import annotations

@@ -27,6 +27,10 @@ class Inputs(NamedTuple):
     mask: torch.Tensor | None = None
 
 
+def _whole(batch: batching.Batch) -> Inputs:
+    return Inputs(batch.tokens, batch.positions, batch.mask)
+
+
 class Scoring:
     """The likelihoods of the protocol, for an engine that makes hidden states of batches (`_hidden_of`).
 
@@ -70,7 +74,7 @@ class Scoring:
         groups = batching.batches(batching.rows(requests, self._share_contexts, budget), budget)
         batches = map(batching.to_tensors, groups)  # one at a time, for their masks
         with gpu_memory.part("activations", self.device):
-            for batch, hidden in self._hidden_of(batches, lambda batch: Inputs(batch.tokens, batch.positions, batch.mask)):
+            for batch, hidden in self._hidden_of(batches, _whole):
                 places, targets = hidden[batch.rows, batch.columns], batch.targets.to(self.device)
                 log_probs, likeliest = head.score(self.head, places, targets, self._behind_head)
                 sums.index_add_(0, batch.owners, log_probs.cpu().double())
