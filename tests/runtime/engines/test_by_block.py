@@ -151,7 +151,7 @@ def test_a_model_whose_blocks_read_each_other_is_refused(llama: Path) -> None:
     assert failure.value.failure_class == "unsupported"
 
 
-def test_a_float16_that_overflows_is_found(llama: Path, tmp_path: Path) -> None:
+def test_a_float16_that_overflows_is_found_where_it_does(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = tiny.write_model(tmp_path / "model", layers=4)
@@ -160,5 +160,5 @@ def test_a_float16_that_overflows_is_found(llama: Path, tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
-    with pytest.raises(Failure, match=r"model\.layers\.3\.mlp\..*in float16, which ends at 65,504"):
+    with pytest.raises(Failure, match=r"layers\.3\.mlp\..*in float16, which ends at 65,504"):
         BlockwiseEngine(folder, SETTINGS).nll(windows())

@@ -95,7 +95,7 @@ def test_a_model_that_is_scored_block_by_block():
     away = needs(LLAMA_70B, blocks, machine, evaluation=Evaluation(confirm_items=4000))["validate"]
     assert away.host_bytes == pytest.approx(3.5 * GB + 6 * 856e6 + 2 * 4000 * 4 * 150 * 8192, rel=0.01)
     # An attempt of more than half of the GPU is closed before; a smaller one stays.
-    int4, two_bits = Recipe.parse("quantize: {format: int4_rtn}"), Recipe.parse("prune: {method: depth, blocks: 60}")
+    int4, two_bits = Recipe.parse("quantize: {format: int4_rtn}"), Recipe.parse("prune: {method: depth, blocks: 66}")
     alone, beside = (needs(LLAMA_70B, recipe, machine)["validate"].gpu_bytes for recipe in (int4, two_bits))
     assert needs(LLAMA_70B, int4, machine, blocks)["validate"].gpu_bytes == alone
     small = needs(LLAMA_70B, two_bits, machine, blocks)["validate"].gpu_bytes

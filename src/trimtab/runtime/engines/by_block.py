@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -152,21 +152,23 @@ class BlockwiseEngine(Scoring):
             block.advance(tell=tell)
             return {}
 
-        with float16_range.checked(self.model.base_model) if self._is_float16 else nullcontext():
-            try:
-                runner = Runner(self.folder, batches, "validate", title, model=self.model)
-            except NotByBlock as error:
-                raise Failure(
-                    "unsupported",
-                    f"the model cannot be scored block by block: {error.reason}; write a target that holds it",
-                ) from None
-            with runner:
-                for _ in runner.run(work, through=True):
-                    pass
-                with runner.weights.outside(head=True):
-                    self._check_head(runner)
-                    for number, tokens in enumerate(runner.batches):
-                        yield runner.calls.last_hidden(tokens, runner.streams["hidden"][number])
+        with self._runner(batches, title) as runner, self._in_its_range():
+            for _ in runner.run(work, through=True):
+                pass
+            with runner.weights.outside(head=True):
+                self._check_head(runner)
+                for number, tokens in enumerate(runner.batches):
+                    yield runner.calls.last_hidden(tokens, runner.streams["hidden"][number])
+
+    def _runner(self, batches: list[torch.Tensor], title: str) -> Runner:
+        try:
+            return Runner(self.folder, batches, "validate", title, model=self.model)
+        except NotByBlock as error:
+            what = f"the model cannot be scored block by block: {error.reason}"
+            raise Failure("unsupported", f"{what}; write a target that holds it") from None
+
+    def _in_its_range(self) -> AbstractContextManager[None]:
+        return float16_range.checked(self.model.base_model) if self._is_float16 else nullcontext()
 
     def _check_head(self, runner: Runner) -> None:
         if not self._is_checked:
