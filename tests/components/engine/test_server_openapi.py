@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 from schemathesis.checks import not_a_server_error
+from schemathesis.generation.modes import GenerationMode
 from schemathesis.specs.openapi import checks
 from serving import Running, serving
 
@@ -37,19 +38,26 @@ def short(served: Path) -> Iterator[Running]:
         yield found
 
 
-@pytest.fixture(scope="module")
-def api(short: Running) -> Any:
-    return schemathesis.openapi.from_url(f"{short.url}/openapi.json")
+@pytest.mark.parametrize("mode", GenerationMode)
+def test_no_request_makes_it_fail(mode: GenerationMode, short: Running) -> None:
+    """Neither one that fits the document nor one that does not."""
+    found = schemathesis.openapi.from_url(f"{short.url}/openapi.json").get_all_operations()
+    operations = {operation.label: operation for operation in (each.ok() for each in found)}
+    assert len(operations) == 6  # all but that of the document itself
+    for operation in operations.values():
+        if mode == GenerationMode.NEGATIVE and not operation.body:
+            continue  # any text is the name of a model
+        count = 60 if operation.body else 5
 
+        @settings(
+            max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
+        )
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def ask(case: schemathesis.Case) -> None:
+            case.call_and_validate(checks=CHECKS, timeout=60)
 
-fuzzed = schemathesis.pytest.from_fixture("api")
-
-
-@fuzzed.parametrize()
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
-def test_no_request_makes_it_fail(case: schemathesis.Case, short: Running) -> None:
-    case.call_and_validate(checks=CHECKS, timeout=60)
-    assert not short.server.worker.broken
+        ask()
+    assert not short.server.worker.broken and short.wait_until_idle()
 
 
 def test_every_route_is_in_the_document(short: Running) -> None:
