@@ -23,11 +23,12 @@ from trimtab.runtime.measure.block_weights import BlockWeights
 
 #: So many tokens that requests and windows need several batches, of unlike lengths.
 SETTINGS = Engine(by_block=True, max_seq_len=64, max_num_tokens=96)
-#: Blocks that return tuples and get ALiBi's biases, windows, caps of scores and logits, experts, sinks, chunks, a
-#: latent cache, delta nets with experts, convolutions, Mamba with MLPs and experts, Mamba alone.
+#: Blocks that return tuples (BLOOM's of one, Bamba's of two) and get ALiBi's biases, windows, caps of scores and
+#: logits, experts, sinks, chunks, a latent cache, delta nets with experts, convolutions, Mamba with MLPs and experts,
+#: Mamba alone, Mamba beside attention.
 FAMILIES = (
     "llama", "bloom", "mistral", "gemma2", "gemma3_text", "granite", "mixtral", "qwen3_moe", "gpt_oss", "llama4_text",
-    "deepseek_v3", "qwen3_next", "lfm2", "nemotron_h", "mamba",
+    "deepseek_v3", "qwen3_next", "lfm2", "nemotron_h", "mamba", "bamba",
 )  # fmt: skip
 
 
