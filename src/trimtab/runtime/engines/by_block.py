@@ -87,7 +87,7 @@ class BlockwiseEngine(Scoring):
 
     @property
     def arithmetic(self) -> str:
-        return f"{cpu_products.described(self.device)}, block by block"
+        return f"{super().arithmetic}, block by block"
 
     def kernels(self) -> dict[str, dict[str, Any]]:
         """As the protocol says: nothing is quantized."""

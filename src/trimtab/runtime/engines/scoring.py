@@ -15,6 +15,7 @@ from trimtab.runtime.decoder import gpu_memory, head
 from trimtab.runtime.engines import batching
 from trimtab.runtime.engines.batching import ScoringRequest
 from trimtab.runtime.engines.protocol import Prediction, check_length, check_requests
+from trimtab.runtime.linear import cpu_products
 
 Batch = TypeVar("Batch")
 
@@ -58,6 +59,12 @@ class Scoring:
             read: what the model reads of a batch.
         """
         raise NotImplementedError
+
+    @property
+    def arithmetic(self) -> str:
+        if self.device.type == "cpu":
+            return cpu_products.describe()
+        return f"bfloat16 products on {torch.cuda.get_device_name(self.device)}"
 
     @torch.inference_mode()
     def loglikelihood(self, requests: list[ScoringRequest]) -> list[tuple[float, bool]]:

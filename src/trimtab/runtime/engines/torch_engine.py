@@ -28,7 +28,7 @@ from trimtab.runtime.engines.protocol import check_length, check_prompts
 from trimtab.runtime.engines.scoring import Batch, Inputs, Scoring
 from trimtab.runtime.kernels import replacements
 from trimtab.runtime.kv_cache.emulated import ServedKVCache
-from trimtab.runtime.linear import cpu_products, fused
+from trimtab.runtime.linear import fused
 from trimtab.runtime.parallel import shards
 from trimtab.runtime.parallel.shards import Place
 
@@ -105,10 +105,6 @@ class TorchEngine(Scoring):
     @property
     def device_bytes(self) -> int:
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
-
-    @property
-    def arithmetic(self) -> str:
-        return cpu_products.described(self.device)
 
     def kernels(self) -> dict[str, dict[str, Any]]:
         packed = fused.packed_layers(self.model)

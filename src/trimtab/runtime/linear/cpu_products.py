@@ -63,11 +63,6 @@ def integers_are_exact() -> bool:
     return all(torch.equal(torch._int_mm(a_RI[:rows], b_IO), expected[:rows]) for rows in (1, 2, 32))
 
 
-def described(device: torch.device) -> str:
-    """Returns in a few words in which numbers products are computed on a device."""
-    return describe() if device.type == "cpu" else f"bfloat16 products on {torch.cuda.get_device_name(device)}"
-
-
 def describe() -> str:
     """Returns in a few words how this processor computes."""
     how = "bfloat16 products" if dtype() == torch.bfloat16 else "float32 products of bfloat16 numbers"
