@@ -68,7 +68,8 @@ def plan(
     from trimtab.loop import decisions
 
     asked, dealt = checked(model, goal, target, recipe, evaluation, max_attempts, name)
-    outline = decisions.outline(goal, facts(asked.model), hardware.target(target), asked.wanted)
+    machine = hardware.on_this_machine(hardware.target(target))
+    outline = decisions.outline(goal, facts(asked.model), machine, asked.wanted, asked.evaluation)
     power = drawing.assumed(dealt, asked.evaluation, asked.wanted.accept, max_attempts)
     return {**outline, "power": {"told": power.sentence, **power.model_dump(mode="json")}}
 
@@ -312,7 +313,8 @@ def _outline(asked: Asked, recipe: str) -> Outline:
     from trimtab.loop import decisions
 
     wanted = Recipe.parse(recipe or "{}")
-    return decisions.outline(asked.goal, facts(asked.model), hardware.target(asked.target), wanted)
+    machine = hardware.on_this_machine(hardware.target(asked.target))
+    return decisions.outline(asked.goal, facts(asked.model), machine, wanted, asked.evaluation)
 
 
 @contextlib.contextmanager

@@ -230,6 +230,32 @@ EXTREME = state(
 BASELINE_FAILED = state(
     baseline=brief({}, "rejected", "weights need 160 GB, the target has 5", failure="does_not_fit"),
 )
+#: The unchanged model is larger than all devices of the target.
+UNHELD = BASELINE.model_copy(
+    update={
+        "recipe": Recipe.parse({"engine": {"by_block": True}}),
+        "verdict": BASELINE.verdict.model_copy(
+            update={
+                "reason": f"{BASELINE.verdict.reason}; speed and memory not measured: scored block by block, for "
+                "nothing there holds it",
+                "measurements": Measurements(bytes=141_107_412_992, by_block=True),
+            }
+        ),
+    }
+)
+BLOCK_BY_BLOCK = state(
+    ACCEPTED.model_copy(
+        update={
+            "verdict": ACCEPTED.verdict.model_copy(
+                update={"beside": ACCEPTED.verdict.beside.model_copy(
+                    update={"measurements": UNHELD.verdict.measurements}
+                )}
+            )
+        }
+    ),
+    baseline=UNHELD,
+    target="h100",
+)  # fmt: skip
 EMPTY = state(baseline=None)
 STATES = {
     "released": RELEASED,
@@ -241,6 +267,7 @@ STATES = {
     "extreme": EXTREME,
     "baseline failed": BASELINE_FAILED,
     "no attempt": state(),
+    "block by block": BLOCK_BY_BLOCK,
     "empty": EMPTY,
 }
 KERNELS = {

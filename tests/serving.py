@@ -33,9 +33,9 @@ class Running:
 
 
 @contextmanager
-def serving(model: Path) -> Iterator[Running]:
+def serving(model: Path, settings: Settings = SETTINGS) -> Iterator[Running]:
     """Serves a model as "tiny" while the body runs."""
-    server = Server(PagedEngine(model, SETTINGS, "cpu"), "tiny")
+    server = Server(PagedEngine(model, settings, "cpu"), "tiny")
     web = uvicorn.Server(configuration(server))
     web.config.port = 0
     thread = threading.Thread(target=web.run)

@@ -8,12 +8,14 @@ from typing import Any
 
 from trimtab.base import progress
 from trimtab.base.errors import Failure
+from trimtab.serving import record
 
 PROMPT = "The quick brown fox"
 
 
 def smoke(engine: str, export: str) -> dict[str, Any]:
-    """Returns the engine's own figures: kernels, arithmetic, weight_bytes, device_bytes.
+    """Returns the engine's own figures: kernels, arithmetic, weight_bytes, device_bytes. One that goes block by block
+    writes nothing.
 
     Raises:
         Failure: `unsupported`, a back end that this image does not have; `export_damaged`, the export does not
@@ -23,12 +25,12 @@ def smoke(engine: str, export: str) -> dict[str, Any]:
     from trimtab.runtime.text import token_windows
 
     progress.report("engine", "warm load")
-    served = open_engine(Path(engine), Path(export))
+    built, served = record.read(Path(engine)), open_engine(Path(engine), Path(export))
     prompt = token_windows.encode(served.tokenizer, PROMPT)
     likelihood, _ = served.loglikelihood([(prompt[:1], prompt[1:])])[0]
     if not math.isfinite(likelihood):
         raise Failure("export_damaged", f"the likelihood of '{PROMPT}' is {likelihood}")
-    if not served.generate([prompt], max_new_tokens=8)[0]:
+    if not built.settings.by_block and not served.generate([prompt], max_new_tokens=8)[0]:
         raise Failure("degenerate_output", f"the engine generates nothing after '{PROMPT}'")
     figures = ("arithmetic", "weight_bytes", "device_bytes")
     found = {"kernels": served.kernels(), **{name: getattr(served, name) for name in figures}}

@@ -46,7 +46,8 @@ def own_file(store: Store, state: State, measured: Mapping[str, Tree], name: str
 def numbers(result: Verdict) -> dict[str, Any]:
     """Returns the metrics that the attempt has in KFP."""
     found: dict[str, Any] = {"accepted": float(result.outcome == "accepted"), "items": result.items}
-    found |= result.measurements.model_dump()
+    measured = result.measurements.model_dump(exclude={"by_block"})
+    found |= {name: value for name, value in measured.items() if value or not result.measurements.by_block}
     if result.accuracy:
         found["accuracy"] = result.accuracy.estimate
     if result.perplexity:

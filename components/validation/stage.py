@@ -137,6 +137,8 @@ class _Judge:
             "larger ones, or write a lower limit (evaluation.power: 0 tries all the same)",
         }
         filed = {"outcome": "baseline", "reason": "the model unchanged, which every attempt is compared with"}
+        if self.state.recipe.engine.by_block:
+            filed["reason"] += "; speed and memory not measured: scored block by block, for nothing there holds it"
         return Verdict(
             **(filed if power.decides or not power.wanted else hopeless),
             looks=1,

@@ -1,4 +1,4 @@
-"""The routes: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics."""
+"""The routes: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics, /openapi.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from trimtab.base.errors import InputError, TrimtabError
-from trimtab.components.engine.server import answers, protocol
+from trimtab.components.engine.server import answers, openapi, protocol
 from trimtab.components.engine.server.answers import Answer, Json
 from trimtab.components.engine.server.metrics import Metrics
 from trimtab.components.engine.server.protocol import Chat, Completion
@@ -62,6 +62,7 @@ class Server:
             Route("/v1/chat/completions", self._answers(Chat), methods=["POST"]),
             Route("/health", self._health),
             Route("/metrics", self._metrics),
+            Route("/openapi.json", self._openapi),
         ]
         handlers = {Refused: _refusal, 404: _no_route, 405: _no_route, Exception: _defect}
         self.app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=handlers)
@@ -88,6 +89,9 @@ class Server:
 
     async def _metrics(self, http: HttpRequest) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _openapi(self, http: HttpRequest) -> Response:
+        return Json(openapi.document())
 
     def _answers(self, kind: type[Completion | Chat]) -> Callable[[HttpRequest], Any]:
         async def route(http: HttpRequest) -> Response:
@@ -321,7 +325,7 @@ async def _refusal(http: HttpRequest, refused: Exception) -> Response:
 
 async def _no_route(http: HttpRequest, error: Any) -> Response:
     message = f"{http.method} {http.url.path} is not served; see /v1/models, /v1/completions, /v1/chat/completions"
-    return Json(answers.error(message, "invalid_request_error"), status_code=error.status_code)
+    return Json(answers.error(message, "invalid_request_error"), status_code=error.status_code, headers=error.headers)
 
 
 async def _defect(http: HttpRequest, error: Exception) -> Response:

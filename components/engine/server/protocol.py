@@ -223,6 +223,22 @@ class Chat(_Generation):
         return self.max_completion_tokens or self.max_tokens
 
 
+def schemas(kind: type[_Generation]) -> dict[str, Any]:
+    """Returns the JSON schemas of a request and of its parts by their names, as an OpenAPI document has them."""
+    whole = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+    found = {**whole.pop("$defs", {}), kind.__name__: whole}
+    _accept(whole, {name: [value, None] for name, value in _NEUTRAL.items()})
+    if "Message" in found:
+        _accept(found["Message"], dict.fromkeys(_SILENT, [None, []]))
+    return found
+
+
+def _accept(schema: dict[str, Any], fields: dict[str, list[Any]]) -> None:
+    """Adds to a schema the fields that it lacks and that are accepted with these values alone."""
+    for name, values in fields.items():
+        schema["properties"].setdefault(name, {"enum": values})
+
+
 def parse(kind: type[_Generation], body: Any) -> Any:
     """Reads a request.
 

@@ -59,9 +59,10 @@ def evaluate(
         _refuse_overlap((Path(calibration) / "text.txt").read_text(encoding="utf-8"), parameters)
     served = kept.built(Path(engine), Path(export), parameters.get("kv_cache", "export"))
     folder = Path(output)
-    batch = record.read(Path(engine)).settings.max_batch_size
-    model = EngineLM(served, parameters["max_length"], batch)
-    metrics = _score_windows(served, parameters, folder) | _score_items(model, parameters, folder)
+    settings = record.read(Path(engine)).settings
+    model = EngineLM(served, parameters["max_length"], settings.max_batch_size)
+    metrics = _score_windows(served, parameters, folder, settings.by_block)
+    metrics |= _score_items(model, parameters, folder)
     (folder / "kernels.json").write_text(json.dumps(served.kernels()), encoding="utf-8")
     (folder / "arithmetic.json").write_text(json.dumps(served.arithmetic), encoding="utf-8")
     if parameters["speed"]:
@@ -220,12 +221,17 @@ def _item(task: str, sample: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _score_windows(engine: Engine, parameters: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Writes the nats of each window, which are judged, and what was predicted at each place, which explains them."""
+def _score_windows(engine: Engine, parameters: dict[str, Any], folder: Path, together: bool) -> dict[str, float]:
+    """Writes the nats of each window, which are judged, and what was predicted at each place, which explains them.
+
+    Args:
+        together: the engine is asked once, for what a question costs it is the same for one window and for all.
+    """
     start, windows = _windows(engine, parameters)
     told = Prediction([], [], [])
-    for window in progress.track(windows, "validate", "measuring perplexity", len(windows)):
-        for part, values in zip(told, engine.predict(window[None], LIKELIEST), strict=True):
+    parts = windows.split(len(windows) if together else 1) if len(windows) else ()
+    for some in progress.track(parts, "validate", "measuring perplexity", len(parts)):
+        for part, values in zip(told, engine.predict(some, LIKELIEST), strict=True):
             part += values
     nll = [math.fsum(places) for places in told.nll]
     document = {"start": start, "nll": nll, "tokens": [parameters["window_tokens"] - 1] * len(nll)}

@@ -59,6 +59,12 @@ def sizes(names: list[str], task_path: str, filters: Mapping[str, str]) -> dict[
     return {name: len(task.eval_docs) for name, task in tasks.items()}
 
 
+def writing(names: list[str], task_path: str) -> list[str]:
+    """Returns those of the tasks, groups resolved into their members, that let a model write."""
+    _, tasks = load(names, task_path)
+    return sorted(name for name, task in tasks.items() if task.OUTPUT_TYPE == "generate_until")
+
+
 def filters_of(tasks: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, str]:
     """Returns for each task the filter that reads its answers: the named one, else the task's first.
 

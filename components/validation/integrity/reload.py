@@ -24,7 +24,8 @@ def check(export: Path, source: Path) -> dict[str, Any]:
 
     A model whose own text goes round in a loop cannot be blamed for it, and a loop is a matter of chance: small
     models fall into one after a change of 1 %. So only when all continuations of the export are degenerate does its
-    source continue the same prompts, and one loop of its own acquits; the evaluation, which writes more, judges then.
+    source continue the same prompts, and one loop of its own acquits, as does a source that the device does not hold.
+    The evaluation, which writes more, judges then.
 
     Returns:
         `skipped`, why the embedded engine cannot run this export, or None; `outputs`, prompt -> continuation.
@@ -38,11 +39,11 @@ def check(export: Path, source: Path) -> dict[str, Any]:
     except InputError as error:
         raise Failure("export_damaged", f"it cannot be loaded: {error}") from None
     except Failure as failure:
+        if failure.failure_class == "does_not_fit":  # one device; it may be served on several, or in fewer bytes
+            return {"skipped": f"it does not fit the memory of one {_device()}", "outputs": {}}
         if failure.failure_class != "unsupported":
             raise
         return {"skipped": failure.reason, "outputs": {}}
-    except torch.OutOfMemoryError:
-        return {"skipped": f"it does not fit the memory of one {_device()}", "outputs": {}}
     written = generate(engine, NEW_TOKENS)
     _check_finite(engine, written)
     outputs = {prompt: engine.tokenizer.decode(tokens) for prompt, tokens in written.items()}
@@ -63,6 +64,8 @@ def _is_excused(export: Path, source: Path) -> bool:
         weights_alone = kept.loaded(export, Engine(), kv_cache="none")
         if not _is_ruined(generate(weights_alone, NEW_TOKENS)):
             return True
+    if not kept.could_hold(source):
+        return True
     theirs = generate(kept.loaded(source, Engine()), NEW_TOKENS)
     return any(map(is_degenerate, theirs.values()))
 

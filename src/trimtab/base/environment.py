@@ -62,6 +62,14 @@ def device() -> dict[str, Any]:
     return found or {"processor": _processor(), "threads": _threads()}
 
 
+def gpus() -> int:
+    """Returns how many GPUs this process sees, of which `device` tells of the first."""
+    count = ctypes.c_int()
+    if "gpu" in device():
+        ctypes.CDLL(_DRIVER).cuDeviceGetCount(ctypes.byref(count))
+    return count.value
+
+
 @cache
 def _gpu() -> dict[str, Any] | None:
     """Asks CUDA's driver for its first device; makes no context on it and takes no memory of it."""

@@ -31,7 +31,8 @@ class Measurements(Document):
     `bytes` of the artifact's files; `quantized_share` is the bytes of the quantized tensors over their bytes
     in BF16; decode at batch 1 and throughput at `batch` sequences at a time, in tokens a second; the peak memory in
     bytes; the longest context that fits, in tokens. All are those of one copy of the model, on `devices` of the
-    target, or on `cores` of a CPU.
+    target, or on `cores` of a CPU. Of a model that was scored `by_block`, which serves nobody, neither speed nor memory
+    is measured.
     """
 
     bytes: int = 0
@@ -43,6 +44,7 @@ class Measurements(Document):
     devices: int = 1
     batch: int = 8
     cores: int = 0
+    by_block: bool = False
 
     @property
     def device_seconds_per_million_tokens(self) -> float:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from trimtab.base import progress
+import os
+from collections.abc import Mapping
+
+from trimtab.base import child, progress
 from trimtab.base.errors import Failure, InputError, nearest
 from trimtab.catalog.goals import GOALS
 from trimtab.judge.power import Power
@@ -59,6 +62,8 @@ def begin(
     if goal not in GOALS:
         raise InputError(f"goal: '{goal}' is not valid; {nearest(goal, GOALS)}")
     store, machine = open_store(store_uri), hardware.target(target)
+    if child.RUN_PID in os.environ:  # elsewhere stages run on other machines
+        machine = hardware.on_this_machine(machine)
     wanted, facts = Recipe.parse(recipe) if recipe.strip() else Recipe(), facts_of(store, model)
     traffic = traffic or recorded.of(wanted.workload)
     wanted = _for_traffic(wanted, traffic)
@@ -73,6 +78,8 @@ def begin(
         others = [rung for rung in rungs if rung.recipe.digest != released.recipe.digest]
         rungs = [released, *others][:MAX_RUNGS]
     unchanged = matrix.baseline(goal, facts, machine, rungs, wanted.workload, wanted.engine.world_size)
+    needs = _needs(facts, machine, unchanged, rungs, evaluation)
+    unchanged = _measurable(unchanged, facts, machine, rungs, evaluation, needs)
     made_of = provenance.gather(
         model=model,
         recipe=wanted,
@@ -98,7 +105,7 @@ def begin(
         **planned,
         ladder=tuple(rungs),
         baseline=unchanged.recipe,
-        resources=_needs(facts, machine, unchanged, rungs, evaluation),
+        resources=needs,
         materials=made_of.model_dump(mode="json"),
         dealt=dealt,
     )
@@ -127,16 +134,55 @@ def ladder(goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Rec
     return _climbed(goal, facts, machine, wanted)[0]
 
 
-def outline(goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Recipe) -> Outline:
+def outline(
+    goal: str,
+    facts: ModelFacts,
+    machine: hardware.Hardware,
+    wanted: Recipe,
+    evaluation: Evaluation | None = None,
+) -> Outline:
     """Returns what a run would do, as plain data (see `plan.outline`): its baseline, its ladder, what it leaves out.
 
+    Args:
+        evaluation: what is measured; the default if absent.
+
     Raises:
-        InputError: as `ladder`; or nothing of the target serves the unchanged model, or nothing can be gained.
+        InputError: as `ladder`; or nothing of the target serves the unchanged model, nothing can be gained, or the
+            unchanged model is measured in a way that the evaluation does not allow.
     """
+    evaluation = evaluation or Evaluation()
     wanted = _for_traffic(wanted, recorded.of(wanted.workload))
     rungs, refused = _climbed(goal, facts, machine, wanted)
     unchanged = matrix.baseline(goal, facts, machine, rungs, wanted.workload, wanted.engine.world_size)
-    return matrix.outline(unchanged, rungs, refused, _needs(facts, machine, unchanged, rungs, Evaluation()))
+    needs = _needs(facts, machine, unchanged, rungs, evaluation)
+    return matrix.outline(_measurable(unchanged, facts, machine, rungs, evaluation, needs), rungs, refused, needs)
+
+
+def _measurable(
+    unchanged: Rung,
+    facts: ModelFacts,
+    machine: hardware.Hardware,
+    rungs: list[Rung],
+    evaluation: Evaluation,
+    needs: Mapping[str, Mapping[str, Resources]],
+) -> Rung:
+    """Returns how the unchanged model is measured; where that is block by block, with how long it takes.
+
+    Raises:
+        InputError: then a task lets the models write.
+    """
+    if not unchanged.recipe.engine.by_block:
+        return unchanged
+    if tasks := task_sizes.writing(evaluation):
+        holders = placement.holders(facts, machine, rungs[0].recipe.engine.backend)
+        instead = f", or write target: {holders}" if holders else ""
+        raise InputError(
+            f"tasks: {', '.join(tasks)} let a model write, and the unchanged one is scored block by block, which reads "
+            f"all of it for each token; name tasks of multiple choice{instead}"
+        )
+    *_, time = resources.columns(needs[unchanged.recipe.digest][resources.JUDGE])
+    told = f"slow, about {time} for a look and a confirmation"
+    return unchanged.model_copy(update={"why": f"{unchanged.why}; {told}"})
 
 
 def _needs(
@@ -153,6 +199,8 @@ def _needs(
 def _climbed(
     goal: str, facts: ModelFacts, machine: hardware.Hardware, wanted: Recipe
 ) -> tuple[list[Rung], list[matrix.Refused]]:
+    if wanted.engine.by_block:
+        raise InputError("engine.by_block: is how a plan measures an unchanged model that nothing holds; remove it")
     wanted = _for_traffic(wanted, recorded.of(wanted.workload))
     wanted = wanted.model_copy(update={"limits": None})  # the run's, and no attempt's
     first = wanted if wanted.prune or wanted.distill or wanted.quantize else None

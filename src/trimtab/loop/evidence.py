@@ -43,17 +43,21 @@ def look_name(look: int, baseline: bool = False, kv_cache: str = "export") -> st
 def measurements(
     facts: ModelFacts, recipe: Recipe, target: str, integrity: Mapping[str, Any], measured: Mapping[str, Any]
 ) -> Measurements:
-    """Returns what one engine costs, out of the metrics of its integrity check and of its first look."""
+    """Returns what one engine costs, out of the metrics of its integrity check and of its first look.
+
+    One that goes block by block serves nobody: its speed and its memory are those of nothing.
+    """
     return Measurements(
         bytes=integrity["bytes"],
         quantized_share=round(integrity["quantized_share"], 4),
-        decode_tokens_per_second=round(measured["decode_tokens_per_second"], 2),
-        throughput_tokens_per_second=round(measured["throughput_tokens_per_second"], 2),
-        peak_memory_bytes=measured["peak_memory_bytes"],
+        decode_tokens_per_second=round(measured.get("decode_tokens_per_second", 0.0), 2),
+        throughput_tokens_per_second=round(measured.get("throughput_tokens_per_second", 0.0), 2),
+        peak_memory_bytes=0 if recipe.engine.by_block else measured["peak_memory_bytes"],
         max_context_tokens=memory.max_context_tokens(facts, recipe, hardware.target(target), integrity["bytes"]),
         devices=recipe.engine.world_size,
         batch=recipe.engine.max_batch_size,
         cores=measured.get("cores", 0),
+        by_block=recipe.engine.by_block,
     )
 
 
@@ -67,9 +71,10 @@ def with_speed(measured: Measurements, speed: Mapping[str, float], baseline: boo
 def began_to_repeat(baseline: Mapping[str, Any], candidate: Mapping[str, Any]) -> str | None:
     """Returns what is wrong with the text of a candidate, by the metrics of the first looks; None where nothing is.
 
-    A model whose own text goes round in a loop cannot be blamed for it; one that began to can.
+    A model whose own text goes round in a loop cannot be blamed for it; one that began to can. Of a baseline that was
+    measured block by block nobody knows.
     """
-    if candidate["degenerate"] > 0.5 >= baseline["degenerate"]:
+    if candidate["degenerate"] > 0.5 >= baseline.get("degenerate", 1.0):
         return f"{candidate['degenerate']:.0%} of the continuations are empty or repeat themselves"
     return None
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from trimtab.base import environment
 from trimtab.base.errors import InputError, nearest
 from trimtab.base.schema import Document
 from trimtab.catalog.backends import BACKENDS, EMULATING, TENSORRT_LLM
@@ -35,7 +36,8 @@ class Hardware(Document):
     `memory_bytes` is what the device has; `bandwidth` in bytes/s, None where it is not known (cpu);
     `compute_capability` None means that it is no CUDA device. `formats` and `kv_caches` say for each back end
     what runs natively there; `emulated` says what runs only by dequantising: slow, but it judges accuracy.
-    `emulated_kv_caches` says the same of KV caches, which then take 16 bits.
+    `emulated_kv_caches` says the same of KV caches, which then take 16 bits. `devices` is how many there are; None
+    where that is not known: as many as a server has.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Hardware(Document):
     kv_caches: dict[str, tuple[str, ...]]
     emulated: dict[str, tuple[str, ...]] = {}
     emulated_kv_caches: dict[str, tuple[str, ...]] = _EMULATED_KV_CACHES
+    devices: int | None = None
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -118,6 +121,14 @@ def target(name: str, memory_bytes: int | None = None) -> Hardware:
     if name not in GPUS:
         raise InputError(f"target: '{name}' is not known; {_known_as(name)}")
     return GPUS[name].model_copy(update={"memory_bytes": memory_bytes} if memory_bytes else {})
+
+
+def on_this_machine(found: Hardware) -> Hardware:
+    """Returns a target with as many devices as this machine has of its kind; as it is where there are none."""
+    kind, here = found.compute_capability, environment.device()
+    if kind is None or here.get("compute_capability") != "{}.{}".format(*kind):
+        return found
+    return found.model_copy(update={"devices": environment.gpus()})
 
 
 def _known_as(name: str) -> str:

@@ -130,8 +130,7 @@ def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
     left = shapes.pruned(facts, recipe.prune)
     length = min(engine.max_seq_len, facts.max_position_embeddings)
     tokens = min(engine.max_num_tokens, engine.max_batch_size * length)
-    width = 4 * left.hidden_size + 3 * math.ceil(left.intermediate_size / engine.tensor_parallel_size)
-    activations = tokens * width * 2 + engine.max_batch_size * facts.vocab_size * 4
+    activations = step_bytes(left, tokens, engine.tensor_parallel_size) + engine.max_batch_size * facts.vocab_size * 4
     if engine.backend == "torch" and recipe.quantize:
         activations += 2 * max((layer.parameters for layer in left.linears), default=0)
     return Memory(
@@ -142,6 +141,11 @@ def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
         kv_cache_fraction=engine.kv_cache_fraction,
         state=engine.max_batch_size * state_bytes(facts, served),
     )
+
+
+def step_bytes(facts: ModelFacts, tokens: int, ranks: int = 1) -> int:
+    """Returns what a step of so many tokens computes on the way, of one block, on each of the ranks that split it."""
+    return tokens * 2 * (4 * facts.hidden_size + 3 * math.ceil(facts.intermediate_size / ranks))
 
 
 def max_context_tokens(facts: ModelFacts, recipe: Recipe, hardware: Hardware, weights: int) -> int:

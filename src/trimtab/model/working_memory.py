@@ -7,7 +7,7 @@
 | measuring | a block and the next one on its way, what goes from block to block, and what it sums up |
 | rewriting | a shard of the source and what becomes of it |
 | writing text | the model, and a KV cache |
-| judging | the engines of baseline and candidate, and what they compute at once |
+| judging | the engines of baseline and candidate, of one that goes by block two blocks; what is computed at once |
 
 On a CPU the device's memory is the machine's. tests/components/test_resources.py compares it with what stages use.
 """
@@ -102,9 +102,20 @@ class Work:
         entering = (self.width + stored) * facts.vocab_size * facts.hidden_size
         running = (2 * self.width + stored) * block + at_once * memory.activation_bytes(facts, self.width) + summed
         device = max(entering, running)
+        return self._through_blocks(device, between, (2 + 2 * self.width) * block, disk)
+
+    def by_block(self, recipe: Recipe, tokens: int) -> Held:
+        """An engine that scores so many tokens together, a block at a time, in 16 bits (`runtime.engines.by_block`)."""
+        facts, stored = self.facts, 2 if self.device == "cpu" else 0
+        block, at_once = largest_block(facts), min(tokens, recipe.engine.max_num_tokens)
+        outside = (2 + stored) * (facts.parameters - facts.linear_parameters)
+        running = (4 + stored) * block + memory.step_bytes(facts, at_once)
+        return self._through_blocks(max(outside, running), 2 * tokens * facts.hidden_size, 6 * block)
+
+    def _through_blocks(self, device: float, between: float, read: float, disk: float = 0) -> Held:
+        """Adds what goes from block to block, and what is read of the next block into a GPU's machine."""
         if self.device == "cpu":
             return Held(device + between, 0, disk)
-        read = 2 * block + 2 * self.width * block
         if between <= _DEVICE_SHARE * self.hardware.memory_bytes:
             return Held(device + between, read, disk)
         return Held(device, read + between, disk)

@@ -108,7 +108,9 @@ def climb(
         tight = [other for other in refused if "does not fit" in other.why]
         last = tight[-1] if tight else refused[0] if refused else None
         why = f"{last.title}: {last.why}" if last else "the goal asks for none"
-        raise InputError(f"target: {hardware.name} runs no recipe for {goal} of this model: {why}")
+        limited = tight and hardware.devices
+        more = f"; there may be room on more than the {hardware.devices} of this machine" if limited else ""
+        raise InputError(f"target: {hardware.name} runs no recipe for {goal} of this model: {why}{more}")
     found = list(rungs.values())
     if workload and GOALS[goal].measure.timed:
         others = found[1:] if own else found

@@ -10,6 +10,7 @@ from trimtab.catalog.goals import GOALS
 from trimtab.model.facts import ModelFacts
 from trimtab.model.hardware import GB, GPUS, Hardware
 from trimtab.model.memory import least_training, memory, trainable
+from trimtab.model.working_memory import Work
 from trimtab.planning.checks import refusal
 from trimtab.planning.engine import plan_engine
 from trimtab.planning.parallelism import worlds
@@ -45,7 +46,7 @@ def place(
             return None, f"{recipe.title}: {error}"
         return placed, "; ".join([*_devices(placed, hardware), for_workload(workload, placed)])
     reason = ""
-    for engine in _engines(goal, recipe, facts, hardware.compute_capability is not None):
+    for engine in _engines(goal, recipe, facts, hardware):
         placed = recipe.model_copy(update={"engine": engine})
         if cannot := refusal(placed, hardware, facts):
             reason = reason or cannot
@@ -66,7 +67,8 @@ def sized(recipe: Recipe, facts: ModelFacts, hardware: Hardware, workload: Workl
         InputError: the workload is beyond the model's context, or does not fit.
     """
     total = max(workload.longest, min(MIN_CONTEXT, facts.max_position_embeddings))
-    return plan_engine(facts, recipe, hardware, workload.model_copy(update={"total": total}), MAX_GPUS).recipe
+    asked, gpus = workload.model_copy(update={"total": total}), _most_devices(hardware)
+    return plan_engine(facts, recipe, hardware, asked, gpus).recipe
 
 
 def baseline(
@@ -77,7 +79,8 @@ def baseline(
     workload: Workload | None = None,
     devices: int = 1,
 ) -> tuple[Recipe, str]:
-    """Returns the unchanged model with an engine of its own: the smallest world of the target that serves it.
+    """Returns the unchanged model with an engine of its own: the smallest world of the target that serves it; where
+    none does, and the goal needs no speed of it, one that scores it a block at a time.
 
     It is served as an attempt is, as far as there is memory: on as many devices as 16 bits take (tensor before
     pipeline parallelism), there with the longest context, then the largest batch that fits. Where the goal is made of
@@ -92,7 +95,8 @@ def baseline(
         The recipe, and a sentence on how the model is served.
 
     Raises:
-        InputError: no world of at most `MAX_GPUS` devices holds the model in 16 bits; says what does.
+        InputError: no world of at most `MAX_GPUS` devices holds the model in 16 bits, and the goal needs its speed, or
+            one device does not even hold two blocks of it; says what does.
     """
     if workload:
         try:
@@ -110,7 +114,28 @@ def baseline(
         if need.fits:
             return placed, _served(placed, hardware)
         reason = need.explanation
-    raise InputError(_holds_not(facts, hardware, like.backend, reason))
+    blocks = _by_block(like, facts)
+    goals = [row.name for row in GOALS.values() if not row.measure.timed] if _holds_two(blocks, facts, hardware) else []
+    if goal not in goals:
+        raise InputError(_holds_not(facts, hardware, like.backend, reason, goals))
+    return blocks, (
+        f"in 16 bits block by block on one {hardware.name}, for {_those(hardware)} not hold its "
+        f"{2 * facts.parameters / GB:,.0f} GB: likelihoods alone, and no speed"
+    )
+
+
+def _by_block(like: Engine, facts: ModelFacts) -> Recipe:
+    engine = Engine(
+        by_block=True,
+        max_batch_size=like.max_batch_size,
+        max_seq_len=min(like.max_seq_len, facts.max_position_embeddings),
+        max_num_tokens=like.max_num_tokens,
+    )
+    return Recipe(engine=engine)
+
+
+def _holds_two(recipe: Recipe, facts: ModelFacts, hardware: Hardware) -> bool:
+    return Work(facts, recipe, hardware).by_block(recipe, MIN_CONTEXT).device <= hardware.memory_bytes
 
 
 def _smaller(
@@ -141,7 +166,19 @@ def _halved(most: int, least: int) -> list[int]:
 
 
 def _most_devices(hardware: Hardware) -> int:
-    return MAX_GPUS if hardware.compute_capability is not None else 1  # the ranks of a CPU share its memory
+    if hardware.compute_capability is None:
+        return 1  # its ranks share its memory
+    return min(MAX_GPUS, hardware.devices or MAX_GPUS)
+
+
+def _those(hardware: Hardware) -> str:
+    """All devices that one copy of a model may take, as the beginning of a sentence on what they do not."""
+    if hardware.compute_capability is None:
+        return f"this machine's {hardware.memory_bytes / GB:,.0f} GB of memory do"
+    count, name = _most_devices(hardware), hardware.name
+    if hardware.devices is None:
+        return f"{count} {name} do"
+    return f"the {count} {name} of this machine do" if count > 1 else f"this machine's one {name} does"
 
 
 def _served(recipe: Recipe, hardware: Hardware) -> str:
@@ -150,19 +187,28 @@ def _served(recipe: Recipe, hardware: Hardware) -> str:
     return f"in 16 bits on {where}, at most {engine.max_batch_size:,} x {engine.max_seq_len:,} tokens"
 
 
-def _holds_not(facts: ModelFacts, hardware: Hardware, backend: str, reason: str) -> str:
-    """Says why nothing of the target serves the unchanged model, and on what it would be served."""
-    size = f"{2 * facts.parameters / GB:,.0f} GB in 16 bits"
-    need = f"the unchanged model, which every attempt is compared with, has {size}"
+def _holds_not(facts: ModelFacts, hardware: Hardware, backend: str, reason: str, goals: list[str]) -> str:
+    """Says why nothing of the target serves the unchanged model, and on what it would be served.
+
+    Args:
+        goals: those for which it would not have to be served.
+    """
+    needed = f"the unchanged model, which every attempt is compared with, has {2 * facts.parameters / GB:,.0f} GB"
+    ways = [f"write target: {names}" if (names := holders(facts, hardware, backend)) else "use a smaller model"]
+    ways += [f"goal: {' or '.join(goals)}, for which its speed is not measured"] if goals else []
+    return f"target: {needed} in 16 bits, and {_those(hardware)} not serve it ({reason}); {', or '.join(ways)}"
+
+
+def holders(facts: ModelFacts, hardware: Hardware, backend: str) -> str:
+    """Says what serves the unchanged model where a target does not, as "'h200' or 'b200', of which 8 hold it"; "" where
+    nothing does."""
     if hardware.compute_capability is None:
-        return (
-            f"target: {need}, and this machine gives it {hardware.memory_bytes / GB:,.0f} GB of memory ({reason}); use "
-            f"a machine with more memory, or a smaller model"
-        )
+        return "'cpu' on a machine with more memory"
+    if hardware.devices and _holds(facts, GPUS[hardware.name], backend):
+        return f"'{hardware.name}' on a machine with more of them"
     others = [gpu for gpu in GPUS.values() if backend in gpu.formats and _holds(facts, gpu, backend)]
     names = " or ".join(f"'{gpu.name}'" for gpu in sorted(others, key=lambda gpu: gpu.memory_bytes))
-    remedy = f"write target: {names}, of which {MAX_GPUS} hold it" if names else "use a smaller model"
-    return f"target: {need}, and {MAX_GPUS} {hardware.name} do not serve it ({reason}); {remedy}"
+    return f"{names}, of which {MAX_GPUS} hold it" if names else ""
 
 
 def _holds(facts: ModelFacts, hardware: Hardware, backend: str) -> bool:
@@ -179,8 +225,8 @@ def for_workload(workload: Workload, recipe: Recipe) -> str:
     return f"for {workload.concurrency:,} requests at a time{waiting}, of at most {workload.longest:,} tokens"
 
 
-def _engines(goal: str, recipe: Recipe, facts: ModelFacts, on_gpu: bool) -> Iterator[Engine]:
-    row, backend = GOALS[goal], recipe.engine.backend
+def _engines(goal: str, recipe: Recipe, facts: ModelFacts, hardware: Hardware) -> Iterator[Engine]:
+    row, backend, on_gpu = GOALS[goal], recipe.engine.backend, hardware.compute_capability is not None
     batch, length, tokens, least = row.batch, row.length, row.step_tokens, row.least_batch
     chunked = row.chunked_prefill
     if backend == "torch":  # its packed kernels serve so many rows, and it has no chunked prefill
@@ -193,7 +239,7 @@ def _engines(goal: str, recipe: Recipe, facts: ModelFacts, on_gpu: bool) -> Iter
     lengths = [length // 2**n for n in range(32) if n == 0 or length // 2**n >= MIN_CONTEXT]
     batches = [batch // 2**n for n in range(batch.bit_length()) if batch // 2**n >= min(least, batch)]
     # The embedded engine spreads a model where a recipe says so: it serves on one device.
-    for tensor, pipeline in worlds(1 if backend == "torch" else MAX_GPUS):
+    for tensor, pipeline in worlds(1 if backend == "torch" else _most_devices(hardware)):
         for length_ in lengths:
             for batch_ in batches:
                 yield Engine(

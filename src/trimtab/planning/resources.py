@@ -28,8 +28,9 @@ _DISK, _START = 1.5e9, {"cpu": 8.0, "cuda": 15.0}
 _PER_BYTE, _PER_CORE = 100, 15e9
 #: Bytes a second that a core of a CPU moves.
 _CORE_BANDWIDTH = 4e9
-#: Tokens that an item of a task has with its answers.
-_ITEM_TOKENS = 150
+#: Tokens that an item of a task has with its answers; and how many answers, for each of which an engine that goes block
+#: by block reads the context.
+_ITEM_TOKENS, _ANSWERS = 150, 4
 
 
 class Resources(Document):
@@ -113,6 +114,12 @@ def _quantizing_products(work: Work) -> float:
     return found
 
 
+def _opening(work: Work) -> Held:
+    """An engine, and a short prompt."""
+    recipe = work.recipe
+    return work.by_block(recipe, _ITEM_TOKENS) if recipe.engine.by_block else Held(work.opened(recipe))
+
+
 def _world(recipe: Recipe) -> int:
     return recipe.engine.world_size
 
@@ -174,7 +181,7 @@ ROWS: dict[str, _Row] = {
     ),
     "engine": _Row(
         lambda recipe: True,
-        lambda work: Held(work.opened(work.recipe)),
+        lambda work: _opening(work),
         lambda work: work.export_bytes,
         lambda work: 0.0,
         _world,
@@ -209,16 +216,26 @@ def needs(
 def _judging(work: Work, baseline: Recipe | None, evaluation: Evaluation) -> Resources:
     """Both engines where they have room beside each other, else the larger; the first look and the confirmation."""
     engines = [work.recipe, *([baseline] if baseline else [])]
-    sizes = [work.served(recipe) for recipe in engines]
+    whole = [recipe for recipe in engines if not recipe.engine.by_block]
+    sizes = [work.served(recipe) for recipe in whole]
     weights = sum(sizes)
-    held = Held(weights if weights <= work.hardware.memory_bytes / 2 else max(sizes))
+    half = work.hardware.memory_bytes / 2
+    held = Held(weights if weights <= half else max(sizes, default=0))
     items = evaluation.items[0] + evaluation.confirm_items
     windows = evaluation.windows[0] + evaluation.confirm_windows
     tokens = items * _ITEM_TOKENS + windows * evaluation.window_tokens
-    read = 2 * work.export_bytes + work.facts.bytes * len(engines)
+    read = 2 * work.export_bytes + work.facts.bytes * len(whole)
+    products = _forward(work.facts, tokens) * len(whole)
+    for recipe in engines:
+        if recipe.engine.by_block:
+            asked = max(evaluation.items[0], evaluation.confirm_items) * _ANSWERS * _ITEM_TOKENS
+            blocks = work.by_block(recipe, asked)
+            beside = held.device if held.device <= half else 0
+            held = Held(max(held.device, beside + blocks.device), blocks.host)
+            read += 2 * 2 * work.facts.bytes  # a look, and the confirmation, ask it for windows and for items
+            products += _forward(work.facts, tokens * _ANSWERS)
     # Decoding reads the weights for every token: some four hundred steps a measurement of speed.
-    steps = 400 * len(engines) * work.facts.bytes / _bandwidth(work.hardware)
-    products = _forward(work.facts, tokens) * len(engines)
+    steps = 400 * len(whole) * work.facts.bytes / _bandwidth(work.hardware)
     devices = max(recipe.engine.world_size for recipe in engines)
     need = _need(work, held, read, products, devices)
     return need.model_copy(update={"seconds": round(need.seconds + steps, 1)})

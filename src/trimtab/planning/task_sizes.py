@@ -1,4 +1,4 @@
-"""How many items the tasks of an evaluation have."""
+"""What the tasks of an evaluation are like: how many items each has, and which let a model write."""
 
 from __future__ import annotations
 
@@ -29,6 +29,14 @@ def of(evaluation: Evaluation) -> dict[str, int]:
         filters=dict(evaluation.filters),
     )
     return measured.value
+
+
+def writing(evaluation: Evaluation) -> list[str]:
+    """Returns the tasks that let a model write, instead of asking how likely given answers are; errors as `of`."""
+    if of_own(evaluation):
+        return []
+    work = "trimtab.components.validation.evaluation.tasks:writing"
+    return child.call(work, names=list(evaluation.tasks), task_path=evaluation.task_path).value
 
 
 def of_own(evaluation: Evaluation) -> dict[str, int]:

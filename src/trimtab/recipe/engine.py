@@ -13,7 +13,9 @@ from trimtab.catalog.contracts import version as tensorrt_llm
 from trimtab.recipe.fields import Count, Ratio
 
 #: Fields of `Engine` that are written down only where they differ from their defaults.
-_LATER = ("tensorrt_llm", "kv_cache_tokens", "tokens_per_block", "enable_block_reuse", "scheduler_policy")
+_LATER = (
+    "tensorrt_llm", "by_block", "kv_cache_tokens", "tokens_per_block", "enable_block_reuse", "scheduler_policy",
+)  # fmt: skip
 
 #: Fields of `Engine` that are planned from a workload.
 SIZES = (
@@ -31,6 +33,9 @@ class Engine(UserDocument):
     tensorrt_llm: str | None = None
     """The version of TensorRT-LLM that serves, as "1.2.1"; the image's own if absent. Given without a back end, it
     chooses the one that this version has."""
+    by_block: bool = False
+    """Holds one block of the model at a time, and says likelihoods alone: so a plan measures an unchanged model that no
+    devices of its target hold. No recipe writes it."""
     tensor_parallel_size: Count = 1
     """Devices that share each layer of one copy of the model."""
     pipeline_parallel_size: Count = 1

@@ -6,11 +6,14 @@ that a ratio on a page is the ratio of the two numbers that stand beside it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trimtab.judge import Beside, Interval, Measurements, Verdict
 from trimtab.recipe import Acceptance
 from trimtab.report.rows import DASH, interval_text, number
+
+#: Of a model that was scored block by block.
+UNMEASURED = "not measured: block by block"
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ def baseline_of(verdict: Verdict, baseline: Verdict | None) -> tuple[Interval | 
 
 
 def measured(verdict: Verdict, baseline: Verdict | None) -> list[Line]:
-    """Returns everything that the engine measured of an attempt; a dash for what is unknown."""
+    """Returns everything that the engine measured of an attempt; a dash for what is unknown, and of a baseline that was
+    scored block by block why."""
     if not verdict.measurements.bytes and verdict.perplexity is None:
         return []
     _, perplexity, theirs = baseline_of(verdict, baseline)
@@ -89,6 +93,8 @@ def _costs(ours: Measurements, theirs: Measurements, is_compared: bool) -> list[
         ("longest context that fits, tokens", ours.max_context_tokens, theirs.max_context_tokens),
     )
     found = [_line(*pair) for pair in pairs if pair[1] or pair[2]]
+    if theirs.by_block:
+        found = [replace(line, theirs=UNMEASURED) if line.theirs == DASH else line for line in found]
     if ours.devices != 1 or theirs.devices != 1:
         devices = number(theirs.devices) if is_compared else DASH
         found.append(Line("devices of one copy", number(ours.devices), devices, DASH))

@@ -89,17 +89,18 @@ class Subject:
     def evaluation_of(self, look: int, baseline: bool = False, kv_cache: str = "export") -> Piece:
         """Returns what is asked at a look, or at the confirmation behind the last."""
         items, windows = self._drawn(look)
-        speed = look == 1 and kv_cache == "export"
+        engine, export = (self.baseline_engine, self.model) if baseline else (self.engine, self.export)
+        is_baseline = self.baseline is not None and engine == self.baseline_engine
+        settings = (self.baseline if is_baseline else self.recipe).engine
+        speed = look == 1 and kv_cache == "export" and not settings.by_block
         parameters = evaluation_parameters(
             self.evaluation, items, windows, speed, max_length=self.max_length, kv_cache=kv_cache
         )
-        engine, export = (self.baseline_engine, self.model) if baseline else (self.engine, self.export)
         inputs = {"engine": engine, "export": export}
         own_text = self.recipe.calibrate.text == "builtin"  # trimtab's tests keep it apart from the suite
         if engine == self.engine and self.calibration and not own_text:
             inputs["calibration"] = self.calibration
-        is_baseline = self.baseline is not None and engine == self.baseline_engine
-        return Piece(EVALUATE, parameters, inputs, (self.baseline if is_baseline else self.recipe).engine.backend)
+        return Piece(EVALUATE, parameters, inputs, settings.backend)
 
     def integrity(self, baseline: bool = False) -> Piece:
         """Returns what is asked of the files themselves."""

@@ -59,6 +59,25 @@ def test_both_are_asked_no_more_than_either_can_answer(own, base, expected):
     assert subject.max_length == expected
 
 
+def test_of_a_baseline_that_is_scored_block_by_block_likelihoods_are_asked_alone():
+    """The same of the baseline itself and beside an attempt: one key finds both."""
+    model, engine, own = (Tree(uri=f"file:///x/trees/{c * 64}", digest=c * 64) for c in "abc")
+    blocks = Recipe(engine=Engine(by_block=True))
+    about = {
+        "evaluation": Evaluation(), "deal": Deal(looks=({"a": 9},) * 3, confirmation={}, fresh={}), "model": model,
+        "reads": 256, "checkpoint": model,
+    }  # fmt: skip
+    alone = Subject(**about, recipe=blocks, export=model, engine=engine)
+    beside = Subject(
+        **about, recipe=Recipe(), export=own, engine=own, baseline=blocks, baseline_engine=engine
+    )
+    first = alone.evaluation_of(1)
+    assert not first.parameters["speed"] and first == beside.evaluation_of(1, baseline=True)
+    assert beside.evaluation_of(1).parameters["speed"]
+    held = Recipe(engine=Engine())
+    assert Subject(**about, recipe=held, export=model, engine=engine).evaluation_of(1).parameters["speed"]
+
+
 def test_requests_that_were_cut_are_counted_once_for_the_attempt(tmp_path, write_model, monkeypatch):
     """Baseline and attempt are cut alike, and the attempt with 16 bits in its KV cache answers the same again."""
     store = open_store(str(tmp_path / "store"))

@@ -3,6 +3,7 @@
 import facts
 import pytest
 
+from trimtab.base import environment
 from trimtab.base.errors import InputError
 from trimtab.model import hardware
 from trimtab.model.facts import Linear, ModelFacts
@@ -102,6 +103,21 @@ def test_cpu_has_one_back_end_and_measured_memory(tmp_path):
     assert cpu.backends == ("torch",) and cpu.default_backend == "torch"
     assert 0 < cpu.memory_bytes <= machine_memory(tmp_path / "absent")
     assert target("cpu", memory_bytes=5).memory_bytes == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "here", "devices"),
+    [
+        ("h100", {"gpu": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0"}, 3),
+        ("a100-80", {"gpu": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0"}, None),  # planned for elsewhere
+        ("h100", {"processor": "a processor", "threads": 2}, None),
+        ("cpu", {"gpu": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0"}, None),
+    ],
+)
+def test_a_target_has_as_many_devices_as_this_machine(name, here, devices, monkeypatch):
+    monkeypatch.setattr(environment, "device", lambda: here)
+    monkeypatch.setattr(environment, "gpus", lambda: 3)
+    assert hardware.on_this_machine(target(name)).devices == devices
 
 
 @pytest.mark.parametrize(("text", "limit"), [("4096\n", 4096), ("max\n", None)])

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from trimtab.base import child, environment
 from trimtab.base.errors import InputError
 from trimtab.catalog.goals import GOALS
 from trimtab.judge import Verdict
 from trimtab.loop import decisions
 from trimtab.loop.state import Brief
-from trimtab.model.hardware import GB, target
+from trimtab.model.hardware import GB, Hardware, target
 from trimtab.model.memory import memory
 from trimtab.model.outline import outline
+from trimtab.planning import placement
 from trimtab.planning.checks import refusal
-from trimtab.recipe import Recipe
+from trimtab.recipe import Engine, Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.store import open_store
 
@@ -119,27 +122,115 @@ def test_a_workload_sizes_the_baseline(begin):
     assert (engine.world_size, engine.max_batch_size, engine.max_seq_len) == (4, 48, 4000)
 
 
-@pytest.mark.parametrize(
-    ("model", "machine", "sentence"),
-    [
-        # 810 GB: eight devices of 141 GB or more
-        (
-            "llama-3.1-405b",
-            target("h100"),
-            "target: the unchanged model, which every attempt is compared with, has 812 GB in 16 bits, and 8 h100 do "
-            "not serve it .*; write target: 'h200' or 'b200', of which 8 hold it$",
-        ),
-        (
-            "llama-3.1-8b",
-            target("cpu", 12 * GB),
-            "has 16 GB in 16 bits, and this machine gives it 12 GB of memory .*; use a machine with more memory",
-        ),
-    ],
-)
-def test_what_holds_no_unchanged_model_is_refused_with_what_does(model, machine, sentence):
-    assert decisions.ladder("fit_larger_model", MODELS[model], machine, Recipe()), "an attempt would fit"
-    with pytest.raises(InputError, match=sentence):
-        decisions.outline("fit_larger_model", MODELS[model], machine, Recipe())
+def one(gpu: str) -> Hardware:
+    """A machine with one of these GPUs."""
+    return target(gpu).model_copy(update={"devices": 1})
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("model", DEVICES)
+@pytest.mark.parametrize("goal", GOALS)
+def test_every_model_is_compared_on_a_machine_with_one_gpu_or_refused_with_both_ways_out(model, gpu, goal):
+    """Where an attempt fits: what the GPU does not hold is scored block by block, if no speed is asked for."""
+    facts, machine = MODELS[model], one(gpu)
+    fits, large = DEVICES[model][gpu] == 1, GOALS[goal].least_batch > 1
+    try:
+        decisions.ladder(goal, facts, machine, Recipe())
+    except InputError as error:
+        # No room beside four bits, or beside eight for a batch of sixteen.
+        assert not fits and facts.parameters * (1 if large else 0.5) > 0.5 * machine.memory_bytes
+        assert "does not fit; there may be room on more than the 1 of this machine" in str(error)
+        return
+    if fits and GOALS[goal].measure.computed and has_its_whole_context(model, gpu):
+        return
+    if fits or not GOALS[goal].measure.timed:
+        told = decisions.outline(goal, facts, machine, Recipe())["baseline"]
+        assert told["placement"]["devices"] == 1 and Recipe.parse(told["recipe"]).engine.by_block is not fits
+        for words in (f"by block on one {gpu}, for this machine's one {gpu} does not hold", "no speed; slow, about"):
+            assert (words in told["why"]) is not fits
+        return
+    ways = f"this machine's one {gpu} does not serve it .*; write target: '{gpu}' on a machine with more of them, or "
+    with pytest.raises(InputError, match=f"{ways}goal: fit_larger_model or long_context, for which its speed is not"):
+        decisions.outline(goal, facts, machine, Recipe())
+
+
+#: 812 GB: eight devices of 141 GB or more.
+HOLD_NOT = [
+    (
+        "llama-3.1-405b",
+        target("h100"),
+        "8 h100 do not serve it .*; write target: 'h200' or 'b200', of which 8 hold it",
+        "on one h100, for 8 h100 do not hold its 812 GB",
+    ),
+    (
+        "llama-3.1-8b",
+        target("cpu", 12 * GB),
+        "this machine's 12 GB of memory do not serve it .*; write target: 'cpu' on a machine with more memory",
+        "on one cpu, for this machine's 12 GB of memory do not hold its 16 GB",
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "machine", "refused", "told"), HOLD_NOT)
+def test_what_nothing_holds_is_scored_block_by_block_or_refused_with_what_does(model, machine, refused, told):
+    facts = MODELS[model]
+    unchanged = decisions.outline("fit_larger_model", facts, machine, Recipe())["baseline"]
+    assert unchanged["why"].startswith(f"the model unchanged, in 16 bits block by block {told}: likelihoods alone")
+    engine = Recipe.parse(unchanged["recipe"]).engine
+    assert engine.by_block and engine.backend == "torch" and engine.world_size == 1
+    goal = "lower_latency"
+    with pytest.raises(InputError, match=f"{refused}, or goal: fit_larger_model or long_context, for which its speed"):
+        decisions.outline(goal, facts, machine, Recipe())
+
+
+def test_what_does_not_even_hold_two_blocks_is_refused():
+    """Two blocks of 1.7 GB in bfloat16, and embeddings and head of 4.2 GB, which stand there alone."""
+    facts = MODELS["llama-3.1-70b"]
+    tiny, like = target("cpu", 4 * GB), Engine(max_num_tokens=2048)
+    with pytest.raises(InputError, match="4 GB of memory do not serve it .*; write target: 'cpu' on .* memory$"):
+        placement.baseline("fit_larger_model", facts, tiny, like)
+    recipe, _ = placement.baseline("fit_larger_model", facts, target("cpu", 9 * GB), like)
+    assert recipe.engine.by_block
+
+
+def test_a_run_on_a_machine_of_ones_own_has_its_gpus(begin, monkeypatch):
+    """Two blocks of a 70B model on one GPU of 80 GB; in a cluster it is served by two."""
+    monkeypatch.setattr(environment, "device", lambda: {"gpu": "NVIDIA H100", "compute_capability": "9.0"})
+    monkeypatch.setattr(environment, "gpus", lambda: 1)
+    assert begin("llama-3.1-70b", "h100", "fit_larger_model").recipe.engine.world_size == 2
+    monkeypatch.setenv(child.RUN_PID, "1")
+    state = begin("llama-3.1-70b", "h100", "fit_larger_model")
+    assert state.recipe.engine.by_block and "for this machine's one h100 does not hold its 141 GB" in state.why
+    assert begin("llama-3.1-70b", "a100-80", "fit_larger_model").recipe.engine.world_size == 2  # none of these is here
+
+
+GENERATION = """
+task: tiny_writing
+dataset_path: json
+dataset_kwargs: {{data_files: {data}}}
+output_type: generate_until
+test_split: train
+doc_to_text: "{{{{q}}}}"
+doc_to_target: "{{{{a}}}}"
+generation_kwargs: {{until: ["."], do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_a_task_that_lets_a_model_write_is_refused_where_the_model_cannot(tmp_path):
+    data = tmp_path / "items.jsonl"
+    data.write_text("".join(json.dumps({"q": f"{n} and one are", "a": str(n + 1)}) + "\n" for n in range(9)))
+    (tmp_path / "tiny_writing.yaml").write_text(GENERATION.format(data=data))
+    evaluation = Evaluation(tasks=("tiny_writing", "trimtab_arithmetic"), task_path=str(tmp_path))
+    facts, told = MODELS["llama-3.1-8b"], "tasks: tiny_writing let a model write, and the unchanged one is scored block"
+    with pytest.raises(InputError, match=f"{told}.*name tasks of multiple choice, or write target: 'cpu' on a machine"):
+        decisions.outline("fit_larger_model", facts, target("cpu", 12 * GB), Recipe(), evaluation)
+    assert decisions.outline("fit_larger_model", facts, target("cpu", 64 * GB), Recipe(), evaluation)
+
+
+def test_a_recipe_does_not_ask_for_it():
+    with pytest.raises(InputError, match="engine.by_block: is how a plan measures .* remove it"):
+        decisions.ladder("lower_cost", MODELS["llama-3.1-8b"], target("h100"), Recipe.parse("engine: {by_block: true}"))
 
 
 def test_the_outline_is_plain_data():

@@ -10,7 +10,8 @@ from trimtab.model.hardware import GB, target
 from trimtab.model.working_memory import PROCESS
 from trimtab.planning import matrix, resources
 from trimtab.planning.resources import Resources, needs
-from trimtab.recipe import Recipe
+from trimtab.recipe import Engine, Recipe
+from trimtab.recipe.evaluation import Evaluation
 from trimtab.stages import STAGES, TASKS
 
 EVERYTHING = """
@@ -75,6 +76,30 @@ def test_judging_holds_both_models_where_they_have_room_and_else_the_larger():
     alone = needs(LLAMA_8B, base, target("cpu", 30 * GB))["validate"]
     assert roomy.host_bytes > alone.host_bytes + 8 * GB
     assert tight.host_bytes == alone.host_bytes
+
+
+def test_a_model_that_is_scored_block_by_block():
+    """Of 70 billion on a GPU of 80 GB: two blocks of 1.7 GB, or embeddings and head with 4.2, and what a step of 8,192
+    tokens computes; beside them the hidden states of 960 items with four answers each."""
+    machine, blocks = target("h100"), Recipe(engine=Engine(by_block=True))
+    found = needs(LLAMA_70B, blocks, machine)
+    running = 4 * 856e6 + 8192 * 2 * (4 * 8192 + 3 * 28672)
+    between = 2 * 960 * 4 * 150 * 8192
+    assert found["validate"].gpu_bytes == pytest.approx(0.7 * GB + 1.1 * (running + between), rel=0.01)
+    assert found["validate"].host_bytes == pytest.approx(3.5 * GB + 6 * 856e6, rel=0.01)
+    assert found["validate"].gpus == 1
+    # A look and the confirmation each read 141 GB for items and for windows, at 1.5 GB a second.
+    assert 4 * 141 / 1.5 < found["validate"].seconds < 30 * 60
+    assert found["engine"].gpu_bytes == pytest.approx(0.7 * GB + 1.1 * 2 * 2.1e9, rel=0.01)
+    # Its rows leave a GPU of which they would take more than an eighth.
+    away = needs(LLAMA_70B, blocks, machine, evaluation=Evaluation(confirm_items=4000))["validate"]
+    assert away.host_bytes == pytest.approx(3.5 * GB + 6 * 856e6 + 2 * 4000 * 4 * 150 * 8192, rel=0.01)
+    # An attempt of more than half of the GPU is closed before; a smaller one stays.
+    int4, two_bits = Recipe.parse("quantize: {format: int4_rtn}"), Recipe.parse("prune: {method: depth, blocks: 66}")
+    alone, beside = (needs(LLAMA_70B, recipe, machine)["validate"].gpu_bytes for recipe in (int4, two_bits))
+    assert needs(LLAMA_70B, int4, machine, blocks)["validate"].gpu_bytes == alone
+    small = needs(LLAMA_70B, two_bits, machine, blocks)["validate"].gpu_bytes
+    assert small == pytest.approx(beside + 1.1 * (running + between), rel=0.01)
 
 
 @pytest.mark.parametrize("goal", GOALS)

@@ -11,6 +11,7 @@ from rich.console import Console
 from runs import (
     ACCEPTED,
     BASELINE,
+    BLOCK_BY_BLOCK,
     CALIBRATION,
     DOES_NOT_FIT,
     EMPTY,
@@ -22,12 +23,14 @@ from runs import (
     RELEASED,
     STAGE_FAILED,
     STATES,
+    UNHELD,
     hostile,
     interval,
     state,
 )
 
 from trimtab.judge import Measurements
+from trimtab.loop.ledger import savings
 from trimtab.loop.state import State
 from trimtab.report import (
     SideBySide,
@@ -40,6 +43,7 @@ from trimtab.report import (
     summary_html,
     summary_markdown,
 )
+from trimtab.report.compared import measured
 from trimtab.report.rows import DASH, fraction, number
 from trimtab.stages import STAGES
 
@@ -130,6 +134,19 @@ def test_rows_are_the_baseline_and_each_attempt():
     assert accepted.seconds == pytest.approx(122.0)
     assert accepted.verdict == "accepted, confirmed"
     assert rows(EMPTY) == []
+
+
+def test_of_a_baseline_that_is_scored_block_by_block_it_says_why_there_is_no_speed():
+    base, attempt = rows(BLOCK_BY_BLOCK)
+    assert (base.cells["decode"], base.cells["peak_megabytes"]) == ((DASH, ""), (DASH, ""))
+    assert "not measured: scored block by block" in base.reason and attempt.decode == 49.1
+    lines = {line.what: line for line in measured(BLOCK_BY_BLOCK.history[0].verdict, UNHELD.verdict)}
+    for what in ("decode at batch 1, tokens/s", "throughput at batch 8, tokens/s", "peak memory, MB"):
+        assert (lines[what].theirs, lines[what].change) == ("not measured: block by block", DASH)
+    assert lines["size, MB"].theirs == "141,107" and lines["perplexity"].theirs == "25.9"
+    text = summary_html(BLOCK_BY_BLOCK)
+    assert "not measured: block by block" in text and "NaN" not in text
+    assert savings(BLOCK_BY_BLOCK, BLOCK_BY_BLOCK.history[0]) is None
 
 
 def test_what_was_not_measured_is_a_dash():

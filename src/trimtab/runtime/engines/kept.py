@@ -1,8 +1,9 @@
 """Engines that stay open in this process: an export is loaded once, whatever is asked of it and in which order.
 
 Two stay beside each other while their weights take at most half of what the device has: the rest is for what they
-compute, and speed is measured as it was alone. Else, and where a library claims the GPU for itself or an engine has
-several devices, the one that was used last is closed before another is opened.
+compute, and speed is measured as it was alone. One that goes block by block holds nothing between two questions. Else,
+and where a library claims the GPU for itself or an engine has several devices, the one that was used last is closed
+before another is opened.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from trimtab.catalog.backends import BACKENDS
 from trimtab.model.hardware import machine_memory
 from trimtab.runtime.checkpoint.model_files import Export, weight_file_bytes
 from trimtab.runtime.engines import backends
+from trimtab.runtime.engines.by_block import BlockwiseEngine
 from trimtab.runtime.engines.protocol import Engine
 from trimtab.runtime.engines.torch_engine import TorchEngine
 from trimtab.runtime.kv_cache.emulated import ServedKVCache
@@ -91,6 +93,11 @@ def have_room(places: Sequence[tuple[Path, Path]]) -> bool:
     return needed <= SHARE * _memory()
 
 
+def could_hold(export: Path) -> bool:
+    """Whether the device, or the machine where there is none, holds an export as the embedded engine loads it."""
+    return _bytes(Path(export)) <= _memory()
+
+
 def close() -> None:
     """Closes all engines."""
     for engine in _open.values():
@@ -114,7 +121,7 @@ def _alike(key: _Key) -> TorchEngine | None:
 def _make_room(export: Path, settings: recipe.Engine) -> None:
     """Closes engines, the longest unused first, until another one has room beside the rest."""
     alone = BACKENDS[settings.backend].claims_gpu or settings.world_size > 1
-    needed, most = _bytes(export), SHARE * _memory()
+    needed, most = 0 if settings.by_block else _bytes(export), SHARE * _memory()
     while _open and (alone or _claims_all() or needed + sum(_weights().values()) > most):
         first = next(iter(_open))[:2]
         for key in [key for key in _open if key[:2] == first]:  # they share what they have loaded
@@ -123,11 +130,11 @@ def _make_room(export: Path, settings: recipe.Engine) -> None:
 
 
 def _claims_all() -> bool:
-    return any(not isinstance(engine, TorchEngine) for engine in _open.values())
+    return any(not isinstance(engine, (TorchEngine, BlockwiseEngine)) for engine in _open.values())
 
 
 def _weights() -> dict[tuple[str, str], int]:
-    return {key[:2]: engine.weight_bytes for key, engine in _open.items()}
+    return {key[:2]: engine.weight_bytes for key, engine in _open.items() if not isinstance(engine, BlockwiseEngine)}
 
 
 def _bytes(export: Path) -> int:

@@ -23,6 +23,7 @@ from trimtab.base.errors import Failure, StageError
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime.checkpoint.model_files import load_tokenizer
 from trimtab.runtime.engines.batching import ScoringRequest
+from trimtab.runtime.engines.by_block import BlockwiseEngine
 from trimtab.runtime.engines.protocol import Engine, Prediction
 from trimtab.runtime.engines.torch_engine import TorchEngine
 from trimtab.runtime.kv_cache.emulated import ServedKVCache
@@ -211,6 +212,8 @@ def _start(count: int, request: dict[str, Any], scratch: str) -> subprocess.Pope
 
 def open_engine(built: Built, engine: Path, export: Path, kv_cache: ServedKVCache) -> Engine:
     """Opens the embedded engine: see `runtime.engines.backends.open_engine`."""
+    if built.settings.by_block:
+        return BlockwiseEngine(export, built.settings)
     if built.settings.world_size > 1:
         return ParallelEngine(export, built.settings, kv_cache)
     return TorchEngine(export, built.settings, kv_cache=kv_cache)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from itertools import groupby
@@ -15,7 +15,6 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from trimtab.base import progress
-from trimtab.base.errors import InputError
 from trimtab.recipe import Engine as Settings
 from trimtab.runtime.checkpoint import config_file
 from trimtab.runtime.checkpoint.model_files import load_tokenizer
@@ -24,18 +23,17 @@ from trimtab.runtime.decoder import decode, float16_range, gpu_memory, head, ste
 from trimtab.runtime.decoder.assemble import assemble
 from trimtab.runtime.decoder.decode import Growing, Recorded
 from trimtab.runtime.decoder.step import DecodingStep
-from trimtab.runtime.engines import batching
 from trimtab.runtime.engines.answer_end import AnswersEnd
-from trimtab.runtime.engines.batching import ScoringRequest
-from trimtab.runtime.engines.protocol import Prediction, check_length, check_prompts, check_requests
+from trimtab.runtime.engines.protocol import check_length, check_prompts
+from trimtab.runtime.engines.scoring import Batch, Inputs, Scoring
 from trimtab.runtime.kernels import replacements
 from trimtab.runtime.kv_cache.emulated import ServedKVCache
-from trimtab.runtime.linear import cpu_products, fused
+from trimtab.runtime.linear import fused
 from trimtab.runtime.parallel import shards
 from trimtab.runtime.parallel.shards import Place
 
 
-class TorchEngine:
+class TorchEngine(Scoring):
     """Runs an export folder in this process, in bfloat16, with PyTorch's low-precision kernels.
 
     A model in float16 is judged in its range: see `runtime.decoder.float16_range`.
@@ -108,76 +106,9 @@ class TorchEngine:
     def device_bytes(self) -> int:
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
 
-    @property
-    def arithmetic(self) -> str:
-        if self.device.type == "cpu":
-            return cpu_products.describe()
-        return f"bfloat16 products on {torch.cuda.get_device_name(self.device)}"
-
     def kernels(self) -> dict[str, dict[str, Any]]:
         packed = fused.packed_layers(self.model)
         return {name: {"kernel": m.kernel, "emulated": m.emulated} for name, m in packed.items()}
-
-    @torch.inference_mode()
-    def loglikelihood(self, requests: list[ScoringRequest]) -> list[tuple[float, bool]]:
-        """As the protocol says; nothing is truncated, and requests that share a context share its work.
-
-        Raises:
-            InputError: a context or continuation is empty, or both together exceed `max_seq_len`.
-        """
-        check_requests(requests, self.settings.max_seq_len)
-        budget = self.settings.max_num_tokens
-        sums = torch.zeros(len(requests), dtype=torch.float64)
-        misses = torch.zeros(len(requests), dtype=torch.int64)
-        for group in batching.batches(batching.rows(requests, self._share_contexts, budget), budget):
-            batch = batching.to_tensors(group)
-            with gpu_memory.part("activations", self.device):
-                hidden = self._hidden(batch.tokens, batch.positions, batch.mask)[batch.rows, batch.columns]
-                log_probs, likeliest = head.score(self.head, hidden, batch.targets.to(self.device), self._behind_head)
-            sums.index_add_(0, batch.owners, log_probs.cpu().double())
-            misses.index_add_(0, batch.owners, (~likeliest).cpu().long())
-        return list(zip(sums.tolist(), (misses == 0).tolist(), strict=True))
-
-    @torch.inference_mode()
-    def nll(self, windows: torch.Tensor) -> list[float]:
-        """As the protocol says.
-
-        Raises:
-            InputError: a window exceeds `max_seq_len`, or has fewer than two tokens.
-        """
-        totals = []
-        for batch in self._window_batches(windows):
-            with gpu_memory.part("activations", self.device):
-                log_probs, _ = head.score(self.head, *self._predicting(batch), self._behind_head)
-            totals += (-log_probs).double().view(len(batch), -1).sum(1).tolist()
-        return totals
-
-    @torch.inference_mode()
-    def predict(self, windows: torch.Tensor, count: int) -> Prediction:
-        """As the protocol says.
-
-        Raises:
-            InputError: as `nll`.
-        """
-        found = Prediction([], [], [])
-        for batch in self._window_batches(windows):
-            with gpu_memory.part("activations", self.device):
-                told = head.predict(self.head, *self._predicting(batch), count, self._behind_head)
-            log_probs, tokens, best = (each.unflatten(0, (len(batch), -1)) for each in told)
-            for part, values in zip(found, (-log_probs, tokens, best), strict=True):
-                part += values.tolist()
-        return found
-
-    def _window_batches(self, windows: torch.Tensor) -> Sequence[torch.Tensor]:
-        length = windows.shape[1]
-        check_length("a window", length, self.settings.max_seq_len)
-        if length < 2:
-            raise InputError(f"a window of {length} tokens predicts nothing; give at least 2")
-        return windows.split(max(1, self.settings.max_num_tokens // length))
-
-    def _predicting(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the hidden states that predict the tokens of windows behind their first, and these tokens."""
-        return self._hidden(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten().to(self.device)
 
     @torch.inference_mode()
     def generate(
@@ -223,14 +154,16 @@ class TorchEngine:
     def close(self) -> None:
         """Nothing to do: memory goes back with the object."""
 
-    def _hidden(
-        self, tokens: torch.Tensor, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Returns the last hidden states [B, L, hidden_size]; padding on the right needs no mask."""
-        inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask}
-        inputs = {name: value.to(self.device) for name, value in inputs.items() if value is not None}
-        with float16_range.checked(self.body) if self._is_float16 else nullcontext():
-            return self.body(**inputs, use_cache=False).last_hidden_state
+    def _hidden_of(
+        self, batches: Iterable[Batch], read: Callable[[Batch], Inputs]
+    ) -> Iterator[tuple[Batch, torch.Tensor]]:
+        for batch in batches:
+            tokens, positions, mask = read(batch)
+            inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask}
+            inputs = {name: value.to(self.device) for name, value in inputs.items() if value is not None}
+            with float16_range.checked(self.body) if self._is_float16 else nullcontext():
+                hidden = self.body(**inputs, use_cache=False).last_hidden_state
+            yield batch, hidden
 
     def _generate(
         self, prompts: list[list[int]], max_new_tokens: int, until: Sequence[Sequence[str]]

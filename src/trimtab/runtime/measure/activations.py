@@ -73,4 +73,9 @@ def place_of(size: int, device: torch.device) -> str:
         total = torch.cuda.get_device_properties(device).total_memory
         if size <= total * torch.cuda.get_per_process_memory_fraction(device.index) * DEVICE_SHARE:
             return "device"
-    return "host" if size <= hardware.machine_memory() * HOST_SHARE else "disk"
+    return "host" if size <= host_room() else "disk"
+
+
+def host_room() -> float:
+    """Returns the bytes of hidden states that this machine's memory is used for."""
+    return hardware.machine_memory() * HOST_SHARE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -60,15 +60,17 @@ class Block:
         for number in range(len(self._runner.batches)):
             self._runner.calls(self.module, self.number, self.hidden(number))
 
-    def advance(self, keep_inputs: bool = False) -> None:
+    def advance(self, keep_inputs: bool = False, tell: Callable[[int], None] = lambda number: None) -> None:
         """Runs the block on all of the text; what comes out the next block reads.
 
         Args:
             keep_inputs: so that `run` can still be called, which takes the memory of as many hidden states again.
+            tell: is called with the number of each batch before it runs.
         """
         ahead = self._ahead = self._runner.room() if keep_inputs else None
         stream = self._runner.streams["hidden"]
         for number in range(len(stream)):
+            tell(number)
             (ahead or stream)[number] = self._runner.calls(self.module, self.number, stream[number])
         self._has_run = True
 

@@ -32,6 +32,10 @@ class Reached(Exception):
     """As much of the model has run as is needed."""
 
 
+#: How blocks return hidden states: as they are, in a tuple, or with the weights of attention (Bamba).
+_FORMS: tuple[Callable[[torch.Tensor], Any], ...] = (lambda x: x, lambda x: (x,), lambda x: (x, None))
+
+
 class _Call(NamedTuple):
     """What a block is given beside the hidden states."""
 
@@ -51,13 +55,13 @@ class BlockCalls:
         self._model, self._blocks = model, observe.blocks(model)
         self.new_cache: Callable[[], Cache] = partial(DynamicCache, config=model.config)
         self._caches = caches and not isinstance(family_of(model).attention, NoAttention)
-        #: By the windows of a batch, and the number of a block.
-        self._calls: dict[int, list[_Call]] = {}
-        self._in_tuples = False
+        #: By the shape of a batch, [n, length], and the number of a block.
+        self._calls: dict[torch.Size, list[_Call]] = {}
+        self._returns = _FORMS[0]
 
     def __call__(self, module: nn.Module, number: int, hidden: torch.Tensor) -> torch.Tensor:
         """Returns what a module makes of the hidden states of a batch, called as the block of that number is."""
-        args, kwargs = self._calls[len(hidden)][number]
+        args, kwargs = self._calls[hidden.shape[:2]][number]
         args, kwargs = [self._fresh(x) for x in args], {name: self._fresh(x) for name, x in kwargs.items()}
         output = module(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
@@ -66,6 +70,17 @@ class BlockCalls:
         """Returns the logits of windows behind whose last block these hidden states are."""
         with self._stubs(lambda number, args, kwargs: hidden):
             return self._model(windows, use_cache=False).logits
+
+    def last_hidden(self, windows: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns what the output head reads, [n, length, hidden_size], of windows as for `head`."""
+        with self._stubs(lambda number, args, kwargs: hidden):
+            return self._model.base_model(windows, use_cache=False).last_hidden_state
+
+    @contextmanager
+    def without_blocks(self) -> Iterator[None]:
+        """Lets the model run as if it had no blocks, while the body runs it."""
+        with self._stubs(lambda number, args, kwargs: args[0] if args else kwargs["hidden_states"]):
+            yield
 
     def record(self, batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Yields what the first block reads of each batch, and records what all blocks are given beside it.
@@ -78,25 +93,31 @@ class BlockCalls:
         """
         if getattr(self._model.config, "num_kv_shared_layers", 0):
             raise NotByBlock("its last blocks read the keys and values of others")
-        try:
-            self._record(batches[0])
-        except NotByBlock as reason:
-            self._in_tuples = True
-            try:
-                self._record(batches[0])
-            except NotByBlock:
-                raise reason from None
+        self._find_form(batches[0])
         for windows in batches:
-            known = self._calls.get(len(windows))
+            known = self._calls.get(windows.shape)
             hidden, calls = self._record(windows, only_first=known is not None)
             if known is None:
-                self._calls[len(windows)] = calls
+                self._calls[windows.shape] = calls
             elif not _alike(calls, known[:1]):
                 raise NotByBlock("its blocks are given something that depends on the text")
             yield hidden
         _, calls = self._record(batches[0].flip(-1))  # another text, through all blocks
-        if not _alike(calls, self._calls[len(batches[0])]):
+        if not _alike(calls, self._calls[batches[0].shape]):
             raise NotByBlock("its blocks are given something that depends on the text")
+
+    def _find_form(self, windows: torch.Tensor) -> None:
+        """Tries in which form the model takes what a block returns."""
+        reasons: list[NotByBlock] = []
+        for self._returns in _FORMS:
+            try:
+                self._record(windows)
+                return
+            except NotByBlock as reason:
+                reasons.append(reason)
+            except ValueError:  # the model unpacks more than it is given
+                reasons.append(NotByBlock("its blocks return more than hidden states"))
+        raise reasons[0]
 
     def _record(self, windows: torch.Tensor, only_first: bool = False) -> tuple[torch.Tensor, list[_Call]]:
         """Runs the model with blocks that do nothing; returns what the first one reads, and what each is given."""
@@ -135,8 +156,7 @@ class BlockCalls:
         """Puts something in the place of every block's computation while the body runs the model."""
 
         def forward(*args: Any, number: int, **kwargs: Any) -> Any:
-            output = stub(number, args, kwargs)
-            return (output,) if self._in_tuples else output
+            return self._returns(stub(number, args, kwargs))
 
         for number, block in enumerate(self._blocks):
             block.forward = partial(forward, number=number)

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from trimtab.base import progress
 from trimtab.runtime.checkpoint import skeleton
@@ -38,13 +39,14 @@ class Runner:
 
     Args:
         checkpoint: a plain one.
-        tokens: int64 [samples, length].
+        tokens: int64 [samples, length]; or batches of it, in which windows may have other lengths.
         stage, title: whose progress it is, and what is done.
         scratch: what is finished waits there, and is found after a kill; None keeps nothing.
         caches: blocks are given a KV cache each, see `BlockCalls`.
         with_dense: a second stream runs through the blocks as they are in the checkpoint, whatever is done to those
             that the first one runs through; see `Block.inputs`.
         windows_at_once: of a batch; as `observe.batches` has it if absent.
+        model: the checkpoint's skeleton, in the type that is computed in, where there is one already.
 
     Raises:
         NotByBlock: see the head of this file.
@@ -54,26 +56,30 @@ class Runner:
     def __init__(
         self,
         checkpoint: Path,
-        tokens: torch.Tensor,
+        tokens: torch.Tensor | Sequence[torch.Tensor],
         stage: str,
         title: str,
         scratch: Path | None = None,
         caches: bool = False,
         with_dense: bool = False,
         windows_at_once: int | None = None,
+        model: PreTrainedModel | None = None,
     ):
         gpu = torch.cuda.is_available()
-        self.device, dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
-        self.model = skeleton.skeleton(checkpoint, dtype).eval().requires_grad_(False)
+        self.device = torch.device("cuda" if gpu else "cpu")
+        self.model = model or skeleton.skeleton(checkpoint, torch.bfloat16 if gpu else torch.float32)
+        self.model.eval().requires_grad_(False)
         self.family, self.blocks = family_of(self.model), observe.blocks(self.model)
-        self.tokens, self._stage, self._title = tokens.numel(), stage, title
+        self._stage, self._title = stage, title
         self.calls = BlockCalls(self.model, caches)
         self._scratch, self._last_write = scratch, (-math.inf, 0.0)
         if scratch is not None:
             scratch.mkdir(parents=True, exist_ok=True)
-        at_once = windows_at_once or len(observe.batches(self.device, tokens)[0])
-        self.batches = tokens.to(self.device).split(at_once)
-        self.weights = BlockWeights(self.model, checkpoint, self.device, dtype)
+        if isinstance(tokens, torch.Tensor):
+            tokens = tokens.split(windows_at_once or len(observe.batches(self.device, tokens)[0]))
+        self.batches = [windows.to(self.device) for windows in tokens]
+        self.tokens = sum(windows.numel() for windows in self.batches)
+        self.weights = BlockWeights(self.model, checkpoint, self.device, self.model.dtype)
         self.streams = {"hidden": self._enter()}
         if with_dense:
             self.streams["dense"] = self.room()
@@ -126,14 +132,14 @@ class Runner:
         with torch.no_grad(), self.weights.outside():
             for number, hidden in enumerate(self.calls.record(self.batches)):
                 if entered is None:
-                    self._shape, self._dtype = hidden.shape, hidden.dtype
+                    self._channels, self._dtype = hidden.shape[2:], hidden.dtype
                     entered = self.room()
                 entered[number] = hidden
         return entered
 
     def room(self) -> Activations:
         """Returns room for the hidden states of all batches."""
-        shapes = [torch.Size((len(windows), *self._shape[1:])) for windows in self.batches]
+        shapes = [torch.Size((*windows.shape, *self._channels)) for windows in self.batches]
         return Activations(shapes, self._dtype, self.device, self._scratch)
 
     # --- what is kept for after a kill --------------------------------------------------------------------------
