@@ -1,4 +1,4 @@
-"""Checkpoints of a training, from which it goes on: bit for bit in as many processes as before, and in any other number.
+"""Checkpoints of a training, from which it goes on: bit for bit in as many processes, and in any other number.
 
 A checkpoint is a folder that appears as a whole. Each process writes its parts of the tensors into safetensors files of
 its own, with PyTorch's distributed checkpoints, which know where in a tensor a part stands: so any number of processes

@@ -103,9 +103,7 @@ def like(parameter: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     if not isinstance(parameter, DTensor):
         return part
     mesh, placements = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(
-        part, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
 
 
 @torch.no_grad()

@@ -267,7 +267,7 @@ def training(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> TrainingM
 
 
 def _gathered(facts: ModelFacts, student: ModelFacts, width: int, runs_teacher: bool) -> int:
-    """Bytes that are whole at a time in a process of several, as FSDP2 gathers and deals out (`torch.distributed.fsdp`).
+    """Bytes that are whole at a time in one of several processes, as FSDP2 gathers and deals out.
 
     Both heads are, from the loss to the end of the backward pass. Beside them there is a block, the next one on its way
     twice, as it comes and unpacked, or in its stead a gradient, and that in float32 as it is averaged; in the end
@@ -304,7 +304,7 @@ def least_training(facts: ModelFacts, recipe: Recipe, hardware: Hardware, most: 
 
 
 def _trainings(recipe: Recipe, most: int) -> Iterator[Recipe]:
-    """The recipe with its batch in ever more parts, then so with activation checkpointing, then on twice the devices."""
+    """The recipe with its batch in ever more parts, then so with checkpointing, then on twice the devices."""
     distill, processes = recipe.distill, recipe.distill.processes
     while processes == distill.processes or (processes <= most and distill.batch_size % processes == 0):
         whole = distill.batch_size // processes

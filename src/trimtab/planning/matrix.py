@@ -232,8 +232,9 @@ def _fitting(recipe: Recipe, facts: ModelFacts, hardware: Hardware) -> str:
     if fits is None:
         least = least_training(facts, recipe, hardware, most).explanation
         return f"{least}, even one window at a time; write a larger target, prune more, or leave distill out"
-    own, fields = recipe.distill, ("processes", "gradient_accumulation")
-    parts = [f"{name}: {getattr(fits.distill, name)}" for name in fields if getattr(fits.distill, name) != getattr(own, name)]
+    fields = ("processes", "gradient_accumulation")
+    pairs = ((name, getattr(recipe.distill, name), getattr(fits.distill, name)) for name in fields)
+    parts = [f"{name}: {better}" for name, own, better in pairs if better != own]
     parts += ["activation_checkpointing: true"] if fits.distill.activation_checkpointing else []
     return f"{need.explanation}; write {' and '.join(parts)}"
 

@@ -1,8 +1,8 @@
 """One of the processes of `test_sharding`: `torchrun ... ranks.py JOBS` trains each job in turn and answers it.
 
-A job has the `arguments` of `work.train`, `answer`, the path of what the first process says, and `ends_before`, the step
-before which all processes end as if killed, or null. The answer has the `metrics`, and of each process the bytes of
-`states` that it holds: masters and moments.
+A job has the `arguments` of `work.train`, `answer`, the path of what the first process says, and `ends_before`, the
+step before which all processes end as if killed, or null. The answer has the `metrics`, and of each process the bytes
+of `states` that it holds: masters and moments.
 """
 
 import json

@@ -32,7 +32,7 @@ RANKS = Path(__file__).with_name("ranks.py")
 #: Six steps of twelve windows, which two processes divide, and three.
 SETTINGS = {"tokens": 6 * 12 * 32, "batch_size": 12, "length": 32, "learning_rate": 0.001}
 MOVEMENT = {"method": "movement", "sparsity": 0.5}
-ROUNDED = {"format": "int8_wo"}
+ROUNDED, FP8 = {"format": "int8_wo"}, {"format": "fp8"}
 
 
 class Case(NamedTuple):
@@ -54,13 +54,15 @@ CASES = {
     "stored": Case({"stored_logits": 8, "temperature": 2.0}),
     "zeros": Case({}, {"keep_zeros": True}, "sparse"),
     "rounded": Case({}, {"keep_zeros": True, "rounded": ROUNDED}, "sparse", 1e-2),
-    "inputs": Case({"activation_checkpointing": True}, {"rounded": {"format": "fp8"}, "rounded_inputs": True}, within=1e-2),
+    "inputs": Case({"activation_checkpointing": True}, {"rounded": FP8, "rounded_inputs": True}, within=1e-2),
     "movement": Case({}, {"movement": MOVEMENT}, "whole", 1e-2),
     "gradual": Case({}, {"movement": MOVEMENT | {"scores": "magnitude"}}, "whole", 1e-2),
     "soft": Case({}, {"movement": {"method": "movement", "penalty": 100.0, "score_learning_rate": 1.0}}, "whole", 1e-2),
     "experts": Case({}, {}, "mixtral"),
     "untied": Case({"hidden_weight": 0.5}, {}, "qwen3"),
 }
+#: Those that three processes train too.
+BY_THREE = ("plain", "zeros", "untied")
 
 
 @pytest.fixture(scope="module")
@@ -129,14 +131,14 @@ def alone(job: dict[str, Any]) -> dict[str, Any]:
 def shared_out(job, tmp_path_factory):
     """All cases in two processes, and some in three: name and processes -> (job, answer)."""
     folder, found = tmp_path_factory.mktemp("shared-out"), {}
-    for processes, names in ((2, list(CASES)), (3, ["plain", "zeros", "untied"])):
+    for processes, names in ((2, CASES), (3, BY_THREE)):
         jobs = [job(CASES[name]) for name in names]
         answers = together(processes, jobs, folder)
         found |= {(name, processes): pair for name, *pair in zip(names, jobs, answers, strict=True)}
     return found
 
 
-@pytest.mark.parametrize(("name", "processes"), [*((name, 2) for name in CASES), ("plain", 3), ("zeros", 3), ("untied", 3)])
+@pytest.mark.parametrize(("name", "processes"), [*((name, 2) for name in CASES), *((name, 3) for name in BY_THREE)])
 def test_several_processes_give_the_curve_of_one(name, processes, shared_out, job):
     case, (shared, answer) = CASES[name], shared_out[name, processes]
     one = job(case)
@@ -155,7 +157,7 @@ def test_several_processes_give_the_curve_of_one(name, processes, shared_out, jo
 
 
 def test_each_process_holds_its_part_of_the_states(shared_out, pairs):
-    """A master and two moments of four bytes each; at most a row of each tensor more, where they do not come out even."""
+    """A master and two moments of four bytes each; a row of each tensor more where they do not come out even."""
     parameters = sum(tensor.numel() for tensor in load_file(pairs["pruned"][0] / "model.safetensors").values())
     held = shared_out["plain", 2][1]["states"]
     assert held == [6 * parameters, 6 * parameters], "64 channels, 128 neurons and 300 tokens are even"
@@ -171,7 +173,7 @@ def test_zeros_stay_where_they_were(shared_out, pairs):
 
 @pytest.mark.parametrize("name", ["parts", "movement"])
 def test_a_killed_training_goes_on_in_any_number_of_processes(name, shared_out, job, tmp_path, monkeypatch):
-    """Two processes end before the fifth step: two go on bit for bit, and one with the same curve. One ends: two go on."""
+    """Two end before the fifth step: two go on bit for bit, and one with the same curve. One ends: two go on."""
     case = CASES[name]
     monkeypatch.setattr(resume, "TRAINING_OVER_SAVING", 0)
     (tmp_path / "two").mkdir()
@@ -215,8 +217,8 @@ def test_several_processes_leave_stored_logits_in_their_files(logits, model, mon
 
 
 def test_blocks_that_share_weights_are_not_shared_out():
-    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    network = LlamaForCausalLM(config)
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    network = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))
     network.model.layers[1].mlp = network.model.layers[0].mlp
     with pytest.raises(Failure, match="LlamaForCausalLM shares weights between its blocks, so .*; write 1") as caught:
         sharding.shard(network, torch.device("cpu"))

@@ -113,7 +113,7 @@ def test_checkpointing_leaves_every_gradient_as_it_was(distill, settings):
 
 
 def test_dropout_is_off(student, model, distill, tmp_path):
-    """Nothing random is drawn in training, so that there is nothing of it to resume; recomputed blocks are no exception."""
+    """Nothing random is drawn in training, so there is nothing of it to resume; nor in blocks that are recomputed."""
     _, expected, told = distill("plain")
     other = tmp_path / "other"
     work.shutil.copytree(student, other)

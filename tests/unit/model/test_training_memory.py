@@ -69,8 +69,8 @@ def test_a_training_that_four_gpus_share_by_hand():
     assert need.weights == (4 + 2) * LLAMA_8B.parameters / 4 and need.states == 12 * LLAMA_8B.parameters / 4
     # one window of 2,048 tokens in each process
     assert need.activations == 2048 * (32 * 200_840 + 4 * 2 * 4096)
-    # whole are both heads in 16 bits, and in the end the head's gradient in float32 and the embedding's in 16 bits, which
-    # are more than a block of 218 million three times in 16 bits, and its gradient in float32
+    # whole are both heads in 16 bits, and in the end the head's gradient in float32 and the embedding's in 16 bits,
+    # which are more than a block of 218 million three times in 16 bits, and its gradient in float32
     table, block = 128_256 * 4096, 218_103_808
     assert need.gathered == 2 * 2 * table + (4 + 2) * table and 6 * table > (3 * 2 + 4) * block
     assert need.fits and need.explanation.endswith("in each of 4 processes of 80 GB: fits")
@@ -78,8 +78,9 @@ def test_a_training_that_four_gpus_share_by_hand():
 
 
 def test_what_is_gathered_of_weights_that_are_made_of_others():
-    """Rounded copies of all linear layers wait for the backward pass, or with checkpointing those of one block; scores are
-    whole in every process, with their gradients and moments, and what is kept of zeros is a byte of a part."""
+    """Rounded copies of all linear layers wait for the backward pass, or with checkpointing those of one block; scores
+    are whole in every process, with their gradients and moments, and what is kept of zeros is a byte of a part."""
+
     def needed(more, prune=""):
         more = f"processes: 4, {more}"
         return training(LLAMA_8B, recipe(more, prune), target("h200"))
