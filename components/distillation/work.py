@@ -152,11 +152,11 @@ def _share_out(model: Any) -> None:
 
 def _kept(student: Any, change: Reparametrization, checkpoint: Path, unchanged: bool) -> Any:
     """What is written, in the process that writes it, None in others: the student, or what it was before."""
-    first = data_parallel.rank() == 0
-    if data_parallel.count() == 1 and not unchanged:
+    if data_parallel.count() == 1:
         change.finish(student)
-        return student
-    plain = checkpoints.load(checkpoint, torch.bfloat16)[0] if first else None
+        if not unchanged:
+            return student
+    plain = checkpoints.load(checkpoint, torch.bfloat16)[0] if data_parallel.rank() == 0 else None
     if not unchanged:
         sharding.copy_into(plain, student, stored_weight)
     return plain

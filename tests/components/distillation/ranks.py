@@ -51,9 +51,10 @@ def train(job: dict) -> dict:
 
 
 def main(jobs: list[dict]) -> None:
-    resume.TRAINING_OVER_SAVING = 0
+    spaced = resume.TRAINING_OVER_SAVING
     with torchrun.joined():
         for job in jobs:
+            resume.TRAINING_OVER_SAVING = spaced if job["ends_before"] is None else 0
             found = train(job)
             if torchrun.rank() == 0:
                 Path(job["answer"]).write_text(json.dumps(found), encoding="utf-8")

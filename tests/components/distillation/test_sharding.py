@@ -171,38 +171,53 @@ def test_zeros_stay_where_they_were(shared_out, pairs):
         assert (after[name][before[name] == 0] == 0).all() and not torch.equal(after[name], before[name]), name
 
 
-@pytest.mark.parametrize("name", ["parts", "movement"])
-def test_a_killed_training_goes_on_in_any_number_of_processes(name, shared_out, job, tmp_path, monkeypatch):
-    """Two end before the fifth step: two go on bit for bit, and one with the same curve. One ends: two go on."""
-    case = CASES[name]
-    monkeypatch.setattr(resume, "TRAINING_OVER_SAVING", 0)
-    (tmp_path / "two").mkdir()
-    together(2, [job(case, tmp_path / "two" / "scratch", ends_before=4)], tmp_path)
-    assert [path.name for path in (tmp_path / "two" / "scratch").glob("training-*")] == ["training-00000004"]
-    shutil.copytree(tmp_path / "two", tmp_path / "one")
-    step = training.Training.step
+#: Those that are killed.
+KILLED = ("parts", "movement")
+
+
+@pytest.fixture(scope="module")
+def goes_on(job, tmp_path_factory):
+    """Of each killed case what went on from its fifth step, in as many processes, in fewer and in more."""
+    folder, step = tmp_path_factory.mktemp("killed"), training.Training.step
+    scratch = {(name, ended): folder / f"{name}-{ended}" / "scratch" for name in KILLED for ended in (1, 2)}
+    together(2, [job(CASES[name], scratch[name, 2], ends_before=4) for name in KILLED], folder)
+    assert [path.name for path in scratch[KILLED[0], 2].glob("training-*")] == ["training-00000004"]
+    fewer = {name: job(CASES[name], folder / f"{name}-fewer" / "scratch") for name in KILLED}
+    for name in KILLED:
+        shutil.copytree(scratch[name, 2], fewer[name]["arguments"]["scratch"])
 
     def killed(self: training.Training, number: int) -> torch.Tensor:
         if number == 4:
             raise Killed
         return step(self, number)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.Training, "step", killed)
-        alone(job(case, tmp_path / "ended" / "scratch"))
-    again, more = job(case, tmp_path / "two" / "scratch"), job(case, tmp_path / "ended" / "scratch")
-    together(2, [again, more], tmp_path)
-    fewer, resumed = job(case, tmp_path / "one" / "scratch"), []
-    with monkeypatch.context() as patch:
+        patch.setattr(resume, "TRAINING_OVER_SAVING", 0)
+        for name in KILLED:
+            with pytest.raises(Killed):
+                alone(job(CASES[name], scratch[name, 1]))
+    again, more = ({name: job(CASES[name], scratch[name, ended]) for name in KILLED} for ended in (2, 1))
+    together(2, [*again.values(), *more.values()], folder)
+    resumed = []
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resume.progress, "report", lambda stage, text, *counts: resumed.append(text))
-        alone(fewer)
-    assert resumed[0] == "resumed after step 4"
-    weights, told = written(shared_out[name, 2][0])
+        for name in KILLED:
+            alone(fewer[name])
+    assert resumed.count("resumed after step 4") == len(KILLED)
+    return {name: (again[name], fewer[name], more[name]) for name in KILLED}
+
+
+@pytest.mark.parametrize("name", KILLED)
+def test_a_killed_training_goes_on_in_any_number_of_processes(name, goes_on, shared_out):
+    """Two end before the fifth step: two go on bit for bit, and one with the same curve. One ends: two go on."""
+    (weights, told), (again, *others) = written(shared_out[name, 2][0]), goes_on[name]
     found, told_again = written(again)
     assert told_again == told and all(torch.equal(found[key], weights[key]) for key in weights)
-    for other in (fewer, more):
-        assert written(other)[1]["train"] == pytest.approx(told["train"], rel=case.within)
-        assert written(other)[1]["heldout_loss_after"] == pytest.approx(told["heldout_loss_after"], rel=case.within)
+    for other in others:
+        told_too = written(other)[1]
+        assert told_too["train"] == pytest.approx(told["train"], rel=CASES[name].within)
+        assert told_too["heldout_loss_after"] == pytest.approx(told["heldout_loss_after"], rel=CASES[name].within)
 
 
 def test_several_processes_leave_stored_logits_in_their_files(logits, model, monkeypatch):
