@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 from facts import LLAMA_1B, LLAMA_3B, LLAMA_8B, LLAMA_70B, SMOLLM2
 
+from trimtab.base import child, environment
 from trimtab.base.errors import InputError
 from trimtab.catalog.goals import GOALS
 from trimtab.model.hardware import GB, GPUS, target
 from trimtab.model.memory import TRAINING_SHARE, activation_bytes, trainable, training
+from trimtab.planning import placement
 from trimtab.planning.matrix import ladder
 from trimtab.recipe import Recipe
 
@@ -123,6 +125,15 @@ def test_a_training_of_eight_billion_stands_on_the_ladder_of_a_target_of_several
                backend="torch") if rung.recipe.distill), "which serves on one"  # fmt: skip
 
 
+def test_on_ones_own_machine_a_training_gets_no_more_gpus_than_there_are(monkeypatch):
+    monkeypatch.setattr(environment, "gpus", lambda: 2)
+    monkeypatch.delenv(child.RUN_PID, raising=False)
+    assert placement.most_to_train(recipe(), target("h100")) == 8, "in a cluster"
+    monkeypatch.setenv(child.RUN_PID, "1")
+    assert placement.most_to_train(recipe(), target("h100")) == 2
+    assert placement.most_to_train(recipe(), target("cpu", 100 * GB)) == 1
+
+
 def test_a_cpu_trains_in_float32_and_its_processes_share_its_memory():
     need = training(LLAMA_1B, recipe("processes: 2"), target("cpu", 100 * GB))
     assert (need.weights, need.states) == (8 * LLAMA_1B.parameters / 2, 12 * LLAMA_1B.parameters / 2)
@@ -163,7 +174,7 @@ def test_every_training_on_a_ladder_fits(facts, gpu, goal):
         (LLAMA_1B, "h100", 2048, "of 80 GB: does not fit; write gradient_accumulation: 2$"),
         (LLAMA_1B, "a100-40", 8192, "write gradient_accumulation: 8 and activation_checkpointing: true$"),
         (LLAMA_8B, "h100", 2048, "of 80 GB: does not fit; write processes: 4 and gradient_accumulation: 4$"),
-        (LLAMA_70B, "h100", 2048, "even one window at a time; write a larger target, prune more, or leave distill out"),
+        (LLAMA_8B, "l4", 2048, "even one window at a time; write a larger target, prune more, or leave distill out"),
     ],
 )
 def test_a_training_of_ones_own_that_does_not_fit_is_refused_with_one_that_does(facts, gpu, length, sentence):
