@@ -36,7 +36,7 @@ class Objective:
         self.student, self.teacher, self.settings = student, teacher, settings
         runs = not isinstance(teacher, StoredLogits)
         for model in (student, teacher) if runs else (student,):
-            sharding.through(model, head.check)(model)
+            sharding.through(model, partial(head.check, model))()
             sharding.release(model)
         self.pairs = matching_blocks(student, teacher) if settings.hidden_weight else []
         options = (settings.temperature, settings.label_weight, settings.loss)
@@ -55,18 +55,18 @@ class Objective:
 
         All processes that hold parts of the student call this together.
         """
-        loss = self._loss(tokens, places)
+        loss = self._loss(tokens, places.tolist())  # FSDP would take tensors to the device, and wait for them there
         if not torch.is_grad_enabled():
             sharding.release(self.student)
         return loss
 
-    def _loss_of(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def _loss_of(self, tokens: torch.Tensor, places: list[int]) -> torch.Tensor:
         wanted = {"use_cache": False, "output_hidden_states": bool(self.pairs)}
         output = self.student.base_model(tokens, **wanted)
         labels = tokens[:, 1:].flatten()
         matched: torch.Tensor | float = 0.0
         if isinstance(self.teacher, StoredLogits):
-            rows = self.teacher.rows(places, tokens.device)
+            rows = self.teacher.rows(torch.tensor(places), tokens.device)
         else:
             with torch.no_grad():
                 target = self._taught(tokens, **wanted)

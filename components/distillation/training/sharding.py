@@ -44,7 +44,7 @@ def shard(model: Any, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (data_parallel.count(),))
     undivided = {parameter for name, parameter in model.named_parameters() if _is_whole(model, name, parameter)}
     for parameter in undivided:
-        parameter.data = parameter.data.to(device)
+        parameter.data = parameter.data.to(device, torch.float32 if parameter.dim() else computed)
     for part in parts(model):
         for parameter in part.parameters():
             if parameter not in undivided and not isinstance(parameter, DTensor):
