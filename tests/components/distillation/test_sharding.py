@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import decoders
 import pytest
 import torch
+import wrappers
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -60,6 +61,7 @@ CASES = {
     "soft": Case({}, {"movement": {"method": "movement", "penalty": 100.0, "score_learning_rate": 1.0}}, "whole", 1e-2),
     "experts": Case({}, {}, "mixtral"),
     "untied": Case({"hidden_weight": 0.5}, {}, "qwen3"),
+    "wrapper": Case({"activation_checkpointing": True}, {}, "gemma3"),
 }
 #: Those that three processes train too.
 BY_THREE = ("plain", "zeros", "untied")
@@ -69,13 +71,14 @@ BY_THREE = ("plain", "zeros", "untied")
 def pairs(student, model, calibration, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     """Student and teacher by name."""
     folder = tmp_path_factory.mktemp("pairs")
-    for name in ("mixtral", "qwen3"):
-        decoders.write(folder / f"{name}-teacher", name)
-        decoders.write(folder / name, name, seed=1)
+    made = {"mixtral": decoders, "qwen3": decoders, "gemma3": wrappers}
+    for name, maker in made.items():
+        maker.write(folder / f"{name}-teacher", name)
+        maker.write(folder / name, name, seed=1)
     (folder / "sparse").mkdir()
     parameters = {"method": "magnitude", "sparsity": 0.5}
     prune(str(model), str(calibration), str(folder / "sparse"), str(folder / "scratch"), parameters)
-    own = {name: (folder / name, folder / f"{name}-teacher") for name in ("mixtral", "qwen3")}
+    own = {name: (folder / name, folder / f"{name}-teacher") for name in made}
     return {"pruned": (student, model), "sparse": (folder / "sparse", model), "whole": (model, model)} | own
 
 
