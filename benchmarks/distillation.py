@@ -12,6 +12,8 @@ and on text that the teacher writes; the last 20 % and BLiMP measure them. The r
 - activations_aware: training with NVFP4's rounded weights, without and with its rounded activations
 - equal_bytes: the student of `recovery` in INT8 beside all blocks in as many bytes
 - movement_otherwise: magnitude pruning at once, and movement whose scores count less, or alone as in the paper
+- processes: one process, and several that hold a part each of student, optimizer and teacher: tokens/s with loading and
+  saving, and the memory of a GPU; --gpus says how many
 - throughput: trimtab's loop, the same with stored logits, and a Trainer whose compute_loss runs the teacher, by turns:
   same student, batches and precision (bfloat16 with float32 masters on a GPU)
 
@@ -190,6 +192,20 @@ def recovery(benchmark: _Benchmark) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "distilled", {**distilled, **figures}
 
 
+def processes(benchmark: _Benchmark) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Seconds, tokens/s, the held-out loss and the bytes of a GPU, for each number of processes."""
+    for count in benchmark.options.gpus:
+        settings = benchmark.settings(tokens=benchmark.options.comparison_tokens, processes=count, stored_logits=0)
+        output, started = str(benchmark.new("processes")), time.perf_counter()
+        trees = {"checkpoint": benchmark.student, "model": benchmark.model}
+        metrics = work.distill(output=output, scratch=f"{output}-scratch", parameters=_parameters(settings), **trees)
+        seconds = time.perf_counter() - started
+        speed, own = metrics["tokens"] / seconds, torch.cuda.max_memory_reserved() if CUDA else 0
+        figures = {"seconds": seconds, "tokens/s": speed, "gpu_bytes": metrics.get("peak_gpu_bytes", own)}
+        print(f"{count} processes: {speed:,.0f} tokens/s, {figures['gpu_bytes'] / 1e9:.1f} GB", flush=True)
+        yield f"{count} processes", {**figures, "heldout_loss": metrics["heldout_loss_after"]}
+
+
 def throughput(benchmark: _Benchmark) -> Iterator[tuple[str, dict[str, Any]]]:
     """Tokens/s of a training step beside a Trainer's."""
     from throughput import compared  # needs accelerate
@@ -215,6 +231,7 @@ ROWS: dict[str, Callable[[_Benchmark], Iterator[tuple[str, dict[str, Any]]]]] = 
     "activations_aware": activations_aware,
     "equal_bytes": equal_bytes,
     "movement_otherwise": movement_otherwise,
+    "processes": processes,
     "throughput": throughput,
 }
 
@@ -240,6 +257,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--comparison-learning-rate", type=float, default=6e-4)
     parser.add_argument("--sparsities", type=float, nargs="*", default=[0.85, 0.5], help="of `movement`")
     parser.add_argument("--group-size", type=int, default=64, help="of INT4")
+    parser.add_argument("--gpus", type=int, nargs="*", default=[1, 2], help="that share a training, of `processes`")
     parser.add_argument("--rounds", type=int, default=3, help="of throughput")
     parser.add_argument("--steps", type=int, default=20, help="timed in a round")
     parser.add_argument("--warmup-steps", type=int, default=5, help="before them")

@@ -16,13 +16,13 @@ from trimtab.base.errors import Failure, InputError, StageError
 from trimtab.components.distillation.objective.objective import Objective
 from trimtab.components.distillation.objective.teacher import StoredLogits
 from trimtab.components.distillation.text import data
-from trimtab.components.distillation.training import data_parallel
+from trimtab.components.distillation.training import data_parallel, sharding
 from trimtab.components.distillation.training.optimization import schedule
 from trimtab.components.distillation.training.resume import Curve
 from trimtab.components.distillation.training.training import Training, heldout_loss
 from trimtab.components.distillation.weights.masks import KeptZeros
 from trimtab.components.distillation.weights.movement import Movement
-from trimtab.components.distillation.weights.reparametrization import Reparametrization, Together
+from trimtab.components.distillation.weights.reparametrization import Reparametrization, Together, stored_weight
 from trimtab.model import linear_layers
 from trimtab.model.facts import inspect
 from trimtab.planning import checks
@@ -55,9 +55,9 @@ def distill(
     request.write_text(json.dumps(arguments), encoding="utf-8")
     if not data_parallel.launch(count, ["--request", str(request), "--answer", str(answer)]) and not answer.exists():
         raise StageError(f"distill: one of {count} processes ended without an answer; see its log above")
-    found = child.done(json.loads(answer.read_text(encoding="utf-8"))).value
+    done = child.done(json.loads(answer.read_text(encoding="utf-8")))
     shutil.rmtree(scratch, ignore_errors=True)
-    return found
+    return {**done.value, **({"peak_gpu_bytes": done.peak_gpu_bytes} if done.peak_gpu_bytes else {})}
 
 
 def train(
@@ -89,26 +89,27 @@ def train(
     """
     own = {name: value for name, value in files.without(parameters).items() if name != "weights"}
     settings = Distillation.model_validate(own)
-    student, tokenizer = checkpoints.load_for_measuring(Path(checkpoint))
+    _check_batch(settings)
+    student, tokenizer = _loaded(Path(checkpoint))
     _check_pair(Path(checkpoint), Path(model), tokenizer)
     windows = data.read(tokenizer, settings.texts, settings.length, Path(generated) if generated else None)
     batches = data.Batches(windows.training, settings)
-    teacher = teacher_of(Path(model), teacher_logits, windows, student.device)
     change = _change(parameters.get("weights", {}), Path(checkpoint))
     change.attach(student)
+    _share_out(student)
+    change.watch(student)
+    teacher = teacher_of(Path(model), teacher_logits, windows, student.device)
     objective = Objective(student, teacher, settings)
     before = heldout_loss(objective, windows.heldout)
     curve = Training(objective, windows.heldout, batches, settings, Path(scratch), change).run()
     after = heldout_loss(objective, windows.heldout)
     measures = change.measures()
-    change.finish(student)
     improved = after < before
     stopped = len(curve.train) < batches.steps
-    if data_parallel.rank() == 0:
-        kept, outcome = student, ""
-        if change.untrained_is_an_answer and not improved:
-            kept, _ = checkpoints.load(Path(checkpoint), torch.bfloat16)
-            outcome = "; the student is kept as it was"
+    unchanged = change.untrained_is_an_answer and not improved
+    kept = _kept(student, change, Path(checkpoint), unchanged)
+    if kept is not None:
+        outcome = "; the student is kept as it was" if unchanged else ""
         progress.report("distill", f"held-out loss {before:.4f} before, {after:.4f} after{outcome}")
         checkpoints.save(kept.bfloat16(), Path(output), Path(checkpoint))
         told = _told(curve, batches, settings, before, after, improved)
@@ -131,8 +132,44 @@ def teacher_of(model: Path, stored: str | None, windows: data.Windows, device: t
     """Returns the teacher on the device that trains: the model, or its logits where they were stored."""
     if stored:
         return StoredLogits(Path(stored), windows.all, device)
-    teacher, _ = checkpoints.load_for_measuring(model)
-    return teacher.requires_grad_(False)
+    teacher, _ = _loaded(model)
+    teacher.requires_grad_(False)
+    _share_out(teacher)
+    return teacher
+
+
+def _loaded(folder: Path) -> tuple[Any, Any]:
+    """A model and its tokenizer; where several processes train, on its way to being shared out among them."""
+    if data_parallel.count() == 1:
+        return checkpoints.load_for_measuring(folder)
+    return checkpoints.load(folder, torch.bfloat16 if torch.cuda.is_available() else torch.float32, as_stored=True)
+
+
+def _share_out(model: Any) -> None:
+    if data_parallel.count() > 1:
+        sharding.shard(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _kept(student: Any, change: Reparametrization, checkpoint: Path, unchanged: bool) -> Any:
+    """What is written, in the process that writes it, None in others: the student, or what it was before."""
+    if data_parallel.count() == 1:
+        change.finish(student)
+        if not unchanged:
+            return student
+    plain = checkpoints.load(checkpoint, torch.bfloat16)[0] if data_parallel.rank() == 0 else None
+    if not unchanged:
+        sharding.copy_into(plain, student, stored_weight)
+    return plain
+
+
+def _check_batch(settings: Distillation) -> None:
+    """Checks that processes get as many windows each: torchrun may have started others than the recipe knows."""
+    parts = settings.gradient_accumulation * data_parallel.count()
+    if settings.batch_size % parts:
+        raise InputError(
+            f"distill.batch_size: {settings.batch_size} windows in {settings.gradient_accumulation} parts, which "
+            f"{data_parallel.count()} processes do not divide; write a multiple of {parts}"
+        )
 
 
 def _check_pair(student: Path, teacher: Path, tokenizer: Any) -> None:

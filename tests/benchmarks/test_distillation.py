@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-ROWS = ["recovery", "movement", "equal_bytes"]
+ROWS = ["recovery", "movement", "equal_bytes", "processes"]
 
 
 @pytest.fixture
@@ -39,7 +39,10 @@ def test_rows_in_a_row(run):
     assert names["recovery"] == ["dense", "pruned", "distilled"]
     assert names["movement"] == ["movement 85%", "gradual magnitude 85%"]
     assert len(names["equal_bytes"]) == 2
-    assert all(line["perplexity"] > 1 for line in lines)
+    assert names["processes"] == ["1 processes", "2 processes"]
+    one, two = (line["heldout_loss"] for line in lines if line["row"] == "processes")
+    assert two == pytest.approx(one, rel=1e-3)
+    assert all(line["perplexity"] > 1 for line in lines if line["row"] != "processes")
     assert json.loads(printed.splitlines()[-1])["recovery"]["pruned"]["perplexity"] == lines[1]["perplexity"]
 
 

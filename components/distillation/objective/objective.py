@@ -14,6 +14,7 @@ from trimtab.base.errors import InputError
 from trimtab.components.distillation.objective.chunks import loss_in_chunks
 from trimtab.components.distillation.objective.loss import distillation_loss, hidden_loss, stored_distillation_loss
 from trimtab.components.distillation.objective.teacher import StoredLogits
+from trimtab.components.distillation.training import sharding
 from trimtab.families import Logits
 from trimtab.recipe import Distillation
 from trimtab.runtime.decoder import head
@@ -33,10 +34,10 @@ class Objective:
 
     def __init__(self, student: Any, teacher: Any, settings: Distillation):
         self.student, self.teacher, self.settings = student, teacher, settings
-        head.check(student)
         runs = not isinstance(teacher, StoredLogits)
-        if runs:
-            head.check(teacher)
+        for model in (student, teacher) if runs else (student,):
+            sharding.through(model, partial(head.check, model))()
+            sharding.release(model)
         self.pairs = matching_blocks(student, teacher) if settings.hidden_weight else []
         options = (settings.temperature, settings.label_weight, settings.loss)
         compiled = _compiled(distillation_loss if runs else stored_distillation_loss, student.device)
@@ -46,24 +47,38 @@ class Objective:
             self._chunk_loss = partial(_against_states, compiled, behind, *said, options)
         else:
             self._chunk_loss = lambda products, *rows: compiled(head.changed(products, behind), *rows, *options)
+        self._loss = sharding.through(student, self._loss_of)
+        self._taught = sharding.through(teacher, self._taught_by) if runs else None
 
     def __call__(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Returns the mean loss of windows, int64 [windows, length] on the device, at `places` of all windows."""
+        """Returns the mean loss of windows, int64 [windows, length] on the device, at `places` of all windows.
+
+        All processes that hold parts of the student call this together.
+        """
+        loss = self._loss(tokens, places.tolist())  # FSDP would take tensors to the device, and wait for them there
+        if not torch.is_grad_enabled():
+            sharding.release(self.student)
+        return loss
+
+    def _loss_of(self, tokens: torch.Tensor, places: list[int]) -> torch.Tensor:
         wanted = {"use_cache": False, "output_hidden_states": bool(self.pairs)}
         output = self.student.base_model(tokens, **wanted)
         labels = tokens[:, 1:].flatten()
         matched: torch.Tensor | float = 0.0
         if isinstance(self.teacher, StoredLogits):
-            rows = self.teacher.rows(places, tokens.device)
+            rows = self.teacher.rows(torch.tensor(places), tokens.device)
         else:
             with torch.no_grad():
-                target = self.teacher.base_model(tokens, **wanted)
+                target = self._taught(tokens, **wanted)
             rows = (_predicting(target),)
             if self.pairs:
                 states = [(output.hidden_states[s + 1], target.hidden_states[t + 1]) for s, t in self.pairs]
                 matched = self.settings.hidden_weight * hidden_loss(*zip(*states, strict=True))
         embedding = self.student.get_output_embeddings()
         return loss_in_chunks(_predicting(output), embedding, self._chunk_loss, *rows, labels) / len(labels) + matched
+
+    def _taught_by(self, tokens: torch.Tensor, **wanted: bool) -> Any:
+        return self.teacher.base_model(tokens, **wanted)
 
 
 def _predicting(output: Any) -> torch.Tensor:
@@ -132,7 +147,7 @@ def matching_blocks(student: Any, teacher: Any) -> list[tuple[int, int]]:
 
 
 def _norms(block: torch.nn.Module) -> list[torch.Tensor]:
-    return [parameter.detach() for parameter in block.parameters() if parameter.dim() == 1]
+    return [sharding.whole(parameter.detach()).float() for parameter in block.parameters() if parameter.dim() == 1]
 
 
 def _same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:

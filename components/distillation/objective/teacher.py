@@ -19,6 +19,7 @@ from trimtab.base import progress
 from trimtab.base.errors import Failure, InputError
 from trimtab.components.distillation.objective.loss import top
 from trimtab.components.distillation.text import data
+from trimtab.components.distillation.training import data_parallel
 from trimtab.runtime.checkpoint import model_files as checkpoints
 from trimtab.runtime.decoder import head
 
@@ -105,7 +106,10 @@ def _check_disk(folder: Path, tokens: int, count: int, vocabulary: int) -> None:
 
 
 class StoredLogits:
-    """The logits that `teach` stored, on the device that trains where they take at most a quarter of its memory.
+    """The logits that `teach` stored.
+
+    One process has them on the device that trains where they take at most a quarter of its memory, else in the
+    machine's. Several leave them in their files, and each reads the windows of its own rows alone.
 
     Raises:
         Failure: `unsupported`, they are of other windows than the ones given, int64 [windows, length].
@@ -116,18 +120,33 @@ class StoredLogits:
         size = sum(path.stat().st_size for path in paths)
         if device.type == "cuda" and size > torch.cuda.get_device_properties(device).total_memory // 4:
             device = torch.device("cpu")
-        files = [load_file(path) for path in paths]
+        files = [load_file(path) if data_parallel.count() == 1 else _mapped(path) for path in paths]
         tokens = torch.cat([file.pop("tokens") for file in files])
         if tokens.shape != windows.shape or not torch.equal(tokens.long(), windows):
             raise Failure("unsupported", "distill.stored_logits: they were stored for other text than is trained on")
-        names = ("values", "indices", "rest")
-        self._stored = {n: torch.cat([_signed(file.pop(n)).to(device) for file in files]) for n in names}
+        parts = {name: [_signed(file.pop(name)) for file in files] for name in ("values", "indices", "rest")}
+        if data_parallel.count() == 1:
+            parts = {name: [torch.cat([part.to(device) for part in some])] for name, some in parts.items()}
+        self._stored = parts
+        self._windows_in_a_part = len(parts["rest"][0])
 
     def rows(self, places: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, ...]:
         """Returns values, indices [n, k] and rest [n] of the windows at these places of all, on the device."""
-        rows = (tensor[places.to(tensor.device)] for tensor in self._stored.values())
+        rows = (self._rows(parts, places) for parts in self._stored.values())
         values, indices, rest = (tensor.flatten(0, 1).to(device, non_blocking=True) for tensor in rows)
         return values, indices.int() & 0xFFFF if indices.dtype == torch.int16 else indices, rest
+
+    def _rows(self, parts: list[torch.Tensor], places: torch.Tensor) -> torch.Tensor:
+        if len(parts) == 1:
+            return parts[0][places.to(parts[0].device)]
+        wanted = (divmod(place, self._windows_in_a_part) for place in places.tolist())
+        return torch.stack([parts[part][row] for part, row in wanted])
+
+
+def _mapped(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, whose memory is that of the file."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _signed(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,13 @@
-"""Data-parallel training: each process takes its rows of every batch, and gradients are averaged before a step.
+"""Data-parallel training: each process takes its rows of every batch, and all take the same steps.
 
-Gradients are averaged in float32 after the last part of a batch, so any number of processes takes the same steps but
-for rounding. Without a process group everything here does nothing.
+What a process holds of a model, and where its gradients go, is `sharding`'s; here is what processes say to each other.
+Without a process group everything here does nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import distributed
@@ -43,10 +44,32 @@ def _average(bucket: list[torch.Tensor]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
+def add(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of a tensor over the processes, in its place."""
+    if count() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def agreed(flag: bool) -> bool:
+    """Returns what the first process says, to all of them; no GPU is waited for."""
+    if count() == 1:
+        return flag
+    said = torch.tensor(flag)
+    distributed.broadcast(said, 0, group=control())
+    return bool(said)
+
+
+@cache
+def control() -> distributed.ProcessGroup | None:
+    """Returns the group in which processes talk without their GPUs; None where there is one process."""
+    return distributed.new_group(backend="gloo") if count() > 1 else None
+
+
 def wait() -> None:
     """Waits until every process is here."""
     if count() > 1:
-        distributed.barrier()
+        distributed.barrier(group=control())
 
 
 def launch(processes: int, arguments: Sequence[str]) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from trimtab.base import progress
 from trimtab.base.errors import Failure
@@ -18,6 +20,7 @@ from trimtab.components.distillation.training.optimization import Optimizer, sch
 from trimtab.components.distillation.training.resume import Checkpoint, Curve
 from trimtab.components.distillation.weights.reparametrization import Reparametrization
 from trimtab.recipe import Distillation
+from trimtab.runtime.measure import observe
 
 #: Times that the held-out loss is measured during a training, evenly spread; fewer where the training is so short that
 #: more than a window would be measured for every two that are trained on.
@@ -32,15 +35,13 @@ def heldout_loss(objective: Objective, windows: torch.Tensor) -> float:
 
     They are the first of all windows, and each process measures its share of them.
     """
-    student, places = objective.student, data_parallel.share(torch.arange(len(windows)))
-    was_training = student.training
-    student.eval()
+    student, places = objective.student, torch.arange(len(windows))
     total = torch.zeros((), dtype=torch.float64, device=student.device)
-    for some in places.split(_windows_at_once(student, windows.shape[1])):
-        total += objective(windows[some].to(student.device), some) * len(some)
-    student.train(was_training)
-    data_parallel.average([total])
-    return total.item() * data_parallel.count() / len(windows)
+    for part in places.split(data_parallel.count() * _windows_at_once(student, windows.shape[1])):
+        mine = data_parallel.share(part)
+        some = mine if len(mine) else part[:1]  # which counts for nothing: all processes gather each block together
+        total += objective(windows[some].to(student.device), some) * len(mine)
+    return data_parallel.add(total).item() / len(windows)
 
 
 def _windows_at_once(student: nn.Module, length: int) -> int:
@@ -51,17 +52,16 @@ def _keep_block_inputs_alone(student: nn.Module) -> None:
     """Has the student compute each block once more in the backward pass, from its input, instead of keeping what is
     in it: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174).
 
-    Raises:
-        Failure: `unsupported`, transformers has no such way for this architecture.
+    Not by transformers' own way, which is none in evaluation mode, and none for some architectures.
     """
-    if not getattr(student, "supports_gradient_checkpointing", False):
-        what = f"distill.activation_checkpointing: transformers has none for {type(student).__name__}"
-        raise Failure("unsupported", f"{what}; write false, and a larger gradient_accumulation")
-    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for block in observe.blocks(student):
+        again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = again
 
 
 class Training:
-    """One training of a student, in place.
+    """One training of a student, in place; in evaluation mode, so that no random numbers are drawn: a student learns
+    what its teacher says, of which dropout would make something else, and resume is exact.
 
     Args:
         objective: has the student, in the type and on the device that it trains in.
@@ -83,6 +83,7 @@ class Training:
         self.objective, self.heldout, self.batches, self.settings = objective, heldout, batches, settings
         self.student = objective.student
         self.change = change or Reparametrization()
+        self.student.eval()
         if settings.activation_checkpointing:
             _keep_block_inputs_alone(self.student)
         self.optimizer = Optimizer(self.student, settings, self.change.parameter_groups())
@@ -99,7 +100,6 @@ class Training:
         """
         steps = self.batches.steps
         self.curve = self.checkpoint.resume()
-        self.student.train()
         for step in range(len(self.curve.train), steps):
             if self._has_stopped_improving:
                 break
@@ -112,7 +112,7 @@ class Training:
                 self.change.before_step(steps, steps)
             if evaluates:
                 self._evaluate(step + 1)
-            if self.checkpoint.is_due and not last:
+            if not last and self.checkpoint.is_due:
                 self._look()
                 self.checkpoint.save(self.curve)
         if self.curve.best is not None:
@@ -169,7 +169,7 @@ class Training:
         known = dict(self.curve.heldout)
         if self.curve.best is None or loss < known[self.curve.best]:
             self.curve.best = taken
-            self.checkpoint.keep_best()
+            self.checkpoint.keep_best(self.curve)
 
     @property
     def _has_stopped_improving(self) -> bool:

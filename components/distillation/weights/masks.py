@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
-from trimtab.components.distillation.weights.reparametrization import Reparametrization
+from trimtab.components.distillation.training import sharding
+from trimtab.components.distillation.weights.reparametrization import Reparametrization, stored_parameter
 from trimtab.runtime.measure import observe
 
 
@@ -33,8 +35,17 @@ class Mask(nn.Module):
 
 
 class KeptZeros(Reparametrization):
-    """What pruning set to zero stays zero: the student learns with the weights that it has left."""
+    """What pruning set to zero stays zero: the student learns with the weights that it has left.
 
-    def attach(self, student: nn.Module) -> None:
+    A zero without a gradient has no moments, so AdamW leaves it alone; and each process masks the part that it holds.
+    """
+
+    def watch(self, student: nn.Module) -> None:
         for layer in observe.linears(student).values():
-            parametrize.register_parametrization(layer, "weight", Mask(layer.weight.detach() != 0))
+            parameter = stored_parameter(layer)
+            mask = sharding.local(parameter.detach()) != 0
+            parameter.register_post_accumulate_grad_hook(partial(_mask_gradient, mask))
+
+
+def _mask_gradient(mask: torch.Tensor, parameter: torch.Tensor) -> None:
+    sharding.local(parameter.grad).mul_(mask)

@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from trimtab.components.distillation.training import data_parallel
+from trimtab.components.distillation.training import data_parallel, sharding
 from trimtab.components.distillation.weights import masks
 from trimtab.components.distillation.weights.reparametrization import Reparametrization
 from trimtab.recipe import MovementPruning
@@ -188,19 +188,23 @@ class Movement(Reparametrization):
         return [mask.scores for mask in self._masks]
 
     def _magnitudes(self) -> Iterable[torch.Tensor]:
-        return (layer.parametrizations.weight.original.detach().abs().float() for layer in self._all)
+        return (weight.abs().float() for weight in self._weights())
+
+    def _weights(self) -> Iterable[torch.Tensor]:
+        """The weights, one at a time whole in every process."""
+        return (sharding.whole(layer.parametrizations.weight.original.detach()) for layer in self._all)
 
     def _ranks(self) -> Iterable[torch.Tensor]:
         """What the weights of each layer are ranked by."""
         if self.settings.scores == "magnitude":
             return self._magnitudes()
         weight = self.settings.magnitude_weight
-        stored = (layer.parametrizations.weight.original.detach() for layer in self._all)
-        return (mask.scores + weight * mask.contributions(w) for mask, w in zip(self._masks, stored, strict=True))
+        pairs = zip(self._masks, self._weights(), strict=True)
+        return (mask.scores + weight * mask.contributions(w) for mask, w in pairs)
 
     def _see(self, mask: ScoredMask, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         """Watches what a layer reads in the steps before masks are made anew; others are much the same."""
-        if self._looks and layer.training:
+        if self._looks and torch.is_grad_enabled():
             mask.see(inputs[0])
 
     def _keep_top(self, scores: Iterable[torch.Tensor], sparsity: float) -> None:

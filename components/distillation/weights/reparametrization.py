@@ -10,19 +10,26 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 
-def stored_weight(layer: nn.Module) -> torch.Tensor:
-    """Returns the weight that is left of a layer when its changes are baked in, without a gradient.
+def stored_weight(layer: nn.Module, name: str = "weight") -> torch.Tensor:
+    """Returns the weight, or another parameter, that is left of a layer when its changes are baked in, without a
+    gradient.
 
     A parametrization that has `is_stored = False` only stands for what a later stage does to the weight.
     """
-    if not parametrize.is_parametrized(layer, "weight"):
-        return layer.weight.detach()
-    changes = layer.parametrizations.weight
+    if not parametrize.is_parametrized(layer, name):
+        return getattr(layer, name).detach()
+    changes = layer.parametrizations[name]
     weight = changes.original.detach()
     for change in changes:
         if getattr(change, "is_stored", True):
             weight = change(weight)
     return weight.detach()
+
+
+def stored_parameter(layer: nn.Module) -> nn.Parameter:
+    """Returns the parameter that a layer's weight is made of."""
+    is_changed = parametrize.is_parametrized(layer, "weight")
+    return layer.parametrizations.weight.original if is_changed else layer.weight
 
 
 class Reparametrization:
@@ -38,7 +45,11 @@ class Reparametrization:
     untrained_is_an_answer = True
 
     def attach(self, student: nn.Module) -> None:
-        """Changes the student, once, before anything is measured; it is on its device and in its type."""
+        """Changes the student, once, before anything is measured, and before it is shared out among processes."""
+
+    def watch(self, student: nn.Module) -> None:
+        """Looks at the parameters that train, once, before anything is measured: on their device, and where several
+        processes train, those of which this one holds a part."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Returns optimizer groups for parameters that want a learning rate of their own.
@@ -82,6 +93,10 @@ class Together(Reparametrization):
     def attach(self, student: nn.Module) -> None:
         for change in self.changes:
             change.attach(student)
+
+    def watch(self, student: nn.Module) -> None:
+        for change in self.changes:
+            change.watch(student)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [group for change in self.changes for group in change.parameter_groups()]

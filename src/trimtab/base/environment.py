@@ -71,6 +71,17 @@ def gpus() -> int:
 
 
 @cache
+def gpus() -> int:
+    """Returns how many GPUs this process sees; asks CUDA's driver, as `device` does."""
+    count = ctypes.c_int()
+    with contextlib.suppress(OSError):
+        cuda = ctypes.CDLL(_DRIVER)
+        if not cuda.cuInit(0):
+            cuda.cuDeviceGetCount(ctypes.byref(count))
+    return count.value
+
+
+@cache
 def _gpu() -> dict[str, Any] | None:
     """Asks CUDA's driver for its first device; makes no context on it and takes no memory of it."""
     try:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 
 from trimtab.base.schema import Document
 from trimtab.catalog.formats import Storage
 from trimtab.catalog.kv_caches import KV_CACHES
+from trimtab.families.fusion import block_of
 from trimtab.model import shapes
 from trimtab.model.facts import ModelFacts
 from trimtab.model.hardware import GB, Hardware
@@ -181,17 +183,20 @@ def _available(engine: Engine, hardware: Hardware) -> int:
 
 class TrainingMemory(Document):
     """What distillation needs on each device, in bytes: both models' weights, the optimizer's states with the
-    gradients, what is kept for the gradients (`activations`), and the loss with what is computed on the way."""
+    gradients, what is kept for the gradients (`activations`), the loss with what is computed on the way, and where
+    several processes share the models out, what of these is whole at a time (`gathered`)."""
 
     weights: int
     states: int
     activations: int
     loss: int
     available: int
+    gathered: int = 0
+    processes: int = 1
 
     @property
     def total(self) -> int:
-        return self.weights + self.states + self.activations + self.loss
+        return self.weights + self.states + self.activations + self.loss + self.gathered
 
     @property
     def fits(self) -> bool:
@@ -201,8 +206,10 @@ class TrainingMemory(Document):
     def explanation(self) -> str:
         parts = f"{self.weights / GB:.1f} GB weights of student and teacher + {self.states / GB:.1f} GB gradients and "
         parts += f"optimizer + {self.activations / GB:.1f} GB activations + {self.loss / GB:.1f} GB loss"
+        parts += f" + {self.gathered / GB:.1f} GB gathered" if self.gathered else ""
+        where = f" in each of {self.processes} processes" if self.processes > 1 else ""
         fits = "fits" if self.fits else "does not fit"
-        return f"training needs {parts} = {self.total / GB:.1f} GB of {self.available / GB:.0f} GB: {fits}"
+        return f"training needs {parts} = {self.total / GB:.1f} GB{where} of {self.available / GB:.0f} GB: {fits}"
 
 
 def activation_bytes(facts: ModelFacts, width: int = 2) -> int:
@@ -221,22 +228,28 @@ def activation_bytes(facts: ModelFacts, width: int = 2) -> int:
 def training(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> TrainingMemory:
     """Returns what the recipe's distillation needs on each device, of each of its processes alike.
 
-    On a GPU weights are in 16 bits: of each parameter that is trained there are that, its gradient, and in float32 a
-    master, its gradient and two moments, 20 bytes; on a CPU all is float32, 16 bytes. Learned or kept zeros and
-    weights that are rounded while they train add to that in the linear layers. The teacher, with all its weights,
-    stands beside the student unless its logits are stored. `facts` are those of the model before it is pruned.
+    On a GPU one process holds weights in 16 bits: of each parameter that is trained there are that, its gradient, and
+    in float32 a master, its gradient and two moments, 20 bytes; on a CPU all is float32, 16 bytes. Several processes
+    hold a part each of the student in float32, of its gradient and moments, and of the teacher, and gather a block at a
+    time. Scores that are learned, of which each has all, and weights that are rounded while they train add to that in
+    the linear layers. The teacher, with all its weights, stands beside the student unless its logits are stored.
+    `facts` are those of the model before it is pruned.
     """
     distill, on_gpu = recipe.distill, hardware.compute_capability is not None
-    width = 2 if on_gpu else 4
+    width, processes = 2 if on_gpu else 4, distill.processes
     student = shapes.pruned(facts, recipe.prune)
-    states = (18 if on_gpu else 12) * (student.parameters - student.beside)
-    if isinstance(recipe.prune, MovementPruning):
-        states += (16 + width) * student.linear_parameters
+    trained = student.parameters - student.beside
+    teacher = 0 if distill.stored_logits else width * (facts.parameters - facts.beside)  # the rest is not loaded
+    learned, made, gathered = isinstance(recipe.prune, MovementPruning), 0, 0
+    states = (18 if on_gpu and processes == 1 else 12) * trained
     if isinstance(recipe.prune, SparsePruning):
-        states += (1 + width) * student.linear_parameters
-    if distill.quantization_aware:
-        states += width * student.linear_parameters
-    teacher = facts.parameters - facts.beside  # what takes no part in a text's next token is not loaded
+        states += student.linear_parameters
+    if learned or distill.quantization_aware:  # weights that are made of those that train, for each product
+        made = (learned + distill.quantization_aware) * width
+    if processes > 1:
+        again = largest_block(student) if distill.activation_checkpointing else student.linear_parameters
+        gathered = _gathered(facts, student, width, bool(teacher)) + made * again
+        made = 0
     tokens = distill.windows_at_once * distill.length
     block, hidden = activation_bytes(student, width), width * student.hidden_size
     if distill.quantization_aware and recipe.quantize.row.storage.inputs:
@@ -247,33 +260,66 @@ def training(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> TrainingM
     head = (4 + width) * facts.vocab_size * student.hidden_size
     passing = max(tokens, _HELD_OUT_TOKENS[on_gpu]) * width * (4 * facts.hidden_size + 3 * facts.intermediate_size)
     return TrainingMemory(
-        weights=width * (student.parameters - student.beside + (0 if distill.stored_logits else teacher)),
-        states=states,
+        weights=math.ceil(((width if processes == 1 else 4) * trained + teacher) / processes),
+        states=math.ceil(states / processes) + (16 * learned + made) * student.linear_parameters,
         activations=tokens * (kept + 4 * hidden),
         loss=_CHUNK_COPIES * _CHUNK_BYTES[on_gpu] + head + passing,
-        available=hardware.memory_bytes // (1 if on_gpu else distill.processes),
+        available=hardware.memory_bytes // (1 if on_gpu else processes),
+        gathered=gathered,
+        processes=processes,
     )
 
 
-def trainable(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Recipe | None:
-    """Returns the recipe with a training that fits: its batch in as few parts as can be, or else with activation
-    checkpointing too, which costs a third more time; None where no training does."""
-    return next((tried for tried in _trainings(recipe) if training(facts, tried, hardware).fits), None)
+def _gathered(facts: ModelFacts, student: ModelFacts, width: int, runs_teacher: bool) -> int:
+    """Bytes that are whole at a time in one of several processes, as FSDP2 gathers and deals out.
+
+    Both heads are, from the loss to the end of the backward pass. Beside them there is a block, the next one on its way
+    twice, as it comes and unpacked, or in its stead a gradient, and that in float32 as it is averaged; in the end
+    instead the head's gradient in float32, and that of an embedding of its own.
+    """
+    table = facts.vocab_size * student.hidden_size
+    heads = width * (table + runs_teacher * facts.vocab_size * facts.hidden_size)
+    ending = (4 + (0 if student.tied_embeddings else width)) * table
+    return heads + max((3 * width + 4) * largest_block(student), ending)
 
 
-def least_training(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> TrainingMemory:
+def largest_block(facts: ModelFacts) -> int:
+    """Returns the parameters of the linear layers of the largest block."""
+    sizes: Counter[int | None] = Counter()
+    for layer in facts.linears:
+        sizes[block_of(layer.name)] += layer.parameters
+    return max(sizes.values(), default=0)
+
+
+def trainable(facts: ModelFacts, recipe: Recipe, hardware: Hardware, most: int = 1) -> Recipe | None:
+    """Returns the recipe with a training that fits: on as few devices as can be, its batch in as few parts, or else
+    with activation checkpointing too, which costs a third more time; None where no training does.
+
+    Args:
+        most: devices; as many as the recipe's own processes are never too many.
+    """
+    return next((tried for tried in _trainings(recipe, most) if training(facts, tried, hardware).fits), None)
+
+
+def least_training(facts: ModelFacts, recipe: Recipe, hardware: Hardware, most: int = 1) -> TrainingMemory:
     """Returns what the training of the recipe needs that needs the least, one window at a time with checkpointing."""
-    return min((training(facts, tried, hardware) for tried in _trainings(recipe)), key=lambda need: need.total)
+    needs = (training(facts, tried, hardware) for tried in _trainings(recipe, most))
+    return min(needs, key=lambda need: need.total / need.available)
 
 
-def _trainings(recipe: Recipe) -> Iterator[Recipe]:
-    """The recipe with its batch in ever more parts, then so with activation checkpointing."""
-    distill = recipe.distill
-    whole = distill.batch_size // distill.processes
-    for checkpointing in sorted({distill.activation_checkpointing, True}):
-        for parts in (n for n in range(distill.gradient_accumulation, whole + 1) if whole % n == 0):
-            fields = {"gradient_accumulation": parts, "activation_checkpointing": checkpointing}
-            yield recipe.model_copy(update={"distill": distill.model_copy(update=fields)})
+def _trainings(recipe: Recipe, most: int) -> Iterator[Recipe]:
+    """The recipe with its batch in ever more parts, then so with checkpointing, then on twice the devices."""
+    distill, processes = recipe.distill, recipe.distill.processes
+    while processes == distill.processes or (processes <= most and distill.batch_size % processes == 0):
+        whole = distill.batch_size // processes
+        for checkpointing in sorted({distill.activation_checkpointing, True}):
+            for parts in (n for n in range(1, whole + 1) if whole % n == 0):
+                if parts < distill.gradient_accumulation and processes == distill.processes:
+                    continue
+                fields = {"gradient_accumulation": parts, "activation_checkpointing": checkpointing}
+                fields |= {"processes": processes}
+                yield recipe.model_copy(update={"distill": distill.model_copy(update=fields)})
+        processes *= 2
 
 
 def _as_held(recipe: Recipe, hardware: Hardware) -> Recipe:

@@ -39,6 +39,8 @@ _DEVICE_SHARE = 1 / 8
 _SHARD = 512 << 20
 #: Tokens that gradients are averaged over, and of whose logits a teacher stores some at once.
 _GRADIENT_TOKENS, _LOGIT_TOKENS = 4096, 1024
+#: Bytes of a file of a checkpoint of training, which is made in memory (`components.distillation.training.resume`).
+_CHECKPOINT_FILE = 1 << 30
 #: What text is written with: windows at once, and bytes of their KV cache (`components.distillation.text.generation`).
 _WRITTEN_AT_ONCE, _WRITTEN_CACHE = {"cpu": 16, "cuda": 1024}, 16 << 30
 
@@ -98,7 +100,7 @@ class Work:
         at_once = min(tokens, (windows or _WINDOWS[self.device]) * length)
         between = streams * self.width * tokens * facts.hidden_size
         stored = 2 if self.device == "cpu" else 0  # what is read of a file counts until the file is closed
-        block = largest_block(facts)
+        block = memory.largest_block(facts)
         entering = (self.width + stored) * facts.vocab_size * facts.hidden_size
         running = (2 * self.width + stored) * block + at_once * memory.activation_bytes(facts, self.width) + summed
         device = max(entering, running)
@@ -127,7 +129,7 @@ class Work:
         Args:
             written: bytes of the new checkpoint.
         """
-        block = 2 * largest_block(facts)
+        block = 2 * memory.largest_block(facts)
         shard = max(min(_SHARD, facts.bytes), block)
         together = 4 * max((layer.parameters for layer in facts.linears), default=0)
         worked_on = 6 * together
@@ -164,14 +166,6 @@ class Work:
     @property
     def export_bytes(self) -> int:
         return sum(memory.weight_bytes(self.facts, self.recipe))
-
-
-def largest_block(facts: ModelFacts) -> int:
-    """Returns the parameters of the linear layers of the largest block."""
-    sizes: Counter[int | None] = Counter()
-    for layer in facts.linears:
-        sizes[block_of(layer.name)] += layer.parameters
-    return max(sizes.values(), default=0)
 
 
 def gram_bytes(facts: ModelFacts, block: bool = False) -> int:
@@ -215,11 +209,14 @@ def rounding_by_gptq(work: Work, tokens: int, length: int) -> Held:
 
 
 def training(work: Work) -> Held:
-    """See `memory.training`; on a disk a checkpoint and the one that takes its place, and the best student so far."""
-    need = memory.training(work.facts, work.recipe, work.hardware)
+    """See `memory.training`; on a disk a checkpoint and the one that takes its place, and so with the best student so
+    far; in the machine's memory files of it as they are written, and where several processes train, in the first of
+    them the student at the end."""
+    need, distill = memory.training(work.facts, work.recipe, work.hardware), work.recipe.distill
     student = work.left.parameters - work.left.beside
-    disk = 2 * (work.width + 12) * student + work.width * student + 2 * student
+    disk = (2 + 2 * bool(distill.early_stopping)) * 12 * student + 2 * student
+    host = 2 * _CHECKPOINT_FILE + (2 * student if distill.processes > 1 else 0)
     if work.device == "cpu":
-        processes = work.recipe.distill.processes
-        return Held(processes * need.total + work.facts.bytes + work.left.bytes, 0, disk)
-    return Held(need.total, 0, disk)
+        pages = work.facts.bytes + work.left.bytes
+        return Held(distill.processes * need.total + pages, host, disk)
+    return Held(need.total, host, disk)

@@ -21,7 +21,7 @@ from trimtab.planning.candidates import Kit
 from trimtab.planning.checks import refusal
 from trimtab.planning.engine import check_length
 from trimtab.planning.placement import baseline as place_baseline
-from trimtab.planning.placement import for_workload, sized
+from trimtab.planning.placement import for_workload, most_to_train, sized
 from trimtab.planning.resources import Resources
 from trimtab.planning.techniques import candidates
 from trimtab.recipe import Acceptance, Recipe
@@ -229,13 +229,16 @@ def _shown(rung: Rung, needs: Mapping[str, Mapping[str, Resources]]) -> Outlined
 
 def _fitting(recipe: Recipe, facts: ModelFacts, hardware: Hardware) -> str:
     """Says that a training does not fit, and what to write so that it does."""
-    need, fits = training(facts, recipe, hardware), trainable(facts, recipe, hardware)
+    most = most_to_train(recipe, hardware)
+    need, fits = training(facts, recipe, hardware), trainable(facts, recipe, hardware, most)
     if fits is None:
-        least = least_training(facts, recipe, hardware).explanation
+        least = least_training(facts, recipe, hardware, most).explanation
         return f"{least}, even one window at a time; write a larger target, prune more, or leave distill out"
-    parts = f"gradient_accumulation: {fits.distill.gradient_accumulation}"
-    more = " and activation_checkpointing: true" if fits.distill.activation_checkpointing else ""
-    return f"{need.explanation}; write {parts}{more}"
+    fields = ("processes", "gradient_accumulation")
+    pairs = ((name, getattr(recipe.distill, name), getattr(fits.distill, name)) for name in fields)
+    parts = [f"{name}: {better}" for name, own, better in pairs if better != own]
+    parts += ["activation_checkpointing: true"] if fits.distill.activation_checkpointing else []
+    return f"{need.explanation}; write {' and '.join(parts)}"
 
 
 def _users_own(recipe: Recipe, facts: ModelFacts, hardware: Hardware, workload: Workload | None) -> Rung:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
+from trimtab.base import child, environment
 from trimtab.base.errors import InputError
 from trimtab.catalog.formats import FORMATS
 from trimtab.catalog.goals import GOALS
@@ -30,14 +32,16 @@ def place(
 
     Returns the recipe and a note for its reason; or None, and why nothing fits. An emulated format, of weights
     or of the KV cache, is placed only when the user asks for it: it judges accuracy and makes nothing smaller
-    or faster. A training gets the accumulation and the checkpointing with which the target holds it, or is not placed.
+    or faster. A training gets the devices, the accumulation and the checkpointing with which the target holds it, or is
+    not placed.
     """
     if hardware.is_emulated(recipe) or hardware.is_kv_cache_emulated(recipe):
         return None, f"{recipe.title}: only emulated on {hardware.name}"
     if recipe.distill:
-        trained = trainable(facts, recipe, hardware)
+        most = most_to_train(recipe, hardware)
+        trained = trainable(facts, recipe, hardware, most)
         if trained is None:
-            return None, f"{recipe.title}: {least_training(facts, recipe, hardware).explanation}"
+            return None, f"{recipe.title}: {least_training(facts, recipe, hardware, most).explanation}"
         recipe = trained
     if workload:
         try:
@@ -53,7 +57,7 @@ def place(
             continue
         need = memory(facts, placed, hardware)
         if need.fits:
-            return placed, "".join(_devices(placed, hardware))
+            return placed, "; ".join(_devices(placed, hardware))
         reason = need.explanation
     return None, f"{recipe.title}: {reason}"
 
@@ -254,6 +258,15 @@ def _engines(goal: str, recipe: Recipe, facts: ModelFacts, hardware: Hardware) -
                 )
 
 
+def most_to_train(recipe: Recipe, hardware: Hardware) -> int:
+    """Returns how many devices a training may be given: as many as a plan may serve on, and in a run on one's own
+    machine no more than that has."""
+    most = 1 if recipe.engine.backend == "torch" else _most_devices(hardware)
+    here = environment.gpus() if child.RUN_PID in os.environ else 0
+    return min(most, here) if here else most
+
+
 def _devices(recipe: Recipe, hardware: Hardware) -> list[str]:
-    devices = recipe.engine.world_size
-    return [f"needs {devices} {hardware.name}"] if devices > 1 else []
+    devices, trained = recipe.engine.world_size, recipe.distill.processes if recipe.distill else 1
+    needed = [f"needs {devices} {hardware.name}"] if devices > 1 else []
+    return needed + ([f"trained on {trained} {hardware.name}"] if trained > 1 else [])

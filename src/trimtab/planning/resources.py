@@ -128,6 +128,11 @@ def _trained_tokens(work: Work) -> float:
     return work.recipe.distill.tokens
 
 
+def _training_products(work: Work) -> float:
+    tokens = _trained_tokens(work)
+    return 3 * _forward(work.left, tokens) + _forward(work.facts, tokens)
+
+
 #: By the names of `stages.STAGES`, in the order of an attempt.
 ROWS: dict[str, _Row] = {
     "calibrate": _Row(
@@ -158,7 +163,7 @@ ROWS: dict[str, _Row] = {
         lambda recipe: recipe.distill is not None,
         working_memory.training,
         lambda work: work.facts.bytes + work.left.bytes,
-        lambda work: 3 * _forward(work.left, _trained_tokens(work)) + _forward(work.facts, _trained_tokens(work)),
+        lambda work: _training_products(work) / (work.recipe.distill.processes if work.device == "cuda" else 1),
         lambda recipe: recipe.distill.processes,
     ),
     "recalibrate": _Row(

@@ -42,7 +42,8 @@ class Distillation(UserDocument):
     """Keeps only what goes into each block for the gradients, and computes the blocks once more: the same gradients, a
     third more time, and a small part of the memory."""
     processes: Count = 1
-    """Processes that compute a step side by side, a GPU each."""
+    """Processes that compute a step side by side, a GPU each; each holds a part of the student, its gradients and its
+    optimizer, and of the teacher."""
     length: Annotated[int, Field(ge=8)] = 256
     """Length of a window, in tokens."""
     early_stopping: Annotated[int, Field(ge=0)] = 0

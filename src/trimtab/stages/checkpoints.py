@@ -5,8 +5,8 @@ is found there. A pod's node may be gone, so in a pod these files are also put i
 while there is something new, and a stage whose scratch is empty begins with what was put last. That takes at most a
 fifth of the time, for a pause is four times as long as the put before it; content that was sent is not sent again.
 
-A file in a scratch is whole, for it is written beside and renamed: what ends in `.partial` is not finished, and what
-was named at one moment belongs together.
+A file or a folder in a scratch is whole, for it is written beside and renamed: what ends in `.partial` is not finished,
+and what was named at one moment belongs together.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trimtab.store import Store
 INTERVAL = 900.0
 #: The least pause, in units of the time that the last put took.
 PAUSE_OVER_PUT = 4
-#: Endings of files that are being written, or that nobody goes on from.
+#: Endings of files and folders that are being written, or that nobody goes on from.
 UNFINISHED = (".partial", ".log")
 KIND = "checkpoint_of_stage"
 
@@ -122,10 +122,10 @@ def _snapshot(scratch: Path) -> Iterator[dict[str, Path]]:
     """The finished files of one moment by their names: second names of them, which stay when the first are replaced."""
     with tempfile.TemporaryDirectory(prefix="snapshot-", dir=scratch.parent if scratch.is_dir() else None) as folder:
         while True:
-            files = {path.relative_to(scratch).as_posix(): path for path in scratch.rglob("*") if path.is_file()}
-            files = {name: path for name, path in files.items() if not name.endswith(UNFINISHED)}
-            linked = Path(tempfile.mkdtemp(dir=folder))
+            linked, files = Path(tempfile.mkdtemp(dir=folder)), {}
             try:
+                found = {path.relative_to(scratch).as_posix(): path for path in scratch.rglob("*") if path.is_file()}
+                files = {name: path for name, path in found.items() if not _is_unfinished(name)}
                 for name, path in files.items():
                     (linked / name).parent.mkdir(parents=True, exist_ok=True)
                     os.link(path, linked / name)
@@ -136,3 +136,7 @@ def _snapshot(scratch: Path) -> Iterator[dict[str, Path]]:
                 return
             yield {name: linked / name for name in files}
             return
+
+
+def _is_unfinished(name: str) -> bool:
+    return any(part.endswith(UNFINISHED) for part in name.split("/"))

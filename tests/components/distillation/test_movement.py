@@ -114,9 +114,9 @@ def test_a_weight_counts_as_much_as_it_adds_to_the_output():
     seen = [step for step in range(70) if (step + 1) % 8 == 0 or step == 69]
     torch.testing.assert_close(change._masks[0].inputs, len(seen) * 6 * inputs[0, 0].square())
     assert all(torch.equal(layer.weight[0] != 0, inputs[0, 0] > 4) for layer in network.layers)
-    network.eval()
     change.before_step(7, 100)
-    network.layers[0](inputs)
+    with torch.no_grad():
+        network.layers[0](inputs)
     assert change._masks[0].inputs[0].item() == pytest.approx(len(seen) * 6), "held-out text is not counted"
     change.finish(network)
     assert not any(layer._forward_pre_hooks for layer in network.layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -69,8 +70,10 @@ def test_resume_is_exact(steps_done, distill, tmp_path, monkeypatch):
         patch.setattr(training.progress, "report", kill)
         with pytest.raises(Killed):
             distill("killed")
-    # A kill while a checkpoint is written leaves a partial file, which is not read.
-    (tmp_path / "scratch" / "training.partial").write_bytes(b"half")
+    # A kill while a checkpoint is written leaves a partial folder, which is not read.
+    half = tmp_path / "scratch" / f"training-{steps_done + 1:08d}.partial"
+    half.mkdir()
+    (half / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
     resumed = []
     with monkeypatch.context() as patch:
         patch.setattr(resume.progress, "report", lambda stage, text, *counts: resumed.append(text))
@@ -107,6 +110,18 @@ def test_checkpointing_leaves_every_gradient_as_it_was(distill, settings):
     _, checkpointed, told_too = distill("checkpointed", activation_checkpointing=True, **settings)
     assert told_too["train"] == told["train"]
     assert all(torch.equal(checkpointed[name], plain[name]) for name in plain)
+
+
+def test_dropout_is_off(student, model, distill, tmp_path):
+    """Nothing random is drawn in training, so there is nothing of it to resume; nor in blocks that are recomputed."""
+    _, expected, told = distill("plain")
+    other = tmp_path / "other"
+    work.shutil.copytree(student, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    for settings in ({}, {"activation_checkpointing": True}):
+        _, weights, told_too = distill(f"dropout-{len(settings)}", pair=(other, model), **settings)
+        assert told_too == told and all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def kept(model, tokens) -> int:
@@ -174,8 +189,10 @@ def test_divergence_names_the_step_and_leaves_the_last_good_checkpoint(distill, 
     with pytest.raises(Failure, match="the distillation loss is nan at step 3 of 6; a lower learning_rate") as caught:
         distill()
     assert caught.value.failure_class == "training_diverged"
-    left = load_file(tmp_path / "scratch" / "training.safetensors")
-    assert all(torch.isfinite(tensor).all() for tensor in left.values())
+    (kept,) = (tmp_path / "scratch").glob("training-*")
+    (file,) = kept.glob("*.safetensors")
+    left = load_file(file)
+    assert kept.name == "training-00000002" and all(torch.isfinite(tensor).all() for tensor in left.values())
     assert all(tensor == 2 for name, tensor in left.items() if name.startswith("step."))
 
 

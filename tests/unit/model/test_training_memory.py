@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from facts import LLAMA_1B, LLAMA_3B, LLAMA_8B, SMOLLM2
+from facts import LLAMA_1B, LLAMA_3B, LLAMA_8B, LLAMA_70B, SMOLLM2
 
+from trimtab.base import child, environment
 from trimtab.base.errors import InputError
 from trimtab.catalog.goals import GOALS
 from trimtab.model.hardware import GB, GPUS, target
 from trimtab.model.memory import TRAINING_SHARE, activation_bytes, trainable, training
+from trimtab.planning import placement
 from trimtab.planning.matrix import ladder
 from trimtab.recipe import Recipe
 
@@ -62,9 +64,79 @@ def test_what_changes_a_training(more, prune, change):
     assert other.model_dump() == {name: value + change.get(name, 0) for name, value in told.items()}
 
 
+def test_a_training_that_four_gpus_share_by_hand():
+    """An 8B, of whose states one GPU would hold 161 GB, and of both models and their gradients 32."""
+    need = training(LLAMA_8B, recipe("gradient_accumulation: 4, processes: 4"), target("h100"))
+    # a quarter of the student in float32, with its gradient and two moments, and of the teacher in 16 bits
+    assert need.weights == (4 + 2) * LLAMA_8B.parameters / 4 and need.states == 12 * LLAMA_8B.parameters / 4
+    # one window of 2,048 tokens in each process
+    assert need.activations == 2048 * (32 * 200_840 + 4 * 2 * 4096)
+    # whole are both heads in 16 bits, and in the end the head's gradient in float32 and the embedding's in 16 bits,
+    # which are more than a block of 218 million three times in 16 bits, and its gradient in float32
+    table, block = 128_256 * 4096, 218_103_808
+    assert need.gathered == 2 * 2 * table + (4 + 2) * table and 6 * table > (3 * 2 + 4) * block
+    assert need.fits and need.explanation.endswith("in each of 4 processes of 80 GB: fits")
+    assert 61 < need.total / GB < 63
+
+
+def test_what_is_gathered_of_weights_that_are_made_of_others():
+    """Rounded copies of all linear layers wait for the backward pass, or with checkpointing those of one block; scores
+    are whole in every process, with their gradients and moments, and what is kept of zeros is a byte of a part."""
+
+    def needed(more, prune=""):
+        more = f"processes: 4, {more}"
+        return training(LLAMA_8B, recipe(more, prune), target("h200"))
+
+    plain, linear, block = needed("seed: 0"), LLAMA_8B.linear_parameters, 218_103_808
+    rounded = "quantize: {format: int4_rtn}, "
+    assert needed("quantization_aware: true", rounded).gathered == plain.gathered + 2 * linear
+    again = needed("quantization_aware: true, activation_checkpointing: true", rounded)
+    assert again.gathered == plain.gathered + 2 * block
+    learned = needed("seed: 0", "prune: {method: movement, sparsity: 0.5}, ")
+    assert learned.states == plain.states + 16 * linear and learned.gathered == plain.gathered + 2 * linear
+    kept = needed("seed: 0", "prune: {method: magnitude, sparsity: 0.5}, ")
+    assert kept.states == plain.states + linear / 4 and kept.gathered == plain.gathered
+
+
+@pytest.mark.parametrize(
+    ("facts", "gpu", "most", "processes", "parts", "checkpointing"),
+    [
+        (LLAMA_1B, "h100", 8, 1, 2, False),  # one holds it: no second is asked for
+        (LLAMA_3B, "h100", 8, 2, 2, False),
+        (LLAMA_8B, "h100", 8, 4, 4, False),
+        (LLAMA_8B, "h200", 8, 2, 4, False),
+        (LLAMA_8B, "a100-40", 8, 8, 1, True),
+        (LLAMA_8B, "h100", 2, None, None, None),
+        (LLAMA_70B, "h200", 8, None, None, None),
+    ],
+)
+def test_a_training_is_on_as_few_gpus_as_hold_it(facts, gpu, most, processes, parts, checkpointing):
+    found = trainable(facts, recipe(), target(gpu), most)
+    fields = ("processes", "gradient_accumulation", "activation_checkpointing")
+    told = tuple(getattr(found.distill, name) for name in fields) if found else (None, None, None)
+    assert told == (processes, parts, checkpointing)
+
+
+def test_a_training_of_eight_billion_stands_on_the_ladder_of_a_target_of_several():
+    rungs = [rung for rung in ladder("fit_larger_model", LLAMA_8B, target("h100")) if rung.recipe.distill]
+    assert rungs and all("; trained on 4 h100" in rung.why for rung in rungs if rung.recipe.distill.processes == 4)
+    assert max(rung.recipe.distill.processes for rung in rungs) == 4
+    assert all(rung.recipe.distill.processes == 1 for rung in ladder("fit_larger_model", LLAMA_8B, target("h100"),
+               backend="torch") if rung.recipe.distill), "which serves on one"  # fmt: skip
+
+
+def test_on_ones_own_machine_a_training_gets_no_more_gpus_than_there_are(monkeypatch):
+    monkeypatch.setattr(environment, "gpus", lambda: 2)
+    monkeypatch.delenv(child.RUN_PID, raising=False)
+    assert placement.most_to_train(recipe(), target("h100")) == 8, "in a cluster"
+    monkeypatch.setenv(child.RUN_PID, "1")
+    assert placement.most_to_train(recipe(), target("h100")) == 2
+    assert placement.most_to_train(recipe(), target("cpu", 100 * GB)) == 1
+
+
 def test_a_cpu_trains_in_float32_and_its_processes_share_its_memory():
     need = training(LLAMA_1B, recipe("processes: 2"), target("cpu", 100 * GB))
-    assert (need.weights, need.states) == (8 * LLAMA_1B.parameters, 12 * LLAMA_1B.parameters)
+    assert (need.weights, need.states) == (8 * LLAMA_1B.parameters / 2, 12 * LLAMA_1B.parameters / 2)
     assert need.activations == 8 * 2048 * (16 * 200_840 + 4 * 4 * 2048) and need.available == 50 * GB
 
 
@@ -101,7 +173,8 @@ def test_every_training_on_a_ladder_fits(facts, gpu, goal):
     [
         (LLAMA_1B, "h100", 2048, "of 80 GB: does not fit; write gradient_accumulation: 2$"),
         (LLAMA_1B, "a100-40", 8192, "write gradient_accumulation: 8 and activation_checkpointing: true$"),
-        (LLAMA_8B, "h100", 2048, "even one window at a time; write a larger target, prune more, or leave distill out"),
+        (LLAMA_8B, "h100", 2048, "of 80 GB: does not fit; write processes: 4 and gradient_accumulation: 4$"),
+        (LLAMA_8B, "l4", 2048, "even one window at a time; write a larger target, prune more, or leave distill out"),
     ],
 )
 def test_a_training_of_ones_own_that_does_not_fit_is_refused_with_one_that_does(facts, gpu, length, sentence):

@@ -65,6 +65,8 @@ def finish_two_shards_and_die(store: Store):
         for number in (1, 2):
             (scratch / "shards" / f"shard-{number}.safetensors").write_text(f"shard {number}")
         (scratch / "shards" / "shard-3.partial").write_text("half")
+        (scratch / "training-3.partial").mkdir()  # which several processes write into
+        (scratch / "training-3.partial" / "part-1.safetensors").write_text("half")
         until(lambda: kept(store))
         raise StageError("killed")
 

@@ -91,7 +91,8 @@ def training_footprint(recipe: Recipe) -> tuple[float, ...]:
     distill, removed = recipe.distill, (-part for part in removed_by(recipe))
     zeros = isinstance(recipe.prune, SparsePruning) + 2 * isinstance(recipe.prune, MovementPruning)
     return (*removed, zeros, distill.quantization_aware, distill.windows_at_once * distill.length,
-            not distill.activation_checkpointing, distill.hidden_weight > 0, not distill.stored_logits)  # fmt: skip
+            not distill.activation_checkpointing, distill.hidden_weight > 0, not distill.stored_logits,
+            -distill.processes)  # fmt: skip
 
 
 def at_least(left: Sequence[float], right: Sequence[float]) -> bool:

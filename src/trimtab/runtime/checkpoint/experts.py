@@ -44,6 +44,9 @@ class SeparateExperts(nn.ModuleList):
         self._interleaved = not getattr(stacked, "is_concatenated", True)
         #: Experts that are run on every token too, so that their inputs can be measured; nothing of it is used.
         self.run_on_all: Collection[int] = ()
+        #: Whether experts without tokens are run on none, so that each has a gradient, if of zeros: processes that
+        #: train parts of one model deal out all its gradients together.
+        self.runs_without_tokens = False
 
     @property
     def first_layer(self) -> str:
@@ -64,7 +67,7 @@ class SeparateExperts(nn.ModuleList):
         for number in self.run_on_all:
             self.run(number, hidden)
         total = torch.zeros_like(hidden, dtype=torch.result_type(hidden, weights))
-        for number in chosen.unique().tolist():
+        for number in range(len(self)) if self.runs_without_tokens else chosen.unique().tolist():
             if number < len(self):
                 token, place = torch.where(chosen == number)
                 total.index_add_(0, token, (self.run(number, hidden[token]) * weights[token, place, None]).to(total))
@@ -77,7 +80,8 @@ class SeparateExperts(nn.ModuleList):
             if number in self.run_on_all:
                 self.run(number, tokens)
             output = torch.zeros_like(tokens)
-            outputs.append(output.index_copy(0, here, self.run(number, tokens[here])) if len(here) else output)
+            runs = len(here) or self.runs_without_tokens
+            outputs.append(output.index_copy(0, here, self.run(number, tokens[here])) if runs else output)
         return torch.cat(outputs)
 
     def run(self, number: int, hidden: torch.Tensor) -> torch.Tensor:

@@ -29,17 +29,24 @@ _FINGERPRINT_ROWS = 2
 _NEVER_QUANTIZED = re.compile(r"(?:^|\.)(?:\w*embed\w*|\w*norm\w*|wte|wpe)$")
 
 
-def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    folder: Path, dtype: torch.dtype, as_stored: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a plain checkpoint in eval mode, from safetensors only and without running its code.
 
     Its modules have the checkpoint's names, see `runtime.checkpoint.skeleton`; its parameters can be trained.
+
+    Args:
+        dtype: what it computes in.
+        as_stored: leaves weights in their files, which processes of one machine read once for all, and in the type that
+            they have there: for whoever takes a part of each.
 
     Raises:
         InputError: no tokenizer, no safetensors, a broken file, or tensors that the model needs are missing.
     """
     model = skeleton.skeleton(folder, dtype)
     try:
-        _fill(model, Export(folder), dtype)
+        _fill(model, Export(folder), None if as_stored else dtype)
     except (Failure, RuntimeError) as error:
         raise InputError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from None
     model.tie_weights()
@@ -49,16 +56,16 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedT
     return model.requires_grad_(True).eval(), load_tokenizer(folder)
 
 
-def _fill(model: PreTrainedModel, export: Export, dtype: torch.dtype) -> None:
+def _fill(model: PreTrainedModel, export: Export, dtype: torch.dtype | None) -> None:
     places = model.state_dict()
     for name in export.names:
         if name not in places:  # a head that is the embedding once more, or what stands beside the text model
             continue
-        tensor = export.tensor(name)
+        tensor = export.tensor(name) if dtype else export.view(name)
         if tensor.shape != places[name].shape:
             raise Failure("export_damaged", f"{name} is {list(tensor.shape)}, not {list(places[name].shape)}")
         if tensor.is_floating_point():
-            tensor = tensor.to(torch.float32 if skeleton.kept_in_float32(model, name) else dtype)
+            tensor = tensor.to(torch.float32 if skeleton.kept_in_float32(model, name) else dtype or tensor.dtype)
         skeleton.put(model, name, tensor)
 
 

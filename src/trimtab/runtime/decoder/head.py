@@ -27,7 +27,7 @@ SLICE = 4096
 AS_THEY_ARE = Logits()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what a sharded model gathers is trained later
 def check(model: PreTrainedModel) -> None:
     """Checks on two tokens that the model's logits are its head's products, changed as its family says.
 
