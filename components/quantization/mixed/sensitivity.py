@@ -2,10 +2,10 @@
 
 A change of a layer's output by e moves the model's distribution by half of eᵀ F e, F being the Fisher information
 of that output: the mean of g gᵀ over gradients g of the log-probability of tokens that the model itself draws, of
-which the diagonal is taken. One pass forward and backward keeps g and the inputs x of some tokens; then the harm of
-rounding weights, W to W', is the mean over these of half of Σ_i g_i² (W x' - W' x')_i². What rounds the inputs, x to x',
-moves all outputs of all layers that read them at once, so there the diagonal is taken of the inputs' own information,
-whose errors have nothing to do with each other: half of Σ_j (Σ Wᵀ g)_j² (x - x')_j², summed over these layers.
+which the diagonal is taken. One pass forward and backward keeps g and the inputs x of some tokens. Rounding weights, W
+to W', harms by the mean over these of half of Σ_i g_i² (W x' - W' x')_i². Rounding inputs, x to x', moves all outputs
+of all layers that read them at once, so there the diagonal is taken of the information of the inputs, whose errors have
+nothing to do with each other: half of Σ_j (Σ Wᵀ g)_j² (x - x')_j², the inner sum over these layers.
 
 GPTQ makes up for a part of what rounding weights to nearest costs, which is rounded here.
 """
