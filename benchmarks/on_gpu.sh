@@ -19,6 +19,7 @@ part() {
         "$PYTHON" quality.py --model "$MODEL" "${TEXT[@]}" --samples 64 --seeds 3 --jobs "${JOBS:-6}" --formats \
             "mixed, 5.0 bits" "mixed_gpu, 5.0 bits" "mixed_gpu, 5.5 bits" "mixed_gpu, 6.0 bits"
         ;;
+    harms) "$PYTHON" harm.py --model "$MODEL" --text "$DATA/wikitext2_valid.txt" --samples 64 --windows 16 ;;
     trained) "$PYTHON" distillation.py --model "$MODEL" "${TEXT[@]}" --rows activations_aware --generate-seconds 60 ;;
     scale) "$PYTHON" scale.py --model "$MODEL" --grown "$ROOM/8B" --shape 8B --caps none 10 --scratch "$ROOM" ;;
     attempts)

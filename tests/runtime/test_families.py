@@ -81,6 +81,19 @@ def test_what_divides_the_rows_of_the_layer_before_multiplies_the_columns(model_
         assert changed and torch.allclose(model(TOKENS).logits, expected, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("model_type", ["olmo", "olmoe"])
+def test_rows_of_values_that_a_config_may_limit_are_not_divided(model_type: str) -> None:
+    """`clip_qkv` limits what comes out of them, so a model whose values are divided is another."""
+    model = decoders.build(model_type, clip_qkv=0.05)
+    family, attention = families.BY_TYPE[model_type], model.model.layers[0].self_attn
+    assert family.layer_before("model.layers.0.self_attn.o_proj") is None
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        attention.v_proj.weight /= 4
+        attention.o_proj.weight *= 4
+        assert (model(TOKENS).logits - expected).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_checkpoint_is_what_the_family_says(model_type: str, tmp_path: Path) -> None:
     """Shapes by what the features are; and the numbers that transformers' own cache keeps of a token."""

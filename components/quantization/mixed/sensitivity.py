@@ -2,9 +2,10 @@
 
 A change of a layer's output by e moves the model's distribution by half of eᵀ F e, F being the Fisher information
 of that output: the mean of g gᵀ over gradients g of the log-probability of tokens that the model itself draws, of
-which the diagonal is taken. One pass forward and backward keeps g and the inputs x of some tokens; then the harm of a
-format is the mean over these of half of Σ_i g_i² (W x - W' x')_i², where W' and x' are weights and inputs as the format
-rounds them: so the rounding of activations counts as it is (the score of ModelOpt's AutoQuantize, on outputs).
+which the diagonal is taken. One pass forward and backward keeps g and the inputs x of some tokens. Rounding weights, W
+to W', harms by the mean over these of half of Σ_i g_i² (W x' - W' x')_i². Rounding inputs, x to x', moves all outputs
+of all layers that read them at once, so there the diagonal is taken of the information of the inputs, whose errors have
+nothing to do with each other: half of Σ_j (Σ Wᵀ g)_j² (x - x')_j², the inner sum over these layers.
 
 GPTQ makes up for a part of what rounding weights to nearest costs, which is rounded here.
 """
@@ -90,7 +91,7 @@ def _harm(
     scale = torch.ones_like(seen.amax) if scale is None else scale
     scaled = {name: weight * scale for name, weight in weights.items()}
     left = GPTQ_LEAVES if settings.rounding(form) == "gptq" else 1.0
-    harm = 0.0
+    harm, of_inputs = 0.0, None
     for layer, stored in packed_layers.quantize(form, scaled, seen.scaled(scale), settings).items():
         if layer not in kept:  # an expert that none of these tokens was given to
             continue
@@ -98,7 +99,8 @@ def _harm(
         x, gradient = read.to(scale.device).float(), gradient.to(scale.device).float()
         rounded = inputs.rounded(stored.layout.storage.inputs, x / scale, stored.input_scale) * scale
         of_weights = rounded @ (weights[layer] - dequantize(stored) / scale).t()
-        of_inputs = (x - rounded) @ weights[layer].t()
-        squares = of_weights.square().mul_(left) + of_inputs.square()  # the two are not correlated
-        harm += 0.5 * share * float((gradient.square() * squares).sum())
+        harm += 0.5 * share * left * float((gradient.square() * of_weights.square()).sum())
+        of_inputs = gradient @ weights[layer] + (0.0 if of_inputs is None else of_inputs)
+    if of_inputs is not None:
+        harm += 0.5 * share * float((of_inputs.square() * (x - rounded).square()).sum())
     return harm

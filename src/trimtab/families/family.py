@@ -253,7 +253,7 @@ class Family:
     def _makers(self) -> dict[str, str]:
         """Names in a block: of a layer, and of the one that `layer_before` gives."""
         found, heads, mlp = {}, self.attention, self.mlp
-        if isinstance(heads, Attention) and not (heads.qkv or heads.own_scores):
+        if isinstance(heads, Attention) and not (heads.qkv or heads.own_scores or heads.clips):
             found[heads.inputs[1].layers[0].name] = heads.inputs[0].layers[2].name
         if mlp and mlp.gate and not mlp.gate_up:
             found[mlp.inputs[1].layers[0].name] = mlp.inputs[0].layers[1].name

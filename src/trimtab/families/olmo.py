@@ -37,7 +37,7 @@ FAMILIES = (
     ),
     Family(
         "olmoe",
-        attention=Attention(head_norms=("q_norm", "k_norm"), head_norms_span="heads"),
+        attention=Attention(head_norms=("q_norm", "k_norm"), head_norms_span="heads", clips=True),
         mlp=None,
         experts=Experts(size="intermediate_size"),
         output_bias=("attention_bias", False),
@@ -46,7 +46,7 @@ FAMILIES = (
     # Norms without weights, which checkpoints do not hold.
     Family(
         "olmo",
-        attention=Attention(norm=None),
+        attention=Attention(norm=None, clips=True),
         mlp=Mlp(norm=None),
         norm="none",
         norms=(),

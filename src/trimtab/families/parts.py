@@ -58,7 +58,7 @@ class Attention:
     whether they are there, and `head_norms_span` what they have weights for: one head, whichever it is; each head by
     itself, [heads, head_dim]; all heads, in one norm. `own_scores`: the module computes attention itself, so the engine
     has no place to round or page what it keeps. `gated`: `query` makes a gate of what comes out too, as wide as the
-    queries.
+    queries. `clips`: a config may limit what queries, keys and values hold.
     """
 
     module: str = "self_attn"
@@ -73,6 +73,7 @@ class Attention:
     head_norms_span: Literal["head", "each head", "heads"] = "head"
     own_scores: bool = False
     gated: bool = False
+    clips: bool = False
 
     @property
     def inputs(self) -> tuple[SharedInput, ...]:

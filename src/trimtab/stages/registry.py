@@ -168,7 +168,7 @@ STAGES: dict[str, Stage] = {
                 "group_size": recipe.quantize.group_size,
             },
             environment=always(QUANTIZED),
-            version=4,
+            version=5,
         ),
         Stage(
             name="quantize",

@@ -396,20 +396,26 @@ def test_time_is_a_second_budget(export, model):
     assert {layout.algo for layout in Export(folder).layers.values()} == {"FP8"}
 
 
-def test_the_harm_of_a_layer_counts_both_its_roundings(model, calibration, harms):
-    """Against the definition, on the tokens that were kept: half of the mean of g² (W x - W' x')²."""
+@pytest.mark.parametrize("names", [("2.mlp.down_proj",), ("1.mlp.gate_proj", "1.mlp.up_proj")])
+def test_the_harm_of_layers_counts_both_their_roundings(names, model, calibration, harms):
+    """Against the definition, on the tokens that were kept: of weights each output by itself, of inputs what they do to
+    all outputs of all layers that read them."""
     tokens = load_file(calibration / "tokens.safetensors")["tokens"].long()
-    name = "model.layers.2.mlp.down_proj"
-    x, g, share = gradients.samples(model, gradients.enough(tokens), "")[name]
+    kept, layers = gradients.samples(model, gradients.enough(tokens), ""), [f"model.layers.{name}" for name in names]
+    x, g, share = kept[layers[0]]
     assert len(x) == len(g) and len(x) * share == pytest.approx(1.0, rel=0.2)
-    weight = Export(model).tensor(f"{name}.weight").float()
-    amax = load_file(calibration / "statistics.safetensors")[f"{name}.amax"].max()
-    rounded = [t.float() for t in (layer_layout.round_fp8(x, amax / 448),
-                                   layer_layout.round_fp8(weight, weight.abs().max() / 448))]  # fmt: skip
-    change = x @ weight.t() - rounded[0] @ rounded[1].t()
-    expected = 0.5 * share * (g.square() * change.square()).sum().item()
+    amax = load_file(calibration / "statistics.safetensors")[f"{layers[0]}.amax"].max()
+    weights = {layer: Export(model).tensor(f"{layer}.weight").float() for layer in layers}
+    largest = max(weight.abs().max() for weight in weights.values())
+    rounded = layer_layout.round_fp8(x, amax / 448).float()
+    expected, moved = 0.0, torch.zeros_like(x)
+    for layer, weight in weights.items():
+        change = rounded @ (weight - layer_layout.round_fp8(weight, largest / 448).float()).t()
+        expected += 0.5 * share * (kept[layer].gradients * change).square().sum().item()
+        moved += kept[layer].gradients @ weight
+    expected += 0.5 * share * (moved * (x - rounded)).square().sum().item()
     found = sensitivity.read(harms)
-    assert found[name]["fp8"] == pytest.approx(expected, rel=0.1), "but for what both roundings have in common"
+    assert found[layers[0]]["fp8"] == pytest.approx(expected, rel=1e-3)
     for each in found.values():
         assert each["int8_wo"] < each["nvfp4_wo"] < each["nvfp4"] and each["int4_gptq"] < each["int4_rtn"]
 
