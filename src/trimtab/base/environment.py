@@ -62,14 +62,6 @@ def device() -> dict[str, Any]:
     return found or {"processor": _processor(), "threads": _threads()}
 
 
-def gpus() -> int:
-    """Returns how many GPUs this process sees, of which `device` tells of the first."""
-    count = ctypes.c_int()
-    if "gpu" in device():
-        ctypes.CDLL(_DRIVER).cuDeviceGetCount(ctypes.byref(count))
-    return count.value
-
-
 @cache
 def gpus() -> int:
     """Returns how many GPUs this process sees; asks CUDA's driver, as `device` does."""

@@ -109,7 +109,7 @@ class Work:
     def by_block(self, recipe: Recipe, tokens: int) -> Held:
         """An engine that scores so many tokens together, a block at a time, in 16 bits (`runtime.engines.by_block`)."""
         facts, stored = self.facts, 2 if self.device == "cpu" else 0
-        block, at_once = largest_block(facts), min(tokens, recipe.engine.max_num_tokens)
+        block, at_once = memory.largest_block(facts), min(tokens, recipe.engine.max_num_tokens)
         outside = (2 + stored) * (facts.parameters - facts.linear_parameters)
         running = (4 + stored) * block + memory.step_bytes(facts, at_once)
         return self._through_blocks(max(outside, running), 2 * tokens * facts.hidden_size, 6 * block)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
-from trimtab.base import child, environment
 from trimtab.base.errors import InputError
 from trimtab.catalog.formats import FORMATS
 from trimtab.catalog.goals import GOALS
@@ -259,11 +257,8 @@ def _engines(goal: str, recipe: Recipe, facts: ModelFacts, hardware: Hardware) -
 
 
 def most_to_train(recipe: Recipe, hardware: Hardware) -> int:
-    """Returns how many devices a training may be given: as many as a plan may serve on, and in a run on one's own
-    machine no more than that has."""
-    most = 1 if recipe.engine.backend == "torch" else _most_devices(hardware)
-    here = environment.gpus() if child.RUN_PID in os.environ else 0
-    return min(most, here) if here else most
+    """Returns how many devices a training may be given: as many as a plan may serve on."""
+    return 1 if recipe.engine.backend == "torch" else _most_devices(hardware)
 
 
 def _devices(recipe: Recipe, hardware: Hardware) -> list[str]:

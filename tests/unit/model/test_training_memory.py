@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from facts import LLAMA_1B, LLAMA_3B, LLAMA_8B, LLAMA_70B, SMOLLM2
 
-from trimtab.base import child, environment
 from trimtab.base.errors import InputError
 from trimtab.catalog.goals import GOALS
 from trimtab.model.hardware import GB, GPUS, target
@@ -125,12 +124,9 @@ def test_a_training_of_eight_billion_stands_on_the_ladder_of_a_target_of_several
                backend="torch") if rung.recipe.distill), "which serves on one"  # fmt: skip
 
 
-def test_on_ones_own_machine_a_training_gets_no_more_gpus_than_there_are(monkeypatch):
-    monkeypatch.setattr(environment, "gpus", lambda: 2)
-    monkeypatch.delenv(child.RUN_PID, raising=False)
+def test_on_ones_own_machine_a_training_gets_no_more_gpus_than_there_are():
     assert placement.most_to_train(recipe(), target("h100")) == 8, "in a cluster"
-    monkeypatch.setenv(child.RUN_PID, "1")
-    assert placement.most_to_train(recipe(), target("h100")) == 2
+    assert placement.most_to_train(recipe(), target("h100").model_copy(update={"devices": 2})) == 2
     assert placement.most_to_train(recipe(), target("cpu", 100 * GB)) == 1
 
 
