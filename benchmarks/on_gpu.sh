@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What is measured on a GPU each round, in parts that can run beside each other; each part writes its log and exit code.
 # Run in benchmarks/: PYTHON=python bash on_gpu.sh PART... with MODEL (a folder with SmolLM2-135M-Instruct), DATA (a
-# folder with wikitext2_valid.txt and blimp/), OUT (for logs) and ROOM (a folder with 100 GB of room).
+# folder with wikitext2_valid.txt and blimp/), OUT (for logs), ROOM (a folder with 100 GB of room) and, if there is one,
+# OTHERS (the Python of an environment with other people's tools, see others.py).
 set -u
 PYTHON=${PYTHON:-python}
 TEXT=(--text "$DATA/wikitext2_valid.txt" --blimp "$DATA/blimp")
@@ -13,7 +14,7 @@ part() {
     four_bits)
         "$PYTHON" quality.py --model "$MODEL" "${TEXT[@]}" --samples 64 --seeds 3 --jobs "${JOBS:-8}" --formats \
             int4_gptq "int4_gptq, at once" "int4_gptq, asymmetry 1" nvfp4 "nvfp4, at once" nvfp4_wo "nvfp4_wo, at once" \
-            mxfp4_wo "mxfp4_wo, at once" int8_sq int4_awq
+            mxfp4_wo "mxfp4_wo, at once" int8_sq int4_awq ${OTHERS:+--others "$OTHERS"}
         ;;
     mixed)
         "$PYTHON" quality.py --model "$MODEL" "${TEXT[@]}" --samples 64 --seeds 3 --jobs "${JOBS:-6}" --formats \

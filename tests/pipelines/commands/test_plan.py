@@ -45,9 +45,9 @@ def planned(capsys: pytest.CaptureFixture[str], *options: str) -> dict:
 
 
 def test_for_scripts(config, capsys):
-    found = planned(capsys, "--model", config, "--target", "h100", "--goal", "lower_latency")
-    assert (found["goal"], found["target"]) == ("lower_latency", "h100")
-    assert found["baseline"]["placement"]["devices"] == 1 and "h100" in found["baseline"]["why"]
+    found = planned(capsys, "--model", config, "--target", "l4", "--goal", "lower_latency")
+    assert (found["goal"], found["target"]) == ("lower_latency", "l4")
+    assert found["baseline"]["placement"]["devices"] == 1 and "l4" in found["baseline"]["why"]
     assert found["rungs"][0]["recipe"]["quantize"]["format"] == "fp8" and found["rungs"][0]["why"]
     assert {"title", "why"} <= set(found["refused"][0])
     needed = found["rungs"][0]["resources"]
@@ -57,8 +57,8 @@ def test_for_scripts(config, capsys):
 
 
 def test_for_people(config, capsys):
-    code, out, _ = plan(capsys, "--model", config, "--target", "h100", "--goal", "lower_latency")
-    assert code == 0 and "lower_latency on h100, trtllm" in out and "baseline" in out and "not tried: " in out
+    code, out, _ = plan(capsys, "--model", config, "--target", "l4", "--goal", "lower_latency")
+    assert code == 0 and "lower_latency on l4, trtllm" in out and "baseline" in out and "not tried: " in out
     assert "what each stage needs" in out and "recalibrate" in out and "1 x " in out and " min" in out
 
 
