@@ -6,6 +6,7 @@ Without a process group everything here does nothing.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from functools import cache
 
@@ -17,6 +18,8 @@ from trimtab.runtime.parallel.torchrun import count, rank
 
 #: Bytes that are averaged at once: many small tensors in one message.
 BUCKET_BYTES = 64 << 20
+#: What torchrun handles while its processes run, and leaves so when they have ended.
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def share(rows: torch.Tensor) -> torch.Tensor:
@@ -75,7 +78,8 @@ def wait() -> None:
 def launch(processes: int, arguments: Sequence[str]) -> bool:
     """Runs `python -m trimtab.components.distillation` with the arguments in that many processes, as torchrun does.
 
-    Returns whether all of them came to their end; where one fails, the others are ended.
+    Returns whether all of them came to their end; where one fails, the others are ended. What this process did at the
+    signals that torchrun passes on to them, it does again afterwards.
 
     Raises:
         InputError: fewer GPUs than that.
@@ -87,8 +91,12 @@ def launch(processes: int, arguments: Sequence[str]) -> bool:
         have = torch.cuda.device_count()
         raise InputError(f"distill.processes: {processes}, and there are {have} GPUs; write at most {have}")
     options = ["--standalone", f"--nproc-per-node={processes}", "-m", "trimtab.components.distillation"]
+    own = {number: signal.getsignal(number) for number in _PASSED_ON}
     try:
         run.main([*options, *arguments])
     except ChildFailedError:
         return False
+    finally:
+        for number, handler in own.items():
+            signal.signal(number, handler)
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -25,10 +26,12 @@ FOLDER = distillation.__path__[0]
 def test_two_processes_give_the_curve_of_one(distill, tmp_path):
     """A stage that starts torchrun, against one that trains by itself: with gradients in parts, too."""
     alone, _, told = distill("alone")
+    before = signal.getsignal(signal.SIGTERM)
     both, weights, told_both = distill("both", processes=2, gradient_accumulation=2)
     assert told_both["train"] == pytest.approx(told["train"], rel=1e-4)
     assert [loss for _, loss in told_both["heldout"]] == pytest.approx([loss for _, loss in told["heldout"]], rel=1e-4)
     assert both["steps"] == alone["steps"] == 6 and not (tmp_path / "scratch").exists()
+    assert signal.getsignal(signal.SIGTERM) == before, "torchrun left its own"
 
 
 def test_processes_take_turns_with_rows(monkeypatch):
