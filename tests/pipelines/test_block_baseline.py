@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import tiny
 
+from trimtab.model import hardware
+from trimtab.pipelines.commands import main
+
 pytestmark = pytest.mark.slow
 
 #: What the target is told to have. In 16 bits the model needs 29 MB, in four bits 23, and two blocks of it 14.
@@ -43,27 +46,35 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(home: Path, verb: str, *options: str) -> subprocess.CompletedProcess[str]:
-    asked = [sys.executable, "-m", "trimtab.pipelines.commands.main", verb, "--model", str(home / "model")]
-    asked += ["--tasks", tiny.TASK, "--task-path", str(home / "tasks"), "--evaluation", "evaluation.yaml"]
-    asked += ["--recipe", "recipe.yaml", *options]
-    environment = {**os.environ, "TRIMTAB_CACHE": str(home / "cache"), "PYTHONPATH": str(home / "site")}
-    return subprocess.run(asked, cwd=home, env=environment, capture_output=True, text=True, timeout=900)
+def asked(home: Path) -> list[str]:
+    tasks = ["--tasks", tiny.TASK, "--task-path", str(home / "tasks"), "--evaluation", "evaluation.yaml"]
+    return ["--model", str(home / "model"), *tasks, "--recipe", "recipe.yaml"]
 
 
-def test_the_plan_says_so_before(home: Path) -> None:
-    done = command(home, "plan", "--json")
-    assert done.returncode == 0, done.stderr
-    baseline = json.loads(done.stdout)["baseline"]
+@pytest.fixture
+def here(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command in this process, as in those of the run."""
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("TRIMTAB_CACHE", str(home / "cache"))
+    monkeypatch.setattr(hardware, "machine_memory", lambda: MEMORY)
+
+
+def test_the_plan_says_so_before(home: Path, here: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["plan", *asked(home), "--json"]) == 0
+    baseline = json.loads(capsys.readouterr().out)["baseline"]
     assert baseline["recipe"]["engine"]["by_block"]
     assert "block by block on one cpu, for this machine's 0 GB of memory do not hold its 0 GB" in baseline["why"]
     assert "likelihoods alone, and no speed; slow, about " in baseline["why"]
-    done = command(home, "plan", "--goal", "lower_latency")
-    assert done.returncode == 2 and "goal: fit_larger_model or long_context, for which its speed is not" in done.stderr
+    assert main.main(["plan", *asked(home), "--goal", "lower_latency"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "goal: fit_larger_model or long_context, for which its speed is not" in said
 
 
-def test_a_run_ends_with_a_release(home: Path) -> None:
-    done = command(home, "run", "--store", "store", "--max-attempts", "1")
+def test_a_run_ends_with_a_release(home: Path, here: None) -> None:
+    command = [sys.executable, "-m", "trimtab.pipelines.commands.main", "run", *asked(home), "--store", "store"]
+    environment = {**os.environ, "PYTHONPATH": str(home / "site")}
+    streams = {"capture_output": True, "text": True}
+    done = subprocess.run([*command, "--max-attempts", "1"], env=environment, timeout=900, **streams)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((home / "store" / "releases" / "model" / "000001.json").read_text())
     assert record["verdict"]["outcome"] == "accepted" and record["verdict"]["confirmed"]
@@ -74,8 +85,4 @@ def test_a_run_ends_with_a_release(home: Path) -> None:
     assert "scoring, pass 1 of" in done.stderr
     (page,) = [Path(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("report")]
     assert "not measured: block by block" in page.read_text()
-    done = subprocess.run(
-        [sys.executable, "-m", "trimtab.pipelines.commands.main", "verify", "model", "--store", "store"],
-        cwd=home, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert main.main(["verify", "model", "--store", "store"]) == 0
