@@ -32,9 +32,6 @@ from torch import nn
 TILE = 256 << 10
 #: With more rows than this a product is long enough that larger tiles pay: BLAS packs what it multiplies.
 FEW = 64
-#: Rows that PyTorch's own loop takes one by one in less time than it takes to widen a weight, of so many numbers at
-#: most, which the caches hold meanwhile.
-ONE_BY_ONE, SMALL = 4, 1 << 20
 #: Tiles are whole multiples of this many outputs, which is a block of the packed INT4 layout too.
 BLOCK = 64
 
@@ -101,7 +98,7 @@ def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None
     x_RI = x.reshape(-1, x.shape[-1])
     if dtype() == torch.bfloat16 or len(x_RI) <= 1:  # of a single row PyTorch's loop is as fast
         return F.linear(x, weight_OI, bias_O)
-    y_RO = _product(x_RI, weight_OI)
+    y_RO = exact(x_RI, weight_OI)
     if bias_O is not None:
         y_RO += bias_O
     # Rows that lie in memory as they do behind a model's own layer, whose features some read as complex numbers.
@@ -111,14 +108,7 @@ def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None
 def scaled(x_RI: torch.Tensor, weight_OI: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Returns x @ w.T of tensors in bfloat16 times a float32 scale, one or one an output; bfloat16 [R, O]."""
     fast = dtype() == torch.bfloat16 or len(x_RI) <= 1
-    return ((F.linear if fast else _product)(x_RI, weight_OI) * scale).bfloat16()
-
-
-def _product(x_RI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """Returns x @ w.T of tensors in bfloat16 where the processor has no instructions for it, [R, O]."""
-    if len(x_RI) <= ONE_BY_ONE and weight_OI.numel() <= SMALL:
-        return torch.cat([F.linear(x_1I, weight_OI) for x_1I in x_RI.split(1)])
-    return exact(x_RI, weight_OI)
+    return ((F.linear if fast else exact)(x_RI, weight_OI) * scale).bfloat16()
 
 
 def exact(x_RI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
