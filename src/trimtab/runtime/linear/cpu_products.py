@@ -67,7 +67,7 @@ def integers_are_exact() -> bool:
 def outputs_first() -> bool:
     """Returns whether BLAS is quicker here with few rows when the long side, the outputs, comes first: that is timed.
 
-    MKL is so on Intel's processors, and on AMD's takes three times as long as it does the other way round.
+    MKL was so on an Intel processor, and took up to three times as long on an AMD one as it does the other way round.
     """
     x_RI, w_OI = torch.ones(8, 1024), torch.ones(256, 1024)
     x_IR = x_RI.t().contiguous()
