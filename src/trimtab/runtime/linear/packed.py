@@ -108,15 +108,4 @@ class Emulated(PackedLinear):
 
     def rounded(self, x_RI: torch.Tensor) -> torch.Tensor:
         """The activations as the format's product sees them."""
-        how = self.layout.storage.inputs
-        at_once = max(1, cpu_products.TILE * torch.get_num_threads() // 4 // self.in_features)
-        if how is None or x_RI.device.type != "cpu" or len(x_RI) <= at_once:
-            return inputs.rounded(how, x_RI, self.input_scale).bfloat16()
-        # It takes about ten steps over the numbers in float32: some rows at a time stay in the processor's cache.
-        scale = self.input_scale
-        if scale is None and how.scale != "token":
-            scale = inputs.static_scale(how, x_RI.abs().max())
-        rounded_RI = torch.empty(x_RI.shape, dtype=torch.bfloat16)
-        for rows_RI, part_RI in zip(x_RI.split(at_once), rounded_RI.split(at_once), strict=True):
-            part_RI.copy_(inputs.rounded(how, rows_RI, scale))
-        return rounded_RI
+        return inputs.rounded(self.layout.storage.inputs, x_RI, self.input_scale, torch.bfloat16).bfloat16()
