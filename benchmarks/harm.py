@@ -21,17 +21,14 @@ from measuring import Measuring, add_arguments
 from safetensors.torch import load_file
 
 from trimtab.components.calibration.work import calibrate
-from trimtab.components.quantization.methods import packed_layers
 from trimtab.components.quantization.methods.packed_layers import Input
 from trimtab.components.quantization.mixed import assignment, sensitivity
 from trimtab.families import fusion
 from trimtab.model.facts import inspect
 from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint import model_files
-from trimtab.runtime.checkpoint.layer_layout import dequantize
 from trimtab.runtime.measure import observe
 from trimtab.runtime.measure.measurements import Measurements
-from trimtab.runtime.rounding import inputs
 
 MIX = "mixed_gpu"
 
@@ -88,20 +85,15 @@ class Losses:
         settings, device = Quantization(format=form), self.model.device
         weights = {layer: self._plain[layer].float() for layer in layers}
         seen = Input(*(self._measured[f"{layers[0]}.{part}"].to(device) for part in ("amax", "second_moment")))
-        scale = packed_layers.channel_scale(form, weights, seen, settings)
-        scale = torch.ones_like(seen.amax) if scale is None else scale
-        scaled = {layer: weight * scale for layer, weight in weights.items()}
         part = (sensitivity.GPTQ_LEAVES if settings.rounding(form) == "gptq" else 1.0) ** 0.5
         found = {}
-        for layer, stored in packed_layers.quantize(form, scaled, seen.scaled(scale), settings).items():
-            weight, plain = dequantize(stored) / scale, weights[layer]
+        for layer, made in sensitivity.simulated(form, weights, seen, settings).items():
 
-            def round_inputs(_: torch.nn.Module, args: tuple[Any, ...], stored: Any = stored) -> tuple[Any, ...]:
-                x = args[0]
-                rounded = inputs.rounded(stored.layout.storage.inputs, x / scale, stored.input_scale) * scale
-                return rounded.to(x.dtype), *args[1:]
+            def round_inputs(_: torch.nn.Module, args: tuple[Any, ...], made: Any = made) -> tuple[Any, ...]:
+                return made.rounded(args[0]).to(args[0].dtype), *args[1:]
 
-            found[layer] = (plain + part * (weight - plain)).to(self._plain[layer].dtype), round_inputs
+            weight = weights[layer] + part * (made.weight - weights[layer])
+            found[layer] = weight.to(self._plain[layer].dtype), round_inputs
         return found
 
 

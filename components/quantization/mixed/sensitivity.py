@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from trimtab.components.quantization.methods.packed_layers import Input
 from trimtab.families import fusion
 from trimtab.model.facts import inspect as read_facts
 from trimtab.recipe import Quantization
-from trimtab.runtime.checkpoint.layer_layout import dequantize
+from trimtab.runtime.checkpoint.layer_layout import Quantized, dequantize
 from trimtab.runtime.checkpoint.model_files import Export
 from trimtab.runtime.measure import gradients, measurements
 from trimtab.runtime.measure.gradients import Sample
@@ -77,6 +78,43 @@ def read(folder: Path) -> dict[str, dict[str, float]]:
     return json.loads((folder / "sensitivity.json").read_text(encoding="utf-8"))
 
 
+@dataclass(frozen=True)
+class Simulated:
+    """A layer as a format computes it, in the source's units: `scale` is what its channels were multiplied by, [in]."""
+
+    stored: Quantized
+    scale: torch.Tensor
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The rounded weight, float32 [out, in]."""
+        return dequantize(self.stored) / self.scale
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns what the layer reads, [..., in], as the format's product sees it, float32."""
+        return inputs.rounded(self.stored.layout.storage.inputs, x / self.scale, self.stored.input_scale) * self.scale
+
+
+def simulated(
+    form: str,
+    weights: Mapping[str, torch.Tensor],
+    seen: Input,
+    settings: Quantization,
+    scales_channels: bool = True,
+) -> dict[str, Simulated]:
+    """Returns layers that share an input, float32 [out, in] each, in a format, weights rounded to nearest.
+
+    Args:
+        seen: of the input, without its Gram matrix.
+        scales_channels: whether the input's channels may be scaled.
+    """
+    scale = packed_layers.channel_scale(form, weights, seen, settings) if scales_channels else None
+    scale = torch.ones_like(seen.amax) if scale is None else scale
+    scaled = {name: weight * scale for name, weight in weights.items()}
+    made = packed_layers.quantize(form, scaled, seen.scaled(scale), settings)
+    return {name: Simulated(stored, scale) for name, stored in made.items()}
+
+
 @torch.inference_mode()
 def _harm(
     form: str,
@@ -87,18 +125,15 @@ def _harm(
     scales_channels: bool,
 ) -> float:
     settings = Quantization(format=form, group_size=group_size)
-    scale = packed_layers.channel_scale(form, weights, seen, settings) if scales_channels else None
-    scale = torch.ones_like(seen.amax) if scale is None else scale
-    scaled = {name: weight * scale for name, weight in weights.items()}
     left = GPTQ_LEAVES if settings.rounding(form) == "gptq" else 1.0
     harm, of_inputs = 0.0, None
-    for layer, stored in packed_layers.quantize(form, scaled, seen.scaled(scale), settings).items():
+    for layer, made in simulated(form, weights, seen, settings, scales_channels).items():
         if layer not in kept:  # an expert that none of these tokens was given to
             continue
         read, gradient, share = kept[layer]
-        x, gradient = read.to(scale.device).float(), gradient.to(scale.device).float()
-        rounded = inputs.rounded(stored.layout.storage.inputs, x / scale, stored.input_scale) * scale
-        of_weights = rounded @ (weights[layer] - dequantize(stored) / scale).t()
+        x, gradient = read.to(seen.amax.device).float(), gradient.to(seen.amax.device).float()
+        rounded = made.rounded(x)
+        of_weights = rounded @ (weights[layer] - made.weight).t()
         harm += 0.5 * share * left * float((gradient.square() * of_weights.square()).sum())
         of_inputs = gradient @ weights[layer] + (0.0 if of_inputs is None else of_inputs)
     if of_inputs is not None:
