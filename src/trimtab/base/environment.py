@@ -65,23 +65,17 @@ def device() -> dict[str, Any]:
 @cache
 def gpus() -> int:
     """Returns how many GPUs this process sees; asks CUDA's driver, as `device` does."""
-    count = ctypes.c_int()
-    with contextlib.suppress(OSError):
-        cuda = ctypes.CDLL(_DRIVER)
-        if not cuda.cuInit(0):
-            cuda.cuDeviceGetCount(ctypes.byref(count))
+    count, cuda = ctypes.c_int(), _cuda()
+    if cuda:
+        cuda.cuDeviceGetCount(ctypes.byref(count))
     return count.value
 
 
 @cache
 def _gpu() -> dict[str, Any] | None:
     """Asks CUDA's driver for its first device; makes no context on it and takes no memory of it."""
-    try:
-        cuda = ctypes.CDLL(_DRIVER)
-    except OSError:
-        return None
-    handle, name = ctypes.c_int(), ctypes.create_string_buffer(256)
-    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(handle), 0) or cuda.cuDeviceGetName(name, 256, handle):
+    cuda, handle, name = _cuda(), ctypes.c_int(), ctypes.create_string_buffer(256)
+    if not cuda or cuda.cuDeviceGet(ctypes.byref(handle), 0) or cuda.cuDeviceGetName(name, 256, handle):
         return None
     capability = []
     for attribute in (_MAJOR, _MINOR):
@@ -89,6 +83,15 @@ def _gpu() -> dict[str, Any] | None:
         cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle)
         capability.append(str(value.value))
     return {"gpu": name.value.decode(), "compute_capability": ".".join(capability)}
+
+
+def _cuda() -> ctypes.CDLL | None:
+    """CUDA's driver, ready to be asked; None where there is none, or it does not start."""
+    try:
+        cuda = ctypes.CDLL(_DRIVER)
+    except OSError:
+        return None
+    return None if cuda.cuInit(0) else cuda
 
 
 def _processor() -> str:

@@ -77,9 +77,7 @@ def begin(
     if released:
         others = [rung for rung in rungs if rung.recipe.digest != released.recipe.digest]
         rungs = [released, *others][:MAX_RUNGS]
-    unchanged = matrix.baseline(goal, facts, machine, rungs, wanted.workload, wanted.engine.world_size)
-    needs = _needs(facts, machine, unchanged, rungs, evaluation)
-    unchanged = _measurable(unchanged, facts, machine, rungs, evaluation, needs)
+    unchanged, needs = _baseline(goal, facts, machine, rungs, wanted, evaluation)
     made_of = provenance.gather(
         model=model,
         recipe=wanted,
@@ -153,9 +151,22 @@ def outline(
     evaluation = evaluation or Evaluation()
     wanted = _for_traffic(wanted, recorded.of(wanted.workload))
     rungs, refused = _climbed(goal, facts, machine, wanted)
+    unchanged, needs = _baseline(goal, facts, machine, rungs, wanted, evaluation)
+    return matrix.outline(unchanged, rungs, refused, needs)
+
+
+def _baseline(
+    goal: str,
+    facts: ModelFacts,
+    machine: hardware.Hardware,
+    rungs: list[Rung],
+    wanted: Recipe,
+    evaluation: Evaluation,
+) -> tuple[Rung, dict[str, dict[str, Resources]]]:
+    """Returns how the unchanged model is measured, and what the stages of it and of the rungs need, by digest."""
     unchanged = matrix.baseline(goal, facts, machine, rungs, wanted.workload, wanted.engine.world_size)
     needs = _needs(facts, machine, unchanged, rungs, evaluation)
-    return matrix.outline(_measurable(unchanged, facts, machine, rungs, evaluation, needs), rungs, refused, needs)
+    return _measurable(unchanged, facts, machine, rungs, evaluation, needs), needs
 
 
 def _measurable(

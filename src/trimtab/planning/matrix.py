@@ -21,7 +21,7 @@ from trimtab.planning.candidates import Kit
 from trimtab.planning.checks import refusal
 from trimtab.planning.engine import check_length
 from trimtab.planning.placement import baseline as place_baseline
-from trimtab.planning.placement import for_workload, most_to_train, sized
+from trimtab.planning.placement import for_workload, most_devices, sized
 from trimtab.planning.resources import Resources
 from trimtab.planning.techniques import candidates
 from trimtab.recipe import Acceptance, Recipe
@@ -229,7 +229,7 @@ def _shown(rung: Rung, needs: Mapping[str, Mapping[str, Resources]]) -> Outlined
 
 def _fitting(recipe: Recipe, facts: ModelFacts, hardware: Hardware) -> str:
     """Says that a training does not fit, and what to write so that it does."""
-    most = most_to_train(recipe, hardware)
+    most = most_devices(recipe, hardware)
     need, fits = training(facts, recipe, hardware), trainable(facts, recipe, hardware, most)
     if fits is None:
         least = least_training(facts, recipe, hardware, most).explanation

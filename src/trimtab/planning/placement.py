@@ -36,7 +36,7 @@ def place(
     if hardware.is_emulated(recipe) or hardware.is_kv_cache_emulated(recipe):
         return None, f"{recipe.title}: only emulated on {hardware.name}"
     if recipe.distill:
-        most = most_to_train(recipe, hardware)
+        most = most_devices(recipe, hardware)
         trained = trainable(facts, recipe, hardware, most)
         if trained is None:
             return None, f"{recipe.title}: {least_training(facts, recipe, hardware, most).explanation}"
@@ -241,7 +241,7 @@ def _engines(goal: str, recipe: Recipe, facts: ModelFacts, hardware: Hardware) -
     lengths = [length // 2**n for n in range(32) if n == 0 or length // 2**n >= MIN_CONTEXT]
     batches = [batch // 2**n for n in range(batch.bit_length()) if batch // 2**n >= min(least, batch)]
     # The embedded engine spreads a model where a recipe says so: it serves on one device.
-    for tensor, pipeline in worlds(1 if backend == "torch" else _most_devices(hardware)):
+    for tensor, pipeline in worlds(most_devices(recipe, hardware)):
         for length_ in lengths:
             for batch_ in batches:
                 yield Engine(
@@ -256,8 +256,8 @@ def _engines(goal: str, recipe: Recipe, facts: ModelFacts, hardware: Hardware) -
                 )
 
 
-def most_to_train(recipe: Recipe, hardware: Hardware) -> int:
-    """Returns how many devices a training may be given: as many as a plan may serve on."""
+def most_devices(recipe: Recipe, hardware: Hardware) -> int:
+    """Returns how many devices a plan may give a recipe, to serve it or to train on."""
     return 1 if recipe.engine.backend == "torch" else _most_devices(hardware)
 
 

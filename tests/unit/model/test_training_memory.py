@@ -125,9 +125,9 @@ def test_a_training_of_eight_billion_stands_on_the_ladder_of_a_target_of_several
 
 
 def test_on_ones_own_machine_a_training_gets_no_more_gpus_than_there_are():
-    assert placement.most_to_train(recipe(), target("h100")) == 8, "in a cluster"
-    assert placement.most_to_train(recipe(), target("h100").model_copy(update={"devices": 2})) == 2
-    assert placement.most_to_train(recipe(), target("cpu", 100 * GB)) == 1
+    assert placement.most_devices(recipe(), target("h100")) == 8, "in a cluster"
+    assert placement.most_devices(recipe(), target("h100").model_copy(update={"devices": 2})) == 2
+    assert placement.most_devices(recipe(), target("cpu", 100 * GB)) == 1
 
 
 def test_a_cpu_trains_in_float32_and_its_processes_share_its_memory():
