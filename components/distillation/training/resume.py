@@ -125,7 +125,7 @@ class Checkpoint:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         buffers = ((f"buffer.{name}", buffer.detach()) for name, buffer in self.student.named_buffers())
-        return {name: tensor for name, tensor in [*self.optimizer.tensors(), *buffers]}
+        return dict([*self.optimizer.tensors(), *buffers])
 
 
 def _files(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:

@@ -186,7 +186,7 @@ ROWS: dict[str, _Row] = {
     ),
     "engine": _Row(
         lambda recipe: True,
-        lambda work: _opening(work),
+        _opening,
         lambda work: work.export_bytes,
         lambda work: 0.0,
         _world,
