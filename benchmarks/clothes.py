@@ -2,11 +2,14 @@
 
 What a format costs must then agree with what it costs the Llama, but for what the family itself changes: fused layers
 share scales, experts see a part of the tokens. So a family is tried with real weights, without a checkpoint of its own.
+
+Run: python benchmarks/clothes.py FOLDER OUTPUT FAMILY
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +109,31 @@ def _qwen2_moe(config: dict[str, Any], tensors: Tensors) -> tuple[str, dict[str,
     return "Qwen2MoeForCausalLM", changes, found | _no_biases(tensors)
 
 
+def _falcon_h1(config: dict[str, Any], tensors: Tensors) -> tuple[str, dict[str, Any], Tensors]:
+    """With a state-space layer beside the attention of each block, whose random outputs are too small to matter."""
+    names = {"mlp": "feed_forward", "post_attention_layernorm": "pre_ff_layernorm", "norm": "final_layernorm"}
+    found = {".".join(names.get(part, part) for part in name.split(".")): tensor for name, tensor in tensors.items()}
+    hidden, heads, state, kernel = config["hidden_size"], config["num_attention_heads"], 64, 4
+    mixed = hidden + 2 * state  # what the convolution goes over: the layer's inputs, and B and C of one group
+    for block in range(config["num_hidden_layers"]):
+        generator = torch.Generator().manual_seed(block)
+        random = {
+            "in_proj.weight": 0.02 * torch.randn(hidden + mixed + heads, hidden, generator=generator),
+            "conv1d.weight": torch.randn(mixed, 1, kernel, generator=generator) / kernel,
+            "conv1d.bias": torch.zeros(mixed),
+            "out_proj.weight": 1e-4 * torch.randn(hidden, hidden, generator=generator),
+            "dt_bias": torch.full((heads,), -4.6),  # the softplus of it is a step of 0.01
+            "A_log": torch.arange(1, heads + 1).log(),
+            "D": torch.ones(heads),
+        }
+        found |= {f"model.layers.{block}.mamba.{name}": tensor.bfloat16() for name, tensor in random.items()}
+    changes = {
+        "mamba_d_ssm": hidden, "mamba_n_heads": heads, "mamba_d_head": hidden // heads, "mamba_n_groups": 1,
+        "mamba_d_state": state, "mamba_d_conv": kernel, "mamba_chunk_size": 128,
+    }  # fmt: skip
+    return "FalconH1ForCausalLM", changes, found
+
+
 def _no_biases(tensors: Tensors) -> Tensors:
     layers = [name for name in tensors if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]
     return {
@@ -138,4 +166,8 @@ CLOTHES: dict[str, Callable[[dict[str, Any], Tensors], tuple[str, dict[str, Any]
     "gemma": _gemma,
     "mixtral": _mixtral,
     "qwen2_moe": _qwen2_moe,
+    "falcon_h1": _falcon_h1,
 }
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -24,11 +24,17 @@ part() {
     trained) "$PYTHON" distillation.py --model "$MODEL" "${TEXT[@]}" --rows activations_aware --generate-seconds 60 ;;
     scale) "$PYTHON" scale.py --model "$MODEL" --grown "$ROOM/8B" --shape 8B --caps none 10 --scratch "$ROOM" ;;
     attempts)
-        "$PYTHON" scale.py --model "$MODEL" --grown "$ROOM/8B" --shape 8B --stages calibrate --attempts \
+        "$PYTHON" scale.py --model "$MODEL" --grown "$ROOM/8B" --shape 8B --stages --attempts ${FORMATS:-fp8 int4_gptq} \
             --text "$DATA/wikitext2_valid.txt" --scratch "$ROOM"
         ;;
+    families)
+        for clothes in mixtral falcon_h1; do
+            "$PYTHON" clothes.py "$MODEL" "$ROOM/$clothes" $clothes
+            "$PYTHON" scale.py --grown "$ROOM/$clothes" --stages --attempts ${FORMATS:-fp8 int4_gptq} --scratch "$ROOM"
+        done
+        ;;
     gate) "$PYTHON" integrity.py --folder "$ROOM" ;;
-    clothes) "$PYTHON" families.py --model "$MODEL" --families --clothes llama mixtral qwen2_moe ;;
+    clothes) "$PYTHON" families.py --model "$MODEL" --families --clothes llama mixtral qwen2_moe falcon_h1 ;;
     vllm)
         for clothes in mixtral qwen2_moe; do
             PYTHONPATH=${VLLM:-} "$PYTHON" vllm_agreement.py --model "$MODEL" --clothes $clothes "${TEXT[@]}" --pairs 25 \

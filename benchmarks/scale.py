@@ -1,12 +1,12 @@
 """What the stages of an attempt take as a model grows: seconds, and the peaks of GPU and host memory, with a GPU's
 memory capped or not.
 
-Run: python benchmarks/scale.py --model FOLDER [--shape 8B|32B] [--caps none 40] [--attempts] [--quick]
+Run: python benchmarks/scale.py --model FOLDER [--shape 8B|32B] [--caps none 40] [--attempts fp8 int4_gptq] [--quick]
 
 --model is SmolLM2-135M, which is grown to the shape (`grown_model`); with --grown FOLDER a model grown before is used,
 or kept there. Each stage runs in a process of its own, whose GPU memory is capped at so many GB; `none` does not cap.
-What the stages made under each cap is compared with what the first one made. --attempts runs whole attempts besides,
-from their first task to the verdict, with the model in the store. --quick grows a tiny random model on the CPU.
+What the stages made under each cap is compared with what the first one made. --attempts runs a whole attempt in each of
+these formats besides, from an empty store to the verdict. --quick grows a tiny random model on the CPU.
 The last line is one JSON object.
 
 Host memory is counted without the pages of files, which a machine takes back when it needs them.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -50,12 +49,12 @@ def main() -> int:
     parser.add_argument("--grown", type=Path, help="where the grown model is, or is kept")
     parser.add_argument("--shape", choices=SHAPES, default="8B")
     parser.add_argument("--caps", nargs="+", default=["none"], help="GB of GPU memory, or none")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES))
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--text", default="builtin", help="what calibrates, as a recipe names it")
     parser.add_argument("--target", default="h200", help="of --attempts")
-    parser.add_argument("--attempts", action="store_true")
+    parser.add_argument("--attempts", nargs="*", metavar="FORMAT", default=[])
     parser.add_argument("--scratch", type=Path, help="a disk with room for the model and its exports")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -93,7 +92,7 @@ def _measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             log(f"beside {options.caps[0]}: {rows['compared']}")
         found["caps"][cap] = rows
     if options.attempts:
-        found["attempts"] = {form: _attempt(form, model, calibrate, options, scratch) for form in ("fp8", "int4_gptq")}
+        found["attempts"] = {form: _attempt(form, model, calibrate, options, scratch) for form in options.attempts}
     return found
 
 
@@ -228,15 +227,13 @@ def _attempt(
     (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
     command = [sys.executable, "-m", "trimtab", "run", "--model", str(model), "--recipe", str(folder / "recipe.yaml")]
     command += ["--store", str(scratch / "store"), "--target", options.target, "--max-attempts", "1"]
-    events = folder / "events.jsonl"
     started = time.perf_counter()
-    done = subprocess.run(
-        command, cwd=folder, env={**os.environ, "TRIMTAB_PROGRESS": str(events)}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     row: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 1), "exit_code": done.returncode}
     row["last"] = (done.stdout.strip().splitlines() or [""])[-1]
-    told = [json.loads(line) for line in events.read_text().splitlines()] if events.is_file() else []
-    row["events"] = [[event["stage"], event["text"]] for event in told if event["text"].startswith(("done", "found"))]
+    told = [json.loads(line) for path in folder.glob("trimtab-runs/*/events.jsonl") for line in path.open()]
+    begun = told[0]["time"] if told else 0.0
+    row["events"] = [[round(event["time"] - begun, 1), event["stage"], event["text"]] for event in told]
     log(f"attempt {form}: {row}")
     return row
 
