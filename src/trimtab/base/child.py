@@ -32,11 +32,14 @@ from trimtab.base.errors import Failure, StageError, TrimtabError
 RUN_PID = "TRIMTAB_RUN_PID"
 #: Set by the command line: the socket at which `trimtab.base.fork_server` serves this run.
 FORK_SERVER = "TRIMTAB_FORK_SERVER"
+#: Set by the command line: modules that the server imports while the first child works, separated by commas.
+IMPORTS_AHEAD = "TRIMTAB_IMPORTS_AHEAD"
 #: How often a thread of OpenMP asks whether the others are done, before it sleeps. Beside a busy process threads wait
 #: long for one that has no processor, and by asking keep it from that one: with libgomp's own number products of few
 #: rows took 3.8 times as long beside one busy process on two processors, with this one 2.1 times; alone, no longer.
 _SPINS = {"GOMP_SPINCOUNT": "1000"}
-#: What that server answers to a client whose libraries would be imported under another environment.
+#: What that server answers to a client whose libraries would be imported under another environment, or whose fork could
+#: not use the GPU.
 DECLINED = b"declined"
 
 
@@ -132,8 +135,7 @@ def _forked(request: dict[str, Any]) -> int | None:
         Failure, StageError: as `run_limited`.
     """
     path = os.environ.get(FORK_SERVER)
-    # A GPU that a library has asked for while it was imported is of no use to a fork.
-    if not path or sys.platform != "linux" or Path("/dev/nvidiactl").exists():
+    if not path or sys.platform != "linux":
         return None
     killed_before = kills.out_of_memory_kills()
     with socket.socket(socket.AF_UNIX) as connection:

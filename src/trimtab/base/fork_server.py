@@ -2,8 +2,12 @@
 
 An import of PyTorch, transformers and ModelOpt takes ten seconds on a slow processor, and a run on one machine has
 twenty children that import the same. The run names a socket (`child.FORK_SERVER`); the first child that is wanted
-starts this server, which ends with the run or when the socket's file is gone. Python's own fork server
+starts this server, which ends with the run or when the socket's file is gone. While that child works, it imports what
+the run says that later ones will want (`child.IMPORTS_AHEAD`). Python's own fork server
 (`multiprocessing.forkserver`) serves only the process that started it, and here each stage is another one.
+
+A fork cannot use a GPU whose driver its parent has started. PyTorch counts GPUs without it where it is asked to; if a
+library starts it all the same while it is imported, the server says no, and children are new processes.
 
 Run as: python -m trimtab.base.fork_server SOCKET
 """
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -39,6 +44,8 @@ def serve(path: Path) -> dict[str, Any] | None:
     finally:
         unready.unlink()
     own = child.environment_of_imports()
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    ahead = [name for name in os.environ.get(child.IMPORTS_AHEAD, "").split(",") if name]
     with selectors.DefaultSelector() as waiting:
         waiting.register(listener, selectors.EVENT_READ)
         while len(waiting.get_map()) > 1 or (path.exists() and child.run_goes_on()):
@@ -52,12 +59,14 @@ def serve(path: Path) -> dict[str, Any] | None:
                 except (OSError, ValueError):  # the client is gone
                     connection.close()
                     continue
-                if request["environment_of_imports"] != own:
+                same = request["environment_of_imports"] == own
+                if same:
+                    _import(request["work"].partition(":")[0])
+                if not same or _has_started_gpus():
                     connection.sendall(child.DECLINED)
                     connection.close()
                     _close(streams)
                     continue
-                _import(request["work"])
                 pid = os.fork()
                 if not pid:
                     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -71,6 +80,8 @@ def serve(path: Path) -> dict[str, Any] | None:
                 process = os.pidfd_open(pid)
                 for watched in (process, connection):  # the child's end, or the client's
                     waiting.register(watched, selectors.EVENT_READ, (pid, process, connection))
+                while ahead and not waiting.select(timeout=0):
+                    _import(ahead.pop(0))
     return None
 
 
@@ -91,10 +102,20 @@ def _close(descriptors: list[int]) -> None:
         os.close(descriptor)
 
 
-def _import(work: str) -> None:
-    """Imports the module of a "package.module:function" for this child and those to come."""
+def _import(module: str) -> None:
+    """Imports a module for this child and those to come."""
     with contextlib.suppress(BaseException):  # the child meets it again, and says so where people look
-        importlib.import_module(work.partition(":")[0])
+        importlib.import_module(module)
+
+
+def _has_started_gpus() -> bool:
+    """Whether this process has started the driver of NVIDIA's GPUs: who has not is told so, whatever else it asks."""
+    not_initialized = 3
+    try:
+        driver = ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD)
+    except OSError:  # nothing has loaded it
+        return False
+    return driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != not_initialized
 
 
 def _end(waiting: selectors.BaseSelector, pid: int, process: int, connection: socket.socket) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -10,11 +11,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from processes import dies_with_its_stage, gone, wait_for
 
-from trimtab.base import child
+from trimtab.base import child, fork_server
 from trimtab.base.errors import Failure, InputError, StageError, StoreError
 
 WORK = '''
@@ -81,7 +83,7 @@ def hungry():
 
 
 @pytest.fixture
-def fork_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def server_socket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The socket of a fork server, which the first child starts."""
     with tempfile.TemporaryDirectory() as folder:  # a socket's path has 107 characters at most
         monkeypatch.setenv(child.FORK_SERVER, str(Path(folder) / "socket"))
@@ -94,7 +96,7 @@ def work(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "work_for_the_test.py").write_text(WORK)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     if request.param == "fork":
-        request.getfixturevalue("fork_server")
+        request.getfixturevalue("server_socket")
     return "work_for_the_test"
 
 
@@ -170,20 +172,55 @@ def test_no_such_module():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are waited for by descriptor")
 @pytest.mark.parametrize("work", ["fork"], indirect=True)
-def test_forks_of_a_run_share_what_the_first_imported(work, fork_server, monkeypatch):
+def test_forks_of_a_run_share_what_the_first_imported(work, server_socket, monkeypatch):
     first, second = (child.call(f"{work}:ancestry").value for _ in range(2))
     assert first[0] != second[0] and first[1:] == second[1:] == [first[1], first[1]]
     # What a library read when it was imported does not hold under another environment.
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     own, parent, imported_by = child.call(f"{work}:ancestry").value
     assert own == imported_by and parent == os.getpid()
-    fork_server.unlink()
+    server_socket.unlink()
     assert wait_for(lambda: gone(first[1]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are waited for by descriptor")
 @pytest.mark.parametrize("work", ["fork"], indirect=True)
-def test_a_fork_server_that_is_killed_is_replaced(work, fork_server):
+def test_a_fork_server_imports_what_later_children_want(work, tmp_path, monkeypatch):
+    by = tmp_path / "by"
+    (tmp_path / "wanted_later.py").write_text(f"import os\nopen({str(by)!r}, 'a').write(f'{{os.getpid()}} ')")
+    monkeypatch.setenv(child.IMPORTS_AHEAD, "nothing_here,wanted_later")
+    server = child.call(f"{work}:ancestry").value[1]
+    assert wait_for(lambda: by.exists() and by.read_text())
+    assert by.read_text() == f"{server} "
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are waited for by descriptor")
+@pytest.mark.parametrize("work", ["fork"], indirect=True)
+def test_where_an_import_has_started_the_gpus_driver_children_are_new_processes(work, tmp_path):
+    started = "import sys; sys.modules['__main__']._has_started_gpus = lambda: True\n"
+    (tmp_path / "starts_gpus.py").write_text(started + WORK)
+    assert child.call(f"{work}:ancestry").value[1] != os.getpid()
+    assert child.call("starts_gpus:ancestry").value[1] == os.getpid()
+    assert child.call(f"{work}:ancestry").value[1] == os.getpid()
+
+
+@pytest.mark.parametrize("code, started", [(3, False), (0, True), (100, True)])  # not initialized; fine; no device
+def test_the_gpus_driver_tells_whether_it_was_started(monkeypatch, code, started):
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(cuDeviceGetCount=lambda _: code))
+    assert fork_server._has_started_gpus() is started
+
+
+def test_a_driver_that_nothing_has_loaded_was_not_started(monkeypatch):
+    def missing(*_, **__):
+        raise OSError
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert not fork_server._has_started_gpus()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are waited for by descriptor")
+@pytest.mark.parametrize("work", ["fork"], indirect=True)
+def test_a_fork_server_that_is_killed_is_replaced(work, server_socket):
     server = child.call(f"{work}:ancestry").value[1]
     os.kill(server, signal.SIGKILL)
     assert wait_for(lambda: gone(server))
