@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import lm_eval.evaluator
 import numpy as np
 import torch
 
@@ -25,6 +26,9 @@ from trimtab.runtime.engines import kept
 from trimtab.runtime.engines.protocol import Engine, Prediction
 from trimtab.runtime.text import token_windows
 from trimtab.serving import record
+
+# After each evaluation lm-eval asks pip and the shell what is installed: seconds, for what the engine tells.
+lm_eval.evaluator.add_env_info = lambda results: None
 
 HELDOUT_TEXT = ("trimtab.components.validation.suite", "heldout.txt")
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lm_eval.utils
 from lm_eval.tasks import TaskManager
 
 from trimtab.base.errors import InputError, nearest
 
 SUITE = Path(__file__).parents[1] / "suite"
+
+# lm-eval compiles a task's templates anew for each document, which on a GPU takes longer than answering it.
+lm_eval.utils.env.from_string = functools.lru_cache(maxsize=1024)(lm_eval.utils.env.from_string)
 
 #: lm-eval's metrics that score one item between 0 and 1; the first that a task has counts.
 ITEM_METRICS = ("acc", "exact_match", "acc_norm", "em")

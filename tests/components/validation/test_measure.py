@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from types import SimpleNamespace
 
+import jinja2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from trimtab.base.errors import InputError
 from trimtab.components.validation.evaluation import measure, pace
 from trimtab.components.validation.evaluation.generation import is_degenerate
 from trimtab.components.validation.evaluation.load import Load
-from trimtab.components.validation.evaluation.tasks import choose, filters_of
+from trimtab.components.validation.evaluation.tasks import choose, filters_of, load
 from trimtab.planning import dealing
 from trimtab.recipe import Acceptance
 from trimtab.recipe.evaluation import Evaluation
@@ -67,6 +68,17 @@ def test_a_prefix_is_a_random_sample_and_always_the_same():
 def test_a_task_that_has_shrunk_since_the_run_was_planned():
     with pytest.raises(InputError, match="tasks: 'a' has 9 items, and had 10 or more when the run was planned; begin"):
         choose(tasks(a=9), {"a": [5, 10]})
+
+
+def test_a_template_is_compiled_once_and_filled_with_each_document(monkeypatch):
+    _, found = load(["trimtab_geography"], "")
+    task, compiled = found["trimtab_geography"], []
+    compile = jinja2.Environment.compile
+    monkeypatch.setattr(jinja2.Environment, "compile", lambda *a, **k: compiled.append(a[1]) or compile(*a, **k))
+    documents = list(task.eval_docs)[:20]
+    words = [measure._words(task, document) for document in documents]
+    assert all(document["context"] in text for document, text in zip(documents, words, strict=True))
+    assert len(set(words)) == len(words) and len(compiled) == len(set(compiled))
 
 
 def filtered(**filters: tuple[str, ...]) -> dict[str, SimpleNamespace]:
