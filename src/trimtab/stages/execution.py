@@ -16,8 +16,7 @@ from trimtab.base.transient import insist
 from trimtab.loop.state import State, fail
 from trimtab.stages import checkpoints, signatures, usage
 from trimtab.stages.registry import MAKE_A_STUDENT, STAGES, Stage
-from trimtab.store import Store, open_store
-from trimtab.store.cache import cache_folder
+from trimtab.store import Store, cache, open_store
 from trimtab.store.tree import Tree
 
 if TYPE_CHECKING:
@@ -67,13 +66,17 @@ def cached(
     """
     environment = stage.environment(parameters).here(backend)
     key = stage.key(parameters, inputs, environment)
-    record = insist(stage.name, lambda: store.lookup(key))
-    if record and (signer is None or signatures.is_signed(record, key, signer.public_key)):
-        tree = Tree.model_validate(record["tree"])
-        return Result(tree, record["metrics"], record["seconds"], True, record.get("signature") if signer else None)
+    if found := _found(store, stage, key, signer):
+        return found
     folders = insist(stage.name, lambda: {name: tree and str(store.get(tree)) for name, tree in inputs.items()})
-    scratch, metadata = _scratch(key), {"key": key, "environment": environment}
-    with store.workspace() as folder:
+    metadata = {"key": key, "environment": environment}
+
+    def waiting() -> None:
+        progress.report(stage.name, "another run on this machine is making the same; waiting until it has ended")
+
+    with cache.scratch(key, waiting) as scratch, store.workspace() as folder:
+        if found := _found(store, stage, key, signer):
+            return found
 
         def work() -> tuple[Path, child.Done]:
             output = tempfile.mkdtemp(dir=folder)
@@ -90,16 +93,21 @@ def cached(
         if stage.keeps_metrics:
             (output / METRICS).write_text(json.dumps(metrics, sort_keys=True), encoding="utf-8")
         tree = insist(stage.name, lambda: store.put(output, kind=stage.output, metadata=metadata, move=True))
-    signature = signatures.sign(key, tree, signer) if signer else None
-    found = {"tree": tree.model_dump(), "metrics": metrics, "seconds": done.seconds, "environment": environment}
-    found |= {"signature": signature} if signature else {}
-    insist(stage.name, lambda: store.record(key, found))
+        signature = signatures.sign(key, tree, signer) if signer else None
+        record = {"tree": tree.model_dump(), "metrics": metrics, "seconds": done.seconds, "environment": environment}
+        record |= {"signature": signature} if signature else {}
+        insist(stage.name, lambda: store.record(key, record))
     checkpoints.forget(store, key)
     return Result(tree, metrics, done.seconds, False, signature)
 
 
-def _scratch(key: str) -> Path:
-    return cache_folder() / "scratch" / key
+def _found(store: Store, stage: Stage, key: str, signer: CryptoSigner | None) -> Result | None:
+    """Returns the result that the store has, or None; with a signer only one that it has signed."""
+    record = insist(stage.name, lambda: store.lookup(key))
+    if not record or (signer and not signatures.is_signed(record, key, signer.public_key)):
+        return None
+    tree = Tree.model_validate(record["tree"])
+    return Result(tree, record["metrics"], record["seconds"], True, record.get("signature") if signer else None)
 
 
 def tree_of(name: str, state: State) -> Tree | None:

@@ -143,6 +143,20 @@ def bring(
     return target
 
 
+@contextmanager
+def scratch(key: str, waiting: Callable[[], None]) -> Iterator[Path]:
+    """Yields the folder in which work with this key leaves what it has finished, whose only user the body is.
+
+    Two runs of one node may want the same at a time: the second waits, and finds what the first has made, or nothing.
+
+    Args:
+        waiting: called before the end of another's work is waited for.
+    """
+    root = cache_folder()
+    with _lock(root / "locks" / f"scratch-{key}", waiting):
+        yield root / "scratch" / key
+
+
 def evict(digest: str) -> bool:
     """Removes a tree from the cache of this node unless a running process uses it; returns whether it is gone."""
     root = cache_folder()
@@ -296,9 +310,13 @@ def _set_folders(folder: Path, mode: int) -> None:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Holds a lock among processes and threads; the kernel releases it when its holder dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from facts import SMOLLM2
+from processes import wait_for
 
 from trimtab import stages
-from trimtab.base import child, environment, signing
+from trimtab.base import child, environment, progress, signing
 from trimtab.base.errors import Failure, StoreError
 from trimtab.judge import Verdict
 from trimtab.loop.documents import load, save
@@ -443,3 +447,30 @@ def test_who_signs_takes_only_what_it_has_signed_for_found(store, worked, tmp_pa
     assert json.loads(store.read(signed.tree, "metrics.json"))["loss"] == 1.5
     about = store.manifest(signed.tree).metadata
     assert looks.COMPARE_SPEED.key({"rounds": 3}, {}, about["environment"]) == about["key"]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_runs_of_one_node_that_want_the_same_work_one_after_the_other(shared, tmp_path, monkeypatch):
+    """Each store is its own, but the scratch of the work is the node's."""
+    stores = [open_store(str(tmp_path / f"store-{0 if shared else number}")) for number in (1, 2)]
+    begun, at_work, told = threading.Event(), [], []
+    monkeypatch.setattr(progress, "report", lambda stage, text, *_: told.append(text))
+
+    def call(work, *, output, scratch, parameters):
+        begun.set()
+        (Path(scratch) / "blocks").mkdir(parents=True)  # there is nobody else
+        at_work.append(work)
+        assert at_work[1:] or wait_for(lambda: any("another run on this machine" in text for text in told))
+        (Path(output) / "made").write_text("done")
+        (Path(scratch) / "blocks").rmdir()
+        return child.Done({}, 1.0, 1000)
+
+    def run(store):
+        return stages.cached(store, looks.COMPARE_SPEED, {"rounds": 3}, {}, call=call)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(run, stores[0])
+        assert begun.wait(60)
+        second = pool.submit(run, stores[1])
+        assert not first.result(60).hit and second.result(60).hit == shared
+    assert len(at_work) == (1 if shared else 2)
