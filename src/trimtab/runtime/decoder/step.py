@@ -255,7 +255,7 @@ def disagreement(model: PreTrainedModel, step: DecodingStep, positions: int) -> 
         found = step(tokens[:, -1][None], decoding.positions[None], decoding.where()).float()
         apart, moved = ((x / expected.norm()).item() for x in ((found - expected).norm(), noise))
         if not apart <= min(max(2 * moved, 0.02), 0.5):
-            return f"gives other logits than a step does: {apart:.3f} of their norm off, where rounding moves {moved:.3f}"
+            return f"gives other logits than a step does: {apart:.3f} of their norm off, rounding moves {moved:.3f}"
     return ""
 
 
