@@ -25,12 +25,12 @@ AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE
 ROUNDING = 2**-8
 
 
-@pytest.fixture(params=["float32", "float32, outputs first", "bfloat16"])
+@pytest.fixture(params=["float32", "float32, outputs first", "bfloat16", "bfloat16, outputs first"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """Each type and order, as if this processor were the faster with it; tiles that layers of tests have several of."""
     name, _, turned = request.param.partition(", ")
     monkeypatch.setattr(cpu_products, "dtype", lambda: getattr(torch, name))
-    monkeypatch.setattr(cpu_products, "outputs_first", lambda: bool(turned))
+    monkeypatch.setattr(cpu_products, "outputs_first", lambda rows, kind: bool(turned))
     monkeypatch.setattr(cpu_products, "TILE", 64 * 64)
     return getattr(torch, name)
 
@@ -80,9 +80,12 @@ def test_inputs_are_rounded_some_rows_at_a_time(form: str, measured: bool, monke
     module = choice.build(replace(layer, input_scale=scale), None, CPU)
     x_RI = normal(200, 64)
     x_RI[-1, 3] = 50.0
-    expected_RI = inputs.rounded(layer.layout.storage.inputs, x_RI, scale).bfloat16()
+    expected_RI = inputs.rounded(layer.layout.storage.inputs, x_RI, scale)
+    expected_RO = module(x_RI)
     monkeypatch.setattr(inputs, "AT_ONCE", 16 * 64)
-    assert torch.equal(module.rounded(x_RI), expected_RI) and not torch.equal(expected_RI, x_RI)
+    found_RI = inputs.rounded(layer.layout.storage.inputs, x_RI, scale)
+    assert torch.equal(found_RI, expected_RI) and not torch.equal(expected_RI, x_RI.float())
+    assert torch.equal(module(x_RI), expected_RO)
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "group"), [(64, 64, 64), (208, 128, 32), (400, 256, 128), (48, 64, 32)])
