@@ -167,18 +167,22 @@ def scratch(name: str, kind: torch.dtype, *shape: int) -> torch.Tensor:
     return held[:size].view(shape)
 
 
-def product(x_RI: torch.Tensor, tiles: Tiles, out_features: int, kind: torch.dtype) -> torch.Tensor:
+def product(
+    x_RI: torch.Tensor, tiles: Tiles, out_features: int, kind: torch.dtype, stored_IO: bool = False
+) -> torch.Tensor:
     """Returns x @ w.T of a weight that is unpacked tile by tile, [R, O] in the type of `kind`.
 
     Args:
         tiles: of the weight, in `kind`.
         kind: float32, or bfloat16 on a processor that multiplies it.
+        stored_IO: whether tiles lie in memory with their inputs first. Few rows are multiplied quickest where neither
+            factor has to be transposed, so these are never turned.
     """
     count, in_features = x_RI.shape
     larger = count > FEW or kind == torch.bfloat16
     step = max(BLOCK, TILE * torch.get_num_threads() * (4 if larger else 1) // in_features // BLOCK * BLOCK)
     x_RI = x_RI.to(kind)
-    turned = 1 < count <= FEW and outputs_first(count, kind)
+    turned = 1 < count <= FEW and not stored_IO and outputs_first(count, kind)
     if turned:
         x_IR, y_OR = columns(x_RI), torch.empty(out_features, count, dtype=kind)
     else:
