@@ -75,7 +75,7 @@ def test_product(
 def test_rows_lie_together_as_behind_a_model_s_own_layer(case: tuple, rows: int, outputs_first, monkeypatch) -> None:
     """Also where float32 is multiplied, outputs first: Llama 4 reads queries as complex numbers."""
     monkeypatch.setattr(cpu_products, "dtype", lambda: torch.float32)
-    monkeypatch.setattr(cpu_products, "outputs_first", lambda: outputs_first)
+    monkeypatch.setattr(cpu_products, "outputs_first", lambda rows, kind: outputs_first)
     module = choice.build(quantized(*case[:5]), None, CPU)
     module.packed_rows = 0  # as where the packed kernel is slow
     assert module(torch.randn(rows, module.in_features).bfloat16()).is_contiguous()

@@ -301,8 +301,8 @@ def _rounded(x: torch.Tensor, bits: int, smallest: float) -> torch.Tensor:
         smallest: normal number of the format; below it steps are no smaller than there.
     """
     power = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_min_(smallest)
-    beside = power.mul_(1.5 * 2 ** (23 - bits))
-    return x.add_(beside).sub_(beside)
+    factor = 1.5 * 2 ** (23 - bits)
+    return x.add_(power, alpha=factor).sub_(power, alpha=factor)
 
 
 def to_int8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
@@ -322,8 +322,9 @@ def round_nvfp4(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     small for e4m3 gets the scale 0, and is read back as zeros whatever its codes are.
     """
     blocks = x.unflatten(-1, (-1, _BLOCK))
-    block_scale = round_fp8(blocks.abs().amax(-1, keepdim=True) / E2M1_MAX, scale)
-    return round_e2m1(blocks / block_scale.where(block_scale > 0, 1.0)).mul_(block_scale).flatten(-2)
+    block_scale = round_fp8(blocks.abs().amax(-1, keepdim=True).div_(E2M1_MAX), scale)
+    above_0 = block_scale.clamp_min(torch.finfo(torch.float32).tiny)
+    return round_e2m1(blocks / above_0).mul_(block_scale).flatten(-2)
 
 
 def round_e2m1(x: torch.Tensor) -> torch.Tensor:

@@ -24,8 +24,6 @@ Multiply = Callable[[torch.Tensor], torch.Tensor]
 
 #: Rows up to which a packed kernel with vector code is faster than the dense product: INT4 takes longer to unpack.
 _PACKED_ROWS = {"_weight_int8pack_mm": 16, "_weight_int4pack_mm_for_cpu": 32}
-#: A tile of INT4 is so much larger than others: it takes a dozen small steps to unpack.
-_LARGER = 4
 
 
 def packed_rows(kernel: str, packed: Multiply, dense: Multiply, in_features: int) -> int:
@@ -71,7 +69,7 @@ class Int8WeightOnly(PackedLinear):
     def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
         kind = cpu_products.dtype()
         y_RO = cpu_products.product(x_RI, cpu_products.widened(self.weight_OI, kind), self.out_features, kind)
-        return (y_RO * self.scale_O).bfloat16()
+        return y_RO.mul_(self.scale_O).bfloat16()
 
 
 class Int4WeightOnly(PackedLinear):
@@ -118,17 +116,18 @@ class Int4WeightOnly(PackedLinear):
 
     def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
         kind = cpu_products.dtype()
-        return cpu_products.product(x_RI, self._tiles(kind), self.out_features, kind).bfloat16()
+        return cpu_products.product(x_RI, self._tiles(kind), self.out_features, kind, stored_IO=True).bfloat16()
 
     def _tiles(self, kind: torch.dtype) -> cpu_products.Tiles:
         """The weight's numbers (q - 8) * scale, which float32 holds and bfloat16 rounds."""
 
         def tiles(step: int) -> Iterator[tuple[torch.Tensor, Place]]:
-            scale_OG = self.scale_zero_GO2[..., 0].t().to(kind)
-            for nibbles_IO, place in _nibbles(self.weight, self.out_features, _LARGER * step):
+            scale_OG = self.scale_zero_GO2[..., 0].t()
+            for nibbles_IO, place in _nibbles(self.weight, self.out_features, 2 * step):  # of which a tile has half
                 w_IO = cpu_products.scratch("tile", kind, *nibbles_IO.shape).copy_(nibbles_IO)
                 w_GSO = w_IO.view(-1, self.group_size, w_IO.shape[1])
-                scale_G1O = place(scale_OG).flatten(0, -2).t().contiguous()[:, None]
+                scale_GO = place(scale_OG).movedim(-1, 0).to(kind, memory_format=torch.contiguous_format, copy=True)
+                scale_G1O = scale_GO.view(len(scale_GO), 1, -1)
                 torch.addcmul(scale_G1O * -8, w_GSO, scale_G1O, out=w_GSO)
                 yield w_IO.t(), place
 

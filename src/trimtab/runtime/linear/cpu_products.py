@@ -63,16 +63,28 @@ def integers_are_exact() -> bool:
     return all(torch.equal(torch._int_mm(a_RI[:rows], b_IO), expected[:rows]) for rows in (1, 2, 32))
 
 
-@functools.cache
-def outputs_first() -> bool:
-    """Returns whether BLAS is quicker here with few rows when the long side, the outputs, comes first: that is timed.
+def outputs_first(rows: int, kind: torch.dtype) -> bool:
+    """Returns whether so few rows are multiplied quicker here when the long side, the outputs, comes first.
 
-    MKL was so on an Intel processor, and took up to three times as long on an AMD one as it does the other way round.
+    That is timed, for one row and for several. On an Intel processor MKL was quicker so in float32, and oneDNN in
+    bfloat16 by up to a half; on an AMD one MKL took up to three times as long as it does the other way round.
     """
-    x_RI, w_OI = torch.ones(8, 1024), torch.ones(256, 1024)
-    x_IR = x_RI.t().contiguous()
-    seconds = fastest({True: lambda: torch.mm(w_OI, x_IR), False: lambda: torch.mm(x_RI, w_OI.t())})
+    return _outputs_first(1 if rows == 1 else 8, kind)
+
+
+@functools.cache
+def _outputs_first(rows: int, kind: torch.dtype) -> bool:
+    x_RI, w_OI = torch.ones(rows, 1024, dtype=kind), torch.ones(1024, 1024, dtype=kind)
+    seconds = fastest({True: lambda: torch.mm(w_OI, columns(x_RI)), False: lambda: torch.mm(x_RI, w_OI.t())})
     return seconds[True] < seconds[False]
+
+
+def columns(x_RI: torch.Tensor) -> torch.Tensor:
+    """Returns rows as columns, contiguous [I, R]; a single one twice.
+
+    Of one column PyTorch makes a product of a matrix and a vector, which took twice the time of two in bfloat16.
+    """
+    return (x_RI if len(x_RI) > 1 else x_RI.expand(2, -1)).t().contiguous()
 
 
 def describe() -> str:
@@ -95,20 +107,30 @@ def fastest(works: dict, rounds: int = 5) -> dict:
 
 def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
     """Returns `F.linear` of tensors in bfloat16, in bfloat16."""
-    x_RI = x.reshape(-1, x.shape[-1])
-    if dtype() == torch.bfloat16 or len(x_RI) <= 1:  # of a single row PyTorch's loop is as fast
-        return F.linear(x, weight_OI, bias_O)
-    y_RO = exact(x_RI, weight_OI)
-    if bias_O is not None:
-        y_RO += bias_O
+    y_RO = quickest(x.reshape(-1, x.shape[-1]), weight_OI, bias_O)
     # Rows that lie in memory as they do behind a model's own layer, whose features some read as complex numbers.
     return y_RO.to(x.dtype).contiguous().reshape(*x.shape[:-1], len(weight_OI))
 
 
 def scaled(x_RI: torch.Tensor, weight_OI: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Returns x @ w.T of tensors in bfloat16 times a float32 scale, one or one an output; bfloat16 [R, O]."""
-    fast = dtype() == torch.bfloat16 or len(x_RI) <= 1
-    return ((F.linear if fast else exact)(x_RI, weight_OI) * scale).bfloat16()
+    """Returns x @ w.T of tensors in bfloat16 times a float32 scale, a scalar or one an output [O]; bfloat16 [R, O]."""
+    y_RO = quickest(x_RI, weight_OI)
+    if scale.dim():  # by a scalar PyTorch multiplies bfloat16 in float32 and rounds the product, in one pass
+        y_RO = y_RO.float()
+    return y_RO.mul_(scale).bfloat16()
+
+
+def quickest(x_RI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns `F.linear` of tensors in bfloat16, [R, O], in float32 where that is what multiplies them here."""
+    rows, kind = len(x_RI), dtype()
+    if kind == torch.float32 and rows > 1:  # of a single row PyTorch's loop is as fast
+        y_RO = exact(x_RI, weight_OI)
+        return y_RO if bias_O is None else y_RO.add_(bias_O)
+    if kind == torch.float32 or not 0 < rows <= FEW or not outputs_first(rows, kind):
+        return F.linear(x_RI, weight_OI, bias_O)
+    if bias_O is None:
+        return torch.mm(weight_OI, columns(x_RI)).t()[:rows]
+    return torch.addmm(bias_O[:, None], weight_OI, columns(x_RI)).t()[:rows]
 
 
 def exact(x_RI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
@@ -145,20 +167,24 @@ def scratch(name: str, kind: torch.dtype, *shape: int) -> torch.Tensor:
     return held[:size].view(shape)
 
 
-def product(x_RI: torch.Tensor, tiles: Tiles, out_features: int, kind: torch.dtype) -> torch.Tensor:
+def product(
+    x_RI: torch.Tensor, tiles: Tiles, out_features: int, kind: torch.dtype, stored_IO: bool = False
+) -> torch.Tensor:
     """Returns x @ w.T of a weight that is unpacked tile by tile, [R, O] in the type of `kind`.
 
     Args:
         tiles: of the weight, in `kind`.
         kind: float32, or bfloat16 on a processor that multiplies it.
+        stored_IO: whether tiles lie in memory with their inputs first. Few rows are multiplied quickest where neither
+            factor has to be transposed, so these are never turned.
     """
     count, in_features = x_RI.shape
-    few = count <= FEW and kind == torch.float32
-    step = max(BLOCK, TILE * torch.get_num_threads() * (1 if few else 4) // in_features // BLOCK * BLOCK)
+    larger = count > FEW or kind == torch.bfloat16
+    step = max(BLOCK, TILE * torch.get_num_threads() * (4 if larger else 1) // in_features // BLOCK * BLOCK)
     x_RI = x_RI.to(kind)
-    turned = few and outputs_first()
+    turned = 1 < count <= FEW and not stored_IO and outputs_first(count, kind)
     if turned:
-        x_IR, y_OR = x_RI.t().contiguous(), torch.empty(out_features, count, dtype=kind)
+        x_IR, y_OR = columns(x_RI), torch.empty(out_features, count, dtype=kind)
     else:
         y_OR = torch.empty(count, out_features, dtype=kind).t()
     for w_OI, place in tiles(step):

@@ -95,7 +95,8 @@ class Emulated(PackedLinear):
         self.layout = layer.layout
         self.keep(unpacked=None, scale=None)
         if layer.weight.device.type == "cpu":
-            self.unpacked, self.scale = layer_layout.factors(layer)
+            self.unpacked, scale = layer_layout.factors(layer)
+            self.scale = scale.reshape(()) if scale.numel() == 1 else scale
         else:
             self.keep(weight=layer.weight, weight_scale=layer.weight_scale, weight_scale_2=layer.weight_scale_2)
         self.keep(input_scale=None if layer.input_scale is None else layer.input_scale.float().reshape(()))

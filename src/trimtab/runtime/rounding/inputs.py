@@ -45,8 +45,9 @@ def rounded(
         return x_RI
     if inputs.scale != "token" and scale is None:
         scale = static_scale(inputs, x_RI.abs().max().float())
-    at_once = max(1, AT_ONCE * torch.get_num_threads() // x_RI.shape[-1])
-    if x_RI.device.type != "cpu" or x_RI[..., 0].numel() <= at_once:
+    columns = x_RI.shape[-1]
+    at_once = max(1, AT_ONCE * torch.get_num_threads() // columns)
+    if x_RI.device.type != "cpu" or x_RI.numel() <= at_once * columns:
         return _rounded(inputs, x_RI, scale).to(dtype)
     found_RI = torch.empty(x_RI.shape, dtype=dtype)
     parts = (each_RI.flatten(0, -2).split(at_once) for each_RI in (x_RI, found_RI))
