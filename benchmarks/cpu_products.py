@@ -50,7 +50,7 @@ QUICK_SHAPES, QUICK_ROWS = SHAPES[:2], (1, 16, 512)
 #: A format of a recipe, and the group size of a layer in it.
 FORMATS = {"int8_wo": 0, "int8_sq": 0, "int4_rtn": 64, "fp8": 0, "fp8_per_channel": 0, "w4a8_awq": 64, "nvfp4": 16}
 AIM = 1.3
-#: All copies of all layers of a shape are so many times the last cache: with four times as many no time changed.
+#: All copies of all layers of a shape are so many times the last cache: with 2.5 times as many no time changed.
 CACHES = 2
 #: Bytes of a last cache that the system does not tell, and the most that all copies may have.
 USUAL_CACHE, MOST = 64 << 20, 2 << 30
