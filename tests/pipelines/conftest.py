@@ -75,7 +75,7 @@ def tripwire(tmp_path: Path, oom_counter: Path, monkeypatch: pytest.MonkeyPatch)
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(TRIPWIRE)
     (package.parent / "sitecustomize.py").write_text(SITE)
-    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.setenv("PYTHONPATH", str(package.parent), prepend=os.pathsep)
     monkeypatch.setenv("TRIPPED", str(tmp_path / "tripped"))
     return Tripwire(tmp_path / "tripped")
 
