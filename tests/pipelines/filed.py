@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from trimtab.loop.documents import load, read_plan, save
 from trimtab.loop.state import State
 from trimtab.planning import dealing, matrix, task_sizes
 from trimtab.planning.dealing import Spans
-from trimtab.recipe import Acceptance, Quantization
+from trimtab.recipe import Acceptance, Quantization, Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.stages import looks as validation
 from trimtab.store import Store, Tree
@@ -74,7 +74,11 @@ class Script:
         )
 
     def file(
-        self, scores: Mapping[str, Scores], fails: str = "", kv_cache_apart: Scores | None = None
+        self,
+        scores: Mapping[str, Scores],
+        fails: str = "",
+        kv_cache_apart: Scores | None = None,
+        recipes: Sequence[Recipe] | None = None,
     ) -> None:
         """Files everything for the baseline and the ladder's recipes, and for these without their KV cache.
 
@@ -82,6 +86,7 @@ class Script:
             scores: by title or format; other recipes score GOOD.
             fails: "<format> <stage>" for which nothing is filed, so that the run has to do that work.
             kv_cache_apart: what an export with a quantized KV cache scores with 16 bits; None files nothing.
+            recipes: those of the ladder that the run can come to; None for all.
         """
         begun = self.begin()
         ready = self._walk(begun, fails)
@@ -90,12 +95,13 @@ class Script:
         for look, items, windows in asked():
             self._evaluation(ready, look, items, windows, Scores(ratio=1.0))
         self._integrity(ready, None, 1.0)
+        ladder = self.ladder if recipes is None else recipes
         without_kv_cache = [
             recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"kv_cache": "none"})})
-            for recipe in self.ladder
+            for recipe in ladder
             if recipe.quantize.kv_cache != "none"
         ]
-        for recipe in [*self.ladder, *without_kv_cache]:
+        for recipe in [*ladder, *without_kv_cache]:
             state = begun.model_copy(update={"recipe": recipe, "attempt": 1})
             made = self._walk(state, fails)
             if made is None:
@@ -224,7 +230,7 @@ def told(state: State) -> list[str]:
 
 def first_attempt(script: Script, scores: Scores = GOOD) -> State:
     """The state after the baseline and one attempt."""
-    script.file({script.ladder[0].quantize.format: scores})
+    script.file({script.ladder[0].quantize.format: scores}, recipes=script.ladder[:1])
     return attempts(script, script.begin(), 1)
 
 

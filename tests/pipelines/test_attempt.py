@@ -10,7 +10,7 @@ import pytest
 from trimtab.loop import evidence
 from trimtab.store import Tree
 
-from .filed import EVALUATION, GOOD, LOOPING, LUCKY, USELESS, Scores, attempts, first_attempt, told
+from .filed import EVALUATION, GOOD, LOOPING, LUCKY, OPEN, USELESS, Scores, attempts, first_attempt, told
 
 pytestmark = pytest.mark.slow
 
@@ -19,13 +19,14 @@ pytestmark = pytest.mark.slow
     ("scores", "ending", "reason"),
     [
         (GOOD, "accepted confirmed", "is at least 0.95 and perplexity ratio"),
+        (OPEN, "accepted confirmed after 2 looks", "is at least 0.95 and perplexity ratio"),
         (LUCKY, "rejected accuracy", "not confirmed on fresh items"),
         (USELESS, "rejected no_gain", "accurate but useless for fit_larger_model: +0.0% fewer bytes"),
         (Scores(ratio=1.4), "rejected perplexity", "is above the limit 1.1"),
         (Scores(ratio=math.inf), "rejected degenerate_output", "the candidate's log-likelihood is not finite"),
         (LOOPING, "rejected degenerate_output", "75% of the continuations are empty or repeat themselves"),
     ],
-    ids=["good", "lucky", "useless", "perplexity", "not finite", "looping"],
+    ids=["good", "open", "lucky", "useless", "perplexity", "not finite", "looping"],
 )
 def test_verdict(scores, ending, reason, script):
     state = first_attempt(script, scores)
@@ -36,7 +37,7 @@ def test_verdict(scores, ending, reason, script):
 
 def test_another_attempt_is_confirmed_on_other_items(script):
     """Otherwise the items that refused the first would steer what is tried next, and judge that too."""
-    script.file({script.ladder[0].quantize.format: LUCKY})
+    script.file({script.ladder[0].quantize.format: LUCKY}, recipes=script.ladder[:2])
     state = attempts(script, script.begin(max_attempts=2), 2)
     assert told(state) == ["int4_rtn rejected accuracy", "int4_gptq accepted confirmed"]
     measured = evidence.read(script.store, state.history[-1].evaluation)["measured"]

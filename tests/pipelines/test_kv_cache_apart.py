@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
     ],
 )  # fmt: skip
 def test_a_kv_cache_is_judged_apart(scores, apart, ending, reason, kv_script):
-    kv_script.file({"int4_rtn + nvfp4 KV": scores}, kv_cache_apart=apart)
+    kv_script.file({"int4_rtn + nvfp4 KV": scores}, kv_cache_apart=apart, recipes=kv_script.ladder[:1])
     state = attempts(kv_script, kv_script.begin(), 1)
     assert told(state) == [f"int4_rtn {ending}"]
     assert reason in state.history[-1].verdict.reason
@@ -49,7 +49,7 @@ def test_without_a_quantized_kv_cache_there_is_nothing_to_blame(kv_script):
 
 
 def test_what_cannot_be_judged_apart_keeps_its_verdict(kv_script, monkeypatch):
-    kv_script.file({"int4_rtn + nvfp4 KV": BAD})
+    kv_script.file({"int4_rtn + nvfp4 KV": BAD}, recipes=kv_script.ladder[:1])
     cached = stages.cached
 
     def killed(store, stage, parameters, *others):
