@@ -1,6 +1,7 @@
-"""Facts of models by their published shapes, for tests that compute nothing."""
+"""Facts of models by their published shapes, and targets with room, for tests that compute nothing."""
 
 from trimtab.model.facts import Linear, ModelFacts
+from trimtab.model.hardware import GB, Hardware, target
 
 
 def llama(layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, positions, tied) -> ModelFacts:
@@ -30,3 +31,8 @@ LLAMA_1B = llama(16, 2048, 8192, 32, 8, 64, 128256, 131072, True)
 LLAMA_3B = llama(28, 3072, 8192, 24, 8, 128, 128256, 131072, True)
 LLAMA_8B = llama(32, 4096, 14336, 32, 8, 128, 128256, 131072, False)
 LLAMA_70B = llama(80, 8192, 28672, 64, 8, 128, 128256, 131072, False)
+MODELS = {"SmolLM2-135M": SMOLLM2, "Llama-3.1-8B": LLAMA_8B, "Llama-3.1-70B": LLAMA_70B}
+
+
+def on(name: str, memory_gb: int = 1000) -> Hardware:
+    return target(name, memory_gb * GB if name == "cpu" else None)

@@ -88,7 +88,7 @@ def write_tasks(folder: Path, model: Path, items: int = 200, wrong: int = 10) ->
         for number in range(items):
             context = " ".join(["The", *draw.sample(words, 4)])
             choices = draw.sample(words, _CHOICES)
-            scores = [_log_likelihood(network, tokenizer, context, f" {choice}") for choice in choices]
+            scores = _log_likelihoods(network, tokenizer, context, [f" {choice}" for choice in choices])
             best = scores.index(max(scores))
             answer = (best + 1) % _CHOICES if number % wrong == 0 else best
             file.write(json.dumps({"context": context, "choices": choices, "answer": answer}) + "\n")
@@ -116,14 +116,17 @@ def _tokenizer(adds_bos: bool = False) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
-def _log_likelihood(network: Any, tokenizer: Any, context: str, continuation: str) -> float:
+def _log_likelihoods(network: Any, tokenizer: Any, context: str, continuations: list[str]) -> list[float]:
+    """Of all continuations in one pass: a pad behind a text changes nothing before it."""
     import torch
 
     start = len(tokenizer(context).input_ids)
-    tokens = torch.tensor([tokenizer(context + continuation).input_ids])
+    rows = [tokenizer(context + continuation).input_ids for continuation in continuations]
+    longest = max(map(len, rows))
+    tokens = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
     with torch.inference_mode():
-        scores = network(tokens).logits[0].log_softmax(-1)
-    return sum(float(scores[i - 1, tokens[0, i]]) for i in range(start, tokens.shape[1]))
+        scores = network(tokens).logits.log_softmax(-1)
+    return [sum(float(scores[n, i - 1, row[i]]) for i in range(start, len(row))) for n, row in enumerate(rows)]
 
 
 def write_kv_cache(

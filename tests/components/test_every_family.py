@@ -26,8 +26,8 @@ from trimtab.runtime.checkpoint.model_files import Export
 BUILDS = ("granite", "cohere", "cohere2", "gemma2", "vaultgemma", "nanochat", "hyperclovax", "apertus", "ministral3",
           "jais2", "nemotron", "bloom", "mpt", "gpt_bigcode", "gptj", "codegen", "persimmon",
           "gpt_neox", "mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4_text")  # fmt: skip
-#: Format -> relative error of a layer at most, as in `test_quantization`; but behind relu² SmoothQuant has neurons that
-#: 128 tokens hardly excite, and gives their weights few steps.
+#: Format -> relative error of a layer at most, as in quantization/conftest.py; but behind relu² SmoothQuant has neurons
+#: that 128 tokens hardly excite, and gives their weights few steps.
 FORMATS = {"int8_sq": 0.3, "fp8": 0.05, "int4_awq": 0.3, "int4_gptq": 0.3}
 
 

@@ -68,7 +68,8 @@ def unmeasurable(write_model, tmp_path) -> dict[str, str]:
     (tmp_path / "path" / "torch").mkdir(parents=True)
     (tmp_path / "path" / "torch" / "__init__.py").write_text(TORCH)
     model = write_model(tmp_path / "model")
-    return {"MODEL": str(model), "STORE": str(tmp_path / "store"), "PYTHONPATH": str(tmp_path / "path")}
+    path = os.pathsep.join([str(tmp_path / "path"), os.environ["PYTHONPATH"]])
+    return {"MODEL": str(model), "STORE": str(tmp_path / "store"), "PYTHONPATH": path}
 
 
 @pytest.mark.slow

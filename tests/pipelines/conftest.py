@@ -1,4 +1,5 @@
-"""A run of the real DAG on this machine, and a tripwire that tells whether any of its processes did model work."""
+"""A run of the real DAG on this machine, a tripwire that tells whether any of its processes did model work, and results
+that were filed for it."""
 
 from __future__ import annotations
 
@@ -15,6 +16,10 @@ from kubernetes_server import KubernetesServer
 from rich.console import Console
 
 from trimtab.components import images
+from trimtab.components.fetch.source import fetch
+from trimtab.store import open_store
+
+from .filed import KV_RECIPE, Script
 
 #: Stands before the real torch in the path of every process of a run. It writes down that it was asked for, and
 #: ends the import as the environment says: an expected failure of the stage, a kill for memory or
@@ -75,7 +80,7 @@ def tripwire(tmp_path: Path, oom_counter: Path, monkeypatch: pytest.MonkeyPatch)
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(TRIPWIRE)
     (package.parent / "sitecustomize.py").write_text(SITE)
-    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.setenv("PYTHONPATH", str(package.parent), prepend=os.pathsep)
     monkeypatch.setenv("TRIPPED", str(tmp_path / "tripped"))
     return Tripwire(tmp_path / "tripped")
 
@@ -114,3 +119,18 @@ def run_dag(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         return local.run(arguments, folder, Console(file=sys.stderr, width=200))
 
     return run
+
+
+@pytest.fixture
+def script(tmp_path: Path, write_model: Callable[..., Path]) -> Script:
+    write_model(tmp_path / "model")
+    store = open_store(str(tmp_path / "store"))
+    return Script(store, fetch(str(tmp_path / "model"), store), tmp_path / "filed")
+
+
+@pytest.fixture
+def kv_script(tmp_path: Path, write_model: Callable[..., Path]) -> Script:
+    """Its ladder begins with the user's recipe, and goes on as without one."""
+    write_model(tmp_path / "model")
+    store = open_store(str(tmp_path / "store"))
+    return Script(store, fetch(str(tmp_path / "model"), store), tmp_path / "filed", KV_RECIPE)

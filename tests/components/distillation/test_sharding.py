@@ -1,11 +1,13 @@
 """Several processes hold a part each of the student and its teacher, and train as one process does.
 
-They are started once for each number of processes, and train all cases one after the other.
+They are started once for each number of processes, and train all cases one after the other, those that are killed
+and others.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -110,14 +112,18 @@ def job(pairs, logits, tmp_path_factory):
     return make
 
 
-def together(processes: int, jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Trains in that many processes, and returns the answers."""
-    path = folder / f"jobs-{processes}.json"
-    path.write_text(json.dumps(jobs), encoding="utf-8")
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run([*run, str(RANKS), str(path)], capture_output=True, text=True, timeout=500)
+def together(rounds: dict[int, list[dict[str, Any]]], folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """Trains jobs in so many processes, and returns the answers."""
+    path = folder / "rounds.json"
+    path.write_text(json.dumps(list(rounds.items())), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = {"capture_output": True, "text": True, "timeout": 500, "env": environment}
+    done = subprocess.run([sys.executable, str(RANKS), str(path)], **run)
     assert done.returncode == 0, done.stderr[-8000:]
-    return [json.loads(Path(job["answer"]).read_text(encoding="utf-8")) for job in jobs]
+    return {
+        processes: [json.loads(Path(job["answer"]).read_text(encoding="utf-8")) for job in jobs]
+        for processes, jobs in rounds.items()
+    }
 
 
 def written(job: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -130,15 +136,29 @@ def alone(job: dict[str, Any]) -> dict[str, Any]:
     return work.train(**job["arguments"])
 
 
+#: Those that are killed too, before their fifth step.
+KILLED = ("parts", "movement")
+
+
 @pytest.fixture(scope="module")
-def shared_out(job, tmp_path_factory):
+def killed_by_two(tmp_path_factory) -> dict[str, Path]:
+    """Where the killed runs of two processes leave their checkpoints, once `shared_out` has run."""
+    folder = tmp_path_factory.mktemp("killed-by-two")
+    return {name: folder / name for name in KILLED}
+
+
+@pytest.fixture(scope="module")
+def shared_out(job, killed_by_two, tmp_path_factory):
     """All cases in two processes, and some in three: name and processes -> (job, answer)."""
-    folder, found = tmp_path_factory.mktemp("shared-out"), {}
-    for processes, names in ((2, CASES), (3, BY_THREE)):
-        jobs = [job(CASES[name]) for name in names]
-        answers = together(processes, jobs, folder)
-        found |= {(name, processes): pair for name, *pair in zip(names, jobs, answers, strict=True)}
-    return found
+    named = {processes: {name: job(CASES[name]) for name in names} for processes, names in ((2, CASES), (3, BY_THREE))}
+    rounds = {processes: list(jobs.values()) for processes, jobs in named.items()}
+    rounds[2] += [job(CASES[name], killed_by_two[name], ends_before=4) for name in KILLED]
+    answers = together(rounds, tmp_path_factory.mktemp("shared-out"))
+    return {
+        (name, processes): pair
+        for processes, jobs in named.items()
+        for name, *pair in zip(jobs, jobs.values(), answers[processes], strict=False)
+    }
 
 
 @pytest.mark.parametrize(("name", "processes"), [*((name, 2) for name in CASES), *((name, 3) for name in BY_THREE)])
@@ -174,20 +194,14 @@ def test_zeros_stay_where_they_were(shared_out, pairs):
         assert (after[name][before[name] == 0] == 0).all() and not torch.equal(after[name], before[name]), name
 
 
-#: Those that are killed.
-KILLED = ("parts", "movement")
-
-
 @pytest.fixture(scope="module")
-def goes_on(job, tmp_path_factory):
+def goes_on(job, shared_out, killed_by_two, tmp_path_factory):
     """Of each killed case what went on from its fifth step, in as many processes, in fewer and in more."""
     folder, step = tmp_path_factory.mktemp("killed"), training.Training.step
-    scratch = {(name, ended): folder / f"{name}-{ended}" / "scratch" for name in KILLED for ended in (1, 2)}
-    together(2, [job(CASES[name], scratch[name, 2], ends_before=4) for name in KILLED], folder)
-    assert [path.name for path in scratch[KILLED[0], 2].glob("training-*")] == ["training-00000004"]
-    fewer = {name: job(CASES[name], folder / f"{name}-fewer" / "scratch") for name in KILLED}
+    assert [path.name for path in killed_by_two[KILLED[0]].glob("training-*")] == ["training-00000004"]
+    fewer = {name: job(CASES[name], folder / f"{name}-fewer") for name in KILLED}
     for name in KILLED:
-        shutil.copytree(scratch[name, 2], fewer[name]["arguments"]["scratch"])
+        shutil.copytree(killed_by_two[name], fewer[name]["arguments"]["scratch"])
 
     def killed(self: training.Training, number: int) -> torch.Tensor:
         if number == 4:
@@ -199,9 +213,10 @@ def goes_on(job, tmp_path_factory):
         patch.setattr(resume, "TRAINING_OVER_SAVING", 0)
         for name in KILLED:
             with pytest.raises(Killed):
-                alone(job(CASES[name], scratch[name, 1]))
-    again, more = ({name: job(CASES[name], scratch[name, ended]) for name in KILLED} for ended in (2, 1))
-    together(2, [*again.values(), *more.values()], folder)
+                alone(job(CASES[name], folder / f"{name}-more"))
+    again = {name: job(CASES[name], killed_by_two[name]) for name in KILLED}
+    more = {name: job(CASES[name], folder / f"{name}-more") for name in KILLED}
+    together({2: [*again.values(), *more.values()]}, folder)
     resumed = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resume.progress, "report", lambda stage, text, *counts: resumed.append(text))

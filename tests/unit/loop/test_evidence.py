@@ -1,4 +1,4 @@
-"""The evidence: what was measured, read back, and judged anew. What the gate refuses is in pipelines/test_loop.py."""
+"""The evidence: what was measured, read back, and judged anew. What the gate refuses is in pipelines/test_gate.py."""
 
 from __future__ import annotations
 

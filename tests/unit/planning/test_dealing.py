@@ -100,7 +100,8 @@ def test_no_item_is_asked_twice_and_none_is_asked_that_is_not_there(there, asked
     total = min(sum(asked) + confirm_items, sum(there.values()))
     assert sum(counts(found)) == total, "what there is is used"
     for part, wanted in zip(counts(found), [*asked, confirm_items], strict=True):
-        assert abs(part - total * wanted / (sum(asked) + confirm_items)) <= 1
+        # rounded at both ends, and one item for the first look in any case
+        assert abs(part - total * wanted / (sum(asked) + confirm_items)) <= 1.5
     assert Deal.parse(found.to_json()) == found
 
 
