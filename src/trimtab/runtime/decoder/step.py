@@ -248,7 +248,7 @@ def disagreement(model: PreTrainedModel, step: DecodingStep, positions: int) -> 
     for batch in (1, 3):
         tokens = (torch.arange(batch * (length + 1), device=model.device) * 7919 % vocabulary).view(batch, -1)
         expected = _last_logits(model, tokens)
-        with _shaken(model):
+        with shaken(model):
             noise = (_last_logits(model, tokens) - expected).norm()
         decoding = Decoding(model, batch, length + 1, step.by_spans)
         decoding.read(tokens[:, :-1])
@@ -264,7 +264,7 @@ def _last_logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _shaken(model: PreTrainedModel) -> Iterator[None]:
+def shaken(model: PreTrainedModel) -> Iterator[None]:
     """Moves what each block reads by a unit of bfloat16's last place, up or down."""
 
     def shake(_: nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
