@@ -210,6 +210,32 @@ def test_the_gpus_driver_tells_whether_it_was_started(monkeypatch, code, started
     assert fork_server._has_started_gpus() is started
 
 
+@pytest.mark.parametrize("visible, asked", [(None, 0), ("3,1", 3), ("GPU-5c1e", "GPU-5c1e")])
+def test_a_library_is_told_a_gpus_capability_while_it_is_imported(monkeypatch, tmp_path, visible, asked):
+    torch_cuda = pytest.importorskip("torch.cuda")
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetHandleByUUID=lambda name: name,
+        nvmlDeviceGetCudaComputeCapability=lambda device: [9, 0] if device == asked else [1, 0],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(fork_server, "NVIDIA", tmp_path)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    else:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "asks_the_gpu.py").write_text("import torch\nTOLD = torch.cuda.get_device_capability()")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "asks_the_gpu", raising=False)
+    own = torch_cuda.get_device_capability
+    fork_server._capability.cache_clear()
+    fork_server._import("asks_the_gpu")
+    fork_server._capability.cache_clear()
+    assert sys.modules["asks_the_gpu"].TOLD == (9, 0)
+    assert torch_cuda.get_device_capability is own
+
+
 def test_a_driver_that_nothing_has_loaded_was_not_started(monkeypatch):
     def missing(*_, **__):
         raise OSError
