@@ -1,6 +1,6 @@
 """What each family of models goes through: every stage on a tiny random model, and real weights in other clothes.
 
-Run: python benchmarks/families.py [--model FOLDER] [--families NAMES] [--clothes NAMES] [--quick]
+Run: python benchmarks/families.py [--model FOLDER] [--families NAMES] [--clothes NAMES] [--formats NAMES] [--quick]
 
 Stage by stage, `yes` or what stopped it: plan reads the model; score is how far the logits over 40 tokens are from
 transformers' in float32; measure is calibration with Gram matrices and sensitivity; a format is exported, passes the
@@ -144,30 +144,30 @@ def stages(names: list[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def dressed(model: Path, names: Sequence[str], quick: bool) -> dict[str, dict[str, float]]:
+def dressed(model: Path, names: Sequence[str], formats: Sequence[str], quick: bool) -> dict[str, dict[str, float]]:
     """Prints the second table, and returns it: clothes -> "16 bits" and formats -> perplexity over 16 bits', and
-    "tokens/s" of decoding 8 sequences in 16 bits and in FP8."""
-    titles = ("16 bits", *FORMATS, "tokens/s", "fp8")
+    "tokens/s" of decoding 8 sequences in 16 bits and in FP8, where that is among the formats."""
+    titles = ("16 bits", *formats, "tokens/s", *(["fp8"] if "fp8" in formats else []))
     print(f"\n{'clothes':<12}" + "".join(f"{title:>11}" for title in titles), flush=True)
     found: dict[str, dict[str, float]] = {}
     for name in names:
         with tempfile.TemporaryDirectory() as scratch:
             folder = model if name == "llama" else clothes.write(model, Path(scratch) / "source", name)
-            found[name] = _ratios(folder, Path(scratch), quick)
+            found[name] = _ratios(folder, Path(scratch), formats, quick)
         row = found[name]
-        ratios = "".join(f"{row[form]:>11.4f}" for form in FORMATS)
-        speeds = "".join(f"{row[title]:>11.1f}" for title in ("tokens/s", "fp8 tokens/s"))
+        ratios = "".join(f"{row[form]:>11.4f}" for form in formats)
+        speeds = "".join(f"{row[title]:>11.1f}" for title in ("tokens/s", "fp8 tokens/s") if title in row)
         print(f"{name:<12}{row['16 bits']:>11.3f}{ratios}{speeds}", flush=True)
     return found
 
 
-def _ratios(source: Path, scratch: Path, quick: bool) -> dict[str, float]:
+def _ratios(source: Path, scratch: Path, formats: Sequence[str], quick: bool) -> dict[str, float]:
     calibration = scratch / "calibration"
     calibration.mkdir()
     samples = 2 if quick else _SAMPLES
     calibrate(str(source), str(calibration), "", {"samples": samples, "length": _LENGTH, "seed": 0, "text": "builtin"})
     found = {"16 bits": _perplexity(source, quick), "tokens/s": _speed(source, quick)}
-    for form in FORMATS:
+    for form in formats:
         export = scratch / form
         export.mkdir()
         parameters = {"format": form, "group_size": 64}
@@ -195,13 +195,14 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="a Llama's folder, for the second table")
     parser.add_argument("--families", nargs="*", choices=families.BY_TYPE, default=list(families.BY_TYPE))
     parser.add_argument("--clothes", nargs="*", choices=ROWS, default=list(ROWS), help="rows of the second table")
+    parser.add_argument("--formats", nargs="*", default=list(FORMATS), help="of the second table")
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} alone; of the second table two rows")
     options = parser.parse_args()
     names = QUICK if options.quick and options.families else options.families
     figures: dict[str, Any] = {"stages": stages(list(names))} if names else {}
     if options.model:
         rows = ROWS[:2] if options.quick and options.clothes == list(ROWS) else options.clothes
-        figures["clothes"] = dressed(options.model, rows, options.quick)
+        figures["clothes"] = dressed(options.model, rows, options.formats, options.quick)
     print(json.dumps(figures))
     return 0
 
