@@ -47,6 +47,8 @@ _MIX = {"format": "mixed_gpu"}
 FORMATS = {
     "fp8": ({}, "FP8_DEFAULT_CFG"),
     "fp8, searched scales": ({"format": "fp8", "scale_search": "mse"}, "FP8_DEFAULT_CFG"),
+    "fp8_gptq": ({}, "FP8_DEFAULT_CFG"),
+    "fp8_gptq, at once": ({"format": "fp8_gptq", "sequential": False}, "FP8_DEFAULT_CFG"),
     "fp8_per_channel": ({}, "FP8_PER_CHANNEL_PER_TOKEN_CFG"),
     "int8_wo": ({}, "INT8_WEIGHT_ONLY_CFG"),
     "int8_sq": ({}, "INT8_SMOOTHQUANT_CFG"),

@@ -24,7 +24,7 @@ def test_harms_are_near_what_is_lost(monkeypatch, tmp_path, capsys):
     for title, row in found.items():  # of what attention reads, errors of all tokens go together, which no harm counts
         apart = title.startswith(("down_proj", "gate_proj", "o_proj"))
         assert row["true"] / (2 if apart else 6) < row["predicted"] < 2 * row["true"], (title, row)
-    for form in ("nvfp4_wo", "int4_gptq", "fp8"):
+    for form in ("nvfp4_wo", "int4_gptq", "fp8_gptq"):
         assert found["mixed_gpu, 6 bits"]["true"] < found["all, int4_gptq"]["true"]
         parts = [row["true"] for title, row in found.items() if title.endswith(f"its like, {form}")]
         assert max(parts) < found[f"all, {form}"]["true"] < 2 * sum(parts)

@@ -30,7 +30,7 @@ def harms(model: Path, calibration: Path, tmp_path_factory: pytest.TempPathFacto
     from trimtab.components.quantization.mixed import sensitivity
 
     folder = tmp_path_factory.mktemp("sensitivity")
-    formats = ["int4_gptq", "int8_wo", "int4_rtn", "nvfp4_wo", "nvfp4", "fp8"]
+    formats = ["int4_gptq", "int8_wo", "int4_rtn", "nvfp4_wo", "nvfp4", "fp8", "fp8_gptq"]
     parameters = {"formats": formats, "group_size": 32}
     sensitivity.measure(str(model), str(calibration), str(folder), "", parameters)
     return folder

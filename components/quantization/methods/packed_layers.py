@@ -95,8 +95,9 @@ def _gptq(
     """Rounds layers that share an input as one matrix, of which it takes float32 copies: the Hessian is factored once.
     """
     numbers = quantizers.numbers_of(format, weights.values())
-    found = {n: quantizers.row_scales(format, w, settings, importance, numbers) for n, w in weights.items()}
-    each = torch.cat([scale.reshape(len(weights[name]), -1) for name, scale in found.items()])
+    found = quantizers.weight_scales(format, weights, settings, importance, numbers)
+    by_group = {n: scale if scale.dim() == 2 else scale.reshape(-1, 1) for n, scale in found.items()}
+    each = torch.cat([scale.expand(len(weights[n]), -1) for n, scale in by_group.items()])  # one, or one of each row
     together = torch.cat([weight.float() for weight in weights.values()])
     each = each.repeat_interleave(together.shape[1] // each.shape[1], dim=1)
     damping = gptq.DAMPING if settings.damping is None else settings.damping

@@ -6,6 +6,7 @@ import math
 import shlex
 
 from trimtab.base.errors import TrimtabError
+from trimtab.catalog.formats import FORMATS
 from trimtab.catalog.goals import GOALS
 from trimtab.judge import Measurements, Verdict, gain
 from trimtab.loop.ledger import exhausted
@@ -120,8 +121,8 @@ def _gentler(state: State) -> str:
     harsh = [brief for brief in state.history if brief.verdict.failure_class in ("accuracy", "perplexity")]
     if len(harsh) < len(state.history):
         return ""
-    formats = {brief.recipe.weight_format for brief in state.history}
-    if not formats & {"int8_wo", "int8_sq", "fp8", "fp8_per_channel"} and not any(
+    formats = (FORMATS[brief.recipe.weight_format] for brief in state.history)
+    if not any(row.storage and row.storage.bits == 8 for row in formats) and not any(
         (brief.recipe.quantize and brief.recipe.quantize.effective_bits or 0) >= 7 for brief in state.history
     ):
         return "No attempt kept eight bits: a recipe with quantize: {format: mixed, effective_bits: 7} takes less away."

@@ -24,7 +24,7 @@ from trimtab.runtime.measure import blockwise, grams, observe, routing
 from trimtab.runtime.measure.block_calls import BlockCalls, NotByBlock
 from trimtab.runtime.measure.measurements import Measurements
 from trimtab.runtime.rounding import hessian
-from trimtab.runtime.rounding.scales import INT4
+from trimtab.runtime.rounding.scales import FP8, INT4, Numbers
 
 
 def calibrated(source: Path, folder: Path) -> Path:
@@ -41,19 +41,23 @@ def quantize(source: Path, calibration: Path, folder: Path, **settings) -> Path:
     return folder / "export"
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "mixtral", "qwen3_next"])
-def test_rounded_at_once_it_is_what_the_whole_model_s_gram_matrices_give(model_type, tmp_path):
+@pytest.mark.parametrize(
+    ("model_type", "form"),
+    [("gemma2", "int4_gptq"), ("mixtral", "int4_gptq"), ("mixtral", "fp8_gptq"), ("qwen3_next", "int4_gptq")],
+)
+def test_rounded_at_once_it_is_what_the_whole_model_s_gram_matrices_give(model_type, form, tmp_path):
     """Also of experts that were given few tokens, in their blocks and those of a hybrid."""
     source = decoders.write(tmp_path / "model", model_type)
     calibration = calibrated(source, tmp_path / "calibration")
-    found = load_file(quantize(source, calibration, tmp_path / "q", sequential=False) / "model.safetensors")
+    export = quantize(source, calibration, tmp_path / "q", format=form, sequential=False)
+    found = load_file(export / "model.safetensors")
 
     model, _ = model_files.load_for_measuring(source)
     tokens = load_file(calibration / "tokens.safetensors")["tokens"].long()
     facts, layers = inspect(source), observe.linears(model)
-    settings = gptq.with_damping(Quantization(format="int4_gptq", group_size=32), tokens.numel())
+    settings = gptq.with_damping(Quantization(format=form, group_size=32), tokens.numel())
     family = model.family
-    chosen = {layer.name: "int4_gptq" for layer in facts.linears if not family.keeps(layer.name)}
+    chosen = {layer.name: form for layer in facts.linears if not family.keeps(layer.name)}
     quantizer = GroupQuantizer(source, settings, chosen, Measurements(calibration, source, "calibration"))
     asked = [group for group in groups(list(layers), facts.model_type) if quantizer.form(group)]
     first = {group.layers[0]: layers[group.layers[0]] for group in asked}
@@ -68,7 +72,8 @@ def test_rounded_at_once_it_is_what_the_whole_model_s_gram_matrices_give(model_t
             gram = sums[group.layers[0]] / tokens.numel()
             whole = quantizer.quantize(Export(source), group, type(seen)(seen.amax, seen.second_moment, gram))
             for name, tensor in whole.tensors.items():
-                different = (found[name].view(torch.uint8) != tensor.cpu().view(torch.uint8)).float().mean()
+                one, other = (each.reshape(-1).view(torch.uint8) for each in (found[name], tensor.cpu()))
+                different = (one != other).float().mean()
                 assert different < 0.01, name  # numbers halfway between two
                 compared += 1
     assert compared > 2 * len(asked)
@@ -103,7 +108,7 @@ def test_in_order_a_layer_is_rounded_for_the_inputs_that_it_gets(model, calibrat
     assert names == ["self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"], "as they are called"
 
 
-def naive_gptq(weight: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def naive_gptq(weight: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor, numbers: Numbers) -> torch.Tensor:
     """A weight at a time: what is left of the inverse Hessian tells how the others make up for its error (OBS)."""
     order = gram.diagonal().argsort(descending=True).tolist()
     damped = gram.double() + gptq.DAMPING * gram.diagonal().double().mean() * torch.eye(len(gram))
@@ -111,7 +116,7 @@ def naive_gptq(weight: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor) ->
     for row in range(len(weight)):
         left, inverse = weight[row].double(), torch.linalg.inv(damped)
         for place in order:
-            nearest = (left[place] / scale[row, place]).round().clamp(-8, 7) * scale[row, place]
+            nearest = numbers.round(left[place] / scale[row, place]) * scale[row, place]
             found[row, place] = nearest
             lost = (left[place] - nearest) / inverse[place, place]
             left = left - lost * inverse[place]
@@ -120,15 +125,16 @@ def naive_gptq(weight: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor) ->
     return found
 
 
-def test_columns_make_up_for_the_rounding_of_those_before_them():
+@pytest.mark.parametrize("numbers", [INT4, FP8], ids=["int4", "e4m3"])
+def test_columns_make_up_for_the_rounding_of_those_before_them(numbers):
     """Over blocks of columns too: of 80 columns 64 are one."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(300, 80, generator=draw) * (1 + torch.arange(80)) + torch.randn(300, 1, generator=draw) * 20
     gram, weight = x.t() @ x / 300, torch.randn(6, 80, generator=draw)
-    scale = (weight.abs().amax(1, keepdim=True) / 7).expand_as(weight)
-    found, expected = gptq.round_weights(weight, gram, scale, INT4), naive_gptq(weight, gram, scale)
+    scale = (weight.abs().amax(1, keepdim=True) / numbers.largest).expand_as(weight)
+    found, expected = gptq.round_weights(weight, gram, scale, numbers), naive_gptq(weight, gram, scale, numbers)
     assert ((found - expected).abs() < 1e-4).float().mean() > 0.98  # the others are halfway between two numbers
-    errors = [((w - weight) @ gram * (w - weight)).sum() for w in (found, (weight / scale).round() * scale)]
+    errors = [((w - weight) @ gram * (w - weight)).sum() for w in (found, numbers.round(weight / scale) * scale)]
     assert errors[0] < 0.9 * errors[1]
 
 

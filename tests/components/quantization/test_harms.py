@@ -75,10 +75,24 @@ def test_time_is_a_second_budget(export, model):
     assert {layout.algo for layout in Export(folder).layers.values()} == {"FP8"}
 
 
+def test_a_mix_rounds_its_fp8_by_gptq_under_the_scales_of_fp8(export):
+    """One for layers that engines fuse, which the largest weight of all of them gives."""
+    mixed, alone = export("mixed_gpu", effective_bits=8, max_time=0.5, step_tokens=206), export("fp8_gptq")
+    found, own, nearest = (Export(folder) for folder in (mixed, alone, export("fp8")))
+    for group in groups(found.layers, "llama"):
+        for layer in group.layers:
+            scales_of = [each.layer(layer).weight_scale for each in (found, own, nearest)]
+            assert torch.equal(scales_of[0], scales_of[1]) and torch.equal(scales_of[1], scales_of[2])
+            weights = [each.layer(layer).weight.float() for each in (found, own, nearest)]
+            assert torch.equal(weights[0], weights[1]) and (weights[1] != weights[2]).float().mean() > 0.02, layer
+        assert len({found.layer(layer).weight_scale.item() for layer in group.layers}) == 1
+
+
+@pytest.mark.parametrize(("form", "left"), [("fp8", 1.0), ("fp8_gptq", sensitivity.GPTQ_LEAVES)])
 @pytest.mark.parametrize("names", [("2.mlp.down_proj",), ("1.mlp.gate_proj", "1.mlp.up_proj")])
-def test_the_harm_of_layers_counts_both_their_roundings(names, model, calibration, harms):
-    """Against the definition, on the tokens that were kept: of weights each output by itself, of inputs what they do to
-    all outputs of all layers that read them."""
+def test_the_harm_of_layers_counts_both_their_roundings(names, form, left, model, calibration, harms):
+    """Against the definition, on the tokens that were kept: of weights each output by itself, as far as GPTQ does not
+    make up for it; of inputs what they do to all outputs of all layers that read them."""
     tokens = load_file(calibration / "tokens.safetensors")["tokens"].long()
     kept, layers = gradients.samples(model, gradients.enough(tokens), ""), [f"model.layers.{name}" for name in names]
     x, g, share = kept[layers[0]]
@@ -90,10 +104,10 @@ def test_the_harm_of_layers_counts_both_their_roundings(names, model, calibratio
     expected, moved = 0.0, torch.zeros_like(x)
     for layer, weight in weights.items():
         change = rounded @ (weight - layer_layout.round_fp8(weight, largest / 448).float()).t()
-        expected += 0.5 * share * (kept[layer].gradients * change).square().sum().item()
+        expected += 0.5 * left * share * (kept[layer].gradients * change).square().sum().item()
         moved += kept[layer].gradients @ weight
     expected += 0.5 * share * (moved * (x - rounded)).square().sum().item()
     found = sensitivity.read(harms)
-    assert found[layers[0]]["fp8"] == pytest.approx(expected, rel=1e-3)
+    assert found[layers[0]][form] == pytest.approx(expected, rel=1e-3)
     for each in found.values():
         assert each["int8_wo"] < each["nvfp4_wo"] < each["nvfp4"] and each["int4_gptq"] < each["int4_rtn"]

@@ -117,3 +117,22 @@ def test_what_is_all_zero_gets_scales_that_are_valid(form, what):
         assert torch.isfinite(back).all()
         if not weights[name].any():
             assert not back.any()
+
+
+@pytest.mark.parametrize(("nearest", "form"), [("fp8", "fp8_gptq"), ("int4_rtn", "int4_gptq")])
+def test_gptq_leaves_less_error_of_outputs_than_the_nearest_numbers(nearest, form):
+    """Of layers that share an input, which is correlated as inputs are; of FP8 they share the scale too."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 64, generator=draw) + 2 * torch.randn(500, 1, generator=draw)
+    weights = {name: size * torch.randn(16, 64, generator=draw) for name, size in (("a", 1.0), ("b", 0.3))}
+    gram = x.t() @ x / len(x)
+    seen = Input(x.abs().amax(0), gram.diagonal().clone(), gram)
+    errors = {}
+    for each in (nearest, form):
+        settings = Quantization(format=each, group_size=32, scale_search="max")
+        made = packed_layers.quantize(each, weights, seen, settings)
+        differences = {name: dequantize(made[name]) - weight for name, weight in weights.items()}
+        errors[each] = {name: float((d @ gram * d).sum()) for name, d in differences.items()}
+        if layer_layout.layout_of(each, settings).storage.shares_scale:
+            assert made["a"].weight_scale == made["b"].weight_scale == scales.FP8.scale(weights["a"].abs().max())
+    assert all(errors[form][name] < 0.7 * errors[nearest][name] for name in weights), errors

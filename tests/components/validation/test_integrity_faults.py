@@ -80,10 +80,12 @@ FAULTS = [
 ]  # fmt: skip
 
 
-#: Of scales that are no plain numbers, those faults that mean the same.
+#: Of one scale for all, and of scales that are no plain numbers, those faults that mean the same.
+TENSOR_FAULTS = [scaled_ten_times, missing_scale, missing_weight, zeroed, another_layer]
 FP4_FAULTS = [missing_scale, zeroed, another_layer, half_of_it_zero, half_of_it_as_initialised]
 SEEDED = [
     *((name, fault) for name in ("int8_wo", "fp8_per_channel", "int4_rtn", "int4_gptq") for fault in FAULTS),
+    *((name, fault) for name in ("fp8", "fp8_gptq") for fault in TENSOR_FAULTS),
     *((name, fault) for name in ("nvfp4", "nvfp4_wo", "mxfp4") for fault in FP4_FAULTS),
 ]
 

@@ -103,7 +103,7 @@ ENDINGS = "*.down_proj, *.gate_proj, *.k_proj, *.o_proj, *.q_proj, *.up_proj, *.
 PLANNED = [
     ("quantize: {format: fp8}", "a100-40", "fp8 needs compute capability 8.9 or later (Ada, Hopper, Blackwell)"),
     ("{quantize: {format: nvfp4}, engine: {backend: trtllm}}", "h100",
-     "quantize.format: trtllm does not serve nvfp4 on h100; write one of: fp32, fp16, bf16, fp8, fp8_per_channel,"),
+     "quantize.format: trtllm does not serve nvfp4 on h100; write one of: fp32, fp16, bf16, fp8, fp8_gptq, fp8_per_"),
     ("quantize: {format: int4_rtn, group_size: 128}", "cpu",
      "quantize.group_size: 128 does not divide the 64 input features of model.layers.0.mlp.gate_proj; write one of: "
      "64, 32"),

@@ -29,7 +29,8 @@ def test_datasheet(name, memory_gb, bandwidth_gb, capability):
 
 CASTS = {"fp32", "fp16", "bf16"}
 INT4 = {"int4_rtn", "int4_awq", "int4_gptq"}
-FP8 = {"fp8", "fp8_per_channel"}
+FP8 = {"fp8", "fp8_gptq"}
+FP8_PER_CHANNEL = {"fp8_per_channel"}
 FP4 = {"nvfp4", "mxfp4"}
 FP4_WEIGHTS = {"nvfp4_wo", "mxfp4_wo"}
 AMPERE = CASTS | INT4 | {"mixed", "int8_wo", "int8_sq"}
@@ -43,14 +44,14 @@ W4A8 = {"w4a8_awq"}
         ("a100-80", "trtllm", CASTS | INT4, {"fp8"}),
         ("a100-80", "trtllm-legacy", CASTS | INT4 | {"int8_wo", "int8_sq"}, {"int8"}),
         ("a100-80", "vllm", CASTS | INT4 | FP4_WEIGHTS, set()),
-        ("l4", "trtllm", CASTS | INT4 | W4A8 | {"fp8"}, {"fp8"}),
-        ("h100", "torch", AMPERE | FP8, set()),
-        ("h100", "trtllm", CASTS | INT4 | W4A8 | FP8 | {"nvfp4_wo", "mixed_gpu"}, {"fp8"}),
-        ("h100", "trtllm-legacy", CASTS | INT4 | W4A8 | {"fp8", "int8_wo", "int8_sq"}, {"fp8", "int8"}),
-        ("h100", "vllm", CASTS | INT4 | FP4_WEIGHTS | {"fp8", "mixed_gpu"}, {"fp8"}),
-        ("b200", "trtllm", CASTS | INT4 | W4A8 | FP4 | {"fp8", "nvfp4_wo", "mixed_gpu", "mixed_fp4"}, {"fp8", "nvfp4"}),
-        ("b200", "trtllm-legacy", CASTS | {"fp8"}, {"fp8"}),
-        ("b200", "torch", AMPERE | FP8, set()),
+        ("l4", "trtllm", CASTS | INT4 | W4A8 | FP8, {"fp8"}),
+        ("h100", "torch", AMPERE | FP8 | FP8_PER_CHANNEL, set()),
+        ("h100", "trtllm", CASTS | INT4 | W4A8 | FP8 | FP8_PER_CHANNEL | {"nvfp4_wo", "mixed_gpu"}, {"fp8"}),
+        ("h100", "trtllm-legacy", CASTS | INT4 | W4A8 | FP8 | {"int8_wo", "int8_sq"}, {"fp8", "int8"}),
+        ("h100", "vllm", CASTS | INT4 | FP4_WEIGHTS | FP8 | {"mixed_gpu"}, {"fp8"}),
+        ("b200", "trtllm", CASTS | INT4 | W4A8 | FP4 | FP8 | {"nvfp4_wo", "mixed_gpu", "mixed_fp4"}, {"fp8", "nvfp4"}),
+        ("b200", "trtllm-legacy", CASTS | FP8, {"fp8"}),
+        ("b200", "torch", AMPERE | FP8 | FP8_PER_CHANNEL, set()),
         ("cpu", "torch", AMPERE, set()),
     ],
 )

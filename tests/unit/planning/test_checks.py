@@ -49,7 +49,7 @@ def smollm2(down_features: int = 1536, head_dim: int = 64) -> ModelFacts:
         (
             "h100",
             "{quantize: {format: int8_sq}, engine: {backend: trtllm}}",
-            "quantize.format: trtllm does not serve int8_sq on h100; write one of: fp32, fp16, bf16, fp8, "
+            "quantize.format: trtllm does not serve int8_sq on h100; write one of: fp32, fp16, bf16, fp8, fp8_gptq, "
             "fp8_per_channel, int4_rtn, int4_awq, int4_gptq, w4a8_awq, nvfp4_wo, mixed_gpu, or engine.backend: torch",
         ),
         (

@@ -54,6 +54,16 @@ def test_a_model_of_70_billion_goes_through_one_gpu_of_80_gigabytes(sequential, 
     assert found["quantize"].disk_bytes == pytest.approx(3 * 41 * GB + streams * hidden_states, rel=0.03)
 
 
+def test_fp8_by_gptq_is_planned_with_what_gptq_holds():
+    """The model runs, a block at a time, and four matrices of [in, in] at least stand beside it."""
+    nearest, found = (
+        needs(LLAMA_8B, Recipe.parse(f"quantize: {{format: {form}}}"), target("h200"))["quantize"]
+        for form in ("fp8", "fp8_gptq")
+    )
+    assert found.gpu_bytes > 4 * 4 * 14_336**2 and found.seconds > nearest.seconds
+    assert found.disk_bytes > nearest.disk_bytes
+
+
 def test_calibration_by_hand():
     need = needs(LLAMA_8B, Recipe.parse("quantize: {format: fp8}"), target("h200"))["calibrate"]
     block, activations = 2 * 218_103_808, 8 * 512 * 200_840  # of eight windows: see test_training_memory

@@ -129,8 +129,8 @@ BAD = [
         (
             f"{{distill: {{tokens: 9, quantization_aware: true}}, quantize: {{format: {form}}}}}",
             f"distill.quantization_aware: true: format '{form}' is not rounded to nearest by the weights alone, and "
-            f"cannot be trained with; write one of: int8_wo, fp8, fp8_per_channel, int4_rtn, nvfp4, nvfp4_wo, "
-            f"mxfp4, mxfp4_wo",
+            f"cannot be trained with; write one of: int8_wo, fp8, fp8_gptq, fp8_per_channel, int4_rtn, nvfp4, "
+            f"nvfp4_wo, mxfp4, mxfp4_wo",
         )
         for form in ("bf16", "int8_sq", "int4_awq", "int4_gptq", "w4a8_awq")
     ),
@@ -143,7 +143,7 @@ BAD = [
         "quantize.exclude_sensitive is decided by what is measured after training; remove one",
     ),
     ("quantize: {format: fp8, sequential: true}",
-     "has sequential, and format 'fp8' has no GPTQ; remove it (with GPTQ: int4_gptq"),
+     "has sequential, and format 'fp8' has no GPTQ; remove it (with GPTQ: fp8_gptq, int4_gptq"),
     ("quantize: {format: int4_awq, damping: 0.1}", "has damping, and format 'int4_awq' has no GPTQ"),
     ("quantize: {format: int4_gptq, sequential: false, asymmetry: 0.5}",
      "has asymmetry, which only sequential GPTQ has; remove it, or"),

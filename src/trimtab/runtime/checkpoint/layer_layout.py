@@ -4,7 +4,7 @@
 |---|---|---|---|---|---|
 | W8A16 | int8_wo | int8 [out, in] | [out] | - | - |
 | W8A8_SQ_PER_CHANNEL | int8_sq | int8 [out, in] | [out] | - | scalar |
-| FP8 | fp8 | e4m3 [out, in] | scalar | - | scalar |
+| FP8 | fp8, fp8_gptq | e4m3 [out, in] | scalar | - | scalar |
 | FP8_PER_CHANNEL_PER_TOKEN | fp8_per_channel | e4m3 [out, in] | [out] | - | - |
 | W4A16_AWQ | int4_rtn, int4_awq, int4_gptq | INT4 [out / 2, in] | [out, in / group] | - | - |
 | W4A8_AWQ | w4a8_awq | INT4 [out / 2, in] | [out, in / group] | scalar | scalar |

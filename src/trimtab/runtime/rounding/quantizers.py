@@ -48,12 +48,32 @@ def round_weights(
         largest: the largest magnitude in any layer of the input, where these are not all of them.
     """
     numbers = numbers_of(form, weights.values(), largest)
-    if FORMATS[form].storage.scale == "tensor":
-        return _one_scale(form, weights, settings, importance, largest)
-    return {
-        name: pack(form, weight, row_scales(form, weight, settings, importance, numbers), settings, numbers)
-        for name, weight in weights.items()
-    }
+    found = weight_scales(form, weights, settings, importance, numbers, largest)
+    return {name: pack(form, weight, found[name], settings, numbers) for name, weight in weights.items()}
+
+
+def weight_scales(
+    form: str,
+    weights: Mapping[str, torch.Tensor],
+    settings: Quantization,
+    importance: torch.Tensor | None,
+    numbers: Numbers,
+    largest: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """Returns the scales of layers that share an input, float32, by layer: as `row_scales` has them; or where a whole
+    tensor has one, the same scalar for all of them, as engines want that fuse them.
+
+    Args:
+        weights, importance, largest: as for `round_weights`.
+        numbers: as `numbers_of` gives them.
+    """
+    if FORMATS[form].storage.scale != "tensor":
+        return {n: row_scales(form, weight, settings, importance, numbers) for n, weight in weights.items()}
+    amax = largest_of(weights.values()) if largest is None else largest
+    if importance is None:
+        return dict.fromkeys(weights, numbers.scale(amax))
+    parts = (part for weight in weights.values() for (part,) in _slices(weight))
+    return dict.fromkeys(weights, scales.searched_for_all(parts, amax, numbers, importance))
 
 
 def row_scales(
@@ -148,21 +168,3 @@ def _slices(weight: torch.Tensor, *beside: torch.Tensor) -> Iterator[tuple[torch
     rows = slice_rows(weight.shape[1])
     for part, *others in zip(*(tensor.split(rows) for tensor in (weight, *beside)), strict=True):
         yield part.float(), *others
-
-
-def _one_scale(
-    form: str,
-    weights: Mapping[str, torch.Tensor],
-    settings: Quantization,
-    importance: torch.Tensor | None,
-    largest: torch.Tensor | None,
-) -> dict[str, Quantized]:
-    """One scale for all of the group, as engines want that fuse its layers."""
-    numbers, amax = numbers_of(form), largest_of(weights.values()) if largest is None else largest
-    if importance is None:
-        scale = numbers.scale(amax)
-    else:
-        parts = (part for weight in weights.values() for (part,) in _slices(weight))
-        scale = scales.searched_for_all(parts, amax, numbers, importance)
-    return {name: pack(form, weight, scale, settings, numbers) for name, weight in weights.items()}
-
