@@ -11,10 +11,10 @@ mkdir -p "$OUT"
 
 part() {
     case $1 in
-    four_bits)
+    four_bits) # and eight
         "$PYTHON" quality.py --model "$MODEL" "${TEXT[@]}" --samples 64 --seeds 3 --jobs "${JOBS:-8}" --formats \
             int4_gptq "int4_gptq, at once" "int4_gptq, asymmetry 1" nvfp4 "nvfp4, at once" nvfp4_wo "nvfp4_wo, at once" \
-            mxfp4_wo "mxfp4_wo, at once" int8_sq int4_awq ${OTHERS:+--others "$OTHERS"}
+            mxfp4_wo "mxfp4_wo, at once" int8_sq int4_awq fp8 fp8_gptq ${OTHERS:+--others "$OTHERS"}
         ;;
     mixed)
         "$PYTHON" quality.py --model "$MODEL" "${TEXT[@]}" --samples 64 --seeds 3 --jobs "${JOBS:-6}" --formats \
@@ -30,7 +30,8 @@ part() {
     families)
         for clothes in mixtral falcon_h1; do
             "$PYTHON" clothes.py "$MODEL" "$ROOM/$clothes" $clothes
-            "$PYTHON" scale.py --grown "$ROOM/$clothes" --stages --attempts ${FORMATS:-fp8 int4_gptq} --scratch "$ROOM"
+            "$PYTHON" scale.py --grown "$ROOM/$clothes" --stages --attempts ${FORMATS:-fp8 int4_gptq} \
+                --text "$DATA/wikitext2_valid.txt" --scratch "$ROOM"
         done
         ;;
     gate) "$PYTHON" integrity.py --folder "$ROOM" ;;
