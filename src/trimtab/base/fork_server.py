@@ -115,9 +115,8 @@ def _import(module: str) -> None:
             importlib.import_module(module)
             return
         capability = _capability()
-        import torch.cuda
-
-        with mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: capability):
+        cuda = importlib.import_module("torch.cuda")
+        with mock.patch.object(cuda, "get_device_capability", lambda device=None: capability):
             importlib.import_module(module)
 
 

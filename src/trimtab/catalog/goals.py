@@ -103,7 +103,7 @@ GOALS = {
             techniques=(
                 "nvfp4", "cheapest_int4", "int4_gptq", "four_bit_float_weights", "trained_nvfp4", "trained_int4",
                 "mixed_5_bits", "mixed_6_bits", "mixed_7_bits", "safest_four_bits", "students_unless_mixed", "fp8",
-                "int8_wo",
+                "fp8_gptq", "int8_wo",
             ),
         ),
         Goal(

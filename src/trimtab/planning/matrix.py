@@ -28,7 +28,7 @@ from trimtab.recipe import Acceptance, Recipe
 from trimtab.recipe.workload import Workload
 from trimtab.store.tree import Tree
 
-MAX_RUNGS = 10
+MAX_RUNGS = 12
 
 
 class Rung(Document):

@@ -153,7 +153,9 @@ def scratch(key: str, waiting: Callable[[], None]) -> Iterator[Path]:
         waiting: called before the end of another's work is waited for.
     """
     root = cache_folder()
-    with _lock(root / "locks" / f"scratch-{key}", waiting):
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(PermissionError):  # a cache that may only be read, where not all work needs a scratch
+            held.enter_context(_lock(root / "locks" / f"scratch-{key}", waiting))
         yield root / "scratch" / key
 
 

@@ -37,15 +37,15 @@ LADDERS = [
         "int4_rtn", "int4_gptq", "mixed 5 bits", "mixed 6 bits", "mixed 7 bits", "int8_wo",
     ]),
     # one GPU of 80 GB cannot train 6 or 8 billion parameters, of 20 bytes each, beside their teacher; two or four can
-    ("fit_larger_model", LLAMA_8B, "h100", ["int4_awq", "int4_gptq", "nvfp4_wo", TRAINED, *MIXES, "fp8"]),
+    ("fit_larger_model", LLAMA_8B, "h100", ["int4_awq", "int4_gptq", "nvfp4_wo", TRAINED, *MIXES, "fp8", "fp8_gptq"]),
     # NVFP4 where it is served: by TensorRT-LLM on Blackwell, its weights alone on Hopper too, and nowhere by torch
     ("fit_larger_model", LLAMA_8B, "b200", [
-        "nvfp4", "int4_awq", "int4_gptq", "nvfp4_wo", TRAINED_NVFP4, TRAINED, *MIXES, "fp8",
+        "nvfp4", "int4_awq", "int4_gptq", "nvfp4_wo", TRAINED_NVFP4, TRAINED, *MIXES, "fp8", "fp8_gptq",
     ]),
     ("fit_larger_model", LLAMA_8B, "a100-80", [
         "int4_awq", "int4_gptq", TRAINED, "int4_awq, down_proj in 16 bits", *students(),
     ]),
-    ("fit_larger_model", LLAMA_3B, "h100", ["int4_awq", "int4_gptq", "nvfp4_wo", TRAINED, *MIXES, "fp8"]),
+    ("fit_larger_model", LLAMA_3B, "h100", ["int4_awq", "int4_gptq", "nvfp4_wo", TRAINED, *MIXES, "fp8", "fp8_gptq"]),
     ("fit_larger_model", LLAMA_3B, "a100-80", [
         "int4_awq", "int4_gptq", TRAINED, "int4_awq, down_proj in 16 bits", *students("", "33", "14"),
     ]),
@@ -54,8 +54,8 @@ LADDERS = [
         *(title + "int8_wo" for title in STUDENTS_CPU), "int8_wo, down_proj in 16 bits",
     ]),
     ("lower_latency", LLAMA_8B, "h100", [
-        "fp8 + fp8 KV", "fp8", "int4_awq", "int4_gptq", "nvfp4_wo", TRAINED, MIXES[0], *students("fp8 + fp8 KV"),
-        "fp8, down_proj in 16 bits",
+        "fp8 + fp8 KV", "fp8", "fp8_gptq", "int4_awq", "int4_gptq", "nvfp4_wo", TRAINED, MIXES[0],
+        *students("fp8 + fp8 KV"), "fp8_gptq, down_proj in 16 bits",
     ]),
     ("lower_latency", LLAMA_8B, "a100-80", [
         "int4_awq", "int4_gptq", TRAINED, *students("bf16 + fp8 KV"), "int4_awq, down_proj in 16 bits",
@@ -64,41 +64,43 @@ LADDERS = [
         "int4_awq", "int4_gptq", TRAINED, *students("bf16 + fp8 KV", "33", "14"), "int4_awq, down_proj in 16 bits",
     ]),
     ("lower_latency", LLAMA_8B, "b200", [
-        "fp8 + fp8 KV", "fp8", "nvfp4 + fp8 KV", "nvfp4", "int4_awq", "int4_gptq", "nvfp4_wo", TRAINED_NVFP4, TRAINED,
-        MIXES[0],
+        "fp8 + fp8 KV", "fp8", "fp8_gptq", "nvfp4 + fp8 KV", "nvfp4", "int4_awq", "int4_gptq", "nvfp4_wo",
+        TRAINED_NVFP4, TRAINED, MIXES[0], students("fp8 + fp8 KV")[0],
     ]),
     # a GPU that can train the model trains INT4 with its rounding too
     ("lower_latency", SMOLLM2, "h100", [
-        "fp8 + fp8 KV", "fp8", "int4_awq", "int4_gptq", "nvfp4_wo", TRAINED,
+        "fp8 + fp8 KV", "fp8", "fp8_gptq", "int4_awq", "int4_gptq", "nvfp4_wo", TRAINED,
         MIXES[0], *(f"-{share} % FFN + distill 100,000,000 tokens + fp8 + fp8 KV" for share in (31, 13)),
-        "fp8, down_proj in 16 bits",
+        "fp8_gptq, down_proj in 16 bits",
     ]),
     ("fit_larger_model", SMOLLM2, "h100", [
-        "int4_awq", "int4_gptq", "nvfp4_wo", TRAINED, *MIXES, "fp8",
+        "int4_awq", "int4_gptq", "nvfp4_wo", TRAINED, *MIXES, "fp8", "fp8_gptq",
     ]),
     ("higher_throughput", SMOLLM2, "cpu", [
         "int8_sq", "int8_wo", *(title + "int8_sq" for title in STUDENTS_CPU), "int8_wo, down_proj in 16 bits",
     ]),
     ("higher_throughput", LLAMA_8B, "h100", [
-        "fp8 + fp8 KV", "fp8", *students("fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
+        "fp8 + fp8 KV", "fp8", "fp8_gptq", *students("fp8 + fp8 KV"), "fp8_gptq, down_proj in 16 bits",
     ]),
     ("higher_throughput", LLAMA_8B, "b200", [
-        "fp8 + fp8 KV", "fp8", "nvfp4 + fp8 KV", "nvfp4", TRAINED_NVFP4, "mixed_fp4 6 bits, 0.4 of the time + fp8 KV",
-        *students("fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
+        "fp8 + fp8 KV", "fp8", "fp8_gptq", "nvfp4 + fp8 KV", "nvfp4", TRAINED_NVFP4,
+        "mixed_fp4 6 bits, 0.4 of the time + fp8 KV",
+        *students("fp8 + fp8 KV"), "fp8_gptq, down_proj in 16 bits",
     ]),
     ("higher_throughput", LLAMA_8B, "a100-80", ["bf16 + fp8 KV", *students("bf16 + fp8 KV")]),
     ("higher_throughput", LLAMA_3B, "a100-80", ["bf16 + fp8 KV", *students("bf16 + fp8 KV", "33", "14")]),
     ("long_context", SMOLLM2, "cpu", ["int8_wo", "int8_sq", "int4_awq"]),
-    ("long_context", LLAMA_8B, "h100", ["fp8 + fp8 KV", "fp8", "int4_awq + fp8 KV", "bf16 + fp8 KV"]),
+    ("long_context", LLAMA_8B, "h100", ["fp8 + fp8 KV", "fp8", "fp8_gptq", "int4_awq + fp8 KV", "bf16 + fp8 KV"]),
     ("long_context", LLAMA_8B, "a100-80", ["int4_awq + fp8 KV", "bf16 + fp8 KV"]),
     # where eight bits leave too little for the whole context, INT4 stands first
-    ("long_context", LLAMA_70B, "h100", ["int4_awq + fp8 KV", "fp8 + fp8 KV", "fp8", "bf16 + fp8 KV"]),
+    ("long_context", LLAMA_70B, "h100", ["int4_awq + fp8 KV", "fp8 + fp8 KV", "fp8", "fp8_gptq", "bf16 + fp8 KV"]),
     ("lower_cost", LLAMA_8B, "h100", [
-        "fp8 + fp8 KV", "fp8", *students("fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
+        "fp8 + fp8 KV", "fp8", "fp8_gptq", *students("fp8 + fp8 KV"), "fp8_gptq, down_proj in 16 bits",
     ]),
     ("lower_cost", LLAMA_8B, "b200", [
-        "fp8 + fp8 KV", "fp8", "nvfp4 + fp8 KV", "nvfp4", TRAINED_NVFP4, "mixed_fp4 6 bits, 0.4 of the time + fp8 KV",
-        *students("fp8 + fp8 KV"), "fp8, down_proj in 16 bits",
+        "fp8 + fp8 KV", "fp8", "fp8_gptq", "nvfp4 + fp8 KV", "nvfp4", TRAINED_NVFP4,
+        "mixed_fp4 6 bits, 0.4 of the time + fp8 KV",
+        *students("fp8 + fp8 KV"), "fp8_gptq, down_proj in 16 bits",
     ]),
     ("lower_cost", LLAMA_8B, "a100-80", [
         "int4_awq", *students("bf16 + fp8 KV"), "int4_awq, down_proj in 16 bits",
@@ -198,7 +200,7 @@ def test_engine_limits_follow_the_goal(goal, batch, length, tokens, chunked):
 
 
 def test_int4_is_served_at_batch_1_for_latency():
-    awq, gptq = ladder("lower_latency", LLAMA_8B, on("h100"))[2:4]
+    awq, gptq = ladder("lower_latency", LLAMA_8B, on("h100"))[3:5]
     assert [awq.recipe.title, gptq.recipe.title] == ["int4_awq", "int4_gptq"] and "0.75x" in awq.why
     assert awq.recipe.engine.max_batch_size == gptq.recipe.engine.max_batch_size == 1
 
@@ -212,7 +214,7 @@ def test_memory_decides_what_stands_on_the_ladder():
 def test_more_devices_only_when_one_is_not_enough():
     rungs = {r.recipe.title: r for r in ladder("lower_latency", LLAMA_70B, on("h100"))}
     assert rungs["fp8 + fp8 KV"].recipe.engine.tensor_parallel_size == 1  # 72.7 GB of weights
-    spared = rungs["fp8, down_proj in 16 bits"]
+    spared = rungs["fp8_gptq, down_proj in 16 bits"]
     assert spared.recipe.engine.tensor_parallel_size == 2 and spared.why.endswith("needs 2 h100")
 
 

@@ -157,3 +157,12 @@ def test_a_withdrawn_release_keeps_nothing_and_its_version_is_not_given_again(bo
     assert both.newest("other") is None and both.names() == ["chat", "other"]
     assert collect(both, now=LATER).kinds == {"second": 1}
     assert both.release("chat", {}).endswith("/chat/000003")
+
+
+def test_work_without_a_scratch_runs_on_a_cache_that_may_only_be_read(local, monkeypatch):
+    def refused(*_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(cache, "_lock", refused)
+    with cache.scratch("key", lambda: None) as folder:
+        assert folder == cache.cache_folder() / "scratch" / "key"
