@@ -29,8 +29,8 @@ from trimtab.pipelines.optimize import optimize_pipeline
 from trimtab.recipe import Prices
 from trimtab.stages.profile import Profile
 
-#: What takes longest to import: of every attempt, and of most. With few cores it would only take from the first child.
-_IMPORTS_AHEAD = ("trimtab.components.calibration.work", "trimtab.components.quantization.work")
+#: Imports PyTorch and transformers, and starts no GPU's driver. With few cores it would take from the first child.
+_IMPORTS_AHEAD = "trimtab.components.calibration.work"
 _FEW_CORES = 4
 #: A counted event is printed at most once in this many seconds.
 QUIET_SECONDS = 15
@@ -107,7 +107,7 @@ def _fork_server() -> Iterator[None]:
     """Names a place where the stages' children share their imports; what serves there ends when it is gone."""
     with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
         os.environ[child.FORK_SERVER] = str(Path(folder) / "socket")
-        os.environ[child.IMPORTS_AHEAD] = ",".join(_IMPORTS_AHEAD if (os.cpu_count() or 1) > _FEW_CORES else ())
+        os.environ[child.IMPORTS_AHEAD] = _IMPORTS_AHEAD if (os.cpu_count() or 1) > _FEW_CORES else ""
         try:
             yield
         finally:

@@ -6,9 +6,9 @@ starts this server, which ends with the run or when the socket's file is gone. W
 the run says that later ones will want (`child.IMPORTS_AHEAD`). Python's own fork server
 (`multiprocessing.forkserver`) serves only the process that started it, and here each stage is another one.
 
-A fork cannot use a GPU whose driver its parent has started. PyTorch counts GPUs without it where it is asked to, and
-NVML tells the first one's capability, which ModelOpt wants to know while it is imported. If a library starts the driver
-all the same, the server says no from then on, and children are new processes.
+A fork cannot use a GPU whose driver its parent has started. PyTorch counts GPUs without it where it is asked to, but
+ModelOpt starts it while it is imported. So where GPUs are, the server imports what the run says and nothing else; and
+if that starts the driver all the same, the server says no from then on, and children are new processes.
 
 Run as: python -m trimtab.base.fork_server SOCKET
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 import array
 import contextlib
 import ctypes
-import functools
 import importlib
 import json
 import os
@@ -28,7 +27,6 @@ import socket
 import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from trimtab.base import child
 
@@ -66,7 +64,7 @@ def serve(path: Path) -> dict[str, Any] | None:
                     connection.close()
                     continue
                 same = request["environment_of_imports"] == own
-                if same:
+                if same and not NVIDIA.exists():
                     _import(request["work"].partition(":")[0])
                 if not same or _has_started_gpus():
                     connection.sendall(child.DECLINED)
@@ -111,27 +109,7 @@ def _close(descriptors: list[int]) -> None:
 def _import(module: str) -> None:
     """Imports a module for this child and those to come."""
     with contextlib.suppress(BaseException):  # the child meets it again, and says so where people look
-        if not NVIDIA.exists():
-            importlib.import_module(module)
-            return
-        capability = _capability()
-        cuda = importlib.import_module("torch.cuda")
-        with mock.patch.object(cuda, "get_device_capability", lambda device=None: capability):
-            importlib.import_module(module)
-
-
-@functools.cache
-def _capability() -> tuple[int, int]:
-    """The compute capability of the first GPU that PyTorch sees, by NVML."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    if first.isdigit():
-        device = pynvml.nvmlDeviceGetHandleByIndex(int(first))
-    else:  # an identifier
-        device = pynvml.nvmlDeviceGetHandleByUUID(first)
-    return tuple(pynvml.nvmlDeviceGetCudaComputeCapability(device))
+        importlib.import_module(module)
 
 
 def _has_started_gpus() -> bool:

@@ -195,6 +195,22 @@ def test_a_fork_server_imports_what_later_children_want(work, tmp_path, monkeypa
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are waited for by descriptor")
+def test_where_gpus_are_a_fork_imports_its_work_itself(monkeypatch, tmp_path):
+    """So that a library that starts their driver does it in the child."""
+    (tmp_path / "work_on_a_gpu.py").write_text(WORK)
+    code = f"from trimtab.base import fork_server as s; s.NVIDIA = s.Path({str(tmp_path)!r}); s._main()"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "socket"
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.setenv(child.FORK_SERVER, str(path))
+        server = subprocess.Popen([sys.executable, "-c", code, str(path)], env=child.environment())
+        assert wait_for(path.exists, 60)
+        own, parent, imported_by = child.call("work_on_a_gpu:ancestry").value
+    assert parent == server.pid and imported_by == own
+    server.wait(60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are waited for by descriptor")
 @pytest.mark.parametrize("work", ["fork"], indirect=True)
 def test_where_an_import_has_started_the_gpus_driver_children_are_new_processes(work, tmp_path):
     started = "import sys; sys.modules['__main__']._has_started_gpus = lambda: True\n"
@@ -208,32 +224,6 @@ def test_where_an_import_has_started_the_gpus_driver_children_are_new_processes(
 def test_the_gpus_driver_tells_whether_it_was_started(monkeypatch, code, started):
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(cuDeviceGetCount=lambda _: code))
     assert fork_server._has_started_gpus() is started
-
-
-@pytest.mark.parametrize("visible, asked", [(None, 0), ("3,1", 3), ("GPU-5c1e", "GPU-5c1e")])
-def test_a_library_is_told_a_gpus_capability_while_it_is_imported(monkeypatch, tmp_path, visible, asked):
-    torch_cuda = pytest.importorskip("torch.cuda")
-    nvml = SimpleNamespace(
-        nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetHandleByUUID=lambda name: name,
-        nvmlDeviceGetCudaComputeCapability=lambda device: [9, 0] if device == asked else [1, 0],
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    monkeypatch.setattr(fork_server, "NVIDIA", tmp_path)
-    if visible:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    else:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    (tmp_path / "asks_the_gpu.py").write_text("import torch\nTOLD = torch.cuda.get_device_capability()")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "asks_the_gpu", raising=False)
-    own = torch_cuda.get_device_capability
-    fork_server._capability.cache_clear()
-    fork_server._import("asks_the_gpu")
-    fork_server._capability.cache_clear()
-    assert sys.modules["asks_the_gpu"].TOLD == (9, 0)
-    assert torch_cuda.get_device_capability is own
 
 
 def test_a_driver_that_nothing_has_loaded_was_not_started(monkeypatch):
