@@ -62,6 +62,11 @@ def device() -> dict[str, Any]:
     return found or {"processor": _processor(), "threads": _threads()}
 
 
+def has_gpu() -> bool:
+    """Whether NVIDIA's driver is here, and lets this process at a GPU; starts nothing."""
+    return Path("/dev/nvidiactl").exists()
+
+
 @cache
 def gpus() -> int:
     """Returns how many GPUs this process sees; asks CUDA's driver, as `device` does."""
@@ -92,6 +97,16 @@ def _cuda() -> ctypes.CDLL | None:
     except OSError:
         return None
     return None if cuda.cuInit(0) else cuda
+
+
+def has_started_gpus() -> bool:
+    """Whether this process has started CUDA's driver: who has not is told so, whatever else it asks."""
+    not_initialized = 3
+    try:
+        cuda = ctypes.CDLL(_DRIVER, mode=os.RTLD_NOLOAD)
+    except OSError:  # nothing has loaded it
+        return False
+    return cuda.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != not_initialized
 
 
 def _processor() -> str:

@@ -2,8 +2,8 @@
 
 An import of PyTorch, transformers and ModelOpt takes ten seconds on a slow processor, and a run on one machine has
 twenty children that import the same. The run names a socket (`child.FORK_SERVER`); the first child that is wanted
-starts this server, which ends with the run or when the socket's file is gone. While that child works, it imports what
-the run says that later ones will want (`child.IMPORTS_AHEAD`). Python's own fork server
+starts this server, which ends with the run or when the socket's file is gone. While that child works, the server
+imports what the run says that later ones will want (`child.IMPORTS_AHEAD`). Python's own fork server
 (`multiprocessing.forkserver`) serves only the process that started it, and here each stage is another one.
 
 A fork cannot use a GPU whose driver its parent has started. PyTorch counts GPUs without it where it is asked to, but
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import array
 import contextlib
-import ctypes
 import importlib
 import json
 import os
@@ -28,10 +27,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trimtab.base import child
-
-#: Is there where NVIDIA's GPUs are.
-NVIDIA = Path("/dev/nvidiactl")
+from trimtab.base import child, environment
 
 
 def serve(path: Path) -> dict[str, Any] | None:
@@ -64,9 +60,9 @@ def serve(path: Path) -> dict[str, Any] | None:
                     connection.close()
                     continue
                 same = request["environment_of_imports"] == own
-                if same and not NVIDIA.exists():
+                if same and not environment.has_gpu():
                     _import(request["work"].partition(":")[0])
-                if not same or _has_started_gpus():
+                if not same or environment.has_started_gpus():
                     connection.sendall(child.DECLINED)
                     connection.close()
                     _close(streams)
@@ -110,16 +106,6 @@ def _import(module: str) -> None:
     """Imports a module for this child and those to come."""
     with contextlib.suppress(BaseException):  # the child meets it again, and says so where people look
         importlib.import_module(module)
-
-
-def _has_started_gpus() -> bool:
-    """Whether this process has started the driver of NVIDIA's GPUs: who has not is told so, whatever else it asks."""
-    not_initialized = 3
-    try:
-        driver = ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD)
-    except OSError:  # nothing has loaded it
-        return False
-    return driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != not_initialized
 
 
 def _end(waiting: selectors.BaseSelector, pid: int, process: int, connection: socket.socket) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
+from trimtab.base.environment import has_gpu
 from trimtab.catalog.backends import BACKENDS
 from trimtab.catalog.contracts import version
 from trimtab.model.hardware import Hardware
@@ -38,11 +38,6 @@ def backends(hardware: Hardware) -> list[str]:
     """
     found = [name for name in BEST_FIRST if name in hardware.formats and refusal(Engine(backend=name)) is None]
     return [name for name in found if (_has_torch() if name == "torch" else has_gpu())]
-
-
-def has_gpu() -> bool:
-    """Whether NVIDIA's driver is here, and lets this process at a GPU."""
-    return Path("/dev/nvidiactl").exists()
 
 
 def _has_torch() -> bool:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 from processes import dies_with_its_stage, gone, wait_for
 
-from trimtab.base import child, fork_server
+from trimtab.base import child, environment
 from trimtab.base.errors import Failure, InputError, StageError, StoreError
 
 WORK = '''
@@ -198,7 +198,7 @@ def test_a_fork_server_imports_what_later_children_want(work, tmp_path, monkeypa
 def test_where_gpus_are_a_fork_imports_its_work_itself(monkeypatch, tmp_path):
     """So that a library that starts their driver does it in the child."""
     (tmp_path / "work_on_a_gpu.py").write_text(WORK)
-    code = f"from trimtab.base import fork_server as s; s.NVIDIA = s.Path({str(tmp_path)!r}); s._main()"
+    code = "from trimtab.base import environment, fork_server as s; environment.has_gpu = lambda: True; s._main()"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "socket"
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -213,7 +213,7 @@ def test_where_gpus_are_a_fork_imports_its_work_itself(monkeypatch, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are waited for by descriptor")
 @pytest.mark.parametrize("work", ["fork"], indirect=True)
 def test_where_an_import_has_started_the_gpus_driver_children_are_new_processes(work, tmp_path):
-    started = "import sys; sys.modules['__main__']._has_started_gpus = lambda: True\n"
+    started = "from trimtab.base import environment; environment.has_started_gpus = lambda: True\n"
     (tmp_path / "starts_gpus.py").write_text(started + WORK)
     assert child.call(f"{work}:ancestry").value[1] != os.getpid()
     assert child.call("starts_gpus:ancestry").value[1] == os.getpid()
@@ -223,7 +223,7 @@ def test_where_an_import_has_started_the_gpus_driver_children_are_new_processes(
 @pytest.mark.parametrize("code, started", [(3, False), (0, True), (100, True)])  # not initialized; fine; no device
 def test_the_gpus_driver_tells_whether_it_was_started(monkeypatch, code, started):
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(cuDeviceGetCount=lambda _: code))
-    assert fork_server._has_started_gpus() is started
+    assert environment.has_started_gpus() is started
 
 
 def test_a_driver_that_nothing_has_loaded_was_not_started(monkeypatch):
@@ -231,7 +231,7 @@ def test_a_driver_that_nothing_has_loaded_was_not_started(monkeypatch):
         raise OSError
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
-    assert not fork_server._has_started_gpus()
+    assert not environment.has_started_gpus()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are waited for by descriptor")

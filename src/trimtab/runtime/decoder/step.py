@@ -240,8 +240,8 @@ def disagreement(model: PreTrainedModel, step: DecodingStep, positions: int) -> 
 
     How near they must be, the model tells: its logits where what each block reads is off by a unit of bfloat16's last
     place. Numbers that FP8 or INT8 rounds to a neighbour then add up over the blocks: 0.03 of the logits' norm in BF16
-    and 0.24 in FP8 for 16 random blocks 2,048 wide, and two thirds of that between the two ways. A model that is built
-    another way is off by about as much as the logits are large.
+    and 0.24 in FP8 for 16 random blocks 2,048 wide, of which the embeddings alone were moved, and two thirds of that
+    between the two ways. A model that is built another way is off by about as much as the logits are large.
     """
     length = min(_TRIAL, positions - 1)
     vocabulary = model.config.vocab_size
