@@ -11,7 +11,7 @@ mkdir -p "$OUT"
 
 part() {
     case $1 in
-    four_bits) # and eight
+    formats)
         "$PYTHON" quality.py --model "$MODEL" "${TEXT[@]}" --samples 64 --seeds 3 --jobs "${JOBS:-8}" --formats \
             int4_gptq "int4_gptq, at once" "int4_gptq, asymmetry 1" nvfp4 "nvfp4, at once" nvfp4_wo "nvfp4_wo, at once" \
             mxfp4_wo "mxfp4_wo, at once" int8_sq int4_awq fp8 fp8_gptq ${OTHERS:+--others "$OTHERS"}

@@ -231,7 +231,8 @@ def _attempt(
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     row: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 1), "exit_code": done.returncode}
     row["last"] = ((done.stderr if done.returncode else done.stdout).strip().splitlines() or [""])[-1]
-    told = [json.loads(line) for path in folder.glob("trimtab-runs/*/events.jsonl") for line in path.open()]
+    texts = [path.read_text() for path in folder.glob("trimtab-runs/*/events.jsonl")]
+    told = [json.loads(line) for text in texts for line in text.splitlines()]
     begun = told[0]["time"] if told else 0.0
     row["events"] = [[round(event["time"] - begun, 1), event["stage"], event["text"]] for event in told]
     log(f"attempt {form}: {row}")
