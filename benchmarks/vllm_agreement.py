@@ -183,7 +183,7 @@ class Reference:
             if layer.layout.storage.inputs:
                 scale = layer.input_scale.float().to(DEVICE)  # FP8 with one scale: the only one among the formats here
                 model.get_submodule(name).register_forward_pre_hook(
-                    lambda _, given, scale=scale: (layer_layout.round_fp8(given[0], scale),)
+                    lambda _, given, scale=scale: (layer_layout.round_to("e4m3", given[0], scale),)
                 )
         model.tie_weights()
         self._model, self.tokenizer = model.eval().to(DEVICE), load_tokenizer(folder)

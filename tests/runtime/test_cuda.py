@@ -130,9 +130,8 @@ def _rounded(x: torch.Tensor, layer: Quantized) -> torch.Tensor:
     if inputs is None:
         return x
     if inputs.scale == "token":
-        return layer_layout.round_fp8(x, x.abs().amax(-1, keepdim=True) / layer_layout.E4M3_MAX)
-    rounding = {"e4m3": layer_layout.round_fp8, "int8": layer_layout.round_int8, "e2m1": layer_layout.round_nvfp4}
-    return rounding[inputs.numbers](x, scale)
+        return layer_layout.round_to("e4m3", x, x.abs().amax(-1, keepdim=True) / layer_layout.E4M3_MAX)
+    return layer_layout.round_to(inputs.numbers, x, scale)
 
 
 @pytest.fixture

@@ -112,8 +112,8 @@ def test_rounding_to_e4m3_is_what_a_cast_does() -> None:
     middles = (numbers[1:] + numbers[:-1]) / 2
     beside = torch.cat([middles, middles.nextafter(torch.tensor(1e9)), middles.nextafter(torch.tensor(0.0))])
     for x in (every, beside, -beside):
-        assert torch.equal(layer_layout.round_fp8(x, 1.0), layer_layout.to_fp8(x, 1.0).float())
-    assert layer_layout.round_fp8(torch.tensor([float("nan")]), 1.0).isnan()
+        assert torch.equal(layer_layout.round_to("e4m3", x, 1.0), layer_layout.to_fp8(x, 1.0).float())
+    assert layer_layout.round_to("e4m3", torch.tensor([float("nan")]), 1.0).isnan()
 
 
 def test_rounding_to_e2m1_takes_the_nearest_number_and_the_even_code_of_two() -> None:

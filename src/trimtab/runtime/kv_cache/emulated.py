@@ -114,4 +114,4 @@ def rounded(algorithm: str, x: torch.Tensor, scale: float) -> torch.Tensor:
         algorithm: ModelOpt's name of a format.
         scale: as in the table above; what exceeds the range that it gives is clipped.
     """
-    return layer_layout.ROUNDED[BY_ALGORITHM[algorithm].numbers](x.float(), scale).to(x.dtype)
+    return layer_layout.round_to(BY_ALGORITHM[algorithm].numbers, x, scale).to(x.dtype)

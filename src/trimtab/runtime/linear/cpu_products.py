@@ -31,7 +31,9 @@ from torch import nn
 #: Weights that are widened at once for each thread: 1 MiB of float32, which the second-level cache of a core holds.
 TILE = 256 << 10
 #: With more rows than this a product is long enough that larger tiles pay: BLAS packs what it multiplies.
-FEW = 64
+FEW = 32
+#: So few rows PyTorch's loop for bfloat16 multiplies, one after the other, as fast as float32 is multiplied.
+VECTORS = 2
 #: Tiles are whole multiples of this many outputs, which is a block of the packed INT4 layout too.
 BLOCK = 64
 
@@ -80,11 +82,12 @@ def _outputs_first(rows: int, kind: torch.dtype) -> bool:
 
 
 def columns(x_RI: torch.Tensor) -> torch.Tensor:
-    """Returns rows as columns, contiguous [I, R]; a single one twice.
+    """Returns rows as columns, [I, R]; a single one twice.
 
-    Of one column PyTorch makes a product of a matrix and a vector, which took twice the time of two in bfloat16.
+    They are not moved: libraries read either order, of so few rows at no cost. Of one column PyTorch makes a product
+    of a matrix and a vector, which took twice the time of two in bfloat16.
     """
-    return (x_RI if len(x_RI) > 1 else x_RI.expand(2, -1)).t().contiguous()
+    return (x_RI if len(x_RI) > 1 else x_RI.expand(2, -1)).t()
 
 
 def describe() -> str:
@@ -112,25 +115,43 @@ def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None
     return y_RO.to(x.dtype).contiguous().reshape(*x.shape[:-1], len(weight_OI))
 
 
-def scaled(x_RI: torch.Tensor, weight_OI: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Returns x @ w.T of tensors in bfloat16 times a float32 scale, a scalar or one an output [O]; bfloat16 [R, O]."""
+def scaled(x_RI: torch.Tensor, weight_OI: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
+    """Returns x @ w.T of tensors in bfloat16 times float32 scales; bfloat16 [R, O].
+
+    Args:
+        scales: a scalar, one an output [O], or one a row [R, 1], each.
+    """
     y_RO = quickest(x_RI, weight_OI)
-    if scale.dim():  # by a scalar PyTorch multiplies bfloat16 in float32 and rounds the product, in one pass
+    if len(scales) > 1 or scales[0].dim():  # by a scalar PyTorch multiplies bfloat16 in float32 and rounds, in one pass
         y_RO = y_RO.float()
-    return y_RO.mul_(scale).bfloat16()
+    for scale in scales:
+        y_RO.mul_(scale)
+    return y_RO.bfloat16()
 
 
 def quickest(x_RI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
     """Returns `F.linear` of tensors in bfloat16, [R, O], in float32 where that is what multiplies them here."""
     rows, kind = len(x_RI), dtype()
-    if kind == torch.float32 and rows > 1:  # of a single row PyTorch's loop is as fast
-        y_RO = exact(x_RI, weight_OI)
+    if kind == torch.float32 and rows > 1:
+        y_RO = row_by_row(x_RI, weight_OI) if rows <= VECTORS else exact(x_RI, weight_OI)
         return y_RO if bias_O is None else y_RO.add_(bias_O)
     if kind == torch.float32 or not 0 < rows <= FEW or not outputs_first(rows, kind):
         return F.linear(x_RI, weight_OI, bias_O)
     if bias_O is None:
         return torch.mm(weight_OI, columns(x_RI)).t()[:rows]
     return torch.addmm(bias_O[:, None], weight_OI, columns(x_RI)).t()[:rows]
+
+
+def row_by_row(x_RI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """Returns `F.linear` of tensors in bfloat16, [R, O], by PyTorch's loop for a matrix and a vector, which sums in
+    float32: a tile of the weight is multiplied with all rows while the cache has it."""
+    y_RO = torch.empty(len(x_RI), len(weight_OI), dtype=torch.bfloat16)
+    step = max(1, 2 * TILE * torch.get_num_threads() // x_RI.shape[1])  # as many bytes as of float32
+    for start in range(0, len(weight_OI), step):
+        here = slice(start, start + step)
+        for x_I, y_O in zip(x_RI, y_RO, strict=True):
+            torch.mv(weight_OI[here], x_I, out=y_O[here])
+    return y_RO
 
 
 def exact(x_RI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:

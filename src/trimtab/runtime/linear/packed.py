@@ -82,9 +82,10 @@ class Emulated(PackedLinear):
     """Any format without a kernel on this device: activations rounded as it says, the weight unpacked.
 
     A GPU unpacks it each time, where memory is what is short; there FP8 and FP4 numbers times their scales do not all
-    fit bfloat16, so the unpacked weight is rounded once more. On a CPU that would take up to twenty times the product
-    itself, so it is unpacked once: to the numbers that `layer_layout.factors` says bfloat16 holds, as large as the
-    baseline that the same machine runs. The products are those of the format up to the order of sums.
+    fit bfloat16, so the unpacked weight is rounded once more, and so are inputs. On a CPU that would take up to twenty
+    times the product itself, so it is unpacked once: to the numbers that `layer_layout.factors` says bfloat16 holds, as
+    large as the baseline that the same machine runs. Inputs are numbers that it holds too, and all scales multiply the
+    output: the products are those of the format up to the order of sums.
     """
 
     kernel = "dequantize + mm"
@@ -93,20 +94,28 @@ class Emulated(PackedLinear):
     def __init__(self, layer: Quantized, bias: torch.Tensor | None):
         super().__init__(layer, bias)
         self.layout = layer.layout
-        self.keep(unpacked=None, scale=None)
+        self.keep(unpacked=None, scale=None, table=None)
+        self.keep(input_scale=None if layer.input_scale is None else layer.input_scale.float().reshape(()))
         if layer.weight.device.type == "cpu":
             self.unpacked, scale = layer_layout.factors(layer)
             self.scale = scale.reshape(()) if scale.numel() == 1 else scale
+            if self.input_scale is not None:
+                self.scale = self.scale * self.input_scale
+                if not self.layout.storage.inputs.block:
+                    self.table = inputs.table(self.layout.storage.inputs, self.input_scale)
         else:
             self.keep(weight=layer.weight, weight_scale=layer.weight_scale, weight_scale_2=layer.weight_scale_2)
-        self.keep(input_scale=None if layer.input_scale is None else layer.input_scale.float().reshape(()))
 
     def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
-        if self.unpacked is not None:
-            return cpu_products.scaled(self.rounded(x_RI), self.unpacked, self.scale)
-        layer = Quantized(self.layout, self.weight, self.weight_scale, weight_scale_2=self.weight_scale_2)
-        return F.linear(self.rounded(x_RI), layer_layout.scaled_weight(layer).bfloat16())
-
-    def rounded(self, x_RI: torch.Tensor) -> torch.Tensor:
-        """The activations as the format's product sees them."""
-        return inputs.rounded(self.layout.storage.inputs, x_RI, self.input_scale, torch.bfloat16).bfloat16()
+        rounding = self.layout.storage.inputs
+        if self.unpacked is None:
+            layer = Quantized(self.layout, self.weight, self.weight_scale, weight_scale_2=self.weight_scale_2)
+            x_RI = inputs.rounded(rounding, x_RI, self.input_scale).bfloat16()
+            return F.linear(x_RI, layer_layout.scaled_weight(layer).bfloat16())
+        if rounding is None:
+            return cpu_products.scaled(x_RI, self.unpacked, self.scale)
+        if self.table is not None:
+            return cpu_products.scaled(inputs.looked_up(x_RI, self.table), self.unpacked, self.scale)
+        numbers_RI, scale = inputs.in_units(rounding, x_RI, self.input_scale)
+        found = () if self.input_scale is not None else (scale,)
+        return cpu_products.scaled(numbers_RI, self.unpacked, self.scale, *found)
