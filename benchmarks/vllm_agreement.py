@@ -36,7 +36,7 @@ from measuring import Measuring
 from trimtab import judge
 from trimtab.judge import Scores
 from trimtab.recipe import Acceptance, Engine, Quantization
-from trimtab.runtime.checkpoint import compressed_tensors, layer_layout, skeleton
+from trimtab.runtime.checkpoint import compressed_tensors, few_bits, layer_layout, skeleton
 from trimtab.runtime.checkpoint.model_files import Export, load_tokenizer
 from trimtab.runtime.engines import backends
 from trimtab.runtime.engines.torch_engine import TorchEngine
@@ -183,7 +183,7 @@ class Reference:
             if layer.layout.storage.inputs:
                 scale = layer.input_scale.float().to(DEVICE)  # FP8 with one scale: the only one among the formats here
                 model.get_submodule(name).register_forward_pre_hook(
-                    lambda _, given, scale=scale: (layer_layout.round_to("e4m3", given[0], scale),)
+                    lambda _, given, scale=scale: (few_bits.round_to("e4m3", given[0], scale),)
                 )
         model.tie_weights()
         self._model, self.tokenizer = model.eval().to(DEVICE), load_tokenizer(folder)

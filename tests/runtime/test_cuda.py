@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trimtab.recipe import Engine
-from trimtab.runtime.checkpoint import layer_layout
+from trimtab.runtime.checkpoint import few_bits, layer_layout
 from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized
 from trimtab.runtime.decoder import decode
 from trimtab.runtime.engines.torch_engine import TorchEngine
@@ -130,8 +130,8 @@ def _rounded(x: torch.Tensor, layer: Quantized) -> torch.Tensor:
     if inputs is None:
         return x
     if inputs.scale == "token":
-        return layer_layout.round_to("e4m3", x, x.abs().amax(-1, keepdim=True) / layer_layout.E4M3_MAX)
-    return layer_layout.round_to(inputs.numbers, x, scale)
+        return few_bits.round_to("e4m3", x, x.abs().amax(-1, keepdim=True) / few_bits.E4M3_MAX)
+    return few_bits.round_to(inputs.numbers, x, scale)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from trimtab.components.quantization.mixed import sensitivity
 from trimtab.families.fusion import groups
 from trimtab.model.facts import inspect
 from trimtab.recipe import Engine
-from trimtab.runtime.checkpoint import layer_layout
+from trimtab.runtime.checkpoint import few_bits
 from trimtab.runtime.checkpoint.model_files import Export
 from trimtab.runtime.engines.torch_engine import TorchEngine
 from trimtab.runtime.measure import gradients
@@ -100,10 +100,10 @@ def test_the_harm_of_layers_counts_both_their_roundings(names, form, left, model
     amax = load_file(calibration / "statistics.safetensors")[f"{layers[0]}.amax"].max()
     weights = {layer: Export(model).tensor(f"{layer}.weight").float() for layer in layers}
     largest = max(weight.abs().max() for weight in weights.values())
-    rounded = layer_layout.round_to("e4m3", x, amax / 448).float()
+    rounded = few_bits.round_to("e4m3", x, amax / 448).float()
     expected, moved = 0.0, torch.zeros_like(x)
     for layer, weight in weights.items():
-        change = rounded @ (weight - layer_layout.round_to("e4m3", weight, largest / 448).float()).t()
+        change = rounded @ (weight - few_bits.round_to("e4m3", weight, largest / 448).float()).t()
         expected += 0.5 * left * share * (kept[layer].gradients * change).square().sum().item()
         moved += kept[layer].gradients @ weight
     expected += 0.5 * share * (moved * (x - rounded)).square().sum().item()

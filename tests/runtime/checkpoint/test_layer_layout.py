@@ -104,29 +104,6 @@ def test_e4m3_is_what_torch_calls_so() -> None:
     assert (row.largest, 2.0**-row.mantissa, row.bits) == (info.max, info.eps, info.bits)
 
 
-def test_rounding_to_e4m3_is_what_a_cast_does() -> None:
-    """On every bfloat16, and on what lies just beside the middle of two e4m3 numbers."""
-    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
-    every = every[every.isfinite()]
-    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    middles = (numbers[1:] + numbers[:-1]) / 2
-    beside = torch.cat([middles, middles.nextafter(torch.tensor(1e9)), middles.nextafter(torch.tensor(0.0))])
-    for x in (every, beside, -beside):
-        assert torch.equal(layer_layout.round_to("e4m3", x, 1.0), layer_layout.to_fp8(x, 1.0).float())
-    assert layer_layout.round_to("e4m3", torch.tensor([float("nan")]), 1.0).isnan()
-
-
-def test_rounding_to_e2m1_takes_the_nearest_number_and_the_even_code_of_two() -> None:
-    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    x = torch.cat([torch.linspace(0, 7, 701), numbers, (numbers[1:] + numbers[:-1]) / 2])
-    nearest = (x[:, None] - numbers).abs()
-    # argmin takes the first of two equal ones; the even code of two neighbours is the first or the second.
-    code = nearest.argmin(-1)
-    tie = (nearest == nearest.amin(-1, keepdim=True)).sum(-1) == 2
-    expected = numbers[torch.where(tie & (code % 2 == 1), code + 1, code)]
-    assert torch.equal(layer_layout.round_e2m1(x), expected) and torch.equal(layer_layout.round_e2m1(-x), -expected)
-
-
 @pytest.mark.parametrize("algo", [*STORAGES])
 def test_factors_are_the_weight(algo: str) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from trimtab import runtime
-from trimtab.runtime.checkpoint import layer_layout
+from trimtab.runtime.checkpoint import few_bits, layer_layout
 from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized
 from trimtab.runtime.kernels import tile, words
 from trimtab.runtime.kernels.tile import Tile
@@ -71,7 +71,7 @@ def test_a_kernel_computes_what_it_replaces(
 def test_rounding_to_e4m3_saturates(triton_kernels: ModuleType) -> None:
     x, factor = torch.linspace(-3, 3, 1500).view(3, -1).bfloat16(), torch.tensor([200.0])
     found, expected = (function(x, factor).float() for function in (triton_kernels.to_e4m3, elementwise.to_e4m3))
-    assert found.max() == expected.max() == layer_layout.E4M3_MAX
+    assert found.max() == expected.max() == few_bits.E4M3_MAX
     assert (found - expected).norm() <= INTERPRETED_FP8 * expected.norm()
 
 
@@ -132,7 +132,7 @@ def test_one_row_is_the_product_of_many(kind: str, block: tuple[int, int, int], 
     x_1I = torch.randn(1, 200).bfloat16()
     found = triton_kernels.matvec(x_1I, block=block, **given).float()
     if kind.startswith("fp8"):  # no kernel for it on a CPU
-        rounded = layer_layout.round_to("e4m3", x_1I.float(), 0.01)
+        rounded = few_bits.round_to("e4m3", x_1I.float(), 0.01)
         expected = rounded @ module.weight_OI.float().t() * module.weight_scale
     else:
         expected = module(x_1I).float()

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trimtab.recipe import Quantization
-from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized, dequantize
+from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized, dequantize, scaled_weight
 from trimtab.runtime.linear import choice, cpu_products
 from trimtab.runtime.rounding import inputs, quantizers
 
@@ -83,19 +83,61 @@ def test_layers_of_a_model_are_replaced_with_their_weights(kind: torch.dtype) ->
         assert torch.equal(model[1](expected), F.linear(expected, weights[1], model[1].bias)), "float32 stays float32"
 
 
-@pytest.mark.parametrize("form", ["fp8", "fp8_per_channel", "nvfp4"])
-@pytest.mark.parametrize("measured", [True, False])
+#: Formats without a kernel on a CPU that round their inputs, and whether at a scale of calibration.
+EMULATED = [("fp8", True), ("fp8", False), ("fp8_per_channel", False), ("w4a8_awq", True), ("mxfp4", True),
+            ("nvfp4", True), ("nvfp4", False)]  # fmt: skip
+
+
+def emulated(form: str, measured: bool, outputs: int = 48) -> Quantized:
+    settings = Quantization(format=form, **({"group_size": 64} if form == "w4a8_awq" else {}))
+    layer = quantizers.round_weights(form, {"": normal(outputs, 128)}, settings)[""]
+    return replace(layer, input_scale=torch.tensor(0.0123) if measured else None)
+
+
+def inputs_of_all_sizes(rows: int) -> torch.Tensor:
+    """Beyond the range of e4m3 and of its blocks, too small for both, and zeros."""
+    x_RI = normal(rows, 128) * torch.logspace(-6, 3, 128)[torch.randperm(128, generator=torch.Generator())]
+    x_RI[0, :16] = 0
+    return x_RI.bfloat16()
+
+
+@pytest.mark.parametrize(("form", "measured"), EMULATED)
+@pytest.mark.parametrize("rows", [1, 2, 3, 40, 200])
+def test_an_emulated_product_is_that_of_the_format(kind: torch.dtype, form: str, measured: bool, rows: int) -> None:
+    """All that is rounded besides is the output, in bfloat16: once, or where that is what was multiplied, twice."""
+    layer = emulated(form, measured)
+    x_RI = inputs_of_all_sizes(rows)
+    module = choice.build(layer, None, CPU)
+    assert module.emulated
+    seen_RI = inputs.rounded(layer.layout.storage.inputs, x_RI.float(), layer.input_scale)
+    weight_OI = scaled_weight(layer)
+    exact = F.linear(seen_RI.double(), weight_OI.double())
+    sums = 2e-6 * F.linear(seen_RI.double().abs(), weight_OI.double().abs())  # of float32
+    assert ((module(x_RI).double() - exact).abs() <= 2.02 * ROUNDING * exact.abs() + sums).all()
+
+
+@pytest.mark.parametrize(("form", "measured"), EMULATED)
+def test_inputs_are_looked_up_as_they_are_rounded(form: str, measured: bool) -> None:
+    module, x_RI = choice.build(emulated(form, measured), None, CPU), inputs_of_all_sizes(50)
+    assert (module.table is not None) == measured
+    rounding = module.layout.storage.inputs
+    found_RI, _ = inputs.in_units(rounding, x_RI, module.input_scale, module.table)
+    expected_RI, scale = inputs.in_units(rounding, x_RI.float(), module.input_scale)
+    assert torch.equal(found_RI, expected_RI)
+    assert torch.equal(inputs.rounded(rounding, x_RI, module.input_scale), expected_RI.float() * scale)
+
+
+@pytest.mark.parametrize(("form", "measured"), EMULATED)
 def test_inputs_are_rounded_some_rows_at_a_time(form: str, measured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a scale that is no part's own: the largest number stands in the last row."""
-    layer = quantizers.round_weights(form, {"": normal(32, 64)}, Quantization(format=form))[""]
-    scale = torch.tensor(0.01) if measured and "input_scale" in layer.layout.scales else None
-    module = choice.build(replace(layer, input_scale=scale), None, CPU)
-    x_RI = normal(200, 64)
+    layer = emulated(form, measured)
+    module = choice.build(layer, None, CPU)
+    x_RI = normal(200, 128)
     x_RI[-1, 3] = 50.0
-    expected_RI = inputs.rounded(layer.layout.storage.inputs, x_RI, scale)
+    expected_RI = inputs.rounded(layer.layout.storage.inputs, x_RI, layer.input_scale)
     expected_RO = module(x_RI)
-    monkeypatch.setattr(inputs, "AT_ONCE", 16 * 64)
-    found_RI = inputs.rounded(layer.layout.storage.inputs, x_RI, scale)
+    monkeypatch.setattr(inputs, "AT_ONCE", 16 * 128)
+    found_RI = inputs.rounded(layer.layout.storage.inputs, x_RI, layer.input_scale)
     assert torch.equal(found_RI, expected_RI) and not torch.equal(expected_RI, x_RI.float())
     assert torch.equal(module(x_RI), expected_RO)
 
@@ -159,6 +201,7 @@ def test_a_processor_with_avx2_alone_computes_the_same_numbers() -> None:
     assert found["dtype"] == "torch.float32"
     assert max(found["int8"]) <= 2.01 * ROUNDING
     assert found["int4"] <= 0.01
+    assert max(found["emulated"].values()) <= 2.02 * ROUNDING, found["emulated"]
 
 
 def main() -> None:
@@ -166,11 +209,19 @@ def main() -> None:
     layer = int4(208, 128, 32)
     x = normal(90, 128)
     expected = F.linear(x.float(), dequantize(layer))
+
+    def largest_error(form: str, measured: bool, rows: int) -> float:
+        layer = emulated(form, measured)
+        seen_RI = inputs.rounded(layer.layout.storage.inputs, x[:rows].float(), layer.input_scale)
+        exact = F.linear(seen_RI.double(), scaled_weight(layer).double())
+        change = (choice.build(layer, None, CPU)(x[:rows]).double() - exact).abs()
+        return (change / (exact.abs() + 1e-3)).max().item()  # sums near 0 have the error of float32
     with torch.inference_mode():
         found = {
             "capability": torch.backends.cpu.get_cpu_capability(),
             "dtype": str(cpu_products.dtype()),
             "int8": [saturation(rows) for rows in (1, 7, 200)],
+            "emulated": {str((*of, rows)): largest_error(*of, rows) for of in EMULATED for rows in (1, 2, 4, 90)},
             "int4": ((choice.build(layer, None, CPU)(x).float() - expected).norm() / expected.norm()).item(),
         }
     print(json.dumps(found))

@@ -4,6 +4,7 @@
 |---|---|
 | `model_files` | reads and writes both |
 | `layer_layout` | how a quantized layer is stored, and which numbers it stands for |
+| `few_bits` | what stands for a float32 in types of fewer bits |
 | `finite` | whether its numbers are numbers |
 | `config_file` | the one writer of config.json |
 | `skeleton` | a model without weights: transformers' modules under the checkpoint's names |

@@ -32,16 +32,13 @@ import torch
 
 from trimtab.base.errors import Failure
 from trimtab.catalog.formats import FORMATS, STORAGES, Storage
-from trimtab.catalog.numbers import NUMBERS
 from trimtab.families import Family
 from trimtab.model.facts import ModelFacts
 from trimtab.recipe import Quantization
+from trimtab.runtime.checkpoint.few_bits import round_to, to_fp8
 
-E4M3_MAX, E2M1_MAX = NUMBERS["e4m3"].largest, NUMBERS["e2m1"].largest
 #: The type of a stored weight, by the type of its numbers: where two share a byte, that of the bytes.
 _DTYPES = {"int8": torch.int8, "int4": torch.uint8, "e4m3": torch.float8_e4m3fn, "e2m1": torch.uint8}
-#: Numbers of an input, or of a head of a KV cache, that share a scale in NVFP4.
-_BLOCK = STORAGES["NVFP4"].block
 #: The tensors of a layer beside its weight.
 SCALES = ("weight_scale", "input_scale", "pre_quant_scale", "weight_scale_2")
 
@@ -208,7 +205,7 @@ def codes_e2m1(packed: torch.Tensor) -> torch.Tensor:
 
 
 def pack_e2m1(numbers: torch.Tensor) -> torch.Tensor:
-    """Returns the packed bytes of E2M1 numbers: float32 [out, in], as by `round_e2m1` -> uint8 [out, in / 2]."""
+    """Returns the packed bytes of E2M1 numbers: float32 [out, in], as `few_bits` rounds to -> uint8 [out, in / 2]."""
     size = numbers.abs()
     # From 1 on, the exponent and the first bit behind the point are the code, up to a constant.
     codes = ((size.view(torch.int32) >> 22) - 252).clamp_(min=0) + (size == 0.5) + 8 * (numbers < 0)
@@ -278,76 +275,3 @@ def factors(layer: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
 def _in_groups(weight_OI: torch.Tensor, scale_OG: torch.Tensor, group_size: int) -> torch.Tensor:
     blocks = weight_OI.view(weight_OI.shape[0], -1, group_size)
     return (blocks * scale_OG.reshape(weight_OI.shape[0], -1, 1)).view_as(weight_OI)
-
-
-def to_fp8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    """Returns float32 x in units of `scale` as e4m3 numbers; beyond their range it saturates."""
-    return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-
-
-def e4m3_units(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    """Returns x in units of `scale` as e4m3 represents it, in float32; beyond its range it saturates."""
-    x = x.float()
-    if x.device.type == "cpu":  # which casts one number at a time
-        return _rounded((x / scale).clamp_(-E4M3_MAX, E4M3_MAX), 3, 2.0**-6)
-    return to_fp8(x, scale).float()
-
-
-def _rounded(x: torch.Tensor, bits: int, smallest: float) -> torch.Tensor:
-    """Rounds float32 x in place to floating-point numbers with so many bits behind the leading one; ties go to even.
-
-    Added to 1.5 times a power of two that is 2^(23 - bits) above its own, a float32 has room for just those bits.
-
-    Args:
-        smallest: normal number of the format; below it steps are no smaller than there.
-    """
-    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_min_(smallest)
-    factor = 1.5 * 2 ** (23 - bits)
-    return x.add_(power, alpha=factor).sub_(power, alpha=factor)
-
-
-def to_int8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    """Returns float32 x in units of `scale` as whole numbers from -128 to 127."""
-    return (x / scale).round().clamp(-128, 127).to(torch.int8)
-
-
-def int8_units(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    """Returns x in units of `scale` as whole numbers from -128 to 127, in float32."""
-    return (x.float() / scale).round_().clamp_(-128, 127)
-
-
-def nvfp4_units(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    """Returns x [..., n] in units of `scale` as NVFP4 represents it, in float32; n a multiple of 16.
-
-    Each block of 16 has an e4m3 scale in units of `scale`, chosen so that its largest value becomes 6. A block too
-    small for e4m3 gets the scale 0, and is read back as zeros whatever its codes are.
-    """
-    blocks = x.unflatten(-1, (-1, _BLOCK))
-    block_scale = e4m3_units(largest(blocks).float().div_(E2M1_MAX), scale)
-    above_0 = (block_scale * scale).clamp_min_(torch.finfo(torch.float32).tiny)
-    return _rounded((blocks.float() / above_0).clamp_(-E2M1_MAX, E2M1_MAX), 1, 1.0).mul_(block_scale).flatten(-2)
-
-
-def largest(x: torch.Tensor) -> torch.Tensor:
-    """Returns the largest magnitude along the last axis, [..., 1] in the type of x; that of NaN is NaN."""
-    if x.device.type != "cpu":
-        return x.abs().amax(-1, keepdim=True)
-    # Without their signs the bits of floating-point numbers are whole numbers in the same order, and of those PyTorch
-    # finds the largest in up to a third of the time.
-    bits = {2: torch.int16, 4: torch.int32}[x.element_size()]
-    return (x.view(bits) & torch.iinfo(bits).max).amax(-1, keepdim=True).view(x.dtype)
-
-
-def round_e2m1(x: torch.Tensor) -> torch.Tensor:
-    """Returns float32 x as 0, 0.5, 1, 1.5, 2, 3, 4, 6 or their negatives; ties go to the even code."""
-    return _rounded(x.clamp(-E2M1_MAX, E2M1_MAX), 1, 1.0)
-
-
-#: How inputs, keys and values are rounded to a type of number, by its name; e2m1 is that of NVFP4. What they return has
-#: few significant bits, which bfloat16 holds: four of e4m3, at most six of NVFP4, eight of INT8.
-IN_UNITS = {"int8": int8_units, "e4m3": e4m3_units, "e2m1": nvfp4_units}
-
-
-def round_to(numbers: str, x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    """Returns x as numbers of a type times `scale` represent it, in float32."""
-    return IN_UNITS[numbers](x, scale).mul_(scale)

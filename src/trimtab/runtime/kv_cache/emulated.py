@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from trimtab.base.errors import Failure
 from trimtab.catalog.kv_caches import BY_ALGORITHM
 from trimtab.families import Family
-from trimtab.runtime.checkpoint import layer_layout
+from trimtab.runtime.checkpoint import few_bits
 from trimtab.runtime.checkpoint.model_files import Export
 from trimtab.runtime.checkpoint.skeleton import family_of
 from trimtab.runtime.kernels.replacements import grouped_attention
@@ -114,4 +114,4 @@ def rounded(algorithm: str, x: torch.Tensor, scale: float) -> torch.Tensor:
         algorithm: ModelOpt's name of a format.
         scale: as in the table above; what exceeds the range that it gives is clipped.
     """
-    return layer_layout.round_to(BY_ALGORITHM[algorithm].numbers, x, scale).to(x.dtype)
+    return few_bits.round_to(BY_ALGORITHM[algorithm].numbers, x, scale).to(x.dtype)

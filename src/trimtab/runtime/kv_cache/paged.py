@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 from trimtab import families
 from trimtab.base.errors import Failure
 from trimtab.catalog.kv_caches import BY_ALGORITHM
-from trimtab.runtime.checkpoint import layer_layout
+from trimtab.runtime.checkpoint import few_bits
 from trimtab.runtime.checkpoint.skeleton import family_of
 from trimtab.runtime.kernels.spans import Spans
 from trimtab.runtime.kv_cache import emulated
 
 #: Formats that are stored in 8 bits: how codes are made, and the type that they are read as. What is rounded and
 #: multiplied by its scale again is, bit for bit, `kv_cache.rounded`.
-_TYPES = {"e4m3": (layer_layout.to_fp8, torch.float8_e4m3fn), "int8": (layer_layout.to_int8, torch.int8)}
+_TYPES = {"e4m3": (few_bits.to_fp8, torch.float8_e4m3fn), "int8": (few_bits.to_int8, torch.int8)}
 _CODES = {name: _TYPES[row.numbers] for name, row in BY_ALGORITHM.items() if row.numbers in _TYPES and not row.block}
 
 

@@ -122,12 +122,11 @@ class Int4WeightOnly(PackedLinear):
         """The weight's numbers (q - 8) * scale, which float32 holds and bfloat16 rounds."""
 
         def tiles(step: int) -> Iterator[tuple[torch.Tensor, Place]]:
-            scale_OG = self.scale_zero_GO2[..., 0].t()
+            scale_OG = self.scale_zero_GO2[..., 0].to(kind).t()
             for nibbles_IO, place in _nibbles(self.weight, self.out_features, 2 * step):  # of which a tile has half
                 w_IO = cpu_products.scratch("tile", kind, *nibbles_IO.shape).copy_(nibbles_IO)
                 w_GSO = w_IO.view(-1, self.group_size, w_IO.shape[1])
-                scale_GO = place(scale_OG).movedim(-1, 0).to(kind, memory_format=torch.contiguous_format, copy=True)
-                scale_G1O = scale_GO.view(len(scale_GO), 1, -1)
+                scale_G1O = place(scale_OG).movedim(-1, 0).flatten(1)[:, None]
                 torch.addcmul(scale_G1O * -8, w_GSO, scale_G1O, out=w_GSO)
                 yield w_IO.t(), place
 

@@ -34,8 +34,8 @@ TILE = 256 << 10
 FEW = 32
 #: So few rows PyTorch's loop for bfloat16 multiplies, one after the other, as fast as float32 is multiplied.
 VECTORS = 2
-#: Tiles are whole multiples of this many outputs, which is a block of the packed INT4 layout too.
-BLOCK = 64
+#: Tiles are whole multiples of this many outputs.
+BLOCK = 16
 
 #: outputs a tile may have -> the tiles of a weight: some of its rows, [n, I], which the next tile may overwrite, and
 #: where their outputs stand: of all outputs [O, R] the view [..., R] of theirs.
@@ -201,12 +201,14 @@ def product(
     """
     count, in_features = x_RI.shape
     larger = count > FEW or kind == torch.bfloat16
-    step = max(BLOCK, TILE * torch.get_num_threads() * (4 if larger else 1) // in_features // BLOCK * BLOCK)
-    x_RI = x_RI.to(kind)
+    most = max(BLOCK, TILE * torch.get_num_threads() * (4 if larger else 1) // in_features // BLOCK * BLOCK)
+    step = -(-out_features // -(-out_features // most) // BLOCK) * BLOCK  # all of a size, if they can be
     turned = 1 < count <= FEW and not stored_IO and outputs_first(count, kind)
-    if turned:
-        x_IR, y_OR = columns(x_RI), torch.empty(out_features, count, dtype=kind)
+    if turned:  # moved, for there may be many tiles
+        x_IR = columns(x_RI).to(kind).contiguous()
+        y_OR = torch.empty(out_features, count, dtype=kind)
     else:
+        x_RI = x_RI.to(kind)
         y_OR = torch.empty(count, out_features, dtype=kind).t()
     for w_OI, place in tiles(step):
         y = place(y_OR)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from trimtab.base import progress
-from trimtab.runtime.checkpoint import layer_layout
+from trimtab.runtime.checkpoint import few_bits
 from trimtab.runtime.kv_cache import paged
 from trimtab.runtime.kv_cache.paged_attention import Pass
 
@@ -75,7 +75,7 @@ def rotate_and_store(
 def to_e4m3(x: torch.Tensor, to_codes_1: torch.Tensor) -> torch.Tensor:
     """Returns x times a factor, float32 [1], as e4m3 numbers; beyond their range it saturates."""
     # float32 by the factor's axis, and in one pass over the activations
-    return (x * to_codes_1).clamp_(-layer_layout.E4M3_MAX, layer_layout.E4M3_MAX).to(torch.float8_e4m3fn)
+    return (x * to_codes_1).clamp_(-few_bits.E4M3_MAX, few_bits.E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def to_int8(x: torch.Tensor, to_codes: torch.Tensor) -> torch.Tensor:

@@ -101,8 +101,7 @@ class Emulated(PackedLinear):
             self.scale = scale.reshape(()) if scale.numel() == 1 else scale
             if self.input_scale is not None:
                 self.scale = self.scale * self.input_scale
-                if not self.layout.storage.inputs.block:
-                    self.table = inputs.table(self.layout.storage.inputs, self.input_scale)
+                self.table = inputs.look_up_table(self.layout.storage.inputs, self.input_scale)
         else:
             self.keep(weight=layer.weight, weight_scale=layer.weight_scale, weight_scale_2=layer.weight_scale_2)
 
@@ -114,8 +113,6 @@ class Emulated(PackedLinear):
             return F.linear(x_RI, layer_layout.scaled_weight(layer).bfloat16())
         if rounding is None:
             return cpu_products.scaled(x_RI, self.unpacked, self.scale)
-        if self.table is not None:
-            return cpu_products.scaled(inputs.looked_up(x_RI, self.table), self.unpacked, self.scale)
-        numbers_RI, scale = inputs.in_units(rounding, x_RI, self.input_scale)
+        numbers_RI, scale = inputs.in_units(rounding, x_RI, self.input_scale, self.table)
         found = () if self.input_scale is not None else (scale,)
         return cpu_products.scaled(numbers_RI, self.unpacked, self.scale, *found)

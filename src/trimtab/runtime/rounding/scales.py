@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import torch
 
-from trimtab.runtime.checkpoint.layer_layout import E2M1_MAX, E4M3_MAX, round_e2m1
+from trimtab.runtime.checkpoint.few_bits import E2M1_MAX, E4M3_MAX, round_e2m1
 
 #: Candidates as shares of the scale that the largest weight asks for: clipping it may pay, and so may a little room.
 RATIOS = torch.linspace(1.15, 0.5, 40).tolist()
