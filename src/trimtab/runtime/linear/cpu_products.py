@@ -9,8 +9,8 @@ order of sums.
 
 A float32 copy of the weights would be the fastest to multiply, and would double the memory of a model; a packed one's
 would have eight times the bytes that it was quantized for. So weights stay as they are, and some rows at a time are
-widened into a buffer that stays in the processor's cache: that costs a fifth of the product of a single row, where
-PyTorch's own bfloat16 loop is as fast as float32, and nothing worth mentioning with more.
+widened into a buffer that stays in the processor's cache: that costs a fifth of the product of a few rows, and less of
+more. One or two are multiplied by PyTorch's own bfloat16 loop, which is as fast as float32.
 
 Axes in names: R rows (tokens), I in_features, O out_features.
 """

@@ -52,14 +52,14 @@ def in_units(
     Args:
         x_RI: floating point [..., in].
         scale: a static one, of one number; that of the largest magnitude in `x_RI` if absent.
-        table: of the static scale, for inputs in bfloat16.
+        table: `look_up_table` of the static scale, for inputs in bfloat16.
     """
     if inputs.scale == "token":
         scale = token_scales(x_RI, NUMBERS[inputs.numbers].largest)
     elif scale is None:
         scale = static_scale(inputs, x_RI.abs().max().float())
     units = IN_UNITS[inputs.numbers]
-    if table is not None:
+    if table is not None and x_RI.dtype == torch.bfloat16:
         look_up = functools.partial(_look_up, table)
         units = functools.partial(units, block_scales=look_up) if inputs.block else look_up
     columns = x_RI.shape[-1]
