@@ -30,8 +30,10 @@ from torch import nn
 
 #: Weights that are widened at once for each thread: 1 MiB of float32, which the second-level cache of a core holds.
 TILE = 256 << 10
-#: With more rows than this a product is long enough that larger tiles pay: BLAS packs what it multiplies.
-FEW = 32
+#: So many rows at most are multiplied outputs first.
+FEW = {torch.bfloat16: 64, torch.float32: 32}
+#: A product of more rows affords tiles so many times as large, for BLAS packs what it multiplies.
+LARGEST = 4
 #: So few rows PyTorch's loop for bfloat16 multiplies, one after the other, as fast as float32 is multiplied.
 VECTORS = 2
 #: Tiles are whole multiples of this many outputs.
@@ -84,8 +86,8 @@ def _outputs_first(rows: int, kind: torch.dtype) -> bool:
 def columns(x_RI: torch.Tensor) -> torch.Tensor:
     """Returns rows as columns, [I, R]; a single one twice.
 
-    They are not moved: libraries read either order, of so few rows at no cost. Of one column PyTorch makes a product
-    of a matrix and a vector, which took twice the time of two in bfloat16.
+    They are not moved: libraries read either order, and of a single product of few rows that is the quicker way. Of one
+    column PyTorch makes a product of a matrix and a vector, which took twice the time of two in bfloat16.
     """
     return (x_RI if len(x_RI) > 1 else x_RI.expand(2, -1)).t()
 
@@ -116,10 +118,10 @@ def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None
 
 
 def scaled(x_RI: torch.Tensor, weight_OI: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
-    """Returns x @ w.T of tensors in bfloat16 times float32 scales; bfloat16 [R, O].
+    """Returns x @ w.T of tensors in bfloat16 times float32 scales, bfloat16 [R, O].
 
     Args:
-        scales: a scalar, one an output [O], or one a row [R, 1], each.
+        scales: each a scalar, one an output [O], or one a row [R, 1].
     """
     y_RO = quickest(x_RI, weight_OI)
     if len(scales) > 1 or scales[0].dim():  # by a scalar PyTorch multiplies bfloat16 in float32 and rounds, in one pass
@@ -135,7 +137,7 @@ def quickest(x_RI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor |
     if kind == torch.float32 and rows > 1:
         y_RO = row_by_row(x_RI, weight_OI) if rows <= VECTORS else exact(x_RI, weight_OI)
         return y_RO if bias_O is None else y_RO.add_(bias_O)
-    if kind == torch.float32 or not 0 < rows <= FEW or not outputs_first(rows, kind):
+    if kind == torch.float32 or not 0 < rows <= FEW[kind] or not outputs_first(rows, kind):
         return F.linear(x_RI, weight_OI, bias_O)
     if bias_O is None:
         return torch.mm(weight_OI, columns(x_RI)).t()[:rows]
@@ -200,10 +202,11 @@ def product(
             factor has to be transposed, so these are never turned.
     """
     count, in_features = x_RI.shape
-    larger = count > FEW or kind == torch.bfloat16
-    most = max(BLOCK, TILE * torch.get_num_threads() * (4 if larger else 1) // in_features // BLOCK * BLOCK)
-    step = -(-out_features // -(-out_features // most) // BLOCK) * BLOCK  # all of a size, if they can be
-    turned = 1 < count <= FEW and not stored_IO and outputs_first(count, kind)
+    larger = LARGEST if kind == torch.bfloat16 else max(1, min(count // FEW[kind], LARGEST))
+    most = max(BLOCK, larger * TILE * torch.get_num_threads() // in_features // BLOCK * BLOCK)
+    count_of_tiles = max(1, -(-out_features // most))
+    step = -(-out_features // count_of_tiles // BLOCK) * BLOCK  # all of a size, if they can be
+    turned = 1 < count <= FEW[kind] and not stored_IO and outputs_first(count, kind)
     if turned:  # moved, for there may be many tiles
         x_IR = columns(x_RI).to(kind).contiguous()
         y_OR = torch.empty(out_features, count, dtype=kind)

@@ -84,8 +84,9 @@ class Emulated(PackedLinear):
     A GPU unpacks it each time, where memory is what is short; there FP8 and FP4 numbers times their scales do not all
     fit bfloat16, so the unpacked weight is rounded once more, and so are inputs. On a CPU that would take up to twenty
     times the product itself, so it is unpacked once: to the numbers that `layer_layout.factors` says bfloat16 holds, as
-    large as the baseline that the same machine runs. Inputs are numbers that it holds too, and all scales multiply the
-    output: the products are those of the format up to the order of sums.
+    large as the baseline that the same machine runs. Inputs are numbers that it holds too, found in a table of 128 KiB
+    for each layer where their scale is static, and all scales multiply the output: the products are those of the format
+    up to the order of sums.
     """
 
     kernel = "dequantize + mm"
