@@ -31,9 +31,9 @@ from torch import nn
 #: Weights that are widened at once for each thread: 1 MiB of float32, which the second-level cache of a core holds.
 TILE = 256 << 10
 #: So many rows at most are multiplied outputs first.
-FEW = {torch.bfloat16: 64, torch.float32: 32}
-#: A product of more rows affords tiles so many times as large, for BLAS packs what it multiplies.
-LARGEST = 4
+FEW = 64
+#: With each so many rows tiles are larger by one, up to so many times: BLAS packs what it multiplies.
+LONGER, LARGEST = 32, 4
 #: So few rows PyTorch's loop for bfloat16 multiplies, one after the other, as fast as float32 is multiplied.
 VECTORS = 2
 #: Tiles are whole multiples of this many outputs.
@@ -137,7 +137,7 @@ def quickest(x_RI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor |
     if kind == torch.float32 and rows > 1:
         y_RO = row_by_row(x_RI, weight_OI) if rows <= VECTORS else exact(x_RI, weight_OI)
         return y_RO if bias_O is None else y_RO.add_(bias_O)
-    if kind == torch.float32 or not 0 < rows <= FEW[kind] or not outputs_first(rows, kind):
+    if kind == torch.float32 or not 0 < rows <= FEW or not outputs_first(rows, kind):
         return F.linear(x_RI, weight_OI, bias_O)
     if bias_O is None:
         return torch.mm(weight_OI, columns(x_RI)).t()[:rows]
@@ -202,11 +202,11 @@ def product(
             factor has to be transposed, so these are never turned.
     """
     count, in_features = x_RI.shape
-    larger = LARGEST if kind == torch.bfloat16 else max(1, min(count // FEW[kind], LARGEST))
+    larger = LARGEST if kind == torch.bfloat16 else max(1, min(count // LONGER, LARGEST))
     most = max(BLOCK, larger * TILE * torch.get_num_threads() // in_features // BLOCK * BLOCK)
     count_of_tiles = max(1, -(-out_features // most))
     step = -(-out_features // count_of_tiles // BLOCK) * BLOCK  # all of a size, if they can be
-    turned = 1 < count <= FEW[kind] and not stored_IO and outputs_first(count, kind)
+    turned = 1 < count <= FEW and not stored_IO and outputs_first(count, kind)
     if turned:  # moved, for there may be many tiles
         x_IR = columns(x_RI).to(kind).contiguous()
         y_OR = torch.empty(out_features, count, dtype=kind)
