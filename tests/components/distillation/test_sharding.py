@@ -234,7 +234,7 @@ def test_a_killed_training_goes_on_in_any_number_of_processes(name, goes_on, sha
     assert told_again == told and all(torch.equal(found[key], weights[key]) for key in weights)
     for other in others:
         told_too = written(other)[1]
-        assert told_too["train"] == pytest.approx(told["train"], rel=CASES[name].within)
+        assert told_too["train"] == pytest.approx(told["train"], rel=CASES[name].within, abs=1e-5)
         assert told_too["heldout_loss_after"] == pytest.approx(told["heldout_loss_after"], rel=CASES[name].within)
 
 
