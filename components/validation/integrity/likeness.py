@@ -18,8 +18,9 @@ import torch
 from trimtab.runtime.checkpoint import layer_layout
 from trimtab.runtime.checkpoint.layer_layout import Quantized
 
-#: Of the root mean square of all channels or blocks: smaller ones are too small to judge by their own size.
-LEAST_CHANNEL, LEAST_INPUT = 0.01, 0.5
+#: Of the root mean square of all channels or blocks: smaller ones are too small to judge by their own size. A block is
+#: sooner than a channel, for GPTQ may put into it what others of its output channel lack.
+LEAST_CHANNEL, LEAST_BLOCK, LEAST_INPUT = 0.01, 0.1, 0.5
 #: What an input counts at least, in units of the mean: what calibration never saw may come all the same.
 LEAST_MOMENT = 0.1
 #: Numbers of a part of a layer: on a CPU float32 of it stay in the cache while they are summed, 2 MiB; on a GPU a part
@@ -54,8 +55,8 @@ class Sense:
 
     @property
     def block_gains(self) -> torch.Tensor:
-        """The gain of each block."""
-        return gain(self.dot, self.own, LEAST_CHANNEL)
+        """The gain of each block, 1 where too little stands to be judged."""
+        return gain(self.dot, self.own, LEAST_BLOCK)
 
     @property
     def block_changes(self) -> torch.Tensor:

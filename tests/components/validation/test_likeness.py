@@ -56,9 +56,24 @@ def test_gptq_moves_what_matters_little(layer):
     weight, gram = layer
     found = made("int4_gptq", weight, gram)
     assert output_error(found, weight, gram) < output_error(made("int4_rtn", weight, gram), weight, gram)
-    judged(found, weight, gram.diagonal())
+    plain = likeness.measure(found, weight, None, None).plain
+    assert (likeness.gain(plain.dot, plain.own, 0)[:, 3] - 1).abs().max() > found.layout.storage.limits.block_gain
+    for moment in (gram.diagonal(), None):
+        judged(found, weight, moment)
+
+
+def test_a_group_of_small_weights_may_make_up_for_others(layer):
+    """Also where it reads the loudest inputs: in the 8-billion-parameter model, those of a head that attends to all."""
+    weight, gram = layer
+    moved = weight.clone()
+    moved[:, -GROUP:] *= -2
+    loud = gram.diagonal().clone()
+    loud[-GROUP:] = 400 * loud[:-GROUP].mean()
+    judged(made("int4_rtn", moved, gram), weight, loud)
+    weight = weight.clone()
+    weight[:, -GROUP:] *= 10
     with pytest.raises(Failure, match=r"layer: group 3 of output channel \d+ has .* times its source's weights"):
-        judged(found, weight, None)
+        judged(made("int4_rtn", 10 * moved, gram), 10 * weight, loud)
 
 
 @pytest.mark.parametrize("form", [name for name, row in FORMATS.items() if row.storage])
