@@ -57,6 +57,7 @@ FORMATS = {
     "int4_gptq": ({}, "INT4_AWQ_CFG"),
     "int4_gptq, at once": ({"format": "int4_gptq", "sequential": False}, "INT4_AWQ_CFG"),
     "int4_gptq, asymmetry 0": ({"format": "int4_gptq", "sequential": True, "asymmetry": 0.0}, "INT4_AWQ_CFG"),
+    "int4_gptq, no sweeps": ({"format": "int4_gptq", "sweeps": 0}, "INT4_AWQ_CFG"),
     "int4_gptq, asymmetry 1": ({"format": "int4_gptq", "sequential": True, "asymmetry": 1.0}, "INT4_AWQ_CFG"),
     "mixed, 5.0 bits": ({"format": "mixed", "effective_bits": 5.0}, "INT4_AWQ_CFG"),
     "mixed_gpu, 5.0 bits": ({**_MIX, "effective_bits": 5.0}, None),

@@ -178,7 +178,7 @@ def _work(stage: str, model: str, folder: Path, calibrate: dict[str, Any]) -> An
     def inspect() -> dict[str, Any]:
         form = stage.removeprefix("integrity of ")
         own = {"format": form, "group_size": 64}
-        return {"told": gate.inspect(str(folder / form), model, str(output), scratch, own)}
+        return {"told": gate.inspect(str(folder / form), model, str(output), scratch, own, measured)}
 
     if stage == "whole":
         return whole

@@ -1,12 +1,13 @@
 """GPTQ's way through a model: a block's Gram matrices are measured, used and dropped, and so to the next block.
 
-Where it is `sequential` they are those of the model as quantized so far: a layer is rounded for the inputs that it will
-get. Its weights are then first moved by a part, `asymmetry`, of the way to those that give the dense model's outputs at
-these inputs: with x what the layer reads and y what it reads in the dense model, W (y - x) is what its output lacks,
-and W E[(y - x) xᵀ] E[x xᵀ]⁻¹ the linear function of x that is nearest to that. Li et al. 2025, "GPTAQ: Efficient
-Finetuning-Free Quantization for Asymmetric Calibration", moves each column's part into those behind it instead; this is
-the whole problem's solution by least squares, and rounding it is GPTQ's own problem. Experts are not moved, for the
-dense model may give them other tokens.
+Where it is `sequential` they are those of the model as quantized so far, activations too: a layer is rounded for the
+inputs that its product will see. Its weights are then first moved towards those that give the dense model's outputs at
+these inputs: with x what the product sees and d what x lacks, W d is what its output lacks, and W E[d xᵀ] E[x xᵀ]⁻¹ the
+linear function of x that is nearest to that. What rounding took from the layer's input is in d as a whole; what the
+input lacks beside the dense model's with a part, `asymmetry`, since much of it is this text's. Li et al. 2025, "GPTAQ:
+Efficient Finetuning-Free Quantization for Asymmetric Calibration", moves each column's part into those behind it
+instead; this is the whole problem's solution by least squares, and rounding it is GPTQ's own problem. Experts are not
+moved, for the dense model may give them other tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from trimtab.components.quantization.methods import gptq
 from trimtab.families.fusion import Group, block_of
 from trimtab.runtime.checkpoint.model_files import Export
 from trimtab.runtime.measure import blockwise, grams, routing
-from trimtab.runtime.measure.block import Block
+from trimtab.runtime.measure.block import Block, Rounding
 from trimtab.runtime.measure.block_calls import NotByBlock
 from trimtab.runtime.rounding import hessian
 
@@ -45,7 +46,7 @@ def quantize(
         Failure: `unsupported`, activations that are not finite, or a model that cannot be run a block at a time.
     """
     tokens = load_file(calibration / "tokens.safetensors")["tokens"].long()
-    quantizer.settings = settings = gptq.with_damping(quantizer.settings, tokens.numel())
+    quantizer.settings = settings = gptq.with_defaults(quantizer.settings, tokens.numel())
     with_dense = settings.follows_dense(tokens.numel())
     try:
         runner = blockwise.Runner(
@@ -101,20 +102,18 @@ def _in_order(
     rare: Mapping[str, Sequence[int]],
 ) -> dict[str, torch.Tensor]:
     """Quantizes the groups of a block in the order in which it comes to them, of all formats, each for what comes out
-    of those before it."""
+    of those before it. Those of more bits, which are rounded to nearest, make up for the errors of the others."""
     found: dict[str, torch.Tensor] = {}
     for stage in _stages(block, groups):
-        by_gram, made = _with_gptq(stage, quantizer), []
-        for group in stage:
-            if group.layers[0] not in by_gram:
-                made.append(quantizer.quantize(shard, group, quantizer.seen(group)))
-            elif not block.family.is_expert(group.layers[0]):
-                made.append(_moved(block, by_gram.pop(group.layers[0]), quantizer, shard))
-        made += _by_grams(block, by_gram, quantizer, shard, rare)  # experts
+        experts = [group for group in stage if block.family.is_expert(group.layers[0])]
+        by_gram = _with_gptq(experts, quantizer)
+        made = [_moved(block, group, quantizer, shard) for group in stage if group not in experts]
+        made += [quantizer.quantize(shard, g, quantizer.seen(g)) for g in experts if g.layers[0] not in by_gram]
+        made += _by_grams(block, by_gram, quantizer, shard, rare)
         for quantized in made:
             found |= quantized.tensors
             for name, weight in quantized.weights.items():
-                block.layers[name].weight.copy_(weight)
+                block.replace(name, weight, quantized.reads)
     return found
 
 
@@ -147,14 +146,19 @@ def _with_gptq(groups: Sequence[Group], quantizer: GroupQuantizer) -> dict[str, 
 
 def _moved(block: Block, group: Group, quantizer: GroupQuantizer, shard: Export) -> Quantized:
     """A group that every token is given to, quantized."""
-    settings = quantizer.settings
-    gram, shift = grams.measure_beside(block, group.layers[0])
-    seen = replace(quantizer.seen(group), gram=gram, second_moment=gram.diagonal().clone())
-    weights = {name: block.layers[name].weight.float() for name in quantizer.layers(group)}
-    if shift is not None:
-        for name, weight in weights.items():
-            weights[name] = weight + settings.asymmetry * hessian.solve(gram, settings.damping, weight @ shift)
-    return quantizer.quantize(shard, group, seen, weights)
+    settings, first = quantizer.settings, group.layers[0]
+    plain = grams.measure_beside(block, first, settings.asymmetry)
+    seen = replace(quantizer.seen(group), second_moment=plain[0].diagonal().clone())
+
+    def measure(reads: Rounding | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        gram, lack = plain if reads is None else grams.measure_beside(block, first, settings.asymmetry, reads)
+        weights = {name: block.layers[name].weight.float() for name in quantizer.layers(group)}
+        if lack is not None:
+            for name, weight in weights.items():
+                weights[name] = weight + hessian.solve(gram, settings.damping, weight @ lack)
+        return gram, weights
+
+    return quantizer.quantize(shard, group, seen, measure)
 
 
 def _stages(block: Block, groups: Sequence[Group]) -> list[list[Group]]:

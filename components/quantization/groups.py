@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,18 +19,25 @@ from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint import layer_layout
 from trimtab.runtime.checkpoint.finite import check_finite
 from trimtab.runtime.checkpoint.model_files import Export
+from trimtab.runtime.measure.block import Rounding
 from trimtab.runtime.measure.measurements import Measurements
-from trimtab.runtime.rounding import folding
+from trimtab.runtime.rounding import folding, inputs
 from trimtab.runtime.rounding.folding import Folding, Tied
+
+#: What the products of a group see of its input -> the Gram matrix of that, float32 [in, in], and by layer the weights
+#: that are to be rounded, float32 [out, in].
+Measure = Callable[[Rounding | None], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A group of layers, quantized: the export's `tensors` by name, and by layer the `weights`, float32 [out, in], that
-    give the same with an input that nothing is folded into; of those that are quantized."""
+    """A group of layers, quantized: the export's `tensors` by name; and of those that are quantized, by layer, the
+    `weights`, float32 [out, in], that give the same with an input that nothing is folded into, and what the products
+    see of that input; None where they see it as it is."""
 
     tensors: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
+    reads: Rounding | None = None
 
 
 class GroupQuantizer:
@@ -76,17 +83,20 @@ class GroupQuantizer:
         return Input(**{part: tensor.to(self.device) for part, tensor in found.items()})
 
     def quantize(
-        self, shard: Export, group: Group, seen: Input, weights: Mapping[str, torch.Tensor] | None = None
+        self,
+        shard: Export,
+        group: Group,
+        seen: Input,
+        measure: Measure | None = None,
     ) -> Quantized:
         """Returns the layers of a group, and the norm before them, as the export has them.
 
         Args:
             seen: what was measured of the input.
-            weights: what layers are to compute like, in place of what their files hold.
+            measure: measures the rest when it is known how the input is rounded.
         """
         layers, form = self.layers(group), self.form(group)
         found = {n: finite(shard, f"{n}.weight").to(self.device) for n in group.layers}
-        found |= weights or {}
         written: dict[str, torch.Tensor] = {}
         rows = {n: self.folding.rows(n) for n in group.layers if self.folding.is_divided(n)}
         for name, scale in rows.items():
@@ -97,15 +107,22 @@ class GroupQuantizer:
         if form is None:
             return Quantized(written | {f"{n}.weight": found[n].to(self.dtype) for n in rows}, {})
         before = self._before(group, form, {n: found[n] for n in layers}, seen)
-        if before is not None:
+        scaled = before is not None
+        if scaled:
             if group.norm:
                 before, norm = self._folded(shard, group.norm, before)
                 written |= norm
+        elif FORMATS[form].storage.pre_quant_scale and not group.norm:  # TensorRT-LLM asks layers like these for one
+            before = torch.ones(next(iter(found.values())).shape[1], device=self.device)
+        reads = self._reads(form, seen, before)
+        if measure is not None:
+            gram, moved = measure(reads)
+            seen = replace(seen, gram=gram, second_moment=gram.diagonal().clone())
+            found |= {n: w / rows[n][:, None] if n in rows else w for n, w in moved.items()}
+        if scaled:
             # A layer without a norm before it multiplies its own input, so one that is excluded sees it unscaled.
             found = {n: w / before if group.norm or n in layers else w for n, w in found.items()}
             seen = seen.scaled(1 / before)
-        elif FORMATS[form].storage.pre_quant_scale and not group.norm:  # TensorRT-LLM asks layers like these for one
-            before = torch.ones(next(iter(found.values())).shape[1], device=self.device)
         stored = packed_layers.quantize(form, {n: found[n] for n in layers}, seen, self.settings)
         for name in group.layers:
             if name not in stored:  # excluded, but the norm before it may be scaled all the same
@@ -114,7 +131,17 @@ class GroupQuantizer:
             written |= {f"{name}.{part}": tensor for part, tensor in stored[name].tensors.items()}
             if before is not None and not group.norm and FORMATS[form].storage.pre_quant_scale:
                 written[f"{name}.pre_quant_scale"] = before.to(self.dtype)
-        return Quantized(written, {n: _multiplied(layer, before, rows.get(n)) for n, layer in stored.items()})
+        return Quantized(written, {n: _multiplied(layer, before, rows.get(n)) for n, layer in stored.items()}, reads)
+
+    def _reads(self, form: str, seen: Input, before: torch.Tensor | None) -> Rounding | None:
+        """What the products of layers see of an input that they multiply by `before`, in the input's own units; None
+        where that is the input, and where nothing was measured, for then the model does not run."""
+        rounding = FORMATS[form].storage.inputs
+        if rounding is None or seen.amax is None:
+            return None
+        before = torch.ones_like(seen.amax) if before is None else before
+        scale = inputs.static_scale(rounding, (seen.amax * before).max()) if rounding.scale == "static" else None
+        return lambda x: inputs.rounded(rounding, x * before, scale).div_(before).to(x.dtype)
 
     def _before(
         self, group: Group, form: str, weights: Mapping[str, torch.Tensor], seen: Input

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from trimtab.recipe import MANY_TOKENS, Quantization
-from trimtab.runtime.rounding import hessian
+from trimtab.runtime.rounding import columns, hessian
 from trimtab.runtime.rounding.scales import Numbers
 
 #: What is added to the diagonal, as a share of its mean, where there are few tokens. The paper has 1 %, for some
@@ -25,11 +25,12 @@ LEAST_DAMPING = 0.05
 BLOCK = 64
 
 
-def with_damping(settings: Quantization, tokens: int) -> Quantization:
-    """Returns the settings with the damping that they name, or else the default for that many calibration tokens."""
-    if settings.damping is not None:
-        return settings
-    return settings.model_copy(update={"damping": max(LEAST_DAMPING, DAMPING * min(1.0, MANY_TOKENS / tokens))})
+def with_defaults(settings: Quantization, tokens: int) -> Quantization:
+    """Returns the settings with the damping and sweeps that they name, or else those for that many calibration tokens.
+    """
+    damping = max(LEAST_DAMPING, DAMPING * min(1.0, MANY_TOKENS / tokens))
+    damping = damping if settings.damping is None else settings.damping
+    return settings.model_copy(update={"damping": damping, "sweeps": settings.sweeps_with(tokens)})
 
 
 def round_weights(
@@ -53,13 +54,9 @@ def round_weights(
     rounded = torch.empty_like(weight)
     for begin in range(0, len(weight), BLOCK):
         end = min(begin + BLOCK, len(weight))
-        block, units = weight[begin:end].clone(), scale[begin:end]
         diagonal = upper.diagonal()[begin:end, None]
         passed_on = upper[begin:end, begin:end] / diagonal
-        errors = torch.empty_like(block)
-        for i in range(end - begin):
-            nearest = torch.mul(numbers.round(block[i] / units[i]), units[i], out=rounded[begin + i])
-            torch.sub(block[i], nearest, out=errors[i])
-            block[i + 1 :].addr_(passed_on[i, i + 1 :], errors[i], alpha=-1)
-        weight[end:].addmm_(upper[begin:end, end:].t(), errors / diagonal, alpha=-1)
+        rounded[begin:end], moved = columns.in_turn(weight[begin:end], scale[begin:end], passed_on, numbers)
+        weight[end:].addmm_(upper[begin:end, end:].t(), moved / diagonal)
     return rounded.t()[:, order.argsort()]
+

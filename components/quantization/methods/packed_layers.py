@@ -1,7 +1,7 @@
 """The recipe's formats: how the weights of layers that share an input become the tensors that ModelOpt's export holds.
 
 `runtime.rounding.quantizers` rounds and packs weights; here stands what looks at activations besides: `channels`,
-`gptq`, scales of activations and the importance of inputs.
+`gptq`, `descent`, scales of activations and the importance of inputs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from trimtab.catalog.formats import FORMATS
-from trimtab.components.quantization.methods import channels, gptq
+from trimtab.components.quantization.methods import channels, descent, gptq
 from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint.layer_layout import Quantized, layout_of
 from trimtab.runtime.rounding import inputs, quantizers, scales
@@ -49,7 +49,7 @@ def channel_scale(
     method = settings.channels(format)
     if not method:
         return None
-    parts = [part for weight in weights.values() for part in weight.split(quantizers.slice_rows(weight.shape[1]))]
+    parts = [part for weight in weights.values() for part in weight.split(quantizers.slice_rows(weight))]
     if method == "smoothquant":
         return channels.smoothquant(parts, seen.amax, seen.second_moment)[0]
     size, storage = layout_of(format, settings).group_size, FORMATS[format].storage
@@ -99,10 +99,16 @@ def _gptq(
     by_group = {n: scale if scale.dim() == 2 else scale.reshape(-1, 1) for n, scale in found.items()}
     each = torch.cat([scale.expand(len(weights[n]), -1) for n, scale in by_group.items()])  # one, or one of each row
     together = torch.cat([weight.float() for weight in weights.values()])
-    each = each.repeat_interleave(together.shape[1] // each.shape[1], dim=1)
     damping = gptq.DAMPING if settings.damping is None else settings.damping
-    rounded = gptq.round_weights(together, seen.gram, each, numbers, damping)
-    parts = zip(weights, rounded.split([len(weight) for weight in weights.values()]), strict=True)
+    of_weights = each.repeat_interleave(together.shape[1] // each.shape[1], dim=1)
+    rounded = gptq.round_weights(together, seen.gram, of_weights, numbers, damping)
+    del of_weights
+    rows = [len(weight) for weight in weights.values()]
+    if settings.sweeps:
+        rounded, each = descent.descend(together, rounded, seen.gram, each, numbers, damping, settings.sweeps)
+        if each.shape[1] > 1:
+            found = dict(zip(weights, each.split(rows), strict=True))
+    parts = zip(weights, rounded.split(rows), strict=True)
     return {name: quantizers.pack(format, part, found[name], settings, numbers) for name, part in parts}
 
 

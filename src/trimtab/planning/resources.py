@@ -96,9 +96,9 @@ def _quantizing(work: Work) -> Held:
 
 
 def _quantizing_products(work: Work) -> float:
-    """Of GPTQ a factorization and as many updates, and passes over the text: two at once; in order three, since a block
-    runs up to each group of its layers, and as many of the dense model. Of a search of scales some sixty roundings of
-    each weight."""
+    """Of GPTQ a factorization and updates, of each of its sweeps updates, and passes over the text: two at once; in
+    order three, since a block runs up to each group of its layers, and once more where inputs are rounded, and as many
+    of the dense model. Of a search of scales some sixty roundings of each weight."""
     row, facts = work.recipe.quantize.row, work.left
     if not row.parts:
         return 0.0
@@ -108,9 +108,12 @@ def _quantizing_products(work: Work) -> float:
     if _quantize(work.recipe, "needs_grams"):
         tokens, quantize = _text(work)[0], work.recipe.quantize
         streams = 1 + quantize.follows_dense(tokens)
-        passes = 3 * streams if quantize.is_sequential(tokens) else 2
+        again = 2 if any(part.storage.inputs for part in row.parts) else 1
+        passes = 3 * again * streams if quantize.is_sequential(tokens) else 2
+        updates = 2 * (1 + quantize.sweeps_with(tokens))
         found += passes * _forward(facts, tokens) + streams * tokens * working_memory.gram_bytes(facts)
-        found += sum(2 * layer.in_features**3 + 2 * layer.parameters * layer.in_features for layer in facts.linears)
+        sizes = ((layer.in_features, layer.parameters) for layer in facts.linears)
+        found += sum(2 * inputs**3 + updates * inputs * weights for inputs, weights in sizes)
     return found
 
 

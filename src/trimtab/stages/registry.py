@@ -178,7 +178,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: recipe.quantize is not None,
             parameters=_part("quantize"),
             environment=always(QUANTIZED),
-            version=9,
+            version=10,
         ),
         Stage(
             name="engine",

@@ -20,7 +20,7 @@ from .conftest import FORMATS, quantize
 @pytest.mark.parametrize("name", FORMATS)
 def test_slices_change_nothing(name, export, model, calibration, tmp_path, monkeypatch):
     """Two rows at a time, where otherwise a whole matrix of the tiny model fits one slice."""
-    monkeypatch.setattr(quantizers, "SLICE", 1)
+    monkeypatch.setitem(quantizers.SLICE, "cpu", 1)
     quantize(model, tmp_path / "q", calibration, format=name)
     sliced, whole = Export(tmp_path / "q" / "output"), Export(export(name))
     assert sliced.names == whole.names

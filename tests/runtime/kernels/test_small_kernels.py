@@ -18,6 +18,8 @@ from trimtab.runtime.kernels import tile, words
 from trimtab.runtime.kernels.tile import Tile
 from trimtab.runtime.linear import choice, elementwise, small_batch
 from trimtab.runtime.linear.elementwise import Sizes
+from trimtab.runtime.rounding import columns, scales
+from trimtab.runtime.rounding.scales import Numbers
 
 CPU = torch.device("cpu")
 #: Triton's interpreter cuts what e4m3 has no bits for, where a GPU rounds.
@@ -66,6 +68,22 @@ def test_a_kernel_computes_what_it_replaces(
     monkeypatch.setattr(elementwise, "direct", lambda _: (None,))  # FP8 is rounded another way when interpreted
     function = elementwise.adapted(triton_kernels)[name]
     assert elementwise.try_out(name, function, sizes, CPU) == ""
+
+
+@pytest.mark.parametrize("numbers", [scales.INT4, scales.INT8, scales.FP8, scales.E2M1], ids=lambda each: each.type)
+@pytest.mark.parametrize("moves_from", ["itself", "before"])
+def test_columns_are_rounded_in_turn(numbers: Numbers, moves_from: str, triton_kernels: ModuleType) -> None:
+    """More columns than a power of two has, rows that fill no program, and numbers that are too large."""
+    from trimtab.runtime.kernels import columns as kernel
+
+    draw = torch.Generator().manual_seed(0)
+    values, before = (2 * torch.randn(40, 37, generator=draw) for _ in range(2))
+    scale = (0.5 + torch.rand(40, 37, generator=draw)) / numbers.largest
+    passed_on = 0.1 * torch.randn(40, 40, generator=draw)
+    start = before if moves_from == "before" else None
+    found = kernel.in_turn(values, scale, passed_on, numbers.type, start)
+    for one, other in zip(found, columns.one_by_one(values, scale, passed_on, numbers, start), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_rounding_to_e4m3_saturates(triton_kernels: ModuleType) -> None:

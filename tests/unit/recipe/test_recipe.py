@@ -145,7 +145,7 @@ BAD = [
     ("quantize: {format: fp8, sequential: true}",
      "has sequential, and format 'fp8' has no GPTQ; remove it (with GPTQ: fp8_gptq, int4_gptq"),
     ("quantize: {format: int4_awq, damping: 0.1}", "has damping, and format 'int4_awq' has no GPTQ"),
-    ("quantize: {format: int4_gptq, sequential: false, asymmetry: 0.5}",
+    ("quantize: {format: int4_gptq, sequential: false, asymmetry: 0.25}",
      "has asymmetry, which only sequential GPTQ has; remove it, or"),
     ("quantize: {format: int4_gptq, asymmetry: 2}", "quantize.asymmetry: 2 should be less than or equal to 1"),
     ("quantize: {format: int4_gptq, damping: 0}", "quantize.damping: 0 should be greater than 0"),

@@ -20,6 +20,9 @@ from trimtab.runtime.measure.block_calls import Reached
 if TYPE_CHECKING:
     from trimtab.runtime.measure.blockwise import Runner
 
+#: Inputs of a layer, [..., in] -> what the product sees of them, in the same units and of the same type.
+Rounding = Callable[[torch.Tensor], torch.Tensor]
+
 
 class Block:
     """One block of a model with its weights in place, and the text that it reads.
@@ -85,6 +88,19 @@ class Block:
         for number in range(len(self._runner.batches)):
             found = self._input(self.module, layer, self.hidden(number))
             yield found, self.dense and self._input(self.dense, layer, self.hidden(number, "dense"))
+
+    def replace(self, layer: str, weight: torch.Tensor, reads: Rounding | None = None) -> None:
+        """Puts another weight into a linear layer, and has it read what rounding leaves of its input: so what comes out
+        of the block is that of the model as changed so far.
+
+        Args:
+            weight: [out, in].
+            reads: inputs [..., in] -> what the product sees of them; None where it sees them as they are.
+        """
+        module = self.layers[layer]
+        module.weight.copy_(weight)
+        if reads is not None:
+            module.register_forward_pre_hook(lambda _, args: (reads(args[0]), *args[1:]))
 
     def order(self) -> dict[str, int]:
         """Returns the linear layers in the order in which the first batch calls them; an expert that is given none of

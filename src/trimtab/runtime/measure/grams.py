@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from trimtab.runtime.measure import observe, routing
-from trimtab.runtime.measure.block import Block
+from trimtab.runtime.measure.block import Block, Rounding
 
 #: Bytes of sums held at once. A block with more of them is run over the text several times.
 BUDGET = 8 << 30
@@ -65,23 +65,33 @@ def measure(
     return found
 
 
-def measure_beside(block: Block, layer: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns the Gram matrix of what a layer reads, and the mean of (y - x) xᵀ where y is what it reads in the dense
-    stream, float32 [in, in]; None without such a stream. It must be a layer that every token is given to.
+def measure_beside(
+    block: Block, layer: str, part: float = 1.0, reads: Rounding | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns two means over the text for a layer that every token is given to, float32 [in, in] each: the Gram matrix,
+    of x xᵀ where x is what the layer's product sees of its input; and that of d xᵀ where d is what x lacks: all that
+    rounding took from the input, and a part of what this lacks beside the dense stream. None where neither is there.
+
+    Args:
+        part: of what the input lacks beside the dense stream.
+        reads: what the product sees of an input; None where it sees it as it is.
 
     Raises:
         Failure: `unsupported`, an activation that is not finite.
     """
     size, device = block.layers[layer].in_features, block.layers[layer].weight.device
     gram = torch.zeros(size, size, device=device)
-    shift = None if block.dense is None else torch.zeros(size, size, device=device)
-    for here, dense in block.inputs(layer):
-        observe.add_product(gram, here, here)
-        if shift is not None:
+    lack = None if block.dense is None and reads is None else torch.zeros(size, size, device=device)
+    for given, dense in block.inputs(layer):
+        seen = given if reads is None else reads(given)
+        observe.add_product(gram, seen, seen)
+        if dense is not None:
             # The difference of two bfloat16 numbers within a factor of two is one, so nothing is lost here.
-            observe.add_product(shift, dense - here, here)
+            observe.add_product(lack, (dense - given) * part, seen)
+        if reads is not None:
+            observe.add_product(lack, given - seen, seen)
     found = {f"{layer}.gram": gram.div_(block.tokens)}
-    if shift is not None:
-        found[f"{layer}.shift"] = shift.div_(block.tokens)
+    if lack is not None:
+        found[f"{layer}.lack"] = lack.div_(block.tokens)
     observe.check_finite(found)
-    return gram, shift
+    return gram, lack

@@ -36,13 +36,28 @@ def solve(gram: torch.Tensor, damping: float, right: torch.Tensor) -> torch.Tens
     return torch.cholesky_solve(right.t(), _damped(gram, damping)[0]).t()
 
 
+def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """Returns the damped matrix itself, float32 [in, in].
+
+    Args:
+        gram, damping: as for `inverse_factor`; it need not be invertible.
+    """
+    found = gram.clone()
+    found.diagonal().add_(_added(gram, damping))
+    return found
+
+
+def _added(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    return damping * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+
+
 def _damped(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The lower Cholesky factor of the damped matrix, and the upper one of its inverse."""
-    added = damping * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    added = _added(gram, damping)
     for _ in range(10):
-        damped = gram.clone()
-        damped.diagonal().add_(added)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        matrix = gram.clone()
+        matrix.diagonal().add_(added)
+        lower, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed:

@@ -26,8 +26,9 @@ _NUMBERS = {"int8": INT8, "int4": INT4, "e4m3": FP8}
 #: How whole numbers, or E2M1, of a matrix become bytes, by the axis along which two share one.
 _PACKED = {"out": lambda numbers: pack_int4(numbers.to(torch.int8)), "in": pack_e2m1}
 _SCALE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-#: Weights of a slice: float32 temporaries of 4 MiB stay in a processor's cache.
-SLICE = 1 << 20
+#: Weights of a slice: on a CPU float32 temporaries of 4 MiB stay in the cache; on a GPU a slice is large enough that
+#: launching kernels is no share of the time.
+SLICE = {"cpu": 1 << 20, "cuda": 1 << 25}
 
 
 def round_weights(
@@ -158,13 +159,13 @@ def largest_of(weights: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.stack([torch.stack(weight.aminmax()).abs().max() for weight in weights]).max().float()
 
 
-def slice_rows(columns: int) -> int:
+def slice_rows(weight: torch.Tensor) -> int:
     """Returns the rows of a slice: an even number, because INT4 packs them in pairs."""
-    return 2 * max(1, SLICE // columns // 2)
+    return 2 * max(1, SLICE[weight.device.type] // weight.shape[1] // 2)
 
 
 def _slices(weight: torch.Tensor, *beside: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Yields a matrix in slices, float32, each with the same rows of what stands beside it."""
-    rows = slice_rows(weight.shape[1])
+    rows = slice_rows(weight)
     for part, *others in zip(*(tensor.split(rows) for tensor in (weight, *beside)), strict=True):
         yield part.float(), *others

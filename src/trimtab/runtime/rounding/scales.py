@@ -34,8 +34,10 @@ def scale_of(amax: torch.Tensor, largest: float) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a scale multiplies: the largest number, how a quotient is rounded to one, the type that scales have."""
+    """What a scale multiplies: its type in `catalog.numbers.NUMBERS`, the largest number, how a quotient is rounded to
+    one, the type that scales have."""
 
+    type: str
     largest: float
     round: Callable[[torch.Tensor], torch.Tensor]
     scale_dtype: torch.dtype = torch.float32
@@ -115,17 +117,17 @@ class Mxfp4(Numbers):
         return torch.log2(amax.float() / self.largest).ceil_().clamp_(-126, 127)
 
 
-INT4 = Numbers(7, lambda x: x.round().clamp_(-8, 7), torch.bfloat16)
-INT8 = Numbers(127, lambda x: x.round().clamp_(-127, 127))
-FP8 = Numbers(E4M3_MAX, lambda x: x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float())
+INT4 = Numbers("int4", 7, lambda x: x.round().clamp_(-8, 7), torch.bfloat16)
+INT8 = Numbers("int8", 127, lambda x: x.round().clamp_(-127, 127))
+FP8 = Numbers("e4m3", E4M3_MAX, lambda x: x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float())
 #: As if scales of blocks were not rounded themselves: to compare channel scales by.
-E2M1 = Numbers(E2M1_MAX, round_e2m1)
-MXFP4 = Mxfp4(E2M1_MAX, round_e2m1)
+E2M1 = Numbers("e2m1", E2M1_MAX, round_e2m1)
+MXFP4 = Mxfp4("e2m1", E2M1_MAX, round_e2m1)
 
 
 def nvfp4(amax: torch.Tensor) -> Nvfp4:
     """Returns the numbers of layers that share a unit, by the largest magnitude in any of them, a scalar."""
-    return Nvfp4(E2M1_MAX, round_e2m1, unit=scale_of(amax, E2M1_MAX * E4M3_MAX))
+    return Nvfp4("e2m1", E2M1_MAX, round_e2m1, unit=scale_of(amax, E2M1_MAX * E4M3_MAX))
 
 
 def from_maximum(blocks: torch.Tensor, numbers: Numbers) -> torch.Tensor:
