@@ -16,6 +16,8 @@ from trimtab.runtime.decoder import decode
 from trimtab.runtime.engines.torch_engine import TorchEngine
 from trimtab.runtime.linear import choice, elementwise, small_batch
 from trimtab.runtime.linear.elementwise import Sizes
+from trimtab.runtime.rounding import columns, scales
+from trimtab.runtime.rounding.scales import Numbers
 from trimtab.runtime.service.forward import Attention
 from trimtab.runtime.service.paged_engine import PagedEngine
 
@@ -271,3 +273,16 @@ def test_hidden_states_stay_on_the_device_while_they_take_little_of_it(monkeypat
         for number, hidden in enumerate(given):
             held[number] = hidden
         assert all(torch.equal(held[number], hidden) for number, hidden in enumerate(given))
+
+
+@pytest.mark.parametrize("numbers", [scales.INT4, scales.INT8, scales.FP8, scales.E2M1], ids=lambda each: each.type)
+def test_columns_are_rounded_in_turn_by_one_kernel(numbers: Numbers) -> None:
+    pytest.importorskip("triton")
+    kernel = columns._kernel()
+    assert kernel is not None
+    values, before = torch.randn(64, 1000, device=CUDA), torch.randn(64, 1000, device=CUDA)
+    scale, told = torch.full_like(values, 2 / numbers.largest), 0.1 * torch.randn(64, 64, device=CUDA)
+    given = values, scale, told, numbers, before
+    found, _ = columns.in_turn(*given)
+    expected, _ = columns.one_by_one(*given)
+    assert ((found - expected).abs() > 1e-4).float().mean() < 0.001

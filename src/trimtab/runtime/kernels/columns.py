@@ -21,19 +21,21 @@ WHOLE = tl.constexpr(12582912.0)
 def _rounded(value, NUMBERS: tl.constexpr):
     """Rounds float32 to numbers of a type, ties to even; beyond the largest to the largest."""
     if NUMBERS == "int4":
-        return tl.minimum(tl.maximum((value + WHOLE) - WHOLE, -8.0), 7.0)
+        value = tl.minimum(tl.maximum((value + WHOLE) - WHOLE, -8.0), 7.0)
     elif NUMBERS == "int8":
-        return tl.minimum(tl.maximum((value + WHOLE) - WHOLE, -127.0), 127.0)
-    # Between two powers of two the numbers of e2m1 are a half of the lower one apart, those of e4m3 an eighth; below
-    # the smallest power that has an exponent of its own, as far as above it.
-    largest: tl.constexpr = 6.0 if NUMBERS == "e2m1" else 448.0
-    smallest: tl.constexpr = 1.0 if NUMBERS == "e2m1" else 0.015625
-    parts: tl.constexpr = 2.0 if NUMBERS == "e2m1" else 8.0
-    size = tl.minimum(tl.abs(value), largest)
-    power = (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    step = tl.maximum(power, smallest) / parts
-    size = ((size / step + WHOLE) - WHOLE) * step  # powers of two divide exactly
-    return tl.where(value < 0, -size, size)
+        value = tl.minimum(tl.maximum((value + WHOLE) - WHOLE, -127.0), 127.0)
+    else:
+        # Between two powers of two the numbers of e2m1 are a half of the lower one apart, those of e4m3 an eighth;
+        # below the smallest power that has an exponent of its own, as far as above it.
+        largest: tl.constexpr = 6.0 if NUMBERS == "e2m1" else 448.0
+        smallest: tl.constexpr = 1.0 if NUMBERS == "e2m1" else 0.015625
+        parts: tl.constexpr = 2.0 if NUMBERS == "e2m1" else 8.0
+        size = tl.minimum(tl.abs(value), largest)
+        power = (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        step = tl.maximum(power, smallest) / parts
+        size = ((size / step + WHOLE) - WHOLE) * step  # powers of two divide exactly
+        value = tl.where(value < 0, -size, size)
+    return value
 
 
 @triton.jit
