@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from trimtab.components.quantization.methods import columns
 from trimtab.recipe import Engine
 from trimtab.runtime.checkpoint import few_bits, layer_layout
 from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized
@@ -16,7 +17,7 @@ from trimtab.runtime.decoder import decode
 from trimtab.runtime.engines.torch_engine import TorchEngine
 from trimtab.runtime.linear import choice, elementwise, small_batch
 from trimtab.runtime.linear.elementwise import Sizes
-from trimtab.runtime.rounding import columns, scales
+from trimtab.runtime.rounding import scales
 from trimtab.runtime.rounding.scales import Numbers
 from trimtab.runtime.service.forward import Attention
 from trimtab.runtime.service.paged_engine import PagedEngine

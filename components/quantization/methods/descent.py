@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from trimtab.components.quantization.methods import gptq
-from trimtab.runtime.rounding import columns, hessian
+from trimtab.components.quantization.methods import columns, gptq
+from trimtab.runtime.rounding import hessian
 from trimtab.runtime.rounding.scales import Numbers
 
 

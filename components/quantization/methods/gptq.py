@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from trimtab.components.quantization.methods import columns
 from trimtab.recipe import MANY_TOKENS, Quantization
-from trimtab.runtime.rounding import columns, hessian
+from trimtab.runtime.rounding import hessian
 from trimtab.runtime.rounding.scales import Numbers
 
 #: What is added to the diagonal, as a share of its mean, where there are few tokens. The paper has 1 %, for some

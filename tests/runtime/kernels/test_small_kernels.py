@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from trimtab import runtime
+from trimtab.components.quantization.methods import columns
 from trimtab.runtime.checkpoint import few_bits, layer_layout
 from trimtab.runtime.checkpoint.layer_layout import Layout, Quantized
 from trimtab.runtime.kernels import tile, words
 from trimtab.runtime.kernels.tile import Tile
 from trimtab.runtime.linear import choice, elementwise, small_batch
 from trimtab.runtime.linear.elementwise import Sizes
-from trimtab.runtime.rounding import columns, scales
+from trimtab.runtime.rounding import scales
 from trimtab.runtime.rounding.scales import Numbers
 
 CPU = torch.device("cpu")

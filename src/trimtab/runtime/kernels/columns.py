@@ -1,4 +1,4 @@
-"""Columns rounded one after the other, in Triton; imported only where that is, and used through `rounding.columns`.
+"""Columns rounded one after the other, in Triton; imported only where that is.
 
 A program has all columns of the block for a few rows of the matrix, so nothing is exchanged between programs.
 
@@ -69,7 +69,7 @@ def in_turn(
     numbers: str,
     before_IR: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `rounding.columns.in_turn`.
+    """See `in_turn` of `components.quantization.methods.columns`, which uses it.
 
     Args:
         numbers: a type of `catalog.numbers.NUMBERS`: int4, int8, e4m3 or e2m1.
