@@ -48,7 +48,7 @@ def _rounded(x: torch.Tensor, bits: int, smallest: float) -> torch.Tensor:
 
 def to_int8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     """Returns float32 x in units of `scale` as whole numbers from -128 to 127."""
-    return (x / scale).round().clamp(-128, 127).to(torch.int8)
+    return int8_units(x, scale).to(torch.int8)
 
 
 def int8_units(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
