@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from trimtab.base.errors import Failure
+from trimtab.catalog.formats import FORMATS
 from trimtab.components.quantization.groups import GroupQuantizer, Quantized
 from trimtab.components.quantization.methods import gptq
 from trimtab.families.fusion import Group, block_of
@@ -147,7 +148,9 @@ def _with_gptq(groups: Sequence[Group], quantizer: GroupQuantizer) -> dict[str, 
 def _moved(block: Block, group: Group, quantizer: GroupQuantizer, shard: Export) -> Quantized:
     """A group that every token is given to, quantized."""
     settings, first = quantizer.settings, group.layers[0]
-    plain = grams.measure_beside(block, first, settings.asymmetry)
+    # How inputs are rounded goes by how large they are; what they lack is then measured of the rounded ones.
+    is_rounded = FORMATS[quantizer.form(group)].storage.inputs is not None
+    plain = grams.measure_beside(block, first, 0.0 if is_rounded else settings.asymmetry)
     seen = replace(quantizer.seen(group), second_moment=plain[0].diagonal().clone())
 
     def measure(reads: Rounding | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -166,8 +166,8 @@ def test_what_a_layer_lacks_is_what_rounding_took_and_a_part_of_the_way_to_the_d
     class FakeBlock:
         layers, dense, tokens = {"layer": torch.nn.Linear(8, 4)}, object(), 60
 
-        def inputs(self, layer):
-            yield from zip(given, dense if self.dense else [None] * 3, strict=True)
+        def inputs(self, layer, beside):
+            yield from zip(given, dense if beside else [None] * 3, strict=True)
 
     gram, lack = grams.measure_beside(FakeBlock(), "layer", 0.5, torch.round)
     x, seen, y = (rows.flatten(0, 1).float() for rows in (given, given.round(), dense))

@@ -77,8 +77,11 @@ class Block:
             (ahead or stream)[number] = self._runner.calls(self.module, self.number, stream[number])
         self._has_run = True
 
-    def inputs(self, layer: str) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    def inputs(self, layer: str, beside: bool = True) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Yields what a linear layer reads of each batch, and what it reads in the dense stream, if there is one.
+
+        Args:
+            beside: whether the dense stream is run.
 
         A block runs no further than to that layer. It must be one that every token is given to.
 
@@ -87,7 +90,8 @@ class Block:
         """
         for number in range(len(self._runner.batches)):
             found = self._input(self.module, layer, self.hidden(number))
-            yield found, self.dense and self._input(self.dense, layer, self.hidden(number, "dense"))
+            dense = self.dense if beside else None
+            yield found, dense and self._input(dense, layer, self.hidden(number, "dense"))
 
     def replace(self, layer: str, weight: torch.Tensor, reads: Rounding | None = None) -> None:
         """Puts another weight into a linear layer, and has it read what rounding leaves of its input: so what comes out

@@ -73,7 +73,7 @@ def measure_beside(
     rounding took from the input, and a part of what this lacks beside the dense stream. None where neither is there.
 
     Args:
-        part: of what the input lacks beside the dense stream.
+        part: of what the input lacks beside the dense stream; with 0 that is not run.
         reads: what the product sees of an input; None where it sees it as it is.
 
     Raises:
@@ -81,8 +81,9 @@ def measure_beside(
     """
     size, device = block.layers[layer].in_features, block.layers[layer].weight.device
     gram = torch.zeros(size, size, device=device)
-    lack = None if block.dense is None and reads is None else torch.zeros(size, size, device=device)
-    for given, dense in block.inputs(layer):
+    beside = block.dense is not None and part > 0
+    lack = torch.zeros(size, size, device=device) if beside or reads is not None else None
+    for given, dense in block.inputs(layer, beside):
         seen = given if reads is None else reads(given)
         observe.add_product(gram, seen, seen)
         if dense is not None:
