@@ -17,7 +17,7 @@ part() {
             mxfp4_wo "mxfp4_wo, at once" int8_sq int4_awq fp8 fp8_gptq ${OTHERS:+--others "$OTHERS"}
         ;;
     mixed)
-        "$PYTHON" quality.py --model "$MODEL" "${TEXT[@]}" --samples 64 --seeds 3 --jobs "${JOBS:-6}" --formats \
+        "$PYTHON" quality.py --model "$MODEL" "${TEXT[@]}" --samples 64 --seeds 3 --jobs "${JOBS:-6}" --no-plain --formats \
             "mixed, 5.0 bits" "mixed_gpu, 5.0 bits" "mixed_gpu, 5.5 bits" "mixed_gpu, 6.0 bits"
         ;;
     harms) "$PYTHON" harm.py --model "$MODEL" --text "$DATA/wikitext2_valid.txt" --samples 64 --windows 16 ;;
@@ -27,8 +27,12 @@ part() {
         "$PYTHON" scale.py --model "$MODEL" --grown "$ROOM/8B" --shape 8B --stages --attempts ${FORMATS:-fp8 int4_gptq} \
             --text "$DATA/wikitext2_valid.txt" --scratch "$ROOM"
         ;;
+    order)
+        "$PYTHON" quality.py --model "$ROOM/8B" "${TEXT[@]}" --samples 64 --seeds 1 --jobs "${JOBS:-4}" --no-plain --formats \
+            fp8 fp8_gptq int4_awq int4_gptq nvfp4_wo nvfp4 "mixed_gpu, 5.0 bits"
+        ;;
     families)
-        for clothes in mixtral falcon_h1; do
+        for clothes in ${CLOTHES:-mixtral falcon_h1}; do
             "$PYTHON" clothes.py "$MODEL" "$ROOM/$clothes" $clothes
             "$PYTHON" scale.py --grown "$ROOM/$clothes" --stages --attempts ${FORMATS:-fp8 int4_gptq} \
                 --text "$DATA/wikitext2_valid.txt" --scratch "$ROOM"

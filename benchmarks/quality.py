@@ -1,7 +1,7 @@
 """What each format costs in quality, beside plain ModelOpt with the same calibration tokens.
 
 Run: python benchmarks/quality.py --model FOLDER [--text FILE] [--blimp FOLDER] [--seeds 3] [--jobs 3] [--quick]
-    [--others PYTHON]
+    [--others PYTHON] [--no-plain]
 
 With --jobs, exports are made and scored beside each other, each in a process: on a GPU most of the time goes into
 launching small kernels, and into what ModelOpt does on the CPU; seconds are then those beside the others. A seed draws
@@ -9,6 +9,7 @@ the calibration windows. With --text, the first 80 % of the file's lines calibra
 without it, trimtab's own texts do. --blimp is a folder of BLiMP's JSONL files. Every number is measured on a reloaded
 export. From --samples 64 on, GPTQ rounds in order; the rows "at once" do not. --others adds what llm-compressor and
 AutoRound make of the same tokens, by the Python of an environment of theirs (see others.py), in their own emulation.
+--no-plain leaves out plain ModelOpt, whose AWQ takes longer than all else.
 The last line is one JSON object.
 """
 
@@ -100,6 +101,7 @@ class _Benchmark:
         for seed in seeds:
             presets = dict.fromkeys(FORMATS[name][1] for name in self.options.rows)
             plain = [preset for preset in presets if preset and (gpu or preset not in CUDA_ONLY)]
+            plain = [] if self.options.no_plain else plain
             ours = [name for name in self.options.rows if name not in SEEDLESS or seed == seeds[0]]
             tasks += [("plain", preset, seed) for preset in plain] + [("ours", name, seed) for name in ours]
             tools = TOOLS if self.options.others else ()
@@ -234,6 +236,7 @@ def _in_process(options: argparse.Namespace, folder: Path, by: str, name: str, s
 def _more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="exports that are made and scored beside each other")
     parser.add_argument("--others", metavar="PYTHON", help="of an environment with llm-compressor and AutoRound")
+    parser.add_argument("--no-plain", action="store_true", help="leave out what plain ModelOpt makes")
 
 
 def _settings(name: str) -> Quantization:
