@@ -18,8 +18,9 @@ import torch
 from trimtab.runtime.checkpoint import layer_layout
 from trimtab.runtime.checkpoint.layer_layout import Quantized
 
-#: Of the root mean square of all channels or blocks: smaller ones are too small to judge by their own size. A block is
-#: sooner than a channel, for GPTQ may put into it what others of its output channel lack.
+#: Of the root mean square of all output channels or blocks, and of a typical input channel: smaller ones are too small
+#: to judge by their own size. A block is sooner than a channel, for GPTQ may put into it what others of its output
+#: channel lack.
 LEAST_CHANNEL, LEAST_BLOCK, LEAST_INPUT = 0.01, 0.1, 0.5
 #: What an input counts at least, in units of the mean: what calibration never saw may come all the same.
 LEAST_MOMENT = 0.1
@@ -68,17 +69,39 @@ class Sense:
 
 @dataclass(frozen=True)
 class Likeness:
-    """What a stored layer has of its source. `weighted` is None where nothing is known of its inputs; `inputs` has the
-    gains of input channels, and `input_squares` the source's squares there, float32 [in] each."""
+    """What a stored layer has of its source. `weighted` is None where nothing is known of its inputs; of each input
+    channel there are <stored, source> and <source, source>, float32 [in]."""
 
     plain: Sense
     weighted: Sense | None
-    inputs: torch.Tensor
-    input_squares: torch.Tensor
+    input_dot: torch.Tensor
+    input_own: torch.Tensor
 
     @property
     def senses(self) -> list[Sense]:
         return [sense for sense in (self.plain, self.weighted) if sense]
+
+    @property
+    def inputs(self) -> torch.Tensor:
+        """The gain of each input channel, 1 where too little stands to be judged."""
+        return torch.where(self.input_own > LEAST_INPUT**2 * self._typical_input, self.input_dot / self.input_own, 1.0)
+
+    @property
+    def input_distance(self) -> torch.Tensor:
+        """How far from 1 the gains of input channels are, as root of the mean square.
+
+        Each is counted by the squares of its weights, up to those of a typical channel: where a few have most of a
+        layer's weight, as those from which a model makes its massive activations, they would speak for all others. Such
+        channels are large for the same tokens, so GPTQ may take from one what it gives to another.
+        """
+        counted = self.input_own.clamp_max(self._typical_input)
+        counted = counted.where(self.input_own > LEAST_INPUT**2 * self._typical_input, 0.0)
+        return ((self.inputs - 1).square().mul(counted).sum() / counted.sum().clamp_min(1e-30)).sqrt()
+
+    @property
+    def _typical_input(self) -> torch.Tensor:
+        """The squares of an input channel of mean norm, which a few massive ones hardly change."""
+        return self.input_own.sqrt().mean().square()
 
     @property
     def cosine(self) -> float:
@@ -144,7 +167,7 @@ def measure(
         found.append(sums)
     whole = [torch.cat(parts) for parts in zip(*found, strict=True)]
     weighted = Sense(*whole[3:]) if counts is not None else None
-    return Likeness(Sense(*whole[:3]), weighted, gain(input_dot, input_own, LEAST_INPUT), input_own)
+    return Likeness(Sense(*whole[:3]), weighted, input_dot, input_own)
 
 
 def _rows(layer: Quantized, begin: int, end: int) -> Quantized:

@@ -36,7 +36,7 @@ class Limits(NamedTuple):
     where they count by the second moments of their inputs, as far as these were measured: a layer may meet it in either
     way; of a block that matters less than others of its output channel the latter sees a smaller change. `input_gain`
     is an input channel's, and `inputs` the mean distance of all input channels, as root of the mean square, each
-    counted by its weights.
+    counted by its weights up to the mean of all.
     """
 
     error: float

@@ -76,6 +76,38 @@ def test_a_group_of_small_weights_may_make_up_for_others(layer):
         judged(made("int4_rtn", 10 * moved, gram), 10 * weight, loud)
 
 
+MASSIVE = [3, 40]
+
+
+@pytest.fixture(scope="module")
+def massive() -> torch.Tensor:
+    """A weight of which two numbers are most, as where a model makes its massive activations."""
+    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
+    weight[17, MASSIVE] = torch.tensor([200.0, 100.0])
+    return weight
+
+
+def scaled(weight: torch.Tensor, factors: torch.Tensor) -> None:
+    """Compares what is made of a weight whose input channels were multiplied with that weight."""
+    stored = packed_layers.quantize("int8_wo", {"layer": weight * factors}, Input(), SETTINGS["int8_wo"])["layer"]
+    four_bits = replace(stored.layout, algo="W4A16_AWQ")
+    check_likeness("layer", four_bits, likeness.measure(stored, weight, None, None), None)
+
+
+def test_two_massive_weights_may_make_up_for_each_other(massive):
+    """As in block 11 of SmolLM2, where GPTQ gives one 6 % more and takes 13 % from the other: one token has both."""
+    factors = torch.ones(COLUMNS)
+    factors[MASSIVE] = torch.tensor([1.06, 0.8])
+    scaled(massive, factors)
+
+
+def test_two_massive_weights_do_not_speak_for_all_others(massive):
+    factors = 1 + 0.12 * torch.randn(COLUMNS, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
+    factors[MASSIVE] = 1
+    with pytest.raises(Failure, match=r"layer: its input channels are 1\d\.\d% off their source's size in the mean"):
+        scaled(massive, factors)
+
+
 @pytest.mark.parametrize("form", [name for name, row in FORMATS.items() if row.storage])
 def test_a_right_export_passes_in_both_senses(form, layer):
     weight, gram = layer
