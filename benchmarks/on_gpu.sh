@@ -22,13 +22,17 @@ part() {
         ;;
     harms) "$PYTHON" harm.py --model "$MODEL" --text "$DATA/wikitext2_valid.txt" --samples 64 --windows 16 ;;
     trained) "$PYTHON" distillation.py --model "$MODEL" "${TEXT[@]}" --rows activations_aware --generate-seconds 60 ;;
-    scale) "$PYTHON" scale.py --model "$MODEL" --grown "$ROOM/8B" --shape 8B --caps none 10 --scratch "$ROOM" ;;
+    scale)
+        "$PYTHON" scale.py --model "$MODEL" --grown "$ROOM/8B" --shape 8B --caps none 10 --scratch "$ROOM" \
+            ${STAGES:+--stages $STAGES}
+        ;;
     attempts)
         "$PYTHON" scale.py --model "$MODEL" --grown "$ROOM/8B" --shape 8B --stages --attempts ${FORMATS:-fp8 int4_gptq} \
             --text "$DATA/wikitext2_valid.txt" --scratch "$ROOM"
         ;;
     order)
-        "$PYTHON" quality.py --model "$ROOM/8B" "${TEXT[@]}" --samples 64 --seeds 1 --jobs "${JOBS:-4}" --no-plain --formats \
+        "$PYTHON" quality.py --model "$ROOM/8B" --text "$DATA/wikitext2_valid.txt" --samples 64 --seeds 1 \
+            --jobs "${JOBS:-4}" --no-plain --formats \
             fp8 fp8_gptq int4_awq int4_gptq nvfp4_wo nvfp4 "mixed_gpu, 5.0 bits"
         ;;
     families)
