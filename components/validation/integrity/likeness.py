@@ -18,9 +18,8 @@ import torch
 from trimtab.runtime.checkpoint import layer_layout
 from trimtab.runtime.checkpoint.layer_layout import Quantized
 
-#: Of the root mean square of all output channels or blocks, and of a typical input channel: smaller ones are too small
-#: to judge by their own size. A block is sooner than a channel, for GPTQ may put into it what others of its output
-#: channel lack.
+#: Of the root mean square of all channels or blocks: smaller ones are too small to judge by their own size. A block is
+#: sooner than a channel, for GPTQ may put into it what others of its output channel lack.
 LEAST_CHANNEL, LEAST_BLOCK, LEAST_INPUT = 0.01, 0.1, 0.5
 #: What an input counts at least, in units of the mean: what calibration never saw may come all the same.
 LEAST_MOMENT = 0.1
@@ -84,24 +83,22 @@ class Likeness:
     @property
     def inputs(self) -> torch.Tensor:
         """The gain of each input channel, 1 where too little stands to be judged."""
-        return torch.where(self.input_own > LEAST_INPUT**2 * self._typical_input, self.input_dot / self.input_own, 1.0)
+        return gain(self.input_dot, self.input_own, LEAST_INPUT)
 
     @property
     def input_distance(self) -> torch.Tensor:
         """How far from 1 the gains of input channels are, as root of the mean square.
 
-        Each is counted by the squares of its weights, up to those of a typical channel: where a few have most of a
-        layer's weight, as those from which a model makes its massive activations, they would speak for all others. Such
-        channels are large for the same tokens, so GPTQ may take from one what it gives to another.
+        Each is counted by the squares of its weights, up to their mean: where a few have most of a layer's weight, as
+        those from which a model makes its massive activations, they would speak for all others. Such channels are large
+        for the same tokens, so GPTQ may take from one what it gives to another. Nor do they hide others by making these
+        small beside the mean: what is too small is told by the mean of norms, which they hardly change.
         """
-        counted = self.input_own.clamp_max(self._typical_input)
-        counted = counted.where(self.input_own > LEAST_INPUT**2 * self._typical_input, 0.0)
-        return ((self.inputs - 1).square().mul(counted).sum() / counted.sum().clamp_min(1e-30)).sqrt()
-
-    @property
-    def _typical_input(self) -> torch.Tensor:
-        """The squares of an input channel of mean norm, which a few massive ones hardly change."""
-        return self.input_own.sqrt().mean().square()
+        own, typical = self.input_own, self.input_own.sqrt().mean().square()
+        judged = own > LEAST_INPUT**2 * typical
+        distance = torch.where(judged, self.input_dot / own - 1, 0.0)
+        counted = own.where(judged, 0.0).clamp_max(own.mean())
+        return (distance.square().mul(counted).sum() / counted.sum().clamp_min(1e-30)).sqrt()
 
     @property
     def cosine(self) -> float:
