@@ -164,7 +164,8 @@ def accumulated(x_RI: torch.Tensor, weight_IO: torch.Tensor) -> torch.Tensor:
     """Returns x @ w, float32 [R, O], of a weight stored inputs first: the sum of the products of tiles, which are some
     inputs of it widened to float32."""
     in_features, out_features = weight_IO.shape
-    step = tile_length(in_features, out_features, longer(len(x_RI)))
+    # Each tile reads and writes all sums once, so of many rows tiles are longer.
+    step = tile_length(in_features, out_features, longer(len(x_RI) // LARGEST))
     tile_IO = scratch("tile", torch.float32, step, out_features)
     y_RO = torch.zeros(len(x_RI), out_features)
     for x, w in zip(x_RI.float().split(step, 1), weight_IO.split(step), strict=True):
