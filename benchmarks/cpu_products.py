@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
 SETTINGS: dict[str, dict[str, str]] = {
     "native": {},
-    # oneDNN and MKL ask the processor themselves: without the last, float32 would be measured with AVX-512.
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    # oneDNN, MKL and FBGEMM ask the processor themselves: without MKL's, float32 would be measured with AVX-512.
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+             "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"},
     "default": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
 }
 #: Outputs and inputs: gate and up, and down, of a model of 135 million parameters; a square of one of 8 billion.

@@ -20,7 +20,8 @@ from trimtab.runtime.rounding import inputs, quantizers
 
 CPU = torch.device("cpu")
 #: A processor that has AVX2, and neither AVX-512 nor instructions for bfloat16, as PyTorch and its libraries see one.
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"}  # fmt: skip
 #: Half the distance of two bfloat16 numbers, which have eight bits, relative to them: what rounding once may cost.
 ROUNDING = 2**-8
 
@@ -60,6 +61,26 @@ def test_only_the_output_is_rounded(kind: torch.dtype) -> None:
     assert (cpu_products.exact(x, weight).double() - exact).abs().max() < 1e-5
     wrong = (cpu_products.linear(x, weight).double() - exact).abs() > 1.01 * ROUNDING * exact.abs() + 1e-5
     assert not wrong.any()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 65, 300])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (1, 40), (63, 40), (64, 64), (160, 333)])
+def test_a_weight_laid_out_has_the_same_product_in_as_many_bytes(
+    kind: torch.dtype, outputs: int, inputs: int, threads: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Computed by threads that each have a part of the outputs, if there are enough."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x, weight, bias = normal(rows, inputs), normal(outputs, inputs, seed=1), normal(outputs, seed=2)
+    laid_out = cpu_products.laid_out(weight)
+    assert torch.equal(laid_out, weight) and laid_out.untyped_storage().nbytes() == weight.nbytes
+    found = cpu_products.quickest(x, laid_out)
+    assert found.shape == (rows, outputs)
+    exact = F.linear(x.double(), weight.double())
+    once = ROUNDING if found.dtype == torch.bfloat16 else 0
+    sums = 2e-6 * F.linear(x.double().abs(), weight.double().abs())  # of float32
+    assert ((found.double() - exact).abs() <= once * exact.abs() + sums).all()
+    assert torch.allclose(cpu_products.linear(x, laid_out, bias), cpu_products.linear(x, weight, bias), 0.03, 0.03)
 
 
 @pytest.mark.parametrize("scales", [1, 130])

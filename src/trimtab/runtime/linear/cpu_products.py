@@ -10,7 +10,8 @@ order of sums.
 A float32 copy of the weights would be the fastest to multiply, and would double the memory of a model; a packed one's
 would have eight times the bytes that it was quantized for. So weights stay as they are, and some rows at a time are
 widened into a buffer that stays in the processor's cache: that costs a fifth of the product of a few rows, and less of
-more. One or two are multiplied by PyTorch's own bfloat16 loop, which is as fast as float32.
+more. One or two are multiplied by PyTorch's own bfloat16 loop, which is as fast as float32. A weight that no one else
+reads is stored inputs first (`laid_out`), which costs no memory and is faster for any number of rows.
 
 Axes in names: R rows (tokens), I in_features, O out_features.
 """
@@ -34,7 +35,7 @@ TILE = 256 << 10
 FEW = 64
 #: With each so many rows tiles are larger by one, up to so many times: BLAS packs what it multiplies.
 LONGER, LARGEST = 32, 4
-#: So few rows PyTorch's loop for bfloat16 multiplies, one after the other, as fast as float32 is multiplied.
+#: So few rows are multiplied one after the other by loops for bfloat16, at least as fast as float32 is multiplied.
 VECTORS = 2
 #: Tiles are whole multiples of this many outputs.
 BLOCK = 16
@@ -132,8 +133,14 @@ def scaled(x_RI: torch.Tensor, weight_OI: torch.Tensor, *scales: torch.Tensor) -
 
 
 def quickest(x_RI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns `F.linear` of tensors in bfloat16, [R, O], in float32 where that is what multiplies them here."""
+    """Returns `F.linear` of tensors in bfloat16, [R, O], in float32 where that is what multiplies them here.
+
+    Inputs that bfloat16 holds may be float32 where the weight is `laid_out` and that multiplies it.
+    """
     rows, kind = len(x_RI), dtype()
+    if kind == torch.float32 and weight_OI.stride(0) < weight_OI.stride(1):
+        y_RO = (gathered if 0 < rows <= VECTORS else accumulated)(x_RI, weight_OI.t())
+        return y_RO if bias_O is None else y_RO.add_(bias_O)
     if kind == torch.float32 and rows > 1:
         y_RO = row_by_row(x_RI, weight_OI) if rows <= VECTORS else exact(x_RI, weight_OI)
         return y_RO if bias_O is None else y_RO.add_(bias_O)
@@ -142,6 +149,54 @@ def quickest(x_RI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor |
     if bias_O is None:
         return torch.mm(weight_OI, columns(x_RI)).t()[:rows]
     return torch.addmm(bias_O[:, None], weight_OI, columns(x_RI)).t()[:rows]
+
+
+def laid_out(weight_OI: torch.Tensor) -> torch.Tensor:
+    """Returns a weight in bfloat16, [O, I] as before, as its products are fastest here: inputs first in memory where
+    they are computed in float32.
+
+    So neither factor is transposed, and a tile, some inputs of all outputs, is one run of memory.
+    """
+    return weight_OI.t().contiguous().t() if dtype() == torch.float32 else weight_OI
+
+
+def accumulated(x_RI: torch.Tensor, weight_IO: torch.Tensor) -> torch.Tensor:
+    """Returns x @ w, float32 [R, O], of a weight stored inputs first: the sum of the products of tiles, which are some
+    inputs of it widened to float32."""
+    in_features, out_features = weight_IO.shape
+    # Each tile reads and writes all sums once, so of many rows tiles are longer.
+    step = tile_length(in_features, out_features, longer(len(x_RI) // LARGEST))
+    tile_IO = scratch("tile", torch.float32, step, out_features)
+    y_RO = torch.zeros(len(x_RI), out_features)
+    for x, w in zip(x_RI.float().split(step, 1), weight_IO.split(step), strict=True):
+        y_RO.addmm_(x, tile_IO[: len(w)].copy_(w))
+    return y_RO
+
+
+def gathered(x_RI: torch.Tensor, weight_IO: torch.Tensor) -> torch.Tensor:
+    """Returns x @ w, bfloat16 [R, O], of a weight stored inputs first, for a row or two.
+
+    PyTorch's own product of such a weight and a vector is eighty times slower than float32's. An embedding bag is the
+    same sum, of a table's rows times weights, in float32; it reads ahead and took four fifths of float32's time. A bag
+    has one thread, so there is one for each part of the outputs: the table then has more rows, which are shorter.
+    """
+    (rows, in_features), out_features = x_RI.shape, weight_IO.shape[1]
+    indices_PI = _indices(in_features, out_features, torch.get_num_threads())
+    parts = len(indices_PI)
+    return F.embedding_bag(
+        indices_PI.repeat(rows, 1),
+        weight_IO.view(in_features * parts, out_features // parts),
+        per_sample_weights=x_RI.bfloat16().repeat_interleave(parts, 0),
+        mode="sum",
+    ).view(rows, out_features)
+
+
+@functools.lru_cache(64)
+def _indices(in_features: int, out_features: int, threads: int) -> torch.Tensor:
+    """Returns which rows of its table a bag of `gathered` sums for each part of the outputs, int32 [parts, I]."""
+    parts = max(n for n in range(1, threads + 1) if n == 1 or out_features % (n * BLOCK) == 0)
+    with torch.inference_mode(False):
+        return torch.arange(in_features * parts, dtype=torch.int32).view(in_features, parts).t().contiguous()
 
 
 def row_by_row(x_RI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
@@ -165,15 +220,21 @@ def widened(weight_OI: torch.Tensor, kind: torch.dtype) -> Tiles:
     """Returns the tiles of a stored weight, in a type that holds its numbers."""
 
     def tiles(step: int) -> Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]:
-        for start in range(0, len(weight_OI), step):
-            here = slice(start, start + step)
-            part = weight_OI[here]
-            yield scratch("tile", kind, *part.shape).copy_(part), operator.itemgetter(here)
+        tile_OI = scratch("tile", kind, step, weight_OI.shape[1])
+        for start, part in zip(range(0, len(weight_OI), step), weight_OI.split(step), strict=True):
+            yield tile_OI[: len(part)].copy_(part), operator.itemgetter(slice(start, start + step))
 
     return tiles
 
 
-_held = threading.local()
+class _Held(threading.local):
+    """Buffers of each thread."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+
+_held = _Held()
 
 
 def scratch(name: str, kind: torch.dtype, *shape: int) -> torch.Tensor:
@@ -182,11 +243,10 @@ def scratch(name: str, kind: torch.dtype, *shape: int) -> torch.Tensor:
     Fresh memory comes a page at a time, which for a tile would cost as much as filling it.
     """
     size = math.prod(shape)
-    held = getattr(_held, f"{name} {kind}", None)
+    held = _held.buffers.get((name, kind))
     if held is None or len(held) < size:
         with torch.inference_mode(False):
-            held = torch.empty(size, dtype=kind)
-        setattr(_held, f"{name} {kind}", held)
+            held = _held.buffers[name, kind] = torch.empty(size, dtype=kind)
     return held[:size].view(shape)
 
 
@@ -202,10 +262,7 @@ def product(
             factor has to be transposed, so these are never turned.
     """
     count, in_features = x_RI.shape
-    larger = LARGEST if kind == torch.bfloat16 else max(1, min(count // LONGER, LARGEST))
-    most = max(BLOCK, larger * TILE * torch.get_num_threads() // in_features // BLOCK * BLOCK)
-    count_of_tiles = max(1, -(-out_features // most))
-    step = -(-out_features // count_of_tiles // BLOCK) * BLOCK  # all of a size, if they can be
+    step = tile_length(out_features, in_features, LARGEST if kind == torch.bfloat16 else longer(count))
     turned = 1 < count <= FEW and not stored_IO and outputs_first(count, kind)
     if turned:  # moved, for there may be many tiles
         x_IR = columns(x_RI).to(kind).contiguous()
@@ -222,6 +279,18 @@ def product(
         else:
             torch.mm(x_RI, w_OI.t(), out=y.t())
     return y_OR.t()
+
+
+def longer(rows: int) -> int:
+    """Returns how many times longer tiles of float32 are for so many rows."""
+    return max(1, min(rows // LONGER, LARGEST))
+
+
+def tile_length(size: int, across: int, times: int) -> int:
+    """Returns how much of a side of a weight a tile has, and all of the other side, `across`; a multiple of `BLOCK`."""
+    most = max(BLOCK, times * TILE * torch.get_num_threads() // across // BLOCK * BLOCK)
+    tiles = max(1, -(-size // most))
+    return -(-size // tiles // BLOCK) * BLOCK  # all of a size, if they can be
 
 
 class Linear(nn.Linear):

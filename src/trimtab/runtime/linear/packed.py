@@ -98,7 +98,8 @@ class Emulated(PackedLinear):
         self.keep(unpacked=None, scale=None, table=None)
         self.keep(input_scale=None if layer.input_scale is None else layer.input_scale.float().reshape(()))
         if layer.weight.device.type == "cpu":
-            self.unpacked, scale = layer_layout.factors(layer)
+            unpacked, scale = layer_layout.factors(layer)
+            self.unpacked = cpu_products.laid_out(unpacked)
             self.scale = scale.reshape(()) if scale.numel() == 1 else scale
             if self.input_scale is not None:
                 self.scale = self.scale * self.input_scale
@@ -114,6 +115,7 @@ class Emulated(PackedLinear):
             return F.linear(x_RI, layer_layout.scaled_weight(layer).bfloat16())
         if rounding is None:
             return cpu_products.scaled(x_RI, self.unpacked, self.scale)
-        numbers_RI, scale = inputs.in_units(rounding, x_RI, self.input_scale, self.table)
+        kind = cpu_products.dtype()
+        numbers_RI, scale = inputs.in_units(rounding, x_RI, self.input_scale, self.table, kind)
         found = () if self.input_scale is not None else (scale,)
         return cpu_products.scaled(numbers_RI, self.unpacked, self.scale, *found)
