@@ -24,7 +24,7 @@ part() {
     trained) "$PYTHON" distillation.py --model "$MODEL" "${TEXT[@]}" --rows activations_aware --generate-seconds 60 ;;
     scale)
         "$PYTHON" scale.py --model "$MODEL" --grown "$ROOM/8B" --shape 8B --caps none 10 --scratch "$ROOM" \
-            ${STAGES:+--stages $STAGES}
+            --text "$DATA/wikitext2_valid.txt" ${STAGES:+--stages $STAGES}
         ;;
     attempts)
         "$PYTHON" scale.py --model "$MODEL" --grown "$ROOM/8B" --shape 8B --stages --attempts ${FORMATS:-fp8 int4_gptq} \

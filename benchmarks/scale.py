@@ -7,7 +7,7 @@ Run: python benchmarks/scale.py --model FOLDER [--shape 8B|32B] [--caps none 40]
 or kept there. Each stage runs in a process of its own, whose GPU memory is capped at so many GB; `none` does not cap.
 What the stages made under each cap is compared with what the first one made. --attempts runs a whole attempt in each of
 these formats besides, from an empty store to the verdict. --quick grows a tiny random model on the CPU.
-The last line is one JSON object.
+The last line is one JSON object; the exit code is 1 where a stage failed.
 
 Host memory is counted without the pages of files, which a machine takes back when it needs them.
 """
@@ -66,7 +66,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         figures = _measure(options, Path(scratch))
     print(json.dumps(figures))
-    return 0
+    return int(any("failed" in row for rows in figures["caps"].values() for row in rows.values()))
 
 
 def _measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:

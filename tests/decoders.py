@@ -96,8 +96,9 @@ _OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {**_MOE, "layer_types": ["conv", "full_attention", "full_attention", "conv"], "num_experts": EXPERTS,
                  "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2, "chunk_size": 8},
+    # As long as a text: transformers sums wrongly over several chunks.
     "nemotron_h": {**_MOE, **_HEAD, "layers_block_type": ["linear_attention", "full_attention", "mlp", "moe"],
-                   "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 16, "chunk_size": 8,
+                   "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 16, "chunk_size": 128,
                    "n_routed_experts": EXPERTS, "moe_shared_expert_intermediate_size": 96},
     "bamba": {**_MAMBA, "attn_layer_indices": [1, 2]},
     "ernie4_5_moe": {"moe_intermediate_size": EXPERT, "moe_k": 2, "moe_num_experts": EXPERTS,

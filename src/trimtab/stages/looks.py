@@ -22,7 +22,7 @@ from trimtab.store.tree import Tree
 
 _MEASURE = "trimtab.components.validation.evaluation.measure"
 EVALUATE = work_stage(
-    "evaluate", f"{_MEASURE}:evaluate", "evaluation", Environment(("lm-eval",), measured=True), version=5
+    "evaluate", f"{_MEASURE}:evaluate", "evaluation", Environment(("lm-eval",), measured=True), version=6
 )
 COMPARE_SPEED = work_stage("speed", f"{_MEASURE}:compare_speed", "speed", MEASURED, version=3)
 #: It loads the export in the embedded engine, as far as this device can.
@@ -31,7 +31,7 @@ INTEGRITY = work_stage(
     "trimtab.components.validation.integrity.gate:inspect",
     "integrity",
     Environment(QUANTIZED.libraries, measured=True),
-    version=7,
+    version=8,
 )
 #: What the attempt itself is asked, with the KV cache that its recipe asks for.
 OWN_LOOKS = {look_name(look) for look in range(1, CONFIRMATION + 1)}

@@ -71,7 +71,7 @@ def _part(name: str) -> Callable[[Recipe], dict[str, Any]]:
 def _calibrate(name: str, wanted: Callable[[Recipe], bool]) -> Stage:
     work = "trimtab.components.calibration.work:calibrate"
     environment = always(TENSORS)
-    return Stage(name, work, ("checkpoint",), "calibration", wanted, _calibration_data, environment, version=5)
+    return Stage(name, work, ("checkpoint",), "calibration", wanted, _calibration_data, environment, version=6)
 
 
 def _calibration_data(recipe: Recipe) -> dict[str, Any]:
@@ -124,7 +124,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: recipe.prune is not None and not isinstance(recipe.prune, MovementPruning),
             parameters=_part("prune"),
             environment=always(TENSORS),
-            version=7,
+            version=8,
         ),
         Stage(
             name="generate",
@@ -134,7 +134,7 @@ STAGES: dict[str, Stage] = {
             wanted=_distills("generate"),
             parameters=_distillation("text", "length", "generate", "seed"),
             environment=always(TENSORS),
-            version=3,
+            version=4,
         ),
         Stage(
             name="teach",
@@ -144,7 +144,7 @@ STAGES: dict[str, Stage] = {
             wanted=_distills("stored_logits"),
             parameters=_distillation("text", "length", "temperature", "stored_logits"),
             environment=always(TENSORS),
-            version=2,
+            version=3,
         ),
         Stage(
             name="distill",
@@ -154,7 +154,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: recipe.distill is not None,
             parameters=_training,
             environment=_training_environment,
-            version=7,
+            version=8,
         ),
         _calibrate("recalibrate", _quantize_needs("statistics")),
         Stage(
@@ -168,7 +168,7 @@ STAGES: dict[str, Stage] = {
                 "group_size": recipe.quantize.group_size,
             },
             environment=always(QUANTIZED),
-            version=5,
+            version=6,
         ),
         Stage(
             name="quantize",
@@ -178,7 +178,7 @@ STAGES: dict[str, Stage] = {
             wanted=lambda recipe: recipe.quantize is not None,
             parameters=_part("quantize"),
             environment=always(QUANTIZED),
-            version=10,
+            version=11,
         ),
         Stage(
             name="engine",

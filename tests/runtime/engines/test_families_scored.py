@@ -84,14 +84,21 @@ def test_texts_of_unlike_length_are_written_together_as_alone(model_type: str, i
     assert engine.generate(prompts, 6) == [engine.generate([prompt], 6)[0] for prompt in prompts]
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_5_text", "mamba"])
+#: Tokens of a prompt that is longer than a chunk of any recurrence.
+PROMPT = 70
+
+
+@pytest.mark.parametrize("model_type", [name for name in TYPES if families.BY_TYPE[name].recurrent])
 @torch.inference_mode()
 def test_a_state_goes_on_from_token_to_token(model_type: str, in_float32, tmp_path: Path) -> None:
     """Steps after a prompt choose the tokens that a pass over all of the text chooses; a Mamba has no KV cache."""
     engine = in_float32(decoders.write(tmp_path, model_type))
-    decoder = decode.decoder(engine.model, 2, 8, 4)
-    prompt = torch.randint(3, 300, (2, 8), generator=torch.Generator().manual_seed(2))
+    decoder = decode.decoder(engine.model, 2, PROMPT, 4)
+    prompt = torch.randint(3, 300, (2, PROMPT), generator=torch.Generator().manual_seed(2))
     decoder.prefill(prompt)
     text = torch.cat([prompt, decoder.steps(4)], dim=1)
-    assert torch.equal(engine.model(text, use_cache=False).logits.argmax(-1)[:, 7:-1], text[:, 8:])
+    chosen = engine.model(text, use_cache=False).logits.argmax(-1)
+    assert torch.equal(chosen[:, PROMPT - 1 : -1], text[:, PROMPT:])
+    written = engine.generate(prompt.tolist(), 4)
+    assert written == text[:, PROMPT:].tolist()
     assert generation._windows_at_once(engine.model, 64) == generation.WINDOWS_AT_ONCE["cpu"]

@@ -10,6 +10,7 @@
 | `skeleton` | a model without weights: transformers' modules under the checkpoint's names |
 | `text_model` | the text model of a wrapper, alone |
 | `experts` | the experts of a block, a linear layer each |
+| `scans` | state-space layers that read a batch in parts |
 | `stream` | rewrites a checkpoint a shard at a time |
 | `compressed_tensors` | what vLLM does not read of an export, written anew |
 """

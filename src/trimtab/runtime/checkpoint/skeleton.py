@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from trimtab import families
 from trimtab.base.errors import InputError
 from trimtab.families import Family
-from trimtab.runtime.checkpoint import experts, text_model
+from trimtab.runtime.checkpoint import experts, scans, text_model
 
 # transformers 5.14 knows no cache for blocks of Nemotron-H that are an MLP; they keep nothing, as its experts do.
 for _kinds in (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING):
@@ -46,6 +46,7 @@ def skeleton(folder: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedMod
         if name.rpartition(".")[2] in family.factors:
             buffer.data = buffer.data.to(dtype)
     model.config.dtype = dtype
+    scans.bound(model)
     if getattr(config, "attn_logit_softcapping", None) is not None:
         model.set_attn_implementation("eager")  # the only one of transformers' that caps scores on every device
     if (Path(folder) / "generation_config.json").is_file():
