@@ -71,17 +71,17 @@ def ahead(items: Iterable[Item], read: Callable[[Item], Read]) -> Iterator[tuple
     Raises:
         Failure: what `read` raises, when its item's turn has come.
     """
-    with ThreadPoolExecutor(AHEAD) as pool:
-        waiting: deque[tuple[Item, Future[Read]]] = deque()
-        try:
-            for item in items:
-                waiting.append((item, pool.submit(read, item)))
-                if len(waiting) > AHEAD:
-                    first, found = waiting.popleft()
-                    yield first, found.result()
-            while waiting:
+    pool = ThreadPoolExecutor(AHEAD)
+    waiting: deque[tuple[Item, Future[Read]]] = deque()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(read, item)))
+            if len(waiting) > AHEAD:
                 first, found = waiting.popleft()
                 yield first, found.result()
-        finally:
-            for _, found in waiting:
-                found.cancel()
+        while waiting:
+            first, found = waiting.popleft()
+            yield first, found.result()
+    finally:
+        # Not waited for: what is left of a generator may be collected in a thread of its own pool.
+        pool.shutdown(wait=False, cancel_futures=True)
