@@ -84,14 +84,14 @@ def test_texts_of_unlike_length_are_written_together_as_alone(model_type: str, i
     assert engine.generate(prompts, 6) == [engine.generate([prompt], 6)[0] for prompt in prompts]
 
 
-#: Tokens of a prompt that is longer than a chunk of any recurrence.
+#: Tokens of a prompt that is longer than any window, and than a chunk of any recurrence.
 PROMPT = 70
 
 
-@pytest.mark.parametrize("model_type", [name for name in TYPES if families.BY_TYPE[name].recurrent])
+@pytest.mark.parametrize("model_type", TYPES)
 @torch.inference_mode()
-def test_a_state_goes_on_from_token_to_token(model_type: str, in_float32, tmp_path: Path) -> None:
-    """Steps after a prompt choose the tokens that a pass over all of the text chooses; a Mamba has no KV cache."""
+def test_steps_go_on_from_token_to_token(model_type: str, in_float32, tmp_path: Path) -> None:
+    """Those after a prompt choose what a pass over all of the text chooses, whatever a block keeps of it."""
     engine = in_float32(decoders.write(tmp_path, model_type))
     decoder = decode.decoder(engine.model, 2, PROMPT, 4)
     prompt = torch.randint(3, 300, (2, PROMPT), generator=torch.Generator().manual_seed(2))
