@@ -7,6 +7,10 @@ Each is found in two senses. Plain, where all weights count alike: what rounding
 weigh it, where a weight counts by the second moment of its input: what GPTQ keeps small, which lets weights of inputs
 that matter little make up for the errors of others, and may move these far. What is near its source in either sense is
 an export as its method makes it; a wrong scale is far in both.
+
+Gains have a third sense where calibration saw massive inputs, those of a few tokens: plain, but for the weights of such
+inputs. They are large together, so GPTQ may take from one what it gives to another, and in either other sense these few
+would speak for a whole output channel. A wrong scale of that is far in this sense too.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from trimtab.runtime.checkpoint.layer_layout import Quantized
 #: Of the root mean square of all channels or blocks: smaller ones are too small to judge by their own size. A block is
 #: sooner than a channel, for GPTQ may put into it what others of its output channel lack.
 LEAST_CHANNEL, LEAST_BLOCK, LEAST_INPUT = 0.01, 0.1, 0.5
+#: Inputs with so many times the mean second moment are massive. SmolLM2's block 11 has two, with 190 and 360 times.
+MASSIVE = 32
 #: What an input counts at least, in units of the mean: what calibration never saw may come all the same.
 LEAST_MOMENT = 0.1
 #: Numbers of a part of a layer: on a CPU float32 of it stay in the cache while they are summed, 2 MiB; on a GPU a part
@@ -68,17 +74,25 @@ class Sense:
 
 @dataclass(frozen=True)
 class Likeness:
-    """What a stored layer has of its source. `weighted` is None where nothing is known of its inputs; of each input
-    channel there are <stored, source> and <source, source>, float32 [in]."""
+    """What a stored layer has of its source. `weighted` is None where nothing is known of its inputs, and `ordinary`,
+    plain but for massive inputs, where it has none; of each input channel there are <stored, source> and
+    <source, source>, float32 [in]."""
 
     plain: Sense
     weighted: Sense | None
+    ordinary: Sense | None
     input_dot: torch.Tensor
     input_own: torch.Tensor
 
     @property
-    def senses(self) -> list[Sense]:
+    def wholes(self) -> list[Sense]:
+        """The senses of all weights."""
         return [sense for sense in (self.plain, self.weighted) if sense]
+
+    @property
+    def senses(self) -> list[Sense]:
+        """All senses, the plain one first."""
+        return [*self.wholes, *([self.ordinary] if self.ordinary else [])]
 
     @property
     def inputs(self) -> torch.Tensor:
@@ -142,7 +156,11 @@ def measure(
     undone = None if change is None else torch.where(change == 0, 0.0, 1 / change)
     blocks = (-1, layer.layout.group_size or columns)
     part = max(2, _PART[source.device.type] // columns // 2 * 2)  # two rows of INT4 share their bytes
-    found: list[list[torch.Tensor]] = []
+    weighings = {"plain": None, "weighted": counts, "ordinary": None}
+    if counts is not None and (massive := counts > MASSIVE).any():
+        weighings["ordinary"] = (~massive).float()
+    weighings = {name: by for name, by in weighings.items() if name == "plain" or by is not None}
+    found: dict[str, list[tuple[torch.Tensor, ...]]] = {name: [] for name in weighings}
     input_dot, input_own = (torch.zeros(columns, device=source.device) for _ in range(2))
     for begin in range(0, rows, part):
         stored_OI = layer_layout.scaled_weight(_rows(layer, begin, begin + part))
@@ -155,16 +173,12 @@ def measure(
         squares_OI = stored_OI.sub_(weight_OI).square_()
         input_dot += dot_OI.sum(0)
         input_own += own_OI.sum(0)
-        sums = []
-        for _ in range(2 if counts is not None else 1):
-            sums += [dot_OI.unflatten(1, blocks).sum(-1), own_OI.unflatten(1, blocks).sum(-1), squares_OI.sum(1)]
-            if counts is not None and len(sums) == 3:
-                for each in (dot_OI, own_OI, squares_OI):
-                    each *= counts
-        found.append(sums)
-    whole = [torch.cat(parts) for parts in zip(*found, strict=True)]
-    weighted = Sense(*whole[3:]) if counts is not None else None
-    return Likeness(Sense(*whole[:3]), weighted, input_dot, input_own)
+        for name, by in weighings.items():
+            each = [t if by is None else t * by for t in (dot_OI, own_OI, squares_OI)]
+            sums = (each[0].unflatten(1, blocks).sum(-1), each[1].unflatten(1, blocks).sum(-1), each[2].sum(1))
+            found[name].append(sums)
+    senses = {name: Sense(*map(torch.cat, zip(*parts, strict=True))) for name, parts in found.items()}
+    return Likeness(senses["plain"], senses.get("weighted"), senses.get("ordinary"), input_dot, input_own)
 
 
 def _rows(layer: Quantized, begin: int, end: int) -> Quantized:

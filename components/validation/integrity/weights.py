@@ -193,11 +193,11 @@ def check_likeness(name: str, layout: Layout, found: Likeness, norm: str | None)
     if not mean <= limits.inputs:
         what = f"its input channels are {mean:.1%} off their source's size in the mean"
         raise Failure("export_damaged", f"{name}: {what}, {algo} allows {limits.inputs:.1%}{suspect}")
-    errors = torch.stack([sense.errors.nan_to_num(torch.inf) for sense in found.senses]).amin(0)
+    errors = torch.stack([sense.errors.nan_to_num(torch.inf) for sense in found.wholes]).amin(0)
     worst = int(errors.argmax())
     for what, error, limit in (
         (f"output channel {worst}", errors[worst].item(), limits.channel_error),
-        ("its weight", min(sense.error.item() for sense in found.senses), limits.error),
+        ("its weight", min(sense.error.item() for sense in found.wholes), limits.error),
     ):
         if not error <= limit:
             allowed = f"{algo} allows {limit:.0%}"

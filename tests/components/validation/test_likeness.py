@@ -87,25 +87,43 @@ def massive() -> torch.Tensor:
     return weight
 
 
-def scaled(weight: torch.Tensor, factors: torch.Tensor) -> None:
-    """Compares what is made of a weight whose input channels were multiplied with that weight."""
-    stored = packed_layers.quantize("int8_wo", {"layer": weight * factors}, Input(), SETTINGS["int8_wo"])["layer"]
+def compared(moved: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor | None = None) -> None:
+    """Compares what is made of a weight that was moved with that weight, by the limits of four bits."""
+    stored = packed_layers.quantize("int8_wo", {"layer": moved}, Input(), SETTINGS["int8_wo"])["layer"]
     four_bits = replace(stored.layout, algo="W4A16_AWQ")
-    check_likeness("layer", four_bits, likeness.measure(stored, weight, None, None), None)
+    check_likeness("layer", four_bits, likeness.measure(stored, weight, None, counts), None)
 
 
 def test_two_massive_weights_may_make_up_for_each_other(massive):
     """As in block 11 of SmolLM2, where GPTQ gives one 6 % more and takes 13 % from the other: one token has both."""
     factors = torch.ones(COLUMNS)
     factors[MASSIVE] = torch.tensor([1.06, 0.8])
-    scaled(massive, factors)
+    compared(massive * factors, massive)
 
 
 def test_two_massive_weights_do_not_speak_for_all_others(massive):
     factors = 1 + 0.12 * torch.randn(COLUMNS, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
     factors[MASSIVE] = 1
     with pytest.raises(Failure, match=r"layer: its input channels are 1\d\.\d% off their source's size in the mean"):
-        scaled(massive, factors)
+        compared(massive * factors, massive)
+
+
+def test_an_output_channel_may_take_from_one_massive_input_what_it_gives_to_another() -> None:
+    """As in block 11 of SmolLM2, where a channel's weights of both were halved by NVFP4, of either sign."""
+    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
+    weight[5, MASSIVE] = torch.tensor([12.0, -12.0])
+    moved = weight.clone()
+    moved[5, MASSIVE] /= 2
+    moment = torch.ones(COLUMNS)
+    wrong = "layer: output channel 5 has 0.6. times its source's weights"
+    with pytest.raises(Failure, match=wrong):
+        compared(moved, weight, likeness.importance(moment, torch.ones(COLUMNS)))
+    moment[MASSIVE] = 3000.0
+    massive = likeness.importance(moment, torch.ones(COLUMNS))
+    compared(moved, weight, massive)
+    moved[5] = weight[5] / 2
+    with pytest.raises(Failure, match="layer: output channel 5 has 0.50 times"):
+        compared(moved, weight, massive)
 
 
 @pytest.mark.parametrize("form", [name for name, row in FORMATS.items() if row.storage])
