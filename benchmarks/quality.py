@@ -7,8 +7,9 @@ With --jobs, exports are made and scored beside each other, each in a process: o
 launching small kernels, and into what ModelOpt does on the CPU; seconds are then those beside the others. A seed draws
 the calibration windows. With --text, the first 80 % of the file's lines calibrate and the last 20 % measure perplexity;
 without it, trimtab's own texts do. --blimp is a folder of BLiMP's JSONL files. Every number is measured on a reloaded
-export. From --samples 64 on, GPTQ rounds in order; the rows "at once" do not. --others adds what llm-compressor and
-AutoRound make of the same tokens, by the Python of an environment of theirs (see others.py), in their own emulation.
+export; where the integrity gate refuses one of ours, `refused` says why. From --samples 64 on, GPTQ rounds in order;
+the rows "at once" do not. --others adds what llm-compressor and AutoRound make of the same tokens, by the Python of an
+environment of theirs (see others.py), in their own emulation.
 --no-plain leaves out plain ModelOpt, whose AWQ takes longer than all else.
 The last line is one JSON object.
 """
@@ -31,14 +32,17 @@ from typing import Any
 import measuring
 import modelopt.torch.quantization as mtq
 import torch
+from machine import log
 from measuring import Measuring, blimp, columns, paired, short
 from modelopt.torch.export import export_hf_checkpoint
 from others import TOOLS
 from safetensors.torch import load_file, save_file
 
+from trimtab.base.errors import Failure
 from trimtab.components.calibration.work import calibrate
 from trimtab.components.quantization.mixed import sensitivity
 from trimtab.components.quantization.work import quantize
+from trimtab.components.validation.integrity import gate
 from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint import model_files
 
@@ -147,13 +151,13 @@ class _Benchmark:
         started = time.perf_counter()
         if by in TOOLS:
             return self._other(by, name, int(seed))
-        if by == "dense":
-            folder = self.options.model
-        else:
-            trees = self.trees(seed)
+        trees = [] if by == "dense" else self.trees(seed)
+        folder = self.options.model
+        if trees:
             folder = self._ours(name, trees) if by == "ours" else self._plain(name, trees[0])
         seconds = time.perf_counter() - started
-        found = {**self.measuring.measure(folder), "seconds": seconds}
+        refused = self._refused(name, folder, trees[0]) if by == "ours" else None
+        found = {**self.measuring.measure(folder), "seconds": seconds, "refused": refused}
         label = next((row for row in self.options.rows if FORMATS[row][1] == name), name) if by == "plain" else name
         print(f"{label:<28}{by:<16}{seed:>5}{columns(found, seconds)}", flush=True)
         return found
@@ -171,6 +175,18 @@ class _Benchmark:
             settings.model_dump(mode="json"),
         )
         return folder
+
+    def _refused(self, name: str, export: Path, calibration: Path) -> str | None:
+        """What the integrity gate says of an export that it refuses."""
+        settings, seen = _settings(name), calibration if _settings(name).needs_statistics else None
+        told = Path(tempfile.mkdtemp(dir=self.folder))
+        try:
+            gate.inspect(str(export), str(self.options.model), str(told), "", settings.model_dump(mode="json"),
+                         seen and str(seen))  # fmt: skip
+        except Failure as reason:
+            log(f"{name}: the gate refuses it: {reason}")
+            return str(reason)
+        return None
 
     def _plain(self, preset: str, calibration: Path) -> Path:
         """ModelOpt as its documentation has it, on the same tokens; in float32, as its export wants it on a CPU."""
@@ -221,6 +237,7 @@ class _Benchmark:
             found["plain_blimp"] = blimp(row["plain"])
             found["blimp_difference"] = paired(row["ours"], row["plain"])
         found["seconds"] = [round(r["seconds"], 1) for r in row["ours"]]
+        found |= {"refused": told} if (told := [*filter(None, (r["refused"] for r in row["ours"]))]) else {}
         told = " ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items())
         print(f"{name}: {told}")
         return found

@@ -74,13 +74,14 @@ class Sense:
 
 @dataclass(frozen=True)
 class Likeness:
-    """What a stored layer has of its source. `weighted` is None where nothing is known of its inputs, and `ordinary`,
-    plain but for massive inputs, where it has none; of each input channel there are <stored, source> and
-    <source, source>, float32 [in]."""
+    """What a stored layer has of its source. `weighted` is None where nothing is known of its inputs. Where some of
+    these are massive, `ordinary` is plain but for them, and `massive` what they count, 0 for others, float32 [in]; else
+    None. Of each input channel there are <stored, source> and <source, source>, float32 [in]."""
 
     plain: Sense
     weighted: Sense | None
     ordinary: Sense | None
+    massive: torch.Tensor | None
     input_dot: torch.Tensor
     input_own: torch.Tensor
 
@@ -96,8 +97,12 @@ class Likeness:
 
     @property
     def inputs(self) -> torch.Tensor:
-        """The gain of each input channel, 1 where too little stands to be judged."""
-        return gain(self.input_dot, self.input_own, LEAST_INPUT)
+        """The gain of each input channel, 1 where too little stands to be judged; massive ones have one together."""
+        gains = gain(self.input_dot, self.input_own, LEAST_INPUT)
+        if self.massive is None:
+            return gains
+        together = (self.massive * self.input_dot).sum() / (self.massive * self.input_own).sum().clamp_min(1e-30)
+        return torch.where(self.massive > 0, together, gains)
 
     @property
     def input_distance(self) -> torch.Tensor:
@@ -156,10 +161,13 @@ def measure(
     undone = None if change is None else torch.where(change == 0, 0.0, 1 / change)
     blocks = (-1, layer.layout.group_size or columns)
     part = max(2, _PART[source.device.type] // columns // 2 * 2)  # two rows of INT4 share their bytes
-    weighings = {"plain": None, "weighted": counts, "ordinary": None}
-    if counts is not None and (massive := counts > MASSIVE).any():
-        weighings["ordinary"] = (~massive).float()
-    weighings = {name: by for name, by in weighings.items() if name == "plain" or by is not None}
+    weighings: dict[str, torch.Tensor | None] = {"plain": None}
+    massive = None
+    if counts is not None:
+        weighings["weighted"] = counts
+        if (counts > MASSIVE).any():
+            massive = counts.where(counts > MASSIVE, 0.0)
+            weighings["ordinary"] = (massive == 0).float()
     found: dict[str, list[tuple[torch.Tensor, ...]]] = {name: [] for name in weighings}
     input_dot, input_own = (torch.zeros(columns, device=source.device) for _ in range(2))
     for begin in range(0, rows, part):
@@ -178,7 +186,7 @@ def measure(
             sums = (each[0].unflatten(1, blocks).sum(-1), each[1].unflatten(1, blocks).sum(-1), each[2].sum(1))
             found[name].append(sums)
     senses = {name: Sense(*map(torch.cat, zip(*parts, strict=True))) for name, parts in found.items()}
-    return Likeness(senses["plain"], senses.get("weighted"), senses.get("ordinary"), input_dot, input_own)
+    return Likeness(senses["plain"], senses.get("weighted"), senses.get("ordinary"), massive, input_dot, input_own)
 
 
 def _rows(layer: Quantized, begin: int, end: int) -> Quantized:

@@ -121,6 +121,12 @@ def test_an_output_channel_may_take_from_one_massive_input_what_it_gives_to_anot
     moment[MASSIVE] = 3000.0
     massive = likeness.importance(moment, torch.ones(COLUMNS))
     compared(moved, weight, massive)
+    traded = weight.clone()
+    traded[:, MASSIVE] *= torch.tensor([0.5, 1.5])
+    compared(traded, weight, massive)
+    traded[:, MASSIVE[1]] = weight[:, MASSIVE[1]] / 2
+    with pytest.raises(Failure, match="layer: input channel 3 has 0.50 times"):
+        compared(traded, weight, massive)
     moved[5] = weight[5] / 2
     with pytest.raises(Failure, match="layer: output channel 5 has 0.50 times"):
         compared(moved, weight, massive)
