@@ -37,6 +37,7 @@ class Recurrent:
         shapes: of all its tensors by their names in it, from a config with the family's `sizes`.
         blocks: which blocks have one, from such a config.
         beside_attention: whether these have attention too.
+        holds_states: whether a layer without kernels holds a state for every token that it reads.
     """
 
     module: str
@@ -48,6 +49,7 @@ class Recurrent:
     choices: tuple[str, ...] = ()
     blocks: Callable[[Config], Sequence[int]] = field(default=lambda config: range(config["num_hidden_layers"]))
     beside_attention: bool = False
+    holds_states: bool = False
 
     @property
     def inputs(self) -> tuple[SharedInput, ...]:

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 from trimtab.families.parts import Config, Shape
 from trimtab.families.recurrent import Recurrent, State
 
+#: Bytes that the states of the tokens which a layer reads at once may take (`runtime.checkpoint.scans`).
+ROOM = {"cpu": 2**28, "cuda": 2**31}
+
 
 class _First(NamedTuple):
     """Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", by its sizes, its biases,
@@ -159,4 +162,4 @@ def mixer(module: str, sizes: Callable[[Config], _First | _Second], **settings: 
     def shapes(config: Config) -> dict[str, Shape]:
         return sizes(config).shapes(config["hidden_size"])
 
-    return Recurrent(module, lambda config: sizes(config).state, shapes, **settings)
+    return Recurrent(module, lambda config: sizes(config).state, shapes, holds_states=True, **settings)

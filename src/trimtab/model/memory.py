@@ -6,9 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
+from trimtab import families
 from trimtab.base.schema import Document
 from trimtab.catalog.formats import Storage
 from trimtab.catalog.kv_caches import KV_CACHES
+from trimtab.families import state_space
 from trimtab.families.fusion import block_of
 from trimtab.model import shapes
 from trimtab.model.facts import ModelFacts
@@ -133,8 +135,10 @@ def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
     length = min(engine.max_seq_len, facts.max_position_embeddings)
     tokens = min(engine.max_num_tokens, engine.max_batch_size * length)
     activations = step_bytes(left, tokens, engine.tensor_parallel_size) + engine.max_batch_size * facts.vocab_size * 4
-    if engine.backend == "torch" and recipe.quantize:
-        activations += 2 * max((layer.parameters for layer in left.linears), default=0)
+    if engine.backend == "torch":
+        activations += scan_bytes(left, tokens, length, "cuda" if hardware.compute_capability else "cpu")
+        if recipe.quantize:
+            activations += 2 * max((layer.parameters for layer in left.linears), default=0)
     return Memory(
         weights=_on_each(linears, facts, recipe) + rest,
         kv_cache=(engine.kv_cache_tokens or engine.max_batch_size * length) * kv_bytes_per_token(facts, served),
@@ -148,6 +152,19 @@ def memory(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> Memory:
 def step_bytes(facts: ModelFacts, tokens: int, ranks: int = 1) -> int:
     """Returns what a step of so many tokens computes on the way, of one block, on each of the ranks that split it."""
     return tokens * 2 * (4 * facts.hidden_size + 3 * math.ceil(facts.intermediate_size / ranks))
+
+
+def scan_bytes(facts: ModelFacts, tokens: int, length: int, device: str) -> int:
+    """Returns what a state-space layer without kernels holds on the way of so many tokens, in texts of a length: their
+    states, of no more texts at once than there is room for, and products as large; 0 for other models.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    part = families.named(facts.model_type).recurrent
+    if part is None or not part.holds_states:
+        return 0
+    return 2 * min(tokens * facts.state_bytes, max(state_space.ROOM[device], length * facts.state_bytes))
 
 
 def max_context_tokens(facts: ModelFacts, recipe: Recipe, hardware: Hardware, weights: int) -> int:

@@ -103,6 +103,7 @@ class Work:
         block = memory.largest_block(facts)
         entering = (self.width + stored) * facts.vocab_size * facts.hidden_size
         running = (2 * self.width + stored) * block + at_once * memory.activation_bytes(facts, self.width) + summed
+        running += memory.scan_bytes(facts, at_once, length, self.device)
         device = max(entering, running)
         return self._through_blocks(device, between, (2 + 2 * self.width) * block, disk)
 
@@ -112,6 +113,7 @@ class Work:
         block, at_once = memory.largest_block(facts), min(tokens, recipe.engine.max_num_tokens)
         outside = (2 + stored) * (facts.parameters - facts.linear_parameters)
         running = (4 + stored) * block + memory.step_bytes(facts, at_once)
+        running += memory.scan_bytes(facts, at_once, recipe.engine.max_seq_len, self.device)
         return self._through_blocks(max(outside, running), 2 * tokens * facts.hidden_size, 6 * block)
 
     def _through_blocks(self, device: float, between: float, read: float, disk: float = 0) -> Held:

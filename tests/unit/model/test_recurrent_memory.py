@@ -7,7 +7,7 @@ from trimtab.families import named, of
 from trimtab.families.recurrent import State
 from trimtab.model.facts import Linear, ModelFacts
 from trimtab.model.hardware import target
-from trimtab.model.memory import kv_bytes_per_token, max_context_tokens, memory, state_bytes
+from trimtab.model.memory import kv_bytes_per_token, max_context_tokens, memory, scan_bytes, state_bytes
 from trimtab.planning.checks import refusal
 from trimtab.planning.matrix import ladder
 from trimtab.recipe import Recipe
@@ -88,3 +88,19 @@ def test_what_serving_lacks_is_said():
     for model_type in (*PUBLISHED, "granitemoehybrid", "bamba"):
         assert "recurrent state" in named(model_type).no_serve
     assert of({"model_type": "granitemoehybrid", "num_local_experts": 0}).model_type == "granitemoehybrid"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_layer_without_kernels_holds_states_of_the_texts_that_there_is_room_for(device):
+    """Of a Mamba-130m a token's are 110,592 bytes; so a text of 4,096 tokens is more than a CPU's room already."""
+    facts, text = model("mamba", attention=False), 4096
+    assert facts.state_bytes == 2 * 6144 + 4 * 24_576
+    assert scan_bytes(facts, 100, text, device) == 2 * 100 * facts.state_bytes
+    room = max(text * facts.state_bytes, {"cpu": 2**28, "cuda": 2**31}[device])
+    assert scan_bytes(facts, 64 * text, text, device) == 2 * room
+    assert scan_bytes(model("qwen3_next", attention=True), 64 * text, text, device) == 0
+    hardware = target("cpu" if device == "cpu" else "h200")
+    recipes = [Recipe.parse(f"{{engine: {{backend: {name}}}}}") for name in ("torch", "vllm")]
+    by_torch, by_vllm = (memory(facts, recipe, hardware).activations for recipe in recipes)
+    read = recipes[0].engine.max_seq_len
+    assert by_torch - by_vllm == scan_bytes(facts, 8192, read, device) > 0

@@ -22,11 +22,11 @@ from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGate
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
+from trimtab.families.state_space import ROOM
+
 #: Tokens of a chunk, which transformers pads each sequence to; configs have 128 or 256. With half as many as a head is
 #: wide, pairs of tokens hold half of what the states of all tokens do.
 CHUNK = 32
-#: Bytes that the states of all tokens may take.
-ROOM = {"cpu": 2**28, "cuda": 2**31}
 
 
 def bound(model: nn.Module) -> None:
