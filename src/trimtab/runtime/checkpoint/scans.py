@@ -50,6 +50,8 @@ def _in_parts(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 class _GatedNorm(FalconH1RMSNormGated):
+    """Falcon-H1's norm, which keeps the axis of tokens where there is one token."""
+
     def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         if hidden_states.shape[1] > 1:
             return super().forward(hidden_states, gate)
