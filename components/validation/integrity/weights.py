@@ -187,8 +187,9 @@ def check_likeness(name: str, layout: Layout, found: Likeness, norm: str | None)
         row, block = divmod(worst, gains.shape[1])
         what = f"{name}: group {block} of output channel {row}"
         _check_gain(what, distance, limits.block_gain, gains[row, block], algo)
-    distance, worst = _worst([found.inputs])
-    _check_gain(f"{name}: input channel {worst}", distance, limits.input_gain, found.inputs[worst], algo, suspect)
+    gains = found.inputs
+    distance, worst = _worst([gains])
+    _check_gain(f"{name}: input channel {worst}", distance, limits.input_gain, gains[worst], algo, suspect)
     mean = found.input_distance.item()
     if not mean <= limits.inputs:
         what = f"its input channels are {mean:.1%} off their source's size in the mean"

@@ -68,14 +68,16 @@ class _InParts(nn.Module):
         attention_mask: torch.Tensor | None = None,
         **others: Any,
     ) -> torch.Tensor:
+        if cache_params is not None:
+            return super().forward(hidden_states, cache_params, attention_mask, **others)
         count, length = hidden_states.shape[:2]
         padded = -(-length // CHUNK) * CHUNK
         needed = 4 * count * padded * self.intermediate_size * self.ssm_state_size
         parts = min(count, -(-needed // ROOM[hidden_states.device.type]))
         if attention_mask is not None:  # which transformers leaves aside where there is one sequence
             parts = min(parts, count // 2)
-        if cache_params is not None or parts <= 1:
-            return super().forward(hidden_states, cache_params, attention_mask, **others)
+        if parts <= 1:
+            return super().forward(hidden_states, None, attention_mask, **others)
         masks = [None] * parts if attention_mask is None else attention_mask.tensor_split(parts)
         each = zip(hidden_states.tensor_split(parts), masks, strict=True)
         return torch.cat([super(_InParts, self).forward(part, None, mask, **others) for part, mask in each])
