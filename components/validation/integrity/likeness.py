@@ -3,18 +3,19 @@
 Beside the error there is the gain, the source's part in what is stored: <stored, source> / <source, source>. Rounding
 errors leave it at 1, whatever their size, and a wrong scale moves it by as much as the scale is wrong.
 
-Each is found in two senses. Plain, where all weights count alike: what rounding to nearest keeps small. And as inputs
-weigh it, where a weight counts by the second moment of its input: what GPTQ keeps small, which lets weights of inputs
-that matter little make up for the errors of others, and may move these far. What is near its source in either sense is
-an export as its method makes it; a wrong scale is far in both.
+Each is found in two senses. Plain, where all weights count alike: what rounding to nearest keeps small. And by outputs,
+where weights count by what they add to the layer's output on calibration text, all of them together: what GPTQ keeps
+small, which lets weights make up for the errors of others wherever their inputs go together, and may move these far.
+What is near its source in either sense is an export as its method makes it; a wrong scale is far in both.
 
-Gains have a third sense where calibration saw massive inputs, those of a few tokens: plain, but for the weights of such
-inputs. They are large together, so GPTQ may take from one what it gives to another, and in either other sense these few
-would speak for a whole output channel. A wrong scale of that is far in this sense too.
+Outputs are compared by a sketch of the inputs (`observe.InputStatistics`), a few rows S of which the mean of SᵀS is
+their Gram matrix. So what one weight adds is told with an error, which the others' rounding makes: it is small where
+the weight matters, and so a block or an input channel that adds little is judged by its share and not by its own size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,10 +26,9 @@ from trimtab.runtime.checkpoint.layer_layout import Quantized
 #: Of the root mean square of all channels or blocks: smaller ones are too small to judge by their own size. A block is
 #: sooner than a channel, for GPTQ may put into it what others of its output channel lack.
 LEAST_CHANNEL, LEAST_BLOCK, LEAST_INPUT = 0.01, 0.1, 0.5
-#: Inputs with so many times the mean second moment are massive. SmolLM2's block 11 has two, with 190 and 360 times.
-MASSIVE = 32
-#: What an input counts at least, in units of the mean: what calibration never saw may come all the same.
-LEAST_MOMENT = 0.1
+#: What an input counts at least in a block or an input channel by outputs, in units of what is typical of inputs: what
+#: calibration never saw may come all the same.
+LEAST_MOMENT = 0.25
 #: Numbers of a part of a layer: on a CPU float32 of it stay in the cache while they are summed, 2 MiB; on a GPU a part
 #: is large enough that launching kernels is no share of the time.
 _PART = {"cpu": 2**19, "cuda": 2**26}
@@ -36,12 +36,21 @@ _PART = {"cpu": 2**19, "cuda": 2**26}
 
 @dataclass(frozen=True)
 class Sense:
-    """Sums of one sense: <stored, source> and <source, source> of each block, float32 [out, blocks], and the squared
-    error of each output channel, [out]. A layer whose weights share no scale along a row has one block."""
+    """Sums of one sense, float32. A layer whose weights share no scale along a row has one block.
 
-    dot: torch.Tensor
+    Of each block, [out, blocks], of each output channel, [out], and of each input channel, [in], there are
+    <stored - source, source> as `change` and <source, source> as `own`; of an output channel also the `squares` of its
+    error. By outputs, its parts have these only together, so its own are no sum of theirs.
+    """
+
+    by_outputs: bool
+    block_change: torch.Tensor
+    block_own: torch.Tensor
+    change: torch.Tensor
     own: torch.Tensor
     squares: torch.Tensor
+    input_change: torch.Tensor
+    input_own: torch.Tensor
 
     @property
     def error(self) -> torch.Tensor:
@@ -51,102 +60,80 @@ class Sense:
     @property
     def errors(self) -> torch.Tensor:
         """The relative error of each output channel."""
-        own = self.own.sum(1)
-        return (self.squares / own.clamp_min(LEAST_CHANNEL**2 * own.mean()).clamp_min(1e-30)).sqrt()
+        least = LEAST_CHANNEL**2 * self.own.mean()
+        return (self.squares / self.own.clamp_min(least).clamp_min(1e-30)).sqrt()
 
     @property
-    def gains(self) -> torch.Tensor:
-        """The gain of each output channel, 1 where too little stands to be judged."""
-        return gain(self.dot.sum(1), self.own.sum(1), LEAST_CHANNEL)
+    def rows(self) -> torch.Tensor:
+        """How far the gain of each output channel is from 1; 0 where too little stands to be judged."""
+        return departure(self.change, self.own, LEAST_CHANNEL)
 
     @property
-    def block_gains(self) -> torch.Tensor:
-        """The gain of each block, 1 where too little stands to be judged."""
-        return gain(self.dot, self.own, LEAST_BLOCK)
-
-    @property
-    def block_changes(self) -> torch.Tensor:
-        """By what part of its output channel's typical block each block has changed along its source: less than by its
-        own size, where it is smaller than the others."""
-        typical = self.own.mean(1, keepdim=True).clamp_min(1e-30)
-        return 1 + (self.block_gains - 1) * (self.own / typical).sqrt().clamp_max(1)
-
-
-@dataclass(frozen=True)
-class Likeness:
-    """What a stored layer has of its source. `weighted` is None where nothing is known of its inputs. Where some of
-    these are massive, `ordinary` is plain but for them, and `massive` what they count, 0 for others, float32 [in]; else
-    None. Of each input channel there are <stored, source> and <source, source>, float32 [in]."""
-
-    plain: Sense
-    weighted: Sense | None
-    ordinary: Sense | None
-    massive: torch.Tensor | None
-    input_dot: torch.Tensor
-    input_own: torch.Tensor
-
-    @property
-    def wholes(self) -> list[Sense]:
-        """The senses of all weights."""
-        return [sense for sense in (self.plain, self.weighted) if sense]
-
-    @property
-    def senses(self) -> list[Sense]:
-        """All senses, the plain one first."""
-        return [*self.wholes, *([self.ordinary] if self.ordinary else [])]
+    def blocks(self) -> torch.Tensor:
+        """How far the gain of each block is from 1, and by outputs of one that adds less than is typical of its output
+        channel, what part of that it has changed."""
+        if self.by_outputs:
+            return share(self.block_change, self.block_own, self.block_own.mean(1, keepdim=True))
+        return departure(self.block_change, self.block_own, LEAST_BLOCK)
 
     @property
     def inputs(self) -> torch.Tensor:
-        """The gain of each input channel, 1 where too little stands to be judged; massive ones have one together."""
-        gains = gain(self.input_dot, self.input_own, LEAST_INPUT)
-        if self.massive is None:
-            return gains
-        together = (self.massive * self.input_dot).sum() / (self.massive * self.input_own).sum().clamp_min(1e-30)
-        return torch.where(self.massive > 0, together, gains)
+        """The same of input channels."""
+        if self.by_outputs:
+            return share(self.input_change, self.input_own, self._typical_input)
+        return departure(self.input_change, self.input_own, LEAST_INPUT)
 
     @property
     def input_distance(self) -> torch.Tensor:
         """How far from 1 the gains of input channels are, as root of the mean square.
 
-        Each is counted by the squares of its weights, up to their mean: where a few have most of a layer's weight, as
-        those from which a model makes its massive activations, they would speak for all others. Such channels are large
-        for the same tokens, so GPTQ may take from one what it gives to another. Nor do they hide others by making these
+        Each is counted by its own, up to the mean: where a few have most of a layer's weight, as those from which a
+        model makes its massive activations, they would speak for all others. Nor do they hide others by making these
         small beside the mean: what is too small is told by the mean of norms, which they hardly change.
         """
-        own, typical = self.input_own, self.input_own.sqrt().mean().square()
-        judged = own > LEAST_INPUT**2 * typical
-        distance = torch.where(judged, self.input_dot / own - 1, 0.0)
-        counted = own.where(judged, 0.0).clamp_max(own.mean())
+        judged = self.input_own > LEAST_INPUT**2 * self._typical_input
+        distance = torch.where(judged, self.input_change / self.input_own, 0.0)
+        counted = self.input_own.where(judged, 0.0).clamp_max(self.input_own.mean())
         return (distance.square().mul(counted).sum() / counted.sum().clamp_min(1e-30)).sqrt()
+
+    @property
+    def _typical_input(self) -> torch.Tensor:
+        return self.input_own.sqrt().mean().square()
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """What a stored layer has of its source; `outputs` is None where nothing is known of its inputs."""
+
+    plain: Sense
+    outputs: Sense | None
+
+    @property
+    def senses(self) -> list[Sense]:
+        """The plain one first."""
+        return [sense for sense in (self.plain, self.outputs) if sense]
 
     @property
     def cosine(self) -> float:
         """Between stored and source weights."""
-        plain = self.plain
-        dot, own = plain.dot.sum(), plain.own.sum()
-        stored = (plain.squares.sum() + 2 * dot - own).clamp_min(0)
-        return (dot / (stored * own).sqrt().clamp_min(1e-30)).item()
+        own, change = self.plain.own.sum(), self.plain.change.sum()
+        stored = (self.plain.squares.sum() + 2 * change + own).clamp_min(0)
+        return ((own + change) / (stored * own).sqrt().clamp_min(1e-30)).item()
 
 
-def gain(dot: torch.Tensor, own: torch.Tensor, least: float) -> torch.Tensor:
-    """Returns <stored, source> / <source, source>, 1 where the source has less than `least` of the root mean square."""
-    return torch.where(own > least**2 * own.mean(), dot / own, 1.0)
+def departure(change: torch.Tensor, own: torch.Tensor, least: float) -> torch.Tensor:
+    """Returns how far a gain is from 1, signed; 0 where the source has less than `least` of the root mean square."""
+    return torch.where(own > least**2 * own.mean(), change / own, 0.0)
 
 
-def importance(moment: torch.Tensor, change: torch.Tensor) -> torch.Tensor | None:
-    """Returns what each input counts, in units of the mean, float32 [in]; None where calibration saw no input.
-
-    Args:
-        moment: second moment of the layer's input before `change`, float32 [in].
-        change: what the input is multiplied by since then, 0 where it is never anything but zero.
-    """
-    seen = moment * change.square()
-    mean = seen.mean()
-    return seen / mean + LEAST_MOMENT if mean > 0 and torch.isfinite(mean) else None
+def share(change: torch.Tensor, own: torch.Tensor, typical: torch.Tensor) -> torch.Tensor:
+    """Returns how far a gain is from 1, signed, and of what is smaller than typical by as much less."""
+    whole = (own * torch.maximum(own, typical)).sqrt()
+    return torch.where(whole > 0, change / whole, 0.0)
 
 
 def measure(
-    layer: Quantized, source: torch.Tensor, change: torch.Tensor | None, counts: torch.Tensor | None
+    layer: Quantized, source: torch.Tensor, change: torch.Tensor | None = None, sketch: torch.Tensor | None = None
 ) -> Likeness:
     """Compares a stored layer with the weight that it was made from, a part of its rows at a time.
 
@@ -155,38 +142,94 @@ def measure(
         source: the weight, floating point [out, in], on the layer's device.
         change: what the layer's input is multiplied by, by which its weights were divided, float32 [in]; 0 of channels
             whose weights cannot be told. None where the input is the source's.
-        counts: as `importance` returns it.
+        sketch: of the source's input, floating point [rows, in]; None where it is not known.
     """
     rows, columns = source.shape
     undone = None if change is None else torch.where(change == 0, 0.0, 1 / change)
-    blocks = (-1, layer.layout.group_size or columns)
+    size = layer.layout.group_size or columns
     part = max(2, _PART[source.device.type] // columns // 2 * 2)  # two rows of INT4 share their bytes
-    weighings: dict[str, torch.Tensor | None] = {"plain": None}
-    massive = None
-    if counts is not None:
-        weighings["weighted"] = counts
-        if (counts > MASSIVE).any():
-            massive = counts.where(counts > MASSIVE, 0.0)
-            weighings["ordinary"] = (massive == 0).float()
-    found: dict[str, list[tuple[torch.Tensor, ...]]] = {name: [] for name in weighings}
-    input_dot, input_own = (torch.zeros(columns, device=source.device) for _ in range(2))
+    ways: list[_Plain | _ByOutputs] = [_Plain(size)]
+    if sketch is not None:
+        seen = sketch.float() if change is None else sketch.float() * change
+        if seen.any():
+            ways.append(_ByOutputs(size, seen))
     for begin in range(0, rows, part):
         stored_OI = layer_layout.scaled_weight(_rows(layer, begin, begin + part))
         weight_OI = source[begin : begin + part].float()
         if undone is not None:
             weight_OI = weight_OI * undone
             stored_OI = stored_OI.where(undone != 0, 0.0)
+        error_OI = stored_OI.sub_(weight_OI)
+        for way in ways:
+            way.add(error_OI, weight_OI)
+    return Likeness(*([way.sense() for way in ways] + [None])[:2])
+
+
+class _Plain:
+    """Sums the parts of a layer where all weights count alike.
+
+    Args:
+        size: numbers of a block.
+    """
+
+    by_outputs = False
+
+    def __init__(self, size: int):
+        self.size, self._rows, self._inputs = size, [], []
+
+    def add(self, error_OI: torch.Tensor, weight_OI: torch.Tensor) -> None:
         # Sums of products, not products of matrices: along short blocks these would be millions of tiny ones.
-        dot_OI, own_OI = stored_OI * weight_OI, weight_OI.square()
-        squares_OI = stored_OI.sub_(weight_OI).square_()
-        input_dot += dot_OI.sum(0)
-        input_own += own_OI.sum(0)
-        for name, by in weighings.items():
-            each = [t if by is None else t * by for t in (dot_OI, own_OI, squares_OI)]
-            sums = (each[0].unflatten(1, blocks).sum(-1), each[1].unflatten(1, blocks).sum(-1), each[2].sum(1))
-            found[name].append(sums)
-    senses = {name: Sense(*map(torch.cat, zip(*parts, strict=True))) for name, parts in found.items()}
-    return Likeness(senses["plain"], senses.get("weighted"), senses.get("ordinary"), massive, input_dot, input_own)
+        change_OI, own_OI = error_OI * weight_OI, weight_OI.square()
+        change, own = self._by_block(change_OI), self._by_block(own_OI)
+        self._rows.append((change, own, change.sum(1), own.sum(1), error_OI.square().sum(1)))
+        self._inputs.append((change_OI.sum(0), own_OI.sum(0)))
+
+    def sense(self) -> Sense:
+        rows = map(torch.cat, zip(*self._rows, strict=True))
+        inputs = (torch.stack(parts).sum(0) for parts in zip(*self._inputs, strict=True))
+        return Sense(self.by_outputs, *rows, *inputs)
+
+    def _by_block(self, each_OI: torch.Tensor) -> torch.Tensor:
+        return each_OI.unflatten(1, (-1, self.size)).sum(-1)
+
+
+class _ByOutputs(_Plain):
+    """Sums the parts of a layer where weights count by what they add to its outputs.
+
+    Args:
+        sketch: of the input, float32 [rows, in].
+    """
+
+    by_outputs = True
+
+    def __init__(self, size: int, sketch: torch.Tensor):
+        super().__init__(size)
+        moment = sketch.square().sum(0)
+        self._sketch, self._least = sketch, LEAST_MOMENT * moment.sqrt().mean().square()
+        self._moment = moment + self._least
+        blocks = sketch.unflatten(1, (-1, size)).transpose(0, 1)
+        self._grams = blocks.mT @ blocks if len(blocks) > 1 else None  # of each block, [blocks, size, size]
+
+    def add(self, error_OI: torch.Tensor, weight_OI: torch.Tensor) -> None:
+        error_OS, weight_OS = error_OI @ self._sketch.T, weight_OI @ self._sketch.T
+        change_OI = torch.addmm(self._least * error_OI, error_OS, self._sketch).mul_(weight_OI)
+        squared_OI, own = weight_OI.square(), weight_OS.square().sum(1)
+        if self._grams is None:
+            block_own = own[:, None]
+        else:
+            blocks = weight_OI.unflatten(1, (-1, self.size)).transpose(0, 1)
+            block_own = ((blocks @ self._grams) * blocks).sum(-1).T
+        block_own = block_own + self._least * self._by_block(squared_OI)
+        change = (error_OS * weight_OS).sum(1)
+        self._rows.append((self._by_block(change_OI), block_own, change, own, error_OS.square().sum(1)))
+        self._inputs.append((change_OI.sum(0), squared_OI.sum(0) * self._moment))
+
+
+def nearest(distances: Sequence[torch.Tensor]) -> tuple[float, int]:
+    """Returns how far the worst place is, in the sense in which it is nearest, and the number of the place."""
+    least = torch.stack([each.abs().nan_to_num(torch.inf) for each in distances]).amin(0).flatten()
+    worst = int(least.argmax())
+    return least[worst].item(), worst
 
 
 def _rows(layer: Quantized, begin: int, end: int) -> Quantized:

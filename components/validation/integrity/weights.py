@@ -57,8 +57,8 @@ def compare(
 
     Returns:
         For each quantized layer its name as `layer`, `cosine` and `relative_error` between source and stored
-        weights, `weighted_error` as its inputs weigh it (None without `measured`), and its bytes, as stored in `bytes`
-        and in bfloat16 in `bf16_bytes`.
+        weights, `output_error` of its outputs on calibration text (None without `measured`), and its bytes, as stored
+        in `bytes` and in bfloat16 in `bf16_bytes`.
 
     Raises:
         Failure: `export_damaged`; names the layer, or the tensor that differs from its source.
@@ -86,13 +86,13 @@ def compare(
                 _check_scaled_bias(f"{group.norm}.bias", export, source, change)
                 done.add(f"{group.norm}.bias")
             change = change.to(device)
+        sketch = f"{group.layers[0]}.sketch"
+        seen = measured[sketch].to(device) if measured and sketch in measured else None
         for layer, pair in pairs.items():
             pair, rows_by = pair.to(device), folds.rows(layer)
             if rows_by is not None:
                 pair = pair._replace(source=pair.source * rows_by[:, None])
             if isinstance(pair.stored, Quantized):
-                moment = f"{layer}.second_moment"
-                seen = measured[moment].to(device) if measured and moment in measured else None
                 inputs = folds.inputs(layer) if change is None else change
                 rows.append(_compare_layer(layer, pair, inputs, seen, group.norm))
             elif change is None:
@@ -141,7 +141,7 @@ def _change(norm: str, export: Stream, source: Stream, offset: float) -> torch.T
 
 
 def _compare_layer(
-    name: str, pair: _Pair, change: torch.Tensor | None, moment: torch.Tensor | None, norm: str | None
+    name: str, pair: _Pair, change: torch.Tensor | None, sketch: torch.Tensor | None, norm: str | None
 ) -> dict[str, Any]:
     layer, weight = pair
     if layer.shape != tuple(weight.shape):
@@ -152,16 +152,13 @@ def _compare_layer(
     if layer.pre_quant_scale is not None:
         own = layer.pre_quant_scale.float().reshape(-1)
         change = own if change is None else change * own
-    counts = None
-    if moment is not None:
-        counts = likeness.importance(moment, torch.ones_like(moment) if change is None else change)
-    found = likeness.measure(layer, weight, change, counts)
+    found = likeness.measure(layer, weight, change, sketch)
     check_likeness(name, layer.layout, found, norm)
     return {
         "layer": name,
         "cosine": found.cosine,
         "relative_error": found.plain.error.item(),
-        "weighted_error": found.weighted.error.item() if found.weighted else None,
+        "output_error": found.outputs.error.item() if found.outputs else None,
         "bytes": layer.nbytes,
         "bf16_bytes": 2 * weight.numel(),
     }
@@ -176,50 +173,35 @@ def check_likeness(name: str, layout: Layout, found: Likeness, norm: str | None)
     Raises:
         Failure: `export_damaged`; names the layer, and the channel or block that is worst.
     """
-    limits, algo = layout.storage.limits, layout.algo
+    limits, senses, plain = layout.storage.limits, found.senses, found.plain
     scale = f"the scale in {norm}" if norm else "its pre_quant_scale"
     suspect = f"; look at {scale}" if layout.storage.pre_quant_scale else ""
-    distance, worst = _worst([sense.gains for sense in found.senses])
-    _check_gain(f"{name}: output channel {worst}", distance, limits.channel_gain, found.plain.gains[worst], algo)
+
+    def check(what: str, measured: float, limit: float, allowed: str) -> None:
+        if not measured <= limit:
+            raise Failure("export_damaged", f"{name}: {what}, {layout.algo} allows {allowed}")
+
+    def check_gain(what: str, distance: float, limit: float, departure: torch.Tensor, suspect: str = "") -> None:
+        """Says of a gain what it is where all weights count alike."""
+        gain = f"{what} has {1 + departure.item():.2f} times its source's weights"
+        check(gain, distance, limit, f"{1 - limit:.2f} to {1 + limit:.2f}{suspect}")
+
+    distance, worst = likeness.nearest([sense.rows for sense in senses])
+    check_gain(f"output channel {worst}", distance, limits.channel_gain, plain.rows[worst])
     if layout.group_size:
-        gains = found.plain.block_gains
-        distance, worst = _worst([gains, *(sense.block_changes for sense in found.senses if sense is not found.plain)])
-        row, block = divmod(worst, gains.shape[1])
-        what = f"{name}: group {block} of output channel {row}"
-        _check_gain(what, distance, limits.block_gain, gains[row, block], algo)
-    gains = found.inputs
-    distance, worst = _worst([gains])
-    _check_gain(f"{name}: input channel {worst}", distance, limits.input_gain, gains[worst], algo, suspect)
-    mean = found.input_distance.item()
-    if not mean <= limits.inputs:
-        what = f"its input channels are {mean:.1%} off their source's size in the mean"
-        raise Failure("export_damaged", f"{name}: {what}, {algo} allows {limits.inputs:.1%}{suspect}")
-    errors = torch.stack([sense.errors.nan_to_num(torch.inf) for sense in found.wholes]).amin(0)
-    worst = int(errors.argmax())
-    for what, error, limit in (
-        (f"output channel {worst}", errors[worst].item(), limits.channel_error),
-        ("its weight", min(sense.error.item() for sense in found.wholes), limits.error),
-    ):
-        if not error <= limit:
-            allowed = f"{algo} allows {limit:.0%}"
-            raise Failure("export_damaged", f"{name}: {what} differs from its source by {error:.0%}, {allowed}")
-
-
-def _worst(gains: Sequence[torch.Tensor]) -> tuple[float, int]:
-    """Returns how far from 1 the worst place is, in the sense in which it is nearest, and the number of the place."""
-    distances = torch.stack([(each - 1).abs().nan_to_num(torch.inf) for each in gains]).amin(0).flatten()
-    worst = int(distances.argmax())
-    return distances[worst].item(), worst
-
-
-def _check_gain(
-    what: str, distance: float, limit: float, gain: torch.Tensor, algo: str, suspect: str = ""
-) -> None:
-    """Compares a gain's distance from 1 with its limit; says of it what it is where all weights count alike."""
-    if distance > limit:
-        allowed = f"{algo} allows {1 - limit:.2f} to {1 + limit:.2f}"
-        reason = f"{what} has {gain.item():.2f} times its source's weights, {allowed}{suspect}"
-        raise Failure("export_damaged", reason)
+        distance, worst = likeness.nearest([sense.blocks for sense in senses])
+        row, block = divmod(worst, plain.blocks.shape[1])
+        check_gain(f"group {block} of output channel {row}", distance, limits.block_gain, plain.blocks[row, block])
+    distance, worst = likeness.nearest([sense.inputs for sense in senses])
+    check_gain(f"input channel {worst}", distance, limits.input_gain, plain.inputs[worst], suspect)
+    mean, _ = likeness.nearest([sense.input_distance for sense in senses])
+    what = f"its input channels are {plain.input_distance.item():.1%} off their source's size in the mean"
+    check(what, mean, limits.inputs, f"{limits.inputs:.1%}{suspect}")
+    error, worst = likeness.nearest([sense.errors for sense in senses])
+    what = f"output channel {worst} differs from its source by {error:.0%}"
+    check(what, error, limits.channel_error, f"{limits.channel_error:.0%}")
+    error, _ = likeness.nearest([sense.error for sense in senses])
+    check(f"its weight differs from its source by {error:.0%}", error, limits.error, f"{limits.error:.0%}")
 
 
 def _check_scaled_back(name: str, pair: _Pair, change: torch.Tensor, norm: str, step: float) -> None:

@@ -71,7 +71,7 @@ def _part(name: str) -> Callable[[Recipe], dict[str, Any]]:
 def _calibrate(name: str, wanted: Callable[[Recipe], bool]) -> Stage:
     work = "trimtab.components.calibration.work:calibrate"
     environment = always(TENSORS)
-    return Stage(name, work, ("checkpoint",), "calibration", wanted, _calibration_data, environment, version=6)
+    return Stage(name, work, ("checkpoint",), "calibration", wanted, _calibration_data, environment, version=7)
 
 
 def _calibration_data(recipe: Recipe) -> dict[str, Any]:

@@ -190,4 +190,5 @@ def test_statistics_do_not_depend_on_the_batch(model, tokens, monkeypatch):
     one, _ = measure(loaded, tokens)
     monkeypatch.setattr(observe, "batches", lambda _, windows: windows.split(3))
     for name, found in measure(loaded, tokens)[0].items():
-        torch.testing.assert_close(found, one[name], rtol=1e-4, atol=1e-6, msg=name)
+        rtol = 1e-4 if found.dtype == torch.float32 else 2.0**-7  # a sketch is rounded to bfloat16
+        torch.testing.assert_close(found, one[name], rtol=rtol, atol=1e-6, msg=name)

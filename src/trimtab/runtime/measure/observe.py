@@ -52,8 +52,18 @@ def batches(device: torch.device, tokens: torch.Tensor) -> tuple[torch.Tensor, .
 BY_BLOCK = ("block_influence", "key_amax", "value_amax")
 
 
+#: Rows of a sketch. What a block of weights adds to an output is told with an error of that output's relative error
+#: times the root of blocks over rows.
+SKETCH = 128
+#: The norm that an input has at most in a sketch, in units of the median: where one token's is a hundred times that of
+#: others, what a layer does for all others would not be seen beside it.
+_LOUDEST = 16
+
+
 class InputStatistics:
-    """Running maximum and second moment of a layer's input, a value a channel: float32 [in_features].
+    """Running maximum and second moment of a layer's input, a value a channel: float32 [in_features]; and a sketch of
+    it, float32 [SKETCH, in_features]: sums of all inputs, each row with signs of its own drawn by chance, so that
+    S transposed times S is in the mean the Gram matrix, which is too large to be kept (Achlioptas 2003).
 
     Squares are summed in float32 within a window and in float64 over windows.
     """
@@ -61,13 +71,29 @@ class InputStatistics:
     def __init__(self, channels: int, device: torch.device):
         self.amax = torch.zeros(channels, device=device)
         self.square_sum = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.signed_sum = torch.zeros(SKETCH, channels, device=device)
         self.rows = 0
+        self._random = torch.Generator(device).manual_seed(0)
 
     def add(self, activations: torch.Tensor) -> None:
         rows = activations.detach().flatten(0, -2)
         torch.maximum(self.amax, torch.linalg.vector_norm(rows, torch.inf, dim=0).float(), out=self.amax)
         self.square_sum += torch.linalg.vector_norm(rows, 2, dim=0, dtype=torch.float32).square()
+        if len(rows):
+            add_product(self.signed_sum, self._signs(activations.detach()), rows)
         self.rows += len(rows)
+
+    def _signs(self, activations: torch.Tensor) -> torch.Tensor:
+        """Draws what each input counts in each row of the sketch, [inputs, SKETCH]."""
+        norms = _norms(activations)
+        loudest = _LOUDEST * norms.median(-1, keepdim=True).values  # of its window, whatever others there are
+        counts = torch.where(norms > loudest, loudest / norms, 1.0).to(activations.dtype)
+        drawn = torch.empty(norms.numel(), SKETCH, dtype=activations.dtype, device=activations.device)
+        return drawn.bernoulli_(0.5, generator=self._random).mul_(2).sub_(1).mul_(counts.flatten()[:, None])
+
+    @property
+    def sketch(self) -> torch.Tensor:
+        return self.signed_sum / max(self.rows * SKETCH, 1) ** 0.5
 
     @property
     def second_moment(self) -> torch.Tensor:
@@ -153,8 +179,9 @@ class Observation:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns `<layer>.amax` and `<layer>.second_moment`, float32 [in_features], for every linear layer;
-        and for the blocks, float32 [blocks], `block_influence` and the largest `key_amax` and `value_amax`, which are 0
-        of a block without keys."""
+        `<layer>.sketch`, bfloat16 [SKETCH, in_features], for the first of each group that reads the same input; and
+        for the blocks, float32 [blocks], `block_influence` and the largest `key_amax` and `value_amax`, which are 0 of
+        a block without keys."""
         caches = [self.caches[number] for number in self.numbers]
         ends = [1 - torch.stack([self.similarities[number].mean for number in self.numbers]).float()]
         ends += [torch.stack([c.key for c in caches]), torch.stack([c.value for c in caches])]
@@ -165,6 +192,7 @@ class Observation:
             amax, second_moment = next(copied), next(copied)
             for layer in group.layers:
                 found |= {f"{layer}.amax": amax.clone(), f"{layer}.second_moment": second_moment.clone()}
+            found[f"{group.layers[0]}.sketch"] = self.inputs[group.layers[0]].sketch.bfloat16().cpu()
         return found | {name: next(copied).clone() for name in BY_BLOCK}
 
 
@@ -222,13 +250,13 @@ def grams(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def add_product(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Adds the sum of x yᵀ over rows to float32 [in, in].
+    """Adds the sum of x yᵀ over rows to float32 [n, m].
 
     Products of bfloat16 numbers are exact in float32, in which a GPU's tensor cores add them up ten times as fast as it
     multiplies float32.
 
     Args:
-        left, right: floating point [..., in]; x and y of one row stand in the same place.
+        left, right: floating point [..., n] and [..., m]; x and y of one row stand in the same place.
     """
     x, y = (rows.detach().flatten(0, -2) for rows in (left, right))
     if x.device.type == "cuda" and x.dtype == y.dtype == torch.bfloat16:
