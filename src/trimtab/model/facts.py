@@ -69,6 +69,10 @@ class ModelFacts(Document):
     expert_size: int = 0
     beside: int = 0
 
+    def __hash__(self) -> int:
+        """Without the layers, of which there may be thousands: what a plan asks of a model is kept by its facts."""
+        return hash((self.model_type, self.parameters, self.bytes, self.layers, self.hidden_size))
+
     @cached_property
     def linear_parameters(self) -> int:
         return sum(layer.parameters for layer in self.linears)

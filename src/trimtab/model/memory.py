@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 
 from trimtab import families
 from trimtab.base.schema import Document
@@ -74,13 +75,17 @@ def weight_bytes(facts: ModelFacts, recipe: Recipe) -> tuple[int, int]:
     if recipe.quantize is None or recipe.quantize.row.is_cast:
         wide = round(recipe.quantize.row.bits / 16) if recipe.quantize else 1
         return 2 * facts.linear_parameters * wide, rest * wide
-    quantize = recipe.quantize
+    return _linear_bytes(facts, recipe.quantize), rest
+
+
+@lru_cache(maxsize=256)  # a plan asks this of the same few recipes for every engine that it considers
+def _linear_bytes(facts: ModelFacts, quantize: Quantization) -> int:
     linears, shares = 2.0 * facts.linear_parameters, _shares(quantize)
     for layer in quantized_layers(facts, quantize):
         for storage, share in shares:
             stored = storage.bytes(layer.out_features, layer.in_features, quantize.group_size)
             linears += share * (stored - 2 * layer.parameters)
-    return round(linears), rest
+    return round(linears)
 
 
 def _shares(quantize: Quantization) -> list[tuple[Storage, float]]:
@@ -300,6 +305,7 @@ def _gathered(facts: ModelFacts, student: ModelFacts, width: int, runs_teacher: 
     return heads + max((3 * width + 4) * largest_block(student), ending)
 
 
+@lru_cache(maxsize=256)  # and of every training
 def largest_block(facts: ModelFacts) -> int:
     """Returns the parameters of the linear layers of the largest block."""
     sizes: Counter[int | None] = Counter()
