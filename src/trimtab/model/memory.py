@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -12,7 +11,6 @@ from trimtab.base.schema import Document
 from trimtab.catalog.formats import Storage
 from trimtab.catalog.kv_caches import KV_CACHES
 from trimtab.families import state_space
-from trimtab.families.fusion import block_of
 from trimtab.model import shapes
 from trimtab.model.facts import ModelFacts
 from trimtab.model.hardware import GB, Hardware
@@ -269,7 +267,7 @@ def training(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> TrainingM
     if learned or distill.quantization_aware:  # weights that are made of those that train, for each product
         made = (learned + distill.quantization_aware) * width
     if processes > 1:
-        again = largest_block(student) if distill.activation_checkpointing else student.linear_parameters
+        again = student.largest_block if distill.activation_checkpointing else student.linear_parameters
         gathered = _gathered(facts, student, width, bool(teacher)) + made * again
         made = 0
     tokens = distill.windows_at_once * distill.length
@@ -302,16 +300,7 @@ def _gathered(facts: ModelFacts, student: ModelFacts, width: int, runs_teacher: 
     table = facts.vocab_size * student.hidden_size
     heads = width * (table + runs_teacher * facts.vocab_size * facts.hidden_size)
     ending = (4 + (0 if student.tied_embeddings else width)) * table
-    return heads + max((3 * width + 4) * largest_block(student), ending)
-
-
-@lru_cache(maxsize=256)  # and of every training
-def largest_block(facts: ModelFacts) -> int:
-    """Returns the parameters of the linear layers of the largest block."""
-    sizes: Counter[int | None] = Counter()
-    for layer in facts.linears:
-        sizes[block_of(layer.name)] += layer.parameters
-    return max(sizes.values(), default=0)
+    return heads + max((3 * width + 4) * student.largest_block, ending)
 
 
 def trainable(facts: ModelFacts, recipe: Recipe, hardware: Hardware, most: int = 1) -> Recipe | None:
