@@ -34,6 +34,10 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else libraries tell of leaks as the process ends
+
+
 @pytest.fixture(scope="session", autouse=True)
 def private_surroundings(tmp_path_factory: pytest.TempPathFactory):
     """A cache of the session's own, no network for the Hugging Face libraries, and processes as those of users.
