@@ -25,6 +25,7 @@ from rich.console import Console
 from trimtab.base import child, errors, progress
 from trimtab.base.errors import Failure, InputError, StageError, TrimtabError
 from trimtab.loop.state import State
+from trimtab.pipelines import tasks
 from trimtab.pipelines.optimize import optimize_pipeline
 from trimtab.recipe import Prices
 from trimtab.stages.profile import Profile
@@ -82,6 +83,7 @@ def run(
     with (
         _followed(told, console, events),
         _output_into(log),
+        tasks.forked(),
         _fork_server(),
         warnings.catch_warnings(),
     ):

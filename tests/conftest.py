@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import inspect
 import json
 import math
 import os
@@ -9,6 +12,7 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,6 +23,19 @@ import seaweed
 # Without a GPU Triton's kernels run interpreted, which it decides when it is first imported.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+#: What is imported and collected stays to the end: to look for garbage in it, again and again, takes seconds each time.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else libraries tell of leaks as the process ends
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,6 +52,17 @@ def private_surroundings(tmp_path_factory: pytest.TempPathFactory):
         patch.setenv("TRIMTAB_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.delenv("TRIMTAB_PROGRESS", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def callers_are_named_without_their_source():
+    """To name a caller kfp asks for the whole stack, 19 times a pipeline. With lines of source, as it does,
+    Python goes through all modules for each frame, which takes seconds where tests have imported thousands.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if task := sys.modules.get("kfp.dsl.pipeline_task"):
+            patch.setattr(task, "inspect", SimpleNamespace(stack=functools.partial(inspect.stack, context=0)))
         yield
 
 

@@ -3,6 +3,7 @@ that were filed for it."""
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import yaml
 from kubernetes_server import KubernetesServer
 from rich.console import Console
 
+from trimtab.base import environment
 from trimtab.components import images
 from trimtab.components.fetch.source import fetch
 from trimtab.store import open_store
@@ -121,15 +123,24 @@ def run_dag(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return run
 
 
+#: A version is read from all that a package says of itself, ten milliseconds for each of hundreds of results.
+_installed = functools.cache(environment.installed)
+
+
 @pytest.fixture
-def script(tmp_path: Path, write_model: Callable[..., Path]) -> Script:
+def versions_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "installed", lambda packages: dict(_installed(tuple(packages))))
+
+
+@pytest.fixture
+def script(tmp_path: Path, write_model: Callable[..., Path], versions_once: None) -> Script:
     write_model(tmp_path / "model")
     store = open_store(str(tmp_path / "store"))
     return Script(store, fetch(str(tmp_path / "model"), store), tmp_path / "filed")
 
 
 @pytest.fixture
-def kv_script(tmp_path: Path, write_model: Callable[..., Path]) -> Script:
+def kv_script(tmp_path: Path, write_model: Callable[..., Path], versions_once: None) -> Script:
     """Its ladder begins with the user's recipe, and goes on as without one."""
     write_model(tmp_path / "model")
     store = open_store(str(tmp_path / "store"))

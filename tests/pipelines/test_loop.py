@@ -10,6 +10,7 @@ from kfp import local
 
 from trimtab.base.errors import StageError
 from trimtab.pipelines.rebuild import rebuild_pipeline
+from trimtab.pipelines.tasks import forked
 
 from .filed import BAD, GOOD, KV_RECIPE, Scores, arguments, told
 
@@ -104,7 +105,8 @@ def test_accepted_first_and_again(script, run_dag, tripwire, tmp_path):
     again = run_dag(arguments(script, 1), tmp_path / "runs-2")
     assert first.release == again.release == f"{script.store.uri}/releases/tiny/000001"
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "runs-3"), raise_on_error=False)
-    rebuild_pipeline(unrolled=1)(**arguments(script, 1))
+    with forked():
+        rebuild_pipeline(unrolled=1)(**arguments(script, 1))
     (task,) = (tmp_path / "runs-3").glob("rebuild-*/*")
     assert (task / "changes").read_text().startswith(f"# Nothing changed: {first.release} stands")
     assert len(script.store.releases("tiny")) == 1

@@ -19,6 +19,7 @@ from trimtab.pipelines.commands import main
 from trimtab.pipelines.loop import image_names
 from trimtab.pipelines.package import REVIEW
 from trimtab.pipelines.rebuild import rebuild_pipeline
+from trimtab.pipelines.tasks import forked
 from trimtab.recipe import Recipe
 from trimtab.recipe.evaluation import Evaluation
 from trimtab.stages.profile import Profile
@@ -113,7 +114,8 @@ def released(tmp_path: Path, write_model: Callable[..., Path]) -> dict[str, Any]
 def run(arguments: dict[str, Any], folder: Path) -> dict[str, Path]:
     """Runs the DAG, whatever its end; returns the folders of the tasks that ran, by their names in the pipeline."""
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(folder), raise_on_error=False)
-    rebuild_pipeline(unrolled=1)(**arguments)
+    with forked():
+        rebuild_pipeline(unrolled=1)(**arguments)
     return {path.name: path for path in folder.glob("rebuild-*/*")}
 
 

@@ -15,6 +15,7 @@ from trimtab.components.deployment.rollout import delivery
 from trimtab.components.deployment.rollout.settings import Rollout
 from trimtab.loop import status
 from trimtab.pipelines.loop import Loop
+from trimtab.pipelines.tasks import forked
 from trimtab.store import open_store
 
 RUN = "0b0c4b6e-3b7d-4c57-9d55-6f2b7c1d8a90"
@@ -51,7 +52,8 @@ def behind_the_gate(release: str, rollout: str = "", registry: str = ""):
 def run(folder: Path, **arguments: str) -> tuple[dict[str, Path], dict[str, str]]:
     """Runs the tasks, whatever their end; returns the folders of those that ran, and what the rollout returned."""
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(folder), raise_on_error=False)
-    behind_the_gate(**arguments)
+    with forked():
+        behind_the_gate(**arguments)
     tasks = {path.name: path for path in folder.glob("behind-the-gate-*/*")}
     output = tasks["roll-out"] / "executor_output.json"
     return tasks, json.loads(output.read_text())["parameterValues"] if output.exists() else {}

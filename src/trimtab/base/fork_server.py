@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import array
 import contextlib
-import importlib
 import json
 import os
 import selectors
@@ -105,7 +104,7 @@ def _close(descriptors: list[int]) -> None:
 def _import(module: str) -> None:
     """Imports a module for this child and those to come."""
     with contextlib.suppress(BaseException):  # the child meets it again, and says so where people look
-        importlib.import_module(module)
+        child.imported(module)
 
 
 def _end(waiting: selectors.BaseSelector, pid: int, process: int, connection: socket.socket) -> None:

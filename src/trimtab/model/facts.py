@@ -12,6 +12,7 @@ from trimtab import families
 from trimtab.base.errors import InputError
 from trimtab.base.schema import Document
 from trimtab.families import Family, SharedInput
+from trimtab.families.fusion import block_of
 from trimtab.model import low_precision
 from trimtab.model.configured import experts_of, sizes_of, ties_embeddings
 from trimtab.model.files import has_tokenizer, read_json
@@ -69,9 +70,21 @@ class ModelFacts(Document):
     expert_size: int = 0
     beside: int = 0
 
+    def __hash__(self) -> int:
+        """Without the layers, of which there may be thousands: what a plan asks of a model is kept by its facts."""
+        return hash((self.model_type, self.parameters, self.bytes, self.layers, self.hidden_size))
+
     @cached_property
     def linear_parameters(self) -> int:
         return sum(layer.parameters for layer in self.linears)
+
+    @cached_property
+    def largest_block(self) -> int:
+        """The parameters of the linear layers of the largest block."""
+        sizes: Counter[int | None] = Counter()
+        for layer in self.linears:
+            sizes[block_of(layer.name)] += layer.parameters
+        return max(sizes.values(), default=0)
 
     @cached_property
     def blocks_with_attention(self) -> frozenset[int]:

@@ -17,14 +17,14 @@ def quantized_layers(facts: ModelFacts, quantize: Quantization) -> tuple[Linear,
 
     The output head is never among them: it is often the embedding too.
     """
+    return _not_excluded(facts, quantize.exclude)
+
+
+@lru_cache(maxsize=256)  # a plan asks this of the same few recipes for every engine that it considers
+def _not_excluded(facts: ModelFacts, patterns: tuple[str, ...]) -> tuple[Linear, ...]:
     family = families.named(facts.model_type)
-    left = (layer for layer in facts.linears if not _excluded(layer.name, quantize.exclude))
+    left = (layer for layer in facts.linears if not any(fnmatchcase(layer.name, pattern) for pattern in patterns))
     return tuple(layer for layer in left if not family.keeps(layer.name))
-
-
-@lru_cache(maxsize=10_000)  # a plan asks this of every layer for every engine that it considers
-def _excluded(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def splits(facts: ModelFacts, ranks: int) -> bool:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 
 from trimtab import families
 from trimtab.base.schema import Document
 from trimtab.catalog.formats import Storage
 from trimtab.catalog.kv_caches import KV_CACHES
 from trimtab.families import state_space
-from trimtab.families.fusion import block_of
 from trimtab.model import shapes
 from trimtab.model.facts import ModelFacts
 from trimtab.model.hardware import GB, Hardware
@@ -74,13 +73,17 @@ def weight_bytes(facts: ModelFacts, recipe: Recipe) -> tuple[int, int]:
     if recipe.quantize is None or recipe.quantize.row.is_cast:
         wide = round(recipe.quantize.row.bits / 16) if recipe.quantize else 1
         return 2 * facts.linear_parameters * wide, rest * wide
-    quantize = recipe.quantize
+    return _linear_bytes(facts, recipe.quantize), rest
+
+
+@lru_cache(maxsize=256)  # a plan asks this of the same few recipes for every engine that it considers
+def _linear_bytes(facts: ModelFacts, quantize: Quantization) -> int:
     linears, shares = 2.0 * facts.linear_parameters, _shares(quantize)
     for layer in quantized_layers(facts, quantize):
         for storage, share in shares:
             stored = storage.bytes(layer.out_features, layer.in_features, quantize.group_size)
             linears += share * (stored - 2 * layer.parameters)
-    return round(linears), rest
+    return round(linears)
 
 
 def _shares(quantize: Quantization) -> list[tuple[Storage, float]]:
@@ -264,7 +267,7 @@ def training(facts: ModelFacts, recipe: Recipe, hardware: Hardware) -> TrainingM
     if learned or distill.quantization_aware:  # weights that are made of those that train, for each product
         made = (learned + distill.quantization_aware) * width
     if processes > 1:
-        again = largest_block(student) if distill.activation_checkpointing else student.linear_parameters
+        again = student.largest_block if distill.activation_checkpointing else student.linear_parameters
         gathered = _gathered(facts, student, width, bool(teacher)) + made * again
         made = 0
     tokens = distill.windows_at_once * distill.length
@@ -297,15 +300,7 @@ def _gathered(facts: ModelFacts, student: ModelFacts, width: int, runs_teacher: 
     table = facts.vocab_size * student.hidden_size
     heads = width * (table + runs_teacher * facts.vocab_size * facts.hidden_size)
     ending = (4 + (0 if student.tied_embeddings else width)) * table
-    return heads + max((3 * width + 4) * largest_block(student), ending)
-
-
-def largest_block(facts: ModelFacts) -> int:
-    """Returns the parameters of the linear layers of the largest block."""
-    sizes: Counter[int | None] = Counter()
-    for layer in facts.linears:
-        sizes[block_of(layer.name)] += layer.parameters
-    return max(sizes.values(), default=0)
+    return heads + max((3 * width + 4) * student.largest_block, ending)
 
 
 def trainable(facts: ModelFacts, recipe: Recipe, hardware: Hardware, most: int = 1) -> Recipe | None:

@@ -100,7 +100,7 @@ class Work:
         at_once = min(tokens, (windows or _WINDOWS[self.device]) * length)
         between = streams * self.width * tokens * facts.hidden_size
         stored = 2 if self.device == "cpu" else 0  # what is read of a file counts until the file is closed
-        block = memory.largest_block(facts)
+        block = facts.largest_block
         entering = (self.width + stored) * facts.vocab_size * facts.hidden_size
         running = (2 * self.width + stored) * block + at_once * memory.activation_bytes(facts, self.width) + summed
         running += memory.scan_bytes(facts, at_once, length, self.device)
@@ -110,7 +110,7 @@ class Work:
     def by_block(self, recipe: Recipe, tokens: int) -> Held:
         """An engine that scores so many tokens together, a block at a time, in 16 bits (`runtime.engines.by_block`)."""
         facts, stored = self.facts, 2 if self.device == "cpu" else 0
-        block, at_once = memory.largest_block(facts), min(tokens, recipe.engine.max_num_tokens)
+        block, at_once = facts.largest_block, min(tokens, recipe.engine.max_num_tokens)
         outside = (2 + stored) * (facts.parameters - facts.linear_parameters)
         running = (4 + stored) * block + memory.step_bytes(facts, at_once)
         running += memory.scan_bytes(facts, at_once, recipe.engine.max_seq_len, self.device)
@@ -131,7 +131,7 @@ class Work:
         Args:
             written: bytes of the new checkpoint.
         """
-        block = 2 * memory.largest_block(facts)
+        block = 2 * facts.largest_block
         shard = max(min(_SHARD, facts.bytes), block)
         together = 4 * max((layer.parameters for layer in facts.linears), default=0)
         worked_on = 6 * together

@@ -133,11 +133,11 @@ def _check_exclusions(recipe: Recipe, facts: ModelFacts) -> str | None:
     quantize = recipe.quantize
     if quantize is None or quantize.row.is_cast:
         return None
-    names = [layer.name for layer in facts.linears]
     head = families.named(facts.model_type).head
-    endings = [*sorted({f"*.{name.rpartition('.')[2]}" for name in names}), head]
     for pattern in quantize.exclude:
-        if not any(fnmatchcase(name, pattern) for name in (*names, head)):
+        if not any(fnmatchcase(name, pattern) for name in (head, *(layer.name for layer in facts.linears))):
+            names = [layer.name for layer in facts.linears]
+            endings = [*sorted({f"*.{name.rpartition('.')[2]}" for name in names}), head]
             remedy = nearest(pattern, [*endings, *names], listed=endings)
             return f"quantize.exclude: '{pattern}' matches no layer; {remedy}"
     layers = quantized_layers(facts, quantize)

@@ -20,6 +20,7 @@ from torch import distributed
 
 from trimtab.components.distillation import work
 from trimtab.components.distillation.training import resume, training
+from trimtab.components.distillation.weights import quantization_aware  # noqa: F401, ModelOpt once for all forks
 from trimtab.runtime.parallel import torchrun
 
 

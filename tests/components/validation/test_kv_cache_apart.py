@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import tiny
 
 from trimtab import stages
+from trimtab.base import child
 from trimtab.components.fetch.source import fetch
 from trimtab.components.validation import stage as validation
 from trimtab.loop import decisions, evidence
@@ -71,7 +73,15 @@ class Run:
         self.store.record(key, {"tree": tree.model_dump(), "metrics": {}, "seconds": 1.0})
 
 
-def test_a_ruinous_kv_cache_is_found_and_dropped_alone(tmp_path):
+@pytest.fixture
+def forks(monkeypatch):
+    """The stages' children share what they import, as in a run on one machine."""
+    with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:  # a socket's path has 107 bytes at most
+        monkeypatch.setenv(child.FORK_SERVER, str(Path(folder) / "socket"))
+        yield
+
+
+def test_a_ruinous_kv_cache_is_found_and_dropped_alone(tmp_path, forks):
     run = Run(tmp_path)
     state = run.through(run.begin())
     assert state.baseline.verdict.outcome == "baseline"

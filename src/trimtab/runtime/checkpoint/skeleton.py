@@ -8,6 +8,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, cache_utils
+from transformers.initialization import no_init_weights
 
 from trimtab import families
 from trimtab.base.errors import InputError
@@ -36,8 +37,10 @@ def skeleton(folder: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedMod
     try:
         if family.wrapper:
             config = text_model.config(Path(folder), config, family)
-        with init_empty_weights(include_buffers=False):
+        # To draw weights on the meta device gives none, and takes two thirds of the time.
+        with init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model.tie_weights(recompute_mapping=False)  # which is part of what is left out
     except (OSError, ValueError, KeyError) as error:
         raise _no_model(folder, error) from None
     for parameter in model.parameters():  # and not all buffers: GPT-J's angles would be those of rounded frequencies
