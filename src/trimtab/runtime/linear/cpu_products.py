@@ -180,22 +180,24 @@ def gathered(x_RI: torch.Tensor, weight_IO: torch.Tensor) -> torch.Tensor:
     has one thread, so there is one for each part of the outputs: the table then has more rows, which are shorter.
     """
     (rows, in_features), out_features = x_RI.shape, weight_IO.shape[1]
-    indices_PI = _indices(in_features, out_features, torch.get_num_threads())
-    parts = len(indices_PI)
+    indices_BI = _indices(rows, in_features, out_features, torch.get_num_threads())
+    parts = len(indices_BI) // rows
+    x_BI = x_RI.bfloat16()
     return F.embedding_bag(
-        indices_PI.repeat(rows, 1),
+        indices_BI,
         weight_IO.view(in_features * parts, out_features // parts),
-        per_sample_weights=x_RI.bfloat16().repeat_interleave(parts, 0),
+        per_sample_weights=x_BI.repeat_interleave(parts, 0) if parts > 1 else x_BI,
         mode="sum",
     ).view(rows, out_features)
 
 
 @functools.lru_cache(64)
-def _indices(in_features: int, out_features: int, threads: int) -> torch.Tensor:
-    """Returns which rows of its table a bag of `gathered` sums for each part of the outputs, int32 [parts, I]."""
+def _indices(rows: int, in_features: int, out_features: int, threads: int) -> torch.Tensor:
+    """Returns which rows of its table each bag of `gathered` sums, int32 [rows * parts, I]."""
     parts = max(n for n in range(1, threads + 1) if n == 1 or out_features % (n * BLOCK) == 0)
     with torch.inference_mode(False):
-        return torch.arange(in_features * parts, dtype=torch.int32).view(in_features, parts).t().contiguous()
+        indices_IP = torch.arange(in_features * parts, dtype=torch.int32).view(in_features, parts)
+        return indices_IP.t().repeat(rows, 1)
 
 
 def row_by_row(x_RI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
