@@ -163,8 +163,12 @@ def test_inputs_are_rounded_some_rows_at_a_time(form: str, measured: bool, monke
     assert torch.equal(module(x_RI), expected_RO)
 
 
-@pytest.mark.parametrize(("outputs", "inputs", "group"), [(64, 64, 64), (208, 128, 32), (400, 256, 128), (48, 64, 32)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "group"),
+    [(64, 64, 64), (208, 128, 32), (400, 256, 128), (48, 64, 32), (48, 160, 32), (16, 416, 32)],
+)
 def test_packed_int4_is_read_in_tiles(kind: torch.dtype, outputs: int, inputs: int, group: int) -> None:
+    """Of some outputs and, where sums are in float32, some groups of inputs; of the last tile there are fewer."""
     layer = int4(outputs, inputs, group)
     module = choice.build(layer, None, CPU)
     for rows in (3, 90):

@@ -27,10 +27,16 @@ def to_fp8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
 
 def e4m3_units(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     """Returns x in units of `scale` as e4m3 represents it, in float32; beyond its range it saturates."""
-    x = x.float()
     if x.device.type == "cpu":  # which casts one number at a time
-        return _rounded((x / scale).clamp_(-E4M3_MAX, E4M3_MAX), 3, 2.0**-6)
-    return to_fp8(x, scale).float()
+        return _rounded(_divided(x, scale).clamp_(-E4M3_MAX, E4M3_MAX), 3, 2.0**-6)
+    return to_fp8(x.float(), scale).float()
+
+
+def _divided(x: torch.Tensor, by: torch.Tensor | float) -> torch.Tensor:
+    """Returns x / by as a float32 tensor of its own; on a GPU `by` is float32 and has axes."""
+    if x.device.type == "cpu":  # which would convert x apart: memory that is new again and again costs more than a pass
+        return x.to(torch.float32, copy=True).div_(by)
+    return x / by
 
 
 def _rounded(x: torch.Tensor, bits: int, smallest: float) -> torch.Tensor:
@@ -71,7 +77,7 @@ def nvfp4_units(
     blocks = x.unflatten(-1, (-1, _BLOCK))
     block_scale = (block_scales or nvfp4_block_scales)(largest(blocks), scale).float()
     above_0 = (block_scale * scale).clamp_min_(torch.finfo(torch.float32).tiny)  # float32, and so is what it divides
-    return _rounded((blocks / above_0).clamp_(-E2M1_MAX, E2M1_MAX), 1, 1.0).mul_(block_scale).flatten(-2)
+    return _rounded(_divided(blocks, above_0).clamp_(-E2M1_MAX, E2M1_MAX), 1, 1.0).mul_(block_scale).flatten(-2)
 
 
 def nvfp4_block_scales(magnitude: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:

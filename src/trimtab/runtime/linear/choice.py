@@ -66,7 +66,7 @@ class Int8Static(PackedLinear):
     def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
         q_RI, rows = self.codes(x_RI), len(x_RI)
         if self.kernel != Int8Static.kernel:
-            return (cpu_products.exact(q_RI, self.weight_OI) * self.scale_O).bfloat16()
+            return cpu_products.exact(q_RI, self.weight_OI).mul_(self.scale_O).bfloat16()
         if q_RI.is_cuda and rows <= 16:  # cuBLAS refuses fewer
             q_RI = F.pad(q_RI, (0, 0, 0, 32 - rows))
         return (torch._int_mm(q_RI, self.weight_OI.t())[:rows] * self.scale_O).bfloat16()

@@ -1,13 +1,13 @@
 """Quantized layers on a CPU: PyTorch's packed kernels for few rows, `runtime.linear.cpu_products` for many.
 
-Axes in names: see `runtime.linear.packed`.
+Axes in names: see `runtime.linear.packed`; those of packed INT4 are B blocks of outputs, U lower or upper four bits, H
+outputs of half a block, N outputs of half of several.
 """
 
 from __future__ import annotations
 
-import operator
+import math
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 
@@ -22,8 +22,12 @@ _INT4_GROUPS = (32, 64, 128, 256)
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
 
-#: Rows up to which a packed kernel with vector code is faster than the dense product: INT4 takes longer to unpack.
-_PACKED_ROWS = {"_weight_int8pack_mm": 16, "_weight_int4pack_mm_for_cpu": 32}
+#: Rows up to which a packed kernel with vector code is faster than the dense product, by the type that is multiplied
+#: fast here: INT4 takes longer to unpack.
+_PACKED_ROWS: dict[str, dict[torch.dtype, int]] = {
+    "_weight_int8pack_mm": {torch.bfloat16: 16, torch.float32: 16},
+    "_weight_int4pack_mm_for_cpu": {torch.bfloat16: 32, torch.float32: 24},
+}
 
 
 def packed_rows(kernel: str, packed: Multiply, dense: Multiply, in_features: int) -> int:
@@ -41,7 +45,7 @@ def packed_rows(kernel: str, packed: Multiply, dense: Multiply, in_features: int
     if kernel not in _fast:
         with torch.inference_mode():
             _fast[kernel] = is_fast()
-    return _PACKED_ROWS[kernel] if _fast[kernel] else 0
+    return _PACKED_ROWS[kernel][cpu_products.dtype()] if _fast[kernel] else 0
 
 
 _fast: dict[str, bool] = {}
@@ -105,9 +109,9 @@ class Int4WeightOnly(PackedLinear):
         if out_features % 16 or in_features % 2 or layer.layout.group_size not in _INT4_GROUPS:
             return False
         found_OI = torch.empty(out_features, in_features, dtype=torch.uint8)
-        for nibbles_IO, place in _nibbles(Int4WeightOnly.pack(layer), out_features, out_features):
-            part = place(found_OI)
-            part.copy_(nibbles_IO.t().view_as(part))
+        for bytes_BIH, here in _blocks(Int4WeightOnly.pack(layer), out_features):
+            found_BHI = found_OI[here].view(len(bytes_BIH), -1, in_features)
+            found_BHI.copy_(torch.cat([bytes_BIH & 15, bytes_BIH >> 4], dim=2).transpose(1, 2))
         return torch.equal(found_OI.to(torch.int8) - 8, layer_layout.numbers(layer))
 
     def packed(self, x_RI: torch.Tensor) -> torch.Tensor:
@@ -115,51 +119,90 @@ class Int4WeightOnly(PackedLinear):
         return torch._weight_int4pack_mm_for_cpu(x_RI, self.weight, self.group_size, self.scale_zero_GO2)
 
     def dense(self, x_RI: torch.Tensor) -> torch.Tensor:
-        kind = cpu_products.dtype()
-        return cpu_products.product(x_RI, self._tiles(kind), self.out_features, kind, stored_IO=True).bfloat16()
+        x_RI, rows = x_RI.to(cpu_products.dtype()), len(x_RI)
+        y_RO = torch.empty(rows, self.out_features, dtype=torch.bfloat16)
+        outputs, groups = self._tile(x_RI.dtype)
+        for bytes_BIH, here in _blocks(self.weight, self.out_features):
+            blocks, _, half = bytes_BIH.shape
+            y_RUBH = y_RO[:, here].view(rows, blocks, 2, half).transpose(1, 2)
+            scale_GUBH = self.scale_zero_GO2[:, here, 0].view(-1, blocks, 2, half).transpose(1, 2)
+            count = max(1, outputs // (2 * half))
+            for first in range(0, blocks, count):
+                some = slice(first, first + count)
+                y_RUBH[:, :, some] = self._product(x_RI, bytes_BIH[some], scale_GUBH[:, :, some], groups)
+        return y_RO
 
-    def _tiles(self, kind: torch.dtype) -> cpu_products.Tiles:
-        """The weight's numbers (q - 8) * scale, which float32 holds and bfloat16 rounds."""
+    def _tile(self, kind: torch.dtype) -> tuple[int, int]:
+        """Returns of how many outputs and of how many groups of inputs the numbers are unpacked at once.
 
-        def tiles(step: int) -> Iterator[tuple[torch.Tensor, Place]]:
-            scale_OG = self.scale_zero_GO2[..., 0].to(kind).t()
-            for nibbles_IO, place in _nibbles(self.weight, self.out_features, 2 * step):  # of which a tile has half
-                w_IO = cpu_products.scratch("tile", kind, *nibbles_IO.shape).copy_(nibbles_IO)
-                w_GSO = w_IO.view(-1, self.group_size, w_IO.shape[1])
-                scale_G1O = place(scale_OG).movedim(-1, 0).flatten(1)[:, None]
-                torch.addcmul(scale_G1O * -8, w_GSO, scale_G1O, out=w_GSO)
-                yield w_IO.t(), place
+        A product of bfloat16 rounds its output, so it has all inputs. Sums in float32 are added up, and a tile is four
+        times as wide as long: in memory it has long rows, and sums of many rows are read and written for few tiles.
+        """
+        if kind == torch.bfloat16:
+            length = cpu_products.tile_length(self.out_features, self.in_features, cpu_products.LARGEST)
+            return length, self.in_features // self.group_size
+        size = cpu_products.TILE * torch.get_num_threads()
+        outputs = min(2 * math.isqrt(size), self.out_features)
+        groups, most = self.in_features // self.group_size, max(1, size // outputs // self.group_size)
+        return outputs, -(-groups // -(-groups // most))  # all of a size, if they can be
 
-        return tiles
+    def _product(
+        self, x_RI: torch.Tensor, bytes_BIH: torch.Tensor, scale_GUBH: torch.Tensor, groups: int
+    ) -> torch.Tensor:
+        """Returns the product of rows and some blocks, [R, U, B, H] in the type of the rows.
+
+        A weight is (q - 8) * scale, which float32 holds and bfloat16 rounds.
+        """
+        kind, outputs = x_RI.dtype, scale_GUBH[0].numel()
+        scale_G1O = cpu_products.scratch("scale", kind, *scale_GUBH.shape).copy_(scale_GUBH).view(-1, 1, outputs)
+        offset_G1O = scale_G1O * -8
+        sums_RO = torch.empty(x_RI.shape[0], outputs, dtype=kind)
+        tiles = _numbers(bytes_BIH, groups * self.group_size, kind)
+        for group, (here, w_IO) in zip(range(0, scale_G1O.shape[0], groups), tiles, strict=True):
+            some, w_GSO = slice(group, group + groups), w_IO.view(-1, self.group_size, outputs)
+            torch.addcmul(offset_G1O[some], w_GSO, scale_G1O[some], out=w_GSO)
+            sums_RO.addmm_(x_RI[:, here], w_IO, beta=min(1, group))  # the first ignores what was there
+        return sums_RO.view(-1, *scale_GUBH.shape[1:])
 
 
-#: Of something with an axis of outputs in front, the part that belongs to a tile, [..., n].
-Place = Callable[[torch.Tensor], torch.Tensor]
+def _blocks(packed: torch.Tensor, out_features: int) -> Iterator[tuple[torch.Tensor, slice]]:
+    """Yields the kernel's layout as bytes [B, I, H], and of which outputs they are.
 
-
-def _nibbles(packed: torch.Tensor, out_features: int, step: int) -> Iterator[tuple[torch.Tensor, Place]]:
-    """Yields the kernel's layout as numbers from 0 to 15, uint8 [in, n], and of which outputs they are.
-
-    A tile has the lower or the upper halves of several blocks: so nothing is moved but bytes in runs of 16 or 32.
+    A block has 2 * H outputs: its bytes hold the first half of them in their lower four bits, the second in the upper.
+    Of the last outputs, which are neighbours, two are a block.
     """
     block, data = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32, packed.reshape(-1)
-    columns, half = len(data) * 2 // out_features, block // 2
+    columns = len(data) * 2 // out_features
     whole = out_features // block * block
-    blocks = data[: whole * columns // 2].view(-1, columns, half)
-    for first in range(0, len(blocks), max(1, step // block)):
-        some = blocks[first : first + max(1, step // block)]
-        bytes_IO = cpu_products.scratch("bytes", torch.uint8, columns, len(some) * half)
-        runs = bytes_IO.view(torch.complex128).view(columns, len(some), -1)  # 16 bytes a number: one move each
-        runs.copy_(some.view(torch.complex128).transpose(0, 1))
-        nibbles_IO = cpu_products.scratch("nibbles", torch.uint8, *bytes_IO.shape)
-        for upper, take in ((0, torch.bitwise_and), (1, torch.bitwise_right_shift)):
-            yield take(bytes_IO, 4 if upper else 15, out=nibbles_IO), partial(_halves, first, len(some), half, upper)
-    rest = data[whole * columns // 2 :].view(columns, -1)
-    if rest.numel():
-        yield rest & 15, operator.itemgetter(slice(whole, None, 2))
-        yield rest >> 4, operator.itemgetter(slice(whole + 1, None, 2))
+    if whole:
+        yield data[: whole * columns // 2].view(-1, columns, block // 2), slice(whole)
+    if whole < out_features:
+        yield data[whole * columns // 2 :].view(columns, -1).t()[..., None], slice(whole, None)
 
 
-def _halves(first: int, count: int, half: int, upper: int, of_outputs: torch.Tensor) -> torch.Tensor:
-    here = of_outputs[first * 2 * half : (first + count) * 2 * half]
-    return here.unflatten(0, (count, 2, half))[:, upper]
+def _numbers(bytes_BIH: torch.Tensor, step: int, kind: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yields the numbers from 0 to 15 of some blocks, [I, U B H] of a type, and of which inputs: so many at a time.
+
+    Nothing is moved but bytes in runs of 16 or 32; the other passes are over long rows.
+    """
+    blocks, columns, half = bytes_BIH.shape
+    step = min(step, columns)
+    # Where there are 16 bytes together, these are moved as one number.
+    as_moved = torch.complex128 if half % 16 == 0 else torch.uint8
+    from_IBH = bytes_BIH.view(as_moved).transpose(0, 1)
+    bytes_IN = cpu_products.scratch("bytes", torch.uint8, step, blocks * half)
+    moved_IBH = bytes_IN.view(as_moved).view(step, blocks, -1)
+    numbers_IUN = cpu_products.scratch("numbers", torch.int8, step, 2, blocks * half)  # signed is converted faster
+    lower_IN, upper_IN = numbers_IUN.view(torch.uint8).unbind(1)
+    tile_IUN = cpu_products.scratch("tile", kind, step, 2, blocks * half)
+    buffers = moved_IBH, bytes_IN, lower_IN, upper_IN, numbers_IUN, tile_IUN, tile_IUN.view(step, -1)
+    for start in range(0, columns, step):
+        if start + step > columns:
+            buffers = tuple(buffer[: columns - start] for buffer in buffers)
+        moved_IBH, bytes_IN, lower_IN, upper_IN, numbers_IUN, tile_IUN, tile_IO = buffers
+        here = slice(start, start + step)
+        moved_IBH.copy_(from_IBH[here])
+        torch.bitwise_and(bytes_IN, 15, out=lower_IN)
+        torch.bitwise_right_shift(bytes_IN, 4, out=upper_IN)
+        tile_IUN.copy_(numbers_IUN)
+        yield here, tile_IO

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -41,8 +40,8 @@ VECTORS = 2
 BLOCK = 16
 
 #: outputs a tile may have -> the tiles of a weight: some of its rows, [n, I], which the next tile may overwrite, and
-#: where their outputs stand: of all outputs [O, R] the view [..., R] of theirs.
-Tiles = Callable[[int], Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]]
+#: which these are.
+Tiles = Callable[[int], Iterator[tuple[torch.Tensor, slice]]]
 
 
 @functools.cache
@@ -181,22 +180,24 @@ def gathered(x_RI: torch.Tensor, weight_IO: torch.Tensor) -> torch.Tensor:
     has one thread, so there is one for each part of the outputs: the table then has more rows, which are shorter.
     """
     (rows, in_features), out_features = x_RI.shape, weight_IO.shape[1]
-    indices_PI = _indices(in_features, out_features, torch.get_num_threads())
-    parts = len(indices_PI)
+    indices_BI = _indices(rows, in_features, out_features, torch.get_num_threads())
+    parts = len(indices_BI) // rows
+    x_BI = x_RI.bfloat16()
     return F.embedding_bag(
-        indices_PI.repeat(rows, 1),
+        indices_BI,
         weight_IO.view(in_features * parts, out_features // parts),
-        per_sample_weights=x_RI.bfloat16().repeat_interleave(parts, 0),
+        per_sample_weights=x_BI.repeat_interleave(parts, 0) if parts > 1 else x_BI,
         mode="sum",
     ).view(rows, out_features)
 
 
 @functools.lru_cache(64)
-def _indices(in_features: int, out_features: int, threads: int) -> torch.Tensor:
-    """Returns which rows of its table a bag of `gathered` sums for each part of the outputs, int32 [parts, I]."""
+def _indices(rows: int, in_features: int, out_features: int, threads: int) -> torch.Tensor:
+    """Returns which rows of its table each bag of `gathered` sums, int32 [rows * parts, I]."""
     parts = max(n for n in range(1, threads + 1) if n == 1 or out_features % (n * BLOCK) == 0)
     with torch.inference_mode(False):
-        return torch.arange(in_features * parts, dtype=torch.int32).view(in_features, parts).t().contiguous()
+        indices_IP = torch.arange(in_features * parts, dtype=torch.int32).view(in_features, parts)
+        return indices_IP.t().repeat(rows, 1)
 
 
 def row_by_row(x_RI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
@@ -219,10 +220,10 @@ def exact(x_RI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
 def widened(weight_OI: torch.Tensor, kind: torch.dtype) -> Tiles:
     """Returns the tiles of a stored weight, in a type that holds its numbers."""
 
-    def tiles(step: int) -> Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]:
+    def tiles(step: int) -> Iterator[tuple[torch.Tensor, slice]]:
         tile_OI = scratch("tile", kind, step, weight_OI.shape[1])
         for start, part in zip(range(0, len(weight_OI), step), weight_OI.split(step), strict=True):
-            yield tile_OI[: len(part)].copy_(part), operator.itemgetter(slice(start, start + step))
+            yield tile_OI[: len(part)].copy_(part), slice(start, start + step)
 
     return tiles
 
@@ -250,35 +251,26 @@ def scratch(name: str, kind: torch.dtype, *shape: int) -> torch.Tensor:
     return held[:size].view(shape)
 
 
-def product(
-    x_RI: torch.Tensor, tiles: Tiles, out_features: int, kind: torch.dtype, stored_IO: bool = False
-) -> torch.Tensor:
+def product(x_RI: torch.Tensor, tiles: Tiles, out_features: int, kind: torch.dtype) -> torch.Tensor:
     """Returns x @ w.T of a weight that is unpacked tile by tile, [R, O] in the type of `kind`.
 
     Args:
         tiles: of the weight, in `kind`.
         kind: float32, or bfloat16 on a processor that multiplies it.
-        stored_IO: whether tiles lie in memory with their inputs first. Few rows are multiplied quickest where neither
-            factor has to be transposed, so these are never turned.
     """
     count, in_features = x_RI.shape
     step = tile_length(out_features, in_features, LARGEST if kind == torch.bfloat16 else longer(count))
-    turned = 1 < count <= FEW and not stored_IO and outputs_first(count, kind)
-    if turned:  # moved, for there may be many tiles
-        x_IR = columns(x_RI).to(kind).contiguous()
+    if 1 < count <= FEW and outputs_first(count, kind):
+        x_IR = columns(x_RI).to(kind).contiguous()  # moved, for there may be many tiles
         y_OR = torch.empty(out_features, count, dtype=kind)
-    else:
-        x_RI = x_RI.to(kind)
-        y_OR = torch.empty(count, out_features, dtype=kind).t()
-    for w_OI, place in tiles(step):
-        y = place(y_OR)
-        if y.dim() > 2:
-            y.copy_((torch.mm(w_OI, x_IR) if turned else torch.mm(x_RI, w_OI.t()).t()).view_as(y))
-        elif turned:
-            torch.mm(w_OI, x_IR, out=y)
-        else:
-            torch.mm(x_RI, w_OI.t(), out=y.t())
-    return y_OR.t()
+        for w_OI, here in tiles(step):
+            torch.mm(w_OI, x_IR, out=y_OR[here])
+        return y_OR.t()
+    x_RI = x_RI.to(kind)
+    y_RO = torch.empty(count, out_features, dtype=kind)
+    for w_OI, here in tiles(step):
+        torch.mm(x_RI, w_OI.t(), out=y_RO[:, here])
+    return y_RO
 
 
 def longer(rows: int) -> int:
