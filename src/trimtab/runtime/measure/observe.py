@@ -80,7 +80,8 @@ class InputStatistics:
         torch.maximum(self.amax, torch.linalg.vector_norm(rows, torch.inf, dim=0).float(), out=self.amax)
         self.square_sum += torch.linalg.vector_norm(rows, 2, dim=0, dtype=torch.float32).square()
         if len(rows):
-            add_product(self.signed_sum, self._signs(activations.detach()), rows)
+            # Rounded to the activations' type, which is far less than what chance does.
+            self.signed_sum += self._signs(activations.detach()).T @ rows
         self.rows += len(rows)
 
     def _signs(self, activations: torch.Tensor) -> torch.Tensor:
@@ -88,8 +89,11 @@ class InputStatistics:
         norms = _norms(activations)
         loudest = _LOUDEST * norms.median(-1, keepdim=True).values  # of its window, whatever others there are
         counts = torch.where(norms > loudest, loudest / norms, 1.0).to(activations.dtype)
-        drawn = torch.empty(norms.numel(), SKETCH, dtype=activations.dtype, device=activations.device)
-        return drawn.bernoulli_(0.5, generator=self._random).mul_(2).sub_(1).mul_(counts.flatten()[:, None])
+        # Bits of whole numbers: a tenth of the time that drawing each sign by itself takes.
+        words = torch.empty(norms.numel(), SKETCH // 32, 1, dtype=torch.int64, device=activations.device)
+        words.random_(0, 2**32, generator=self._random)
+        bits = (words >> torch.arange(32, device=activations.device) & 1).flatten(1)
+        return bits.to(activations.dtype).mul_(2).sub_(1).mul_(counts.flatten()[:, None])
 
     @property
     def sketch(self) -> torch.Tensor:
@@ -250,13 +254,13 @@ def grams(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def add_product(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Adds the sum of x yᵀ over rows to float32 [n, m].
+    """Adds the sum of x yᵀ over rows to float32 [in, in].
 
     Products of bfloat16 numbers are exact in float32, in which a GPU's tensor cores add them up ten times as fast as it
     multiplies float32.
 
     Args:
-        left, right: floating point [..., n] and [..., m]; x and y of one row stand in the same place.
+        left, right: floating point [..., in]; x and y of one row stand in the same place.
     """
     x, y = (rows.detach().flatten(0, -2) for rows in (left, right))
     if x.device.type == "cuda" and x.dtype == y.dtype == torch.bfloat16:
