@@ -71,16 +71,18 @@ class Sense:
     @property
     def blocks(self) -> torch.Tensor:
         """How far the gain of each block is from 1, and by outputs of one that adds less than is typical of its output
-        channel, what part of that it has changed."""
-        if self.by_outputs:
-            return share(self.block_change, self.block_own, self.block_own.mean(1, keepdim=True))
-        return departure(self.block_change, self.block_own, LEAST_BLOCK)
+        channel, what part of that it has changed; 0 where too little stands to be judged."""
+        if not self.by_outputs:
+            return departure(self.block_change, self.block_own, LEAST_BLOCK)
+        part = share(self.block_own, self.block_own.mean(1, keepdim=True))
+        return departure(self.block_change, self.block_own, 0) * part.where(part > LEAST_BLOCK, 0.0)
 
     @property
     def inputs(self) -> torch.Tensor:
-        """The same of input channels."""
+        """How far the gain of each input channel is from 1; 0 where too little stands to be judged, and by outputs of
+        one that adds less than is typical what part of that it has changed."""
         if self.by_outputs:
-            return share(self.input_change, self.input_own, self._typical_input)
+            return departure(self.input_change, self.input_own, 0) * share(self.input_own, self._typical_input)
         return departure(self.input_change, self.input_own, LEAST_INPUT)
 
     @property
@@ -126,10 +128,9 @@ def departure(change: torch.Tensor, own: torch.Tensor, least: float) -> torch.Te
     return torch.where(own > least**2 * own.mean(), change / own, 0.0)
 
 
-def share(change: torch.Tensor, own: torch.Tensor, typical: torch.Tensor) -> torch.Tensor:
-    """Returns how far a gain is from 1, signed, and of what is smaller than typical by as much less."""
-    whole = (own * torch.maximum(own, typical)).sqrt()
-    return torch.where(whole > 0, change / whole, 0.0)
+def share(own: torch.Tensor, typical: torch.Tensor) -> torch.Tensor:
+    """Returns what part of what is typical there is, by norm, and at most 1."""
+    return (own / typical.clamp_min(1e-30)).sqrt().clamp_max(1)
 
 
 def measure(

@@ -107,6 +107,25 @@ def test_a_group_of_small_weights_may_make_up_for_others(layer):
         judged(made("int4_rtn", 10 * moved, inputs), 10 * weight, loud)
 
 
+def test_faint_weights_of_a_steady_input_may_become_a_bias() -> None:
+    """As in an 8-billion-parameter model, where a head that attends to all tokens alike reads nearly the same for each:
+    "group 63 of output channel 68 has 13.03 times its source's weights"."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4000, COLUMNS, generator=generator)
+    inputs[:, -GROUP:] = torch.randn(GROUP, generator=generator)  # for all tokens the same
+    weight = 0.05 * torch.randn(ROWS, COLUMNS, generator=generator)
+    weight[7, :-GROUP] *= 20
+    moved = weight.clone()
+    moved[7, -GROUP:] *= 13
+    compared(moved, weight, inputs)
+    with pytest.raises(Failure, match="layer: group 3 of output channel 7 has 1[23].* times its source's weights"):
+        compared(moved, weight)
+    weight[7, -GROUP:] *= 5  # no longer faint
+    moved[7, -GROUP:] *= 5
+    with pytest.raises(Failure, match="layer: (group 3 of )?output channel 7 has .* times its source's weights"):
+        compared(moved, weight, inputs)
+
+
 MASSIVE = [3, 40]
 
 
@@ -121,8 +140,10 @@ def massive() -> torch.Tensor:
 def compared(moved: torch.Tensor, weight: torch.Tensor, inputs: torch.Tensor | None = None) -> None:
     """Compares what is made of a weight that was moved with that weight, by the limits of four bits."""
     stored = packed_layers.quantize("int8_wo", {"layer": moved}, Input(), SETTINGS["int8_wo"])["layer"]
-    measured = likeness.measure(stored, weight, sketch=None if inputs is None else sketch(inputs))
-    check_likeness("layer", replace(stored.layout, algo="W4A16_AWQ"), measured, None)
+    four_bits = replace(stored.layout, algo="W4A16_AWQ", group_size=GROUP)
+    as_groups = replace(stored, layout=replace(stored.layout, group_size=GROUP))
+    measured = likeness.measure(as_groups, weight, sketch=None if inputs is None else sketch(inputs))
+    check_likeness("layer", four_bits, measured, None)
 
 
 def test_two_massive_weights_may_make_up_for_each_other(massive):
