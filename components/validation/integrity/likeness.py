@@ -149,11 +149,10 @@ def measure(
     undone = None if change is None else torch.where(change == 0, 0.0, 1 / change)
     size = layer.layout.group_size or columns
     part = max(2, _PART[source.device.type] // columns // 2 * 2)  # two rows of INT4 share their bytes
-    ways: list[_Plain | _ByOutputs] = [_Plain(size)]
+    plain, outputs = _Plain(size), None
     if sketch is not None:
         seen = sketch.float() if change is None else sketch.float() * change
-        if seen.any():
-            ways.append(_ByOutputs(size, seen))
+        outputs = _ByOutputs(size, seen) if seen.any() else None
     for begin in range(0, rows, part):
         stored_OI = layer_layout.scaled_weight(_rows(layer, begin, begin + part))
         weight_OI = source[begin : begin + part].float()
@@ -161,9 +160,10 @@ def measure(
             weight_OI = weight_OI * undone
             stored_OI = stored_OI.where(undone != 0, 0.0)
         error_OI = stored_OI.sub_(weight_OI)
-        for way in ways:
-            way.add(error_OI, weight_OI)
-    return Likeness(*([way.sense() for way in ways] + [None])[:2])
+        plain.add(error_OI, weight_OI)
+        if outputs:
+            outputs.add(error_OI, weight_OI)
+    return Likeness(plain.sense(), outputs.sense() if outputs else None)
 
 
 class _Plain:

@@ -86,8 +86,9 @@ def compare(
                 _check_scaled_bias(f"{group.norm}.bias", export, source, change)
                 done.add(f"{group.norm}.bias")
             change = change.to(device)
-        sketch = f"{group.layers[0]}.sketch"
-        seen = measured[sketch].to(device) if measured and sketch in measured else None
+        sketch, seen = f"{group.layers[0]}.sketch", None
+        if measured and sketch in measured and any(isinstance(pair.stored, Quantized) for pair in pairs.values()):
+            seen = measured[sketch].to(device)
         for layer, pair in pairs.items():
             pair, rows_by = pair.to(device), folds.rows(layer)
             if rows_by is not None:

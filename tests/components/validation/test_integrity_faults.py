@@ -116,7 +116,7 @@ def test_a_group_that_matters_little_may_move_and_one_that_matters_may_not(damag
     """GPTQ lets weights of inputs that matter little make up for the errors of others. At 8 billion parameters the gate
     called such an export damaged: "group 15 of output channel 345 has -0.07 times its source's weights"."""
     moved = damaged("int4_gptq", a_group_of_one_channel_zeroed)
-    zero = rf"{re.escape(LAYER)}: (group 1 of )?output channel 4 has 0\.\d+ times its source's weights"
+    zero = re.escape(f"{LAYER}: group 1 of output channel 4 has 0.00 times its source's weights")
     (tmp_path / "matters").mkdir()
     damage_of(zero, moved, model, tmp_path / "matters", "int4_gptq", calibration=calibration)
     quiet = shutil.copytree(calibration, tmp_path / "quiet")
