@@ -34,13 +34,20 @@ from trimtab.runtime.rounding import hessian
 
 @torch.inference_mode()
 def quantize(
-    source: Path, calibration: Path, groups: Sequence[Group], quantizer: GroupQuantizer, scratch: Path
+    source: Path,
+    calibration: Path,
+    groups: Sequence[Group],
+    quantizer: GroupQuantizer,
+    scratch: Path,
+    is_done: bool = False,
 ) -> None:
     """Writes the tensors of quantized groups of each block into the scratch folder, where `read` finds them.
 
     Args:
         groups: of all of the model's layers.
+        quantizer: its settings are given what a recipe leaves to the calibration.
         scratch: what an earlier try left there is used.
+        is_done: an earlier try went through all blocks, of which some may have been read and removed.
 
     Raises:
         InputError: a weight that is not finite.
@@ -48,6 +55,8 @@ def quantize(
     """
     tokens = load_file(calibration / "tokens.safetensors")["tokens"].long()
     quantizer.settings = settings = gptq.with_defaults(quantizer.settings, tokens.numel())
+    if is_done:
+        return
     with_dense = settings.follows_dense(tokens.numel())
     try:
         runner = blockwise.Runner(

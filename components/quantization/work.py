@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint import layer_layout as stored
 from trimtab.runtime.checkpoint import stream
 from trimtab.runtime.checkpoint.model_files import Export, weight_file_bytes
-from trimtab.runtime.measure import measurements
+from trimtab.runtime.measure import blockwise, measurements
 from trimtab.runtime.measure.measurements import Measurements
 
 
@@ -69,10 +70,11 @@ def quantize(
     is_read = calibration and settings.needs_statistics
     measured = Measurements(Path(calibration), source, "calibration") if is_read else None
     quantizer, blocks = GroupQuantizer(source, settings, chosen, measured), Path(scratch) / "blocks"
-    if settings.needs_grams:
-        by_block.quantize(source, Path(calibration), groups, quantizer, blocks)
+    shards, drop = Path(scratch) / "shards", partial(blockwise.drop, blocks)
+    if settings.needs_grams:  # the first shard begins behind the last block
+        by_block.quantize(source, Path(calibration), groups, quantizer, blocks, is_done=shards.exists())
     skip = [f"{families.named(facts.model_type).head}.weight"] if facts.tied_embeddings else []
-    stream.rewrite(source, folder, Path(scratch) / "shards", skip, _Shards(source, groups, quantizer, blocks))
+    stream.rewrite(source, folder, shards, skip, _Shards(source, groups, quantizer, blocks), drop)
     stream.copy_the_rest(source, folder)
     shutil.rmtree(blocks, ignore_errors=True)
     layouts = {layer: stored.layout_of(form, settings) for layer, form in chosen.items()}

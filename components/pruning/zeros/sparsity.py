@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from trimtab.recipe import SparsePruning
 from trimtab.runtime.checkpoint import stream
 from trimtab.runtime.checkpoint.finite import check_finite
 from trimtab.runtime.checkpoint.model_files import Export
-from trimtab.runtime.measure import gradients, observe, routing
+from trimtab.runtime.measure import blockwise, gradients, observe, routing
 from trimtab.runtime.measure.measurements import Measurements
 from trimtab.runtime.rounding import hessian
 
@@ -65,11 +66,12 @@ def prune(
             written[name] = prune_layer(layer, tensor) if layer in layers else tensor
         return written
 
-    if settings.method == "sparsegpt":
+    shards = scratch / "shards"
+    if settings.method == "sparsegpt" and not shards.exists():  # the first shard begins behind the last block
         rare, blocks = routing.recorded(calibration), scratch / "blocks"
         sequential.prune_blocks(checkpoint, _tokens(calibration), layers, rare, blocks, prune_group)
     skip = [f"{families.named(facts.model_type).head}.weight"] if facts.tied_embeddings else []
-    stream.rewrite(checkpoint, output, scratch / "shards", skip, convert)
+    stream.rewrite(checkpoint, output, shards, skip, convert, partial(blockwise.drop, scratch / "blocks"))
     stream.copy_the_rest(checkpoint, output)
     shutil.rmtree(scratch / "blocks", ignore_errors=True)
     (scratch / "shares.json").unlink(missing_ok=True)

@@ -200,14 +200,14 @@ def measuring_gradients(work: Work, tokens: int, length: int) -> Held:
 
 def rounding_by_gptq(work: Work, tokens: int, length: int) -> Held:
     """A block at a time, on the model as quantized so far and, beside that, on the dense one; of a group of layers the
-    Gram matrix with what it is solved by, and the weights in float32."""
+    Gram matrix with what it is solved by, and the weights in float32. A block's file goes when its shard is written."""
     facts = work.left
     inputs = max((layer.in_features for layer in facts.linears), default=0)
     layer = max((layer.parameters for layer in facts.linears), default=0)
     between = work.width * tokens * facts.hidden_size
     summed = 6 * 4 * inputs**2 + 6 * 4 * layer
     streams = 1 + work.recipe.quantize.follows_dense(tokens)
-    return work.measuring(facts, tokens, length, summed, streams, 3 * work.export_bytes + streams * between)
+    return work.measuring(facts, tokens, length, summed, streams, 2 * work.export_bytes + streams * between)
 
 
 def training(work: Work) -> Held:

@@ -82,7 +82,7 @@ def _pruning(work: Work) -> Held:
         grams = working_memory.gram_bytes(facts, block=True)
         tokens, length = _text(work)
         between = work.width * tokens * facts.hidden_size
-        return work.measuring(facts, tokens, length, 3 * grams, disk=facts.bytes * 3 + 2 * between)
+        return work.measuring(facts, tokens, length, 3 * grams, disk=facts.bytes * 2 + 2 * between)
     if isinstance(work.recipe.prune, SparsePruning) and work.recipe.prune.allocation == "sensitivity":
         return working_memory.measuring_gradients(work, *_text(work))._replace(disk=2 * facts.bytes)
     return work.rewriting(facts, left.bytes)

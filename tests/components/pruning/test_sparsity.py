@@ -298,6 +298,31 @@ def test_a_kill_costs_the_open_block(at, model, calibration, tmp_path, monkeypat
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+def test_a_shard_takes_the_place_of_its_blocks(model, calibration, tmp_path, monkeypatch):
+    """So that the scratch holds one model and not two; a kill between two shards costs nothing that is finished."""
+    blocks, seen = tmp_path / "killed" / "scratch" / "blocks", []
+
+    def save(tensors, path, **kwargs):
+        seen.append(len(list(blocks.glob("block-*"))))
+        if seen[-1] == 2:
+            raise Killed
+        save_file(tensors, path, **kwargs)
+
+    monkeypatch.setattr(stream, "SHARD_BYTES", 1)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(stream, "save_file", save)
+        prune(model, calibration, tmp_path / "killed", method="sparsegpt", sparsity=0.5)
+    assert seen[-3:] == [4, 3, 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(grams, "measure", None)  # no block is worked on again
+        (tmp_path / "killed" / "pruned").rmdir()
+        _, resumed = prune(model, calibration, tmp_path / "killed", method="sparsegpt", sparsity=0.5)
+    _, whole = prune(model, calibration, tmp_path / "whole", method="sparsegpt", sparsity=0.5)
+    files = sorted(path.name for path in whole.iterdir())
+    assert files == sorted(path.name for path in resumed.iterdir())
+    assert all((whole / name).read_bytes() == (resumed / name).read_bytes() for name in files)
+
+
 def test_many_shards_are_one_model(model, calibration, tmp_path, monkeypatch):
     _, whole = prune(model, calibration, tmp_path / "whole", method="wanda", pattern="2:4")
     monkeypatch.setattr(stream, "SHARD_BYTES", 1)

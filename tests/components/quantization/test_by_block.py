@@ -7,7 +7,7 @@ from pathlib import Path
 import decoders
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from trimtab.base.errors import Failure
 from trimtab.components.calibration.work import calibrate
@@ -17,7 +17,7 @@ from trimtab.components.quantization.methods import gptq
 from trimtab.families.fusion import groups
 from trimtab.model.facts import inspect
 from trimtab.recipe import Quantization
-from trimtab.runtime.checkpoint import experts, model_files
+from trimtab.runtime.checkpoint import experts, model_files, stream
 from trimtab.runtime.checkpoint.layer_layout import dequantize
 from trimtab.runtime.checkpoint.model_files import Export
 from trimtab.runtime.linear import choice
@@ -258,6 +258,31 @@ def test_a_kill_costs_the_open_block(settings, model, calibration, harms, tmp_pa
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("export", "whole"))
     assert one == other
     assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_shard_takes_the_place_of_its_blocks(model, calibration, tmp_path, monkeypatch):
+    """So that the scratch holds one export and not two; a kill between two shards costs nothing that is finished."""
+    seen: list[list[str]] = []
+
+    def save(tensors, path, **kwargs):
+        seen.append(sorted(file.stem for file in (tmp_path / "killed" / "scratch" / "blocks").glob("block-*")))
+        if len(seen[-1]) == 2:
+            raise KeyboardInterrupt
+        save_file(tensors, path, **kwargs)
+
+    monkeypatch.setattr(stream, "SHARD_BYTES", 1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stream, "save_file", save)
+        quantize(model, calibration, tmp_path / "killed")
+    assert seen[-3:] == [[f"block-{number:05d}" for number in range(first, 4)] for first in range(3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(by_block, "_in_order", None)  # no block is worked on again
+        (tmp_path / "killed" / "export").rmdir()
+        resumed = quantize(model, calibration, tmp_path / "killed")
+    whole = quantize(model, calibration, tmp_path / "whole")
+    names = [path.name for path in sorted(whole.iterdir())]
+    assert names == [path.name for path in sorted(resumed.iterdir())]
+    assert all((whole / name).read_bytes() == (resumed / name).read_bytes() for name in names)
 
 
 def test_a_model_that_cannot_go_by_block_is_told_what_to_write(model, calibration, tmp_path, monkeypatch):

@@ -45,7 +45,14 @@ def plan(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     return shards
 
 
-def rewrite(source: Path, output: Path, scratch: Path, skip: Sequence[str], convert: Convert) -> None:
+def rewrite(
+    source: Path,
+    output: Path,
+    scratch: Path,
+    skip: Sequence[str],
+    convert: Convert,
+    written: Callable[[Sequence[str]], None] | None = None,
+) -> None:
     """Writes a checkpoint whose tensors are what `convert` makes of those of `source`, a shard at a time.
 
     Args:
@@ -55,6 +62,7 @@ def rewrite(source: Path, output: Path, scratch: Path, skip: Sequence[str], conv
         skip: tensors of the source that are left out.
         convert: (names of a shard's tensors, how to call the shard) -> the tensors to write. It is not called for
             a shard that is finished.
+        written: called with the names of a shard's tensors once it is finished: what `convert` made it of may go.
     """
     tensors = {name: tensor for name, tensor in read_tensors(source).items() if name not in skip}
     shards = plan(tensors)
@@ -65,6 +73,8 @@ def rewrite(source: Path, output: Path, scratch: Path, skip: Sequence[str], conv
             partial = path.with_suffix(".partial")
             save_file(dict(convert(names, f"shard {number} of {len(shards)}")), partial, metadata={"format": "pt"})
             partial.rename(path)
+            if written:
+                written(names)
     _publish(done, output)
     shutil.rmtree(scratch)
 

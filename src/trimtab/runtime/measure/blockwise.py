@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from trimtab.base import progress
+from trimtab.families.fusion import block_of
 from trimtab.runtime.checkpoint import skeleton
 from trimtab.runtime.checkpoint.skeleton import family_of
 from trimtab.runtime.measure import observe
@@ -185,6 +186,12 @@ class Runner:
 def result(scratch: Path, number: int) -> Path:
     """Returns the file in a runner's scratch that holds what the work returned for a block."""
     return _file(scratch, "block", number)
+
+
+def drop(scratch: Path, names: Sequence[str]) -> None:
+    """Removes the results of the blocks of tensors of these names, where there are any."""
+    for number in {block_of(name) for name in names} - {None}:
+        result(scratch, number).unlink(missing_ok=True)
 
 
 def _file(scratch: Path, what: str, number: int) -> Path:
