@@ -1,8 +1,9 @@
 """The integrity gate's comparison of an export with its source, beside reading both: the aim is 1.5 times as long.
 
 Run: python benchmarks/integrity.py [--quick] [--format int4_rtn] [--folder FOLDER]
-The model has the shape of Llama 3.1 8B and random weights, 16 GB in BF16. Of two readings and two comparisons the
-faster counts, so both come from memory as far as they fit into it. The last line is one JSON object, in seconds.
+The model has the shape of Llama 3.1 8B and random weights, 16 GB in BF16. Layers are compared by weights and outputs,
+for inputs drawn at random. Of two readings and two comparisons the faster counts, so both come from memory as far as
+they fit into it. The last line is one JSON object, in seconds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from random_model import EIGHT_BILLION, random_model
 from streaming import QUARTER
 
@@ -28,6 +30,8 @@ from trimtab.families import fusion
 from trimtab.model.facts import inspect
 from trimtab.recipe import Quantization
 from trimtab.runtime.checkpoint.model_files import weight_file_bytes
+from trimtab.runtime.measure import measurements
+from trimtab.runtime.measure.observe import SKETCH
 
 
 def main() -> int:
@@ -56,9 +60,16 @@ def measure(folder: Path, shape: dict[str, Any], form: str) -> dict[str, Any]:
     groups = fusion.groups([layer.name for layer in facts.linears], facts.model_type)
     family, quantize = families.named(facts.model_type), Quantization.model_validate(settings)
 
+    inputs = {layer.name: layer.in_features for layer in facts.linears}
+    sketches = {f"{g.layers[0]}.sketch": torch.randn(SKETCH, inputs[g.layers[0]]).bfloat16() for g in groups}
+    (folder / "calibration").mkdir()
+    measurements.write(folder / "calibration", model, "statistics", sketches)
+    measured = measurements.Measurements(folder / "calibration", model, "calibration")
+
     def compare() -> None:
         read, source = Stream(export), Stream(model)
-        weights.compare(read, source, family, groups, quantize, Folds(read, source, groups, quantize, facts))
+        folds = Folds(read, source, groups, quantize, facts)
+        weights.compare(read, source, family, groups, quantize, folds, measured)
 
     seconds = {"reading": _best(lambda: [_read(Stream(path)) for path in (model, export)]), "comparing": _best(compare)}
     size = weight_file_bytes(model) + weight_file_bytes(export)

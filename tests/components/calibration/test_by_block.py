@@ -12,6 +12,8 @@ from trimtab.runtime.measure.block_calls import BlockCalls, NotByBlock
 
 #: Windows, experts of which some are given few of 96 tokens, a hybrid of three kinds of blocks, no cache.
 BUILDS = ("gemma3_text", "qwen3_moe", "nemotron_h", "mamba")
+#: A GPU runs the model in bfloat16, and rounds products of other sizes elsewhere.
+RELATIVE, OF_LARGEST = (2**-6, 2**-6) if torch.cuda.is_available() else (1e-5, 1e-6)
 TOKENS = torch.randint(3, 300, (3, 32), generator=torch.Generator().manual_seed(1))
 
 
@@ -25,7 +27,7 @@ def test_statistics_are_those_of_the_whole_model(model_type, tmp_path):
         if name.endswith(".sketch") and any(shares.values()):  # the whole model goes twice, with other signs
             torch.testing.assert_close(found[name].norm(), tensor.norm(), rtol=0.2, atol=0, msg=name)
         else:
-            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6 * float(tensor.max()), msg=name)
+            torch.testing.assert_close(found[name], tensor, rtol=RELATIVE, atol=OF_LARGEST * float(tensor.max()), msg=name)
 
 
 def test_a_model_that_cannot_go_by_block_is_measured_whole(model, monkeypatch):

@@ -37,8 +37,9 @@ def test_statistics_of_the_first_layer(model, statistics, tokens):
     loaded, _ = model_files.load(model, torch.float32)
     hidden = loaded.model.layers[0].input_layernorm(loaded.model.embed_tokens(tokens)).flatten(0, 1)
     name = "model.layers.0.self_attn.q_proj"
-    torch.testing.assert_close(statistics[f"{name}.amax"], hidden.abs().amax(0))
-    torch.testing.assert_close(statistics[f"{name}.second_moment"], hidden.square().mean(0))
+    near = {"rtol": 2**-6, "atol": 1e-3} if torch.cuda.is_available() else {}  # a GPU runs the model in bfloat16
+    torch.testing.assert_close(statistics[f"{name}.amax"], hidden.abs().amax(0), **near)
+    torch.testing.assert_close(statistics[f"{name}.second_moment"], hidden.square().mean(0), **near)
 
 
 @torch.inference_mode()
