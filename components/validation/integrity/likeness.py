@@ -26,6 +26,9 @@ from trimtab.runtime.checkpoint.layer_layout import Quantized
 #: Of the root mean square of all channels or blocks: smaller ones are too small to judge by their own size. A block is
 #: sooner than a channel, for GPTQ may put into it what others of its output channel lack.
 LEAST_CHANNEL, LEAST_BLOCK, LEAST_INPUT = 0.01, 0.1, 0.5
+#: Directions that most inputs have in common: in these blocks are not judged by outputs. Above all it is what is alike
+#: for all tokens, such as what a head puts out that attends to the first one: GPTQ makes a bias of its weights.
+COMMON = 4
 #: What an input counts at least in a block or an input channel by outputs, in units of what is typical of inputs: what
 #: calibration never saw may come all the same.
 LEAST_MOMENT = 0.25
@@ -208,21 +211,27 @@ class _ByOutputs(_Plain):
         moment = sketch.square().sum(0)
         self._sketch, self._least = sketch, LEAST_MOMENT * moment.sqrt().mean().square()
         self._moment = moment + self._least
-        blocks = sketch.unflatten(1, (-1, size)).transpose(0, 1)
-        self._grams = blocks.mT @ blocks if len(blocks) > 1 else None  # of each block, [blocks, size, size]
+        self._grams = None
+        if sketch.shape[1] > size:
+            each = sketch / self._moment.sqrt()
+            self._common_SC = torch.linalg.eigh(each @ each.T).eigenvectors[:, -COMMON:]  # eigenvalues ascend
+            common_CI = self._common_SC.T @ sketch
+            own = (sketch - self._common_SC @ common_CI).unflatten(1, (-1, size)).transpose(0, 1)
+            self._grams = own.mT @ own  # of each block, [blocks, size, size]
+            self._common = common_CI.unflatten(1, (-1, size)).permute(1, 2, 0)  # [blocks, size, COMMON]
 
     def add(self, error_OI: torch.Tensor, weight_OI: torch.Tensor) -> None:
         error_OS, weight_OS = error_OI @ self._sketch.T, weight_OI @ self._sketch.T
         change_OI = torch.addmm(self._least * error_OI, error_OS, self._sketch).mul_(weight_OI)
         squared_OI, own = weight_OI.square(), weight_OS.square().sum(1)
-        if self._grams is None:
-            block_own = own[:, None]
-        else:
+        block_change, block_own = self._by_block(change_OI), own[:, None]
+        if self._grams is not None:
             blocks = weight_OI.unflatten(1, (-1, self.size)).transpose(0, 1)
             block_own = ((blocks @ self._grams) * blocks).sum(-1).T
+            block_change -= ((blocks @ self._common) * (error_OS @ self._common_SC)).sum(-1).T
         block_own = block_own + self._least * self._by_block(squared_OI)
         change = (error_OS * weight_OS).sum(1)
-        self._rows.append((self._by_block(change_OI), block_own, change, own, error_OS.square().sum(1)))
+        self._rows.append((block_change, block_own, change, own, error_OS.square().sum(1)))
         self._inputs.append((change_OI.sum(0), squared_OI.sum(0) * self._moment))
 
 

@@ -114,15 +114,15 @@ def test_faint_weights_of_a_steady_input_may_become_a_bias() -> None:
     inputs = torch.randn(4000, COLUMNS, generator=generator)
     inputs[:, -GROUP:] = torch.randn(GROUP, generator=generator)  # for all tokens the same
     weight = 0.05 * torch.randn(ROWS, COLUMNS, generator=generator)
-    weight[7, :-GROUP] *= 20
+    weight[7, :-GROUP] *= 7
     moved = weight.clone()
-    moved[7, -GROUP:] *= 13
+    moved[7, -GROUP:] *= 8
     compared(moved, weight, inputs)
-    with pytest.raises(Failure, match="layer: group 3 of output channel 7 has 1[23].* times its source's weights"):
+    with pytest.raises(Failure, match="layer: group 3 of output channel 7 has [78].* times its source's weights"):
         compared(moved, weight)
-    weight[7, -GROUP:] *= 5  # no longer faint
-    moved[7, -GROUP:] *= 5
-    with pytest.raises(Failure, match="layer: group 3 of output channel 7 has 1[23].* times its source's weights"):
+    weight[7, -GROUP:] *= 2  # no longer faint
+    moved[7, -GROUP:] *= 2
+    with pytest.raises(Failure, match="layer: group 3 of output channel 7 has [78].* times its source's weights"):
         compared(moved, weight, inputs)
 
 
