@@ -11,6 +11,7 @@ What is near its source in either sense is an export as its method makes it; a w
 Outputs are compared by a sketch of the inputs (`observe.InputStatistics`), a few rows S of which the mean of SᵀS is
 their Gram matrix. So what one weight adds is told with an error, which the others' rounding makes: it is small where
 the weight matters, and so a block or an input channel that adds little is judged by its share and not by its own size.
+What most inputs have in common is judged by output channels and not by blocks: any of these may make up for it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from trimtab.runtime.checkpoint.layer_layout import Quantized
 LEAST_CHANNEL, LEAST_BLOCK, LEAST_INPUT = 0.01, 0.1, 0.5
 #: Directions that most inputs have in common: in these blocks are not judged by outputs. Above all it is what is alike
 #: for all tokens, such as what a head puts out that attends to the first one: GPTQ makes a bias of its weights.
-COMMON = 4
+COMMON = 8
 #: What an input counts at least in a block or an input channel by outputs, in units of what is typical of inputs: what
 #: calibration never saw may come all the same.
 LEAST_MOMENT = 0.25
