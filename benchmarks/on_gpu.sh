@@ -52,7 +52,8 @@ part() {
         ;;
     tests)
         (cd .. && "$PYTHON" -m pytest -p no:cacheprovider -n 6 tests/runtime/test_cuda.py tests/runtime/measure \
-            tests/runtime/linear tests/components/validation/test_likeness.py tests/components/quantization tests/components/calibration)
+            tests/runtime/linear tests/components/validation/test_likeness.py tests/components/quantization \
+            tests/components/calibration)
         ;;
     esac
 }

@@ -42,7 +42,7 @@ def prune(
     shares = dict.fromkeys(layers, settings.sparsity)
     if settings.allocation == "sensitivity":
         shares = _by_sensitivity(checkpoint, calibration, measured, layers, settings.sparsity, scratch / "shares.json")
-    device = _device()
+    device, blocks, shards = _device(), scratch / "blocks", scratch / "shards"
 
     def prune_group(weights: Mapping[str, torch.Tensor], gram: torch.Tensor) -> dict[str, torch.Tensor]:
         factor = hessian.inverse_factor(gram, sparsegpt.DAMPING)
@@ -50,7 +50,7 @@ def prune(
 
     def prune_layer(name: str, weight: torch.Tensor) -> torch.Tensor:
         if settings.method == "sparsegpt":
-            return sequential.read(scratch / "blocks", f"{name}.weight")
+            return sequential.read(blocks, f"{name}.weight")
         check_finite(f"{name}.weight", weight)
         weight = weight.to(device)
         if settings.method == "magnitude":
@@ -66,14 +66,13 @@ def prune(
             written[name] = prune_layer(layer, tensor) if layer in layers else tensor
         return written
 
-    shards = scratch / "shards"
     if settings.method == "sparsegpt" and not shards.exists():  # the first shard begins behind the last block
-        rare, blocks = routing.recorded(calibration), scratch / "blocks"
+        rare = routing.recorded(calibration)
         sequential.prune_blocks(checkpoint, _tokens(calibration), layers, rare, blocks, prune_group)
     skip = [f"{families.named(facts.model_type).head}.weight"] if facts.tied_embeddings else []
-    stream.rewrite(checkpoint, output, shards, skip, convert, partial(blockwise.drop, scratch / "blocks"))
+    stream.rewrite(checkpoint, output, shards, skip, convert, partial(blockwise.drop, blocks))
     stream.copy_the_rest(checkpoint, output)
-    shutil.rmtree(scratch / "blocks", ignore_errors=True)
+    shutil.rmtree(blocks, ignore_errors=True)
     (scratch / "shares.json").unlink(missing_ok=True)
 
 

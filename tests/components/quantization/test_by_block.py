@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import decoders
@@ -283,6 +284,25 @@ def test_a_shard_takes_the_place_of_its_blocks(model, calibration, tmp_path, mon
     names = [path.name for path in sorted(whole.iterdir())]
     assert names == [path.name for path in sorted(resumed.iterdir())]
     assert all((whole / name).read_bytes() == (resumed / name).read_bytes() for name in names)
+
+
+def test_a_kill_while_the_scratch_is_emptied_loses_no_gram_matrix(model, calibration, tmp_path, monkeypatch):
+    """Blocks are gone by then, and some shards too: what is missing is made anew, and not rounded without them."""
+    remove = shutil.rmtree
+
+    def kill(folder, *args, **kwargs):
+        if (first := next(Path(folder).glob("shard-*"), None)) is None:
+            return remove(folder, *args, **kwargs)
+        first.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", kill)
+        quantize(model, calibration, tmp_path / "killed")
+    remove(tmp_path / "killed" / "export")
+    resumed, whole = (quantize(model, calibration, tmp_path / name) for name in ("killed", "whole"))
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert not list((tmp_path / "killed" / "scratch").iterdir())
 
 
 def test_a_model_that_cannot_go_by_block_is_told_what_to_write(model, calibration, tmp_path, monkeypatch):

@@ -76,7 +76,11 @@ def rewrite(
             if written:
                 written(names)
     _publish(done, output)
-    shutil.rmtree(scratch)
+    # It goes at once: after a kill, what is left of it must not pass for shards whose sources have gone.
+    emptied = scratch.with_name(f"{scratch.name}-emptied")
+    shutil.rmtree(emptied, ignore_errors=True)
+    scratch.rename(emptied)
+    shutil.rmtree(emptied)
 
 
 def copy_the_rest(source: Path, output: Path) -> None:
