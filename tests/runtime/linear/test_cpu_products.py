@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -187,12 +188,27 @@ def int4(outputs: int, inputs: int, group: int) -> Quantized:
     return Quantized(Layout("W4A16_AWQ", group), weight, scale)
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("multiplies", [True, False])
 @pytest.mark.parametrize("rows", [1, 7, 200])
-def test_int8_products_do_not_saturate(monkeypatch: pytest.MonkeyPatch, exact: bool, rows: int) -> None:
-    if not exact:
-        monkeypatch.setattr(cpu_products, "integers_are_exact", lambda: False)
+def test_int8_products_do_not_saturate(monkeypatch: pytest.MonkeyPatch, multiplies: bool, rows: int) -> None:
+    if multiplies and not cpu_products._integers_are_exact():
+        pytest.skip("this processor's INT8 products saturate")
+    monkeypatch.setattr(cpu_products, "multiplies_integers", lambda: multiplies)
     assert saturation(rows) <= 2.01 * ROUNDING
+
+
+def test_a_slow_loop_for_int8_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loop(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.2)
+        return x.int() @ w.int()
+
+    monkeypatch.setattr(torch, "_int_mm", loop)
+    cpu_products.multiplies_integers.cache_clear()
+    try:
+        assert not cpu_products.multiplies_integers()
+        assert saturation(7) <= 2.01 * ROUNDING
+    finally:
+        cpu_products.multiplies_integers.cache_clear()
 
 
 def saturation(rows: int) -> float:

@@ -20,10 +20,10 @@ from trimtab.runtime.linear.packed import Emulated, PackedLinear
 class Int8Static(PackedLinear):
     """INT8 weights and activations (SmoothQuant): one scale for all activations, measured in calibration.
 
-    On processors that multiply bytes by AVX2 alone, oneDNN adds pairs of products in 16 bits, where they saturate: of
-    random numbers the sums are 18 % off. There the product of the same whole numbers is computed in float32, whose
-    sums are exact up to 2^24 and rounded to 24 bits beyond; of few rows by the kernel of weight-only layers, which sums
-    in float32 too and rounds to bfloat16.
+    On processors that multiply bytes by AVX2 alone, oneDNN adds pairs of products in 16 bits, where they saturate (of
+    random numbers the sums are 18 % off), or leaves them to a slow loop. There the product of the same whole numbers is
+    computed in float32, whose sums are exact up to 2^24 and rounded to 24 bits beyond; of few rows by the kernel of
+    weight-only layers, which sums in float32 too and rounds to bfloat16.
     """
 
     kernel = "_int_mm"
@@ -52,8 +52,8 @@ class Int8Static(PackedLinear):
     @staticmethod
     def name_on(device: torch.device) -> str:
         """Returns what multiplies on a device."""
-        exact = device.type != "cpu" or cpu_products.integers_are_exact()
-        return Int8Static.kernel if exact else "float32 products of INT8"
+        multiplies = device.type != "cpu" or cpu_products.multiplies_integers()
+        return Int8Static.kernel if multiplies else "float32 products of INT8"
 
     def codes(self, x_RI: torch.Tensor) -> torch.Tensor:
         """The activations in units of their scale, as whole numbers."""
