@@ -21,9 +21,9 @@ class Int8Static(PackedLinear):
     """INT8 weights and activations (SmoothQuant): one scale for all activations, measured in calibration.
 
     On processors that multiply bytes by AVX2 alone, oneDNN adds pairs of products in 16 bits, where they saturate (of
-    random numbers the sums are 18 % off), or leaves them to a slow loop. There the product of the same whole numbers is
-    computed in float32, whose sums are exact up to 2^24 and rounded to 24 bits beyond; of few rows by the kernel of
-    weight-only layers, which sums in float32 too and rounds to bfloat16.
+    random numbers the sums are 18 % off), or PyTorch has nothing but a slow loop. There the product of the same whole
+    numbers is computed in float32, whose sums are exact up to 2^24 and rounded to 24 bits beyond; of few rows by the
+    kernel of weight-only layers, which sums in float32 too and rounds to bfloat16.
     """
 
     kernel = "_int_mm"

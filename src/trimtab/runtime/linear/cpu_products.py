@@ -62,18 +62,17 @@ def dtype() -> torch.dtype:
 def multiplies_integers() -> bool:
     """Returns whether `torch._int_mm` is how this processor multiplies INT8 by INT8: exact, and faster than `exact`.
 
-    oneDNN does it with instructions for bytes. Without them its sums saturate on Intel's processors, and on AMD's
+    With instructions for bytes oneDNN does it. Without them its sums saturate on Intel's processors, and on AMD's
     PyTorch falls back to a loop that took thirty times as long as float32; so both are tried.
     """
     if not _integers_are_exact():
         return False
     x_RI, w_OI = torch.ones(64, 768, dtype=torch.int8), torch.ones(768, 768, dtype=torch.int8)
-    seconds = fastest({True: lambda: torch._int_mm(x_RI, w_OI.t()), False: lambda: exact(x_RI, w_OI)}, rounds=3)
-    return seconds[True] < seconds[False]
+    return is_faster(lambda: torch._int_mm(x_RI, w_OI.t()), lambda: exact(x_RI, w_OI), rounds=3)
 
 
 def _integers_are_exact() -> bool:
-    """Returns whether its sums have 32 bits here: tried on the largest numbers of both signs."""
+    """Returns whether `torch._int_mm` computes its sums in 32 bits here: tried on the largest numbers of both signs."""
     signs = torch.tensor([127, -128], dtype=torch.int8)
     a_RI, b_IO = signs.repeat(16)[:, None].expand(32, 64).contiguous(), signs.repeat(16).expand(64, 32).contiguous()
     expected = 64 * a_RI[:, :1].int() * b_IO[:1].int()
@@ -92,8 +91,7 @@ def outputs_first(rows: int, kind: torch.dtype) -> bool:
 @functools.cache
 def _outputs_first(rows: int, kind: torch.dtype) -> bool:
     x_RI, w_OI = torch.ones(rows, 1024, dtype=kind), torch.ones(1024, 1024, dtype=kind)
-    seconds = fastest({True: lambda: torch.mm(w_OI, columns(x_RI)), False: lambda: torch.mm(x_RI, w_OI.t())})
-    return seconds[True] < seconds[False]
+    return is_faster(lambda: torch.mm(w_OI, columns(x_RI)), lambda: torch.mm(x_RI, w_OI.t()))
 
 
 def columns(x_RI: torch.Tensor) -> torch.Tensor:
@@ -121,6 +119,12 @@ def fastest(works: dict, rounds: int = 5) -> dict:
             if turn:  # the first loads kernels
                 found[name] = min(found[name], time.perf_counter() - started)
     return found
+
+
+def is_faster(work: Callable[[], object], other: Callable[[], object], rounds: int = 5) -> bool:
+    """Returns whether a work takes less time here than another, by `fastest`."""
+    seconds = fastest({True: work, False: other}, rounds)
+    return seconds[True] < seconds[False]
 
 
 def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
