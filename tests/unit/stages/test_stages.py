@@ -1,8 +1,7 @@
-"""The stages of an attempt: what a recipe asks for, what makes a key, what passes through, who needs a GPU."""
+"""The stages of an attempt: what a recipe asks for, what makes a key, what passes through."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,71 +9,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from facts import SMOLLM2
+from attempts import ALL, DISTILL, FULL, put
 from processes import wait_for
 
 from trimtab import stages
-from trimtab.base import child, environment, progress, signing
+from trimtab.base import child, progress, signing
 from trimtab.base.errors import Failure, StoreError
-from trimtab.judge import Verdict
 from trimtab.loop.documents import load, save
-from trimtab.loop.state import Brief, State, fail
-from trimtab.planning import resources
+from trimtab.loop.state import fail
 from trimtab.recipe import Recipe
-from trimtab.stages import OPTIONAL, STAGES, TASKS, TENSORS, Stage, looks, usage
+from trimtab.stages import STAGES, TASKS, TENSORS, Stage, looks
 from trimtab.store import open_store
-
-DISTILL = "{tokens: 99, generate: 9, stored_logits: 8}"
-FULL = f"{{prune: {{method: depth, blocks: 1}}, distill: {DISTILL}, quantize: {{format: mixed, effective_bits: 6}}}}"
-ALL = ["calibrate", "prune", "generate", "teach", "distill", "recalibrate", "sensitivity", "quantize", "engine"]
-
-
-@pytest.fixture
-def store(tmp_path):
-    return open_store(str(tmp_path / "store"))
-
-
-@pytest.fixture
-def state(store, tmp_path):
-    """A function: a state with a recipe on a target."""
-
-    def make(recipe: str, target: str = "h100") -> State:
-        return State(
-            store=store.uri, goal="lower_latency", target=target, model=put(store, tmp_path, "model"),
-            recipe=Recipe.parse(recipe), attempt=1,
-            libraries=dict.fromkeys(STAGES, environment.versions()),
-        )  # fmt: skip
-
-    return make
-
-
-def put(store, folder, content: str):
-    place = folder / "put" / content
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "file").write_text(content)
-    return store.put(place, kind="checkpoint")
-
-
-@pytest.fixture
-def facts_known(monkeypatch):
-    """The model of every state is SmolLM2-135M."""
-    module = importlib.import_module("trimtab.stages.accelerators")
-    monkeypatch.setattr(module, "facts_of", lambda *_: SMOLLM2)
-
-
-@pytest.fixture
-def worked(monkeypatch):
-    """Replaces the child process: every work writes its name, and the calls are kept."""
-    calls = []
-
-    def call(work, *, output, scratch, parameters, **inputs):
-        calls.append(work.rpartition(":")[2])
-        with open(f"{output}/made", "w") as file:
-            json.dump([work, parameters], file)
-        return child.Done({"loss": 1.5}, 2.0, 1000)
-
-    monkeypatch.setattr(child, "call", call)
-    return calls
 
 
 @pytest.mark.parametrize(
@@ -235,65 +180,9 @@ def test_every_stage_runs_in_one_task_in_order():
     assert [name for names in TASKS.values() for name in names] == list(STAGES) == ALL
 
 
-@pytest.mark.parametrize(
-    ("recipe", "target", "expected"),
-    [
-        (FULL, "h100", dict.fromkeys((*TASKS, "validate"), "1")),
-        (FULL, "cpu", {}),
-        ("quantize: {format: int8_wo}", "h100", {"quantize": "1", "engine": "1", "validate": "1"}),
-        ("{quantize: {format: fp8}, engine: {tensor_parallel_size: 4}}", "h100",
-         {"calibrate": "1", "recalibrate": "1", "quantize": "1", "engine": "4", "validate": "4"}),
-        ("engine: {tensor_parallel_size: 2, pipeline_parallel_size: 2}", "h100", {"engine": "4", "validate": "4"}),
-        ("distill: {tokens: 99, processes: 4}", "h100", {"distill": "4", "engine": "1", "validate": "1"}),
-    ],
-)  # fmt: skip
-def test_accelerators(recipe, target, expected, state):
-    begun = state(recipe, target)
-    assert stages.accelerators(begun) == dict.fromkeys((*TASKS, "validate"), "0") | expected
-
-
-def test_an_attempt_is_judged_where_its_baseline_fits_too(state):
-    """Validation measures both."""
-    verdict = Verdict(outcome="baseline", reason="the model unchanged")
-    baseline = Brief(recipe=Recipe.parse("engine: {backend: trtllm, tensor_parallel_size: 4}"), verdict=verdict)
-    begun = state("{quantize: {format: fp8}, engine: {backend: trtllm}}", "h100")
-    assert stages.accelerators(begun)["validate"] == "1"
-    assert stages.accelerators(begun.model_copy(update={"baseline": baseline}))["validate"] == "4"
-
-
 def test_a_failure_says_where(state):
     failed = fail(state(FULL), "distill", Failure("does_not_fit", "distill was killed"))
     assert (failed.verdict.stage, failed.verdict.failure_class) == ("distill", "does_not_fit")
-
-
-def test_what_exists_needs_no_accelerator(state, worked):
-    """Results are followed from stage to stage; behind the first that is missing, every wanted stage must run, and a
-    task needs an accelerator as long as any of its stages must: `recalibrate` and `sensitivity` are one. The
-    results of the engine and of validation are those of a device, so they look for them on it."""
-    begun = state(FULL)
-    seen = {}
-    current = begun
-    for name in ALL:
-        current, _ = stages.advance(name, current)
-        seen[name] = [task for task, count in stages.accelerators(begun).items() if count != "0"]
-    assert seen == {
-        "calibrate": ["prune", "distill", "recalibrate", "quantize", "engine", "validate"],
-        "prune": ["distill", "recalibrate", "quantize", "engine", "validate"],
-        "generate": ["distill", "recalibrate", "quantize", "engine", "validate"],
-        "teach": ["distill", "recalibrate", "quantize", "engine", "validate"],
-        "distill": ["recalibrate", "quantize", "engine", "validate"],
-        "recalibrate": ["recalibrate", "quantize", "engine", "validate"],
-        "sensitivity": ["quantize", "engine", "validate"],
-        "quantize": ["engine", "validate"],
-        "engine": ["engine", "validate"],
-    }
-
-
-def test_a_later_stage_of_a_task_alone_needs_an_accelerator(state, worked):
-    """An attempt that shares the statistics of an earlier one, and wants the harms besides."""
-    stages.advance("calibrate", state("quantize: {format: fp8}"))
-    needed = stages.accelerators(state("quantize: {format: fp8, exclude_sensitive: 1}"))
-    assert (needed["calibrate"], needed["recalibrate"]) == ("0", "1")
 
 
 def test_what_a_teacher_says_is_found_by_other_trainings(state, worked):
@@ -304,83 +193,6 @@ def test_what_a_teacher_says_is_found_by_other_trainings(state, worked):
         for name in TASKS["distill"]:
             current, _ = stages.advance(name, current)
     assert worked == ["generate", "teach", "distill", "distill", "generate", "teach", "distill"]
-
-
-def test_a_verdict_needs_no_accelerator(state):
-    failed = fail(state(FULL), "prepare", Failure("unsupported", "no"))
-    assert set(stages.accelerators(failed).values()) == {"0"}
-
-
-NODES, TAINT = {"gpu": "h100"}, [{"key": "gpu", "operator": "Exists"}]
-OWN = {"cpu": "8", "memory": "64Gi", "image": "cuda"}
-OFFERED = {"nodes": NODES, "tolerations": TAINT, "small": "cpu", "tasks": dict.fromkeys(OPTIONAL, OWN)}
-LITTLE = {"accelerators": "0", "nodes": {}, "tolerations": [], "cpu": "500m", "memory": "1Gi"}
-
-
-def test_what_only_passes_on_asks_for_next_to_nothing(state):
-    found = stages.machines(state("quantize: {format: int8_wo}"), OFFERED)
-    assert found["distill"] == {**LITTLE, "image": "cpu"}
-    assert found["quantize"] == {"accelerators": "1", "nodes": NODES, "tolerations": TAINT, **OWN}
-    assert found["engine"] == found["validate"] == {"accelerators": "1", "nodes": NODES}
-
-
-def test_what_only_looks_up_does_so_in_its_own_image(state, worked):
-    """Its libraries are part of what the result is found by."""
-    begun = state("quantize: {format: int8_wo}")
-    stages.advance("quantize", begun)
-    assert stages.machines(begun, OFFERED)["quantize"] == {**LITTLE, "image": "cuda"}
-
-
-def test_libraries_are_told_by_a_pass_through_in_the_image_of_the_stage(state):
-    """Those that nobody knows yet; in another image it leaves what is known alone."""
-    unknown = state("{}").model_copy(update={"libraries": {}})
-    assert stages.machines(unknown, OFFERED)["distill"] == {**LITTLE, "image": "cuda"}
-    known = unknown.model_copy(update={"libraries": {"prune": {"torch": "of-its-image"}}})
-    after = load(stages.run("prune", save(known), SimpleNamespace(path="/dev/null", metadata={}), None))
-    assert after.libraries["prune"] == {"torch": "of-its-image"}
-
-
-def test_work_on_a_processor_has_its_memory_and_no_gpu_node(state):
-    found = stages.machines(state("quantize: {format: int8_wo}", "cpu"), OFFERED)
-    assert found["quantize"] == {"accelerators": "0", "nodes": {}, "tolerations": [], **OWN}
-
-
-def test_memory_that_the_profile_does_not_name_is_as_much_as_is_forecast(state, facts_known):
-    offered = {**OFFERED, "tasks": dict.fromkeys(OPTIONAL, {**OWN, "memory": ""})}
-    found = stages.machines(state("quantize: {format: int8_wo}"), offered)
-    assert found["distill"]["memory"] == "1Gi"
-    forecast = stages.forecast(state("quantize: {format: int8_wo}"))["quantize"].host_bytes
-    assert found["quantize"]["memory"] == resources.quantity(forecast) and found["quantize"]["memory"] != "1Gi"
-
-
-def test_what_this_machine_cannot_do_is_refused_before_it_begins(state, facts_known, monkeypatch):
-    begun = state("{prune: {method: depth, blocks: 1}, quantize: {format: int8_wo}}", "cpu")
-    monkeypatch.setattr(resources, "machine_memory", lambda: 500_000_000)
-    monkeypatch.delenv(child.RUN_PID, raising=False)
-    assert stages.refuse_here(begun) == begun, "in a cluster each task has a machine of its own"
-    monkeypatch.setenv(child.RUN_PID, "1")
-    refused = stages.refuse_here(begun).verdict
-    assert (refused.failure_class, refused.stage) == ("does_not_fit", "calibrate")
-    assert refused.reason.endswith("GB of this machine's memory, and there are 0.5 GB")
-    monkeypatch.setattr(resources, "machine_memory", lambda: 50_000_000_000)
-    assert stages.refuse_here(begun) == begun
-
-
-def test_what_a_stage_used_is_kept_with_its_result(state, worked):
-    begun = state("quantize: {format: int8_wo}")
-    for _ in range(2):  # the second time it is found
-        after, result = stages.advance("quantize", begun)
-        used = load(save(after)).used["quantize"]
-        assert (used.host_bytes, used.seconds) == (1000, 2.0) and used.disk_bytes == result.metrics["peak_disk_bytes"]
-
-
-def test_the_most_that_was_seen_of_the_disk(tmp_path):
-    with usage.disk_watched(tmp_path) as peak:
-        (tmp_path / "a").write_bytes(bytes(8192))
-        (tmp_path / "b").hardlink_to(tmp_path / "a")
-        peak.look()
-        (tmp_path / "a").write_bytes(b"")
-    assert peak.bytes == 8192
 
 
 def test_run_describes_what_travels(state, worked, tmp_path):
